@@ -1,0 +1,13 @@
+"""Sparsely-gated mixture-of-experts translation as a fairseq plugin.
+
+Folders named as in fairseq (`models`, `tasks`, `criterions`, `optim`) and `compat` are the shell;
+every other folder is plain torch, so that `from nmt_moe.moe import MoELayer` needs no fairseq.
+
+Shape letters, the same everywhere:
+    B sentences, S source positions, T target positions, N tokens after flattening, D model dim,
+    H hidden dim of an expert, E experts, L experts on this rank, K experts per token,
+    R rows = (token, expert) pairs, G groups of a hierarchy, P ranks, V vocabulary, W beam width.
+LSTMs stay time-first: (S, B, D).
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,59 @@
+"""The wording of every error: name, rule, value, way out."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    """Refuse a number outside `[low, high]`, and NaN.
+
+    Raises:
+        ValueError: naming the option, the bounds and the value.
+    """
+    if high is None:
+        if not value >= low:
+            raise ValueError(f"`{name}` must be at least {low}, but is {value}.")
+    elif not low <= value <= high:
+        raise ValueError(f"`{name}` must be from {low} to {high}, but is {value}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a name that is not one of `choices`.
+
+    Raises:
+        ValueError: naming the option, the value and every choice.
+    """
+    if value not in choices:
+        known = ", ".join(f"'{choice}'" for choice in choices)
+        raise ValueError(f"`{name}` must be one of {known}, but is '{value}'.")
+
+
+def check_divides(name: str, value: int, what: str, divisor: int) -> None:
+    """Refuse a `value` that is not a positive multiple of `divisor` (at least 1).
+
+    Raises:
+        ValueError: naming both numbers and the nearest values that would do.
+    """
+    if value < 1 or value % divisor:
+        below = value - value % divisor
+        ways = f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
+        raise ValueError(
+            f"`{name}` must be a multiple of {what}, {divisor}, but is {value}. Use {ways}."
+        )
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
+    """Refuse a tensor of another shape; `None` in `shape` stands for any size.
+
+    Raises:
+        ValueError: naming the tensor, the wanted shape in letters and numbers, and its shape.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"`{name}` must have the shape {letters} = ({wanted}), but has {tuple(tensor.shape)}."
+        )

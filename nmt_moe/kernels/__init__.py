@@ -1,0 +1,11 @@
+"""Fast operations: torch (and, behind `_triton`, Triton) only.
+
+Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle.
+"""
+
+from nmt_moe.kernels import reference
+from nmt_moe.kernels.combine_rows import combine_rows
+from nmt_moe.kernels.expert_ffn import expert_ffn
+from nmt_moe.kernels.gather_rows import gather_rows
+
+__all__ = ["combine_rows", "expert_ffn", "gather_rows", "reference"]

@@ -1,0 +1,58 @@
+"""Copy each token's vector to its rows in expert order; add them up again going back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+    """Copy tokens to rows, with a backward pass that gathers instead of scattering.
+
+    Each token owns exactly K rows, so its gradient is a sum over K known places: no atomics and no
+    `index_add`, hence the same bits in every run.
+
+    Args:
+        x: (N, D). Vectors of the tokens.
+        row_token: (R,) int64. The token each row comes from.
+        token_rows: (N, K) int64. The rows of each token; the inverse of `row_token`.
+
+    Returns:
+        (R, D). `x[row_token]`.
+    """
+    return _GatherRows.apply(x, row_token, token_rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(token_rows)
+        return x.index_select(0, row_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+        (token_rows,) = ctx.saved_tensors
+        return sum_rows(grad_rows, token_rows), None, None
+
+
+def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Add up the K rows of each token, in the order of K.
+
+    Args:
+        rows: (R, D).
+        token_rows: (N, K) int64.
+        weights: (N, K), or None for ones.
+
+    Returns:
+        (N, D).
+    """
+    total = rows.new_zeros(len(token_rows), rows.shape[1])
+    for k in range(token_rows.shape[1]):
+        picked = rows.index_select(0, token_rows[:, k])
+        if weights is None:
+            total.add_(picked)
+        else:
+            total.addcmul_(picked, weights[:, k : k + 1])
+    return total

@@ -1,0 +1,29 @@
+"""Each operation in plain torch: its definition, and the oracle of its tests."""
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+    """Define `kernels.gather_rows`."""
+    del token_rows  # only the backward pass of the fast form reads it
+    return x[row_token]
+
+
+def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+    """Define `kernels.combine_rows`."""
+    del row_token  # only the backward pass of the fast form reads it
+    return (rows[token_rows] * gates.unsqueeze(2)).sum(1)
+
+
+def expert_ffn(
+    rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
+) -> Tensor:
+    """Define `kernels.expert_ffn`."""
+    bounds = expert_offsets.tolist()
+    return torch.cat(
+        [
+            torch.relu(rows[start:end] @ weight_in[e]) @ weight_out[e]
+            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+    )

@@ -1,0 +1,51 @@
+"""The losses that keep experts equally used."""
+
+import torch
+from torch import Tensor
+
+
+def squared_cv(values: Tensor) -> Tensor:
+    """Compute the squared coefficient of variation, variance over squared mean.
+
+    Args:
+        values: (E,) non-negative. The variance is the population's (divided by E).
+
+    Returns:
+        A scalar; 0 where all values are zero, and for a single expert.
+
+    Source: Shazeer et al. 2017, eqs. 7 and 11.
+    """
+    mean = values.mean()
+    variance = (values - mean).square().mean()
+    used = mean > 0
+    return torch.where(used, variance / torch.where(used, mean, 1.0).square(), 0.0)
+
+
+def importance_loss(importance: Tensor, weight: float) -> Tensor:
+    """Penalise unequal sums of gates.
+
+    Args:
+        importance: (E,) float32 or wider, the sum of each expert's gates over the batch.
+        weight: w_importance.
+
+    Returns:
+        A scalar, `weight * CV(importance)^2`.
+
+    Source: Shazeer et al. 2017, eqs. 6-7.
+    """
+    return weight * squared_cv(importance)
+
+
+def load_loss(load: Tensor, weight: float) -> Tensor:
+    """Penalise unequal expected numbers of tokens.
+
+    Args:
+        load: (E,) float32 or wider, the smooth estimate of each expert's number of tokens.
+        weight: w_load.
+
+    Returns:
+        A scalar, `weight * CV(load)^2`.
+
+    Source: Shazeer et al. 2017, eq. 11.
+    """
+    return weight * squared_cv(load)

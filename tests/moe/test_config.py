@@ -1,0 +1,31 @@
+"""What an MoE layer cannot be built of."""
+
+import pytest
+
+from nmt_moe.moe import MoEConfig
+
+GOOD = {"model_dim": 8, "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+
+
+def test_defaults_are_the_papers_for_translation():
+    config = MoEConfig(model_dim=512, hidden_dim=2048, num_experts=32)
+    assert (config.top_k, config.importance_weight, config.load_weight) == (4, 0.01, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 5}, "`top_k` must be from 1 to 4, but is 5"),
+        ({"top_k": 0}, "`top_k` must be from 1 to 4, but is 0"),
+        ({"num_experts": 0}, "`num_experts` must be at least 1, but is 0"),
+        ({"model_dim": 0}, "`model_dim` must be at least 1"),
+        ({"hidden_dim": -1}, "`hidden_dim` must be at least 1"),
+        ({"gate": "argmax"}, "`gate` must be one of 'noisy_top_k', but is 'argmax'"),
+        ({"num_groups": 2}, "`num_groups` must be from 0 to 0"),
+        ({"importance_weight": -0.1}, "`importance_weight` must be at least 0"),
+        ({"load_weight": float("nan")}, "`load_weight` must be at least 0"),
+    ],
+)
+def test_nonsense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{**GOOD, **change})

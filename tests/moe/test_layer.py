@@ -1,0 +1,160 @@
+"""The layer against the paper's equations, in float64, values and all gradients."""
+
+import pytest
+import torch
+from support.dense_moe import dense_forward
+
+from nmt_moe.moe import MoEConfig, MoELayer
+
+SHAPES = [  # (tokens, experts, per token, dim, hidden)
+    pytest.param(7, 4, 2, 16, 8, id="the-usual-case"),
+    pytest.param(13, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
+    pytest.param(6, 5, 1, 4, 6, id="one-expert-a-token"),
+    pytest.param(6, 3, 3, 4, 6, id="all-experts"),
+    pytest.param(2, 9, 2, 4, 6, id="fewer-tokens-than-experts"),
+    pytest.param(5, 1, 1, 4, 6, id="a-single-expert"),
+]
+
+
+def make_layer(experts, top_k, dim, hidden, **options):
+    torch.manual_seed(0)
+    layer = MoELayer(MoEConfig(dim, hidden, experts, top_k, **options)).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return layer
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
+def test_training_pass_is_the_papers(tokens, experts, top_k, dim, hidden):
+    layer = make_layer(experts, top_k, dim, hidden, importance_weight=0.3, load_weight=0.2)
+    x = torch.randn(tokens, dim, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(tokens, experts, dtype=torch.float64)
+    y, stats = layer(x, noise=noise)
+    expected = dense_forward(layer, x, noise)
+    torch.testing.assert_close(y, expected["y"])
+    torch.testing.assert_close(stats.importance, expected["importance"])
+    torch.testing.assert_close(stats.load, expected["load"])
+    torch.testing.assert_close(stats.balance_loss, expected["balance_loss"])
+
+    grad_y = torch.randn_like(y)
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    leaves = [x, *layer.parameters()]
+    ours = torch.autograd.grad((y * grad_y).sum() + stats.balance_loss, leaves, allow_unused=True)
+    theirs = torch.autograd.grad(
+        (expected["y"] * grad_y).sum() + expected["balance_loss"], leaves, allow_unused=True
+    )
+    for name, mine, reference in zip(names, ours, theirs, strict=True):
+        mine, reference = (
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in (
+                (mine, dict(zip(names, leaves, strict=True))[name]),
+                (reference, dict(zip(names, leaves, strict=True))[name]),
+            )
+        )
+        torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_evaluation_uses_no_noise():
+    layer = make_layer(4, 2, 6, 5).eval()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    y, stats = layer(x, noise=torch.full((9, 4), 100.0, dtype=torch.float64))
+    torch.testing.assert_close(y, layer(x)[0], rtol=0, atol=0)
+    assert stats.load.tolist() == stats.tokens_per_expert.tolist()
+
+
+def test_gates_start_at_zero_and_equal_logits_go_to_the_lowest_ids():
+    layer = MoELayer(MoEConfig(6, 5, 4, 2)).eval()
+    assert not layer.gate.gate_weight.any()
+    assert not layer.gate.noise_weight.any()
+    _, stats = layer(torch.randn(9, 6))
+    assert stats.tokens_per_expert.tolist() == [9, 9, 0, 0]
+
+
+def test_padding_reaches_no_expert_no_loss_and_no_statistic():
+    layer = make_layer(4, 2, 6, 5)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    noise = torch.randn(9, 4, dtype=torch.float64)
+    padding = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.bool)
+    spoiled = x.masked_fill(padding.unsqueeze(1), float("nan"))
+    y, stats = layer(spoiled, padding, noise)
+    alone, alone_stats = layer(x[~padding], noise=noise[~padding])
+    torch.testing.assert_close(y[~padding], alone, rtol=0, atol=0)
+    assert not y[padding].any()
+    for name in ("importance", "load", "tokens_per_expert", "balance_loss"):
+        torch.testing.assert_close(getattr(stats, name), getattr(alone_stats, name))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tokens_at_all_leave_a_finite_graph(masked):
+    layer = make_layer(4, 2, 6, 5)
+    x = torch.randn(3 if masked else 0, 6, dtype=torch.float64, requires_grad=True)
+    padding = torch.ones(3, dtype=torch.bool) if masked else None
+    y, stats = layer(x, padding)
+    (y.sum() + stats.balance_loss).backward()
+    assert not y.any()
+    assert stats.balance_loss == 0
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient():
+    layer = make_layer(4, 1, 6, 5)
+    noise = torch.zeros(8, 4, dtype=torch.float64)
+    noise[:, 2] = 100.0  # every token goes to expert 2
+    y, stats = layer(torch.randn(8, 6, dtype=torch.float64).abs(), noise=noise)
+    assert stats.tokens_per_expert.tolist() == [0, 0, 8, 0]
+    y.sum().backward()
+    used = layer.experts.weight_out.grad.flatten(1).any(1)
+    assert used.tolist() == [False, False, True, False]
+
+
+def test_repeated_passes_agree_bit_for_bit():
+    layer = make_layer(8, 3, 16, 24).float()
+    x = torch.randn(100, 16)
+
+    def run():
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        y, stats = layer(leaf)
+        (y.square().sum() + stats.balance_loss).backward()
+        return [y, leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    first = run()
+    layer.zero_grad()
+    for one, other in zip(first, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_low_precision_gates_are_computed_in_float32():
+    layer = make_layer(4, 2, 6, 5).bfloat16()
+    y, stats = layer(torch.randn(9, 6, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert stats.importance.dtype == stats.balance_loss.dtype == torch.float32
+
+
+def test_autocast_leaves_the_gate_in_float32():
+    layer = make_layer(4, 2, 6, 5).float()
+    x, noise = torch.randn(9, 6), torch.randn(9, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, stats = layer(x, noise=noise)
+    plain, plain_stats = layer(x, noise=noise)
+    torch.testing.assert_close(stats.load, plain_stats.load, rtol=0, atol=0)
+    torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+    y.sum().backward()
+    assert torch.isfinite(layer.experts.weight_in.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"`x` must have the shape \(N, D\) = \(any, 6\)"),
+        ({"x": torch.zeros(2, 3, 6)}, r"`x` .* but has \(2, 3, 6\)"),
+        ({"padding_mask": torch.zeros(4, dtype=torch.bool)}, r"`padding_mask` .* \(3\)"),
+        ({"noise": torch.zeros(3, 5)}, r"`noise` must have the shape \(N, E\) = \(3, 4\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(arguments, message):
+    layer = MoELayer(MoEConfig(6, 5, 4, 2))
+    with pytest.raises(ValueError, match=message):
+        layer(**{"x": torch.zeros(3, 6), **arguments})

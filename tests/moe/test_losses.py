@@ -1,0 +1,45 @@
+"""Balance losses, each worked by hand."""
+
+import torch
+
+from nmt_moe.moe import balance_metrics, importance_loss, load_loss, squared_cv
+
+
+def test_importance_loss_by_hand():
+    importance = torch.tensor([2.5, 0.5])
+    # mean 1.5, variance 1.0, so CV^2 = 1 / 2.25
+    torch.testing.assert_close(importance_loss(importance, weight=0.1), torch.tensor(0.1 / 2.25))
+
+
+def test_load_loss_by_hand():
+    load = torch.tensor([1.0, 2.0, 3.0])
+    # mean 2, population variance 2/3, so CV^2 = 1/6
+    torch.testing.assert_close(load_loss(load, weight=0.6), torch.tensor(0.1))
+
+
+def test_equal_use_costs_nothing():
+    assert squared_cv(torch.full((5,), 3.0)) == 0
+
+
+def test_one_expert_costs_nothing():
+    assert squared_cv(torch.tensor([7.0])) == 0
+
+
+def test_no_tokens_cost_nothing_and_give_a_finite_gradient():
+    values = torch.zeros(4, requires_grad=True)
+    loss = squared_cv(values)
+    loss.backward()
+    assert loss == 0
+    assert torch.isfinite(values.grad).all()
+
+
+def test_gradient_agrees_with_finite_differences():
+    values = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(squared_cv, (values,))
+
+
+def test_metrics_are_the_columns_of_table_6():
+    row = balance_metrics(torch.tensor([2.5, 0.5]), torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(row["cv_importance"], torch.tensor(1 / 1.5))
+    torch.testing.assert_close(row["cv_load"], torch.tensor(1 / 6).sqrt())
+    torch.testing.assert_close(row["max_load"], torch.tensor(1.5))
