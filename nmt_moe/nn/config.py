@@ -1,0 +1,54 @@
+"""The sizes and choices of the translation model."""
+
+from dataclasses import dataclass
+
+from nmt_moe.checks import check_choice, check_range
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn.attention import ATTENTIONS
+
+WIRINGS = ("recurrent", "parallel")
+
+
+@dataclass(frozen=True)
+class GNMTConfig:
+    """Describe one GNMT-style encoder and decoder.
+
+    Attributes:
+        model_dim: D, width of embeddings and of every layer's input and output.
+        lstm_hidden_dim: Cells of an LSTM; projected to D unless equal to it.
+        encoder_layers: LSTMs of the encoder; the bidirectional bottom pair counts as two.
+        decoder_layers: LSTMs of the decoder.
+        attention: "product" (eq. 22) or "additive" (eq. 21).
+        attention_wiring: "recurrent": decoder LSTM 1 takes the context its own previous output
+            attends to; "parallel": decoder LSTM 1 runs ahead, its outputs query the attention at
+            once and the context goes into LSTM 2.
+        dropout: Chance that an output of an embedding, LSTM or MoE layer is zeroed in training.
+        init_range: Weights start uniform within this, gates and biases aside.
+        moe: Sizes of both MoE layers; None leaves them out.
+
+    Raises:
+        ValueError: naming the field, its rule and its value.
+
+    Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016 (GNMT).
+    """
+
+    model_dim: int = 512
+    lstm_hidden_dim: int = 2048
+    encoder_layers: int = 3
+    decoder_layers: int = 2
+    attention: str = "product"
+    attention_wiring: str = "recurrent"
+    dropout: float = 0.4
+    init_range: float = 0.04
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_range("model_dim", self.model_dim, 1)
+        check_range("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
+        # The MoE lies between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
+        check_range("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
+        check_range("decoder_layers", self.decoder_layers, 2)
+        check_choice("attention", self.attention, ATTENTIONS)
+        check_choice("attention_wiring", self.attention_wiring, WIRINGS)
+        check_range("dropout", self.dropout, 0.0, 1.0)
+        check_range("init_range", self.init_range, 0.0)

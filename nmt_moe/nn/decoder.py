@@ -1,0 +1,127 @@
+"""The GNMT-style decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmt_moe.moe import MoEStats
+from nmt_moe.nn.attention import Attention
+from nmt_moe.nn.attentive_lstm import AttentiveLSTM
+from nmt_moe.nn.config import GNMTConfig
+from nmt_moe.nn.encoder import EncoderOutput
+from nmt_moe.nn.lstm import ProjectedLSTM, State
+from nmt_moe.nn.residual import ResidualMoE, init_weights
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """The LSTMs between two steps of a search.
+
+    Attributes:
+        hidden: (B, layers, D), outputs.
+        cell: (B, layers, H).
+    """
+
+    hidden: Tensor
+    cell: Tensor
+
+    def reorder(self, new_order: Tensor) -> "DecoderState":
+        """Pick hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
+        return DecoderState(
+            self.hidden.index_select(0, new_order), self.cell.index_select(0, new_order)
+        )
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What one pass of the decoder gives.
+
+    Attributes:
+        features: (B, T, D), input of the softmax layer.
+        attention: (B, T, S), weights over the source tokens, each row sums to 1.
+        moe_stats: Statistics of the decoder's MoE layer, if it has one.
+        state: After the last step.
+    """
+
+    features: Tensor
+    attention: Tensor
+    moe_stats: MoEStats | None
+    state: DecoderState
+
+
+class GNMTDecoder(nn.Module):
+    """LSTM 1 with attention, an MoE layer, and further LSTMs, all with residuals.
+
+    Source: Shazeer et al. 2017, Appendix E.
+    """
+
+    def __init__(self, config: GNMTConfig, embedding: nn.Embedding) -> None:
+        super().__init__()
+        dim, hidden_dim = config.model_dim, config.lstm_hidden_dim
+        self.is_recurrent = config.attention_wiring == "recurrent"
+        self.attention: Attention | None = None
+        if self.is_recurrent:
+            self.bottom: nn.Module = AttentiveLSTM(dim, hidden_dim, config.attention)
+        else:
+            self.bottom = ProjectedLSTM(dim, hidden_dim, dim)
+            self.attention = Attention(dim, config.attention)
+        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
+        second_input = dim if self.is_recurrent else 2 * dim
+        self.layers = nn.ModuleList(
+            ProjectedLSTM(second_input if at == 0 else dim, hidden_dim, dim)
+            for at in range(config.decoder_layers - 1)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        init_weights(self, config)
+        self.embedding = embedding  # after init_weights: its owner has drawn it
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: EncoderOutput,
+        state: DecoderState | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Decode all given steps, or go on from `state`.
+
+        Args:
+            prev_output_tokens: (B, T) int64, padded at the end.
+            encoder_out: Of the same B sentences.
+            state: After the step before; None at the start.
+            padding_mask: (B, T) bool, True = padding: kept from experts, losses and statistics.
+        """
+        x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
+        states: list[State | None] = [None] * (1 + len(self.layers))
+        if state is not None:
+            states = list(zip(state.hidden.unbind(1), state.cell.unbind(1), strict=True))
+        out, attention, context, states[0] = self._attend(x, encoder_out, states[0])
+        x = x + self.dropout(out)
+        stats = None
+        if self.moe is not None:
+            x, stats = self.moe(x, None if padding_mask is None else padding_mask.t())
+        for at, layer in enumerate(self.layers):
+            wide = x if context is None or at > 0 else torch.cat([x, context], dim=2)
+            out, states[at + 1] = layer(wide, states[at + 1])
+            x = x + self.dropout(out)
+        hidden, cell = zip(*states, strict=True)
+        new_state = DecoderState(torch.stack(hidden, dim=1), torch.stack(cell, dim=1))
+        return DecoderOutput(x.transpose(0, 1), attention, stats, new_state)
+
+    def _attend(
+        self, x: Tensor, encoder_out: EncoderOutput, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, State]:
+        """Run LSTM 1 and the attention, in the configured wiring.
+
+        Returns:
+            (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the context for LSTM 2
+            (T, B, D) if it takes one, and LSTM 1's new state.
+        """
+        if self.attention is None:
+            out, weights, new_state = self.bottom(x, encoder_out, state)
+            return out, weights, None, new_state
+        out, new_state = self.bottom(x, state)
+        context, weights = self.attention(
+            out.transpose(0, 1), encoder_out.keys, encoder_out.source, encoder_out.padding_mask
+        )
+        return out, weights, context.transpose(0, 1), new_state

@@ -1,0 +1,81 @@
+"""The GNMT-style encoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmt_moe.moe import MoEStats
+from nmt_moe.nn.attention import AttentionKeys
+from nmt_moe.nn.config import GNMTConfig
+from nmt_moe.nn.lstm import BidirectionalLSTM, ProjectedLSTM
+from nmt_moe.nn.residual import ResidualMoE, init_weights
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What the decoder needs of the source.
+
+    Attributes:
+        source: (B, S, D), aligned with the source tokens.
+        keys: (B, S, D), the attention's part that depends on the source alone.
+        padding_mask: (B, S) bool, True = padding.
+        moe_stats: Statistics of the encoder's MoE layer, if it has one.
+    """
+
+    source: Tensor
+    keys: Tensor
+    padding_mask: Tensor
+    moe_stats: MoEStats | None
+
+    def reorder(self, new_order: Tensor) -> "EncoderOutput":
+        """Pick sentences: `new_order` (B',) int64 holds the sentence of each new row."""
+        return EncoderOutput(
+            self.source.index_select(0, new_order),
+            self.keys.index_select(0, new_order),
+            self.padding_mask.index_select(0, new_order),
+            None,
+        )
+
+
+class GNMTEncoder(nn.Module):
+    """A bidirectional pair of LSTMs, an MoE layer, and further LSTMs, all with residuals.
+
+    Source: Shazeer et al. 2017, Appendix E.
+    """
+
+    def __init__(self, config: GNMTConfig, embedding: nn.Embedding) -> None:
+        super().__init__()
+        sizes = config.model_dim, config.lstm_hidden_dim, config.model_dim
+        self.bottom = BidirectionalLSTM(*sizes)
+        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
+        self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
+        self.attention_keys = AttentionKeys(config.model_dim, config.attention)
+        self.dropout = nn.Dropout(config.dropout)
+        init_weights(self, config)
+        self.embedding = embedding  # after init_weights: its owner has drawn it
+
+    def forward(self, src_tokens: Tensor, padding_mask: Tensor) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+            src_tokens: (B, S) int64, padded on either side.
+            padding_mask: (B, S) bool, True = padding.
+
+        Returns:
+            The encoding, aligned with `src_tokens`; rows of padding are 0.
+        """
+        # Tokens first, padding last, whichever side it came from.
+        order = padding_mask.byte().argsort(dim=1, stable=True)
+        lengths = (~padding_mask).sum(1)
+        right_mask = padding_mask.gather(1, order).t()  # (S, B)
+        x = self.dropout(self.embedding(src_tokens.gather(1, order).t()))  # (S, B, D)
+        x = x + self.dropout(self.bottom(x, lengths))
+        stats = None
+        if self.moe is not None:
+            x, stats = self.moe(x, right_mask)
+        for layer in self.layers:
+            x = x + self.dropout(layer(x)[0])
+        x = x.masked_fill(right_mask.unsqueeze(2), 0.0).transpose(0, 1)
+        source = torch.take_along_dim(x, order.argsort(dim=1).unsqueeze(2), dim=1)
+        return EncoderOutput(source, self.attention_keys(source), padding_mask, stats)

@@ -1,0 +1,50 @@
+"""What follows every layer: dropout, then the layer's input is added."""
+
+from torch import Tensor, nn
+
+from nmt_moe.moe import MoEConfig, MoELayer, MoEStats
+from nmt_moe.nn.config import GNMTConfig
+
+
+class ResidualMoE(nn.Module):
+    """An MoE layer, a sigmoid, dropout, and the residual.
+
+    Source: Shazeer et al. 2017, Appendices C.1 and E.
+    """
+
+    def __init__(self, config: MoEConfig, dropout: float) -> None:
+        super().__init__()
+        self.moe = MoELayer(config)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, MoEStats]:
+        """Apply the layer to all positions of all sentences as one batch of tokens.
+
+        Args:
+            x: (T, B, D).
+            padding_mask: (T, B) bool, True = padding, or None for no padding.
+
+        Returns:
+            (T, B, D), and the layer's statistics.
+        """
+        flat_mask = None if padding_mask is None else padding_mask.reshape(-1)
+        y, stats = self.moe(x.reshape(-1, x.shape[2]), flat_mask)
+        return x + self.dropout(y.sigmoid()).view_as(x), stats
+
+
+def init_weights(module: nn.Module, config: GNMTConfig) -> None:
+    """Draw the weights of a network.
+
+    Matrices are uniform within `config.init_range`; gates, biases and vectors keep what their
+    module gave them, but that LSTM biases start at 0 and forget gates open (1).
+
+    Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1 and ".gate." not in name:
+            nn.init.uniform_(parameter, -config.init_range, config.init_range)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+            if "bias_ih" in name:
+                forget = slice(len(parameter) // 4, len(parameter) // 2)
+                nn.init.ones_(parameter.data[forget])

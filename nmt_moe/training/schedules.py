@@ -1,0 +1,24 @@
+"""Learning rates as functions of the update number."""
+
+
+def warmup_hold_inverse_sqrt(
+    update: int, peak: float, warmup_updates: int, hold_updates: int, start: float = 0.0
+) -> float:
+    """Grow linearly, hold, then fall as 1 / sqrt(update).
+
+    Args:
+        update: Updates done so far.
+        peak: Rate after the warm-up.
+        warmup_updates: Updates from `start` to `peak`.
+        hold_updates: Updates at `peak` after the warm-up.
+        start: Rate at update 0, if there is a warm-up.
+
+    Returns:
+        The rate of the next update.
+
+    Source: Shazeer et al. 2017, Appendix E (2000 updates of warm-up, 8000 held).
+    """
+    if update < warmup_updates:
+        return start + (peak - start) * update / warmup_updates
+    turn = max(warmup_updates + hold_updates, 1)
+    return peak * (turn / max(update, turn)) ** 0.5
