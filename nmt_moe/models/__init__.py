@@ -1,0 +1,9 @@
+"""Models registered with fairseq, which imports this folder file by file.
+
+It imports `tasks/` in the same way, but only if there is a file in it, so what it does not look for
+by itself is imported in both places.
+"""
+
+from nmt_moe import compat as compat
+from nmt_moe import criterions as criterions
+from nmt_moe import optim as optim

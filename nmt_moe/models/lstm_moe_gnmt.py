@@ -1,0 +1,261 @@
+"""`--arch lstm_moe_gnmt` and its relatives: the translation model as fairseq sees it."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
+
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import (
+    FairseqEncoder,
+    FairseqEncoderDecoderModel,
+    FairseqIncrementalDecoder,
+    register_model,
+    register_model_architecture,
+)
+from torch import Tensor, nn
+
+from nmt_moe.moe import GATES, MoEConfig
+from nmt_moe.nn import (
+    ATTENTIONS,
+    WIRINGS,
+    DecoderState,
+    EncoderOutput,
+    GNMTConfig,
+    GNMTDecoder,
+    GNMTEncoder,
+)
+
+# LSTMs have no longest sentence; fairseq wants a number. `--max-source-positions` limits first.
+MAX_POSITIONS = 100_000
+
+AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
+WiringChoice: Any = ChoiceEnum(WIRINGS)
+GateChoice: Any = ChoiceEnum(GATES)
+
+
+@dataclass
+class LSTMMoEGNMTConfig(FairseqDataclass):
+    """Options of the model; defaults are the paper's single-pair model with 32 flat experts."""
+
+    model_dim: int = field(
+        default=GNMTConfig.model_dim, metadata={"help": "width of embeddings and layers"}
+    )
+    lstm_hidden_dim: int = field(
+        default=GNMTConfig.lstm_hidden_dim,
+        metadata={"help": "cells of an LSTM, projected to --model-dim"},
+    )
+    encoder_layers: int = field(
+        default=GNMTConfig.encoder_layers,
+        metadata={"help": "LSTMs of the encoder; the bidirectional pair counts as two"},
+    )
+    decoder_layers: int = field(
+        default=GNMTConfig.decoder_layers, metadata={"help": "LSTMs of the decoder"}
+    )
+    attention: AttentionChoice = field(
+        default=GNMTConfig.attention,
+        metadata={"help": "product: eq. 22 of the paper; additive: eq. 21"},
+    )
+    attention_wiring: WiringChoice = field(
+        default=GNMTConfig.attention_wiring,
+        metadata={
+            "help": "recurrent: decoder LSTM 1 takes the context in; parallel: LSTM 1 runs over "
+            "all steps, then attends, and LSTM 2 takes the context in"
+        },
+    )
+    dropout: float = field(
+        default=GNMTConfig.dropout,
+        metadata={"help": "dropout on the output of every embedding, LSTM and MoE layer"},
+    )
+    init_range: float = field(
+        default=GNMTConfig.init_range, metadata={"help": "weights start uniform within this"}
+    )
+    dense: bool = field(default=False, metadata={"help": "leave the MoE layers out"})
+    num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
+    moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
+    expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
+    moe_gate: GateChoice = field(
+        default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
+    )
+    moe_groups: int = field(
+        default=MoEConfig.num_groups,
+        metadata={"help": "groups of a hierarchical gate; 0 for a flat one"},
+    )
+    importance_loss_weight: float = field(
+        default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
+    )
+    load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
+    )
+
+    def to_config(self) -> GNMTConfig:
+        """Translate to the core's configuration.
+
+        Raises:
+            ValueError: naming the option, its rule and its value.
+        """
+        moe = None
+        if not self.dense:
+            moe = MoEConfig(
+                model_dim=self.model_dim,
+                hidden_dim=self.expert_hidden_dim,
+                num_experts=self.num_experts,
+                top_k=self.moe_top_k,
+                gate=str(self.moe_gate),
+                num_groups=self.moe_groups,
+                importance_weight=self.importance_loss_weight,
+                load_weight=self.load_loss_weight,
+            )
+        return GNMTConfig(
+            model_dim=self.model_dim,
+            lstm_hidden_dim=self.lstm_hidden_dim,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            attention=str(self.attention),
+            attention_wiring=str(self.attention_wiring),
+            dropout=self.dropout,
+            init_range=self.init_range,
+            moe=moe,
+        )
+
+
+@register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)
+class LSTMMoEGNMT(FairseqEncoderDecoderModel):
+    """GNMT-style encoder and decoder with MoE layers between the LSTMs."""
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
+        """Build the model of a task with two dictionaries."""
+        config = LSTMMoEGNMTConfig.to_config(cfg)
+        source, target = task.source_dictionary, task.target_dictionary
+        embedding = build_embedding(config, source)
+        shares_dictionary = source == target
+        target_embedding = embedding if shares_dictionary else build_embedding(config, target)
+        encoder = LSTMMoEGNMTEncoder(config, source, embedding)
+        decoder = LSTMMoEGNMTDecoder(
+            config, target, target_embedding, cfg.share_decoder_input_output_embed
+        )
+        return cls(encoder, decoder)
+
+
+def build_embedding(config: GNMTConfig, dictionary: Dictionary) -> nn.Embedding:
+    """Make the embedding of a dictionary's (V) symbols; padding's row is 0."""
+    embedding = nn.Embedding(len(dictionary), config.model_dim, dictionary.pad())
+    nn.init.uniform_(embedding.weight, -config.init_range, config.init_range)
+    nn.init.zeros_(embedding.weight[dictionary.pad()].data)
+    return embedding
+
+
+class LSTMMoEGNMTEncoder(FairseqEncoder):
+    """The encoder as fairseq calls it."""
+
+    def __init__(self, config: GNMTConfig, dictionary: Dictionary, embedding: nn.Embedding) -> None:
+        super().__init__(dictionary)
+        self.network = GNMTEncoder(config, embedding)
+
+    def forward(
+        self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None, **_: Any
+    ) -> EncoderOutput:
+        """Encode (B, S) source tokens, padded on either side."""
+        return self.network(src_tokens, src_tokens.eq(self.dictionary.pad()))
+
+    def reorder_encoder_out(self, encoder_out: EncoderOutput, new_order: Tensor) -> EncoderOutput:
+        """Pick sentences by (B',) int64."""
+        return encoder_out.reorder(new_order)
+
+    def max_positions(self) -> int:
+        """Return the longest source."""
+        return MAX_POSITIONS
+
+
+class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
+    """The decoder as fairseq calls it, with the softmax layer."""
+
+    def __init__(
+        self,
+        config: GNMTConfig,
+        dictionary: Dictionary,
+        embedding: nn.Embedding,
+        tie_output: bool,
+    ) -> None:
+        super().__init__(dictionary)
+        self.network = GNMTDecoder(config, embedding)
+        self.output = nn.Linear(config.model_dim, len(dictionary), bias=False)
+        nn.init.uniform_(self.output.weight, -config.init_range, config.init_range)
+        if tie_output:
+            self.output.weight = embedding.weight
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: EncoderOutput,
+        incremental_state: Optional[Dict] = None,
+        **_: Any,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """Give (B, T, V) logits and `attn`, `moe_stats`; with a state, of the last step alone."""
+        if incremental_state is None:
+            padding_mask = prev_output_tokens.eq(self.dictionary.pad())
+            out = self.network(prev_output_tokens, encoder_out, padding_mask=padding_mask)
+        else:
+            state = self._get_state(incremental_state)
+            out = self.network(prev_output_tokens[:, -1:], encoder_out, state)
+            self._set_state(incremental_state, out.state)
+        all_stats = {"encoder": encoder_out.moe_stats, "decoder": out.moe_stats}
+        return self.output(out.features), {
+            "attn": [out.attention],
+            "moe_stats": {name: stats for name, stats in all_stats.items() if stats is not None},
+        }
+
+    def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
+        """Move each hypothesis' state to its new row."""
+        state = self._get_state(incremental_state)
+        if state is not None:
+            self._set_state(incremental_state, state.reorder(new_order))
+
+    def _get_state(self, incremental_state: Dict) -> Optional[DecoderState]:
+        saved = self.get_incremental_state(incremental_state, "lstm")
+        return None if saved is None else DecoderState(saved["hidden"], saved["cell"])
+
+    def _set_state(self, incremental_state: Dict, state: DecoderState) -> None:
+        saved = {"hidden": state.hidden, "cell": state.cell}
+        self.set_incremental_state(incremental_state, "lstm", saved)
+
+    def max_positions(self) -> int:
+        """Return the longest target."""
+        return MAX_POSITIONS
+
+
+def set_defaults(args: Namespace, **defaults: Any) -> None:
+    """Set what the command line left open."""
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name, value))
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt")
+def lstm_gnmt(args: Namespace) -> None:
+    """Set the same sizes without MoE layers."""
+    set_defaults(args, dense=True)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_small")
+def lstm_moe_gnmt_small(args: Namespace) -> None:
+    """Set sizes that train on a laptop."""
+    set_defaults(
+        args,
+        model_dim=256,
+        lstm_hidden_dim=512,
+        num_experts=8,
+        moe_top_k=2,
+        expert_hidden_dim=512,
+        dropout=0.2,
+        init_range=0.08,
+        attention_wiring="parallel",
+    )
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_small")
+def lstm_gnmt_small(args: Namespace) -> None:
+    """Set the small sizes with one expert that every token takes: dense, at equal operations."""
+    set_defaults(args, num_experts=1, moe_top_k=1, expert_hidden_dim=1024)
+    lstm_moe_gnmt_small(args)

@@ -1,0 +1,5 @@
+"""Schedules registered with fairseq; importing this folder registers them."""
+
+from nmt_moe.optim.warmup_hold_inverse_sqrt import WarmupHoldInverseSqrt
+
+__all__ = ["WarmupHoldInverseSqrt"]

@@ -1,0 +1,60 @@
+"""`--lr-scheduler warmup_hold_inverse_sqrt`."""
+
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
+from omegaconf import II
+
+from nmt_moe.checks import check_range
+from nmt_moe.training import warmup_hold_inverse_sqrt
+
+
+@dataclass
+class WarmupHoldInverseSqrtConfig(FairseqDataclass):
+    """Options of the schedule; defaults are the paper's for translation."""
+
+    warmup_updates: int = field(
+        default=2000, metadata={"help": "updates in which the rate grows linearly to --lr"}
+    )
+    hold_updates: int = field(
+        default=8000, metadata={"help": "updates at --lr before it falls as 1/sqrt(update)"}
+    )
+    warmup_init_lr: float = field(
+        default=0.0, metadata={"help": "rate of the first update of the warm-up"}
+    )
+    lr: List[float] = II("optimization.lr")
+
+
+@register_lr_scheduler("warmup_hold_inverse_sqrt", dataclass=WarmupHoldInverseSqrtConfig)
+class WarmupHoldInverseSqrt(FairseqLRScheduler):
+    """Grow linearly, hold, fall as 1 / sqrt(update)."""
+
+    def __init__(self, cfg: WarmupHoldInverseSqrtConfig, optimizer: Any) -> None:
+        super().__init__(cfg, optimizer)
+        if len(cfg.lr) != 1:
+            raise ValueError(
+                f"`--lr` must be one rate for warmup_hold_inverse_sqrt, but is {list(cfg.lr)}."
+            )
+        check_range("--warmup-updates", cfg.warmup_updates, 0)
+        check_range("--hold-updates", cfg.hold_updates, 0)
+        self.step_update(0)
+
+    def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
+        """Keep the rate at the end of an epoch."""
+        super().step(epoch, val_loss)
+        return self.optimizer.get_lr()
+
+    def step_update(self, num_updates: int) -> float:
+        """Set and return the rate of the update after `num_updates`."""
+        self.optimizer.set_lr(
+            warmup_hold_inverse_sqrt(
+                num_updates,
+                self.cfg.lr[0],
+                self.cfg.warmup_updates,
+                self.cfg.hold_updates,
+                self.cfg.warmup_init_lr,
+            )
+        )
+        return self.optimizer.get_lr()
