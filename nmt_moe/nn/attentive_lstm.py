@@ -1,7 +1,10 @@
 """The decoder's first LSTM in the paper's wiring: it attends, and takes in what it attended to."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nmt_moe.nn.attention import Attention
@@ -21,8 +24,9 @@ class AttentiveLSTM(nn.Module):
     def __init__(self, model_dim: int, hidden_dim: int, attention: str) -> None:
         super().__init__()
         self.attention = Attention(model_dim, attention)
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
+        self.weight_x = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
+        # Columns of the context, then of the output before: both are there at each step.
+        self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
         self.projection = nn.Linear(hidden_dim, model_dim, bias=False)
 
@@ -43,19 +47,41 @@ class AttentiveLSTM(nn.Module):
             hidden_dim = self.projection.in_features
             state = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], hidden_dim)
         hidden, cell = state
-        weight_x, weight_context = self.weight_ih.split(x.shape[2], dim=1)
-        weight_recurrent = torch.cat([weight_context, self.weight_hh], dim=1)
-        gates_of_x = F.linear(x, weight_x, self.bias_ih)  # (T, B, 4 H)
+        gates_of_x = F.linear(x, self.weight_x, self.bias_ih)  # (T, B, 4 H)
+        inputs: list[Tensor] = []
+        gates_of_x = _CollectWeightGradient.apply(gates_of_x, self.weight_recurrent, inputs)
+        weight_recurrent = self.weight_recurrent.detach().t()
         outputs, rows = [], []
         for gates_t in gates_of_x.unbind(0):
             context, weights = self.attention(
                 hidden.unsqueeze(1), encoder_out.keys, encoder_out.source, encoder_out.padding_mask
             )
             recurrent = torch.cat([context.squeeze(1), hidden], dim=1)
-            gates = gates_t + F.linear(recurrent, weight_recurrent)
+            gates = torch.addmm(gates_t, recurrent, weight_recurrent)
+            inputs.append(recurrent.detach())
             i, f, g, o = gates.chunk(4, dim=1)
             cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
             hidden = self.projection(torch.sigmoid(o) * torch.tanh(cell))
             outputs.append(hidden)
             rows.append(weights)
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
+
+
+class _CollectWeightGradient(torch.autograd.Function):
+    """Compute the recurrent weights' gradient in one product over all steps.
+
+    Autograd would add up one product per step, each over few rows. The gates of all steps pass
+    through here before the recurrent part is added, so their gradient is known when the last of
+    them comes back; `inputs` is filled by the steps in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs = inputs
+        return gates.view_as(gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_gates: Tensor) -> tuple[Tensor, Tensor, None]:
+        flat = grad_gates.reshape(-1, grad_gates.shape[2])
+        return grad_gates, flat.t() @ torch.cat(ctx.inputs), None

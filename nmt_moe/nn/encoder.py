@@ -20,20 +20,29 @@ class EncoderOutput:
         source: (B, S, D), aligned with the source tokens.
         keys: (B, S, D), the attention's part that depends on the source alone.
         padding_mask: (B, S) bool, True = padding.
+        sentence: (B,) int64, which of the encoded sentences each row is.
         moe_stats: Statistics of the encoder's MoE layer, if it has one.
     """
 
     source: Tensor
     keys: Tensor
     padding_mask: Tensor
+    sentence: Tensor
     moe_stats: MoEStats | None
 
     def reorder(self, new_order: Tensor) -> "EncoderOutput":
-        """Pick sentences: `new_order` (B',) int64 holds the sentence of each new row."""
+        """Pick rows: `new_order` (B',) int64 holds the old row of each new one.
+
+        A beam search mostly exchanges hypotheses of the same sentence: then nothing is copied.
+        """
+        sentence = self.sentence.index_select(0, new_order)
+        if torch.equal(sentence, self.sentence):
+            return self
         return EncoderOutput(
             self.source.index_select(0, new_order),
             self.keys.index_select(0, new_order),
             self.padding_mask.index_select(0, new_order),
+            sentence,
             None,
         )
 
@@ -78,4 +87,5 @@ class GNMTEncoder(nn.Module):
             x = x + self.dropout(layer(x)[0])
         x = x.masked_fill(right_mask.unsqueeze(2), 0.0).transpose(0, 1)
         source = torch.take_along_dim(x, order.argsort(dim=1).unsqueeze(2), dim=1)
-        return EncoderOutput(source, self.attention_keys(source), padding_mask, stats)
+        sentence = torch.arange(len(source), device=source.device)
+        return EncoderOutput(source, self.attention_keys(source), padding_mask, sentence, stats)

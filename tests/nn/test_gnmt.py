@@ -172,3 +172,26 @@ def test_forget_gates_start_open_and_gates_at_zero():
 def test_sizes_that_cannot_be_built_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GNMTConfig(**change)
+
+
+def test_a_beam_that_stays_with_its_sentences_copies_no_encoding():
+    encoder, _ = build()
+    source = tokens(4, 3)
+    beams = encoder(source, source.eq(PAD)).reorder(torch.tensor([0, 0, 1, 1]))
+    assert beams.reorder(torch.tensor([1, 0, 2, 2])) is beams
+    second = beams.reorder(torch.tensor([2, 3]))
+    torch.testing.assert_close(second.source, beams.source[2:])
+
+
+def test_gradients_of_the_recurrent_wiring_agree_with_finite_differences():
+    encoder, decoder = build("recurrent", model_dim=2, lstm_hidden_dim=3)
+    source = tokens(3, 2)
+    encoded = encoder(source, source.eq(PAD))
+    lstm = decoder.bottom
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = [lstm.weight_x, lstm.weight_recurrent, lstm.bias_ih, lstm.projection.weight]
+
+    def run(x, *_):
+        return lstm(x, encoded)[:2]
+
+    assert torch.autograd.gradcheck(run, (x, *weights))
