@@ -13,7 +13,7 @@ from nmt_moe.nn.lstm import State
 
 
 class AttentiveLSTM(nn.Module):
-    """An LSTM with projection whose input at each step is [x; context].
+    """An LSTM, projected unless as wide as its cells, whose input at each step is [x; context].
 
     The context of a step is what the output of the step before attends to (at the first step the
     zero output, hence all positions equally), as in GNMT. Steps cannot run at once.
@@ -28,7 +28,11 @@ class AttentiveLSTM(nn.Module):
         # Columns of the context, then of the output before: both are there at each step.
         self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
-        self.projection = nn.Linear(hidden_dim, model_dim, bias=False)
+        self.hidden_dim = hidden_dim
+        is_projected = hidden_dim != model_dim
+        self.projection = (
+            nn.Linear(hidden_dim, model_dim, bias=False) if is_projected else nn.Identity()
+        )
 
     def forward(
         self, x: Tensor, encoder_out: EncoderOutput, state: State | None = None
@@ -44,8 +48,7 @@ class AttentiveLSTM(nn.Module):
             (T, B, D) outputs, (B, T, S) attention weights, and the state after the last step.
         """
         if state is None:
-            hidden_dim = self.projection.in_features
-            state = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], hidden_dim)
+            state = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], self.hidden_dim)
         hidden, cell = state
         gates_of_x = F.linear(x, self.weight_x, self.bias_ih)  # (T, B, 4 H)
         inputs: list[Tensor] = []

@@ -133,6 +133,16 @@ def test_context_of_the_recurrent_wiring_starts_from_all_positions_equally():
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
+def test_cells_as_wide_as_the_model_need_no_projection(wiring):
+    encoder, decoder = build(wiring, model_dim=6, lstm_hidden_dim=6)
+    source = tokens(4, 4)
+    out = decoder(tokens(3, 3), encoder(source, source.eq(PAD)))
+    assert out.features.shape == (2, 3, 6)
+    names = [name for name, _ in (*encoder.named_parameters(), *decoder.named_parameters())]
+    assert not [name for name in names if "weight_hr" in name or "bottom.projection" in name]
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
 def test_every_parameter_learns(wiring):
     encoder, decoder = (network.train() for network in build(wiring))
     source, target = tokens(7, 3, 5), tokens(4, 6, 2)

@@ -1,0 +1,158 @@
+"""Time competitors side by side, and print what was found.
+
+One round measures each competitor once, A B C ... A B C ..., so that a slow minute of the machine
+hits all of them; medians over the rounds are compared.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A competitor runs once, and may return the seconds of its parts.
+Job = Callable[[], Mapping[str, float] | None]
+
+
+@dataclass
+class Samples:
+    """Seconds of one competitor, a number per round.
+
+    Attributes:
+        seconds: The whole job.
+        parts: Named parts of it.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the whole job."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(Slowest - fastest) / median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+    def part(self, name: str) -> float:
+        """Median of one part."""
+        return statistics.median(self.parts[name])
+
+
+def interleave(
+    jobs: Mapping[str, Job], rounds: int, device: str = "cpu", warmup: int = 1
+) -> dict[str, Samples]:
+    """Run all jobs in turn, `warmup` rounds unmeasured and then `rounds` measured ones."""
+    samples = {name: Samples() for name in jobs}
+    start = time.perf_counter()
+    for at in range(-warmup, rounds):
+        for name, job in jobs.items():
+            if at < 0:
+                say(f"warm-up: {name}")
+            synchronise(device)
+            begin = time.perf_counter()
+            parts = job()
+            synchronise(device)
+            seconds = time.perf_counter() - begin
+            if at >= 0:
+                samples[name].seconds.append(seconds)
+                for part, value in (parts or {}).items():
+                    samples[name].parts.setdefault(part, []).append(value)
+        done = at + 1 + warmup
+        left = (time.perf_counter() - start) / done * (rounds + warmup - done)
+        say(f"{done} of {rounds + warmup} rounds done, about {left:.0f} s left")
+    return samples
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done all it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """Return the most memory this process has held: of the GPU's allocator, or resident.
+
+    `ru_maxrss` would start at the size of the process that started this one.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
+
+
+def describe_hardware(device: str, threads: int) -> str:
+    """Name what a table was measured on."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    cores = os.cpu_count()
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name()}, {versions}"
+    return f"{cpu_model()}, threads: {threads} on {cores} cores, {versions}"
+
+
+def cpu_model() -> str:
+    """Name the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table: the first column to the left, numbers to the right."""
+    lines = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every program here."""
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (7)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="cpu or cuda (cpu)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of weights and tokens (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Apply the common flags.
+
+    Raises:
+        SystemExit: a flag asks for what is not there.
+    """
+    if args.rounds < 1 or args.threads < 1:
+        sys.exit(
+            f"--rounds and --threads must be at least 1, but are {args.rounds}, {args.threads}."
+        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU here. Use --device cpu.")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+
+def write_json(path: Path | None, args: argparse.Namespace, hardware: str, rows: Any) -> None:
+    """Keep the settings, the hardware and every sample, if a file was named."""
+    if path is not None:
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        found = {"settings": settings, "hardware": hardware, "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def say(message: str) -> None:
+    """Tell how far the program is."""
+    print(message, file=sys.stderr, flush=True)

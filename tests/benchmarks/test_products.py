@@ -1,0 +1,100 @@
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import products
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder
+
+BATCH = products.Batch(sentences=2, source_length=5, target_length=3, vocab_size=11)
+
+
+def config(wiring="recurrent", attention="product", moe=True):
+    moe_config = MoEConfig(model_dim=4, hidden_dim=6, num_experts=4, top_k=2)
+    return GNMTConfig(
+        model_dim=4,
+        lstm_hidden_dim=8,
+        attention=attention,
+        attention_wiring=wiring,
+        moe=moe_config if moe else None,
+    )
+
+
+def test_flops_by_hand_of_the_recurrent_wiring():
+    # B = 2, S = 5, T = 3, V = 11, D = 4, LSTM hidden 8 (gates 32), experts 6 wide, 4 of them,
+    # 2 taken. Multiplications and additions, so 2 each; forward, and two gradients, so 3 each.
+    assert products.flops_by_group(products.model_products(config(), BATCH)) == {
+        # Three LSTMs over 10 source tokens, two over 6 target tokens, all from D to the gates.
+        "LSTM input": 6 * (3 * 10 + 2 * 6) * 4 * 32,
+        # The same from what recurs: D, or output and context, 2 D, in decoder LSTM 1.
+        "LSTM recurrent": 6 * (3 * 10 * 4 + 6 * 8 + 6 * 4) * 32,
+        "LSTM projection": 6 * (3 * 10 + 2 * 6) * 8 * 4,
+        # 16 tokens to 4 experts, once for the logits and once for the noise.
+        "MoE gate": 6 * 2 * 16 * 4 * 4,
+        # 32 rows up and down.
+        "MoE experts": 6 * 2 * 32 * 4 * 6,
+        # Keys of 10 tokens, queries of 6; each of the 6 meets 5 source tokens, twice.
+        "attention": 6 * ((10 + 6) * 4 * 4 + 2 * 6 * 5 * 4),
+        "softmax": 6 * 6 * 4 * 11,
+    }
+
+
+def test_the_wirings_differ_in_where_the_context_goes_and_not_in_operations():
+    recurrent = products.flops_by_group(products.model_products(config(), BATCH))
+    parallel = products.flops_by_group(products.model_products(config("parallel"), BATCH))
+    # 6 target tokens' contexts (D = 4) go to the 32 gates of LSTM 2 at once, not of LSTM 1 by step.
+    moved = 6 * 6 * 4 * 32
+    recurrent["LSTM input"] += moved
+    recurrent["LSTM recurrent"] -= moved
+    assert parallel == recurrent
+
+
+def test_a_dense_model_has_no_products_of_an_moe():
+    groups = products.flops_by_group(products.model_products(config(moe=False), BATCH))
+    assert not [name for name in groups if "MoE" in name]
+
+
+def test_the_list_agrees_with_what_the_model_computes():
+    # Of each LSTM's first step torch leaves out the gradient of the zero state, B D 4 H; in the
+    # recurrent wiring decoder LSTM 1 has one all the same, for the context, but not its query's.
+    zero_state, zero_query = 2 * 2 * 4 * 32, 2 * 2 * 4 * 4
+    for wiring, left_out in (
+        ("parallel", 5 * zero_state),
+        ("recurrent", 4 * zero_state + zero_query),
+    ):
+        for moe in (True, False):
+            sizes = config(wiring, moe=moe)
+            listed = products.training_flops(products.model_products(sizes, BATCH))
+            assert counted_flops(sizes) == listed - left_out, (wiring, moe)
+
+
+def counted_flops(sizes):
+    """Count the operations of all products in one training step, as torch sees them."""
+    embedding = nn.Embedding(11, sizes.model_dim)
+    encoder, decoder = GNMTEncoder(sizes, embedding), GNMTDecoder(sizes, embedding)
+    output = nn.Linear(sizes.model_dim, 11, bias=False)
+    source = torch.randint(11, (BATCH.sentences, BATCH.source_length))
+    target = torch.randint(11, (BATCH.sentences, BATCH.target_length))
+    with FlopCounterMode(display=False) as counter:
+        encoded = encoder(source, torch.zeros_like(source, dtype=torch.bool))
+        output(decoder(target, encoded).features).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_the_bare_run_does_the_listed_operations():
+    for attention in ("product", "additive"):
+        listed = products.model_products(config(attention=attention), BATCH)
+        bare = products.BareProducts(listed, products.Pool("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            bare()
+        assert counter.get_total_flops() == products.training_flops(listed)
+
+
+def test_stepwise_products_have_one_weight_gradient():
+    product = products.Product("LSTM recurrent", rows=2, inner=3, cols=4, steps=5)
+    calls = []
+    bare = products.BareProducts([product], products.Pool("cpu"))
+    bare._multiply = lambda left, right: calls.append((left.shape[1:], right.shape[1:]))
+    bare()
+    forward, backward = ((2, 3), (3, 4)), ((2, 4), (4, 3))
+    assert calls == [forward] * 5 + [((3, 10), (10, 4))] + [backward] * 5
