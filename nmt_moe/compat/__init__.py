@@ -1,0 +1,32 @@
+"""The few repairs fairseq needs on today's Python and torch, made when this package is imported.
+
+Each is a small function that acts only where a test of the installed versions or of the arguments
+says so, gives its reason, and has its own test. All replace names in fairseq's modules, which its
+commands look up when they run; none edits a file. Importing twice repairs once.
+"""
+
+from nmt_moe.compat.checkpoints import allow_checkpoint_types, explain_unreadable_checkpoints
+from nmt_moe.compat.corpora import keep_every_sentence, name_uneven_corpora
+from nmt_moe.compat.errors import end_in_one_message
+from nmt_moe.compat.precision import let_half_precision_train_anywhere
+from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
+
+__all__ = [
+    "allow_checkpoint_types",
+    "end_in_one_message",
+    "explain_unreadable_checkpoints",
+    "keep_every_sentence",
+    "let_half_precision_train_anywhere",
+    "let_torchrun_train_on_cpu",
+    "name_uneven_corpora",
+    "prepare_processes_and_input",
+]
+
+allow_checkpoint_types()
+explain_unreadable_checkpoints()
+keep_every_sentence()
+name_uneven_corpora()
+let_half_precision_train_anywhere()
+let_torchrun_train_on_cpu()
+prepare_processes_and_input()
+end_in_one_message()

@@ -1,0 +1,69 @@
+"""End a fairseq command that its user can put right in one message instead of a traceback."""
+
+import os
+import sys
+import traceback
+from types import TracebackType
+
+SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
+
+
+def end_in_one_message() -> None:
+    """Print errors that are the user's to mend as one message, in fairseq's commands only.
+
+    Reason: a traceback of thirty lines hides its last one, which names the option or file. Programs
+    that merely import fairseq keep their own way with exceptions. The exit status stays 1.
+    """
+    if is_fairseq_command() and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_error
+
+
+def is_fairseq_command() -> bool:
+    """Tell whether this process is fairseq-train, -generate, ..., or `python -m fairseq_cli...`."""
+    return _program().startswith("fairseq-")
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the message that says all there is to say, or None where a traceback is needed.
+
+    A ValueError of ours is by rule the caller's mistake; fairseq raises a bare Exception for those.
+    """
+    raiser = _raiser(error)
+    message = str(error).strip()
+    if not message:
+        return None
+    if isinstance(error, OSError | FloatingPointError):
+        return message
+    if isinstance(error, ValueError) and raiser == "nmt_moe":
+        return message
+    if type(error) is Exception and raiser in ("fairseq", "fairseq_cli"):
+        reason = error.__cause__ or error.__context__
+        return message if reason is None else f"{message}\nReason: {str(reason).strip()}"
+    return None
+
+
+def _raiser(error: BaseException) -> str:
+    """Return the top package of the module that raised the error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
+
+
+def _program() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name.startswith("fairseq_cli."):
+        return "fairseq-" + spec.name.split(".")[-1].replace("_", "-")
+    return os.path.basename(sys.argv[0])
+
+
+def _print_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    message = None if os.environ.get(SHOW_TRACEBACK) else explain(error)
+    if message is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stdout.flush()
+    print(  # noqa: T201 - the command's last word
+        f"{_program()}: error: {message}\n({SHOW_TRACEBACK}=1 shows the traceback.)",
+        file=sys.stderr,
+    )

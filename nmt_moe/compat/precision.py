@@ -1,0 +1,45 @@
+"""Let --bf16 and --fp16 train on what is there: a GPU without XLA, or a CPU."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq import options
+from fairseq.distributed import utils as distributed_utils
+
+from nmt_moe.compat._replace import replace
+
+
+def let_half_precision_train_anywhere() -> None:
+    """Mend the arguments of half precision after they are parsed.
+
+    Reason: `parse_args_and_arch` takes every --bf16 for a TPU, and --fp16 flattens gradients on the
+    current CUDA device, which a CPU-only torch does not have. All commands look the function up in
+    `options` after --user-dir is imported.
+    """
+    replace(options, "parse_args_and_arch", _parsing)
+
+
+def _parsing(parse: Callable) -> Callable:
+    def parse_args_and_arch(*positional: Any, **keywords: Any) -> Any:
+        try:
+            result = parse(*positional, **keywords)
+        except ValueError as error:
+            if "Cannot combine --fp16 and --tpu" not in str(error):
+                raise
+            message = "`--fp16` and `--bf16` (or `--tpu`) exclude each other. Choose one."
+            raise ValueError(message) from error
+        mend_precision(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    return parse_args_and_arch
+
+
+def mend_precision(args: Namespace) -> None:
+    """Take bf16 for bf16, and keep fp16 gradients of a CPU apart."""
+    if getattr(args, "bf16", False) and distributed_utils.xm is None:
+        args.tpu = False
+    on_cpu = getattr(args, "cpu", False) or not torch.cuda.is_available()
+    if getattr(args, "fp16", False) and on_cpu and hasattr(args, "fp16_no_flatten_grads"):
+        args.fp16_no_flatten_grads = True

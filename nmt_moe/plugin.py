@@ -1,0 +1,18 @@
+"""Register everything the plugin adds to fairseq, from any process."""
+
+import importlib
+import pkgutil
+
+
+def register() -> None:
+    """Import every shell module, so that fairseq knows all names of the plugin.
+
+    `--user-dir nmt_moe` does the same, but only where `nmt_moe` was not imported before: else
+    fairseq merely notes "already imported". Tests and tools call this; twice does no harm.
+    """
+    # The order in which fairseq walks a plugin; tasks/__init__.py brings compat, criterions, optim.
+    for folder in ("tasks", "models"):
+        package = importlib.import_module(f"nmt_moe.{folder}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if not module.name.rsplit(".", 1)[-1].startswith("_"):
+                importlib.import_module(module.name)

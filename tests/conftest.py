@@ -1,0 +1,31 @@
+"""What all tests share: one thread for each process, and no test without what it needs."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before torch is imported: tests that start several processes would fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+if importlib.util.find_spec("fairseq") is None:
+    collect_ignore = ["shell"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu or multigpu where there are too few CUDA devices."""
+    needs = {"gpu": 1, "multigpu": 2}
+    for item in items:
+        for marker, count in needs.items():
+            if item.get_closest_marker(marker) and torch.cuda.device_count() < count:
+                item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA devices"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Return the folder of the checkout."""
+    return REPOSITORY

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Check everything: style, format, import floors, types, shell scripts, tests.
+#
+# Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
+#
+# All checks run, also after one has failed; the end names those that did. The environment is that of tools/setup.sh
+# (with NMT_MOE_PYTHON it also needs the packages of setup.cfg's extra "dev").
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+bash "$ROOT/tools/setup.sh"
+if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
+  python=$(command -v "$NMT_MOE_PYTHON")
+  "$python" "$ROOT/tools/check_environment.py" --extra demo --extra dev
+else
+  python=$ROOT/.venv/bin/python
+fi
+bin=$(dirname "$python")
+cd "$ROOT"
+
+failed=()
+
+check() {
+  local name=$1
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || failed+=("$name")
+}
+
+check_shell_scripts() {
+  local scripts
+  mapfile -t scripts < <(find . -name .venv -prune -o -name work -prune -o -name '*.sh' -print | sort)
+  "$bin/shellcheck" -x "${scripts[@]}" .ci/run
+}
+
+check style "$python" -m ruff check .
+check format "$python" -m ruff format --check .
+check floors env PYTHONPATH="$ROOT" "$bin/lint-imports"
+check types "$python" -m mypy
+check shell check_shell_scripts
+check tests bash tools/test.sh "$@"
+
+if ((${#failed[@]})); then
+  printf '\nfailed: %s\n' "${failed[*]}" >&2
+  exit 1
+fi
+printf '\nall checks passed\n'

@@ -1,0 +1,1 @@
+"""See cpp_extension.py."""

@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# Make the project's environment: .venv in the repository, with the versions of tools/constraints.txt.
+#
+# Usage: bash tools/setup.sh [--help]
+#
+# The first run downloads torch and compiles fairseq's fast loops (about a minute, once; it needs a C++ compiler).
+# Each later run only checks, in seconds. A run that was interrupted is repaired by the next one.
+# The project itself is installed in editable form: changes to the code are live. Therefore `--user-dir nmt_moe`
+# works from the repository's folder; from elsewhere, give the folder's path.
+#
+# Environment variables:
+#   NMT_MOE_PYTHON  a Python that has everything already: it is checked, used as it is, and nothing is installed
+#   PYTHON          the Python 3.11 or 3.12 to make .venv from (default: the first such on PATH)
+#   PIP_*           pip's own settings; PIP_INDEX_URL, for instance, names another package index
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+STAMPS=$VENV/.setup
+LOG=$STAMPS/pip.log
+STEPS=6
+
+say() { printf '%s\n' "$*"; }
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+print_manual() { awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "${BASH_SOURCE[0]}"; }
+
+# What a Python must be for .venv to be made from it; prints what is wrong with it, if anything is.
+refusal_of_python() {
+  "$1" - 2>/dev/null <<'PYTHON' || echo "does not run"
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+    print("is Python %d.%d" % sys.version_info[:2])
+else:
+    try:
+        import ensurepip, venv
+    except ImportError:
+        print("has no venv module (Debian: apt-get install python3-venv)")
+PYTHON
+}
+
+find_python() {
+  local candidate refusal refusals=""
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3 python; do
+    command -v "$candidate" >/dev/null || {
+      [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON is not a program"
+      continue
+    }
+    refusal=$(refusal_of_python "$candidate")
+    if [[ -z $refusal ]]; then
+      command -v "$candidate"
+      return
+    fi
+    [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON $refusal; Python 3.11 or 3.12 is needed"
+    refusals+="; $candidate $refusal"
+  done
+  die "Python 3.11 or 3.12 is needed and not on PATH${refusals}. Install one, or name it: PYTHON=/path/to/python3.11"
+}
+
+# use_given PYTHON: check an environment that the user chose.
+use_given() {
+  local python
+  python=$(command -v "$1") || die "NMT_MOE_PYTHON=$1 is not a program"
+  "$python" "$ROOT/tools/check_environment.py" --extra demo ||
+    die "NMT_MOE_PYTHON is used as it is: install what is missing, or unset it and let tools/setup.sh make .venv"
+  say "using $python as it is"
+}
+
+digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
+
+# All that decides what .venv holds.
+key_of_inputs() {
+  (
+    cd "$ROOT"
+    cat setup.cfg pyproject.toml tools/setup.sh tools/constraints.txt tools/fairseq-requirements*.txt \
+      tools/fairseq_build/torch/utils/cpp_extension.py
+    "$VENV/bin/python" -VV
+    pwd
+  ) | digest
+}
+
+environment_works() { "$VENV/bin/python" "$ROOT/tools/check_environment.py" --extra demo --extra dev "$@"; }
+
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# step NUMBER TEXT COMMAND...: do one step, unless its stamp says it ended well with the same inputs.
+# A step that was cut off may have left half a package behind: it is then done again over everything (AGAIN).
+step() {
+  local number=$1 text=$2
+  shift 2
+  local stamp=$STAMPS/step-$number started=$STAMPS/step-$number.started
+  if [[ -f $stamp && $(<"$stamp") == "$KEY" ]]; then
+    say "[$number/$STEPS] $text: done before"
+    return
+  fi
+  say "[$number/$STEPS] $text"
+  AGAIN=()
+  [[ ! -f $started ]] || AGAIN=(--ignore-installed)
+  touch "$started"
+  "$@" >"$LOG" 2>&1 || {
+    tail -n 25 "$LOG" >&2
+    die "step $number of the set-up failed ($text); the whole log is $LOG. Running this again continues from here"
+  }
+  rm -f "$started"
+  printf '%s' "$KEY" >"$stamp"
+}
+
+make_venv() {
+  local python
+  # Commands in a moved environment still name the old place.
+  if "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && [[ -z $(refusal_of_python "$VENV/bin/python") ]] &&
+    [[ ! -f $STAMPS/place || $(<"$STAMPS/place") == "$VENV" ]]; then
+    return
+  fi
+  python=$(find_python)
+  say "[1/$STEPS] making $VENV from $python ($("$python" -V))"
+  [[ ! -e $VENV || -f $VENV/pyvenv.cfg || -d $STAMPS ]] || die "$VENV exists but is no virtual environment; move it away"
+  "$python" -m venv --clear "$VENV"
+}
+
+install_build_tools() {
+  pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" setuptools wheel Cython numpy
+}
+
+install_torch() { pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" torch; }
+
+install_fairseq_needs() {
+  pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" -r "$ROOT/tools/fairseq-requirements-runtime.txt"
+}
+
+# With CUDA_HOME set, fairseq would want CUDA sources that its archive lacks. What is built here is a part of
+# fairseq (see tools/fairseq_build), so it must not get into pip's cache for others.
+build_fairseq() {
+  command -v "${CXX:-c++}" || command -v g++ || {
+    echo "fairseq needs a C++ compiler, and there is none (Debian: apt-get install g++)"
+    return 1
+  }
+  local arguments=(--no-deps --no-build-isolation --require-hashes --no-cache-dir)
+  env -u CUDA_HOME PYTHONPATH="$ROOT/tools/fairseq_build" "$VENV/bin/python" -m pip --disable-pip-version-check \
+    --no-input install ${AGAIN[@]+"${AGAIN[@]}"} "${arguments[@]}" -r "$ROOT/tools/fairseq-requirements.txt"
+}
+
+install_project() {
+  pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,dev]"
+}
+
+run_steps() {
+  step 2 "installing the build tools" install_build_tools
+  step 3 "installing torch (the largest download)" install_torch
+  step 4 "installing fairseq's libraries" install_fairseq_needs
+  step 5 "building fairseq (about a minute, once)" build_fairseq
+  step 6 "installing nmt_moe and the development tools" install_project
+}
+
+main() {
+  case ${1:-} in
+    "") ;;
+    -h | --help)
+      print_manual
+      return
+      ;;
+    *) die "unknown argument '$1'; see --help" ;;
+  esac
+  if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
+    use_given "$NMT_MOE_PYTHON"
+    return
+  fi
+  # An inherited PYTHONPATH or PYTHONHOME must decide nothing here.
+  unset PYTHONPATH PYTHONHOME
+  if [[ -x $VENV/bin/python && -f $STAMPS/complete && $(<"$STAMPS/complete") == "$(key_of_inputs)" ]]; then
+    if environment_works --quick; then
+      say "the environment is complete: $VENV"
+      return
+    fi
+    say "repairing the environment"
+    rm -f "$STAMPS"/step-* "$STAMPS/complete"
+  fi
+  make_venv
+  mkdir -p "$STAMPS"
+  printf '%s' "$VENV" >"$STAMPS/place"
+  # Two set-ups at once would spoil each other's work.
+  if command -v flock >/dev/null; then
+    exec 9>"$STAMPS/lock"
+    flock -n 9 || {
+      say "another set-up is running; waiting for it"
+      flock 9
+    }
+  fi
+  KEY=$(key_of_inputs)
+  run_steps
+  environment_works || die "the environment is still not right; delete $VENV and run this again"
+  printf '%s' "$KEY" >"$STAMPS/complete"
+  say "the environment is complete: $VENV"
+}
+
+main "$@"

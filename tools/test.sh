@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Set up the environment and run the whole test suite.
+#
+# Usage: bash tools/test.sh [--help] [PYTEST ARGUMENTS...]
+#   bash tools/test.sh                                     all tests that need no GPU and take no minutes
+#   bash tools/test.sh tests/moe                           one folder
+#   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow ones
+#
+# Environment variables:
+#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh); it also needs pytest, pytest-timeout
+#   OMP_NUM_THREADS  threads of each test process (default 1: more slow down tests that start several processes)
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+bash "$ROOT/tools/setup.sh"
+if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
+  python=$(command -v "$NMT_MOE_PYTHON")
+  "$python" "$ROOT/tools/check_environment.py" --extra demo --extra test
+else
+  python=$ROOT/.venv/bin/python
+fi
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+cd "$ROOT"
+exec "$python" -m pytest "$@"
