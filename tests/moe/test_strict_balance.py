@@ -55,7 +55,7 @@ def test_equal_scores_spread_over_the_batch_so_that_every_token_gets_k_experts()
 @pytest.mark.parametrize("training", [True, False])
 def test_a_token_that_no_expert_takes_gets_zero(training):
     torch.manual_seed(0)
-    layer = MoELayer(MoEConfig(6, 4, 8, 1, gate="strictly_balanced")).double().train(training)
+    layer = MoELayer(MoEConfig(6, 64, 8, 1, gate="strictly_balanced")).double().train(training)
     torch.nn.init.normal_(layer.gate.gate_weight)
     x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     out = layer.gate(x)
