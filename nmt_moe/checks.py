@@ -43,17 +43,14 @@ def check_divides(name: str, value: int, what: str, divisor: int) -> None:
         )
 
 
-def check_shape(
-    name: str, tensor: Tensor, shape: Sequence[int | None], letters: str
-) -> None:
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
     """Refuse a tensor of another shape; `None` in `shape` stands for any size.
 
     Raises:
         ValueError: naming the tensor, the wanted shape in letters and numbers, and its shape.
     """
     fits = tensor.dim() == len(shape) and all(
-        want is None or want == have
-        for want, have in zip(shape, tensor.shape, strict=True)
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)

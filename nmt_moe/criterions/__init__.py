@@ -1,7 +1,5 @@
 """Criterions registered with fairseq; importing this folder registers them."""
 
-from nmt_moe.criterions.moe_label_smoothed_cross_entropy import (
-    MoELabelSmoothedCrossEntropy,
-)
+from nmt_moe.criterions.moe_label_smoothed_cross_entropy import MoELabelSmoothedCrossEntropy
 
 __all__ = ["MoELabelSmoothedCrossEntropy"]

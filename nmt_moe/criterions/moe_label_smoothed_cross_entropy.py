@@ -17,8 +17,7 @@ STATS = ("importance", "load")
 
 
 @register_criterion(
-    "moe_label_smoothed_cross_entropy",
-    dataclass=LabelSmoothedCrossEntropyCriterionConfig,
+    "moe_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig
 )
 class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """fairseq's label-smoothed cross-entropy, plus the balance losses of all MoE layers.
@@ -36,9 +35,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         """Compute the loss of a batch, its sample size and what to log."""
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
-        sample_size = (
-            sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-        )
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "nll_loss": nll_loss.data,
             "ntokens": sample["ntokens"],
@@ -47,18 +44,13 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         }
         if self.report_accuracy:
             n_correct, total = self.compute_accuracy(model, net_output, sample)
-            logging_output["n_correct"], logging_output["total"] = (
-                n_correct.data,
-                total.data,
-            )
+            logging_output["n_correct"], logging_output["total"] = n_correct.data, total.data
         all_stats: Dict[str, MoEStats] = net_output[1].get("moe_stats", {})
         for name, stats in all_stats.items():
             for key in STATS:
                 logging_output[f"{name}_moe_{key}"] = getattr(stats, key).detach()
         if model.training and all_stats:
-            balance_loss = torch.stack(
-                [s.balance_loss for s in all_stats.values()]
-            ).sum()
+            balance_loss = torch.stack([s.balance_loss for s in all_stats.values()]).sum()
             loss = loss + sample_size * balance_loss
             logging_output["balance_loss"] = sample_size * balance_loss.detach()
         logging_output["loss"] = loss.data
@@ -83,21 +75,14 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         sample_size = sum(log["sample_size"] for log in logging_outputs)
         if "balance_loss" in logging_outputs[0]:
             total = sum(log["balance_loss"] for log in logging_outputs)
-            metrics.log_scalar(
-                "balance_loss", total / sample_size, sample_size, round=4
-            )
+            metrics.log_scalar("balance_loss", total / sample_size, sample_size, round=4)
         suffix = f"_moe_{STATS[0]}"
-        layers = [
-            key[: -len(suffix)] for key in logging_outputs[0] if key.endswith(suffix)
-        ]
+        layers = [key[: -len(suffix)] for key in logging_outputs[0] if key.endswith(suffix)]
         if not layers:
             return
         rows = [
             balance_metrics(
-                *(
-                    sum(log[f"{layer}_moe_{key}"] for log in logging_outputs)
-                    for key in STATS
-                )
+                *(sum(log[f"{layer}_moe_{key}"] for log in logging_outputs) for key in STATS)
             )
             for layer in layers
         ]

@@ -39,8 +39,7 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
     """Options of the model; defaults are the paper's single-pair model with 32 flat experts."""
 
     model_dim: int = field(
-        default=GNMTConfig.model_dim,
-        metadata={"help": "width of embeddings and layers"},
+        default=GNMTConfig.model_dim, metadata={"help": "width of embeddings and layers"}
     )
     lstm_hidden_dim: int = field(
         default=GNMTConfig.lstm_hidden_dim,
@@ -66,22 +65,15 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
     )
     dropout: float = field(
         default=GNMTConfig.dropout,
-        metadata={
-            "help": "dropout on the output of every embedding, LSTM and MoE layer"
-        },
+        metadata={"help": "dropout on the output of every embedding, LSTM and MoE layer"},
     )
     init_range: float = field(
-        default=GNMTConfig.init_range,
-        metadata={"help": "weights start uniform within this"},
+        default=GNMTConfig.init_range, metadata={"help": "weights start uniform within this"}
     )
     dense: bool = field(default=False, metadata={"help": "leave the MoE layers out"})
     num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
-    moe_top_k: int = field(
-        default=MoEConfig.top_k, metadata={"help": "experts each token goes to"}
-    )
-    expert_hidden_dim: int = field(
-        default=2048, metadata={"help": "hidden width of an expert"}
-    )
+    moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
+    expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
     moe_gate: GateChoice = field(
         default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
     )
@@ -92,12 +84,9 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
     importance_loss_weight: float = field(
         default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
     )
-    load_loss_weight: float = field(
-        default=MoEConfig.load_weight, metadata={"help": "w_load"}
-    )
+    load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
     share_decoder_input_output_embed: bool = field(
-        default=False,
-        metadata={"help": "use the decoder's embedding as softmax weights too"},
+        default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
     )
 
     def to_config(self) -> GNMTConfig:
@@ -142,9 +131,7 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
         source, target = task.source_dictionary, task.target_dictionary
         embedding = build_embedding(config, source)
         shares_dictionary = source == target
-        target_embedding = (
-            embedding if shares_dictionary else build_embedding(config, target)
-        )
+        target_embedding = embedding if shares_dictionary else build_embedding(config, target)
         encoder = LSTMMoEGNMTEncoder(config, source, embedding)
         decoder = LSTMMoEGNMTDecoder(
             config, target, target_embedding, cfg.share_decoder_input_output_embed
@@ -163,9 +150,7 @@ def build_embedding(config: GNMTConfig, dictionary: Dictionary) -> nn.Embedding:
 class LSTMMoEGNMTEncoder(FairseqEncoder):
     """The encoder as fairseq calls it."""
 
-    def __init__(
-        self, config: GNMTConfig, dictionary: Dictionary, embedding: nn.Embedding
-    ) -> None:
+    def __init__(self, config: GNMTConfig, dictionary: Dictionary, embedding: nn.Embedding) -> None:
         super().__init__(dictionary)
         self.network = GNMTEncoder(config, embedding)
 
@@ -175,9 +160,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
         """Encode (B, S) source tokens, padded on either side."""
         return self.network(src_tokens, src_tokens.eq(self.dictionary.pad()))
 
-    def reorder_encoder_out(
-        self, encoder_out: EncoderOutput, new_order: Tensor
-    ) -> EncoderOutput:
+    def reorder_encoder_out(self, encoder_out: EncoderOutput, new_order: Tensor) -> EncoderOutput:
         """Pick sentences by (B',) int64."""
         return encoder_out.reorder(new_order)
 
@@ -213,9 +196,7 @@ class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
         """Give (B, T, V) logits and `attn`, `moe_stats`; with a state, of the last step alone."""
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())
-            out = self.network(
-                prev_output_tokens, encoder_out, padding_mask=padding_mask
-            )
+            out = self.network(prev_output_tokens, encoder_out, padding_mask=padding_mask)
         else:
             state = self._get_state(incremental_state)
             out = self.network(prev_output_tokens[:, -1:], encoder_out, state)
@@ -223,14 +204,10 @@ class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
         all_stats = {"encoder": encoder_out.moe_stats, "decoder": out.moe_stats}
         return self.output(out.features), {
             "attn": [out.attention],
-            "moe_stats": {
-                name: stats for name, stats in all_stats.items() if stats is not None
-            },
+            "moe_stats": {name: stats for name, stats in all_stats.items() if stats is not None},
         }
 
-    def reorder_incremental_state(
-        self, incremental_state: Dict, new_order: Tensor
-    ) -> None:
+    def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
         """Move each hypothesis' state to its new row."""
         state = self._get_state(incremental_state)
         if state is not None:

@@ -49,17 +49,12 @@ class AttentiveLSTM(nn.Module):
         hidden, cell = state
         gates_of_x = F.linear(x, self.weight_x, self.bias_ih)  # (T, B, 4 H)
         inputs: list[Tensor] = []
-        gates_of_x = _CollectWeightGradient.apply(
-            gates_of_x, self.weight_recurrent, inputs
-        )
+        gates_of_x = _CollectWeightGradient.apply(gates_of_x, self.weight_recurrent, inputs)
         weight_recurrent = self.weight_recurrent.detach().t()
         outputs, rows = [], []
         for gates_t in gates_of_x.unbind(0):
             context, weights = self.attention(
-                hidden.unsqueeze(1),
-                encoder_out.keys,
-                encoder_out.source,
-                encoder_out.padding_mask,
+                hidden.unsqueeze(1), encoder_out.keys, encoder_out.source, encoder_out.padding_mask
             )
             recurrent = torch.cat([context.squeeze(1), hidden], dim=1)
             gates = torch.addmm(gates_t, recurrent, weight_recurrent)
@@ -81,9 +76,7 @@ class _CollectWeightGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, gates: Tensor, weight: Tensor, inputs: list[Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
         ctx.inputs = inputs
         return gates.view_as(gates)
 

@@ -66,9 +66,7 @@ class GNMTDecoder(nn.Module):
         else:
             self.bottom = ProjectedLSTM(dim, hidden_dim, dim)
             self.attention = Attention(dim, config.attention)
-        self.moe = (
-            None if config.moe is None else ResidualMoE(config.moe, config.dropout)
-        )
+        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(
             ProjectedLSTM(second_input if at == 0 else dim, hidden_dim, dim)
@@ -96,9 +94,7 @@ class GNMTDecoder(nn.Module):
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * (1 + len(self.layers))
         if state is not None:
-            states = list(
-                zip(state.hidden.unbind(1), state.cell.unbind(1), strict=True)
-            )
+            states = list(zip(state.hidden.unbind(1), state.cell.unbind(1), strict=True))
         out, attention, context, states[0] = self._attend(x, encoder_out, states[0])
         x = x + self.dropout(out)
         stats = None
@@ -126,9 +122,6 @@ class GNMTDecoder(nn.Module):
             return out, weights, None, new_state
         out, new_state = self.bottom(x, state)
         context, weights = self.attention(
-            out.transpose(0, 1),
-            encoder_out.keys,
-            encoder_out.source,
-            encoder_out.padding_mask,
+            out.transpose(0, 1), encoder_out.keys, encoder_out.source, encoder_out.padding_mask
         )
         return out, weights, context.transpose(0, 1), new_state

@@ -57,12 +57,8 @@ class GNMTEncoder(nn.Module):
         super().__init__()
         sizes = config.model_dim, config.lstm_hidden_dim, config.model_dim
         self.bottom = BidirectionalLSTM(*sizes)
-        self.moe = (
-            None if config.moe is None else ResidualMoE(config.moe, config.dropout)
-        )
-        self.layers = nn.ModuleList(
-            ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2)
-        )
+        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
+        self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config)
@@ -92,6 +88,4 @@ class GNMTEncoder(nn.Module):
         x = x.masked_fill(right_mask.unsqueeze(2), 0.0).transpose(0, 1)
         source = torch.take_along_dim(x, order.argsort(dim=1).unsqueeze(2), dim=1)
         sentence = torch.arange(len(source), device=source.device)
-        return EncoderOutput(
-            source, self.attention_keys(source), padding_mask, sentence, stats
-        )
+        return EncoderOutput(source, self.attention_keys(source), padding_mask, sentence, stats)

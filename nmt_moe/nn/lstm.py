@@ -8,9 +8,7 @@ from torch import Tensor, nn
 State = tuple[Tensor, Tensor]
 
 # Not a warning to a user: the path it announces is the faster one for these sizes.
-warnings.filterwarnings(
-    "ignore", message="LSTM with projections is not supported with oneDNN"
-)
+warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
 class ProjectedLSTM(nn.Module):
@@ -35,9 +33,7 @@ class ProjectedLSTM(nn.Module):
         Returns:
             (T, B, output_dim), and the state after the last step.
         """
-        lifted = (
-            None if state is None else (state[0].unsqueeze(0), state[1].unsqueeze(0))
-        )
+        lifted = None if state is None else (state[0].unsqueeze(0), state[1].unsqueeze(0))
         out, (hidden, cell) = self.lstm(x, lifted)
         return out, (hidden[0], cell[0])
 

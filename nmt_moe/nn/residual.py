@@ -17,9 +17,7 @@ class ResidualMoE(nn.Module):
         self.moe = MoELayer(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, MoEStats]:
+    def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, MoEStats]:
         """Apply the layer to all positions of all sentences as one batch of tokens.
 
         Args:

@@ -16,12 +16,10 @@ class WarmupHoldInverseSqrtConfig(FairseqDataclass):
     """Options of the schedule; defaults are the paper's for translation."""
 
     warmup_updates: int = field(
-        default=2000,
-        metadata={"help": "updates in which the rate grows linearly to --lr"},
+        default=2000, metadata={"help": "updates in which the rate grows linearly to --lr"}
     )
     hold_updates: int = field(
-        default=8000,
-        metadata={"help": "updates at --lr before it falls as 1/sqrt(update)"},
+        default=8000, metadata={"help": "updates at --lr before it falls as 1/sqrt(update)"}
     )
     warmup_init_lr: float = field(
         default=0.0, metadata={"help": "rate of the first update of the warm-up"}
@@ -29,9 +27,7 @@ class WarmupHoldInverseSqrtConfig(FairseqDataclass):
     lr: List[float] = II("optimization.lr")
 
 
-@register_lr_scheduler(
-    "warmup_hold_inverse_sqrt", dataclass=WarmupHoldInverseSqrtConfig
-)
+@register_lr_scheduler("warmup_hold_inverse_sqrt", dataclass=WarmupHoldInverseSqrtConfig)
 class WarmupHoldInverseSqrt(FairseqLRScheduler):
     """Grow linearly, hold, fall as 1 / sqrt(update)."""
 

@@ -57,6 +57,7 @@ def test_a_token_that_no_expert_takes_gets_zero(training):
     torch.manual_seed(0)
     layer = MoELayer(MoEConfig(6, 64, 8, 1, gate="strictly_balanced")).double().train(training)
     torch.nn.init.normal_(layer.gate.gate_weight)
+    torch.nn.init.constant_(layer.gate.threshold, 0.6)  # used in evaluation
     x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     out = layer.gate(x)
     taken = (out.expert_ids < 8).any(1)
