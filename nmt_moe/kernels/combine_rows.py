@@ -16,9 +16,9 @@ def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Ten
 
     Args:
         rows: (R, D). Answers of the experts, in expert order.
-        gates: (N, K). Weights of the chosen experts, in the dtype of `rows`.
+        gates: (N, K). Weights of the chosen experts, in the dtype of `rows`; 0 in empty slots.
         row_token: (R,) int64. The token each row belongs to.
-        token_rows: (N, K) int64. The rows of each token.
+        token_rows: (N, K) int64. The rows of each token; R in empty slots.
 
     Returns:
         (N, D).
@@ -40,9 +40,11 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, gates, row_token, token_rows = ctx.saved_tensors
-        row_gate = torch.empty_like(rows[:, 0])
+        # One place more: empty slots write there.
+        row_gate = rows.new_zeros(len(rows) + 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1)
         grad_rows = grad_y.index_select(0, row_token)
-        row_dot = (grad_rows * rows).sum(1)
+        row_dot = rows.new_zeros(len(rows) + 1)
+        torch.sum(grad_rows * rows, 1, out=row_dot[:-1])
         grad_gates = row_dot.index_select(0, token_rows.reshape(-1)).view_as(gates)
-        return grad_rows.mul_(row_gate.unsqueeze(1)), grad_gates, None, None
+        return grad_rows.mul_(row_gate[:-1].unsqueeze(1)), grad_gates, None, None

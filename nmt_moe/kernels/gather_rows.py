@@ -10,13 +10,14 @@ from torch.autograd.function import once_differentiable
 def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
 
-    Each token owns exactly K rows, so its gradient is a sum over K known places: no atomics and no
+    Each token owns at most K rows, so its gradient is a sum over K known places: no atomics and no
     `index_add`, hence the same bits in every run.
 
     Args:
         x: (N, D). Vectors of the tokens.
         row_token: (R,) int64. The token each row comes from.
-        token_rows: (N, K) int64. The rows of each token; the inverse of `row_token`.
+        token_rows: (N, K) int64. The rows of each token; the inverse of `row_token`. R where a
+            token has fewer than K.
 
     Returns:
         (R, D). `x[row_token]`.
@@ -38,19 +39,24 @@ class _GatherRows(torch.autograd.Function):
 
 
 def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Add up the K rows of each token, in the order of K.
+    """Add up the rows of each token, in the order of K.
 
     Args:
         rows: (R, D).
-        token_rows: (N, K) int64.
-        weights: (N, K), or None for ones.
+        token_rows: (N, K) int64; R for no row.
+        weights: (N, K), 0 where there is no row; None for ones.
 
     Returns:
         (N, D).
     """
     total = rows.new_zeros(len(token_rows), rows.shape[1])
+    if len(rows) == 0:
+        return total
+    if weights is None and len(rows) < token_rows.numel():
+        weights = (token_rows < len(rows)).to(rows.dtype)
+    places = token_rows.clamp(max=len(rows) - 1)
     for k in range(token_rows.shape[1]):
-        picked = rows.index_select(0, token_rows[:, k])
+        picked = rows.index_select(0, places[:, k])
         if weights is None:
             total.add_(picked)
         else:

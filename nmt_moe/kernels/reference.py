@@ -13,7 +13,8 @@ def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
 def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     """Define `kernels.combine_rows`."""
     del row_token  # only the backward pass of the fast form reads it
-    return (rows[token_rows] * gates.unsqueeze(2)).sum(1)
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # row R is no row
+    return (padded[token_rows] * gates.unsqueeze(2)).sum(1)
 
 
 def expert_ffn(

@@ -3,7 +3,19 @@
 from nmt_moe.moe.config import GATES, MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.experts import Experts
-from nmt_moe.moe.gate import NoisyTopKGate
+from nmt_moe.moe.gate import (
+    NoisyTopKGate,
+    SoftmaxGate,
+    StrictlyBalancedGate,
+    batchwise_mask,
+    batchwise_threshold_loss,
+)
+from nmt_moe.moe.gate_output import GateOutput
+from nmt_moe.moe.hierarchical_gate import (
+    HierarchicalGate,
+    HierarchicalNoisyTopKGate,
+    HierarchicalStrictlyBalancedGate,
+)
 from nmt_moe.moe.layer import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
 from nmt_moe.moe.stats import MoEStats, balance_metrics
@@ -12,11 +24,19 @@ __all__ = [
     "GATES",
     "DispatchPlan",
     "Experts",
+    "GateOutput",
+    "HierarchicalGate",
+    "HierarchicalNoisyTopKGate",
+    "HierarchicalStrictlyBalancedGate",
     "MoEConfig",
     "MoELayer",
     "MoEStats",
     "NoisyTopKGate",
+    "SoftmaxGate",
+    "StrictlyBalancedGate",
     "balance_metrics",
+    "batchwise_mask",
+    "batchwise_threshold_loss",
     "importance_loss",
     "load_loss",
     "plan_dispatch",

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from nmt_moe.checks import check_choice, check_range
+from nmt_moe.checks import check_choice, check_divides, check_range
 
-GATES = ("noisy_top_k",)
+GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,10 @@ class MoEConfig:
         model_dim: D, width of tokens.
         hidden_dim: H, hidden width of an expert.
         num_experts: E.
-        top_k: K, experts per token.
+        top_k: Experts per token; with groups, groups per token and experts per group and token.
+            "strictly_balanced" keeps this number on average; "softmax" takes all experts.
         gate: One of `GATES`.
-        num_groups: Groups of a hierarchical gate; 0 for a flat one.
+        num_groups: G, groups of a hierarchical gate; 0 for a flat one.
         importance_weight: w_importance of eq. 7.
         load_weight: w_load of eq. 11.
 
@@ -40,7 +41,23 @@ class MoEConfig:
         check_range("num_experts", self.num_experts, 1)
         check_range("top_k", self.top_k, 1, self.num_experts)
         check_choice("gate", self.gate, GATES)
-        # A hierarchy is not there yet; refused here so that no setting is silently ignored.
-        check_range("num_groups", self.num_groups, 0, 0)
         check_range("importance_weight", self.importance_weight, 0.0)
         check_range("load_weight", self.load_weight, 0.0)
+        check_range("num_groups", self.num_groups, 0, self.num_experts)
+        if self.num_groups:
+            self._check_hierarchy()
+
+    def _check_hierarchy(self) -> None:
+        if self.gate == "softmax":
+            raise ValueError(
+                f"`num_groups` must be 0 with the gate 'softmax', but is {self.num_groups}: it "
+                "takes all experts anyway. Use 'noisy_top_k' or 'strictly_balanced'."
+            )
+        check_divides("num_experts", self.num_experts, "`num_groups`", self.num_groups)
+        # The same number at both levels, so neither may have fewer to choose from.
+        check_range("top_k", self.top_k, 1, min(self.num_groups, self.group_size))
+
+    @property
+    def group_size(self) -> int:
+        """Experts of a group."""
+        return self.num_experts // self.num_groups

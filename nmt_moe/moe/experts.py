@@ -43,5 +43,9 @@ class Experts(nn.Module):
         weight_out: Tensor = self.weight_out
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight_in, weight_out = rows.to(dtype), weight_in.to(dtype), weight_out.to(dtype)
+            rows, weight_in, weight_out = (
+                rows.to(dtype),
+                weight_in.to(dtype),
+                weight_out.to(dtype),
+            )
         return expert_ffn(rows, weight_in, weight_out, expert_offsets)

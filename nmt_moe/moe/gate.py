@@ -1,70 +1,133 @@
-"""Gates: which experts a token goes to, and with what weight."""
+"""Flat gates: which experts a token goes to, and with what weight.
+
+All compute logits, noise, softmax and load in float32 (or float64 for float64 tokens), whatever the
+model's dtype or autocast says.
+"""
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmt_moe.moe.config import MoEConfig
+from nmt_moe.moe.gate_output import GateOutput
 
 # Added to the noise's standard deviation, so that the load estimate divides by at least this. The
 # paper's eq. 4 has none; the authors' later code has this value.
 NOISE_FLOOR = 1e-2
 
 
+def gate_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype gates are computed in: float32, or wider if `x` is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class SoftmaxGate(nn.Module):
+    """Take all experts: the dense baseline.
+
+    Source: Shazeer et al. 2017, eq. 2.
+    """
+
+    def __init__(self, model_dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
+
+    def forward(self, x: Tensor, noise: None = None) -> GateOutput:
+        """Weigh all experts: x (N, D). There is no noise."""
+        if noise is not None:
+            raise ValueError("`noise` must be None with the gate 'softmax', which draws none.")
+        num_tokens, num_experts = len(x), self.gate_weight.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            gates = (x.to(gate_dtype(x)) @ self.gate_weight.to(gate_dtype(x))).softmax(dim=1)
+        expert_ids = torch.arange(num_experts, device=x.device).expand(num_tokens, -1)
+        return GateOutput(
+            gates,
+            expert_ids,
+            num_rows=num_tokens * num_experts,
+            importance=gates.sum(0),
+            load=torch.full_like(gates[0:1].sum(0), num_tokens),
+            can_balance_load=False,
+        )
+
+
 class NoisyTopKGate(nn.Module):
     """Keep the k largest of the noisy gate logits, and softmax over what is kept.
 
-    Logits, noise, softmax and load are computed in float32 (or float64 for float64 tokens),
-    whatever autocast says. Both weights start at zero, so that noise alone balances the first
-    batches (Appendix A).
+    Both weights start at zero, so that noise alone balances the first batches (Appendix A).
 
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, model_dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.top_k = config.top_k
-        shape = config.model_dim, config.num_experts
-        self.gate_weight = nn.Parameter(torch.zeros(shape))
-        self.noise_weight = nn.Parameter(torch.zeros(shape))
+        self.top_k = top_k
+        self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
+        self.noise_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
 
-    def forward(
-        self, x: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> GateOutput:
         """Choose the experts of each token.
 
         Args:
             x: (N, D).
             noise: (N, E) standard normal; drawn when None. Used in training only.
-
-        Returns:
-            gates: (N, K) float32 or wider, each row sums to 1, largest first.
-            expert_ids: (N, K) int64. Equal logits: the lowest id first (in evaluation).
-            importance: (E,).
-            load: (E,).
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = gate_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
             clean = x @ self.gate_weight.to(dtype)
+            scale = None
             if self.training:
                 scale = F.softplus(x @ self.noise_weight.to(dtype)) + NOISE_FLOOR
                 noise = torch.randn_like(clean) if noise is None else noise.to(dtype)
-                noisy = clean + noise * scale
-                top, top_ids = noisy.topk(min(self.top_k + 1, clean.shape[1]), dim=1)
-            else:
-                # topk leaves open which of equal logits wins; a stable sort does not.
-                top, top_ids = clean.sort(dim=1, descending=True, stable=True)
-            expert_ids = top_ids[:, : self.top_k]
-            gates = top[:, : self.top_k].softmax(dim=1)
-            # Indices of one row differ, so this scatter and the sum are deterministic.
-            importance = torch.zeros_like(clean).scatter(1, expert_ids, gates).sum(0)
-            if self.training and self.top_k < clean.shape[1]:
-                load = prob_in_top_k(clean, noisy, scale, top, self.top_k).sum(0)
-            else:
-                chosen = torch.ones_like(gates)
-                load = torch.zeros_like(clean).scatter(1, expert_ids, chosen).sum(0)
-        return gates, expert_ids, importance, load
+            gates, expert_ids, probs = choose_top_k(clean, scale, noise, self.top_k)
+            importance = to_dense(gates, expert_ids, clean.shape[1]).sum(0)
+        return GateOutput(
+            gates,
+            expert_ids,
+            num_rows=expert_ids.numel(),
+            importance=importance,
+            load=probs.sum(0),
+            can_balance_load=self.top_k < clean.shape[1],
+        )
+
+
+def choose_top_k(
+    clean: Tensor, scale: Tensor | None, noise: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the k largest noisy logits of each row.
+
+    Args:
+        clean: (N, E). Logits without noise.
+        scale: (N, E). Standard deviation of the noise; None for no noise (evaluation).
+        noise: (N, E). Standard normal; unused without `scale`.
+        top_k: K.
+
+    Returns:
+        gates: (N, K), each row sums to 1, largest first.
+        expert_ids: (N, K) int64. Without noise, the lowest of equal logits come first.
+        probs: (N, E). The chance P(x, i) to be chosen; without noise, and if all are chosen, 1
+            for the chosen and 0 for the others.
+
+    Source: Shazeer et al. 2017, eqs. 3-5 and 8-9.
+    """
+    num_experts = clean.shape[1]
+    if scale is None:
+        # topk leaves open which of equal logits wins; a stable sort does not.
+        top, top_ids = clean.sort(dim=1, descending=True, stable=True)
+    else:
+        assert noise is not None
+        noisy = clean + noise * scale
+        top, top_ids = noisy.topk(min(top_k + 1, num_experts), dim=1)
+    expert_ids = top_ids[:, :top_k]
+    gates = top[:, :top_k].softmax(dim=1)
+    if scale is not None and top_k < num_experts:
+        return gates, expert_ids, prob_in_top_k(clean, noisy, scale, top, top_k)
+    return gates, expert_ids, to_dense(torch.ones_like(gates), expert_ids, num_experts)
+
+
+def to_dense(values: Tensor, ids: Tensor, size: int) -> Tensor:
+    """Spread (N, K) values over (N, size) places; ids of a row differ, so nothing is added."""
+    return values.new_zeros(len(values), size).scatter(1, ids, values)
 
 
 def prob_in_top_k(clean: Tensor, noisy: Tensor, scale: Tensor, top: Tensor, top_k: int) -> Tensor:
@@ -88,3 +151,119 @@ def prob_in_top_k(clean: Tensor, noisy: Tensor, scale: Tensor, top: Tensor, top_
     threshold_if_in, threshold_if_out = top[:, top_k, None], top[:, top_k - 1, None]
     threshold = torch.where(noisy > threshold_if_in, threshold_if_in, threshold_if_out)
     return torch.special.ndtr((clean - threshold) / scale)
+
+
+class StrictlyBalancedGate(nn.Module):
+    """Give every expert the same number of tokens in training, by threshold in evaluation.
+
+    Of N tokens each expert takes its best m = ceil(K N / E). Equal scores (as at the start, when
+    the weight is zero) go to expert i from token i m on, round the batch, so that the first batches
+    spread evenly. The thresholds learn by `batchwise_threshold_loss`, averaged over tokens so that
+    its gradient does not grow with the batch; it leaves the gate's weight alone.
+
+    Source: Shazeer et al. 2017, Appendix F, eqs. 15-20.
+    """
+
+    def __init__(self, model_dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
+        # What a gate of weight zero gives each expert.
+        self.threshold = nn.Parameter(torch.full((num_experts,), 1 / num_experts))
+
+    def forward(self, x: Tensor, noise: None = None) -> GateOutput:
+        """Choose the tokens of each expert: x (N, D). There is no noise."""
+        if noise is not None:
+            raise ValueError("`noise` must be None with the gate 'strictly_balanced'.")
+        with torch.autocast(x.device.type, enabled=False):
+            probs = (x.to(gate_dtype(x)) @ self.gate_weight.to(gate_dtype(x))).softmax(dim=1)
+            threshold = self.threshold.to(probs.dtype)
+            if self.training:
+                mask = batchwise_mask(probs, self.top_k)
+                loss = batchwise_threshold_loss(probs.detach(), threshold, mask)
+                loss = loss / max(len(x), 1)
+            else:
+                mask, loss = probs > threshold, probs.new_zeros(())
+            masked = normalise_masked(probs, mask)
+        gates, expert_ids = to_slots(masked, mask)
+        counts = mask.sum(0)
+        return GateOutput(
+            gates,
+            expert_ids,
+            num_rows=int(counts.sum()),
+            importance=masked.sum(0),
+            load=counts.to(masked.dtype),
+            can_balance_load=False,
+            threshold_loss=loss,
+        )
+
+
+def batchwise_mask(probs: Tensor, top_k: int) -> Tensor:
+    """Keep each expert's best m = ceil(K N / E) tokens.
+
+    Args:
+        probs: (N, E). G_sigma.
+        top_k: K, tokens' average number of experts.
+
+    Returns:
+        (N, E) bool with exactly m ones in each column.
+
+    Source: Shazeer et al. 2017, eq. 18.
+    """
+    num_tokens, num_experts = probs.shape
+    chosen_per_expert = math.ceil(top_k * num_tokens / num_experts)
+    if num_tokens == 0:
+        return torch.zeros_like(probs, dtype=torch.bool)
+    place = torch.arange(num_tokens, device=probs.device).unsqueeze(1)
+    start = torch.arange(num_experts, device=probs.device) * chosen_per_expert
+    token = (place + start) % num_tokens  # column i begins at token i m
+    order = probs.detach().gather(0, token).sort(dim=0, descending=True, stable=True).indices
+    best = token.gather(0, order[:chosen_per_expert])
+    return torch.zeros_like(probs, dtype=torch.bool).scatter(0, best, True)
+
+
+def normalise_masked(probs: Tensor, mask: Tensor) -> Tensor:
+    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for a token nobody takes.
+
+    Args:
+        probs: (N, E). G_sigma.
+        mask: (N, E) bool.
+
+    Source: Shazeer et al. 2017, eq. 16.
+    """
+    masked = probs * mask
+    taken = mask.any(dim=1, keepdim=True)
+    return masked / torch.where(taken, masked.sum(dim=1, keepdim=True), 1.0)
+
+
+def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
+    """Penalise thresholds that choose other tokens than the batch does.
+
+    Args:
+        probs: (N, E). G_sigma, X of the paper.
+        threshold: (E,). T.
+        mask: (N, E) bool. What the batch chose.
+
+    Returns:
+        A scalar, summed over tokens and experts; 0 where both masks agree, else positive.
+
+    Source: Shazeer et al. 2017, eqs. 19-20.
+    """
+    over = probs > threshold
+    return ((over.to(probs.dtype) - mask.to(probs.dtype)) * (probs - threshold)).sum()
+
+
+def to_slots(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """List each token's experts in as many slots as the busiest token has, at least one.
+
+    Args:
+        dense: (N, E). Gates, 0 where `mask` is False.
+        mask: (N, E) bool.
+
+    Returns:
+        (N, K) gates and (N, K) int64 ids by rising id; empty slots have the gate 0 and the id E.
+    """
+    num_tokens, num_experts = mask.shape
+    num_slots = max(int(mask.sum(1).max()), 1) if num_tokens else 1
+    ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :num_slots]
+    return dense.gather(1, ids), ids.masked_fill(~mask.gather(1, ids), num_experts)

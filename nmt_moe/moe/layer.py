@@ -8,10 +8,17 @@ from nmt_moe.kernels import combine_rows, gather_rows
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import plan_dispatch
 from nmt_moe.moe.experts import Experts
-from nmt_moe.moe.gate import NoisyTopKGate
+from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate
+from nmt_moe.moe.hierarchical_gate import (
+    HierarchicalNoise,
+    HierarchicalNoisyTopKGate,
+    HierarchicalStrictlyBalancedGate,
+)
 from nmt_moe.moe.losses import importance_loss, load_loss
 from nmt_moe.moe.stats import MoEStats
 from nmt_moe.parallel import LocalExchange
+
+Noise = Tensor | HierarchicalNoise
 
 
 class MoELayer(nn.Module):
@@ -26,12 +33,12 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.gate = NoisyTopKGate(config)
+        self.gate = build_gate(config)
         self.experts = Experts(config)
         self.exchange = LocalExchange()
 
     def forward(
-        self, x: Tensor, padding_mask: Tensor | None = None, noise: Tensor | None = None
+        self, x: Tensor, padding_mask: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, MoEStats]:
         """Compute y = sum_i G(x)_i E_i(x).
 
@@ -39,7 +46,8 @@ class MoELayer(nn.Module):
             x: (N, D).
             padding_mask: (N,) bool, True = padding. Such rows of y are 0; they reach no expert,
                 no loss and no statistic.
-            noise: (N, E) standard normal, to reproduce a pass; drawn when None. Training only.
+            noise: (N, E) standard normal, to reproduce a pass; with groups, a pair of (N, G) and
+                (N, E). Drawn when None. Of noisy gates, in training only.
 
         Returns:
             y: (N, D), in the dtype of x.
@@ -51,28 +59,59 @@ class MoELayer(nn.Module):
         Source: Shazeer et al. 2017, eq. 1.
         """
         check_shape("x", x, (None, self.config.model_dim), "(N, D)")
-        if noise is not None:
-            check_shape("noise", noise, (len(x), self.config.num_experts), "(N, E)")
+        self._check_noise(noise, len(x))
         if padding_mask is None:
             return self._forward_tokens(x, noise)
         check_shape("padding_mask", padding_mask, (len(x),), "(N,)")
         tokens = (~padding_mask).nonzero().squeeze(1)
-        y, stats = self._forward_tokens(x[tokens], None if noise is None else noise[tokens])
+        if isinstance(noise, tuple):
+            noise = noise[0][tokens], noise[1][tokens]
+        elif noise is not None:
+            noise = noise[tokens]
+        y, stats = self._forward_tokens(x[tokens], noise)
         # Token indices differ, so index_copy is deterministic.
         return torch.zeros_like(x).index_copy(0, tokens, y), stats
 
-    def _forward_tokens(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, MoEStats]:
-        gates, expert_ids, importance, load = self.gate(x, noise)  # (N, K), (N, K), (E,), (E,)
-        plan = plan_dispatch(expert_ids, self.config.num_experts)
+    def _forward_tokens(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, MoEStats]:
+        config = self.config
+        out = self.gate(x, noise)
+        plan = plan_dispatch(out.expert_ids, config.num_experts, out.num_rows)
         route = self.exchange.route(plan.expert_offsets)
         rows = route.to_experts(gather_rows(x, plan.row_token, plan.token_rows))  # (R, D)
         rows = route.to_tokens(self.experts(rows, route.expert_offsets))
-        y = combine_rows(rows, gates.to(rows.dtype), plan.row_token, plan.token_rows)
-        load_can_change = self.config.top_k < self.config.num_experts
+        y = combine_rows(rows, out.gates.to(rows.dtype), plan.row_token, plan.token_rows)
+        load_weight = config.load_weight if out.can_balance_load else 0.0
+        no_loss = out.importance.new_zeros(())
         return y.to(x.dtype), MoEStats(
-            importance=importance,
-            load=load,
+            importance=out.importance,
+            load=out.load,
             tokens_per_expert=plan.tokens_per_expert,
-            importance_loss=importance_loss(importance, self.config.importance_weight),
-            load_loss=load_loss(load, self.config.load_weight if load_can_change else 0.0),
+            importance_loss=importance_loss(out.importance, config.importance_weight),
+            load_loss=load_loss(out.load, load_weight),
+            threshold_loss=no_loss if out.threshold_loss is None else out.threshold_loss,
         )
+
+    def _check_noise(self, noise: Noise | None, num_tokens: int) -> None:
+        """Refuse noise of another form than the gate draws."""
+        config = self.config
+        if noise is None:
+            return
+        if isinstance(noise, tuple) != bool(config.num_groups):
+            wanted = "a pair (N, G), (N, E)" if config.num_groups else "one tensor (N, E)"
+            raise ValueError(f"`noise` must be {wanted} with num_groups = {config.num_groups}.")
+        if isinstance(noise, tuple):
+            check_shape("noise[0]", noise[0], (num_tokens, config.num_groups), "(N, G)")
+        secondary = noise[1] if isinstance(noise, tuple) else noise
+        check_shape("noise", secondary, (num_tokens, config.num_experts), "(N, E)")
+
+
+def build_gate(config: MoEConfig) -> nn.Module:
+    """Make the gate that `config` names."""
+    if config.num_groups:
+        if config.gate == "noisy_top_k":
+            return HierarchicalNoisyTopKGate(config)
+        return HierarchicalStrictlyBalancedGate(config)
+    if config.gate == "softmax":
+        return SoftmaxGate(config.model_dim, config.num_experts)
+    gate = NoisyTopKGate if config.gate == "noisy_top_k" else StrictlyBalancedGate
+    return gate(config.model_dim, config.num_experts, config.top_k)

@@ -18,6 +18,8 @@ class MoEStats:
         tokens_per_expert: (E,) int64. Tokens sent to each expert.
         importance_loss: Scalar, weighted (eq. 7).
         load_loss: Scalar, weighted (eq. 11).
+        threshold_loss: Scalar, trains the thresholds of strictly balanced gates (eq. 20, averaged
+            over tokens); 0 with other gates and in evaluation.
     """
 
     importance: Tensor
@@ -25,11 +27,12 @@ class MoEStats:
     tokens_per_expert: Tensor
     importance_loss: Tensor
     load_loss: Tensor
+    threshold_loss: Tensor
 
     @property
     def balance_loss(self) -> Tensor:
         """Weighted sum of the loss terms: one scalar to add to the loss per token."""
-        return self.importance_loss + self.load_loss
+        return self.importance_loss + self.load_loss + self.threshold_loss
 
 
 def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:

@@ -2,38 +2,38 @@
 
 import torch
 
-from nmt_moe.moe import MoEConfig, NoisyTopKGate
+from nmt_moe.moe import NoisyTopKGate
 
 
 def test_load_is_the_frequency_over_redraws_of_each_experts_own_noise():
     torch.manual_seed(3)
-    gate = NoisyTopKGate(MoEConfig(4, 4, num_experts=5, top_k=2)).double()
+    gate = NoisyTopKGate(4, num_experts=5, top_k=2).double()
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 4, dtype=torch.float64)
     noise = torch.randn(1, 5, dtype=torch.float64)
-    _, _, _, load = gate(x, noise)  # of one token: P(x, i)
+    load = gate(x, noise).load  # of one token: P(x, i)
     redraws = 10_000
     for expert in range(5):
         many = noise.repeat(redraws, 1)
         many[:, expert] = torch.randn(redraws, dtype=torch.float64)
-        _, expert_ids, _, _ = gate(x.expand(redraws, -1), many)
-        frequency = (expert_ids == expert).any(1).double().mean()
+        chosen = gate(x.expand(redraws, -1), many).expert_ids == expert
+        frequency = chosen.any(1).double().mean()
         # four standard deviations of a frequency over 10^4 draws
         torch.testing.assert_close(load[expert], frequency, rtol=0, atol=0.02)
 
 
 def test_gates_sum_to_one_and_fall():
-    gate = NoisyTopKGate(MoEConfig(4, 4, num_experts=6, top_k=3))
-    gates, expert_ids, importance, _ = gate(torch.randn(20, 4))
-    torch.testing.assert_close(gates.sum(1), torch.ones(20))
-    assert (gates.diff(dim=1) <= 0).all()
-    assert all(len(set(row)) == 3 for row in expert_ids.tolist())
-    torch.testing.assert_close(importance.sum(), torch.tensor(20.0))
+    gate = NoisyTopKGate(4, num_experts=6, top_k=3)
+    out = gate(torch.randn(20, 4))
+    torch.testing.assert_close(out.gates.sum(1), torch.ones(20))
+    assert (out.gates.diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == 3 for row in out.expert_ids.tolist())
+    torch.testing.assert_close(out.importance.sum(), torch.tensor(20.0))
 
 
 def test_the_first_batch_is_balanced_by_noise_alone():
     torch.manual_seed(0)
-    gate = NoisyTopKGate(MoEConfig(8, 4, num_experts=8, top_k=2))
-    _, _, _, load = gate(torch.randn(4000, 8))
+    gate = NoisyTopKGate(8, num_experts=8, top_k=2)
+    load = gate(torch.randn(4000, 8)).load
     assert load.max() / load.mean() < 1.05

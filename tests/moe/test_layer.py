@@ -6,52 +6,77 @@ from support.dense_moe import dense_forward
 
 from nmt_moe.moe import MoEConfig, MoELayer
 
-SHAPES = [  # (tokens, experts, per token, dim, hidden)
-    pytest.param(7, 4, 2, 16, 8, id="the-usual-case"),
-    pytest.param(13, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
-    pytest.param(6, 5, 1, 4, 6, id="one-expert-a-token"),
-    pytest.param(6, 3, 3, 4, 6, id="all-experts"),
-    pytest.param(2, 9, 2, 4, 6, id="fewer-tokens-than-experts"),
-    pytest.param(5, 1, 1, 4, 6, id="a-single-expert"),
+SHAPES = [  # (gate, groups, tokens, experts, per token, dim, hidden)
+    pytest.param("noisy_top_k", 0, 7, 4, 2, 16, 8, id="the-usual-case"),
+    pytest.param("noisy_top_k", 0, 13, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
+    pytest.param("noisy_top_k", 0, 6, 5, 1, 4, 6, id="one-expert-a-token"),
+    pytest.param("noisy_top_k", 0, 6, 3, 3, 4, 6, id="all-experts"),
+    pytest.param("noisy_top_k", 0, 2, 9, 2, 4, 6, id="fewer-tokens-than-experts"),
+    pytest.param("noisy_top_k", 0, 5, 1, 1, 4, 6, id="a-single-expert"),
+    pytest.param("noisy_top_k", 3, 11, 12, 2, 5, 6, id="groups"),
+    pytest.param("noisy_top_k", 4, 3, 8, 1, 5, 6, id="groups-without-tokens"),
+    pytest.param("noisy_top_k", 2, 7, 10, 2, 5, 6, id="all-groups"),
+    pytest.param("noisy_top_k", 5, 7, 10, 2, 5, 6, id="all-experts-of-a-group"),
+    pytest.param("softmax", 0, 7, 5, 2, 4, 6, id="softmax"),
+    pytest.param("strictly_balanced", 0, 12, 4, 2, 5, 6, id="strict"),
+    pytest.param("strictly_balanced", 0, 11, 7, 3, 5, 6, id="strict-and-m-is-no-integer"),
+    pytest.param("strictly_balanced", 0, 2, 9, 2, 5, 6, id="strict-with-fewer-tokens-than-experts"),
+    pytest.param("strictly_balanced", 0, 5, 3, 3, 5, 6, id="strict-and-all-experts"),
+    pytest.param("strictly_balanced", 3, 13, 12, 2, 5, 6, id="strict-groups"),
+    pytest.param("strictly_balanced", 4, 3, 12, 1, 5, 6, id="strict-groups-of-few-tokens"),
 ]
 
 
 def make_layer(experts, top_k, dim, hidden, **options):
     torch.manual_seed(0)
     layer = MoELayer(MoEConfig(dim, hidden, experts, top_k, **options)).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)
+    for name, parameter in layer.named_parameters():
+        if "threshold" not in name:
+            torch.nn.init.normal_(parameter, std=0.7)
     return layer
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
-def test_training_pass_is_the_papers(tokens, experts, top_k, dim, hidden):
-    layer = make_layer(experts, top_k, dim, hidden, importance_weight=0.3, load_weight=0.2)
-    x = torch.randn(tokens, dim, dtype=torch.float64, requires_grad=True)
+def draw_noise(gate, groups, tokens, experts):
+    if gate != "noisy_top_k":
+        return None
     noise = torch.randn(tokens, experts, dtype=torch.float64)
+    return (torch.randn(tokens, groups, dtype=torch.float64), noise) if groups else noise
+
+
+@pytest.mark.parametrize(("gate", "groups", "tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
+def test_training_pass_is_the_papers(gate, groups, tokens, experts, top_k, dim, hidden):
+    layer = make_layer(
+        experts,
+        top_k,
+        dim,
+        hidden,
+        gate=gate,
+        num_groups=groups,
+        importance_weight=0.3,
+        load_weight=0.2,
+    )
+    x = torch.randn(tokens, dim, dtype=torch.float64, requires_grad=True)
+    noise = draw_noise(gate, groups, tokens, experts)
     y, stats = layer(x, noise=noise)
     expected = dense_forward(layer, x, noise)
     torch.testing.assert_close(y, expected["y"])
     torch.testing.assert_close(stats.importance, expected["importance"])
-    torch.testing.assert_close(stats.load, expected["load"])
+    torch.testing.assert_close(stats.load, expected["load"].to(stats.load))
     torch.testing.assert_close(stats.balance_loss, expected["balance_loss"])
 
     grad_y = torch.randn_like(y)
-    names = ["x", *(name for name, _ in layer.named_parameters())]
-    leaves = [x, *layer.parameters()]
-    ours = torch.autograd.grad((y * grad_y).sum() + stats.balance_loss, leaves, allow_unused=True)
-    theirs = torch.autograd.grad(
-        (expected["y"] * grad_y).sum() + expected["balance_loss"], leaves, allow_unused=True
-    )
-    for name, mine, reference in zip(names, ours, theirs, strict=True):
-        mine, reference = (
-            torch.zeros_like(leaf) if grad is None else grad
-            for grad, leaf in (
-                (mine, dict(zip(names, leaves, strict=True))[name]),
-                (reference, dict(zip(names, leaves, strict=True))[name]),
-            )
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    gradients = [
+        torch.autograd.grad(
+            (out * grad_y).sum() + loss,
+            list(leaves.values()),
+            allow_unused=True,
+            materialize_grads=True,
         )
-        torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}")
+        for out, loss in ((y, stats.balance_loss), (expected["y"], expected["balance_loss"]))
+    ]
+    for name, ours, theirs in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_evaluation_uses_no_noise():
@@ -152,6 +177,7 @@ def test_autocast_leaves_the_gate_in_float32():
         ({"x": torch.zeros(2, 3, 6)}, r"`x` .* but has \(2, 3, 6\)"),
         ({"padding_mask": torch.zeros(4, dtype=torch.bool)}, r"`padding_mask` .* \(3\)"),
         ({"noise": torch.zeros(3, 5)}, r"`noise` must have the shape \(N, E\) = \(3, 4\)"),
+        ({"noise": (torch.zeros(3, 2), torch.zeros(3, 4))}, r"`noise` must be one tensor \(N, E\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(arguments, message):

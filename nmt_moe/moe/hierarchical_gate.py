@@ -1,0 +1,207 @@
+"""Gates of two levels: a token's groups first, then the experts of each of its groups."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmt_moe.kernels import gather_rows
+from nmt_moe.moe.config import MoEConfig
+from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
+from nmt_moe.moe.gate import (
+    NOISE_FLOOR,
+    NoisyTopKGate,
+    StrictlyBalancedGate,
+    batchwise_mask,
+    batchwise_threshold_loss,
+    choose_top_k,
+    gate_dtype,
+    normalise_masked,
+    to_slots,
+)
+from nmt_moe.moe.gate_output import GateOutput
+
+HierarchicalNoise = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class GroupChoice:
+    """What the secondary gates chose, in the order of rows: one (token, group) pair each.
+
+    Attributes:
+        gates: (R, K). Weights within the group; 0 in empty slots.
+        ids: (R, K) int64. Expert within the group, group_size in empty slots.
+        load: (G, E / G). Load_i(X^(i)).
+        threshold_loss: Scalar or None.
+    """
+
+    gates: Tensor
+    ids: Tensor
+    load: Tensor
+    threshold_loss: Tensor | None
+
+
+class HierarchicalGate(nn.Module):
+    """A primary gate over groups, and a secondary gate in each group for the tokens it gets.
+
+    Expert j of group i is expert i * group_size + j. Its gate is the product of both levels'.
+
+    Source: Shazeer et al. 2017, Appendix B, eqs. 12-14.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.top_k, self.num_groups = config.top_k, config.num_groups
+        self.group_size = config.group_size
+        self.primary: NoisyTopKGate | StrictlyBalancedGate = self._make_primary(config)
+        shape = config.num_groups, config.model_dim, config.group_size
+        self.secondary_gate_weight = nn.Parameter(torch.zeros(shape))
+
+    def _make_primary(self, config: MoEConfig) -> NoisyTopKGate | StrictlyBalancedGate:
+        raise NotImplementedError
+
+    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
+        """Choose experts for the rows (R, D) of `plan`, which are sorted by group."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, noise: HierarchicalNoise | None = None) -> GateOutput:
+        """Choose the experts of each token.
+
+        Args:
+            x: (N, D).
+            noise: (N, G) and (N, E) standard normal; drawn when None. In training only, and only
+                with noisy gates.
+        """
+        primary_noise, secondary_noise = (None, None) if noise is None else noise
+        primary = self.primary(x, primary_noise)
+        plan = plan_dispatch(primary.expert_ids, self.num_groups, primary.num_rows)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(gate_dtype(x))
+            rows = gather_rows(wide, plan.row_token, plan.token_rows)
+            choice = self._choose(rows, plan, secondary_noise)
+            gates, expert_ids = self._combine(primary, choice, plan)
+            counts = plan.tokens_per_expert.clamp(min=1).to(primary.load.dtype)
+            load = (primary.load / counts).unsqueeze(1) * choice.load
+            num_experts = self.num_groups * self.group_size
+            # Empty slots add their zeros to one place more.
+            places = gates.new_zeros(len(gates), num_experts + 1)
+            importance = places.scatter_add(1, expert_ids, gates)[:, :num_experts].sum(0)
+        losses = [
+            loss for loss in (primary.threshold_loss, choice.threshold_loss) if loss is not None
+        ]
+        noisy = isinstance(self.primary, NoisyTopKGate)
+        return GateOutput(
+            gates,
+            expert_ids,
+            num_rows=int((expert_ids < num_experts).sum()) if not noisy else expert_ids.numel(),
+            importance=importance,
+            load=load.flatten(),
+            can_balance_load=noisy and self.top_k < max(self.num_groups, self.group_size),
+            threshold_loss=torch.stack(losses).sum() if losses else None,
+        )
+
+    def _combine(
+        self, primary: GateOutput, choice: GroupChoice, plan: DispatchPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply both levels' gates, in the order of tokens.
+
+        Returns:
+            (N, K1 K2) gates and (N, K1 K2) int64 expert ids.
+        """
+        num_tokens, num_slots = primary.gates.shape
+        # A slot without a group reads an extra row that has no experts.
+        row_gates = F.pad(choice.gates, (0, 0, 0, 1))
+        row_ids = F.pad(choice.ids, (0, 0, 0, 1), value=self.group_size)
+        secondary_gates = row_gates[plan.token_rows]  # (N, K1, K2)
+        secondary_ids = row_ids[plan.token_rows]
+        gates = primary.gates.unsqueeze(2) * secondary_gates
+        ids = primary.expert_ids.unsqueeze(2) * self.group_size + secondary_ids
+        empty = secondary_ids == self.group_size
+        ids = ids.masked_fill(empty, self.num_groups * self.group_size)
+        shape = num_tokens, num_slots * secondary_ids.shape[2]
+        return gates.masked_fill(empty, 0.0).reshape(shape), ids.reshape(shape)
+
+    def _per_group(self, plan: DispatchPlan) -> list[slice]:
+        """List the rows of each group."""
+        bounds = plan.expert_offsets.tolist()
+        return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class HierarchicalNoisyTopKGate(HierarchicalGate):
+    """Noisy top-k gating at both levels.
+
+    Attributes:
+        secondary_gate_weight: (G, D, E / G), zeros at start.
+        secondary_noise_weight: (G, D, E / G), zeros at start.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.secondary_noise_weight = nn.Parameter(torch.zeros_like(self.secondary_gate_weight))
+
+    def _make_primary(self, config: MoEConfig) -> NoisyTopKGate:
+        return NoisyTopKGate(config.model_dim, config.num_groups, config.top_k)
+
+    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
+        groups = self._per_group(plan)
+        gate_weight = self.secondary_gate_weight.to(x.dtype).unbind(0)
+        clean = torch.cat([x[run] @ w for run, w in zip(groups, gate_weight, strict=True)])
+        scale = row_noise = None
+        if self.training:
+            noise_weight = self.secondary_noise_weight.to(x.dtype).unbind(0)
+            raw = torch.cat([x[run] @ w for run, w in zip(groups, noise_weight, strict=True)])
+            scale = F.softplus(raw) + NOISE_FLOOR
+            row_noise = self._row_noise(clean, groups, plan, noise)
+        gates, ids, probs = choose_top_k(clean, scale, row_noise, self.top_k)
+        load = torch.stack([probs[run].sum(0) for run in groups])
+        return GroupChoice(gates, ids, load, None)
+
+    def _row_noise(
+        self,
+        clean: Tensor,
+        groups: list[slice],
+        plan: DispatchPlan,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """Draw (R, E / G) noise, or pick it from the given (N, E)."""
+        if noise is None:
+            return torch.randn_like(clean)
+        by_group = noise.to(clean.dtype).view(len(noise), self.num_groups, self.group_size)
+        return torch.cat([by_group[plan.row_token[run], i] for i, run in enumerate(groups)])
+
+
+class HierarchicalStrictlyBalancedGate(HierarchicalGate):
+    """Strict balance at both levels.
+
+    Each group takes its share of the tokens, each of its experts a share of the group's.
+
+    Attributes:
+        secondary_gate_weight: (G, D, E / G), zeros at start.
+        secondary_threshold: (G, E / G).
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        size = config.group_size
+        self.secondary_threshold = nn.Parameter(torch.full((config.num_groups, size), 1 / size))
+
+    def _make_primary(self, config: MoEConfig) -> StrictlyBalancedGate:
+        return StrictlyBalancedGate(config.model_dim, config.num_groups, config.top_k)
+
+    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
+        masks, gates, loads, losses = [], [], [], [x.new_zeros(())]
+        for i, run in enumerate(self._per_group(plan)):
+            probs = (x[run] @ self.secondary_gate_weight[i].to(x.dtype)).softmax(dim=1)
+            threshold = self.secondary_threshold[i].to(x.dtype)
+            if self.training:
+                mask = batchwise_mask(probs, self.top_k)
+                losses.append(batchwise_threshold_loss(probs.detach(), threshold, mask))
+            else:
+                mask = probs > threshold
+            masks.append(mask)
+            gates.append(normalise_masked(probs, mask))
+            loads.append(mask.sum(0).to(x.dtype))
+        slot_gates, slot_ids = to_slots(torch.cat(gates), torch.cat(masks))
+        loss = torch.stack(losses).sum() / max(len(x), 1)
+        return GroupChoice(slot_gates, slot_ids, torch.stack(loads), loss)

@@ -1,0 +1,72 @@
+"""Two levels of gates."""
+
+import torch
+
+from nmt_moe.moe import MoEConfig, MoELayer
+
+
+def make(experts=12, groups=3, top_k=2, **options):
+    torch.manual_seed(0)
+    layer = MoELayer(MoEConfig(5, 6, experts, top_k, num_groups=groups, **options)).double()
+    for name, parameter in layer.named_parameters():
+        if "threshold" not in name:
+            torch.nn.init.normal_(parameter)
+    return layer
+
+
+def test_parameters_are_named_and_shaped_by_level():
+    shapes = {name: tuple(p.shape) for name, p in make().gate.named_parameters()}
+    assert shapes == {
+        "primary.gate_weight": (5, 3),
+        "primary.noise_weight": (5, 3),
+        "secondary_gate_weight": (3, 5, 4),
+        "secondary_noise_weight": (3, 5, 4),
+    }
+    shapes = {name for name, _ in make(gate="strictly_balanced").gate.named_parameters()}
+    assert shapes == {
+        "primary.gate_weight",
+        "primary.threshold",
+        "secondary_gate_weight",
+        "secondary_threshold",
+    }
+
+
+def test_products_of_gates_sum_to_one():
+    out = make().gate(torch.randn(20, 5, dtype=torch.float64))
+    torch.testing.assert_close(out.gates.sum(1), torch.ones(20, dtype=torch.float64))
+    assert all(len({e // 4 for e in row}) == 2 for row in out.expert_ids.tolist())
+
+
+def test_the_mean_load_is_that_of_all_choices():
+    # 2 groups x 2 experts for each of 4000 tokens; the smooth estimate sums to it in expectation
+    out = make().gate(torch.randn(4000, 5, dtype=torch.float64))
+    torch.testing.assert_close(out.load.sum().item(), 16_000.0, rtol=0.02, atol=0)
+
+
+def test_evaluation_uses_no_noise_and_counts():
+    layer = make().eval()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    y, stats = layer(x)
+    assert torch.equal(y, layer(x)[0])
+    assert stats.tokens_per_expert.sum() == 36
+    torch.testing.assert_close(stats.load, stats.tokens_per_expert.double())
+
+
+def test_padding_takes_its_noise_along():
+    layer = make()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    noise = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 12, dtype=torch.float64)
+    padding = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.bool)
+    y, _ = layer(x, padding, noise)
+    alone, _ = layer(x[~padding], noise=(noise[0][~padding], noise[1][~padding]))
+    torch.testing.assert_close(y[~padding], alone)
+    assert not y[padding].any()
+
+
+def test_a_gate_runs_in_bfloat16():
+    for gate in ("noisy_top_k", "strictly_balanced"):
+        layer = make(gate=gate).bfloat16()
+        y, stats = layer(torch.randn(9, 5, dtype=torch.bfloat16))
+        assert y.dtype == torch.bfloat16
+        assert stats.importance.dtype == torch.float32
+        (y.float().sum() + stats.balance_loss).backward()
