@@ -6,7 +6,11 @@ commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
 from nmt_moe.compat.checkpoints import allow_checkpoint_types, explain_unreadable_checkpoints
-from nmt_moe.compat.corpora import keep_every_sentence, name_uneven_corpora
+from nmt_moe.compat.corpora import (
+    keep_every_sentence,
+    name_bytes_that_are_not_utf8,
+    name_uneven_corpora,
+)
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
@@ -18,6 +22,7 @@ __all__ = [
     "keep_every_sentence",
     "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
+    "name_bytes_that_are_not_utf8",
     "name_uneven_corpora",
     "prepare_processes_and_input",
 ]
@@ -25,6 +30,7 @@ __all__ = [
 allow_checkpoint_types()
 explain_unreadable_checkpoints()
 keep_every_sentence()
+name_bytes_that_are_not_utf8()
 name_uneven_corpora()
 let_half_precision_train_anywhere()
 let_torchrun_train_on_cpu()

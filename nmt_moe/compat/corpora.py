@@ -1,10 +1,11 @@
-"""Lose no sentence of a data set, and name one whose two sides do not match."""
+"""Lose no sentence of a data set, cut it alike after a resume, and name what is wrong with it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from fairseq.data import data_utils
+from fairseq import binarizer
+from fairseq.data import data_utils, dictionary
 from fairseq.tasks import translation
 
 from nmt_moe.compat._replace import replace
@@ -37,26 +38,74 @@ def _batching(split: Callable) -> Callable:
     return batch_by_size
 
 
-def name_uneven_corpora() -> None:
-    """Name the data set whose sides have different numbers of sentences.
+def cut_batches_anew_each_epoch(cfg: Any) -> None:
+    """Let a training that was resumed see the batches that it would have seen without the stop.
 
-    Reason: fairseq-preprocess does not compare them, and fairseq-train's assertion names no file.
+    Reason: batches are cut with the random numbers of the current epoch, and then kept for all
+    later ones. So a run resumed in epoch 5 trains on other batches than one that never stopped.
+    """
+    cfg.dataset.update_epoch_batch_itr = True
+
+
+def name_bytes_that_are_not_utf8() -> None:
+    """Name the file and line of fairseq-preprocess' input that cannot be read.
+
+    Reason: it ends in "negative seek position". Each input is opened after this one call.
+    """
+    for module in (binarizer, dictionary):
+        replace(module, "find_offsets", _finding)
+
+
+def _finding(find: Callable) -> Callable:
+    def find_offsets(filename: str, num_chunks: int) -> list[int]:
+        check_utf8(filename)
+        return find(filename, num_chunks)
+
+    return find_offsets
+
+
+def check_utf8(filename: str) -> None:
+    """Refuse a file with bytes that are not UTF-8.
+
+    Raises:
+        ValueError: naming file, line and byte.
+    """
+    with open(filename, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"`{filename}`, line {number}: byte 0x{line[error.start]:02x} is not valid "
+                    "UTF-8. Convert the file, for instance with iconv, or mend the line."
+                ) from error
+
+
+def name_uneven_corpora() -> None:
+    """Name the data set whose sides have different numbers of sentences, or that has only one.
+
+    Reason: fairseq-preprocess does not compare them, and fairseq-train's assertion names no file;
+    without its target side, training fails somewhere in the model.
     """
     replace(translation, "load_langpair_dataset", _loading)
 
 
 def _loading(load: Callable) -> Callable:
     def load_langpair_dataset(data_path: str, split: str, src: str, *args: Any, **kw: Any) -> Any:
+        # Positional as in fairseq: src_dict, then tgt.
+        target = kw["tgt"] if "tgt" in kw else args[1]
+        files = f"{data_path}/{split}.{src}-{target}"
         try:
-            return load(data_path, split, src, *args, **kw)
+            dataset = load(data_path, split, src, *args, **kw)
         except AssertionError as error:
             if "same number of examples" not in str(error):
                 raise
-            # Positional as in fairseq: src_dict, then tgt.
-            target = kw["tgt"] if "tgt" in kw else args[1]
             raise ValueError(
-                f"the two sides of `{data_path}/{split}.{src}-{target}.*` must have the same "
-                "number of sentences, but do not. Give fairseq-preprocess files of the same length."
+                f"the two sides of `{files}.*` must have the same number of sentences, but do not. "
+                "Give fairseq-preprocess files of the same length."
             ) from error
+        if dataset.tgt is None and split.startswith("train"):
+            raise FileNotFoundError(f"`{files}.{target}.bin` is missing: training needs both sides")
+        return dataset
 
     return load_langpair_dataset

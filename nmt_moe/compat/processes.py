@@ -9,6 +9,7 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.compat.corpora import cut_batches_anew_each_epoch
 from nmt_moe.compat.interactive import skip_bad_lines
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def prepare_processes_and_input() -> None:
 def _calling(call: Callable) -> Callable:
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
         mend_processes(cfg)
+        cut_batches_anew_each_epoch(cfg)
         skip_bad_lines(main.__globals__)
         return call(cfg, main, **kwargs)
 

@@ -1,6 +1,9 @@
 """`--arch lstm_moe_gnmt` and its relatives: the translation model as fairseq sees it."""
 
+import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
@@ -15,6 +18,7 @@ from fairseq.models import (
 )
 from torch import Tensor, nn
 
+from nmt_moe.models._dictionary import DictionaryCheck
 from nmt_moe.moe import GATES, MoEConfig
 from nmt_moe.nn import (
     ATTENTIONS,
@@ -28,6 +32,16 @@ from nmt_moe.nn import (
 
 # LSTMs have no longest sentence; fairseq wants a number. `--max-source-positions` limits first.
 MAX_POSITIONS = 100_000
+
+# Options whose names differ from the core's fields.
+OPTION_OF_FIELD = {
+    "hidden_dim": "expert_hidden_dim",
+    "top_k": "moe_top_k",
+    "gate": "moe_gate",
+    "num_groups": "moe_groups",
+    "importance_weight": "importance_loss_weight",
+    "load_weight": "load_loss_weight",
+}
 
 AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
 WiringChoice: Any = ChoiceEnum(WIRINGS)
@@ -95,29 +109,44 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
         Raises:
             ValueError: naming the option, its rule and its value.
         """
-        moe = None
-        if not self.dense:
-            moe = MoEConfig(
+        with naming_options():
+            moe = None
+            if not self.dense:
+                moe = MoEConfig(
+                    model_dim=self.model_dim,
+                    hidden_dim=self.expert_hidden_dim,
+                    num_experts=self.num_experts,
+                    top_k=self.moe_top_k,
+                    gate=str(self.moe_gate),
+                    num_groups=self.moe_groups,
+                    importance_weight=self.importance_loss_weight,
+                    load_weight=self.load_loss_weight,
+                )
+            return GNMTConfig(
                 model_dim=self.model_dim,
-                hidden_dim=self.expert_hidden_dim,
-                num_experts=self.num_experts,
-                top_k=self.moe_top_k,
-                gate=str(self.moe_gate),
-                num_groups=self.moe_groups,
-                importance_weight=self.importance_loss_weight,
-                load_weight=self.load_loss_weight,
+                lstm_hidden_dim=self.lstm_hidden_dim,
+                encoder_layers=self.encoder_layers,
+                decoder_layers=self.decoder_layers,
+                attention=str(self.attention),
+                attention_wiring=str(self.attention_wiring),
+                dropout=self.dropout,
+                init_range=self.init_range,
+                moe=moe,
             )
-        return GNMTConfig(
-            model_dim=self.model_dim,
-            lstm_hidden_dim=self.lstm_hidden_dim,
-            encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers,
-            attention=str(self.attention),
-            attention_wiring=str(self.attention_wiring),
-            dropout=self.dropout,
-            init_range=self.init_range,
-            moe=moe,
-        )
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Reword the core's errors for the command line: `top_k` becomes `--moe-top-k`."""
+
+    def name_option(field_name: re.Match) -> str:
+        option = OPTION_OF_FIELD.get(field_name[1], field_name[1])
+        return f"`--{option.replace('_', '-')}`"
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"`(\w+)`", name_option, str(error))) from error
 
 
 @register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)
@@ -152,6 +181,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
 
     def __init__(self, config: GNMTConfig, dictionary: Dictionary, embedding: nn.Embedding) -> None:
         super().__init__(dictionary)
+        self.dictionary_check = DictionaryCheck(dictionary, "source")
         self.network = GNMTEncoder(config, embedding)
 
     def forward(
@@ -180,6 +210,7 @@ class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
         tie_output: bool,
     ) -> None:
         super().__init__(dictionary)
+        self.dictionary_check = DictionaryCheck(dictionary, "target")
         self.network = GNMTDecoder(config, embedding)
         self.output = nn.Linear(config.model_dim, len(dictionary), bias=False)
         nn.init.uniform_(self.output.weight, -config.init_range, config.init_range)

@@ -1,0 +1,45 @@
+"""Notice a checkpoint that was trained with another dictionary."""
+
+import hashlib
+from typing import Any, Dict, List
+
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor, nn
+
+
+class DictionaryCheck(nn.Module):
+    """Keep a digest of a dictionary in the checkpoint, and compare it on loading.
+
+    fairseq keeps no dictionary in a checkpoint, and pads them to multiples of 8: another one often
+    has the same size, loads without a word, and every translation is wrong.
+
+    Attributes:
+        digest: Scalar int64, of all symbols in their order.
+    """
+
+    digest: Tensor
+
+    def __init__(self, dictionary: Dictionary, side: str) -> None:
+        super().__init__()
+        self.side, self.size = side, len(dictionary)
+        symbols = "\n".join(dictionary.symbols).encode()
+        number = int.from_bytes(hashlib.sha256(symbols).digest()[:8], "little", signed=True)
+        self.register_buffer("digest", torch.tensor(number))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        digest = state_dict.get(f"{prefix}digest", self.digest)  # none in early checkpoints
+        if not self.digest.cpu().equal(digest.cpu()):
+            error_msgs.append(
+                f"the {self.side} dictionary of {self.size} symbols is not the one that the "
+                "checkpoint was trained with"
+            )

@@ -1,0 +1,279 @@
+"""What is wrong with the input ends a command in one message; what was written stays."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import PLUGIN, call, run
+from tests.support.corpus import preprocess_flags, write_corpus, write_lines
+from tests.support.training import TINY_MOE, TRANSLATE
+
+SOON = ["--max-epoch", 20, "--no-epoch-checkpoints"]  # the fixture's checkpoint has 8 epochs
+
+
+def put(folder: Path, name: str, number: int, line: str) -> None:
+    """Replace line `number` of a corpus' file, counted from 1."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    lines[number - 1] = line
+    write_lines(folder / name, lines)
+
+
+def preprocess(folder: Path, *flags: object) -> str:
+    """Binarise a corpus into its folder's `data`."""
+    joined = [*preprocess_flags(folder, folder / "data"), "--joined-dictionary"]
+    return call("preprocess", *joined, *flags).text
+
+
+@pytest.fixture
+def own_corpus(tmp_path: Path) -> Path:
+    """A corpus that a test may spoil."""
+    return write_corpus(tmp_path / "corpus")
+
+
+# Sentences
+
+
+def test_an_empty_line_trains_and_translates_with_the_others(own_corpus: Path, tmp_path: Path):
+    put(own_corpus, "train.aa", 3, "")
+    put(own_corpus, "train.bb", 5, "")
+    put(own_corpus, "test.aa", 2, "")
+    preprocess(own_corpus)
+    data, few = own_corpus / "data", ["--max-update", 6, "--log-interval", 1]
+    done = call("train", data, *TINY_MOE, *few, "--save-dir", tmp_path)
+    assert [row["num_updates"] for row in done.records() if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    done = call("generate", data, "--path", tmp_path / "checkpoint_last.pt", *TRANSLATE)
+    assert len(done.hypotheses()) == 8
+
+
+LONG = " ".join(["ba"] * 5000)
+
+
+def test_a_line_of_5000_tokens_is_left_out_of_training_by_its_number(
+    own_corpus: Path, tmp_path: Path
+):
+    put(own_corpus, "train.aa", 3, LONG)
+    preprocess(own_corpus)
+    flags = [*TINY_MOE, "--max-update", 6, "--save-dir", tmp_path]
+    done = call("train", own_corpus / "data", *flags)
+    # fairseq counts sentences from 0.
+    assert "1 samples have invalid sizes and will be skipped" in done.text
+    assert "first few sample ids=[2]" in done.text
+
+
+def test_a_line_of_5000_tokens_in_a_test_set_names_the_option_that_leaves_it_out(
+    own_corpus: Path, data: Path, checkpoint: Path
+):
+    put(own_corpus, "test.aa", 3, LONG)
+    preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
+    flags = ["--path", checkpoint, *TRANSLATE]
+    with pytest.raises(Exception, match=r"#2 .*5001.*--skip-invalid-size-inputs-valid-test"):
+        call("generate", own_corpus / "data", *flags)
+    done = call("generate", own_corpus / "data", *flags, "--skip-invalid-size-inputs-valid-test")
+    assert len(done.hypotheses()) == 7
+
+
+def test_one_bad_line_costs_interactive_no_other_translation(data: Path, checkpoint: Path):
+    lines = [b"ba de", b"", LONG.encode(), b"\xff\xfe ba", "ba \u732b".encode(), b"ki"]
+    flags = ["--path", checkpoint, *TRANSLATE, "--buffer-size", 4]
+    done = call("interactive", data, *flags, stdin=b"\n".join(lines) + b"\n")
+    assert done.lines("H").keys() == {0, 1, 4, 5}
+    for message in (
+        "line 2 is empty",
+        "line 3 has 5001 tokens, more than the 1024 allowed: not translated",
+        "line 4 is not valid UTF-8",
+        "line 5 has tokens that are not in the dictionary: 1 of 3",
+    ):
+        assert message in done.text
+    alone = call("interactive", data, *flags, stdin=b"ba de\nki\n").hypotheses()
+    assert [row[-1] for number, row in done.lines("H").items() if number in (0, 5)] == alone
+
+
+def test_unknown_words_are_counted_and_become_the_unknown_symbol(
+    own_corpus: Path, data: Path, checkpoint: Path
+):
+    put(own_corpus, "test.aa", 1, "\u732b")
+    text = preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
+    assert f"{own_corpus}/test.aa: 8 sents" in text
+    assert "replaced (by <unk>)" in text
+    done = call("generate", own_corpus / "data", "--path", checkpoint, *TRANSLATE)
+    assert done.lines("S")[0] == ["<unk>"]
+    assert len(done.hypotheses()) == 8
+
+
+def test_a_line_that_is_not_utf8_names_its_file_and_line(own_corpus: Path):
+    path = own_corpus / "train.aa"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], b"ba \xff de\n", *lines[5:]]))
+    with pytest.raises(ValueError, match=rf"{path}.*line 5.*UTF-8"):
+        preprocess(own_corpus)
+
+
+# Files
+
+
+def test_sides_of_different_length_name_the_data_set(own_corpus: Path, tmp_path: Path):
+    write_lines(own_corpus / "train.bb", (own_corpus / "train.bb").read_text().splitlines()[:-1])
+    preprocess(own_corpus)
+    with pytest.raises(ValueError, match=r"data/train\.aa-bb\.\*` must have the same number"):
+        call("train", own_corpus / "data", *TINY_MOE, "--save-dir", tmp_path)
+
+
+def test_a_missing_text_is_named(own_corpus: Path):
+    (own_corpus / "valid.bb").unlink()
+    with pytest.raises(FileNotFoundError, match=r"valid\.bb"):
+        preprocess(own_corpus)
+
+
+@pytest.mark.parametrize("name", ["dict.aa.txt", "train.aa-bb.bb.bin"])
+def test_a_missing_file_of_the_data_is_named(name: str, data: Path, tmp_path: Path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / name).unlink()
+    stem = name.removesuffix(".bb.bin").split(".")[0]
+    with pytest.raises(FileNotFoundError, match=rf"{stem}.*{tmp_path}/data|{tmp_path}/data/{name}"):
+        call("train", tmp_path / "data", *TINY_MOE, "--save-dir", tmp_path)
+
+
+def test_missing_data_are_named(tmp_path: Path):
+    languages = ["-s", "aa", "-t", "bb"]
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
+        call("train", tmp_path / "nowhere", *languages, *TINY_MOE, "--save-dir", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["generate", "interactive"])
+def test_a_missing_checkpoint_is_named(command: str, data: Path, tmp_path: Path):
+    with pytest.raises(OSError, match=str(tmp_path / "none.pt")):
+        call(command, data, "--path", tmp_path / "none.pt", *TRANSLATE)
+
+
+# Checkpoints
+
+
+SIZES = r"is \(48, 16\), not \(72, 16\)"  # fairseq pads dictionaries to multiples of 8
+
+
+def test_a_larger_dictionary_than_that_of_the_checkpoint_names_both_sizes(
+    own_corpus: Path, checkpoint: Path
+):
+    put(own_corpus, "train.aa", 1, " ".join(f"new{number}" for number in range(24)))
+    preprocess(own_corpus)
+    with pytest.raises(ValueError, match=rf"{checkpoint}.*{SIZES}.*dictionar"):
+        call("generate", own_corpus / "data", "--path", checkpoint, *TRANSLATE)
+
+
+def test_another_dictionary_of_the_same_size_is_noticed(own_corpus: Path, checkpoint: Path):
+    for split in ("train", "valid", "test"):
+        text = (own_corpus / f"{split}.aa").read_text()
+        (own_corpus / f"{split}.aa").write_text(text.replace("ba", "new"))
+    preprocess(own_corpus)
+    with pytest.raises(ValueError, match=rf"{checkpoint}.*dictionary of 48 symbols is not"):
+        call("generate", own_corpus / "data", "--path", checkpoint, *TRANSLATE)
+
+
+def test_training_does_not_go_on_with_another_dictionary(
+    own_corpus: Path, checkpoint: Path, tmp_path: Path
+):
+    put(own_corpus, "train.aa", 1, "new words")
+    preprocess(own_corpus)
+    path = shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(Exception, match=str(path)) as caught:
+        call("train", own_corpus / "data", *TINY_MOE, *SOON, "--save-dir", tmp_path)
+    assert "dictionary of 48 symbols is not the one" in str(caught.value.__context__)
+    assert path.read_bytes() == checkpoint.read_bytes()
+
+
+def truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def corrupt(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return (
+        content[:middle]
+        + bytes(byte ^ 255 for byte in content[middle:][:64])
+        + content[middle + 64 :]
+    )
+
+
+@pytest.mark.parametrize("damage", [truncate, corrupt])
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(
+    command: str, damage: object, data: Path, checkpoint: Path, tmp_path: Path
+):
+    path = tmp_path / "checkpoint_last.pt"
+    content = damage(checkpoint.read_bytes())
+    path.write_bytes(content)
+    flags = {
+        "train": [*TINY_MOE, *SOON, "--save-dir", tmp_path],
+        "generate": ["--path", path, *TRANSLATE],
+    }
+    with pytest.raises(ValueError, match=rf"{path}.*truncated, corrupted"):
+        call(command, data, *flags[command])
+    assert path.read_bytes() == content
+
+
+def test_a_loss_that_becomes_nan_stops_the_training_and_keeps_its_checkpoints(
+    data: Path, checkpoint: Path, tmp_path: Path
+):
+    path = shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
+    flags = [*TINY_MOE, *SOON, "--save-dir", tmp_path]
+    with pytest.raises(FloatingPointError, match="NaN.*lower `--lr`|gradients are Nan/Inf"):
+        call("train", data, *flags, "--lr", 1e30, "--clip-norm", 0)
+    assert path.read_bytes() == checkpoint.read_bytes()
+    call("train", data, *flags, "--max-epoch", 9)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--moe-top-k", 5], "`--moe-top-k` must be from 1 to 4, but is 5"),
+        (["--moe-top-k", 0], "`--moe-top-k` must be from 1 to 4, but is 0"),
+        (["--num-experts", 0], "`--num-experts` must be at least 1, but is 0"),
+        (["--expert-hidden-dim", 0], "`--expert-hidden-dim` must be at least 1, but is 0"),
+        (["--moe-groups", 3], "`--num-experts` must be a multiple of `--moe-groups`, 3, but is 4"),
+        (["--importance-loss-weight", -1], "`--importance-loss-weight` must be at least 0"),
+        (["--model-dim", 0], "`--model-dim` must be at least 1, but is 0"),
+        (["--encoder-layers", 2], "`--encoder-layers` must be at least 3, but is 2"),
+        (["--dropout", 1.5], "`--dropout` must be from 0.0 to 1.0, but is 1.5"),
+        (["--warmup-updates", -1], "`--warmup-updates` must be at least 0, but is -1"),
+    ],
+)
+def test_an_option_that_no_model_can_have_is_named(
+    flags: list[object], message: str, data: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        call("train", data, *TINY_MOE, *flags, "--save-dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--moe-gate", "none"], ["--attention", "dot"], ["--attention-wiring", "no"]]
+)
+def test_an_unknown_choice_is_named_with_all_that_there_are(
+    flags: list[str], data: Path, capfd: pytest.CaptureFixture, tmp_path: Path
+):
+    with pytest.raises(SystemExit) as caught:
+        call("train", data, *TINY_MOE, *flags, "--save-dir", tmp_path)
+    assert caught.value.code == 2
+
+
+def test_a_wrong_user_dir_is_named(data: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "plugin")):
+        call("train", data, "--user-dir", tmp_path / "plugin", *TINY_MOE)
+
+
+def test_a_forgotten_user_dir_names_the_model_that_is_not_known(data: Path, tmp_path: Path):
+    done = run("train", data, "--arch", "lstm_moe_gnmt", cwd=tmp_path)
+    assert done.status == 2
+    assert "invalid choice: 'lstm_moe_gnmt'" in done.text
+
+
+def test_a_command_ends_in_one_message_and_not_in_a_traceback(data: Path, tmp_path: Path):
+    flags = ["--user-dir", PLUGIN, *TINY_MOE, "--moe-top-k", 5]
+    done = run("train", data, *flags, cwd=tmp_path)
+    assert done.status == 1
+    assert "fairseq-train: error: `--moe-top-k` must be from 1 to 4, but is 5." in done.text
+    assert "Traceback" not in done.text

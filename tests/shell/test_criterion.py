@@ -1,0 +1,172 @@
+"""The loss, what is logged of it, and that the balance weight means the same everywhere."""
+
+import math
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from fairseq.logging import metrics
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmt_moe.criterions import MoELabelSmoothedCrossEntropy
+from tests.support.models import make_model, make_sample, make_task
+
+SAMPLE = make_sample(["abc", "jihg", "e"], ["ffab", "cd", "jj"])
+TWICE = make_sample(["abc", "jihg", "e"] * 2, ["ffab", "cd", "jj"] * 2)
+# Noise is the one thing by which two equal halves of a batch would differ.
+without_noise = mock.patch.object(torch, "randn_like", torch.zeros_like)
+
+
+def make_criterion(smoothing: float = 0.1, sentence_avg: bool = False) -> nn.Module:
+    return MoELabelSmoothedCrossEntropy(make_task(), sentence_avg, smoothing)
+
+
+def make_training_model(weight: float = 0.5, **options: object) -> nn.Module:
+    weights = {"importance_loss_weight": weight, "load_loss_weight": weight}
+    return make_model(**weights, **options).train()
+
+
+def gradients(model: nn.Module, batches: list[dict], **options: bool) -> dict[str, Tensor]:
+    """Accumulate batches and divide by the sample size, as fairseq's trainer does."""
+    criterion, sample_size = make_criterion(**options), 0
+    model.zero_grad()
+    with without_noise:
+        for batch in batches:
+            loss, size, _ = criterion(model, batch)
+            loss.backward()
+            sample_size += size
+    return {
+        name: parameter.grad / sample_size
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_the_balance_weighs_the_same_in_large_batches_and_in_accumulated_ones(sentence_avg: bool):
+    model = make_training_model(weight=3.0)
+    options = {"sentence_avg": sentence_avg}
+    once = gradients(model, [SAMPLE], **options)
+    for batches in ([TWICE], [SAMPLE, SAMPLE], [SAMPLE, TWICE, SAMPLE]):
+        other = gradients(model, batches, **options)
+        assert other.keys() == once.keys()
+        for name, gradient in once.items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    gate = "encoder.network.moe.moe.gate.gate_weight"
+    light = gradients(make_training_model(weight=0.0), [SAMPLE], **options)
+    assert not once[gate].allclose(light[gate], rtol=0.1)
+
+
+@without_noise
+def test_the_loss_by_hand():
+    model = make_training_model()
+    loss, sample_size, log = make_criterion(smoothing=0.3)(model, SAMPLE)
+    logits, extra = model(**SAMPLE["net_input"])
+    assert sample_size == SAMPLE["ntokens"] == 5 + 3 + 3
+    pad, size = 1, logits.shape[2]
+    wanted = SAMPLE["target"] != pad
+    log_probs = F.log_softmax(logits, dim=2)[wanted]
+    nll = -log_probs.gather(1, SAMPLE["target"][wanted].unsqueeze(1)).sum()
+    # fairseq's smoothing: 0.3 is shared by all other symbols.
+    share = 0.3 / (size - 1)
+    smooth = (1 - 0.3 - share) * nll - share * log_probs.sum()
+    balance = sum(stats.balance_loss for stats in extra["moe_stats"].values())
+    assert balance > 0
+    torch.testing.assert_close(log["nll_loss"], nll)
+    torch.testing.assert_close(loss, smooth + sample_size * balance)
+    torch.testing.assert_close(log["balance_loss"], sample_size * balance)
+
+
+@without_noise
+def test_perplexity_is_free_of_smoothing_and_of_the_balance():
+    logs = [
+        make_criterion(smoothing)(make_training_model(weight), SAMPLE)[2]
+        for smoothing, weight in [(0.0, 0.0), (0.3, 9.0)]
+    ]
+    assert logs[0]["nll_loss"] == logs[1]["nll_loss"]
+    assert logs[0]["loss"] < logs[1]["loss"]
+    values = [reduce_metrics([log]) for log in logs]
+    assert values[0]["nll_loss"] == values[1]["nll_loss"]
+    assert values[0]["ppl"] == values[1]["ppl"]
+    # Nats summed over 11 tokens; fairseq logs bits for each.
+    bits = logs[0]["nll_loss"].item() / 11 / math.log(2)
+    assert values[0]["nll_loss"] == pytest.approx(bits, abs=1e-3)
+
+
+def test_validation_has_no_balance_loss():
+    model = make_training_model(weight=9.0)
+    loss, _, log = make_criterion(smoothing=0.0)(model.eval(), SAMPLE)
+    assert loss == log["nll_loss"]
+    assert "balance_loss" not in log
+    assert log["encoder_moe_load"].sum() == SAMPLE["net_input"]["src_lengths"].sum() * 2
+
+
+def reduce_metrics(logs: list[dict]) -> dict[str, float]:
+    with metrics.aggregate(new_root=True) as aggregator:
+        MoELabelSmoothedCrossEntropy.reduce_metrics(logs)
+    return aggregator.get_smoothed_values()
+
+
+def make_log(encoder: list[float], decoder: list[float], **values: float) -> dict:
+    layers = {"encoder": encoder, "decoder": decoder}
+    kinds = ("importance", "load")
+    vectors = {
+        f"{name}_moe_{kind}": torch.tensor(vector)
+        for name, vector in layers.items()
+        for kind in kinds
+    }
+    return {"loss": 4.0, "nll_loss": 3.0, "ntokens": 10, "sample_size": 10, **vectors, **values}
+
+
+def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
+    # Encoder: [2, 6] + [6, 2] = [8, 8], balanced, though each batch has mean 4, deviation 2.
+    # Decoder: [1, 3] + [1, 3] = [2, 6]: mean 4, deviation 2, largest 6.
+    logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
+    values = reduce_metrics(logs)
+    for kind in ("importance", "load"):
+        assert values[f"encoder_moe_cv_{kind}"] == pytest.approx(0.0)
+        assert values[f"decoder_moe_cv_{kind}"] == pytest.approx(0.5)
+        assert values[f"moe_cv_{kind}"] == pytest.approx(0.25)
+    assert values["encoder_moe_max_load"] == pytest.approx(1.0)
+    assert values["decoder_moe_max_load"] == pytest.approx(1.5)
+    assert values["moe_max_load"] == pytest.approx(1.25)
+
+
+def test_the_balance_loss_of_several_batches_is_weighted_by_their_size():
+    # 0.2 for each of 10 and 0.5 for each of 30: (2 + 15) / 40.
+    logs = [
+        make_log([1.0], [1.0], balance_loss=2.0),
+        make_log([1.0], [1.0], balance_loss=15.0, sample_size=30),
+    ]
+    assert reduce_metrics(logs)["balance_loss"] == pytest.approx(17 / 40)
+
+
+@pytest.fixture
+def logs_of_two_ranks() -> Iterator[list[dict]]:
+    model = make_training_model()
+    return [make_criterion()(model, sample)[2] for sample in (SAMPLE, make_sample(["a"], ["b"]))]
+
+
+def test_ranks_log_equal_keys_and_shapes_so_that_they_can_be_summed(logs_of_two_ranks: list):
+    assert MoELabelSmoothedCrossEntropy.logging_outputs_can_be_summed()
+    one, other = logs_of_two_ranks
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.as_tensor(one[key]).shape == torch.as_tensor(other[key]).shape, key
+    summed = {key: one[key] + other[key] for key in one}
+    assert reduce_metrics([summed]) == pytest.approx(reduce_metrics([one, other]))
+
+
+def test_a_dense_model_logs_no_balance():
+    _, _, log = make_criterion()(make_training_model(dense=True), SAMPLE)
+    assert not [key for key in log if "moe" in key or "balance" in key]
+    assert "ppl" in reduce_metrics([log])
+
+
+def test_a_loss_that_is_no_number_names_its_sentences():
+    model = make_training_model()
+    nn.init.constant_(model.decoder.output.weight, math.nan)
+    with pytest.raises(FloatingPointError, match=r"loss is NaN .* sentences \[0, 1, 2\].*`--lr`"):
+        make_criterion()(model, SAMPLE)

@@ -1,0 +1,90 @@
+"""Run fairseq's commands: as a user does, or in this process where the import is the dear part."""
+
+import importlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PLUGIN = REPOSITORY / "nmt_moe"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command left: its exit status and all it printed or logged."""
+
+    status: int
+    text: str
+
+    def lines(self, kind: str) -> dict[int, list[str]]:
+        """Give the columns of lines such as `H-3<tab>-0.2<tab>un deux`, by sentence number."""
+        rows = [line.split("\t") for line in self.text.splitlines() if line.startswith(f"{kind}-")]
+        return {int(row[0][len(kind) + 1 :]): row[1:] for row in rows}
+
+    def hypotheses(self) -> list[str]:
+        """Give the translations in the order of the sentences."""
+        return [row[-1] for _, row in sorted(self.lines("H").items())]
+
+    def records(self) -> list[dict[str, float]]:
+        """Give the entries of `--log-format json`, numbers as numbers."""
+        entries = [line[line.find('{"') :] for line in self.text.splitlines() if '{"' in line]
+        return [{key: float(value) for key, value in json.loads(row).items()} for row in entries]
+
+
+def run(command: str, *arguments: object, cwd: Path, stdin: bytes = b"") -> Output:
+    """Start a command as its own process, in the folder `cwd`."""
+    program = Path(sys.executable).parent / f"fairseq-{command}"
+    finished = subprocess.run(
+        [program, *map(str, arguments)],
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=cwd,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+    )
+    return Output(finished.returncode, finished.stdout.decode(errors="replace"))
+
+
+def call(command: str, *arguments: object, stdin: bytes = b"") -> Output:
+    """Run a command in this process, with the plugin registered; exceptions pass through."""
+    from fairseq.logging import metrics
+
+    from nmt_moe import plugin
+
+    plugin.register()
+    module = importlib.import_module(f"fairseq_cli.{command}")
+    metrics.reset()
+    printed = io.StringIO()
+    arguments = [f"fairseq-{command}", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        redirect_stdout(printed),
+        redirect_stderr(printed),
+        log_into(printed),
+    ):
+        module.cli_main()
+    return Output(0, printed.getvalue())
+
+
+@contextmanager
+def log_into(stream: io.StringIO) -> Iterator[None]:
+    """Copy all log entries to a stream; put loggers back as they were."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    root.addHandler(logging.StreamHandler(stream))
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers

@@ -1,0 +1,83 @@
+"""A tiny model, its dictionaries and its batches, without the commands."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from nmt_moe import plugin
+
+plugin.register()
+
+from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMT, LSTMMoEGNMTConfig  # noqa: E402
+
+SIZES = {
+    "model_dim": 12,
+    "lstm_hidden_dim": 16,
+    "num_experts": 4,
+    "moe_top_k": 2,
+    "expert_hidden_dim": 8,
+    "init_range": 0.4,
+    "dropout": 0.0,
+}
+
+
+def make_dictionary(words: str = "abcdefghij") -> Dictionary:
+    dictionary = Dictionary()
+    for word in words:
+        dictionary.add_symbol(word)
+    return dictionary
+
+
+def make_task(source: str = "abcdefghij", target: str = "abcdefghij") -> Any:
+    """Give what models and criterions ask of a task; one letter is one word."""
+    return SimpleNamespace(
+        source_dictionary=make_dictionary(source), target_dictionary=make_dictionary(target)
+    )
+
+
+def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
+    """Build a model in evaluation mode whose gates have learned something."""
+    torch.manual_seed(seed)
+    config = LSTMMoEGNMTConfig(**{**SIZES, **options})
+    model = LSTMMoEGNMT.build_model(config, task or make_task()).eval()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]:
+    """Give (B, S) tokens, each sentence closed by the end mark, and (B,) lengths."""
+    dictionary = make_dictionary()
+    rows = [[dictionary.index(word) for word in text] + [dictionary.eos()] for text in sentences]
+    longest = max(map(len, rows))
+    tokens = torch.full((len(rows), longest), dictionary.pad())
+    for at, row in enumerate(rows):
+        start = longest - len(row) if pad_left else 0
+        tokens[at, start : start + len(row)] = torch.tensor(row)
+    return tokens, torch.tensor([len(row) for row in rows])
+
+
+def make_sample(sources: list[str], targets: list[str]) -> dict[str, Any]:
+    """Give a batch as fairseq's collater makes it."""
+    src_tokens, src_lengths = make_tokens(*sources)
+    target, lengths = make_tokens(*targets, pad_left=False)
+    eos, pad = make_dictionary().eos(), make_dictionary().pad()
+    previous = target.roll(1, dims=1)
+    previous[:, 0] = eos
+    # Rolled, the end mark of shorter sentences stands before the padding, as in fairseq's own.
+    previous = previous.masked_fill(torch.arange(target.shape[1]) >= lengths[:, None], pad)
+    return {
+        "id": torch.arange(len(sources)),
+        "nsentences": len(sources),
+        "ntokens": int(lengths.sum()),
+        "net_input": {
+            "src_tokens": src_tokens,
+            "src_lengths": src_lengths,
+            "prev_output_tokens": previous,
+        },
+        "target": target,
+    }
