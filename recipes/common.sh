@@ -1,0 +1,127 @@
+# Shared by every recipe; to be sourced, not run: `source recipes/common.sh`.
+# shellcheck shell=bash
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# One thread for each process unless the caller says otherwise: more threads than free cores slow small models down.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Makes sorting and character handling the same on every machine.
+export LC_ALL=C.UTF-8 PYTHONUTF8=1
+
+# fairseq drops the last batch of every pass whose size is no multiple of 8 (this option's default), and with it up to
+# 7 sentences of a test set.
+# shellcheck disable=SC2034
+EVERY_SENTENCE=(--required-batch-size-multiple 1)
+
+say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# Print the comment block at the top of a recipe: its manual.
+print_manual() { awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$1"; }
+
+# use_environment: put the commands of the project's environment (fairseq-train, sacrebleu, ...) on PATH.
+# NMT_MOE_PYTHON=/path/to/python names an environment that has everything; otherwise tools/setup.sh makes .venv.
+use_environment() {
+  local python
+  if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
+    python=$(command -v "$NMT_MOE_PYTHON") || die "NMT_MOE_PYTHON=$NMT_MOE_PYTHON is not a program"
+  else
+    say "checking the environment (the first time this compiles fairseq, which takes minutes)"
+    bash "$REPOSITORY/tools/setup.sh" || die "tools/setup.sh failed; its output above says why"
+    python=$REPOSITORY/.venv/bin/python
+  fi
+  [[ -x $(dirname "$python")/fairseq-train ]] ||
+    die "there is no fairseq-train beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to a complete one"
+  PATH=$(dirname "$python"):$PATH
+  export PATH
+  export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# begin_steps FOLDER [KEY]: the steps that follow leave their stamps in FOLDER/.steps; KEY ties them to earlier work.
+begin_steps() {
+  STEPS_FOLDER=$1/.steps
+  STEP_KEY=${2:-}
+  mkdir -p "$STEPS_FOLDER"
+}
+
+# run_step NAME SETTINGS COMMAND...: run COMMAND unless its stamp says that the same step ended well with the same
+# SETTINGS after the same earlier steps. So a second run goes on where the first failed, and a changed setting
+# repeats its own step and all that follow.
+run_step() {
+  local name=$1 settings=$2 stamp=$STEPS_FOLDER/$1
+  shift 2
+  STEP_KEY=$(printf '%s|%s|%s' "$STEP_KEY" "$name" "$settings" | sha256sum | cut -c1-64)
+  if [[ -f $stamp && $(<"$stamp") == "$STEP_KEY" ]]; then
+    say "$name: done before"
+    return
+  fi
+  say "$name"
+  rm -f "$stamp"
+  "$@"
+  printf '%s' "$STEP_KEY" >"$stamp"
+}
+
+# require_whole NAME SMALLEST: refuse a variable that is not a whole number of at least SMALLEST.
+require_whole() {
+  [[ ${!1} =~ ^[0-9]{1,9}$ && $((10#${!1})) -ge $2 ]] || die "$1 must be a whole number of at least $2, but is '${!1}'"
+}
+
+# require_choice NAME CHOICE...: refuse a variable that is none of the choices.
+require_choice() {
+  local name=$1 choice
+  shift
+  for choice; do [[ ${!name} == "$choice" ]] && return; done
+  die "$name must be one of: $*; but is '${!name}'"
+}
+
+# hypotheses_of LOG: the detokenised translations in fairseq-generate's output, in the order of the test set.
+hypotheses_of() { grep '^D-' "$1" | sed 's/^D-//' | sort -n -k1,1 | cut -f3-; }
+
+# logged COMMAND... with LOG set: run with all output in $LOG; show its end when the command fails.
+logged() {
+  if ! "$@" >"$LOG" 2>&1; then
+    tail -n 15 "$LOG" >&2
+    die "'$1' failed; the whole log is $LOG"
+  fi
+}
+
+# set_device: turn DEVICE (auto, cpu or cuda) into DEVICE_FLAGS for fairseq; auto takes a GPU when there is one.
+# shellcheck disable=SC2034
+set_device() {
+  require_choice DEVICE auto cpu cuda
+  DEVICE_FLAGS=()
+  if [[ $DEVICE == cpu ]]; then DEVICE_FLAGS=(--cpu); fi
+  if [[ $DEVICE == cuda ]]; then
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+      die "DEVICE=cuda, but torch finds no CUDA device here; DEVICE=auto or cpu runs on the processor"
+  fi
+}
+
+# train_logged LOG COMMAND...: append fairseq-train's output to LOG and show of it one short line for each report.
+train_logged() {
+  local log=$1
+  shift
+  if ! "$@" 2>&1 | tee -a "$log" | awk '
+    function value(key) {
+      return match($0, "[ ,|]" key "[= ][-+.e0-9]+") ? "  " substr($0, RSTART + 1, RLENGTH - 1) : ""
+    }
+    / \| train_inner \| / { print "      " value("num_updates") value("ppl") value("wps") value("moe_cv_load") }
+    / \| valid \| .* num_updates / { print "valid:" value("num_updates") value("ppl") }
+    { fflush() }'; then
+    tail -n 15 "$log" >&2
+    die "training failed; the whole log is $log. Run the same command again to go on from the last checkpoint."
+  fi
+}
+
+# keep_or_clear FOLDER KEY: a training with other settings cannot be continued; remove what it left.
+keep_or_clear() {
+  if [[ -d $1 && $(cat "$1/settings" 2>/dev/null) != "$2" ]]; then
+    say "the settings changed: removing $1"
+    rm -rf "$1"
+  fi
+  mkdir -p "$1"
+  printf '%s' "$2" >"$1/settings"
+}

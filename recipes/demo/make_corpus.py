@@ -1,0 +1,361 @@
+#!/usr/bin/env python3
+"""Generate the demo's corpus: written-out numbers, dates, times and prices in two languages.
+
+    on the second of May nineteen oh-one at half past seven in the evening the lamp cost one pound
+    le deux mai mille neuf cent un à dix-neuf heures trente la lampe coûtait une livre
+
+The words of numbers come from num2words; the phrases round them are here. Each English sentence
+has one translation, but not word by word: other orders, 12-hour into 24-hour clock, genders. The
+same seed gives the same corpus, and no sentence stands in two of train, valid and test, on either
+side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import random
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import num2words as num2words_package
+
+
+@cache
+def num2words(value: int, lang: str, to: str = "cardinal") -> str:
+    return num2words_package.num2words(value, lang=lang, to=to)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a sentence says, in no language; a template uses the parts that it names."""
+
+    template: int
+    thing: int
+    goods: int
+    number: int
+    ordinal: int
+    date: datetime.date
+    times: tuple[int, int]  # minutes after midnight
+    has_spoken_quarters: bool  # English only: `a quarter past seven` instead of `seven fifteen`
+    currency: int
+    price: tuple[int, int]  # whole units and hundredths
+
+
+class English:
+    templates = [
+        "{number}",
+        "{price}",
+        "at {time}",
+        "on the {date}",
+        "there are {count} {goods} in the museum",
+        "{thing} costs {price}",
+        "she was born on the {date}",
+        "the train leaves at {time}",
+        "the shop opens at {time} and closes at {time2}",
+        "on the {date} at {time} {thing} cost {price}",
+        "we sold {count} {goods} for {price}",
+        "the {ordinal} train of the day leaves at {time}",
+        "he lives on the {ordinal} floor of house number {number}",
+        "the meeting on {weekday}, the {date}, begins at {time}",
+    ]
+    # fmt: off
+    things = [
+        "the ticket", "the book", "the coat", "the lamp",
+        "the table", "the bicycle", "the watch", "the bread",
+    ]
+    goods = ["books", "trees", "tickets", "horses", "boats", "pictures", "pens", "armchairs"]
+    months = [
+        "January", "February", "March", "April", "May", "June",
+        "July", "August", "September", "October", "November", "December",
+    ]
+    weekdays = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+    # fmt: on
+    currencies = [("euro", "euros", "cent", "cents"), ("dollar", "dollars", "cent", "cents")]
+    currencies += [("pound", "pounds", "penny", "pence")]
+
+    def number(self, value: int) -> str:
+        return num2words(value, lang="en").replace(",", "")
+
+    count = number
+
+    def ordinal(self, value: int) -> str:
+        return num2words(value, lang="en", to="ordinal")
+
+    def date(self, date: datetime.date) -> str:
+        year = num2words(date.year, lang="en", to="year")
+        return f"{self.ordinal(date.day)} of {self.months[date.month - 1]} {year}"
+
+    def time(self, minutes: int, has_spoken_quarters: bool) -> str:
+        hour, minute = divmod(minutes, 60)
+        clock = self.clock(hour, minute)
+        if has_spoken_quarters and minute in (15, 30):
+            clock = f"{'a quarter' if minute == 15 else 'half'} past {self.hour(hour)}"
+        if has_spoken_quarters and minute == 45:
+            clock = f"a quarter to {self.hour(hour + 1)}"
+        return f"{clock} {self.part_of_day(hour)}"
+
+    def hour(self, hour: int) -> str:
+        return self.number((hour - 1) % 12 + 1)
+
+    def clock(self, hour: int, minute: int) -> str:
+        if minute == 0:
+            return f"{self.hour(hour)} o'clock"
+        return f"{self.hour(hour)} {'oh ' if minute < 10 else ''}{self.number(minute)}"
+
+    def part_of_day(self, hour: int) -> str:
+        # Each part is shorter than twelve hours, so an hour with its part is one of the day's.
+        if hour < 5 or hour >= 22:
+            return "at night"
+        if hour < 12:
+            return "in the morning"
+        return "in the afternoon" if hour < 18 else "in the evening"
+
+    def price(self, currency: int, whole: int, hundredths: int) -> str:
+        unit, units, part, parts = self.currencies[currency]
+        text = f"{self.number(whole)} {unit if whole == 1 else units}"
+        if hundredths == 0:
+            return text
+        return f"{text} and {self.number(hundredths)} {part if hundredths == 1 else parts}"
+
+
+class French:
+    templates = [
+        "{number}",
+        "{price}",
+        "à {time}",
+        "le {date}",
+        "il y a {count} {goods} au musée",
+        "{thing} coûte {price}",
+        "elle est née le {date}",
+        "le train part à {time}",
+        "le magasin ouvre à {time} et ferme à {time2}",
+        "le {date} à {time} {thing} coûtait {price}",
+        "nous avons vendu {count} {goods} pour {price}",
+        "le {ordinal} train du jour part à {time}",
+        "il habite au {ordinal} étage de la maison numéro {number}",
+        "la réunion du {weekday} {date} commence à {time}",
+    ]
+    # fmt: off
+    things = [
+        "le billet", "le livre", "le manteau", "la lampe",
+        "la table", "le vélo", "la montre", "le pain",
+    ]
+    # Masculine all: a feminine noun would ask for another form of the number before it.
+    goods = ["livres", "arbres", "billets", "chevaux", "bateaux", "tableaux", "stylos", "fauteuils"]
+    months = [
+        "janvier", "février", "mars", "avril", "mai", "juin",
+        "juillet", "août", "septembre", "octobre", "novembre", "décembre",
+    ]
+    weekdays = ["lundi", "mardi", "mercredi", "jeudi", "vendredi", "samedi", "dimanche"]
+    # fmt: on
+    currencies = [("euro", "euros", "centime", "centimes"), ("dollar", "dollars", "cent", "cents")]
+    currencies += [("livre", "livres", "penny", "pence")]
+
+    def number(self, value: int) -> str:
+        return num2words(value, lang="fr")
+
+    count = number
+
+    def feminine_count(self, value: int) -> str:
+        return re.sub(r"\bun$", "une", self.number(value))
+
+    def ordinal(self, value: int) -> str:
+        return num2words(value, lang="fr", to="ordinal")
+
+    def date(self, date: datetime.date) -> str:
+        day = "premier" if date.day == 1 else self.number(date.day)
+        return f"{day} {self.months[date.month - 1]} {num2words(date.year, lang='fr', to='year')}"
+
+    def time(self, minutes: int, has_spoken_quarters: bool) -> str:
+        hour, minute = divmod(minutes, 60)
+        text = f"{self.feminine_count(hour)} {'heures' if hour > 1 else 'heure'}"
+        return f"{text} {self.feminine_count(minute)}" if minute else text
+
+    def price(self, currency: int, whole: int, hundredths: int) -> str:
+        unit, units, part, parts = self.currencies[currency]
+        count = self.feminine_count(whole) if unit == "livre" else self.number(whole)
+        text = f"{count} {unit if whole == 1 else units}"
+        if hundredths == 0:
+            return text
+        return f"{text} et {self.number(hundredths)} {part if hundredths == 1 else parts}"
+
+
+class German:
+    templates = [
+        "{number}",
+        "{price}",
+        "um {time}",
+        "am {date}",
+        "im Museum gibt es {count} {goods}",
+        "{thing} kostet {price}",
+        "sie wurde am {date} geboren",
+        "der Zug fährt um {time} ab",
+        "der Laden öffnet um {time} und schließt um {time2}",
+        "am {date} um {time} kostete {thing} {price}",
+        "wir haben {count} {goods} für {price} verkauft",
+        "der {ordinal} Zug des Tages fährt um {time} ab",
+        "er wohnt im {ordinal}n Stock von Haus Nummer {number}",
+        "die Sitzung am {weekday}, dem {date}, beginnt um {time}",
+    ]
+    # fmt: off
+    things = [
+        "die Fahrkarte", "das Buch", "der Mantel", "die Lampe",
+        "der Tisch", "das Fahrrad", "die Uhr", "das Brot",
+    ]
+    goods = ["Bücher", "Bäume", "Fahrkarten", "Pferde", "Boote", "Bilder", "Stifte", "Sessel"]
+    months = [
+        "Januar", "Februar", "März", "April", "Mai", "Juni",
+        "Juli", "August", "September", "Oktober", "November", "Dezember",
+    ]
+    weekdays = ["Montag", "Dienstag", "Mittwoch", "Donnerstag", "Freitag", "Samstag", "Sonntag"]
+    # fmt: on
+    currencies = [("Euro", "Cent"), ("Dollar", "Cent"), ("Pfund", "Pence")]
+
+    def number(self, value: int) -> str:
+        return num2words(value, lang="de")
+
+    def count(self, value: int) -> str:
+        # Before what is counted, eins loses its s.
+        return re.sub("eins$", "ein", self.number(value))
+
+    def ordinal(self, value: int) -> str:
+        return num2words(value, lang="de", to="ordinal")
+
+    def date(self, date: datetime.date) -> str:
+        year = num2words(date.year, lang="de", to="year")
+        return f"{self.ordinal(date.day)}n {self.months[date.month - 1]} {year}"
+
+    def time(self, minutes: int, has_spoken_quarters: bool) -> str:
+        hour, minute = divmod(minutes, 60)
+        text = f"{self.count(hour)} Uhr"
+        return f"{text} {self.number(minute)}" if minute else text
+
+    def price(self, currency: int, whole: int, hundredths: int) -> str:
+        unit, part = self.currencies[currency]
+        text = f"{self.count(whole)} {unit}"
+        return f"{text} und {self.count(hundredths)} {part}" if hundredths else text
+
+
+NUM_BARE = 4  # The first templates of each language are nothing but what they name.
+LANGUAGES = {"en": English(), "fr": French(), "de": German()}
+
+
+def draw_time(generator: random.Random) -> int:
+    """Draw minutes after midnight, often a quarter: English has names of its own for these."""
+    if generator.random() < 0.4:
+        return generator.randrange(24 * 4) * 15
+    return generator.randrange(24 * 60)
+
+
+def draw_item(generator: random.Random) -> Item:
+    """Draw what a sentence says; small numbers are as frequent as large ones."""
+    first_day = datetime.date(1800, 1, 1)
+    # Half are the bare number, price, time or date: with few words to choose from, attention is
+    # learnt in a fraction of the updates that whole sentences alone would take.
+    is_bare = generator.random() < 0.5
+    return Item(
+        template=generator.randrange(NUM_BARE)
+        if is_bare
+        else generator.randrange(NUM_BARE, len(English.templates)),
+        thing=generator.randrange(len(English.things)),
+        goods=generator.randrange(len(English.goods)),
+        number=generator.randrange(2, 10 ** generator.randint(2, 6)),
+        # num2words' French ordinals are right below eighty (its 80th is `quatre-vingtsième`).
+        ordinal=generator.randrange(2, 80),
+        date=first_day + datetime.timedelta(days=generator.randrange(366 * 220)),
+        times=(draw_time(generator), draw_time(generator)),
+        has_spoken_quarters=generator.random() < 0.5,
+        currency=generator.randrange(len(English.currencies)),
+        price=(
+            generator.randrange(1, 10 ** generator.randint(1, 4)),
+            generator.choice([0, generator.randrange(1, 100)]),
+        ),
+    )
+
+
+def say(item: Item, language: str) -> str:
+    """Say in one language what `item` means."""
+    speaker = LANGUAGES[language]
+    return speaker.templates[item.template].format(
+        number=speaker.number(item.number),
+        count=speaker.count(item.number),
+        ordinal=speaker.ordinal(item.ordinal),
+        date=speaker.date(item.date),
+        weekday=speaker.weekdays[item.date.weekday()],
+        time=speaker.time(item.times[0], item.has_spoken_quarters),
+        time2=speaker.time(item.times[1], item.has_spoken_quarters),
+        price=speaker.price(item.currency, *item.price),
+        thing=speaker.things[item.thing],
+        goods=speaker.goods[item.goods],
+    )
+
+
+def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
+    """Make `count` pairs; no English sentence and no translation occurs twice."""
+    generator = random.Random(seed)
+    pairs: list[tuple[str, str]] = []
+    seen_sources: set[str] = set()
+    seen_targets: set[str] = set()
+    while len(pairs) < count:
+        item = draw_item(generator)
+        source, target = say(item, "en"), say(item, language)
+        if source in seen_sources or target in seen_targets:
+            continue
+        seen_sources.add(source)
+        seen_targets.add(target)
+        pairs.append((source, target))
+    return pairs
+
+
+def split_pairs(
+    pairs: list[tuple[str, str]], sizes: dict[str, int]
+) -> dict[str, list[tuple[str, str]]]:
+    """Cut the pairs into named parts that share no sentence on either side."""
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = pairs[start : start + size]
+        start += size
+    for side in (0, 1):
+        sentences = [{pair[side] for pair in part} for part in parts.values()]
+        assert sum(map(len, sentences)) == len(set.union(*sentences)), "two parts share a sentence"
+    return parts
+
+
+def write_corpus(folder: Path, language: str, sizes: dict[str, int], seed: int) -> None:
+    """Write {train,valid,test}.{en,language} into `folder`."""
+    parts = split_pairs(make_pairs(sum(sizes.values()), language, seed), sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs in parts.items():
+        for side, ending in enumerate(("en", language)):
+            text = "".join(pair[side] + "\n" for pair in pairs)
+            (folder / f"{name}.{ending}").write_text(text, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where to write the six files")
+    parser.add_argument("--target-lang", choices=sorted(set(LANGUAGES) - {"en"}), default="fr")
+    parser.add_argument("--train-size", type=int, default=12000, help="pairs to train on")
+    parser.add_argument("--valid-size", type=int, default=300)
+    parser.add_argument("--test-size", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    sizes = {
+        "train": arguments.train_size,
+        "valid": arguments.valid_size,
+        "test": arguments.test_size,
+    }
+    if min(sizes.values()) < 1:
+        parser.error(f"every part must have at least 1 pair, but the sizes are {sizes}")
+    write_corpus(arguments.folder, arguments.target_lang, sizes, arguments.seed)
+    sys.stdout.write(f"{sum(sizes.values())} different pairs in {arguments.folder}: {sizes}\n")
+
+
+if __name__ == "__main__":
+    main()

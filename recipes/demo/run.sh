@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# The whole way on generated text: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# Makes a corpus of numbers, dates, times and prices written out in English and another language, trains a small
+# GNMT + MoE model on it, translates sentences it has never seen, and prints BLEU, chrF and ten translations.
+# Run again, it goes on from where it stopped; a changed setting repeats what depends on it.
+#   --target-lang LANG   fr or de                                                TARGET_LANG (fr)
+#   --train-size N       pairs to train on                                       TRAIN_SIZE (12000)
+#   --test-size N        pairs to translate                                      TEST_SIZE (500)
+#   --updates N          updates of training                                     UPDATES (1500)
+#   --device DEVICE      auto, cpu or cuda; auto takes a GPU when there is one   DEVICE (auto)
+#   --seed N             of corpus and model                                     SEED (1)
+#   --work FOLDER        where everything goes                                   WORK (recipes/demo/work)
+# The variables on the right mean the same. Others: VOCAB_SIZE (700 pieces at most), MAX_TOKENS (1000 pieces an update,
+# counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
+# EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.15), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
+# (updates between two of them: 1/15 of all).
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/demo
+
+TARGET_LANG=${TARGET_LANG:-fr}
+TRAIN_SIZE=${TRAIN_SIZE:-12000}
+TEST_SIZE=${TEST_SIZE:-500}
+UPDATES=${UPDATES:-1500}
+DEVICE=${DEVICE:-auto}
+SEED=${SEED:-1}
+WORK=${WORK:-$HERE/work}
+VOCAB_SIZE=${VOCAB_SIZE:-700}
+MAX_TOKENS=${MAX_TOKENS:-1000}
+LEARNING_RATE=${LEARNING_RATE:-0.003}
+MODEL_DIM=${MODEL_DIM:-96}
+LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-96}
+NUM_EXPERTS=${NUM_EXPERTS:-8}
+TOP_K=${TOP_K:-2}
+EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-128}
+INIT_RANGE=${INIT_RANGE:-0.15}
+DROPOUT=${DROPOUT:-0}
+BEAM=${BEAM:-5}
+AVERAGE=${AVERAGE:-3}
+
+while (($#)); do
+  case $1 in
+    -h | --help)
+      print_manual "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    --)
+      shift
+      break
+      ;;
+    --target-lang | --train-size | --test-size | --updates | --device | --seed | --work)
+      (($# > 1)) || die "$1 needs a value"
+      name=${1#--}
+      name=${name//-/_}
+      printf -v "${name^^}" '%s' "$2"
+      shift 2
+      ;;
+    *) die "unknown argument '$1'; run.sh --help lists them, and fairseq-train's own come after --" ;;
+  esac
+done
+TRAIN_FLAGS=("$@")
+
+require_choice TARGET_LANG fr de
+require_whole UPDATES 1
+SAVE_INTERVAL=${SAVE_INTERVAL:-$(((10#$UPDATES + 14) / 15))}
+for name in TRAIN_SIZE TEST_SIZE VOCAB_SIZE MAX_TOKENS AVERAGE SAVE_INTERVAL BEAM; do require_whole "$name" 1; done
+require_whole SEED 0
+((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
+  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+
+make_corpus() {
+  python "$HERE/make_corpus.py" "$WORK/corpus" --target-lang "$TARGET_LANG" --seed "$SEED" \
+    --train-size "$TRAIN_SIZE" --valid-size 300 --test-size "$TEST_SIZE"
+  paste -d '\n' "$WORK/corpus"/test.{en,"$TARGET_LANG"} | sed -n 1,4p
+}
+
+cut_into_pieces() {
+  local split language
+  python "$REPOSITORY/tools/pieces.py" train --type bpe --vocab-size "$VOCAB_SIZE" --at-most --model "$WORK/spm.model" \
+    --dictionary "$WORK/dict.txt" "$WORK/corpus"/train.{en,"$TARGET_LANG"}
+  mkdir -p "$WORK/pieces"
+  for split in train valid test; do
+    for language in en "$TARGET_LANG"; do
+      python "$REPOSITORY/tools/pieces.py" encode --model "$WORK/spm.model" "$WORK/corpus/$split.$language" \
+        >"$WORK/pieces/$split.$language"
+    done
+  done
+}
+
+binarise() {
+  rm -rf "$WORK/data-bin"
+  LOG=$WORK/preprocess.log
+  logged fairseq-preprocess --source-lang en --target-lang "$TARGET_LANG" --srcdict "$WORK/dict.txt" \
+    --tgtdict "$WORK/dict.txt" --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" \
+    --testpref "$WORK/pieces/test" --destdir "$WORK/data-bin"
+}
+
+train() {
+  keep_or_clear "$WORK/training" "$STEP_KEY"
+  # The rate climbs for a tenth of the training, stays for four tenths, then falls as 1/sqrt(update).
+  train_logged "$WORK/training/train.log" fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
+    --arch lstm_moe_gnmt_small --model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" \
+    --num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --dropout "$DROPOUT" \
+    --init-range "$INIT_RANGE" --attention-wiring parallel \
+    --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 5.0 --lr "$LEARNING_RATE" \
+    --lr-scheduler warmup_hold_inverse_sqrt --warmup-updates $((UPDATES / 10)) --hold-updates $((UPDATES * 4 / 10)) \
+    --max-tokens "$MAX_TOKENS" --max-update "$UPDATES" --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" \
+    --save-dir "$WORK/training" --no-epoch-checkpoints --save-interval-updates "$SAVE_INTERVAL" \
+    --keep-interval-updates "$AVERAGE" --log-format simple --log-interval 50 \
+    --tensorboard-logdir "$WORK/training/tensorboard" "${DEVICE_FLAGS[@]}" "${TRAIN_FLAGS[@]}"
+}
+
+average() {
+  python "$REPOSITORY/tools/average_checkpoints.py" --folder "$WORK/training" --last "$AVERAGE" \
+    --output "$WORK/average.pt"
+}
+
+translate() {
+  LOG=$WORK/translate.log
+  logged fairseq-generate "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$WORK/average.pt" \
+    --gen-subset test --beam "$BEAM" --batch-size 128 --remove-bpe sentencepiece --num-workers 0 \
+    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
+  hypotheses_of "$LOG" >"$WORK/translation.$TARGET_LANG"
+  python "$REPOSITORY/tools/check_parallel.py" --allow-empty "$WORK"/{corpus/test,translation}."$TARGET_LANG"
+}
+
+score() {
+  sacrebleu "$WORK/corpus/test.$TARGET_LANG" -i "$WORK/translation.$TARGET_LANG" --metrics bleu chrf --format text \
+    >"$WORK/score.txt"
+}
+
+show_translations() {
+  printf '\nTen of the %s test sentences, none of them in the training text:\n' "$TEST_SIZE"
+  paste -d '\n' "$WORK/corpus/test.en" "$WORK/translation.$TARGET_LANG" | sed -n 1,20p |
+    awk 'NR % 2 { print "\n  " $0; next } { print "  -> " $0 }'
+}
+
+use_environment
+set_device
+after_setup=$SECONDS
+begin_steps "$WORK"
+say "English to $TARGET_LANG in $WORK; the log of the training is $WORK/training/train.log"
+run_step corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(sha256sum <"$HERE/make_corpus.py")" make_corpus
+run_step pieces "$VOCAB_SIZE" cut_into_pieces
+run_step binarise "" binarise
+run_step train "$UPDATES $MAX_TOKENS $LEARNING_RATE $MODEL_DIM $LSTM_HIDDEN_DIM $NUM_EXPERTS $TOP_K $EXPERT_HIDDEN_DIM
+  $INIT_RANGE $DROPOUT $SAVE_INTERVAL $AVERAGE $DEVICE ${TRAIN_FLAGS[*]}" train
+run_step average "" average
+run_step translate "$BEAM" translate
+run_step score "" score
+show_translations
+printf '\n'
+cat "$WORK/score.txt"
+printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"
+say "done in $((SECONDS - after_setup)) s after set-up"

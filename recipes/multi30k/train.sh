@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Train on Multi30k and score the result: train.sh [PAIR...] [FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# PAIR: de or fr (English to it); default: both, one after the other. Prepares the text first (prepare.sh and its
+# variables), goes on from the last checkpoint of the same run, averages checkpoints, and calls evaluate.sh.
+#   MODEL   moe (default) or dense: the same without experts, at equal operations per word
+#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
+#   SEED    of the parameters, the order of the text, dropout and the gates' noise (1)
+#   DEVICE  auto (default: a GPU when there is one), cpu or cuda
+#   THREADS for one training process on the processor (2)
+#   EVALUATE=0 stops after the averaging; AVERAGE_ONLY=1 starts with it
+# Every other variable is at the top of the file, with its reason.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/multi30k
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$HERE/settings.sh"
+
+# The network. Widths beyond 256 learn 29,000 captions by heart before they learn to translate.
+MODEL_DIM=${MODEL_DIM:-256}
+LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
+ENCODER_LAYERS=${ENCODER_LAYERS:-3}
+DECODER_LAYERS=${DECODER_LAYERS:-2}
+INIT_RANGE=${INIT_RANGE:-0.08}
+ATTENTION=${ATTENTION:-product}
+WIRING=${WIRING:-recurrent}
+# 1: the target embeddings are the softmax weights too; fewer weights to learn from little text.
+TIE_OUTPUT=${TIE_OUTPUT:-1}
+# The experts: a token passes TOP_K of NUM_EXPERTS, 2 x 256 x 512 weights each.
+NUM_EXPERTS=${NUM_EXPERTS:-8}
+TOP_K=${TOP_K:-2}
+EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-512}
+IMPORTANCE_WEIGHT=${IMPORTANCE_WEIGHT:-0.01}
+LOAD_WEIGHT=${LOAD_WEIGHT:-0.01}
+# Against learning by heart.
+DROPOUT=${DROPOUT:-0.3}
+LABEL_SMOOTHING=${LABEL_SMOOTHING:-0.1}
+WEIGHT_DECAY=${WEIGHT_DECAY:-0.0}
+# 1000 pieces (of the longer side) x 1 accumulated batch = about 60 sentences an update; 29,000 sentences = 480 updates.
+MAX_TOKENS=${MAX_TOKENS:-1000}
+UPDATE_FREQ=${UPDATE_FREQ:-1}
+# 25 epochs = 12,000 updates: the rate climbs for one, stays for six, and falls as 1/sqrt(update).
+EPOCHS=${EPOCHS:-25}
+WARMUP_UPDATES=${WARMUP_UPDATES:-500}
+HOLD_UPDATES=${HOLD_UPDATES:-3000}
+LEARNING_RATE=${LEARNING_RATE:-0.001}
+CLIP_NORM=${CLIP_NORM:-5.0}
+# The last (or, with CHOOSE=best, the best on val) AVERAGE epochs are averaged.
+AVERAGE=${AVERAGE:-8}
+CHOOSE=${CHOOSE:-last}
+
+MODEL=${MODEL:-moe}
+SEED=${SEED:-1}
+RUN=${RUN:-$MODEL-seed$SEED}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-2}
+EVALUATE=${EVALUATE:-1}
+AVERAGE_ONLY=${AVERAGE_ONLY:-0}
+
+set_model_flags() {
+  MODEL_FLAGS=(--model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --encoder-layers "$ENCODER_LAYERS"
+    --decoder-layers "$DECODER_LAYERS" --attention "$ATTENTION" --attention-wiring "$WIRING" --init-range "$INIT_RANGE"
+    --dropout "$DROPOUT")
+  [[ $TIE_OUTPUT == 0 ]] || MODEL_FLAGS+=(--share-decoder-input-output-embed)
+  if [[ $MODEL == moe ]]; then
+    MODEL_FLAGS+=(--arch lstm_moe_gnmt_small --num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K"
+      --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --importance-loss-weight "$IMPORTANCE_WEIGHT"
+      --load-loss-weight "$LOAD_WEIGHT")
+  else
+    # One network in each MoE's place that costs what TOP_K experts cost.
+    MODEL_FLAGS+=(--arch lstm_gnmt_small --expert-hidden-dim $((TOP_K * EXPERT_HIDDEN_DIM)))
+  fi
+}
+
+train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+  local keep=(--keep-last-epochs "$AVERAGE")
+  [[ $CHOOSE == best ]] && keep=(--keep-last-epochs 1 --keep-best-checkpoints "$AVERAGE")
+  OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
+    fairseq-train "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${MODEL_FLAGS[@]}" \
+    --criterion moe_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING" \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay "$WEIGHT_DECAY" --clip-norm "$CLIP_NORM" \
+    --lr "$LEARNING_RATE" --lr-scheduler warmup_hold_inverse_sqrt \
+    --warmup-updates "$WARMUP_UPDATES" --hold-updates "$HOLD_UPDATES" \
+    --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --max-epoch "$EPOCHS" --seed "$SEED" \
+    --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" "${keep[@]}" \
+    --log-format simple --log-interval 100 \
+    --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
+}
+
+train_pair() {
+  local settings
+  PAIR=$1
+  WORK_FOLDER=$(work_folder "$PAIR")
+  RUN_FOLDER=$WORK_FOLDER/$RUN
+  bash "$HERE/prepare.sh" "$PAIR"
+  settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${MODEL_FLAGS[*]}" \
+    "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
+    "$LEARNING_RATE $WARMUP_UPDATES $HOLD_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
+  if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
+    diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
+    die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
+  fi
+  mkdir -p "$RUN_FOLDER"
+  printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+  say "training $MODEL, English to $PAIR, $EPOCHS epochs; log: $RUN_FOLDER/train.log"
+  [[ $AVERAGE_ONLY == 1 ]] || train_model
+  grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true
+  python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" "--$CHOOSE" "$AVERAGE" \
+    --output "$RUN_FOLDER/average.pt"
+  [[ $EVALUATE == 0 ]] || RUN=$RUN DEVICE=$DEVICE THREADS=$THREADS bash "$HERE/evaluate.sh" "$PAIR"
+}
+
+parse_pairs "$@"
+require_choice MODEL moe dense
+require_choice CHOOSE last best
+for name in EPOCHS MAX_TOKENS UPDATE_FREQ AVERAGE THREADS; do require_whole "$name" 1; done
+((AVERAGE <= EPOCHS)) || die "AVERAGE = $AVERAGE epochs cannot be averaged of EPOCHS = $EPOCHS; lower AVERAGE"
+use_environment
+# prepare.sh and evaluate.sh need no second look at the environment.
+NMT_MOE_PYTHON=$(command -v python)
+export NMT_MOE_PYTHON CASE
+set_device
+set_model_flags
+# shellcheck disable=SC2153
+for pair in "${PAIRS[@]}"; do train_pair "$pair"; done

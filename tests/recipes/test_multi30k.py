@@ -1,0 +1,227 @@
+"""The Multi30k recipe on 20 generated sentences, and what it refuses."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from recipes.multi30k import fetch
+from recipes.multi30k.moses_text import OfficialTokenizer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "multi30k"
+
+COLOURS = {"red": "roter", "green": "grüner", "black": "schwarzer", "white": "weißer"}
+ANIMALS = {"dog": "Hund", "cat": "Kater", "bird": "Vogel", "bear": "Bär", "fish": "Fisch"}
+SENTENCES = [
+    (f'A {colour} {animal} reads "News", and rests.', f'Ein {farbe} {tier} liest "News" und ruht.')
+    for colour, farbe in COLOURS.items()
+    for animal, tier in ANIMALS.items()
+]
+SPLITS = {"train": SENTENCES, "val": SENTENCES[3:12], "test_2016_flickr": SENTENCES[5:10]}
+
+
+def make_corpus(folder):
+    """Write a folder in the form of the corpus, with its digests; return both."""
+    digests = folder.parent / "SHA256SUMS"
+    (folder / "tok").mkdir(parents=True)
+    for split, pairs in SPLITS.items():
+        for side, language in enumerate(("en", "de")):
+            tokenize = OfficialTokenizer(language)
+            raw = [pair[side] for pair in pairs]
+            write(folder / f"{split}.{language}.gz", raw, digests)
+            tokenised = [tokenize(line) for line in raw]
+            write(folder / "tok" / f"{split}.lc.norm.tok.{language}.gz", tokenised, digests)
+    return folder, digests
+
+
+def write(path, lines, digests):
+    text = lines if isinstance(lines, bytes) else "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(text))
+    with digests.open("a") as file:
+        file.write(f"{hashlib.sha256(text).hexdigest()}  {path.name.removesuffix('.gz')}\n")
+
+
+def run(script, *arguments, **variables):
+    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(RECIPE / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+TINY = {
+    "VOCAB_SIZE": 45,
+    "MODEL_DIM": 16,
+    "LSTM_HIDDEN_DIM": 16,
+    "NUM_EXPERTS": 4,
+    "EXPERT_HIDDEN_DIM": 16,
+    "EPOCHS": 2,
+    "AVERAGE": 2,
+    "LENPENS": "1.0",
+    "BEAM": 2,
+    "THREADS": 1,
+    "DEVICE": "cpu",
+}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "multi30k")
+
+
+def test_from_text_to_scores(corpus, tmp_path):
+    folder, digests = corpus
+    variables = TINY | {"MULTI30K_DIR": folder, "SHA256SUMS": digests, "WORK": tmp_path / "work"}
+    done = run("train.sh", "de", "--adam-eps", "1e-9", RUN="tiny", SAMPLES=1, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    work = tmp_path / "work"
+    # 20 sentences, cut into pieces once and once more at random
+    assert len((work / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()) == 40
+
+    scores = (work / "tiny" / "scores.txt").read_text()
+    assert scores.count("tok:none") == 2  # val, test
+    assert scores.count("BLEU|nrefs:1|case:mixed|eff:no|tok:13a") == 2
+    assert scores.count("chrF2|") == 2
+    assert "test_2016_flickr, English to de, tiny, beam 2, length penalty 1.0" in scores
+    for name, count in (("val.lenpen1.0", 9), ("test_2016_flickr", 5)):
+        translation = work / "tiny" / "translations" / name
+        assert translation.read_text(encoding="utf-8").count("\n") == count
+
+    other = run("train.sh", "de", RUN="tiny", SAMPLES=1, **(variables | {"MODEL_DIM": 32}))
+    assert other.returncode == 1
+    assert "was trained with other settings or text" in other.stderr
+    assert "Choose another RUN" in other.stderr
+
+
+def prepare(corpus, tmp_path, **variables):
+    folder, digests = corpus
+    variables = {"SHA256SUMS": digests, "MULTI30K_DIR": folder, "VOCAB_SIZE": 45} | variables
+    return run("prepare.sh", "de", WORK=tmp_path / "work", **variables)
+
+
+def test_a_missing_file_is_named(corpus, tmp_path):
+    (corpus[0] / "val.de.gz").unlink()
+    done = prepare(corpus, tmp_path)
+    assert done.returncode == 1
+    assert f"error: {corpus[0]} has no val.de and no val.de.gz" in done.stderr
+
+
+def test_a_wrong_digest_is_refused_with_both(corpus, tmp_path):
+    (corpus[0] / "val.de.gz").write_bytes(gzip.compress(b"Etwas anderes.\n"))
+    done = prepare(corpus, tmp_path)
+    assert done.returncode == 1
+    assert "val.de.gz: the sha256 of its text is " in done.stderr
+    assert hashlib.sha256(b"Etwas anderes.\n").hexdigest() in done.stderr
+
+
+def test_a_truncated_file_is_named(corpus, tmp_path):
+    path = corpus[0] / "train.en.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    done = prepare(corpus, tmp_path)
+    assert done.returncode == 1
+    assert "train.en.gz: not a complete gzip file" in done.stderr
+
+
+BAD_TEXTS = [
+    pytest.param(
+        b"Ein Hund.\nEin \xffBus.\n" * 10, "train.de: line 2, byte 5: not UTF-8", id="no-utf-8"
+    ),
+    pytest.param(b"Ein Hund.\n" * 19, "train.de has 19: line 20 is the first", id="shorter"),
+    pytest.param(b"Ein Hund.\n\n" * 10, "train.de: line 2 is empty", id="empty-line"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
+def test_a_bad_text_is_named_with_its_line(corpus, tmp_path, text, message):
+    write(corpus[0] / "train.de.gz", text, corpus[1])
+    done = prepare(corpus, tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+REFUSALS = [
+    pytest.param("prepare.sh", ["es"], {}, "PAIR must be de or fr, but is 'es'", id="pair"),
+    pytest.param("prepare.sh", [], {"CASE": "upper"}, "CASE must be one of", id="case"),
+    pytest.param("prepare.sh", [], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"),
+    pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
+    pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
+    pytest.param("train.sh", ["de"], {"EPOCHS": "2"}, "AVERAGE = 8 epochs", id="average"),
+    pytest.param("evaluate.sh", ["de"], {"LENPENS": "1 x"}, "LENPENS must be numbers", id="lenpen"),
+    pytest.param(
+        "evaluate.sh", ["de"], {"RUN": "absent"}, "absent/average.pt is missing", id="run"
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "variables", "message"), REFUSALS)
+def test_a_wrong_setting_is_refused_at_once(tmp_path, script, arguments, variables, message):
+    if arguments == ["de"]:
+        variables = {"WORK": tmp_path} | variables
+    done = run(script, *arguments, **variables)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh"])
+def test_help_says_what_to_give(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"{script} [PAIR...]" in done.stdout
+
+
+def test_official_form_by_hand():
+    tokenize = OfficialTokenizer("fr")
+    # Lower-cased; the apostrophe stays with its article and is escaped; the full stop splits off.
+    assert tokenize("L'homme lit «Le Monde».") == "l&apos; homme lit &quot; le monde &quot; ."
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    """Serves one text, and the end of it when asked for a range."""
+
+    text = b"".join(b"line %d\n" % number for number in range(1000))
+    ranges: list = []
+
+    def do_GET(self):  # noqa: N802
+        asked = self.headers.get("Range")
+        self.ranges.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.end_headers()
+        self.wfile.write(self.text[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    RangeServer.ranges = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_broken_download_is_continued(server, tmp_path):
+    name, text = "val.lc.norm.tok.en", RangeServer.text
+    (tmp_path / f"download.{name}.part").write_bytes(text[:300])
+    fetch.fetch(name, hashlib.sha256(text).hexdigest(), tmp_path, None, server)
+    assert (tmp_path / name).read_bytes() == text
+    assert RangeServer.ranges == ["bytes=300-"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_wrong_download_is_not_kept(server, tmp_path):
+    with pytest.raises(ValueError, match="the sha256 of its text is"):
+        fetch.fetch("val.lc.norm.tok.en", "0" * 64, tmp_path, None, server)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreachable_address_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="set MULTI30K_DIR"):
+        fetch.fetch("val.lc.norm.tok.en", "0" * 64, tmp_path, None, "http://127.0.0.1:9")
