@@ -11,6 +11,7 @@ from tests.support.training import BALANCE_KEYS, EXPERTS, SIZES, TINY_MOE, TRANS
 
 WITHOUT_EXPERTS = [*SIZES, *UPDATES]
 WITH_EXPERTS = [*SIZES, *EXPERTS, *UPDATES]
+GROUPS = ["--moe-groups", 2, "--moe-top-k", 1]
 VARIANTS = [
     pytest.param(["--arch", "lstm_gnmt", *WITHOUT_EXPERTS], id="dense"),
     pytest.param(["--arch", "lstm_moe_gnmt_small", *WITH_EXPERTS], id="small"),
@@ -22,6 +23,10 @@ VARIANTS = [
         id="parallel-additive",
     ),
     pytest.param([*TINY_MOE, "--num-experts", 4, "--moe-top-k", 4], id="all-experts-at-once"),
+    pytest.param([*TINY_MOE, "--moe-gate", "softmax"], id="softmax-gate"),
+    pytest.param([*TINY_MOE, "--moe-gate", "strictly_balanced"], id="strict-balance"),
+    pytest.param([*TINY_MOE, *GROUPS], id="groups"),
+    pytest.param([*TINY_MOE, *GROUPS, "--moe-gate", "strictly_balanced"], id="strict-groups"),
     pytest.param([*TINY_MOE, "--encoder-layers", 4, "--decoder-layers", 3], id="deeper"),
     pytest.param([*TINY_MOE, "--share-decoder-input-output-embed"], id="tied"),
     # A flag that is on by default turns off when it is given.
