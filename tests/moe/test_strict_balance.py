@@ -92,8 +92,8 @@ def test_trained_thresholds_choose_as_the_batch_does_on_tokens_they_have_not_see
     by_batch = batchwise_mask(probs, 2)
     by_threshold = probs > gate.threshold
     disagreement = (by_batch != by_threshold).float().mean() / by_batch.float().mean()
-    # measured 2.0% of the chosen pairs
-    assert disagreement < 0.05
+    # seen: 1.2% of the chosen pairs
+    assert disagreement < 0.03
     counts = by_threshold.sum(0).float()
     assert counts.max() / counts.mean() < 1.1
 
