@@ -39,7 +39,13 @@ def read_needs(extras: list[str]) -> list[str]:
     blocks = [config["options"]["install_requires"]]
     blocks += [config["options.extras_require"][extra] for extra in extras]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line))
+    # The only marker in use: Triton exists for Linux alone.
+    needs = [
+        line.partition(";")[0]
+        for line in lines
+        if not line.endswith('sys_platform == "linux"') or sys.platform == "linux"
+    ]
+    return list(dict.fromkeys(need for need in needs if need))
 
 
 def as_numbers(version: str) -> tuple[int, ...]:
