@@ -17,6 +17,20 @@ def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Ten
     return (padded[token_rows] * gates.unsqueeze(2)).sum(1)
 
 
+def mixture_ffn(
+    x: Tensor,
+    gates: Tensor,
+    row_token: Tensor,
+    token_rows: Tensor,
+    expert_offsets: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+) -> Tensor:
+    """Define `kernels.mixture_ffn`."""
+    rows = expert_ffn(x[row_token], weight_in, weight_out, expert_offsets)
+    return combine_rows(rows, gates, row_token, token_rows)
+
+
 def expert_ffn(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Tensor:
