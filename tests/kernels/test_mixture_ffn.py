@@ -119,3 +119,17 @@ def test_shapes_that_do_not_fit_are_refused():
         mixture_ffn(x, gates, *routing, weight_in, weight_out[:, 1:])
     with pytest.raises(ValueError, match=r"`expert_offsets` must have the shape \(E \+ 1,\)"):
         mixture_ffn(x, gates, *routing[:2], plan.expert_offsets[1:], weight_in, weight_out)
+
+
+def test_offsets_beyond_two_to_the_31st_element():
+    experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
+    # Pages that nobody touches cost nothing.
+    weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
+    weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
+    weight_in[-1], weight_out[-1] = 0.5, 0.25
+    plan = plan_dispatch(torch.tensor([[experts - 1]]), experts)
+    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    x = torch.ones(1, dim, dtype=torch.bfloat16)
+    y = mixture_ffn(x, x[:, :1], *routing, weight_in, weight_out)
+    # Hidden activations are 1024 * 0.5 = 512, answers 512 * 512 * 0.25 = 2^16.
+    assert y.eq(2.0**16).all()
