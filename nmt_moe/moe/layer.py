@@ -73,7 +73,7 @@ class MoELayer(nn.Module):
             noise = noise[0][tokens], noise[1][tokens]
         elif noise is not None:
             noise = noise[tokens]
-        y, stats = self._forward_tokens(x[tokens], noise)
+        y, stats = self._forward_tokens(x.index_select(0, tokens), noise)
         # Token indices differ, so index_copy is deterministic.
         return torch.zeros_like(x).index_copy(0, tokens, y), stats
 
