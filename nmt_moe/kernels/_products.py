@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels._backend import uses_triton
 
-# Under this name from torch 2.10, as torch._grouped_mm from 2.8, absent before.
+# Public in newer versions of torch, private in older ones, absent in 2.6.
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )

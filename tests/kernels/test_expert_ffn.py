@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, offsets_of, poisoned_memory, send_to_triton
+from support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 from nmt_moe.kernels import _products, expert_ffn, reference
 
@@ -19,13 +19,13 @@ PATHS = ["loop", "grouped_mm", "triton"]
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("counts", "dim", "hidden"), SHAPES)
-def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch):
+def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch, request):
     if path == "grouped_mm":
         if _products.GROUPED_MM is None or dim % 8 or hidden % 8:
             pytest.skip("torch's grouped product does not take it")
         monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     if path == "triton":
-        send_to_triton(monkeypatch)
+        request.getfixturevalue("on_triton")
     dtype = torch.float64 if path == "loop" else torch.float32
     torch.manual_seed(1)
     rows = leaf(sum(counts), dim, dtype=dtype)
@@ -41,9 +41,9 @@ def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch)
 
 
 @pytest.mark.parametrize("path", ["loop", "triton"])
-def test_recomputed_gradients_have_the_same_bits(path, monkeypatch):
+def test_recomputed_gradients_have_the_same_bits(path, request):
     if path == "triton":
-        send_to_triton(monkeypatch)
+        request.getfixturevalue("on_triton")
     torch.manual_seed(1)
     rows, offsets = leaf(12, 8, dtype=torch.float32), offsets_of([5, 0, 7])
     weight_in, weight_out = (
@@ -62,9 +62,9 @@ def test_recomputed_gradients_have_the_same_bits(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["loop", "triton"])
-def test_hidden_activations_are_not_kept_when_recomputed(path, monkeypatch):
+def test_hidden_activations_are_not_kept_when_recomputed(path, request):
     if path == "triton":
-        send_to_triton(monkeypatch)
+        request.getfixturevalue("on_triton")
     rows, offsets = leaf(12, 4, dtype=torch.float32), offsets_of([5, 7])
     weights = leaf(2, 4, 20, dtype=torch.float32), leaf(2, 20, 4, dtype=torch.float32)
     saved: list[tuple[int, ...]] = []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, poisoned_memory, send_to_triton
+from support.kernels import assert_same, leaf, poisoned_memory
 
 from nmt_moe.kernels import combine_rows, gather_rows, reference
 from nmt_moe.moe import DispatchPlan, plan_dispatch
@@ -17,11 +17,11 @@ SHAPES = [  # (tokens, experts, per token, dim)
 
 
 @pytest.fixture(params=["torch", "triton"])
-def dtype(request, monkeypatch):
-    """Run the test on both paths: torch in float64, Triton, interpreted, in float32."""
+def dtype(request):
+    """Run the test on both paths: torch in float64, Triton in float32."""
     if request.param == "torch":
         return torch.float64
-    send_to_triton(monkeypatch)
+    request.getfixturevalue("on_triton")
     return torch.float32
 
 
@@ -57,8 +57,7 @@ def test_combine_rows(tokens, experts, top_k, dim, empty_slots, dtype):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_sums_of_half_precision_run_in_float32(half, monkeypatch):
-    send_to_triton(monkeypatch)
+def test_sums_of_half_precision_run_in_float32(half, on_triton):
     plan = make_plan(12, 5, 3, empty_slots=True)
     rows, gates = leaf(len(plan.row_token), 20, dtype=half), leaf(12, 3, dtype=half)
     wide = [t.detach().float().requires_grad_() for t in (rows, gates)]
@@ -77,8 +76,7 @@ def test_sums_of_half_precision_run_in_float32(half, monkeypatch):
         )
 
 
-def test_repeated_runs_agree_bit_for_bit(monkeypatch):
-    send_to_triton(monkeypatch)
+def test_repeated_runs_agree_bit_for_bit(on_triton):
     plan = make_plan(40, 5, 3)
     rows, gates = leaf(120, 33, dtype=torch.float32), leaf(40, 3, dtype=torch.float32)
     x, grad = leaf(40, 33, dtype=torch.float32), torch.randn(40, 33)
@@ -101,9 +99,8 @@ def test_an_expanded_gradient_is_taken(dtype):
     torch.testing.assert_close(x.grad, torch.full((6, 4), 2.0, dtype=dtype))
 
 
-def test_places_beyond_two_to_the_31():
+def test_places_beyond_two_to_the_31(on_triton):
     """Fresh memory costs nothing until it is touched, and only one row here is."""
-    pytest.importorskip("triton")
     from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
     from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows
 

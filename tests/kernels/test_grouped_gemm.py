@@ -1,12 +1,14 @@
 """A matrix per expert: loop, torch's grouped product and Triton against the definition."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, offsets_of, poisoned_memory, send_to_triton
+from support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 from nmt_moe.kernels import _products, grouped_gemm, reference
+from nmt_moe.kernels._backend import INTERPRETED
 
 SHAPES = [  # (rows of each expert, dim, out dim)
     pytest.param([3, 2], 16, 32, id="fewer-rows-than-a-block"),
@@ -18,6 +20,12 @@ SHAPES = [  # (rows of each expert, dim, out dim)
     pytest.param([300, 200], 72, 136, id="many-rows-an-expert"),
     pytest.param([0, 0, 0], 8, 16, id="no-rows"),
 ]
+
+
+@pytest.fixture
+def kernels(on_triton):
+    """Return the launchers."""
+    return import_module("nmt_moe.kernels._triton.grouped_gemm")
 
 
 def make(counts, dim, out_dim, dtype):
@@ -39,8 +47,7 @@ def test_loop(counts, dim, out_dim):
 
 
 @pytest.mark.parametrize(("counts", "dim", "out_dim"), SHAPES)
-def test_triton(counts, dim, out_dim, monkeypatch):
-    send_to_triton(monkeypatch)
+def test_triton(counts, dim, out_dim, on_triton):
     check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
 
 
@@ -50,15 +57,33 @@ def test_triton(counts, dim, out_dim, monkeypatch):
     ("counts", "dim", "out_dim"),
     [shape for shape in SHAPES if not shape.values[1] % 8 and sum(shape.values[0])],
 )
-def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch):
+def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, request):
     if zeroed_by == "triton":
-        send_to_triton(monkeypatch)
+        if not INTERPRETED:
+            pytest.skip("on a GPU it may refuse float32")
+        request.getfixturevalue("on_triton")
     monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
 
 
-def test_more_experts_than_the_grouped_product_of_torch_takes(monkeypatch):
-    send_to_triton(monkeypatch)
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[400, 0, 200, 301], [3, 0, 5, 1]])
+def test_bfloat16_on_a_gpu(counts):
+    """The first counts reach torch's grouped product on Hopper and Blackwell, the others Triton."""
+    offsets = offsets_of(counts).cuda()
+    rows, weight = (leaf.detach().cuda() for leaf in make(counts, 64, 136, torch.bfloat16)[:2])
+    rows.requires_grad_()
+    weight.requires_grad_()
+    wide = [leaf.detach().float().requires_grad_() for leaf in (rows, weight)]
+    ours = grouped_gemm(rows, weight, offsets)
+    theirs = reference.grouped_gemm(*wide, offsets)
+    mine = torch.autograd.grad(ours, [rows, weight], theirs.detach().bfloat16())
+    expected = torch.autograd.grad(theirs, wide, theirs.detach().bfloat16().float())
+    for one, other in zip([ours, *mine], [theirs, *expected], strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-2)
+
+
+def test_more_experts_than_the_grouped_product_of_torch_takes(on_triton):
     counts = [0] * 1030
     counts[0], counts[1023], counts[1029] = 2, 1, 3
     check(*make(counts, 4, 8, torch.float32))
@@ -81,8 +106,7 @@ def test_transposed_weights_and_rows_with_a_stride():
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_adds_up_in_float32(half):
-    kernels = pytest.importorskip("nmt_moe.kernels._triton.grouped_gemm")
+def test_half_precision_adds_up_in_float32(half, kernels):
     rows, weight, offsets = make([0, 20, 50], 33, 70, half)
     rows, weight = rows.detach(), weight.detach()
     grad = torch.randn(70, 70).to(half)
@@ -99,8 +123,7 @@ def test_half_precision_adds_up_in_float32(half):
         torch.testing.assert_close(grad_weight[e].float(), expected, rtol=step, atol=1e-4)
 
 
-def test_relu_and_its_gradient_by_hand():
-    kernels = pytest.importorskip("nmt_moe.kernels._triton.grouped_gemm")
+def test_relu_and_its_gradient_by_hand(kernels):
     rows = torch.tensor([[1.0], [2.0], [float("nan")]])
     weight, offsets = torch.tensor([[[-3.0, 4.0]]]), torch.tensor([0, 3])
     tiles = kernels.list_tiles(offsets, 3, 16)
@@ -113,8 +136,7 @@ def test_relu_and_its_gradient_by_hand():
     torch.testing.assert_close(masked, torch.tensor([[-3.0, 0.0], [0.0, 8.0], [0.0, 0.0]]))
 
 
-def test_repeated_runs_agree_bit_for_bit(monkeypatch):
-    send_to_triton(monkeypatch)
+def test_repeated_runs_agree_bit_for_bit(on_triton):
     rows, weight, offsets = make([5, 17, 40], 33, 70, torch.float32)
 
     def run():
@@ -125,16 +147,14 @@ def test_repeated_runs_agree_bit_for_bit(monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_tiles_by_hand():
-    kernels = pytest.importorskip("nmt_moe.kernels._triton.grouped_gemm")
+def test_tiles_by_hand(kernels):
     tiles = kernels.list_tiles(offsets_of([0, 20, 1, 0, 16]), 37, 16)
     assert tiles.first_tile.tolist() == [0, 0, 2, 3, 3, 4]
     # ceil(37 / 16) + min(5, 37) tiles for any routing; here four have rows.
     assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
 
 
-def test_blocks_depend_on_the_rows_of_an_average_expert_alone():
-    kernels = pytest.importorskip("nmt_moe.kernels._triton.grouped_gemm")
+def test_blocks_depend_on_the_rows_of_an_average_expert_alone(kernels):
     for num_experts in (4, 4096):
         sizes = [
             kernels.choose_block_rows(mean * num_experts, num_experts, torch.bfloat16)
@@ -143,9 +163,8 @@ def test_blocks_depend_on_the_rows_of_an_average_expert_alone():
         assert sizes == [16, 16, 32, 64, 128]
 
 
-def test_places_beyond_two_to_the_31(monkeypatch):
+def test_places_beyond_two_to_the_31(kernels, monkeypatch):
     """Fresh memory costs nothing until it is touched, and few places here are."""
-    kernels = pytest.importorskip("nmt_moe.kernels._triton.grouped_gemm")
     far = torch.empty(2**31 + 256, dtype=torch.float16)
     weight = far.as_strided((3, 16, 16), (2**30, 16, 1))
     weight[2] = torch.eye(16) * 3
