@@ -7,6 +7,14 @@ from nmt_moe.kernels import reference
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows
+from nmt_moe.kernels.grouped_gemm import grouped_gemm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 
-__all__ = ["combine_rows", "expert_ffn", "gather_rows", "mixture_ffn", "reference"]
+__all__ = [
+    "combine_rows",
+    "expert_ffn",
+    "gather_rows",
+    "grouped_gemm",
+    "mixture_ffn",
+    "reference",
+]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nmt_moe.kernels._backend import uses_triton
+
 
 def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
@@ -29,6 +31,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
         ctx.save_for_backward(token_rows)
+        if uses_triton(x):
+            from nmt_moe.kernels._triton import gather_rows as kernels
+
+            return kernels.gather_rows(x, row_token)
         return x.index_select(0, row_token)
 
     @staticmethod
@@ -49,6 +55,10 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     Returns:
         (N, D).
     """
+    if uses_triton(rows):
+        from nmt_moe.kernels._triton import gather_rows as kernels
+
+        return kernels.sum_rows(rows, token_rows, weights)
     total = rows.new_zeros(len(token_rows), rows.shape[1])
     if len(rows) == 0:
         return total

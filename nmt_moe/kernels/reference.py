@@ -31,14 +31,20 @@ def mixture_ffn(
     return combine_rows(rows, gates, row_token, token_rows)
 
 
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Define `kernels.grouped_gemm`."""
+    bounds = expert_offsets.tolist()
+    return torch.cat(
+        [
+            rows[start:end] @ weight[e]
+            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+    )
+
+
 def expert_ffn(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Tensor:
     """Define `kernels.expert_ffn`."""
-    bounds = expert_offsets.tolist()
-    return torch.cat(
-        [
-            torch.relu(rows[start:end] @ weight_in[e]) @ weight_out[e]
-            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
-    )
+    hidden = torch.relu(grouped_gemm(rows, weight_in, expert_offsets))
+    return grouped_gemm(hidden, weight_out, expert_offsets)
