@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from nmt_moe.kernels._backend import uses_triton
 
@@ -59,16 +60,6 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.sum_rows(rows, token_rows, weights)
-    total = rows.new_zeros(len(token_rows), rows.shape[1])
-    if len(rows) == 0:
-        return total
-    if weights is None and len(rows) < token_rows.numel():
-        weights = (token_rows < len(rows)).to(rows.dtype)
-    places = token_rows.clamp(max=len(rows) - 1)
-    for k in range(token_rows.shape[1]):
-        picked = rows.index_select(0, places[:, k])
-        if weights is None:
-            total.add_(picked)
-        else:
-            total.addcmul_(picked, weights[:, k : k + 1])
-    return total
+    if len(rows) < token_rows.numel():  # slots without a row refer to one of zeros
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)
