@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nmt_moe.kernels import expert_ffn
 from nmt_moe.moe.config import MoEConfig
+from nmt_moe.parallel import mark_expert
 
 
 class Experts(nn.Module):
@@ -28,6 +29,7 @@ class Experts(nn.Module):
         for weight in (self.weight_in, self.weight_out):
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
+            mark_expert(weight)
 
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Apply each expert to its rows.
