@@ -192,7 +192,7 @@ def test_triton_reaches_beyond_two_to_the_31_elements():
         (
             "grad",
             (2, 6, 4),
-            r"`grad` must have the shape \(E, D, H\) = \(2, 4, 6\), .* \(2, 6, 4\)",
+            r"`grad` must have the shape .* = \(2, 4, 6\), .* \(2, 6, 4\)",
         ),
         ("row_mean", (2, 6), r"`row_mean` must have the shape \(E, D\) = \(2, 4\)"),
         ("column_mean", (2, 4), r"`column_mean` must have the shape \(E, H\) = \(2, 6\)"),

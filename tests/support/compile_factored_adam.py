@@ -1,4 +1,4 @@
-"""Compile factored Adam's kernels for GPUs that are not there; print registers and spilled bytes."""
+"""Compile factored Adam's kernels for GPUs that are not there; print a report."""
 
 import json
 import re
