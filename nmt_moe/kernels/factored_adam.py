@@ -1,7 +1,6 @@
 """One update of expert matrices by Adam without first moment and with a factored second one."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -77,10 +76,6 @@ def factored_adam(
         )
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
 def _update_means(
     grad: Tensor, row_mean: Tensor, column_mean: Tensor, beta2: float, scratch: Tensor
 ) -> None:
@@ -88,19 +83,20 @@ def _update_means(
 
     The scratch adds up squares over blocks of rows, so that only its own rows remain to be summed.
     """
-    count, model_dim, hidden_dim = grad.shape
+    size, (_, model_dim, hidden_dim) = scratch.shape[1], grad.shape
     row_mean.mul_(beta2)
-    for rows in _blocks(model_dim, scratch.shape[1]):
-        part = grad[:, rows].to(scratch.dtype)
-        squares = scratch[:count, : part.shape[1]]
-        if rows.start == 0:
+    parts = zip(grad.split(size, 1), row_mean.split(size, 1), strict=True)
+    for place, (part, means) in enumerate(parts):
+        part = part.to(scratch.dtype)
+        squares = scratch[: len(part), : part.shape[1]]
+        if place == 0:
             torch.mul(part, part, out=squares)
         else:
             squares.addcmul_(part, part)
         # The norm reads the block from the cache, once; a sum of squares would write them first.
         norm = torch.linalg.vector_norm(part, dim=2)
-        row_mean[:, rows].addcmul_(norm, norm, value=(1 - beta2) / hidden_dim)
-    column_sum = scratch[:count].sum(1)
+        means.addcmul_(norm, norm, value=(1 - beta2) / hidden_dim)
+    column_sum = scratch[: len(grad)].sum(1)
     column_mean.mul_(beta2).add_(column_sum, alpha=(1 - beta2) / model_dim)
 
 
@@ -118,13 +114,13 @@ def _update_weight(
     tiny = torch.finfo(row_mean.dtype).tiny  # in the place of a mean of 0: 0 / tiny is 0
     row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_().unsqueeze(2)
     column_root = column_mean.sqrt().unsqueeze(1)
-    for rows in _blocks(weight.shape[1], scratch.shape[1]):
-        part = weight[:, rows]
+    parts = (tensor.split(scratch.shape[1], 1) for tensor in (weight, grad, row_root))
+    for part, part_grad, part_root in zip(*parts, strict=True):
         root = scratch[: len(part), : part.shape[1]]
-        torch.mul(row_root[:, rows], column_root, out=root).add_(eps)
+        torch.mul(part_root, column_root, out=root).add_(eps)
         moved = part.to(root.dtype)  # the same memory if the dtype is the same
         if keep != 1:
             moved.mul_(keep)
-        moved.addcdiv_(grad[:, rows].to(root.dtype), root, value=-step_size)
+        moved.addcdiv_(part_grad.to(root.dtype), root, value=-step_size)
         if moved.dtype != part.dtype:
             part.copy_(moved)

@@ -36,7 +36,7 @@ class FairseqFactoredAdam(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:
-        """Give the options that override those of a checkpoint."""
+        """Give the options in the words of `FactoredAdam`."""
         return {
             "lr": self.cfg.lr[0],
             "betas": parse_betas(self.cfg.adam_betas),
@@ -57,7 +57,7 @@ class FairseqFactoredAdam(FairseqOptimizer):
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load the state of this optimizer; options given now override the saved ones."""
+        """Load the state of this optimizer; the overrides are those of --optimizer-overrides."""
         try:
             super().load_state_dict(state_dict, optimizer_overrides)
         except ValueError as error:

@@ -58,13 +58,13 @@ def test_training_resumes_with_the_same_bits(data: Path, unbroken, tmp_path: Pat
         assert_same_bits(one[part], two[part], part)
 
 
-def test_a_rate_given_at_the_restart_counts(data: Path, unbroken, tmp_path: Path):
+def test_overrides_count_at_the_restart(data: Path, unbroken, tmp_path: Path):
     shutil.copy(unbroken[0] / "checkpoint_last.pt", tmp_path)
-    output = train(data, tmp_path, 5, "--lr", 0.001, "--adam-betas", "(0.5, 0.9)")
+    flags = ["--lr", 0.001, "--optimizer-overrides", "{'betas': (0.5, 0.9)}"]
+    train(data, tmp_path, 5, *flags)
     group = load(tmp_path / "checkpoint_last.pt")["last_optimizer_state"]["param_groups"][0]
     assert group["lr"] <= 0.001
     assert tuple(group["betas"]) == (0.5, 0.9)
-    assert output.records()
 
 
 def test_a_model_without_experts_is_trained_as_by_adam(data: Path, tmp_path: Path):
@@ -89,29 +89,20 @@ def test_the_clipped_norm_is_that_of_all_parameters(data: Path, tmp_path: Path):
     assert norms[0] == norms[1]
 
 
-PRECISIONS = [["--bf16"], ["--memory-efficient-bf16"], ["--fp16"], ["--memory-efficient-fp16"]]
+PRECISIONS = ["--bf16", "--memory-efficient-bf16", "--fp16", "--memory-efficient-fp16"]
 
 
-@pytest.mark.parametrize("flags", PRECISIONS, ids=lambda flags: flags[0])
-def test_it_trains_and_resumes_in_half_precision(data: Path, tmp_path: Path, flags: list[str]):
-    flags = [*flags, "--fp16-init-scale", 4]
-    train(data, tmp_path / "one", 2, *flags)
-    one = load(tmp_path / "one/checkpoint_last.pt")
-    states = one["last_optimizer_state"]["state"].values()
+@pytest.mark.parametrize("flag", PRECISIONS)
+def test_it_trains_and_resumes_in_half_precision(data: Path, tmp_path: Path, flag: str):
+    for epochs in (1, 2):
+        train(data, tmp_path, epochs, flag, "--fp16-init-scale", 4)
+    checkpoint = load(tmp_path / "checkpoint_last.pt")
+    states = checkpoint["last_optimizer_state"]["state"].values()
     assert sum("row_mean" in state for state in states) == 4
-    means = [v for state in states for v in state.values() if torch.is_tensor(v)]
+    assert {state["step"] for state in states} == {12}
+    means = [value for state in states for value in state.values() if torch.is_tensor(value)]
     assert {value.dtype for value in means} == {torch.float32}
     assert all(value.isfinite().all() for value in means)
-    train(data, tmp_path / "two", 1, *flags)
-    train(data, tmp_path / "two", 2, *flags)
-    two = load(tmp_path / "two/checkpoint_last.pt")
-    if "--bf16" in flags or "--fp16" in flags:  # the file holds rounded weights, not float32's
-        assert (
-            one["last_optimizer_state"]["state"].keys()
-            == two["last_optimizer_state"]["state"].keys()
-        )
-    else:
-        assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
 
 
 def make_config(**options: object):
