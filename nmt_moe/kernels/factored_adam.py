@@ -11,6 +11,8 @@ from nmt_moe.kernels._backend import uses_triton
 # Elements of a block: 1 MiB in float32 with its scratch, which stays in a core's second-level cache
 # between the passes. A GPU has no such need, but starts each operation dearly.
 CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 26
+# Blocks of experts whose means are made at once, before their weights move.
+GROUP = 8
 
 
 def factored_adam(
@@ -68,36 +70,30 @@ def factored_adam(
     count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
     rows = max(1, min(model_dim, block // hidden_dim))
     scratch = row_mean.new_empty(count, rows, hidden_dim)
-    for expert in range(0, num_experts, count):
-        run = slice(expert, expert + count)
-        _update_means(grad[run], row_mean[run], column_mean[run], beta2, scratch)
-        _update_weight(
-            weight[run], grad[run], row_mean[run], column_mean[run], step_size, eps, keep, scratch
-        )
+    for run in zip(
+        *(tensor.split(GROUP * count) for tensor in (weight, grad, *means)), strict=True
+    ):
+        _update_means(*run[1:], beta2, scratch)
+        _update_weight(*run, step_size, eps, keep, scratch)
 
 
 def _update_means(
     grad: Tensor, row_mean: Tensor, column_mean: Tensor, beta2: float, scratch: Tensor
 ) -> None:
-    """Take the squared gradient of a few experts into their means.
-
-    The scratch adds up squares over blocks of rows, so that only its own rows remain to be summed.
-    """
-    size, (_, model_dim, hidden_dim) = scratch.shape[1], grad.shape
-    row_mean.mul_(beta2)
-    parts = zip(grad.split(size, 1), row_mean.split(size, 1), strict=True)
-    for place, (part, means) in enumerate(parts):
-        part = part.to(scratch.dtype)
-        squares = scratch[: len(part), : part.shape[1]]
-        if place == 0:
-            torch.mul(part, part, out=squares)
-        else:
-            squares.addcmul_(part, part)
-        # The norm reads the block from the cache, once; a sum of squares would write them first.
-        norm = torch.linalg.vector_norm(part, dim=2)
-        means.addcmul_(norm, norm, value=(1 - beta2) / hidden_dim)
-    column_sum = scratch[: len(grad)].sum(1)
-    column_mean.mul_(beta2).add_(column_sum, alpha=(1 - beta2) / model_dim)
+    """Take the squared gradient of a group of experts into their means."""
+    count, rows, hidden_dim = scratch.shape
+    row_sum, column_sum = torch.empty_like(row_mean), torch.zeros_like(column_mean)
+    for part, part_rows, part_columns in zip(
+        grad.split(count), row_sum.split(count), column_sum.split(count), strict=True
+    ):
+        blocks = zip(part.split(rows, 1), part_rows.split(rows, 1), strict=True)
+        for block, block_sum in blocks:
+            squares = scratch[: len(block), : block.shape[1]]
+            torch.square(block.to(scratch.dtype), out=squares)
+            torch.sum(squares, 2, out=block_sum)
+            part_columns.add_(squares.sum(1))
+    row_mean.mul_(beta2).add_(row_sum, alpha=(1 - beta2) / hidden_dim)
+    column_mean.mul_(beta2).add_(column_sum, alpha=(1 - beta2) / grad.shape[1])
 
 
 def _update_weight(
@@ -110,17 +106,22 @@ def _update_weight(
     keep: float,
     scratch: Tensor,
 ) -> None:
-    """Move the weights of a few experts against their gradient."""
+    """Move the weights of a group of experts against their gradient."""
+    count, rows, _ = scratch.shape
     tiny = torch.finfo(row_mean.dtype).tiny  # in the place of a mean of 0: 0 / tiny is 0
     row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_().unsqueeze(2)
     column_root = column_mean.sqrt().unsqueeze(1)
-    parts = (tensor.split(scratch.shape[1], 1) for tensor in (weight, grad, row_root))
-    for part, part_grad, part_root in zip(*parts, strict=True):
-        root = scratch[: len(part), : part.shape[1]]
-        torch.mul(part_root, column_root, out=root).add_(eps)
-        moved = part.to(root.dtype)  # the same memory if the dtype is the same
-        if keep != 1:
-            moved.mul_(keep)
-        moved.addcdiv_(part_grad.to(root.dtype), root, value=-step_size)
-        if moved.dtype != part.dtype:
-            part.copy_(moved)
+    for *parts, columns in zip(
+        *(tensor.split(count) for tensor in (weight, grad, row_root, column_root)), strict=True
+    ):
+        for block, block_grad, block_root in zip(
+            *(part.split(rows, 1) for part in parts), strict=True
+        ):
+            root = scratch[: len(block), : block.shape[1]]
+            torch.mul(block_root, columns, out=root).add_(eps)
+            moved = block.to(root.dtype)  # the same memory if the dtype is the same
+            if keep != 1:
+                moved.mul_(keep)
+            moved.addcdiv_(block_grad.to(root.dtype), root, value=-step_size)
+            if moved.dtype != block.dtype:
+                block.copy_(moved)
