@@ -70,11 +70,11 @@ def factored_adam(
     count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
     rows = max(1, min(model_dim, block // hidden_dim))
     scratch = row_mean.new_empty(count, rows, hidden_dim)
-    for run in zip(
-        *(tensor.split(GROUP * count) for tensor in (weight, grad, *means)), strict=True
-    ):
-        _update_means(*run[1:], beta2, scratch)
-        _update_weight(*run, step_size, eps, keep, scratch)
+    for first in range(0, num_experts, GROUP * count):
+        group = slice(first, first + GROUP * count)
+        group_means = row_mean[group], column_mean[group]
+        _update_means(grad[group], *group_means, beta2, scratch)
+        _update_weight(weight[group], grad[group], *group_means, step_size, eps, keep, scratch)
 
 
 def _update_means(
