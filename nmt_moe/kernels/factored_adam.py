@@ -63,7 +63,8 @@ def factored_adam(
     if uses_triton(weight) and weight.is_contiguous() and weight.dtype != torch.float64:
         from nmt_moe.kernels._triton import factored_adam as kernel
 
-        kernel.factored_adam(weight, grad.contiguous(), *means, step_size, beta2, eps, keep)
+        factors = float(step_size), float(beta2), float(eps), float(keep)
+        kernel.factored_adam(weight, grad.contiguous(), *means, *factors)
         return
     block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
     # As many experts at a time as a block holds, or one, by blocks of its rows.

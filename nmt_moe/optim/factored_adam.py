@@ -30,6 +30,13 @@ class FairseqFactoredAdam(FairseqOptimizer):
 
     def __init__(self, cfg: FactoredAdamConfig, params: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
+        params = list(params)
+        if len(params) == 1 and params[0].dim() == 1:
+            raise ValueError(
+                "`--optimizer factored_adam` must see each expert's matrices, but `--fp16` joins "
+                "all parameters into one vector. Add --fp16-no-flatten-grads, or use "
+                "--memory-efficient-fp16 or --bf16."
+            )
         self._optimizer = FactoredAdam(params, **self.optimizer_config)
         # fairseq would undo torch's cast of the state when it loads; here there is none.
         setattr(self._optimizer, "disable_mem_eff_fp16_loading_hack", True)  # noqa: B010
@@ -51,7 +58,7 @@ class FairseqFactoredAdam(FairseqOptimizer):
 
     @property
     def supports_flat_params(self) -> bool:
-        """One long vector has no rows and columns: --fp16 needs --fp16-no-flatten-grads."""
+        """One long vector has no rows and columns."""
         return False
 
     def load_state_dict(

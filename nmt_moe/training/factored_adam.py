@@ -94,10 +94,11 @@ class FactoredAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                _check_dense(parameter.grad)
                 state = self._state(parameter, group["factored"])
                 state["step"] += 1
                 if "row_mean" in state:
-                    self._step_experts(parameter, group)
+                    self._step_experts(parameter, parameter.grad, group)
                 else:
                     key = (state["step"], parameter.device, parameter.dtype)
                     alone = id(parameter) if _needs_copy(parameter) else 0
@@ -141,11 +142,11 @@ class FactoredAdam(torch.optim.Optimizer):
                 state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return state
 
-    def _step_experts(self, parameter: Parameter, group: dict[str, Any]) -> None:
+    def _step_experts(self, parameter: Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         state, (rows, columns) = self.state[parameter], parameter.shape[-2:]
         factored_adam(
             parameter.view(-1, rows, columns),
-            _dense_grad(parameter).reshape(-1, rows, columns),
+            grad.reshape(-1, rows, columns),
             state["row_mean"].view(-1, rows),
             state["column_mean"].view(-1, columns),
             step=state["step"],
@@ -158,12 +159,14 @@ class FactoredAdam(torch.optim.Optimizer):
     def _step_dense(self, parameters: list[Parameter], group: dict[str, Any]) -> None:
         """Run torch's Adam of one pass on parameters of the same update, device and dtype."""
         states = [self.state[parameter] for parameter in parameters]
-        weights = [p.detach().to(_means_dtype(p)).contiguous() for p in parameters]
+        dtype = _means_dtype(parameters[0])
+        weights = [p.detach().to(dtype).contiguous() for p in parameters]
+        grads = [p.grad.to(dtype).contiguous() for p in parameters if p.grad is not None]
         step, (beta1, beta2) = states[0]["step"], group["betas"]
         counts = weights[0].new_full((len(weights),), step - 1, dtype=torch.float32)
         adamw(
             weights,
-            [_dense_grad(parameter).to(weights[0].dtype).contiguous() for parameter in parameters],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -208,15 +211,12 @@ def _state_shapes(parameter: Parameter, factored: bool) -> dict[str, torch.Size]
     return {"exp_avg": shape, "exp_avg_sq": shape}
 
 
-def _dense_grad(parameter: Parameter) -> Tensor:
-    grad = parameter.grad
-    assert grad is not None
+def _check_dense(grad: Tensor) -> None:
     if grad.is_sparse:
         raise ValueError(
             "`grad` must be dense for FactoredAdam, but is sparse. Build the embedding with "
             "sparse=False."
         )
-    return grad
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -235,7 +235,8 @@ def _check_group(group: dict[str, Any]) -> None:
         if factored and (parameter.dim() < 2 or not parameter.is_contiguous()):
             raise ValueError(
                 f"a factored parameter must be contiguous and have 2 dimensions or more, but "
-                f"number {place} of its group has the shape {tuple(parameter.shape)}. "
+                f"number {place} of its group has the shape {tuple(parameter.shape)} and strides "
+                f"{parameter.stride()}. "
                 "Put it into a group with factored=False."
             )
 
