@@ -6,6 +6,7 @@ Each has its plain-torch definition of the same name in `reference`, which is th
 from nmt_moe.kernels import reference
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
+from nmt_moe.kernels.factored_adam import factored_adam
 from nmt_moe.kernels.gather_rows import gather_rows
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
@@ -13,6 +14,7 @@ from nmt_moe.kernels.mixture_ffn import mixture_ffn
 __all__ = [
     "combine_rows",
     "expert_ffn",
+    "factored_adam",
     "gather_rows",
     "grouped_gemm",
     "mixture_ffn",

@@ -48,3 +48,26 @@ def expert_ffn(
     """Define `kernels.expert_ffn`."""
     hidden = torch.relu(grouped_gemm(rows, weight_in, expert_offsets))
     return grouped_gemm(hidden, weight_out, expert_offsets)
+
+
+def factored_adam(
+    weight: Tensor,
+    grad: Tensor,
+    row_mean: Tensor,
+    column_mean: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `kernels.factored_adam`; the new weight, row and column means are returned."""
+    row_mean = beta2 * row_mean + (1 - beta2) * grad.square().mean(2)  # (E, D)
+    column_mean = beta2 * column_mean + (1 - beta2) * grad.square().mean(1)  # (E, H)
+    total = row_mean.mean(1)[:, None, None]
+    outer = row_mean[:, :, None] * column_mean[:, None, :]
+    moment = torch.where(total > 0, outer / total, 0.0)
+    step_size = lr * (1 - beta2**step) ** 0.5
+    decayed = weight - lr * weight_decay * weight
+    return decayed - step_size * grad / (moment.sqrt() + eps), row_mean, column_mean

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from nmt_moe.kernels import mixture_ffn
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan
+from nmt_moe.parallel import mark_expert
 
 
 class Experts(nn.Module):
@@ -30,6 +31,7 @@ class Experts(nn.Module):
         for weight in (self.weight_in, self.weight_out):
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
+            mark_expert(weight)
 
     def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
         """Give each token the weighted sum of its experts' answers.
