@@ -6,6 +6,18 @@ Each has its plain-torch definition of the same name in `reference`, which is th
 from nmt_moe.kernels import reference
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
+from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
+from nmt_moe.kernels.gating import noisy_top_k
+from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
-__all__ = ["combine_rows", "expert_ffn", "gather_rows", "reference"]
+__all__ = [
+    "NOISE_FLOOR",
+    "Gating",
+    "combine_rows",
+    "expert_ffn",
+    "gate_logits",
+    "gather_rows",
+    "noisy_top_k",
+    "reference",
+]
