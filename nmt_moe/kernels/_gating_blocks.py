@@ -146,7 +146,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
         smooth = raw_scale is not None and top_k < num_experts
         count = top_k + 1 if smooth else top_k
         top, ids = clean.new_empty(num_rows, count), row_offsets.new_empty(num_rows, count)
-        drawn = None if raw_scale is None else torch.empty_like(top)
+        drawn = torch.empty_like(top)  # unset without noise
         load = clean.new_zeros(len(bounds) - 1, num_experts)
         buffers = _buffers(clean)
         for rows, runs in blocks(bounds, num_experts):
@@ -179,7 +179,14 @@ class BlockedNoisyTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_gates, _ids, grad_importance, grad_load, _counts):  # noqa: ANN205
+    def backward(
+        ctx: Any,
+        grad_gates: Tensor | None,
+        _grad_ids: None,
+        grad_importance: Tensor | None,
+        grad_load: Tensor | None,
+        _grad_counts: None,
+    ) -> tuple[Tensor | None, ...]:
         clean, raw_scale, row_weight, gates, top, ids, drawn, places = ctx.saved_tensors
         top_k = gates.shape[1]
         grad_weight = None
@@ -203,12 +210,12 @@ class BlockedNoisyTopK(torch.autograd.Function):
                 clean, raw_scale, top, ids, grad_load, grad_top, ctx.bounds
             )
         else:
-            grad_clean = torch.zeros_like(clean)
-            grad_raw = None if raw_scale is None else torch.zeros_like(clean)
+            grad_clean, grad_raw = torch.zeros_like(clean), torch.zeros_like(clean)
         grad_clean.scatter_add_(1, ids, grad_top)
-        if raw_scale is not None:
-            slope = raw_scale.gather(1, ids).sigmoid_()
-            grad_raw.scatter_add_(1, ids, slope.mul_(grad_top).mul_(drawn))
+        if raw_scale is None:
+            return grad_clean, None, None, grad_weight, None, None
+        slope = raw_scale.gather(1, ids).sigmoid_()
+        grad_raw.scatter_add_(1, ids, slope.mul_(grad_top).mul_(drawn))
         return grad_clean, grad_raw, None, grad_weight, None, None
 
 

@@ -1,13 +1,16 @@
 """Noisy top-k gating from logits to gates, importance and load, and the logits themselves."""
 
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_range, check_shape
 from nmt_moe.kernels import reference
+from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
-from nmt_moe.kernels.reference import Gating
+from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
 # What Triton's kernels hold: columns of a row, and the k + 1 largest of them.
 MAX_TRITON_EXPERTS, MAX_TRITON_TOP = 16384, 16
@@ -69,9 +72,67 @@ def noisy_top_k(
 
 def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] | None:
     """Choose by device, dtype and shape; None for plain torch."""
-    if clean.is_cpu:
-        return BlockedNoisyTopK
-    return None
+    fits = clean.shape[1] <= MAX_TRITON_EXPERTS and top_k < MAX_TRITON_TOP
+    if uses_triton(clean) and clean.dtype == torch.float32 and fits and len(clean):
+        return _TritonNoisyTopK
+    return BlockedNoisyTopK if clean.is_cpu else None
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's CPU generator: no word to the device, hence no wait.
+
+    Returns:
+        From 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled once.
+    """
+    return int(torch.randint(2**62, 2**63 - 1, ()))
+
+
+class _TritonNoisyTopK(torch.autograd.Function):
+    """`noisy_top_k` with (G, E) sums, float32; arguments and results in its order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: Tensor,
+        raw_scale: Tensor | None,
+        noise: Tensor | None,
+        row_weight: Tensor | None,
+        row_offsets: Tensor,
+        top_k: int,
+    ) -> tuple[Tensor, ...]:
+        from nmt_moe.kernels._triton.gating import gating_forward
+
+        seed = draw_seed() if raw_scale is not None and noise is None else 0
+        inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
+        choice = gating_forward(*inputs, top_k, NOISE_FLOOR)
+        ctx.save_for_backward(
+            clean, raw_scale, noise, row_weight, row_offsets, choice.gates, choice.top, choice.ids
+        )
+        ctx.seed, ctx.smooth = seed, raw_scale is not None and top_k < clean.shape[1]
+        ctx.set_materialize_grads(False)
+        expert_ids = choice.ids[:, :top_k].contiguous()
+        load = choice.load if ctx.smooth else choice.counts.to(clean.dtype)
+        fixed = (expert_ids, choice.counts) if ctx.smooth else (expert_ids, choice.counts, load)
+        ctx.mark_non_differentiable(*fixed)
+        return choice.gates, expert_ids, choice.importance, load, choice.counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_gates: Tensor | None,
+        _grad_ids: None,
+        grad_importance: Tensor | None,
+        grad_load: Tensor | None,
+        _grad_counts: None,
+    ) -> tuple[Tensor | None, ...]:
+        from nmt_moe.kernels._triton.gating import gating_backward
+
+        clean, raw_scale, noise, row_weight, row_offsets, *choice = ctx.saved_tensors
+        inputs = clean, raw_scale, noise, ctx.seed, row_weight, row_offsets
+        grads = grad_gates, grad_importance, grad_load if ctx.smooth else None
+        grad_clean, grad_raw, grad_weight = gating_backward(*inputs, choice, grads, NOISE_FLOOR)
+        return grad_clean, grad_raw, None, grad_weight, None, None
 
 
 def _all_rows(clean: Tensor) -> Tensor:

@@ -166,8 +166,9 @@ class HierarchicalNoisyTopKGate(HierarchicalGate):
             self.secondary_noise_weight.to(x.dtype) if self.training else None,
             plan.expert_offsets,
         )
-        used = noise is not None and self.training
-        row_noise = self._row_noise(noise.to(x.dtype), plan) if used else None
+        row_noise = None
+        if noise is not None and self.training:
+            row_noise = self._row_noise(noise.to(x.dtype), plan)
         offsets = plan.expert_offsets
         gating = noisy_top_k(clean, raw_scale, self.top_k, row_noise, offsets, row_gates)
         return GroupChoice(gating.gates, gating.expert_ids, gating.importance, gating.load, None)
