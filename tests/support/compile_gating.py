@@ -9,17 +9,24 @@ from support.compile_triton import CAPABILITIES, compile_launch
 
 from nmt_moe.kernels._triton import gating
 
-# (experts, per token): less than a block, whole blocks of rows and columns, chunks of columns.
-SHAPES = [(4, 4), (32, 4), (100, 3), (256, 4), (1024, 8), (4096, 4), (16384, 2)]
+# (experts, per token, noise): whole blocks of rows, of columns, and chunks of columns.
+CASES = [
+    (6, 6, "drawn"),
+    (256, 4, "drawn"),
+    (1024, 8, "drawn"),
+    (1024, 4, "given"),
+    (4096, 4, "drawn"),
+    (4100, 4, "none"),
+]
 SEED = 2**62
 
 
-def arguments(experts: int, noisy: bool, given: bool) -> tuple:
+def arguments(experts: int, noise: str) -> tuple:
     clean = torch.empty(64, experts)
-    raw_scale = clean if noisy else None
-    noise = clean if noisy and given else None
-    seed = SEED if noisy and not given else 0
-    return clean, raw_scale, noise, seed, torch.empty(64), torch.tensor([0, 64])
+    raw_scale = None if noise == "none" else clean
+    given = clean if noise == "given" else None
+    seed = SEED if noise == "drawn" else 0
+    return clean, raw_scale, given, seed, torch.empty(64), torch.tensor([0, 64])
 
 
 def backward(experts: int, top_k: int, inputs: tuple):
@@ -31,23 +38,21 @@ def backward(experts: int, top_k: int, inputs: tuple):
 
 
 def compile_all(gpu: str) -> Iterator[tuple[str, dict]]:
-    for experts, top_k in SHAPES:
-        for kind in ("drawn", "given", "evaluation"):
-            name = f"{gpu} {experts} {top_k} {kind}"
-            inputs = arguments(experts, kind != "evaluation", kind == "given")
-            forward = partial(gating.gating_forward, *inputs, top_k, 1e-2)
-            if experts > gating.MAX_BLOCK_COLUMNS:
-                sums = {}
+    for experts, top_k, noise in CASES:
+        name, inputs = f"{gpu} {experts} {top_k} {noise}", arguments(experts, noise)
+        forward = partial(gating.gating_forward, *inputs, top_k, 1e-2)
+        if experts > gating.MAX_BLOCK_COLUMNS:
+            sums = {}
 
-                def both(forward=forward, sums=sums):
-                    sums.update(compile_launch(gating, "sum_kernel", gpu, forward))
+            def both(forward=forward, sums=sums):
+                sums.update(compile_launch(gating, "sum_kernel", gpu, forward))
 
-                yield f"{name} select", compile_launch(gating, "select_kernel", gpu, both)
-                yield f"{name} sum", sums
-            else:
-                yield f"{name} forward", compile_launch(gating, "forward_kernel", gpu, forward)
-            back = partial(backward, experts, top_k, inputs)
-            yield f"{name} backward", compile_launch(gating, "backward_kernel", gpu, back)
+            yield f"{name} select", compile_launch(gating, "select_kernel", gpu, both)
+            yield f"{name} sum", sums
+        else:
+            yield f"{name} forward", compile_launch(gating, "forward_kernel", gpu, forward)
+        back = partial(backward, experts, top_k, inputs)
+        yield f"{name} backward", compile_launch(gating, "backward_kernel", gpu, back)
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from nmt_moe.kernels._triton.gating_forward import (
 
 # Columns a program holds; wider rows are read in chunks of so many.
 MAX_BLOCK_COLUMNS = 1024
-# Numbers of a block: 16 for each thread of four warps, and a row for each warp at least.
-BLOCK_NUMBERS, MIN_BLOCK_ROWS = 2048, 4
+# Numbers of a block: 8 for each thread of four warps, which leaves registers for more blocks.
+BLOCK_NUMBERS = 1024
 # Some for each multiprocessor of the largest GPU, so that partial sums stay small.
 MAX_PROGRAMS = 1024
 
@@ -62,7 +62,7 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
         count: Numbers kept of each row.
     """
     block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
-    block_rows = max(BLOCK_NUMBERS // block_columns, MIN_BLOCK_ROWS)
+    block_rows = max(BLOCK_NUMBERS // block_columns, 1)
     chunks = triton.cdiv(num_experts, block_columns)
     splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
     slots = triton.next_power_of_2(count)

@@ -83,7 +83,7 @@ def backward_kernel(
     start, end = tl.load(row_offsets + group), tl.load(row_offsets + group + 1)
     group_start = group * num_experts
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+        rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
         weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
         if row_weight is not None:

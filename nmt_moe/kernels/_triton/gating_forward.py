@@ -51,7 +51,7 @@ def forward_kernel(
     sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+        rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
         places = rows[:, None] * num_experts + columns[None, :]
         mask = row_mask[:, None] & (columns < num_experts)[None, :]
@@ -61,19 +61,19 @@ def forward_kernel(
             scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
             drawn = read_noise(noise, seed, rows, 0, places, mask, BLOCK_ROWS, BLOCK_COLUMNS)
             noisy = logits + drawn * scale
-        noisy = tl.where(mask, noisy, float("-inf"))
+        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
         values, indices, ranks = largest(noisy, 0, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
         high = tl.max(values, 1)[:, None]
         powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
         total = tl.sum(powers, 1)[:, None]
 
-        kept = row_mask[:, None] & (slots < COUNT)
-        tl.store(top + rows[:, None] * COUNT + slots, values, kept)
+        kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+        tl.store(top + slot_places, values, kept)
         # Only NaN logits could point beyond the row.
         indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
-        tl.store(ids + rows[:, None] * COUNT + slots, indices, kept)
-        kept = row_mask[:, None] & (slots < TOP_K)
-        tl.store(gates + rows[:, None] * TOP_K + slots, powers / total, kept)
+        tl.store(ids + slot_places, indices, kept)
+        kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+        tl.store(gates + slot_places, powers / total, kept)
 
         chosen = mask & (ranks > 0) & (ranks <= TOP_K)
         sum_chosen += tl.sum(chosen.to(tl.int32), 0)
@@ -146,25 +146,26 @@ def select_kernel(
         columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         places = rows[:, None] * num_experts + columns[None, :]
         mask = row_mask[:, None] & (columns < num_experts)[None, :]
-        noisy = tl.load(clean + places, mask, other=float("-inf"))
+        noisy = tl.load(clean + places, mask, other=0.0)
         if raw_scale is not None:
             scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
             drawn = read_noise(
                 noise, seed, rows, chunk * BLOCK_COLUMNS, places, mask, BLOCK_ROWS, BLOCK_COLUMNS
             )
             noisy += drawn * scale
+        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
         more, more_ids, _ = largest(
             noisy, chunk * BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
         )
         values, indices = _merge(values, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
     powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
-    kept = row_mask[:, None] & (slots < COUNT)
-    tl.store(top + rows[:, None] * COUNT + slots, values, kept)
+    kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+    tl.store(top + slot_places, values, kept)
     # Only NaN logits could point beyond the row.
     indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
-    tl.store(ids + rows[:, None] * COUNT + slots, indices, kept)
-    kept = row_mask[:, None] & (slots < TOP_K)
-    tl.store(gates + rows[:, None] * TOP_K + slots, powers / tl.sum(powers, 1)[:, None], kept)
+    tl.store(ids + slot_places, indices, kept)
+    kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+    tl.store(gates + slot_places, powers / tl.sum(powers, 1)[:, None], kept)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -196,7 +197,7 @@ def sum_kernel(
     sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
-        rows = first + tl.arange(0, BLOCK_ROWS)
+        rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
         weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
         if row_weight is not None:
@@ -238,4 +239,4 @@ def noise_kernel(
     first_column = tl.program_id(1) * BLOCK_COLUMNS
     drawn = draw_noise(seed, first_row + rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     mask = (rows < num_rows)[:, None] & (columns < num_experts)[None, :]
-    tl.store(noise + rows[:, None] * num_experts + columns[None, :], drawn, mask)
+    tl.store(noise + (rows[:, None] * num_experts + columns[None, :]), drawn, mask)
