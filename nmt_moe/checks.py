@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -56,4 +57,36 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(
             f"`{name}` must have the shape {letters} = ({wanted}), but has {tuple(tensor.shape)}."
+        )
+
+
+def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Refuse a tensor of another dtype or on another device; `None` stands for any float.
+
+    Raises:
+        ValueError: naming the tensor, what it should be, what it is, and how to convert it.
+    """
+    if dtype is None and not tensor.is_floating_point():
+        raise ValueError(f"`{name}` must be floating-point, but is {tensor.dtype}.")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(
+            f"`{name}` must be {dtype}, but is {tensor.dtype}. Convert it: `{name}.to({dtype})`."
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"`{name}` must be on {device}, but is on {tensor.device}. "
+            f"Move it: `{name}.to('{device}')`."
+        )
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Refuse infinities and NaN.
+
+    Raises:
+        FloatingPointError: naming `what` is not finite, and what usually helps.
+    """
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(
+            f"There are infinities or NaN in {what}. Look for the first layer before it that makes "
+            "them; in training, a lower learning rate or gradient clipping usually helps."
         )

@@ -77,14 +77,34 @@ def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Ten
     return (padded[token_rows] * gates.unsqueeze(2)).sum(1)
 
 
+def mixture_ffn(
+    x: Tensor,
+    gates: Tensor,
+    row_token: Tensor,
+    token_rows: Tensor,
+    expert_offsets: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+) -> Tensor:
+    """Define `kernels.mixture_ffn`."""
+    rows = expert_ffn(x[row_token], weight_in, weight_out, expert_offsets)
+    return combine_rows(rows, gates, row_token, token_rows)
+
+
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Define `kernels.grouped_gemm`."""
+    bounds = expert_offsets.tolist()
+    return torch.cat(
+        [
+            rows[start:end] @ weight[e]
+            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+    )
+
+
 def expert_ffn(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Tensor:
     """Define `kernels.expert_ffn`."""
-    bounds = expert_offsets.tolist()
-    return torch.cat(
-        [
-            torch.relu(rows[start:end] @ weight_in[e]) @ weight_out[e]
-            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
-    )
+    hidden = torch.relu(grouped_gemm(rows, weight_in, expert_offsets))
+    return grouped_gemm(hidden, weight_out, expert_offsets)

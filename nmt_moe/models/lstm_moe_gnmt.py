@@ -19,7 +19,7 @@ from fairseq.models import (
 from torch import Tensor, nn
 
 from nmt_moe.models._dictionary import DictionaryCheck
-from nmt_moe.moe import GATES, MoEConfig
+from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.nn import (
     ATTENTIONS,
     WIRINGS,
@@ -41,11 +41,13 @@ OPTION_OF_FIELD = {
     "num_groups": "moe_groups",
     "importance_weight": "importance_loss_weight",
     "load_weight": "load_loss_weight",
+    "recompute": "expert_recompute",
 }
 
 AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
 WiringChoice: Any = ChoiceEnum(WIRINGS)
 GateChoice: Any = ChoiceEnum(GATES)
+RecomputeChoice: Any = ChoiceEnum(RECOMPUTE)
 
 
 @dataclass
@@ -88,6 +90,13 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
     num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
     moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
     expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
+    expert_recompute: RecomputeChoice = field(
+        default=MoEConfig.recompute,
+        metadata={
+            "help": "compute experts' hidden activations again in the backward pass instead of "
+            "keeping them; auto: from --expert-hidden-dim 4096 on"
+        },
+    )
     moe_gate: GateChoice = field(
         default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
     )
@@ -121,6 +130,7 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
                     num_groups=self.moe_groups,
                     importance_weight=self.importance_loss_weight,
                     load_weight=self.load_loss_weight,
+                    recompute=str(self.expert_recompute),
                 )
             return GNMTConfig(
                 model_dim=self.model_dim,

@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. 2017; needs torch alone."""
 
-from nmt_moe.moe.config import GATES, MoEConfig
+from nmt_moe.moe.config import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.experts import Experts
 from nmt_moe.moe.gate import (
@@ -22,6 +22,7 @@ from nmt_moe.moe.stats import MoEStats, balance_metrics
 
 __all__ = [
     "GATES",
+    "RECOMPUTE",
     "DispatchPlan",
     "Experts",
     "GateOutput",

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from nmt_moe.checks import check_choice, check_divides, check_range
 
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
+RECOMPUTE = ("auto", "always", "never")
+
+# From this hidden width on, "auto" recomputes: a row's hidden activations are then many times the
+# row itself, and the product that gives them back costs a sixth of the experts' work at most.
+LARGE_HIDDEN_DIM = 4096
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class MoEConfig:
         num_groups: G, groups of a hierarchical gate; 0 for a flat one.
         importance_weight: w_importance of eq. 7.
         load_weight: w_load of eq. 11.
+        recompute: Whether experts compute their hidden activations again in the backward pass, with
+            the same routing, instead of keeping them: "always", "never", or "auto", which does so
+            where `hidden_dim` is at least 4096 (Appendix D).
 
     Raises:
         ValueError: naming the field, its rule and its value.
@@ -34,6 +42,7 @@ class MoEConfig:
     num_groups: int = 0
     importance_weight: float = 0.01
     load_weight: float = 0.01
+    recompute: str = "auto"
 
     def __post_init__(self) -> None:
         check_range("model_dim", self.model_dim, 1)
@@ -41,6 +50,7 @@ class MoEConfig:
         check_range("num_experts", self.num_experts, 1)
         check_range("top_k", self.top_k, 1, self.num_experts)
         check_choice("gate", self.gate, GATES)
+        check_choice("recompute", self.recompute, RECOMPUTE)
         check_range("importance_weight", self.importance_weight, 0.0)
         check_range("load_weight", self.load_weight, 0.0)
         check_range("num_groups", self.num_groups, 0, self.num_experts)
@@ -61,3 +71,10 @@ class MoEConfig:
     def group_size(self) -> int:
         """Experts of a group."""
         return self.num_experts // self.num_groups
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether experts' hidden activations are computed again in the backward pass."""
+        return self.recompute == "always" or (
+            self.recompute == "auto" and self.hidden_dim >= LARGE_HIDDEN_DIM
+        )

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.kernels import expert_ffn
+from nmt_moe.kernels import mixture_ffn
 from nmt_moe.moe.config import MoEConfig
+from nmt_moe.moe.dispatch import DispatchPlan
 
 
 class Experts(nn.Module):
@@ -19,6 +20,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        self.recompute = config.recomputes
         self.weight_in = nn.Parameter(
             torch.empty(config.num_experts, config.model_dim, config.hidden_dim)
         )
@@ -29,23 +31,28 @@ class Experts(nn.Module):
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
-        """Apply each expert to its rows.
+    def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
+        """Give each token the weighted sum of its experts' answers.
 
         Args:
-            rows: (R, D), sorted by expert.
-            expert_offsets: (E + 1,) int64.
+            x: (N, D).
+            gates: (N, K); 0 in empty slots.
+            plan: Which token goes to which expert.
 
         Returns:
-            (R, D).
+            (N, D), under autocast in its dtype.
+
+        Source: Shazeer et al. 2017, eq. 1.
         """
-        weight_in: Tensor = self.weight_in
-        weight_out: Tensor = self.weight_out
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight_in, weight_out = (
-                rows.to(dtype),
-                weight_in.to(dtype),
-                weight_out.to(dtype),
-            )
-        return expert_ffn(rows, weight_in, weight_out, expert_offsets)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return mixture_ffn(
+            x.to(dtype),
+            gates.to(dtype),
+            plan.row_token,
+            plan.token_rows,
+            plan.expert_offsets,
+            self.weight_in.to(dtype),
+            self.weight_out.to(dtype),
+            self.recompute,
+        )

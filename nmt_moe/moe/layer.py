@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.checks import check_shape
-from nmt_moe.kernels import combine_rows, gather_rows
+from nmt_moe.checks import check_finite, check_like, check_shape
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import plan_dispatch
 from nmt_moe.moe.experts import Experts
@@ -16,7 +15,7 @@ from nmt_moe.moe.hierarchical_gate import (
 )
 from nmt_moe.moe.losses import importance_loss, load_loss
 from nmt_moe.moe.stats import MoEStats
-from nmt_moe.parallel import LocalExchange
+from nmt_moe.parallel import sum_over_ranks
 
 Noise = Tensor | HierarchicalNoise
 
@@ -30,12 +29,18 @@ class MoELayer(nn.Module):
     Source: Shazeer et al. 2017, section 2, figure 1.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, name: str = "MoE layer") -> None:
+        """Make the layer.
+
+        Args:
+            config: Its sizes and choices.
+            name: What errors call it.
+        """
         super().__init__()
         self.config = config
+        self.name = name
         self.gate = build_gate(config)
         self.experts = Experts(config)
-        self.exchange = LocalExchange()
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, noise: Noise | None = None
@@ -54,48 +59,60 @@ class MoELayer(nn.Module):
             stats: Balance and balance losses of this batch.
 
         Raises:
-            ValueError: if a shape does not fit.
+            ValueError: if a shape, dtype or device does not fit.
+            FloatingPointError: naming the layer, if a token is not finite.
 
         Source: Shazeer et al. 2017, eq. 1.
         """
         check_shape("x", x, (None, self.config.model_dim), "(N, D)")
-        self._check_noise(noise, len(x))
+        self._check_tensors(x, padding_mask, noise)
         if padding_mask is None:
             return self._forward_tokens(x, noise)
-        check_shape("padding_mask", padding_mask, (len(x),), "(N,)")
         tokens = (~padding_mask).nonzero().squeeze(1)
         if isinstance(noise, tuple):
             noise = noise[0][tokens], noise[1][tokens]
         elif noise is not None:
             noise = noise[tokens]
-        y, stats = self._forward_tokens(x[tokens], noise)
+        y, stats = self._forward_tokens(x.index_select(0, tokens), noise)
         # Token indices differ, so index_copy is deterministic.
         return torch.zeros_like(x).index_copy(0, tokens, y), stats
 
     def _forward_tokens(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, MoEStats]:
         config = self.config
         out = self.gate(x, noise)
+        # Whatever is not finite in a token or in a weight shows in its gates, hence here.
+        check_finite(f"the tokens or gate weights of the {self.name}", out.importance)
         plan = plan_dispatch(out.expert_ids, config.num_experts, out.num_rows)
-        route = self.exchange.route(plan.expert_offsets)
-        rows = route.to_experts(gather_rows(x, plan.row_token, plan.token_rows))  # (R, D)
-        rows = route.to_tokens(self.experts(rows, route.expert_offsets))
-        y = combine_rows(rows, out.gates.to(rows.dtype), plan.row_token, plan.token_rows)
+        y = self.experts(x, out.gates, plan)
+        importance, load = out.importance, out.load
+        if self.training:
+            # A part of a batch is less even than the whole, so balance is judged over all ranks.
+            importance, load = sum_over_ranks(torch.stack([importance, load]))
         load_weight = config.load_weight if out.can_balance_load else 0.0
         no_loss = out.importance.new_zeros(())
         return y.to(x.dtype), MoEStats(
             importance=out.importance,
             load=out.load,
             tokens_per_expert=plan.tokens_per_expert,
-            importance_loss=importance_loss(out.importance, config.importance_weight),
-            load_loss=load_loss(out.load, load_weight),
+            importance_loss=importance_loss(importance, config.importance_weight),
+            load_loss=load_loss(load, load_weight),
             threshold_loss=no_loss if out.threshold_loss is None else out.threshold_loss,
         )
 
-    def _check_noise(self, noise: Noise | None, num_tokens: int) -> None:
+    def _check_tensors(self, x: Tensor, padding_mask: Tensor | None, noise: Noise | None) -> None:
+        """Refuse tensors that do not fit the weights or each other."""
+        weight = self.experts.weight_in
+        is_autocast = torch.is_autocast_enabled(weight.device.type)
+        check_like("x", x, None if is_autocast else weight.dtype, weight.device)
+        if padding_mask is not None:
+            check_shape("padding_mask", padding_mask, (len(x),), "(N,)")
+            check_like("padding_mask", padding_mask, torch.bool, x.device)
+        if noise is not None:
+            self._check_noise(noise, len(x))
+
+    def _check_noise(self, noise: Noise, num_tokens: int) -> None:
         """Refuse noise of another form than the gate draws."""
         config = self.config
-        if noise is None:
-            return
         if isinstance(noise, tuple) != bool(config.num_groups):
             wanted = "a pair (N, G), (N, E)" if config.num_groups else "one tensor (N, E)"
             raise ValueError(f"`noise` must be {wanted} with num_groups = {config.num_groups}.")

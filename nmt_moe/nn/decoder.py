@@ -66,7 +66,9 @@ class GNMTDecoder(nn.Module):
         else:
             self.bottom = ProjectedLSTM(dim, hidden_dim, dim)
             self.attention = Attention(dim, config.attention)
-        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
+        self.moe: ResidualMoE | None = None
+        if config.moe is not None:
+            self.moe = ResidualMoE(config.moe, config.dropout, "decoder's MoE layer")
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(
             ProjectedLSTM(second_input if at == 0 else dim, hidden_dim, dim)

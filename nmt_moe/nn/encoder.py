@@ -57,7 +57,9 @@ class GNMTEncoder(nn.Module):
         super().__init__()
         sizes = config.model_dim, config.lstm_hidden_dim, config.model_dim
         self.bottom = BidirectionalLSTM(*sizes)
-        self.moe = None if config.moe is None else ResidualMoE(config.moe, config.dropout)
+        self.moe: ResidualMoE | None = None
+        if config.moe is not None:
+            self.moe = ResidualMoE(config.moe, config.dropout, "encoder's MoE layer")
         self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)

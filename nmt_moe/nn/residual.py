@@ -12,9 +12,9 @@ class ResidualMoE(nn.Module):
     Source: Shazeer et al. 2017, Appendices C.1 and E.
     """
 
-    def __init__(self, config: MoEConfig, dropout: float) -> None:
+    def __init__(self, config: MoEConfig, dropout: float, name: str) -> None:
         super().__init__()
-        self.moe = MoELayer(config)
+        self.moe = MoELayer(config, name)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, MoEStats]:

@@ -1,5 +1,5 @@
-"""Where rows go: the only folder that may talk to other ranks."""
+"""What needs other ranks: the only folder that may call collectives."""
 
-from nmt_moe.parallel.exchange import LocalExchange, LocalRoute
+from nmt_moe.parallel.reduction import sum_over_ranks
 
-__all__ = ["LocalExchange", "LocalRoute"]
+__all__ = ["sum_over_ranks"]

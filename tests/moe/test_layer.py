@@ -184,3 +184,93 @@ def test_shapes_that_do_not_fit_are_refused(arguments, message):
     layer = MoELayer(MoEConfig(6, 5, 4, 2))
     with pytest.raises(ValueError, match=message):
         layer(**{"x": torch.zeros(3, 6), **arguments})
+
+
+@pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced", "softmax"])
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_is_named_with_its_layer(gate, is_training, value):
+    layer = MoELayer(MoEConfig(6, 5, 4, 2, gate=gate), "encoder's MoE layer").train(is_training)
+    x = torch.randn(9, 6)
+    x[3, 2] = value
+    with pytest.raises(FloatingPointError, match="infinities or NaN in .* encoder's MoE layer"):
+        layer(x)
+
+
+def test_a_token_that_is_not_finite_is_named_in_a_hierarchy_too():
+    layer = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=4))
+    x = torch.randn(9, 6)
+    x[3, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="MoE layer"):
+        layer(x)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    layer, x = MoELayer(MoEConfig(6, 5, 4, 2)), torch.randn(9, 6)
+    for wrong, message in [
+        ((x[:, 1:],), r"`x` must have the shape \(N, D\) = \(any, 6\), but has \(9, 5\)"),
+        ((x.view(3, 3, 6),), r"`x` must have the shape"),
+        ((x.double(),), r"`x` must be torch.float32, but is torch.float64. Convert it"),
+        ((x.long(),), r"`x` must be torch.float32, but is torch.int64"),
+        ((x.to("meta"),), r"`x` must be on cpu, but is on meta. Move it"),
+        ((x, torch.zeros(8, dtype=torch.bool)), r"`padding_mask` must have the shape \(N,\)"),
+        ((x, torch.zeros(9)), r"`padding_mask` must be torch.bool, but is torch.float32"),
+        ((x, None, torch.randn(9, 3)), r"`noise` must have the shape \(N, E\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer(*wrong)
+
+
+def test_one_expert_that_takes_all_tokens_and_others_that_take_none():
+    layer = make_layer(4, 1, 6, 5, importance_weight=0.0, load_weight=0.0)
+    with torch.no_grad():
+        layer.gate.gate_weight.zero_()
+        layer.gate.noise_weight.fill_(-50.0)
+        layer.gate.gate_weight[:, 2] = 50.0
+    x = torch.rand(9, 6, dtype=torch.float64) + 0.5
+    y, stats = layer(x)
+    assert stats.tokens_per_expert.tolist() == [0, 0, 9, 0]
+    y.sum().backward()
+    for weight in (layer.experts.weight_in, layer.experts.weight_out):
+        assert weight.grad[2].any()
+        assert not weight.grad[[0, 1, 3]].any()
+
+
+def test_equal_seeds_give_equal_bits():
+    layer, x = MoELayer(MoEConfig(16, 32, 8, 2)), torch.randn(200, 16)
+    runs = []
+    for _ in range(2):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        y, stats = layer(x)
+        (y.square().mean() + stats.balance_loss).backward()
+        runs.append([y, stats.load, *(p.grad for p in layer.parameters())])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_recomputation_changes_no_bit_and_keeps_the_routing():
+    x, runs = torch.randn(200, 16), []
+    for recompute in ("never", "always"):
+        torch.manual_seed(0)
+        layer = MoELayer(MoEConfig(16, 32, 8, 2, recompute=recompute))
+        y, stats = layer(x)
+        (y.square().mean() + stats.balance_loss).backward()
+        runs.append([y, stats.tokens_per_expert, *(p.grad for p in layer.parameters())])
+    for kept, recomputed in zip(*runs, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups"), [(4096, 0), (131072, 256)], ids=["flat", "hierarchical"]
+)
+def test_the_papers_largest_numbers_of_experts(experts, groups):
+    layer = MoELayer(MoEConfig(8, 4, experts, 2, num_groups=groups))
+    x = torch.randn(33, 8, requires_grad=True)
+    y, stats = layer(x)
+    (y.square().sum() + stats.balance_loss).backward()
+    assert stats.tokens_per_expert.sum() == 33 * (4 if groups else 2)
+    used = layer.experts.weight_out.grad.flatten(1).any(1)
+    assert used.sum() <= (stats.tokens_per_expert > 0).sum()
+    assert not used[stats.tokens_per_expert == 0].any()
+    assert x.grad.isfinite().all()

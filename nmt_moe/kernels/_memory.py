@@ -1,0 +1,77 @@
+"""Memory of large CPU tensors, used again instead of going back to the system.
+
+Every fresh page costs a fault and a fill with zeros: for the gradient of many experts with few
+tokens each, as much time as the products that compute it. torch returns large CPU blocks to the
+system as soon as they are free, so each training step would pay anew.
+"""
+
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Below this, torch's own allocation is as fast.
+SMALLEST_BYTES = 1 << 22
+# One huge page of x86-64 and arm64.
+PAGE_BYTES = 1 << 21
+
+
+class _Pool:
+    """Blocks that once held a tensor and now wait for the next one.
+
+    Blocks in use and waiting together never exceed the most that was in use at one time.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[mmap.mmap] = []  # the longest waiting first
+        self.bytes_used = self.bytes_waiting = self.most_bytes_used = 0
+        # A tensor may die in any thread, also while this one is inside `take`.
+        self.lock = threading.RLock()
+
+    def take(self, size: int) -> mmap.mmap:
+        """Return a block of at least `size` bytes, a multiple of `PAGE_BYTES`."""
+        with self.lock:
+            fitting = [block for block in self.waiting if size <= len(block) <= 2 * size]
+            block = min(fitting, key=len, default=None)
+            if block is None:
+                block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                block.madvise(mmap.MADV_HUGEPAGE)
+            else:
+                self.waiting.remove(block)
+                self.bytes_waiting -= len(block)
+            self.bytes_used += len(block)
+            self.most_bytes_used = max(self.most_bytes_used, self.bytes_used)
+            while self.bytes_used + self.bytes_waiting > self.most_bytes_used:
+                self.bytes_waiting -= len(self.waiting.pop(0))
+            return block
+
+    def give_back(self, block: mmap.mmap) -> None:
+        """Keep a block whose tensor is gone."""
+        with self.lock:
+            self.waiting.append(block)
+            self.bytes_used -= len(block)
+            self.bytes_waiting += len(block)
+
+
+_POOL = _Pool()
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Make a tensor with arbitrary content, as `torch.empty`, of the dtype and device of `like`.
+
+    Large ones on the CPU get recycled memory on huge pages, where the system has them.
+    """
+    size = math.prod(shape) * like.element_size()
+    is_elsewhere = like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE")
+    if is_elsewhere or size < SMALLEST_BYTES:
+        return like.new_empty(shape)
+    block = _POOL.take(math.ceil(size / PAGE_BYTES) * PAGE_BYTES)
+    # The tensor keeps this array alive, and nothing else does: it dies with the tensor's memory.
+    owner = np.frombuffer(block, dtype=np.uint8)
+    weakref.finalize(owner, _POOL.give_back, block).atexit = False
+    return torch.frombuffer(owner, dtype=like.dtype, count=math.prod(shape)).view(*shape)

@@ -1,0 +1,135 @@
+"""The fused mixture against its definition: outputs and every gradient, by name."""
+
+import pytest
+import torch
+
+from nmt_moe.kernels import _memory, mixture_ffn, reference
+from nmt_moe.moe import plan_dispatch
+
+SHAPES = [  # (tokens, experts, per token, dim, hidden)
+    pytest.param(9, 4, 2, 8, 16, id="the-usual-case"),
+    pytest.param(33, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
+    pytest.param(1, 6, 2, 3, 4, id="most-experts-are-empty"),
+    pytest.param(5, 3, 3, 4, 6, id="all-experts"),
+    pytest.param(0, 3, 2, 3, 4, id="no-tokens"),
+]
+NAMES = ("x", "gates", "weight_in", "weight_out")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Let uninitialised tensors be NaN, so that an element nobody writes is seen."""
+    empty = _memory.empty
+    monkeypatch.setattr(
+        _memory, "empty", lambda shape, like: empty(shape, like).fill_(float("nan"))
+    )
+
+
+def draw(tokens, experts, top_k, dim, hidden, dtype=torch.float64):
+    torch.manual_seed(1)
+    ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
+    shapes = [(tokens, dim), (tokens, top_k), (experts, dim, hidden), (experts, hidden, dim)]
+    leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return leaves, ids
+
+
+def call(function, leaves, plan, **options):
+    x, gates, weight_in, weight_out = leaves
+    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    return function(x, gates, *routing, weight_in, weight_out, **options)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
+def test_mixture_ffn(tokens, experts, top_k, dim, hidden, recompute):
+    leaves, ids = draw(tokens, experts, top_k, dim, hidden)
+    plan = plan_dispatch(ids, experts)
+    ours = call(mixture_ffn, leaves, plan, recompute=recompute)
+    theirs = call(reference.mixture_ffn, leaves, plan)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    mine = torch.autograd.grad(ours, leaves, grad)
+    expected = torch.autograd.grad(theirs, leaves, grad)
+    for name, one, other in zip(NAMES, mine, expected, strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_empty_slots_and_a_token_without_expert():
+    leaves, ids = draw(4, 3, 2, 5, 6)
+    ids[1, 1] = ids[2] = 3  # E marks an empty slot
+    with torch.no_grad():
+        leaves[1].masked_fill_(ids == 3, 0.0)
+    plan = plan_dispatch(ids, 3, num_rows=int((ids < 3).sum()))
+    y = call(mixture_ffn, leaves, plan)
+    expected = call(reference.mixture_ffn, leaves, plan)
+    torch.testing.assert_close(y, expected)
+    assert not y[2].any()
+    grad = torch.randn_like(y)
+    mine, theirs = (torch.autograd.grad(out, leaves, grad) for out in (y, expected))
+    for name, one, other in zip(NAMES, mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_dtypes_agree_with_float64(dtype):
+    leaves, ids = draw(40, 5, 2, 16, 24, dtype)
+    plan = plan_dispatch(ids, 5)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    ours, theirs = call(mixture_ffn, leaves, plan), call(reference.mixture_ffn, wide, plan)
+    grad = torch.randn_like(ours)
+    mine = torch.autograd.grad(ours, leaves, grad)
+    expected = torch.autograd.grad(theirs, wide, grad.double())
+    # Each value passes through four roundings of this size, of sums up to 24 times as large.
+    scale = 4 * torch.finfo(dtype).eps
+    for name, one, other in zip(("y", *NAMES), (ours, *mine), (theirs, *expected), strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert one.dtype == dtype, name
+        assert error < scale, f"{name}: {error:.2g} is more than {scale:.2g}"
+
+
+def test_repeated_runs_give_the_same_bits():
+    leaves, ids = draw(300, 6, 3, 32, 48, torch.float32)
+    plan = plan_dispatch(ids, 6)
+    runs = []
+    for _ in range(2):
+        y = call(mixture_ffn, leaves, plan)
+        runs.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_kept_and_recomputed_activations_give_the_same_bits():
+    leaves, ids = draw(300, 6, 3, 32, 48, torch.float32)
+    plan = plan_dispatch(ids, 6)
+    kept, again = (
+        torch.autograd.grad(call(mixture_ffn, leaves, plan, recompute=flag).sum(), leaves)
+        for flag in (False, True)
+    )
+    for name, one, other in zip(NAMES, kept, again, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    (x, gates, weight_in, weight_out), ids = draw(4, 3, 2, 5, 6)
+    plan = plan_dispatch(ids, 3)
+    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    with pytest.raises(ValueError, match=r"`x` must have the shape \(N, D\)"):
+        mixture_ffn(x[:, 1:], gates, *routing, weight_in, weight_out)
+    with pytest.raises(ValueError, match=r"`weight_out` must have the shape \(E, H, D\)"):
+        mixture_ffn(x, gates, *routing, weight_in, weight_out[:, 1:])
+    with pytest.raises(ValueError, match=r"`expert_offsets` must have the shape \(E \+ 1,\)"):
+        mixture_ffn(x, gates, *routing[:2], plan.expert_offsets[1:], weight_in, weight_out)
+
+
+def test_offsets_beyond_two_to_the_31st_element():
+    experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
+    # Pages that nobody touches cost nothing.
+    weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
+    weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
+    weight_in[-1], weight_out[-1] = 0.5, 0.25
+    plan = plan_dispatch(torch.tensor([[experts - 1]]), experts)
+    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    x = torch.ones(1, dim, dtype=torch.bfloat16)
+    y = mixture_ffn(x, x[:, :1], *routing, weight_in, weight_out)
+    # Hidden activations are 1024 * 0.5 = 512, answers 512 * 512 * 0.25 = 2^16.
+    assert y.eq(2.0**16).all()

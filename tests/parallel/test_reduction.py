@@ -1,0 +1,86 @@
+"""Losses of several ranks are those of one rank that has all their tokens."""
+
+import multiprocessing
+import queue
+import socket
+
+import pytest
+import torch
+from torch import distributed
+
+from nmt_moe.moe import MoEConfig, MoELayer
+from nmt_moe.parallel import sum_over_ranks
+
+CONFIG = MoEConfig(6, 5, 4, 2, importance_weight=0.3, load_weight=0.2)
+# Tokens of each rank; the first has none.
+BOUNDS = (0, 0, 5, 12)
+
+
+def make_layer() -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(CONFIG).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def make_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BOUNDS[-1], 6, generator=generator, dtype=torch.float64)
+    return x, torch.randn(BOUNDS[-1], 4, generator=generator, dtype=torch.float64)
+
+
+def balance_gradients(layer: MoELayer, x, noise) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = layer(x, noise=noise)[1].balance_loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in layer.gate.named_parameters()}
+
+
+def run_rank(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(BOUNDS) - 1
+    )
+    mine = slice(*BOUNDS[rank : rank + 2])
+    x, noise = make_tokens()
+    loss, gradients = balance_gradients(make_layer(), x[mine], noise[mine])
+    for gradient in gradients.values():  # as data parallelism does: the mean over ranks
+        distributed.all_reduce(gradient)
+        gradient.div_(distributed.get_world_size())
+    results.put((rank, loss, {name: g.tolist() for name, g in gradients.items()}))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_three_ranks_have_the_losses_and_gradients_of_one():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=run_rank, args=(rank, port, results), daemon=True)
+        for rank in range(len(BOUNDS) - 1)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        answers = [results.get(timeout=100) for _ in ranks]
+    except queue.Empty:
+        pytest.fail(f"exit codes of the ranks: {[process.exitcode for process in ranks]}")
+    finally:
+        for process in ranks:
+            process.join(10)
+            process.kill()
+    loss, gradients = balance_gradients(make_layer(), *make_tokens())
+    for _, rank_loss, rank_gradients in answers:
+        assert rank_loss == pytest.approx(loss, abs=1e-12)
+        for name, gradient in gradients.items():
+            ours = torch.tensor(rank_gradients[name], dtype=torch.float64)
+            torch.testing.assert_close(ours, gradient, atol=1e-12, rtol=1e-9, msg=name)
+
+
+def test_one_process_keeps_the_tensor():
+    values = torch.rand(3)
+    assert sum_over_ranks(values) is values
