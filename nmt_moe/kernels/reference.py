@@ -1,7 +1,67 @@
 """Each operation in plain torch: its definition, and the oracle of its tests."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Added to the noise's standard deviation, so that the load estimate divides by at least this. The
+# paper's eq. 4 has none; the authors' later code has this value.
+NOISE_FLOOR = 1e-2
+
+
+class Gating(NamedTuple):
+    """What a noisy top-k gate chose; sums are (G, E), one row for each group, where there are some.
+
+    Attributes:
+        gates: (N, K). Weights of the chosen experts, largest first; each row sums to 1.
+        expert_ids: (N, K) int64. Of equal logits the lowest ids come first.
+        importance: (E,). Sum of each expert's gates.
+        load: (E,). Sum of each expert's chances P(x, i) to be chosen, differentiable; the number of
+            rows that chose it without noise, and if all experts are chosen.
+        tokens_per_expert: (E,) int64. Rows that chose each expert.
+    """
+
+    gates: Tensor
+    expert_ids: Tensor
+    importance: Tensor
+    load: Tensor
+    tokens_per_expert: Tensor
+
+
+def noisy_top_k(
+    clean: Tensor,
+    raw_scale: Tensor | None,
+    top_k: int,
+    noise: Tensor | None = None,
+    row_offsets: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> Gating:
+    """Define `kernels.noisy_top_k`."""
+    scale, noisy = None, clean
+    if raw_scale is not None:
+        scale = F.softplus(raw_scale) + NOISE_FLOOR
+        noisy = clean + (torch.randn_like(clean) if noise is None else noise) * scale
+    top, top_ids = noisy.sort(dim=1, descending=True, stable=True)
+    gates, expert_ids = top[:, :top_k].softmax(dim=1), top_ids[:, :top_k]
+    chosen = torch.zeros_like(clean).scatter(1, expert_ids, 1.0)
+    probs = chosen
+    if scale is not None and top_k < clean.shape[1]:
+        # An expert must beat the k-th largest of the *others*: the (k+1)-th of all where it is in
+        # now, the k-th where it is out.
+        kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
+        probs = torch.special.ndtr((clean - torch.where(noisy > next_one, next_one, kth)) / scale)
+    weighted = gates if row_weight is None else gates * row_weight.unsqueeze(1)
+    dense = torch.zeros_like(clean).scatter(1, expert_ids, weighted)
+
+    def sums(values: Tensor) -> Tensor:
+        if row_offsets is None:
+            return values.sum(0)
+        bounds = row_offsets.tolist()
+        return torch.stack([values[a:b].sum(0) for a, b in zip(bounds, bounds[1:], strict=False)])
+
+    return Gating(gates, expert_ids, sums(dense), sums(probs), sums(chosen).long())
 
 
 def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+NARROW_OFFSETS = r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+xi32>"
 CAPABILITIES = {"A100": 80, "H100": 90}
 TYPES = {
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -52,6 +54,7 @@ def compile_launch(
         wgmma, mma: whether Hopper's and older tensor-core instructions occur.
         wide_copies: Copies of 16 bytes from global to shared memory.
         registers, spilled: Registers of a thread, and bytes it keeps outside of them.
+        narrow_offsets: 32-bit offsets of two-dimensional blocks from a base pointer.
         shared: Bytes of shared memory of a block.
     """
     kernel = getattr(module, kernel_name)
@@ -80,13 +83,16 @@ class _Recorder:
 
         signature, constants, multiples = {}, {}, {}
         for place, (param, value) in enumerate(zip(self.kernel.params, values, strict=True)):
-            if param.is_constexpr or (
-                isinstance(value, int) and value == 1 and not param.do_not_specialize
+            if (
+                value is None
+                or param.is_constexpr
+                or (isinstance(value, int) and value == 1 and not param.do_not_specialize)
             ):
                 signature[param.name], constants[param.name] = "constexpr", value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
-            signature[param.name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
+            whole = "i64" if not is_tensor and value >= 2**31 else "i32"
+            signature[param.name] = f"*{TYPES[value.dtype]}" if is_tensor else whole
             if is_tensor or (value % 16 == 0 and not param.do_not_specialize):
                 multiples[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, multiples)
@@ -97,6 +103,7 @@ class _Recorder:
             "wgmma": "wgmma.mma_async" in ptx,
             "mma": "mma.sync" in ptx,
             "wide_copies": len(re.findall(r"cp\.async\.cg", ptx)),
+            "narrow_offsets": len(re.findall(NARROW_OFFSETS, compiled.asm["ttir"])),
             "shared": compiled.metadata.shared,
             **_resources(compiled.asm["cubin"]),
         }
