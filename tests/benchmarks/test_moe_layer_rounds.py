@@ -124,6 +124,7 @@ def test_a_worker_reports_errors_and_its_end_and_goes_on_after_errors():
         assert len(process.call("measure", 60.0, mode="forward", warmup=0, repeats=2)) == 2
         with pytest.raises(RuntimeError, match="measure took more than 0 s"):
             process.call("measure", 0.0, mode="forward", warmup=0, repeats=20)
-        process.close(now=True)
+        process._process.kill()
         with pytest.raises(RuntimeError, match="its process ended with status -9"):
             process.call("memory", 60.0)
+        process.close()
