@@ -16,13 +16,14 @@ from typing import Any, Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import moe_gating, timing
 from benchmarks.moe_layers import OWN, Layer, OwnLayer, build_layer
 from benchmarks.moe_limits import LIMITS, BareProducts
 from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
+from nmt_moe import training
 
 # Left to all others, of what was free at the start.
 _KEPT_FREE = 2**30
@@ -117,17 +118,11 @@ class LayerRun:
 
 
 def make_optimizer(layer: Layer, factored: bool, device: str) -> torch.optim.Optimizer:
-    """Make what updates a layer: torch's Adam, or for nmt_moe's experts the factored one."""
-    if factored:
-        return factored_adam(layer)
-    if device == "cuda":
-        return torch.optim.Adam(layer.parameters(), lr=1e-4, foreach=True)
-    return torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
-
-
-def factored_adam(layer: nn.Module) -> torch.optim.Optimizer:
-    """Make nmt_moe's own optimizer."""
-    return torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
+    """Make what updates a layer: torch's fastest Adam, or for nmt_moe's own the factored one."""
+    if factored and hasattr(training, "FactoredAdam"):
+        return training.FactoredAdam(layer.parameters(), lr=1e-4)
+    fastest = {"foreach": True} if device == "cuda" else {"fused": True}
+    return torch.optim.Adam(layer.parameters(), lr=1e-4, **fastest)
 
 
 def build(name: str, point: Point, device: str) -> Competitor:
