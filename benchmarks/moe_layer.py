@@ -18,6 +18,7 @@ Each competitor has a process of its own; a round measures each once.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -33,7 +34,7 @@ from benchmarks.moe_layers import OWN, PLAIN
 from benchmarks.moe_limits import LIMITS
 from benchmarks.moe_peers import LAYERS, PEERS, missing_packages
 from benchmarks.moe_plot import draw
-from benchmarks.moe_points import GRIDS, MODES, Point, parse_shape
+from benchmarks.moe_points import GRIDS, MODES, TRAINING, Point, parse_shape
 from benchmarks.moe_rounds import play_point
 from benchmarks.moe_tables import format_all
 
@@ -77,10 +78,15 @@ def list_all() -> str:
 
 
 def choose_points(args: argparse.Namespace) -> list[Point]:
-    """Return the points of --shape, or else of --grid, with the modes of --modes."""
-    points = args.shape or GRIDS[args.grid]
-    if args.modes:
-        points = [point.with_modes(tuple(args.modes)) for point in points]
+    """Return the points of --shape, or else those of --grid that have any mode of --modes."""
+    if args.shape:
+        modes = tuple(mode for mode in MODES if mode in (args.modes or TRAINING))
+        return [dataclasses.replace(point, modes=modes) for point in args.shape]
+    wanted = args.modes or MODES
+    points = [
+        dataclasses.replace(point, modes=tuple(mode for mode in point.modes if mode in wanted))
+        for point in GRIDS[args.grid]
+    ]
     return [point for point in points if point.modes]
 
 
@@ -131,7 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="T,d,h,n,k[,groups]",
         help="tokens, width, hidden width, experts, experts per token; in the place of --grid",
     )
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="only these of each point's")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="only these, of what a grid has; with --shape any"
+    )
     parser.add_argument(
         "--step-limit",
         type=float,

@@ -72,10 +72,6 @@ class Point:
             num_groups=self.num_groups if hierarchical else 0,
         )
 
-    def with_modes(self, modes: tuple[str, ...]) -> "Point":
-        """Return this point with no other modes than these."""
-        return dataclasses.replace(self, modes=tuple(mode for mode in self.modes if mode in modes))
-
     def smaller(self) -> "Point":
         """Return a tiny point of this kind, to load what is loaded at first use."""
         sizes = {"tokens": 32, "model_dim": 32, "hidden_dim": 48, "num_experts": 8}
