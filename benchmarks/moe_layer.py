@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         print(list_all())
         return
     if args.render is not None:
+        if not args.render.is_file():
+            sys.exit(f"--render: there is no file {args.render}. Make one with --json.")
         finish(json.loads(args.render.read_text()), args.plot)
         return
     timing.prepare(args)

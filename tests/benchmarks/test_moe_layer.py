@@ -187,3 +187,8 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         moe_layer.main(["--plot", "steps.png"])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no file .*none.json. Make one with --json"):
+        moe_layer.main(["--render", str(tmp_path / "none.json")])
