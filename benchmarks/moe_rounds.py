@@ -55,7 +55,8 @@ class Record:
         rounds: For each mode the samples of each round; see `Worker.measure`.
         peaks: Bytes for each mode, the modes before it included.
         facts: What `describe` said, and `dropped`.
-        skipped: Why it was given up, or None.
+        failed: Why a mode was given up, by mode.
+        skipped: Why all was given up, or None.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Record:
     rounds: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     skipped: str | None = None
 
     def repeats(self, mode: str) -> int:
@@ -189,31 +191,40 @@ class Match:
 
     def _take_turn(self, entrant: Entrant) -> None:
         record = self.records[entrant.label]
-        first = not record.rounds
+        is_new = not record.facts
+        if is_new:
+            timing.say(f"  {entrant.label}")
         process = self._processes.pop(entrant.label, None)
         if process is None:
             process = Process(entrant, self.device, self.threads, self.log)
+        todo = [mode for mode in entrant.modes if mode not in record.failed]
         try:
-            if first:
-                timing.say(f"  {entrant.label}")
             process.call("describe", START_SECONDS)  # answered when it is built
-            for mode in entrant.modes:
-                self._measure(process, record, mode)
+            while todo:
+                self._measure(process, record, todo[0])
+                del todo[0]
             memory = process.call("memory", START_SECONDS)
-            if first:
-                record.facts = process.call("describe", START_SECONDS)
-                record.facts["dropped"] = process.call("dropped", self.step_limit)
+            if is_new:
+                facts = process.call("describe", START_SECONDS)
+                record.facts = facts | {"dropped": process.call("dropped", self.step_limit)}
         except RuntimeError as error:
-            record.skipped = str(error)
-            timing.say(f"  {entrant.label} is given up: {error}")
             process.close(now=True)
+            self._give_up(record, todo, str(error))
             return
-        if first:
+        if is_new:
             self._decide(memory)
         if self.stays:
             self._processes[entrant.label] = process
         else:
             process.close()
+
+    def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
+        """Give up the modes that were to do; the later ones do more. Without any it is all."""
+        timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} given up: {reason}")
+        if record.rounds.keys() - todo and todo:
+            record.failed |= dict.fromkeys(todo, reason)
+        else:
+            record.skipped = reason
 
     def _measure(self, process: Process, record: Record, mode: str) -> None:
         repeats = record.repeats(mode)

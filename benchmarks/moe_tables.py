@@ -109,11 +109,13 @@ def _ratio(
 
 
 def _given_up(found: dict[str, Any]) -> list[str]:
-    return [
-        f"No figures for {one['label']}: {one['skipped']}."
-        for one in found["competitors"]
-        if one["skipped"] is not None
-    ]
+    lines = []
+    for one in found["competitors"]:
+        if one["skipped"] is not None:
+            lines.append(f"No figures for {one['label']}: {one['skipped']}.")
+        for mode, reason in one["failed"].items():
+            lines.append(f"{mode} of {one['label']} was given up: {reason}.")
+    return lines
 
 
 def format_notes(points: list[dict[str, Any]]) -> str:

@@ -55,7 +55,7 @@ class FakeProcess:
     def call(self, command, within, **arguments):
         del within
         if command == "measure":
-            if self.label == self.failing:
+            if self.failing in (self.label, f"{self.label} {arguments['mode']}"):
                 raise RuntimeError("out of memory")
             self.events.append(f"{self.label} {arguments['mode']}")
             sample = {"seconds": 0.25, "waited": 0.0, "parts": {}}
@@ -70,12 +70,12 @@ class FakeProcess:
 def play(monkeypatch):
     """Play two rounds at a point with fake processes; give the match and the events."""
 
-    def run(free, failing=""):
+    def run(free, failing="", modes=("fwd+bwd",)):
         monkeypatch.setattr(FakeProcess, "events", [])
         monkeypatch.setattr(FakeProcess, "failing", failing)
         monkeypatch.setattr(moe_rounds, "Process", FakeProcess)
         monkeypatch.setattr(moe_rounds, "free_bytes", lambda _: free)
-        entrants = moe_rounds.entrants_of(dataclasses.replace(POINT, modes=("fwd+bwd",)), [])
+        entrants = moe_rounds.entrants_of(dataclasses.replace(POINT, modes=modes), [])
         match = moe_rounds.Match(entrants, "cpu", 1, 60.0, io.StringIO())
         match.play(2)
         return match, FakeProcess.events
@@ -113,6 +113,23 @@ def test_who_fails_is_given_up_and_the_others_go_on(play):
     assert match.records["bmm"].skipped == "out of memory"
     assert events.count("+bmm") == events.count("!bmm") == 1
     assert events.count("nmt_moe fwd+bwd") == 2
+
+
+def test_a_mode_that_fails_is_given_up_with_those_that_do_more(play):
+    modes = ("forward", "fwd+bwd", "step")
+    match, events = play(free=100 * HELD, failing="nmt_moe fwd+bwd", modes=modes)
+    record = match.records["nmt_moe"]
+    assert record.skipped is None
+    assert record.failed == {"fwd+bwd": "out of memory", "step": "out of memory"}
+    assert len(record.rounds["forward"]) == 2
+    assert [event for event in events if "nmt_moe" in event and "adam" not in event] == [
+        "+nmt_moe",
+        "nmt_moe forward",
+        "!nmt_moe",
+        "+nmt_moe",
+        "nmt_moe forward",
+        "-nmt_moe",
+    ]
 
 
 def test_a_worker_reports_errors_and_its_end_and_goes_on_after_errors():

@@ -13,7 +13,7 @@ def sample(seconds, waited=0.0, **parts):
     return {"seconds": seconds, "waited": waited, "parts": parts}
 
 
-def competitor(label, rounds, top_k=4, skipped=None, **facts):
+def competitor(label, rounds, top_k=4, skipped=None, failed=None, **facts):
     name = label.split(" ")[0]
     peaks = dict.fromkeys(rounds, 2**21)
     return {
@@ -23,6 +23,7 @@ def competitor(label, rounds, top_k=4, skipped=None, **facts):
         "rounds": rounds,
         "peaks": peaks,
         "facts": facts,
+        "failed": failed or {},
         "skipped": skipped,
     }
 
@@ -65,13 +66,18 @@ def test_the_table_divides_by_the_limit_of_as_many_experts_per_token():
         competitor("bmm", {"forward": [[sample(1.5)]] * 3}),
         competitor("gemm k=1", {"forward": [[sample(0.5)]] * 3}, top_k=1),
         competitor("nmt_moe", {"forward": three}, dropped=0.0),
-        competitor("hf_switch", {"forward": three}, top_k=1, dropped=0.25),
+        competitor(
+            "hf_switch", {"forward": three}, top_k=1, failed={"step": "too slow"}, dropped=0.25
+        ),
         competitor("st_moe", {}, skipped="out of memory"),
         of=dataclasses.replace(POINT, modes=("forward",)),
     )
-    heading, table, given_up = moe_tables.format_point(found, threads=2).split("\n\n")
+    heading, table, *given_up = moe_tables.format_point(found, threads=2).split("\n\n")
     assert heading == "### N=12 D=8 H=12 E=6 K=4 float32: 8 rows per expert"
-    assert given_up == "No figures for st_moe: out of memory."
+    assert given_up == [
+        "step of hf_switch was given up: too slow.",
+        "No figures for st_moe: out of memory.",
+    ]
     columns = ["layer", "k", "forward ms", "forward / bmm", "forward / gemm", "spread"]
     assert table.splitlines()[0] == f"| {' | '.join([*columns, 'forward MB', 'dropped'])} |"
     assert table.splitlines()[5:] == [
