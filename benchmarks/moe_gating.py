@@ -35,9 +35,7 @@ def fused_gating(clean: Tensor, raw_scale: Tensor, top_k: int) -> tuple[Tensor, 
     return found.gates, found.importance, found.load
 
 
-GATINGS: dict[str, Gating] = {"eager_gating": eager_gating}
-if hasattr(kernels, "noisy_top_k"):
-    GATINGS["fused_gating"] = fused_gating
+GATINGS: dict[str, Gating] = {"eager_gating": eager_gating, "fused_gating": fused_gating}
 NAMES = (*GATINGS, "copy")
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
+from nmt_moe.kernels import _memory
+from nmt_moe.kernels.grouped_gemm import grouped_gemm
 
 
 def gate_logits(
@@ -33,6 +35,11 @@ def gate_logits(
     Raises:
         ValueError: if the shapes do not fit together.
     """
+    if row_offsets is not None and rows.is_cuda:  # no wait for the offsets
+        clean = grouped_gemm(rows, gate_weight, row_offsets)
+        if noise_weight is None:
+            return clean, None
+        return clean, grouped_gemm(rows, noise_weight, row_offsets)
     bounds = [0, len(rows)]
     if row_offsets is None:
         gate_weight = gate_weight.unsqueeze(0)
@@ -88,7 +95,7 @@ def _multiply(rows: Tensor, weight: Tensor, runs: list[slice]) -> Tensor:
 
 
 def _weight_gradient(rows: Tensor, grad: Tensor, runs: list[slice]) -> Tensor:
-    gradient = rows.new_empty(len(runs), rows.shape[1], grad.shape[1])
+    gradient = _memory.empty((len(runs), rows.shape[1], grad.shape[1]), rows)
     for group, run in enumerate(runs):
         if run.stop > run.start:
             torch.mm(rows[run].t(), grad[run], out=gradient[group])
