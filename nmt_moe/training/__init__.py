@@ -1,5 +1,6 @@
 """One update as pure functions."""
 
+from nmt_moe.training.sampled_softmax import ClassSample, draw_classes, sampled_nll
 from nmt_moe.training.schedules import warmup_hold_inverse_sqrt
 
-__all__ = ["warmup_hold_inverse_sqrt"]
+__all__ = ["ClassSample", "draw_classes", "sampled_nll", "warmup_hold_inverse_sqrt"]
