@@ -14,15 +14,23 @@ from nmt_moe.compat.corpora import (
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
+from nmt_moe.compat.texts import (
+    let_each_sentence_be_a_sample,
+    name_empty_texts,
+    name_endless_lines,
+)
 
 __all__ = [
     "allow_checkpoint_types",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
     "keep_every_sentence",
+    "let_each_sentence_be_a_sample",
     "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
     "name_bytes_that_are_not_utf8",
+    "name_empty_texts",
+    "name_endless_lines",
     "name_uneven_corpora",
     "prepare_processes_and_input",
 ]
@@ -32,6 +40,9 @@ explain_unreadable_checkpoints()
 keep_every_sentence()
 name_bytes_that_are_not_utf8()
 name_uneven_corpora()
+let_each_sentence_be_a_sample()
+name_empty_texts()
+name_endless_lines()
 let_half_precision_train_anywhere()
 let_torchrun_train_on_cpu()
 prepare_processes_and_input()

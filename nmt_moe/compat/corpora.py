@@ -16,7 +16,8 @@ def keep_every_sentence() -> None:
 
     Reason: `batch_by_size` drops the last batch if its size is no multiple of
     --required-batch-size-multiple, 8 by default: fairseq-generate leaves out up to 7 sentences, or
-    a whole `--batch-size`, and scores the others without a word.
+    a whole `--batch-size`, and scores the others without a word. And of a sentence longer than a
+    batch, the assertion that ends the command names neither it nor the way out.
     """
     three = np.arange(3)
     batches = data_utils.batch_by_size(three, lambda _: 1, required_batch_size_multiple=2)
@@ -25,11 +26,22 @@ def keep_every_sentence() -> None:
 
 
 def _batching(split: Callable) -> Callable:
-    def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    def batch_by_size(indices: Any, num_tokens_fn: Callable, *args: Any, **kw: Any) -> list[Any]:
         indices = np.asarray(indices)
         if len(indices) == 0:
             return []
-        batches = split(indices, *args, **kwargs)
+        try:
+            batches = split(indices, num_tokens_fn, *args, **kw)
+        except AssertionError as error:
+            if "max_tokens" not in str(error):
+                raise
+            longest = max(indices, key=num_tokens_fn)
+            raise ValueError(
+                f"sample #{longest} must have at most {kw.get('max_tokens')} tokens, as many as a "
+                f"batch, but has {num_tokens_fn(longest)}. Allow more with --max-tokens (when "
+                "validating, --max-tokens-valid), or cut a language model's text with "
+                "--sample-break-mode none."
+            ) from error
         # Batches are consecutive pieces of the indices, so what is missing is the end.
         rest = indices[sum(map(len, batches)) :]
         # With fixed shapes, sentences are regrouped and none is dropped.

@@ -1,5 +1,6 @@
 """Criterions registered with fairseq; importing this folder registers them."""
 
+from nmt_moe.criterions.moe_cross_entropy import MoECrossEntropy
 from nmt_moe.criterions.moe_label_smoothed_cross_entropy import MoELabelSmoothedCrossEntropy
 
-__all__ = ["MoELabelSmoothedCrossEntropy"]
+__all__ = ["MoECrossEntropy", "MoELabelSmoothedCrossEntropy"]

@@ -1,57 +1,44 @@
 """`--arch lstm_moe_gnmt` and its relatives: the translation model as fairseq sees it."""
 
-import re
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
 from fairseq.data import Dictionary
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from fairseq.models import (
     FairseqEncoder,
     FairseqEncoderDecoderModel,
-    FairseqIncrementalDecoder,
     register_model,
     register_model_architecture,
 )
 from torch import Tensor, nn
 
 from nmt_moe.models._dictionary import DictionaryCheck
-from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
+from nmt_moe.models._incremental import LSTMDecoder
+from nmt_moe.models._options import (
+    MAX_POSITIONS,
+    MoEOptions,
+    build_embedding,
+    moe_config,
+    naming_options,
+    set_defaults,
+)
 from nmt_moe.nn import (
     ATTENTIONS,
     WIRINGS,
-    DecoderState,
     EncoderOutput,
     GNMTConfig,
     GNMTDecoder,
     GNMTEncoder,
 )
 
-# LSTMs have no longest sentence; fairseq wants a number. `--max-source-positions` limits first.
-MAX_POSITIONS = 100_000
-
-# Options whose names differ from the core's fields.
-OPTION_OF_FIELD = {
-    "hidden_dim": "expert_hidden_dim",
-    "top_k": "moe_top_k",
-    "gate": "moe_gate",
-    "num_groups": "moe_groups",
-    "importance_weight": "importance_loss_weight",
-    "load_weight": "load_loss_weight",
-    "recompute": "expert_recompute",
-}
-
 AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
 WiringChoice: Any = ChoiceEnum(WIRINGS)
-GateChoice: Any = ChoiceEnum(GATES)
-RecomputeChoice: Any = ChoiceEnum(RECOMPUTE)
 
 
 @dataclass
-class LSTMMoEGNMTConfig(FairseqDataclass):
+class LSTMMoEGNMTConfig(MoEOptions):
     """Options of the model; defaults are the paper's single-pair model with 32 flat experts."""
 
     model_dim: int = field(
@@ -87,27 +74,6 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
         default=GNMTConfig.init_range, metadata={"help": "weights start uniform within this"}
     )
     dense: bool = field(default=False, metadata={"help": "leave the MoE layers out"})
-    num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
-    moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
-    expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
-    expert_recompute: RecomputeChoice = field(
-        default=MoEConfig.recompute,
-        metadata={
-            "help": "compute experts' hidden activations again in the backward pass instead of "
-            "keeping them; auto: from --expert-hidden-dim 4096 on"
-        },
-    )
-    moe_gate: GateChoice = field(
-        default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
-    )
-    moe_groups: int = field(
-        default=MoEConfig.num_groups,
-        metadata={"help": "groups of a hierarchical gate; 0 for a flat one"},
-    )
-    importance_loss_weight: float = field(
-        default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
-    )
-    load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
     share_decoder_input_output_embed: bool = field(
         default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
     )
@@ -119,19 +85,6 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
             ValueError: naming the option, its rule and its value.
         """
         with naming_options():
-            moe = None
-            if not self.dense:
-                moe = MoEConfig(
-                    model_dim=self.model_dim,
-                    hidden_dim=self.expert_hidden_dim,
-                    num_experts=self.num_experts,
-                    top_k=self.moe_top_k,
-                    gate=str(self.moe_gate),
-                    num_groups=self.moe_groups,
-                    importance_weight=self.importance_loss_weight,
-                    load_weight=self.load_loss_weight,
-                    recompute=str(self.expert_recompute),
-                )
             return GNMTConfig(
                 model_dim=self.model_dim,
                 lstm_hidden_dim=self.lstm_hidden_dim,
@@ -141,22 +94,8 @@ class LSTMMoEGNMTConfig(FairseqDataclass):
                 attention_wiring=str(self.attention_wiring),
                 dropout=self.dropout,
                 init_range=self.init_range,
-                moe=moe,
+                moe=None if self.dense else moe_config(self),
             )
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Reword the core's errors for the command line: `top_k` becomes `--moe-top-k`."""
-
-    def name_option(field_name: re.Match) -> str:
-        option = OPTION_OF_FIELD.get(field_name[1], field_name[1])
-        return f"`--{option.replace('_', '-')}`"
-
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub(r"`(\w+)`", name_option, str(error))) from error
 
 
 @register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)
@@ -168,22 +107,15 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
         """Build the model of a task with two dictionaries."""
         config = LSTMMoEGNMTConfig.to_config(cfg)
         source, target = task.source_dictionary, task.target_dictionary
-        embedding = build_embedding(config, source)
+        sizes = config.model_dim, config.init_range
+        embedding = build_embedding(source, *sizes)
         shares_dictionary = source == target
-        target_embedding = embedding if shares_dictionary else build_embedding(config, target)
+        target_embedding = embedding if shares_dictionary else build_embedding(target, *sizes)
         encoder = LSTMMoEGNMTEncoder(config, source, embedding)
         decoder = LSTMMoEGNMTDecoder(
             config, target, target_embedding, cfg.share_decoder_input_output_embed
         )
         return cls(encoder, decoder)
-
-
-def build_embedding(config: GNMTConfig, dictionary: Dictionary) -> nn.Embedding:
-    """Make the embedding of a dictionary's (V) symbols; padding's row is 0."""
-    embedding = nn.Embedding(len(dictionary), config.model_dim, dictionary.pad())
-    nn.init.uniform_(embedding.weight, -config.init_range, config.init_range)
-    nn.init.zeros_(embedding.weight[dictionary.pad()].data)
-    return embedding
 
 
 class LSTMMoEGNMTEncoder(FairseqEncoder):
@@ -209,7 +141,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
         return MAX_POSITIONS
 
 
-class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
+class LSTMMoEGNMTDecoder(LSTMDecoder):
     """The decoder as fairseq calls it, with the softmax layer."""
 
     def __init__(
@@ -232,9 +164,13 @@ class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
         prev_output_tokens: Tensor,
         encoder_out: EncoderOutput,
         incremental_state: Optional[Dict] = None,
+        features_only: bool = False,
         **_: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give (B, T, V) logits and `attn`, `moe_stats`; with a state, of the last step alone."""
+        """Give (B, T, V) logits and `attn`, `moe_stats`; with a state, of the last step alone.
+
+        With `features_only`, give the (B, T, D) input of the softmax layer in the logits' place.
+        """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())
             out = self.network(prev_output_tokens, encoder_out, padding_mask=padding_mask)
@@ -243,34 +179,14 @@ class LSTMMoEGNMTDecoder(FairseqIncrementalDecoder):
             out = self.network(prev_output_tokens[:, -1:], encoder_out, state)
             self._set_state(incremental_state, out.state)
         all_stats = {"encoder": encoder_out.moe_stats, "decoder": out.moe_stats}
-        return self.output(out.features), {
+        return out.features if features_only else self.output(out.features), {
             "attn": [out.attention],
             "moe_stats": {name: stats for name, stats in all_stats.items() if stats is not None},
         }
 
-    def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
-        """Move each hypothesis' state to its new row."""
-        state = self._get_state(incremental_state)
-        if state is not None:
-            self._set_state(incremental_state, state.reorder(new_order))
-
-    def _get_state(self, incremental_state: Dict) -> Optional[DecoderState]:
-        saved = self.get_incremental_state(incremental_state, "lstm")
-        return None if saved is None else DecoderState(saved["hidden"], saved["cell"])
-
-    def _set_state(self, incremental_state: Dict, state: DecoderState) -> None:
-        saved = {"hidden": state.hidden, "cell": state.cell}
-        self.set_incremental_state(incremental_state, "lstm", saved)
-
     def max_positions(self) -> int:
         """Return the longest target."""
         return MAX_POSITIONS
-
-
-def set_defaults(args: Namespace, **defaults: Any) -> None:
-    """Set what the command line left open."""
-    for name, value in defaults.items():
-        setattr(args, name, getattr(args, name, value))
 
 
 @register_model_architecture("lstm_moe_gnmt", "lstm_gnmt")
@@ -300,3 +216,30 @@ def lstm_gnmt_small(args: Namespace) -> None:
     """Set the small sizes with one expert that every token takes: dense, at equal operations."""
     set_defaults(args, num_experts=1, moe_top_k=1, expert_hidden_dim=1024)
     lstm_moe_gnmt_small(args)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_512h")
+def lstm_moe_gnmt_512h(args: Namespace) -> None:
+    """Set the paper's single-pair model of 512 experts."""
+    strictly_balanced_groups(args, num_experts=512, moe_groups=16)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_2048h")
+def lstm_moe_gnmt_2048h(args: Namespace) -> None:
+    """Set the paper's single-pair model of 2048 experts."""
+    strictly_balanced_groups(args, num_experts=2048, moe_groups=32)
+
+
+def strictly_balanced_groups(args: Namespace, **sizes: int) -> None:
+    """Set a hierarchy under strict balance, two of each level.
+
+    The paper gives no number of groups for these models. Here it is a power of two near the square
+    root of the number of experts, as of its language models, so that both gates stay small.
+    """
+    set_defaults(args, moe_gate="strictly_balanced", moe_top_k=2, **sizes)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_multilingual")
+def lstm_moe_gnmt_multilingual(args: Namespace) -> None:
+    """Set the paper's model of 12 directions: 512 experts of hidden width 8192, flat."""
+    set_defaults(args, num_experts=512, moe_top_k=2, expert_hidden_dim=8192)

@@ -5,6 +5,7 @@ from nmt_moe.nn.config import WIRINGS, GNMTConfig
 from nmt_moe.nn.decoder import DecoderOutput, DecoderState, GNMTDecoder
 from nmt_moe.nn.encoder import EncoderOutput, GNMTEncoder
 from nmt_moe.nn.lstm import BidirectionalLSTM, ProjectedLSTM
+from nmt_moe.nn.lstm_lm import LMOutput, LSTMLanguageModel, LSTMLMConfig
 
 __all__ = [
     "ATTENTIONS",
@@ -18,5 +19,8 @@ __all__ = [
     "GNMTConfig",
     "GNMTDecoder",
     "GNMTEncoder",
+    "LMOutput",
+    "LSTMLMConfig",
+    "LSTMLanguageModel",
     "ProjectedLSTM",
 ]

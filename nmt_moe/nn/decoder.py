@@ -75,7 +75,7 @@ class GNMTDecoder(nn.Module):
             for at in range(config.decoder_layers - 1)
         )
         self.dropout = nn.Dropout(config.dropout)
-        init_weights(self, config)
+        init_weights(self, config.init_range)
         self.embedding = embedding  # after init_weights: its owner has drawn it
 
     def forward(

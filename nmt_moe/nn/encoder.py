@@ -63,7 +63,7 @@ class GNMTEncoder(nn.Module):
         self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)
-        init_weights(self, config)
+        init_weights(self, config.init_range)
         self.embedding = embedding  # after init_weights: its owner has drawn it
 
     def forward(self, src_tokens: Tensor, padding_mask: Tensor) -> EncoderOutput:

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from nmt_moe.moe import MoEConfig, MoELayer, MoEStats
-from nmt_moe.nn.config import GNMTConfig
 
 
 class ResidualMoE(nn.Module):
@@ -32,17 +31,17 @@ class ResidualMoE(nn.Module):
         return x + self.dropout(y.sigmoid()).view_as(x), stats
 
 
-def init_weights(module: nn.Module, config: GNMTConfig) -> None:
+def init_weights(module: nn.Module, init_range: float) -> None:
     """Draw the weights of a network.
 
-    Matrices are uniform within `config.init_range`; gates, biases and vectors keep what their
+    Matrices are uniform within `init_range`; gates, biases and vectors keep what their
     module gave them, but that LSTM biases start at 0 and forget gates open (1).
 
     Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1 and ".gate." not in name:
-            nn.init.uniform_(parameter, -config.init_range, config.init_range)
+            nn.init.uniform_(parameter, -init_range, init_range)
         elif "bias" in name:
             nn.init.zeros_(parameter)
             if "bias_ih" in name:

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Time the loss of a softmax layer, in full and by importance sampling, forward and backward.
+
+One step: the logits, the loss, and the gradients of features and weight; for the sampled one also
+the draw. Both make a gradient of the weight's full size, as optimizers want it.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.timing import (
+    Job,
+    add_common_flags,
+    describe_hardware,
+    interleave,
+    markdown_table,
+    prepare,
+    write_json,
+)
+from nmt_moe.training import draw_classes, sampled_nll
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--vocab-size", type=int, nargs="+", default=[100_000], help="V, one or more (100000)"
+    )
+    parser.add_argument("--draws", type=int, nargs="+", default=[8192], help="draws (8192)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a step (256)")
+    parser.add_argument("--dim", type=int, default=512, help="width of features (512)")
+    add_common_flags(parser)
+    return parser
+
+
+def make_jobs(args: argparse.Namespace, vocab_size: int) -> Mapping[str, Job]:
+    """Give the full softmax, and a sampled one for each number of draws."""
+    bound = args.dim**-0.5
+    weight = torch.empty(vocab_size, args.dim, device=args.device).uniform_(-bound, bound)
+    features = torch.randn(args.tokens, args.dim, device=args.device)
+    # Targets as frequent as the proposal thinks they are.
+    ranks = torch.rand(args.tokens, dtype=torch.float64, device=args.device)
+    target = ((vocab_size + 1) ** ranks).long().sub(1).clamp(0, vocab_size - 1)
+    weight.requires_grad_()
+    features.requires_grad_()
+
+    def finish(loss: Tensor) -> None:
+        loss.backward()
+        weight.grad = features.grad = None
+
+    def full() -> None:
+        finish(F.cross_entropy(features @ weight.t(), target, reduction="sum"))
+
+    def sampled(draws: int) -> None:
+        sample = draw_classes(draws, vocab_size, device=args.device)
+        finish(sampled_nll(features, weight, target, sample).sum())
+
+    return {"full": full, **{str(n): lambda n=n: sampled(n) for n in args.draws}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    prepare(args)
+    too_many = max(args.draws) > min(args.vocab_size)
+    if too_many or min(args.draws + [args.tokens, args.dim]) < 1:
+        sys.exit("--draws must be from 1 to the smallest --vocab-size, --tokens and --dim from 1.")
+    rows, kept = [], []
+    for vocab_size in args.vocab_size:
+        samples = interleave(make_jobs(args, vocab_size), args.rounds, args.device)
+        for name, found in samples.items():
+            is_full = name == "full"
+            classes = vocab_size if is_full else len(draw_classes(int(name), vocab_size).ids)
+            rows.append(
+                [
+                    "full" if is_full else f"{name} draws",
+                    f"{vocab_size:,}",
+                    f"{classes:,}",
+                    f"{found.median * 1e3:.1f}",
+                    f"{found.spread:.0%}",
+                    f"{samples['full'].median / found.median:.1f}",
+                ]
+            )
+            kept.append({"softmax": name, "vocab_size": vocab_size, "seconds": found.seconds})
+    hardware = describe_hardware(args.device, args.threads)
+    columns = ["softmax", "vocabulary", "classes", "step ms", "spread", "full / this"]
+    print(markdown_table(columns, rows))
+    print(
+        f"\n{hardware}; {args.tokens} tokens of width {args.dim}, float32; medians of "
+        f"{args.rounds} interleaved rounds."
+    )
+    write_json(args.json, args, hardware, kept)
+
+
+if __name__ == "__main__":
+    main()

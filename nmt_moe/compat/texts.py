@@ -1,0 +1,91 @@
+"""Cut a language model's text into samples, and name the text that cannot be cut."""
+
+import os
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fairseq.data import data_utils, token_block_dataset
+from fairseq.tasks import language_modeling
+
+from nmt_moe.compat._replace import replace
+
+# fairseq keeps lengths of samples in 16 bits if --tokens-per-sample needs no more.
+MOST_TOKENS = 65_535
+
+
+def let_each_sentence_be_a_sample() -> None:
+    """Let --sample-break-mode eos work.
+
+    Reason: it needs `numpy.compat.long`, which numpy 2 does not have.
+    """
+    if not hasattr(np, "compat") and token_block_dataset.np is np:
+        token_block_dataset.np = _NumpyWithLong()
+
+
+class _NumpyWithLong:
+    """numpy, and the one name of its first version that fairseq asks for."""
+
+    compat = SimpleNamespace(long=np.int64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def name_empty_texts() -> None:
+    """Name the data set that has no sentence at all.
+
+    Reason: it ends in "cannot mmap an empty file".
+    """
+    replace(data_utils, "load_indexed_dataset", _loading)
+
+
+def _loading(load: Callable) -> Callable:
+    def load_indexed_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        file = f"{path}.bin"
+        if os.path.isfile(file) and os.path.getsize(file) == 0:
+            raise ValueError(
+                f"`{file}` holds no sentence: the text that fairseq-preprocess read was empty. "
+                "Binarise one that has at least a line."
+            )
+        return load(path, *args, **kwargs)
+
+    return load_indexed_dataset
+
+
+def name_endless_lines() -> None:
+    """Name the line of a text that is too long to be one sample.
+
+    Reason: lengths of 65,536 and more wrap round to 0 without a word.
+    """
+    replace(language_modeling, "TokenBlockDataset", _cutting)
+
+
+def _cutting(cut: Callable) -> Callable:
+    def token_blocks(dataset: Any, sizes: Any, block_size: int | None, **kwargs: Any) -> Any:
+        cuts_sentences = str(kwargs.get("break_mode") or "none") == "none"
+        if not cuts_sentences and block_size is not None and block_size < MOST_TOKENS:
+            check_line_lengths(kwargs.get("split_path", "the input"), sizes)
+        return cut(dataset, sizes, block_size, **kwargs)
+
+    return token_blocks
+
+
+def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
+    """Refuse a text with a sentence too long to be counted.
+
+    Args:
+        path: What errors call it.
+        sizes: Tokens of each line, one at least.
+
+    Raises:
+        ValueError: naming the text, the line and its length.
+    """
+    longest = int(np.argmax(sizes))
+    if sizes[longest] > MOST_TOKENS:
+        raise ValueError(
+            f"`{path}`, line {longest + 1}: a sentence must have at most {MOST_TOKENS} tokens, "
+            f"but has {sizes[longest]}. Break the line, or use --sample-break-mode none, which "
+            "cuts the text into samples of --tokens-per-sample."
+        )

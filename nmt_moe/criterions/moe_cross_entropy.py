@@ -1,0 +1,108 @@
+"""`--criterion moe_cross_entropy`: language models."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Tuple
+
+from fairseq import metrics, utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from omegaconf import II
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmt_moe.criterions._balance import add_balance, check_finite, reduce_balance
+from nmt_moe.training import draw_classes, sampled_nll
+
+
+@dataclass
+class MoECrossEntropyConfig(FairseqDataclass):
+    """Options of the criterion."""
+
+    sampled_softmax: int = field(
+        default=0,
+        metadata={
+            "help": "in training, estimate the softmax from this many draws of the vocabulary, one "
+            "set for a batch; 0: compute it in full, as evaluation always does"
+        },
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
+class MoECrossEntropy(FairseqCriterion):
+    """Cross-entropy of all words, ends of sentences included, plus the balance losses.
+
+    With --sampled-softmax, the training log's `nll_loss` and `ppl` are estimates too, and on
+    average too low; those of validation are exact.
+    """
+
+    def __init__(self, task: Any, sentence_avg: bool, sampled_softmax: int) -> None:
+        super().__init__(task)
+        self.sentence_avg, self.num_draws = sentence_avg, sampled_softmax
+        dictionary = task.target_dictionary
+        # fairseq's dictionaries fall in frequency after the special symbols. Of those, the end of
+        # sentence and then the unknown word stand right before the words, and are frequent; the
+        # two before them, beginning and padding, are never a target, and so the rarest.
+        self.first_class = dictionary.eos()
+        if not 0 <= sampled_softmax <= len(dictionary):
+            raise ValueError(
+                f"`--sampled-softmax` must be from 0 to {len(dictionary)}, the size of the "
+                f"dictionary, but is {sampled_softmax}. Use a smaller number, or 0 for the full "
+                "softmax."
+            )
+
+    def forward(
+        self, model: nn.Module, sample: Dict, reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict[str, Tensor]]:
+        """Compute the loss of a batch, its sample size and what to log."""
+        is_sampled = model.training and self.num_draws > 0
+        nll, extra = self._sampled(model, sample) if is_sampled else self._full(model, sample)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "nll_loss": nll.detach().sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        loss = nll.sum() if reduce else nll
+        loss = add_balance(loss, sample_size, extra, logging_output, model.training)
+        logging_output["loss"] = loss.data
+        check_finite(loss, sample)
+        return loss, sample_size, logging_output
+
+    def _full(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
+        """Give the (N,) negative log-likelihoods of all targets, and the model's second output."""
+        logits, extra = model(**sample["net_input"])
+        is_token = sample["target"].ne(self.padding_idx)
+        target = sample["target"][is_token]
+        return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
+
+    def _sampled(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
+        """Give estimates of the same, without computing all logits."""
+        output = getattr(model.decoder, "output", None)
+        if not isinstance(output, nn.Linear):
+            raise ValueError(
+                "`--sampled-softmax` must be 0 with models that are not this plugin's, but is "
+                f"{self.num_draws}: their softmax layer is not known."
+            )
+        features, extra = model(**sample["net_input"], features_only=True)
+        weight = output.weight
+        is_token = sample["target"].ne(self.padding_idx)
+        classes = draw_classes(self.num_draws, len(weight), self.first_class, weight.device)
+        return sampled_nll(features[is_token], weight, sample["target"][is_token], classes), extra
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
+        """Log the summed outputs of all batches and ranks of one update, losses in bits."""
+        for key, divisor in (("loss", "sample_size"), ("nll_loss", "ntokens")):
+            total = sum(log[key] for log in logging_outputs)
+            weight = sum(log[divisor] for log in logging_outputs)
+            metrics.log_scalar(key, total / weight / math.log(2), weight, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        reduce_balance(logging_outputs)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """Tell the trainer that ranks log equal keys."""
+        return True

@@ -1,0 +1,26 @@
+"""The LSTMs' state between two steps, kept where fairseq's search keeps it."""
+
+from typing import Dict, Optional
+
+from fairseq.models import FairseqIncrementalDecoder
+from torch import Tensor
+
+from nmt_moe.nn import DecoderState
+
+
+class LSTMDecoder(FairseqIncrementalDecoder):
+    """A decoder of LSTMs: their state moves with the hypotheses."""
+
+    def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
+        """Move each hypothesis' state to its new row."""
+        state = self._get_state(incremental_state)
+        if state is not None:
+            self._set_state(incremental_state, state.reorder(new_order))
+
+    def _get_state(self, incremental_state: Dict) -> Optional[DecoderState]:
+        saved = self.get_incremental_state(incremental_state, "lstm")
+        return None if saved is None else DecoderState(saved["hidden"], saved["cell"])
+
+    def _set_state(self, incremental_state: Dict, state: DecoderState) -> None:
+        saved = {"hidden": state.hidden, "cell": state.cell}
+        self.set_incremental_state(incremental_state, "lstm", saved)

@@ -1,0 +1,105 @@
+"""What the models share: the options of MoE layers, errors that name them, embeddings."""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from torch import nn
+
+from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
+
+# LSTMs have no longest sentence; fairseq wants a number. What the task allows limits first.
+MAX_POSITIONS = 100_000
+
+# Options whose names differ from the core's fields.
+OPTION_OF_FIELD = {
+    "hidden_dim": "expert_hidden_dim",
+    "top_k": "moe_top_k",
+    "gate": "moe_gate",
+    "num_groups": "moe_groups",
+    "importance_weight": "importance_loss_weight",
+    "load_weight": "load_loss_weight",
+    "recompute": "expert_recompute",
+}
+
+GateChoice: Any = ChoiceEnum(GATES)
+RecomputeChoice: Any = ChoiceEnum(RECOMPUTE)
+
+
+@dataclass
+class MoEOptions(FairseqDataclass):
+    """Options of the MoE layers; defaults are those of the paper's single-pair translation."""
+
+    num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
+    moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
+    expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
+    expert_recompute: RecomputeChoice = field(
+        default=MoEConfig.recompute,
+        metadata={
+            "help": "compute experts' hidden activations again in the backward pass instead of "
+            "keeping them; auto: from --expert-hidden-dim 4096 on"
+        },
+    )
+    moe_gate: GateChoice = field(
+        default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
+    )
+    moe_groups: int = field(
+        default=MoEConfig.num_groups,
+        metadata={"help": "groups of a hierarchical gate; 0 for a flat one"},
+    )
+    importance_loss_weight: float = field(
+        default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
+    )
+    load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
+
+
+def moe_config(options: Any) -> MoEConfig:
+    """Translate the options, of a dataclass or of what omegaconf made of it, to the core's.
+
+    Raises:
+        ValueError: naming the field, its rule and its value.
+    """
+    return MoEConfig(
+        model_dim=options.model_dim,
+        hidden_dim=options.expert_hidden_dim,
+        num_experts=options.num_experts,
+        top_k=options.moe_top_k,
+        gate=str(options.moe_gate),
+        num_groups=options.moe_groups,
+        importance_weight=options.importance_loss_weight,
+        load_weight=options.load_loss_weight,
+        recompute=str(options.expert_recompute),
+    )
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Reword the core's errors for the command line: `top_k` becomes `--moe-top-k`."""
+
+    def name_option(field_name: re.Match) -> str:
+        option = OPTION_OF_FIELD.get(field_name[1], field_name[1])
+        return f"`--{option.replace('_', '-')}`"
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"`(\w+)`", name_option, str(error))) from error
+
+
+def build_embedding(dictionary: Dictionary, model_dim: int, init_range: float) -> nn.Embedding:
+    """Make the embedding of a dictionary's (V) symbols; padding's row is 0."""
+    embedding = nn.Embedding(len(dictionary), model_dim, dictionary.pad())
+    nn.init.uniform_(embedding.weight, -init_range, init_range)
+    nn.init.zeros_(embedding.weight[dictionary.pad()].data)
+    return embedding
+
+
+def set_defaults(args: Namespace, **defaults: Any) -> None:
+    """Set what the command line left open."""
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name, value))

@@ -1,0 +1,147 @@
+"""`--arch lstm_moe_lm` and its relatives: the language model as fairseq sees it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
+
+from fairseq.data import Dictionary
+from fairseq.models import FairseqLanguageModel, register_model
+from torch import Tensor, nn
+
+from nmt_moe.models._dictionary import DictionaryCheck
+from nmt_moe.models._incremental import LSTMDecoder
+from nmt_moe.models._options import (
+    MAX_POSITIONS,
+    MoEOptions,
+    build_embedding,
+    moe_config,
+    naming_options,
+)
+from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
+
+
+@dataclass
+class LSTMMoELMConfig(MoEOptions):
+    """Options of the model; defaults are the paper's MoE-32."""
+
+    model_dim: int = field(
+        default=LSTMLMConfig.model_dim, metadata={"help": "width of the embedding and of layers"}
+    )
+    lstm_hidden_dim: int = field(
+        default=LSTMLMConfig.lstm_hidden_dim,
+        metadata={"help": "cells of an LSTM, projected to --model-dim unless equal to it"},
+    )
+    lstm_layers: int = field(
+        default=LSTMLMConfig.lstm_layers,
+        metadata={"help": "LSTMs in all; the MoE layer follows the first"},
+    )
+    expert_layers: int = field(
+        default=LSTMLMConfig.expert_layers,
+        metadata={"help": "hidden layers of an expert; more than 1 only with --num-experts 1"},
+    )
+    dropout: float = field(
+        default=LSTMLMConfig.dropout, metadata={"help": "dropout on the output of every layer"}
+    )
+    init_range: float = field(
+        default=LSTMLMConfig.init_range, metadata={"help": "weights start uniform within this"}
+    )
+    dense: bool = field(default=False, metadata={"help": "leave the MoE layer out"})
+    expert_hidden_dim: int = field(default=1024, metadata={"help": "hidden width of an expert"})
+    importance_loss_weight: float = field(default=0.1, metadata={"help": "w_importance"})
+    load_loss_weight: float = field(default=0.1, metadata={"help": "w_load"})
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "use the embedding as softmax weights too"}
+    )
+
+    def to_config(self) -> LSTMLMConfig:
+        """Translate to the core's configuration.
+
+        Raises:
+            ValueError: naming the option, its rule and its value.
+        """
+        with naming_options():
+            return LSTMLMConfig(
+                model_dim=self.model_dim,
+                lstm_hidden_dim=self.lstm_hidden_dim,
+                lstm_layers=self.lstm_layers,
+                expert_layers=self.expert_layers,
+                dropout=self.dropout,
+                init_range=self.init_range,
+                moe=None if self.dense else moe_config(self),
+            )
+
+
+@register_model("lstm_moe_lm", dataclass=LSTMMoELMConfig)
+class LSTMMoELM(FairseqLanguageModel):
+    """Embedding, LSTM, MoE layer, LSTM, softmax."""
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> "LSTMMoELM":
+        """Build the model of a task with one dictionary, whose end the output may leave out."""
+        config = LSTMMoELMConfig.to_config(cfg)
+        dictionary, num_outputs = task.source_dictionary, len(task.target_dictionary)
+        if cfg.share_decoder_input_output_embed and num_outputs != len(dictionary):
+            raise ValueError(
+                "`--share-decoder-input-output-embed` needs an output for each of the "
+                f"{len(dictionary)} symbols of the dictionary, but `--output-dictionary-size` "
+                f"leaves {num_outputs}. Drop one of the two."
+            )
+        embedding = build_embedding(dictionary, config.model_dim, config.init_range)
+        output = nn.Linear(config.model_dim, num_outputs, bias=False)
+        nn.init.uniform_(output.weight, -config.init_range, config.init_range)
+        if cfg.share_decoder_input_output_embed:
+            output.weight = embedding.weight
+        return cls(LSTMMoELMDecoder(LSTMLanguageModel(config, embedding), output, dictionary))
+
+
+class LSTMMoELMDecoder(LSTMDecoder):
+    """The network as fairseq calls it, with the softmax layer.
+
+    The LSTMs start every row of a batch from zero. What a row is, --sample-break-mode says: `eos`,
+    one sentence (the benchmark's are shuffled); `none` and `complete`, a run of text in which the
+    state is kept from sentence to sentence.
+    """
+
+    def __init__(
+        self, network: LSTMLanguageModel, output: nn.Linear, dictionary: Dictionary
+    ) -> None:
+        super().__init__(dictionary)
+        self.dictionary_check = DictionaryCheck(dictionary, "text's")
+        self.network = network
+        self.output = output
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: Optional[Dict] = None,
+        features_only: bool = False,
+        **_: Any,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """Give (B, T, V) logits and `moe_stats`; with a state, of the last step alone.
+
+        With `features_only`, give the (B, T, D) input of the softmax layer in the logits' place.
+        """
+        if incremental_state is None:
+            padding_mask = prev_output_tokens.eq(self.dictionary.pad())
+            out = self.network(prev_output_tokens, padding_mask=padding_mask)
+        else:
+            state = self._get_state(incremental_state)
+            out = self.network(prev_output_tokens[:, -1:], state)
+            self._set_state(incremental_state, out.state)
+        moe_stats = {} if out.moe_stats is None else {"decoder": out.moe_stats}
+        x = out.features if features_only else self.output_layer(out.features)
+        return x, {"attn": None, "moe_stats": moe_stats}
+
+    def extract_features(
+        self, prev_output_tokens: Tensor, **kwargs: Any
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """Give (B, T, D) features instead of logits."""
+        return self(prev_output_tokens, features_only=True, **kwargs)
+
+    def output_layer(self, features: Tensor, **_: Any) -> Tensor:
+        """Turn (..., D) features into (..., V) logits."""
+        return self.output(features)
+
+    def max_positions(self) -> int:
+        """Return the longest sample."""
+        return MAX_POSITIONS

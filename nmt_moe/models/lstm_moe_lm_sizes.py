@@ -1,0 +1,76 @@
+"""The language models of the paper, row by row: sizes over one dataclass."""
+
+from argparse import Namespace
+from typing import Any, Dict
+
+from fairseq.models import register_model_architecture
+
+from nmt_moe.models._options import set_defaults
+
+# Two of 16 groups, and two experts of each.
+GROUPS_OF_16: Dict[str, Any] = {"moe_groups": 16, "moe_top_k": 2}
+
+# One-billion-word benchmark; all of width 512, two LSTMs of 512, experts of 1024, k = 4, dropout
+# 0.1, as far as a row does not say otherwise.
+# Source: Shazeer et al. 2017, Table 7.
+TABLE_7: Dict[str, Dict[str, Any]] = {
+    "lstm_lm_2048_512": {"dense": True, "lstm_layers": 1, "lstm_hidden_dim": 2048},
+    "lstm_lm_4x512": {"dense": True, "lstm_layers": 4},
+    "lstm_moe_lm_1_wide": {"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 4096},
+    "lstm_moe_lm_1_deep": {"num_experts": 1, "moe_top_k": 1, "expert_layers": 4},
+    "lstm_moe_lm_4": {"num_experts": 4},
+    "lstm_moe_lm_32": {"num_experts": 32},
+    "lstm_moe_lm_256": {"num_experts": 256},
+    "lstm_moe_lm_256h": {"num_experts": 256, **GROUPS_OF_16},
+    "lstm_moe_lm_1024h": {"num_experts": 1024, **GROUPS_OF_16, "dropout": 0.2},
+    "lstm_moe_lm_4096h": {"num_experts": 4096, **GROUPS_OF_16, "dropout": 0.2},
+    "lstm_moe_lm_34m": {
+        "model_dim": 1024,
+        "lstm_hidden_dim": 1024,
+        "num_experts": 1024,
+        "expert_hidden_dim": 2048,
+        **GROUPS_OF_16,
+        "dropout": 0.3,
+    },
+    "lstm_moe_lm_143m": {
+        "model_dim": 1024,
+        "lstm_hidden_dim": 4096,
+        "num_experts": 256,
+        "expert_hidden_dim": 8192,
+        **GROUPS_OF_16,
+        "dropout": 0.4,
+    },
+}
+
+# 100 billion words; the table's 4xLSTM-512 is `lstm_lm_4x512`. It has no column for dropout.
+# Source: Shazeer et al. 2017, Table 8.
+TABLE_8: Dict[str, Dict[str, Any]] = {
+    "lstm_moe_lm_100b_32": {"num_experts": 32},
+    **{
+        f"lstm_moe_lm_100b_{experts}h": {
+            "num_experts": experts,
+            "moe_groups": groups,
+            "moe_top_k": 2,
+        }
+        for experts, groups in [
+            (256, 32),
+            (1024, 32),
+            (4096, 64),
+            (16384, 128),
+            (65536, 256),
+            (131072, 256),
+        ]
+    },
+}
+
+
+def register_sizes(name: str, sizes: Dict[str, Any]) -> None:
+    """Register an architecture that sets the sizes which the command line left open."""
+
+    @register_model_architecture("lstm_moe_lm", name)
+    def set_sizes(args: Namespace) -> None:
+        set_defaults(args, **sizes)
+
+
+for architecture, row in {**TABLE_7, **TABLE_8}.items():
+    register_sizes(architecture, row)

@@ -1,0 +1,105 @@
+"""The loss of a softmax over many classes, estimated from a few: importance sampling.
+
+The softmax's negative log-likelihood is log Z - logit_target, where Z = sum_i exp(logit_i) over all
+V classes. Here Z is estimated: the target is taken as it is, every other class only if it was
+drawn, and then divided by the chance of that,
+
+    Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i but the target
+
+What is unbiased: the mean of Z^ over all draws is Z, and the mean of its gradient is that of Z,
+whatever the number of draws. What is only consistent: log Z^, hence the loss and its gradient.
+Their bias falls as 1 / draws; the loss is too low on average (Jensen). Where every class was
+certain to be drawn, all are exact.
+
+Draws are with replacement and duplicates are dropped, for then P(i is drawn) = 1 - (1 - p_i)^draws
+is known. To draw until a wanted number of classes is together leaves it unknown, and to count a
+class as often as it was drawn has the same mean and a larger variance, most of all where p_i is
+large. So N draws give fewer than N classes: about 4600 for N = 8192 and V = 793,471.
+
+Source: Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; Bengio and Senecal 2003.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmt_moe.checks import check_range
+
+
+@dataclass(frozen=True)
+class ClassSample:
+    """Classes drawn for one batch.
+
+    Attributes:
+        ids: (S,) int64, each once, in rising rank.
+        expected_count: (S,) float64. The chance that the class is among them, in (0, 1].
+    """
+
+    ids: Tensor
+    expected_count: Tensor
+
+
+def log_uniform_probability(rank: Tensor, num_classes: int) -> Tensor:
+    """Give the chance that one draw is the class of a rank: nearly Zipf's law.
+
+    Args:
+        rank: int64, from 0, the most frequent class, to V - 1.
+        num_classes: V.
+
+    Returns:
+        float64, log((rank + 2) / (rank + 1)) / log(V + 1); sums to 1 over all ranks.
+    """
+    return torch.log1p(1 / (rank.double() + 1)) / math.log(num_classes + 1)
+
+
+def draw_classes(
+    num_draws: int, num_classes: int, first_id: int = 0, device: torch.device | str = "cpu"
+) -> ClassSample:
+    """Draw classes, frequent ones more often, with torch's generator of the device.
+
+    Args:
+        num_draws: Draws with replacement; at most V.
+        num_classes: V.
+        first_id: The most frequent class. Frequency falls with the id from there on, and those
+            below it are the rarest: rank r has the id (first_id + r) % V.
+        device: Of the result.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    check_range("num_draws", num_draws, 1, num_classes)
+    check_range("first_id", first_id, 0, num_classes - 1)
+    uniform = torch.rand(num_draws, dtype=torch.float64, device=device)
+    # The distribution function at rank r is log(r + 2) / log(V + 1).
+    rank = (uniform * math.log(num_classes + 1)).exp().long() - 1
+    rank = rank.clamp_(0, num_classes - 1).unique()
+    missed = torch.log1p(-log_uniform_probability(rank, num_classes)) * num_draws
+    return ClassSample((rank + first_id) % num_classes, -torch.expm1(missed))
+
+
+def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassSample) -> Tensor:
+    """Estimate the negative log-likelihood of a softmax layer without bias.
+
+    A drawn class that is a token's target (an accidental hit) does not count as drawn for it.
+
+    Args:
+        features: (N, D).
+        weight: (V, D), of the softmax layer.
+        target: (N,) int64.
+        sample: The classes drawn for all N tokens.
+
+    Returns:
+        (N,) float32 (float64 for float64 features), in nats.
+    """
+    num_drawn = len(sample.ids)
+    # One gather, so that the backward pass makes one gradient of the size of `weight`.
+    rows = F.embedding(torch.cat([sample.ids, target]), weight)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    target_logit = (features.to(wide) * rows[num_drawn:].to(wide)).sum(1)
+    logits = (features @ rows[:num_drawn].t()).to(wide) - sample.expected_count.log().to(wide)
+    hits = target.unsqueeze(1) == sample.ids
+    logits = torch.cat([target_logit.unsqueeze(1), logits.masked_fill(hits, -math.inf)], dim=1)
+    return logits.logsumexp(1) - target_logit

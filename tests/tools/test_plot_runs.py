@@ -1,0 +1,93 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import plot_runs as tool
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def entry(**columns: float) -> str:
+    """Give a line as fairseq writes it: numbers as text, a logger's words before them."""
+    return "2026-01-01 | INFO | train | " + json.dumps({k: str(v) for k, v in columns.items()})
+
+
+def train(update: int, **columns: float) -> str:
+    return entry(epoch=1, num_updates=update, **columns)
+
+
+LOG = [
+    "2026-01-01 | INFO | fairseq_cli.train | {'_name': None, 'common': {}}",
+    train(2, nll_loss=5.0, ppl=32.0, moe_cv_load=0.5, moe_max_load=2.0, moe_cv_importance=0.6),
+    train(4, nll_loss=4.0, ppl=16.0, moe_cv_load=0.25, moe_max_load=1.5, moe_cv_importance=0.3),
+    entry(epoch=1, valid_nll_loss=4.5, valid_ppl=22.6, valid_num_updates=4),
+    entry(epoch=1, train_nll_loss=4.4, train_ppl=21.1, train_num_updates=4, train_gnorm="nan"),
+    "some other line",
+    '{"broken',
+    "",
+]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "moe.log"
+    path.write_text("\n".join(LOG))
+    return path
+
+
+def test_entries_are_read_by_split_and_update():
+    run = tool.read_run("moe", LOG)
+    assert run.curve(["train_inner.nll_loss"]) == ([2, 4], [5.0, 4.0])
+    assert run.curve(["valid.ppl"]) == ([4], [22.6])
+    assert run.curve(["train.nll_loss"]) == ([4], [4.4])
+    assert run.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
+    # The first column that was logged; none at all; a value that is not finite.
+    assert run.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
+    assert run.curve(["nothing"]) == ([], [])
+    assert "train.gnorm" not in run.columns
+
+
+def test_of_two_entries_for_one_update_the_later_counts():
+    run = tool.read_run("resumed", [*LOG, train(4, nll_loss=3.5), train(3, nll_loss=4.2)])
+    assert run.curve(["train_inner.nll_loss"]) == ([2, 3, 4], [5.0, 4.2, 3.5])
+
+
+def test_runs_are_named_by_file_or_label(log: Path):
+    labels = [run.label for run in tool.read_runs([str(log), f"32 experts={log}"])]
+    assert labels == ["moe", "32 experts"]
+
+
+def test_a_file_name_may_have_an_equals_sign(tmp_path: Path):
+    path = tmp_path / "lr=1.log"
+    path.write_text("\n".join(LOG))
+    assert tool.read_runs([str(path)])[0].label == "lr=1"
+
+
+def test_a_missing_file_and_one_without_entries_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "plain.log").write_text("nothing here\n")
+    output = str(tmp_path / "out.png")
+    assert tool.main(["--output", output, str(tmp_path / "absent.log")]) == 1
+    assert "absent.log: no such file" in capsys.readouterr().err
+    assert tool.main(["--output", output, str(tmp_path / "plain.log")]) == 1
+    assert "plain: holds no entry of fairseq's `--log-format json`" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(HAS_MATPLOTLIB, reason="matplotlib is installed")
+def test_without_matplotlib_the_message_says_how_to_get_it(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert tool.main(["--output", str(tmp_path / "out.png"), str(log)]) == 1
+    assert "pip install 'nmt-moe[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_runs_are_drawn_also_where_one_lacks_columns(log: Path, tmp_path: Path):
+    (tmp_path / "dense.log").write_text("\n".join([train(2, nll_loss=5.1), train(4, nll_loss=4.9)]))
+    output = tmp_path / "out.png"
+    assert tool.main(["--output", str(output), str(log), f"dense={tmp_path / 'dense.log'}"]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
