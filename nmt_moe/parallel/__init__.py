@@ -1,5 +1,32 @@
 """What needs other ranks: the only folder that may call collectives."""
 
+from nmt_moe.parallel.exchange import Route, plan_route
+from nmt_moe.parallel.groups import ALONE, ExpertParallelGroup, make_expert_parallel_group
 from nmt_moe.parallel.reduction import sum_over_ranks
+from nmt_moe.parallel.shards import (
+    average_shard_gradients,
+    clip_gradients,
+    cut_shard,
+    gather_shards,
+    init_uniform,
+    mark_shard,
+    shard_group,
+    shard_norm,
+)
 
-__all__ = ["sum_over_ranks"]
+__all__ = [
+    "ALONE",
+    "ExpertParallelGroup",
+    "Route",
+    "average_shard_gradients",
+    "clip_gradients",
+    "cut_shard",
+    "gather_shards",
+    "init_uniform",
+    "make_expert_parallel_group",
+    "mark_shard",
+    "plan_route",
+    "shard_group",
+    "shard_norm",
+    "sum_over_ranks",
+]
