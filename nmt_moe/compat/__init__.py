@@ -12,6 +12,8 @@ from nmt_moe.compat.corpora import (
     name_uneven_corpora,
 )
 from nmt_moe.compat.errors import end_in_one_message
+from nmt_moe.compat.expert_checkpoints import save_and_load_spread_experts
+from nmt_moe.compat.expert_parallel import spread_experts_over_processes
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
 
@@ -25,6 +27,8 @@ __all__ = [
     "name_bytes_that_are_not_utf8",
     "name_uneven_corpora",
     "prepare_processes_and_input",
+    "save_and_load_spread_experts",
+    "spread_experts_over_processes",
 ]
 
 allow_checkpoint_types()
@@ -35,4 +39,6 @@ name_uneven_corpora()
 let_half_precision_train_anywhere()
 let_torchrun_train_on_cpu()
 prepare_processes_and_input()
+spread_experts_over_processes()
+save_and_load_spread_experts()
 end_in_one_message()

@@ -133,7 +133,7 @@ def describe_misfit(filenames: list[str], error: Exception) -> str | None:
 
 
 def _building(build: Callable) -> Callable:
-    def build_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
         known = {*models.ARCH_MODEL_REGISTRY, *models.MODEL_DATACLASS_REGISTRY}
         # fairseq itself fails at wording its message: "KeyError: '_name'".
@@ -142,6 +142,9 @@ def _building(build: Callable) -> Callable:
                 f"neither fairseq nor this plugin knows the model `{name}`. "
                 "Add the --user-dir of the plugin that it was trained with."
             )
-        return build(cfg, *args, **kwargs)
+        if from_checkpoint and "expert_parallel_size" in cfg:
+            # For use, not for training: processes do not keep in step.
+            cfg.expert_parallel_size = 1
+        return build(cfg, task, from_checkpoint)
 
     return build_model
