@@ -5,7 +5,11 @@ says so, gives its reason, and has its own test. All replace names in fairseq's 
 commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
-from nmt_moe.compat.checkpoints import allow_checkpoint_types, explain_unreadable_checkpoints
+from nmt_moe.compat.checkpoints import (
+    allow_checkpoint_types,
+    explain_unreadable_checkpoints,
+    keep_numpy_out_of_checkpoints,
+)
 from nmt_moe.compat.corpora import (
     keep_every_sentence,
     name_bytes_that_are_not_utf8,
@@ -22,6 +26,7 @@ __all__ = [
     "end_in_one_message",
     "explain_unreadable_checkpoints",
     "keep_every_sentence",
+    "keep_numpy_out_of_checkpoints",
     "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
     "name_bytes_that_are_not_utf8",
@@ -33,6 +38,7 @@ __all__ = [
 
 allow_checkpoint_types()
 explain_unreadable_checkpoints()
+keep_numpy_out_of_checkpoints()
 keep_every_sentence()
 name_bytes_that_are_not_utf8()
 name_uneven_corpora()

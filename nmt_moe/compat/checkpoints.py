@@ -9,9 +9,11 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, models
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.logging import metrics
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
@@ -44,6 +46,33 @@ def allow_checkpoint_types() -> None:
     """
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([*IN_FILES, *IN_BROADCASTS])
+
+
+def keep_numpy_out_of_checkpoints() -> None:
+    """Save metrics as plain numbers and lists.
+
+    Reason: --eval-bleu counts in numpy arrays, which fairseq saves as they are, and torch's safe
+    loader refuses: such a training could neither go on nor translate.
+    """
+    replace(metrics, "state_dict", _plainly)
+
+
+def _plainly(make_state: Callable) -> Callable:
+    def state_dict() -> Any:
+        return to_plain(make_state())
+
+    return state_dict
+
+
+def to_plain(value: Any) -> Any:
+    """Turn numpy's arrays and numbers within a nest of containers into Python's own."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return type(value)((key, to_plain(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(to_plain(item) for item in value)
+    return value
 
 
 def explain_unreadable_checkpoints() -> None:

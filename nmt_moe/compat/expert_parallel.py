@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from nmt_moe.compat._replace import replace
-from nmt_moe.moe import MoELayer
+from nmt_moe.moe import MoELayer, ShardedExperts
 from nmt_moe.parallel import ExpertParallelGroup, average_shard_gradients, shard_norm
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ def spread_experts_over_processes() -> None:
     clips by the norm of all others; flattens --fp16's gradients, experts and others together;
     repeats a batch that did not fit into memory while the other processes wait; and counts in the
     balance of experts a batch that only stands in for a missing one (which it does in any training
-    in several processes).
+    in several processes). And translations of --eval-bleu end after other numbers of steps in each
+    process.
     """
     replace(Trainer, "__init__", _starting)
     replace(Trainer, "_prepare_sample", _preparing)
@@ -31,6 +33,7 @@ def spread_experts_over_processes() -> None:
     replace(Trainer, "valid_step", _stopping_where_memory_ends)
     replace(Trainer, "clip_grad_norm", _clipping)
     replace(LegacyDistributedDataParallel, "all_reduce_grads", _averaging)
+    replace(FairseqTask, "inference_step", _searching)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
@@ -127,3 +130,18 @@ def _averaging(reduce: Callable) -> Callable:
             average_shard_gradients(self.module.parameters())
 
     return all_reduce_grads
+
+
+def _searching(search: Callable) -> Callable:
+    def inference_step(
+        self: Any, generator: Any, models: list[nn.Module], *args: Any, **kw: Any
+    ) -> Any:
+        result = search(self, generator, models, *args, **kw)
+        for model in models:
+            # All processes encode once; after that only the decoder's layer is called.
+            for layer in moe_layers(getattr(model, "decoder", model)):
+                if isinstance(layer.experts, ShardedExperts):
+                    layer.experts.serve()
+        return result
+
+    return inference_step

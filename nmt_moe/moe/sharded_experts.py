@@ -10,7 +10,7 @@ from nmt_moe.kernels import combine_rows, gather_rows
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.experts import Experts, compute_dtype
-from nmt_moe.parallel import ExpertParallelGroup, cut_shard, plan_route
+from nmt_moe.parallel import ExpertParallelGroup, Route, cut_shard, plan_route
 
 
 class ShardedExperts(Experts):
@@ -41,11 +41,33 @@ class ShardedExperts(Experts):
         Returns:
             (N, D), under autocast in its dtype.
         """
-        dtype, model_dim = compute_dtype(x), x.shape[1]
         visits = plan_visits(plan.expert_ids, self.num_experts, self.group.size)
         route = plan_route(visits.tokens_per_expert, gates.shape[1], self.group)
+        return self._travel(x, gates, plan.expert_ids, visits, route)
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        """Answer the tokens of other ranks until all ranks of the group have called this.
+
+        For loops that need more passes on some ranks than on others, such as a search: a rank that
+        has ended its own calls this, and all ranks of the group return together.
+        """
+        x = self.weight_in.new_empty(0, self.weight_in.shape[1])
+        expert_ids = torch.empty(0, 1, dtype=torch.int64, device=x.device)
+        visits = plan_visits(expert_ids, self.num_experts, self.group.size)
+        while True:
+            route = plan_route(visits.tokens_per_expert, 1, self.group, is_done=True)
+            if route.all_done:
+                return
+            self._travel(x, x.new_empty(0, 1), expert_ids, visits, route)
+
+    def _travel(
+        self, x: Tensor, gates: Tensor, expert_ids: Tensor, visits: DispatchPlan, route: Route
+    ) -> Tensor:
+        """Send tokens (N, D) to their experts' ranks, answer those that come, add up answers."""
+        dtype, model_dim = compute_dtype(x), x.shape[1]
         spare = (0, route.num_slots - gates.shape[1])
-        ids = F.pad(plan.expert_ids, spare, value=self.num_experts)
+        ids = F.pad(expert_ids, spare, value=self.num_experts)
         token_and_gates = torch.cat([x.to(dtype), F.pad(gates.to(dtype), spare)], dim=1)
 
         sent = gather_rows(token_and_gates, visits.row_token, visits.token_rows)

@@ -18,12 +18,14 @@ class Route:
         send_counts: P numbers, the rows this rank sends to each rank of its group.
         recv_counts: P numbers, the rows it receives from each.
         num_slots: The largest K of all ranks of the group.
+        all_done: Whether all ranks of the group said that they are done.
         group: The ranks.
     """
 
     send_counts: list[int]
     recv_counts: list[int]
     num_slots: int
+    all_done: bool
     group: ExpertParallelGroup
 
     def to_owners(self, rows: Tensor) -> Tensor:
@@ -44,7 +46,9 @@ class Route:
         return _AllToAll.apply(rows, self.recv_counts, self.send_counts, self.group.members)
 
 
-def plan_route(send_counts: Tensor, num_slots: int, group: ExpertParallelGroup) -> Route:
+def plan_route(
+    send_counts: Tensor, num_slots: int, group: ExpertParallelGroup, is_done: bool = False
+) -> Route:
     """Tell every rank of the group how many rows it will receive.
 
     All ranks of the group must call, with or without rows.
@@ -54,15 +58,17 @@ def plan_route(send_counts: Tensor, num_slots: int, group: ExpertParallelGroup) 
         num_slots: K. Gates that give each token as many experts as they like may have another on
             each rank.
         group: The ranks.
+        is_done: This rank has no tokens of its own any more, and takes part for the others' sake.
 
     Returns:
         The route.
     """
-    sent = torch.stack([send_counts, torch.full_like(send_counts, num_slots)], dim=1)
+    columns = [torch.full_like(send_counts, number) for number in (num_slots, is_done)]
+    sent = torch.stack([send_counts, *columns], dim=1)
     received = torch.empty_like(sent)
     distributed.all_to_all_single(received, sent, group=group.members)
-    recv_counts, all_slots = received.t().tolist()
-    return Route(send_counts.tolist(), recv_counts, max(all_slots), group)
+    recv_counts, all_slots, all_done = received.t().tolist()
+    return Route(send_counts.tolist(), recv_counts, max(all_slots), all(all_done), group)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -18,6 +18,8 @@ EXACT = ["--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5
 EXACT += ["--clip-norm", 0.5, "--no-epoch-checkpoints", "--save-interval-updates", 2]
 # Five batches, so that one process stands idle at the end of an epoch.
 UNEVEN = ["--batch-size", 20, "--max-epoch", 2, "--clip-norm", 0.5, "--no-epoch-checkpoints"]
+# Translations end after other numbers of steps in each process.
+BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 20}', "--batch-size-valid", 5]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 
 
@@ -33,7 +35,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
     train("resumed", *EXACT, "--max-update", 4)
     for size in (1, 2):
         split = ["--expert-parallel-size", size]
-        train(f"noisy{size}", *UNEVEN, *split)
+        train(f"noisy{size}", *UNEVEN, *split, *BLEU)
         train(f"groups{size}", *UNEVEN, *split, "--moe-groups", 2)
         train(f"bf16-{size}", *UNEVEN, *split, "--bf16")
         train(f"fp16-{size}", *UNEVEN, *split, "--memory-efficient-fp16", "--update-freq", 2)
@@ -103,6 +105,15 @@ def test_spread_experts_learn_what_copies_do(two_processes, kind):
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
     assert_same_training(copies, spread, **TOLERANCE)
+
+
+def test_a_training_that_measures_bleu_goes_on(data, two_processes, tmp_path):
+    shutil.copy(two_processes / "noisy2/checkpoint_last.pt", tmp_path)
+    output = call(
+        *["train", data, *TINY_MOE, *UNEVEN, *BLEU, "--max-epoch", 3, "--save-dir", tmp_path]
+    )
+    assert '"valid_bleu": ' in output.text
+    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 11
 
 
 @pytest.mark.parametrize("kind", ["bf16-", "fp16-"])
