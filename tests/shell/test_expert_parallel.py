@@ -12,12 +12,14 @@ from support.training import TINY_MOE, TRANSLATE, load
 
 from nmt_moe.compat.expert_parallel import check_settings
 
+# Five batches, so that one of two processes stands idle in the third and last update of an epoch.
+FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
+FIVE_BATCHES += ["--no-epoch-checkpoints", "--importance-loss-weight", 1.0]
 # All experts for each token: neither noise nor dropout is drawn, so that one process can do it all.
 # A large epsilon, or Adam would make whole steps of gradients that differ from 0 by rounding alone.
-EXACT = ["--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
-EXACT += ["--clip-norm", 0.5, "--no-epoch-checkpoints", "--save-interval-updates", 2]
-# Five batches, so that one process stands idle at the end of an epoch.
-UNEVEN = ["--batch-size", 20, "--max-epoch", 2, "--clip-norm", 0.5, "--no-epoch-checkpoints"]
+EXACT = [*FIVE_BATCHES, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
+EXACT += ["--max-update", 4, "--save-interval-updates", 2]
+UNEVEN = [*FIVE_BATCHES, "--max-epoch", 2]
 # Translations end after other numbers of steps in each process.
 BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 20}', "--batch-size-valid", 5]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -31,8 +33,8 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
     def train(name: str, *flags: object) -> None:
         call("train", data, *TINY_MOE, *flags, *ranks, "--save-dir", folder / name)
 
-    train("exact", *EXACT, "--max-update", 4)
-    train("resumed", *EXACT, "--max-update", 4)
+    train("exact", *EXACT)
+    train("resumed", *EXACT)
     for size in (1, 2):
         split = ["--expert-parallel-size", size]
         train(f"noisy{size}", *UNEVEN, *split, *BLEU)
@@ -45,7 +47,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
 def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training in one process: 4 updates of the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
-    flags = [*TINY_MOE, *EXACT, "--update-freq", 2, "--max-update", 4]
+    flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     call("train", data, *flags, "--save-dir", folder)
     return folder
 
@@ -88,7 +90,7 @@ def test_two_processes_go_on_from_the_file_of_one(one_process, two_processes):
 
 def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_processes, tmp_path):
     shutil.copy(two_processes / "exact/checkpoint_1_2.pt", tmp_path / "checkpoint_last.pt")
-    flags = [*TINY_MOE, *EXACT, "--update-freq", 2, "--max-update", 4]
+    flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     call("train", data, *flags, "--save-dir", tmp_path)
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, tmp_path / name, **TOLERANCE)
