@@ -7,6 +7,7 @@ commands look up when they run; none edits a file. Importing twice repairs once.
 
 from nmt_moe.compat.checkpoints import (
     allow_checkpoint_types,
+    copy_checkpoints_whole,
     explain_unreadable_checkpoints,
     keep_numpy_out_of_checkpoints,
 )
@@ -23,6 +24,7 @@ from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processe
 
 __all__ = [
     "allow_checkpoint_types",
+    "copy_checkpoints_whole",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
     "keep_every_sentence",
@@ -39,6 +41,7 @@ __all__ = [
 allow_checkpoint_types()
 explain_unreadable_checkpoints()
 keep_numpy_out_of_checkpoints()
+copy_checkpoints_whole()
 keep_every_sentence()
 name_bytes_that_are_not_utf8()
 name_uneven_corpora()

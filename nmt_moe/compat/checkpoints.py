@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, models
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
@@ -73,6 +74,27 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_plain(item) for item in value)
     return value
+
+
+def copy_checkpoints_whole() -> None:
+    """Let the copy of a checkpoint take its name once it is whole.
+
+    Reason: fairseq writes one file so, but copies it to `checkpoint_last.pt` and others in place,
+    and a process that is killed meanwhile leaves half of it, and nothing to go on from.
+    """
+    replace(PathManager, "copy", _copying)
+
+
+def _copying(copy: Callable) -> Callable:
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if not overwrite or not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite)
+        unfinished = f"{dst_path}.tmp"
+        is_copied = copy(src_path, unfinished, overwrite=True)
+        PathManager.rename(unfinished, dst_path)
+        return is_copied
+
+    return copy_whole
 
 
 def explain_unreadable_checkpoints() -> None:
