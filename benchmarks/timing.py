@@ -87,10 +87,24 @@ def peak_bytes(device: str) -> int:
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+    return _kernel_bytes("/proc/self/status", "VmHWM")
+
+
+def resident_bytes() -> int:
+    """Return the memory this process holds now."""
+    return _kernel_bytes("/proc/self/status", "VmRSS")
+
+
+def available_bytes() -> int:
+    """Return the memory of the machine that processes can still get."""
+    return _kernel_bytes("/proc/meminfo", "MemAvailable")
+
+
+def _kernel_bytes(path: str, field: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/self/status has no VmHWM")
+    raise AssertionError(f"{path} has no {field}")
 
 
 def describe_hardware(device: str, threads: int) -> str:
@@ -150,7 +164,7 @@ def write_json(path: Path | None, args: argparse.Namespace, hardware: str, rows:
     if path is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
         found = {"settings": settings, "hardware": hardware, "rows": rows}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def say(message: str) -> None:

@@ -6,7 +6,24 @@ Each has its plain-torch definition of the same name in `reference`, which is th
 from nmt_moe.kernels import reference
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
+from nmt_moe.kernels.factored_adam import factored_adam
+from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
+from nmt_moe.kernels.gating import noisy_top_k
+from nmt_moe.kernels.grouped_gemm import grouped_gemm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
+from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
-__all__ = ["combine_rows", "expert_ffn", "gather_rows", "mixture_ffn", "reference"]
+__all__ = [
+    "NOISE_FLOOR",
+    "Gating",
+    "combine_rows",
+    "expert_ffn",
+    "factored_adam",
+    "gate_logits",
+    "gather_rows",
+    "grouped_gemm",
+    "mixture_ffn",
+    "noisy_top_k",
+    "reference",
+]

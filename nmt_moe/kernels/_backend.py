@@ -4,6 +4,7 @@ import importlib.util
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 # Triton's interpreter runs kernels on CPU tensors, slowly: for tests and debugging alone.
@@ -17,5 +18,8 @@ def has_triton() -> bool:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Return whether an operation on `tensor` runs Triton's kernel: on CUDA, where there is one."""
-    return tensor.is_cuda and has_triton()
+    """Return whether an operation on `tensor` runs Triton's kernel: on CUDA, where there is one.
+
+    float64 stays with torch: the kernels add up in float32.
+    """
+    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels.gather_rows import sum_rows
 
 
@@ -40,6 +41,10 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, gates, row_token, token_rows = ctx.saved_tensors
+        if uses_triton(rows):
+            from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
+
+            return *combine_rows_backward(grad_y, rows, gates, token_rows), None, None
         # One place more: empty slots write there.
         row_gate = rows.new_zeros(len(rows) + 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1)

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from nmt_moe.kernels._backend import uses_triton
 
 
 def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
@@ -29,6 +32,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
         ctx.save_for_backward(token_rows)
+        if uses_triton(x):
+            from nmt_moe.kernels._triton import gather_rows as kernels
+
+            return kernels.gather_rows(x, row_token)
         return x.index_select(0, row_token)
 
     @staticmethod
@@ -49,16 +56,10 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     Returns:
         (N, D).
     """
-    total = rows.new_zeros(len(token_rows), rows.shape[1])
-    if len(rows) == 0:
-        return total
-    if weights is None and len(rows) < token_rows.numel():
-        weights = (token_rows < len(rows)).to(rows.dtype)
-    places = token_rows.clamp(max=len(rows) - 1)
-    for k in range(token_rows.shape[1]):
-        picked = rows.index_select(0, places[:, k])
-        if weights is None:
-            total.add_(picked)
-        else:
-            total.addcmul_(picked, weights[:, k : k + 1])
-    return total
+    if uses_triton(rows):
+        from nmt_moe.kernels._triton import gather_rows as kernels
+
+        return kernels.sum_rows(rows, token_rows, weights)
+    if len(rows) < token_rows.numel():  # slots without a row refer to one of zeros
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

@@ -1,7 +1,67 @@
 """Each operation in plain torch: its definition, and the oracle of its tests."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Added to the noise's standard deviation, so that the load estimate divides by at least this. The
+# paper's eq. 4 has none; the authors' later code has this value.
+NOISE_FLOOR = 1e-2
+
+
+class Gating(NamedTuple):
+    """What a noisy top-k gate chose; sums are (G, E), one row for each group, where there are some.
+
+    Attributes:
+        gates: (N, K). Weights of the chosen experts, largest first; each row sums to 1.
+        expert_ids: (N, K) int64. Of equal logits the lowest ids come first.
+        importance: (E,). Sum of each expert's gates.
+        load: (E,). Sum of each expert's chances P(x, i) to be chosen, differentiable; the number of
+            rows that chose it without noise, and if all experts are chosen.
+        tokens_per_expert: (E,) int64. Rows that chose each expert.
+    """
+
+    gates: Tensor
+    expert_ids: Tensor
+    importance: Tensor
+    load: Tensor
+    tokens_per_expert: Tensor
+
+
+def noisy_top_k(
+    clean: Tensor,
+    raw_scale: Tensor | None,
+    top_k: int,
+    noise: Tensor | None = None,
+    row_offsets: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> Gating:
+    """Define `kernels.noisy_top_k`."""
+    scale, noisy = None, clean
+    if raw_scale is not None:
+        scale = F.softplus(raw_scale) + NOISE_FLOOR
+        noisy = clean + (torch.randn_like(clean) if noise is None else noise) * scale
+    top, top_ids = noisy.sort(dim=1, descending=True, stable=True)
+    gates, expert_ids = top[:, :top_k].softmax(dim=1), top_ids[:, :top_k]
+    chosen = torch.zeros_like(clean).scatter(1, expert_ids, 1.0)
+    probs = chosen
+    if scale is not None and top_k < clean.shape[1]:
+        # An expert must beat the k-th largest of the *others*: the (k+1)-th of all where it is in
+        # now, the k-th where it is out.
+        kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
+        probs = torch.special.ndtr((clean - torch.where(noisy > next_one, next_one, kth)) / scale)
+    weighted = gates if row_weight is None else gates * row_weight.unsqueeze(1)
+    dense = torch.zeros_like(clean).scatter(1, expert_ids, weighted)
+
+    def sums(values: Tensor) -> Tensor:
+        if row_offsets is None:
+            return values.sum(0)
+        bounds = row_offsets.tolist()
+        return torch.stack([values[a:b].sum(0) for a, b in zip(bounds, bounds[1:], strict=False)])
+
+    return Gating(gates, expert_ids, sums(dense), sums(probs), sums(chosen).long())
 
 
 def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
@@ -31,14 +91,43 @@ def mixture_ffn(
     return combine_rows(rows, gates, row_token, token_rows)
 
 
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Define `kernels.grouped_gemm`."""
+    bounds = expert_offsets.tolist()
+    return torch.cat(
+        [
+            rows[start:end] @ weight[e]
+            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+    )
+
+
 def expert_ffn(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Tensor:
     """Define `kernels.expert_ffn`."""
-    bounds = expert_offsets.tolist()
-    return torch.cat(
-        [
-            torch.relu(rows[start:end] @ weight_in[e]) @ weight_out[e]
-            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
-    )
+    hidden = torch.relu(grouped_gemm(rows, weight_in, expert_offsets))
+    return grouped_gemm(hidden, weight_out, expert_offsets)
+
+
+def factored_adam(
+    weight: Tensor,
+    grad: Tensor,
+    row_mean: Tensor,
+    column_mean: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `kernels.factored_adam`; the new weight, row and column means are returned."""
+    row_mean = beta2 * row_mean + (1 - beta2) * grad.square().mean(2)  # (E, D)
+    column_mean = beta2 * column_mean + (1 - beta2) * grad.square().mean(1)  # (E, H)
+    total = row_mean.mean(1)[:, None, None]
+    outer = row_mean[:, :, None] * column_mean[:, None, :]
+    moment = torch.where(total > 0, outer / total, 0.0)
+    step_size = lr * (1 - beta2**step) ** 0.5
+    decayed = weight - lr * weight_decay * weight
+    return decayed - step_size * grad / (moment.sqrt() + eps), row_mean, column_mean

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 from nmt_moe.kernels import mixture_ffn
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan
-from nmt_moe.parallel import ALONE, ExpertParallelGroup, init_uniform, mark_shard
+from nmt_moe.parallel import (
+    ALONE,
+    ExpertParallelGroup,
+    init_uniform,
+    mark_expert,
+    mark_shard,
+)
 
 
 class Experts(nn.Module):
@@ -30,6 +36,7 @@ class Experts(nn.Module):
             torch.empty(num_local_experts, config.hidden_dim, config.model_dim)
         )
         for weight in (self.weight_in, self.weight_out):
+            mark_expert(weight)
             if group.size > 1:
                 mark_shard(weight, group)
             init_uniform(weight, weight.shape[1] ** -0.5)

@@ -8,13 +8,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from nmt_moe.kernels import gate_logits, noisy_top_k
 from nmt_moe.moe.gate_output import GateOutput
-
-# Added to the noise's standard deviation, so that the load estimate divides by at least this. The
-# paper's eq. 4 has none; the authors' later code has this value.
-NOISE_FLOOR = 1e-2
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
@@ -73,84 +69,21 @@ class NoisyTopKGate(nn.Module):
         """
         dtype = gate_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype)
-            clean = x @ self.gate_weight.to(dtype)
-            scale = None
-            if self.training:
-                scale = F.softplus(x @ self.noise_weight.to(dtype)) + NOISE_FLOOR
-                noise = torch.randn_like(clean) if noise is None else noise.to(dtype)
-            gates, expert_ids, probs = choose_top_k(clean, scale, noise, self.top_k)
-            importance = to_dense(gates, expert_ids, clean.shape[1]).sum(0)
+            clean, raw_scale = gate_logits(
+                x.to(dtype),
+                self.gate_weight.to(dtype),
+                self.noise_weight.to(dtype) if self.training else None,
+            )
+            noise = None if noise is None else noise.to(dtype)
+            gating = noisy_top_k(clean, raw_scale, self.top_k, noise)
         return GateOutput(
-            gates,
-            expert_ids,
-            num_rows=expert_ids.numel(),
-            importance=importance,
-            load=probs.sum(0),
+            gating.gates,
+            gating.expert_ids,
+            num_rows=gating.expert_ids.numel(),
+            importance=gating.importance,
+            load=gating.load,
             can_balance_load=self.top_k < clean.shape[1],
         )
-
-
-def choose_top_k(
-    clean: Tensor, scale: Tensor | None, noise: Tensor | None, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the k largest noisy logits of each row.
-
-    Args:
-        clean: (N, E). Logits without noise.
-        scale: (N, E). Standard deviation of the noise; None for no noise (evaluation).
-        noise: (N, E). Standard normal; unused without `scale`.
-        top_k: K.
-
-    Returns:
-        gates: (N, K), each row sums to 1, largest first.
-        expert_ids: (N, K) int64. Without noise, the lowest of equal logits come first.
-        probs: (N, E). The chance P(x, i) to be chosen; without noise, and if all are chosen, 1
-            for the chosen and 0 for the others.
-
-    Source: Shazeer et al. 2017, eqs. 3-5 and 8-9.
-    """
-    num_experts = clean.shape[1]
-    if scale is None:
-        # topk leaves open which of equal logits wins; a stable sort does not.
-        top, top_ids = clean.sort(dim=1, descending=True, stable=True)
-    else:
-        assert noise is not None
-        noisy = clean + noise * scale
-        top, top_ids = noisy.topk(min(top_k + 1, num_experts), dim=1)
-    expert_ids = top_ids[:, :top_k]
-    gates = top[:, :top_k].softmax(dim=1)
-    if scale is not None and top_k < num_experts:
-        return gates, expert_ids, prob_in_top_k(clean, noisy, scale, top, top_k)
-    return gates, expert_ids, to_dense(torch.ones_like(gates), expert_ids, num_experts)
-
-
-def to_dense(values: Tensor, ids: Tensor, size: int) -> Tensor:
-    """Spread (N, K) values over (N, size) places; ids of a row differ, so nothing is added."""
-    return values.new_zeros(len(values), size).scatter(1, ids, values)
-
-
-def prob_in_top_k(clean: Tensor, noisy: Tensor, scale: Tensor, top: Tensor, top_k: int) -> Tensor:
-    """Compute the chance that an expert is in the top k when its own noise is drawn anew.
-
-    The expert must beat the k-th largest of the *others*: the (k+1)-th of all where it is in now,
-    the k-th where it is out. Gradients pass through that threshold too.
-
-    Args:
-        clean: (N, E). Logits without noise.
-        noisy: (N, E). Logits with noise.
-        scale: (N, E). Standard deviation of the noise, above 0.
-        top: (N, at least K + 1). The largest noisy logits, falling.
-        top_k: K, less than E.
-
-    Returns:
-        (N, E), each in [0, 1].
-
-    Source: Shazeer et al. 2017, eqs. 8-9.
-    """
-    threshold_if_in, threshold_if_out = top[:, top_k, None], top[:, top_k - 1, None]
-    threshold = torch.where(noisy > threshold_if_in, threshold_if_in, threshold_if_out)
-    return torch.special.ndtr((clean - threshold) / scale)
 
 
 class StrictlyBalancedGate(nn.Module):

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmt_moe.kernels import gather_rows
+from nmt_moe.kernels import gate_logits, gather_rows, noisy_top_k
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.gate import (
-    NOISE_FLOOR,
     NoisyTopKGate,
     StrictlyBalancedGate,
     batchwise_mask,
     batchwise_threshold_loss,
-    choose_top_k,
     gate_dtype,
     normalise_masked,
     to_slots,
@@ -33,12 +31,14 @@ class GroupChoice:
     Attributes:
         gates: (R, K). Weights within the group; 0 in empty slots.
         ids: (R, K) int64. Expert within the group, group_size in empty slots.
+        importance: (G, E / G). Sum of each expert's gates times the row's primary gate (eq. 13).
         load: (G, E / G). Load_i(X^(i)).
         threshold_loss: Scalar or None.
     """
 
     gates: Tensor
     ids: Tensor
+    importance: Tensor
     load: Tensor
     threshold_loss: Tensor | None
 
@@ -62,8 +62,17 @@ class HierarchicalGate(nn.Module):
     def _make_primary(self, config: MoEConfig) -> NoisyTopKGate | StrictlyBalancedGate:
         raise NotImplementedError
 
-    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
-        """Choose experts for the rows (R, D) of `plan`, which are sorted by group."""
+    def _choose(
+        self, x: Tensor, row_gates: Tensor, plan: DispatchPlan, noise: Tensor | None
+    ) -> GroupChoice:
+        """Choose experts for the rows of `plan`, which are sorted by group.
+
+        Args:
+            x: (R, D).
+            row_gates: (R,). The primary gate of each row.
+            plan: Which rows each group has.
+            noise: (N, E) or None.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, noise: HierarchicalNoise | None = None) -> GateOutput:
@@ -80,14 +89,11 @@ class HierarchicalGate(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(gate_dtype(x))
             rows = gather_rows(wide, plan.row_token, plan.token_rows)
-            choice = self._choose(rows, plan, secondary_noise)
+            choice = self._choose(rows, _row_gates(primary, plan), plan, secondary_noise)
             gates, expert_ids = self._combine(primary, choice, plan)
             primary_load, counts = self._primary_balance(primary, plan)
             load = (primary_load / counts.clamp(min=1)).unsqueeze(1) * choice.load
-            num_experts = self.num_groups * self.group_size
-            # Empty slots add their zeros to one place more.
-            places = gates.new_zeros(len(gates), num_experts + 1)
-            importance = places.scatter_add(1, expert_ids, gates)[:, :num_experts].sum(0)
+        num_experts = self.num_groups * self.group_size
         losses = [
             loss for loss in (primary.threshold_loss, choice.threshold_loss) if loss is not None
         ]
@@ -96,7 +102,7 @@ class HierarchicalGate(nn.Module):
             gates,
             expert_ids,
             num_rows=int((expert_ids < num_experts).sum()) if not noisy else expert_ids.numel(),
-            importance=importance,
+            importance=choice.importance.flatten(),
             load=load.flatten(),
             can_balance_load=noisy and self.top_k < max(self.num_groups, self.group_size),
             threshold_loss=torch.stack(losses).sum() if losses else None,
@@ -133,10 +139,18 @@ class HierarchicalGate(nn.Module):
         shape = num_tokens, num_slots * secondary_ids.shape[2]
         return gates.masked_fill(empty, 0.0).reshape(shape), ids.reshape(shape)
 
-    def _per_group(self, plan: DispatchPlan) -> list[slice]:
-        """List the rows of each group."""
-        bounds = plan.expert_offsets.tolist()
-        return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+def _row_gates(primary: GateOutput, plan: DispatchPlan) -> Tensor:
+    """(R,): the primary gate of each row."""
+    # One place more: empty slots write there.
+    places = primary.gates.new_zeros(len(plan.row_token) + 1)
+    return places.scatter(0, plan.token_rows.flatten(), primary.gates.flatten())[:-1]
+
+
+def _rows_by_group(plan: DispatchPlan) -> list[slice]:
+    """List the rows of each group."""
+    bounds = plan.expert_offsets.tolist()
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 class HierarchicalNoisyTopKGate(HierarchicalGate):
@@ -154,32 +168,27 @@ class HierarchicalNoisyTopKGate(HierarchicalGate):
     def _make_primary(self, config: MoEConfig) -> NoisyTopKGate:
         return NoisyTopKGate(config.model_dim, config.num_groups, config.top_k)
 
-    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
-        groups = self._per_group(plan)
-        gate_weight = self.secondary_gate_weight.to(x.dtype).unbind(0)
-        clean = torch.cat([x[run] @ w for run, w in zip(groups, gate_weight, strict=True)])
-        scale = row_noise = None
-        if self.training:
-            noise_weight = self.secondary_noise_weight.to(x.dtype).unbind(0)
-            raw = torch.cat([x[run] @ w for run, w in zip(groups, noise_weight, strict=True)])
-            scale = F.softplus(raw) + NOISE_FLOOR
-            row_noise = self._row_noise(clean, groups, plan, noise)
-        gates, ids, probs = choose_top_k(clean, scale, row_noise, self.top_k)
-        load = torch.stack([probs[run].sum(0) for run in groups])
-        return GroupChoice(gates, ids, load, None)
+    def _choose(
+        self, x: Tensor, row_gates: Tensor, plan: DispatchPlan, noise: Tensor | None
+    ) -> GroupChoice:
+        clean, raw_scale = gate_logits(
+            x,
+            self.secondary_gate_weight.to(x.dtype),
+            self.secondary_noise_weight.to(x.dtype) if self.training else None,
+            plan.expert_offsets,
+        )
+        row_noise = None
+        if noise is not None and self.training:
+            row_noise = self._row_noise(noise.to(x.dtype), plan)
+        offsets = plan.expert_offsets
+        gating = noisy_top_k(clean, raw_scale, self.top_k, row_noise, offsets, row_gates)
+        return GroupChoice(gating.gates, gating.expert_ids, gating.importance, gating.load, None)
 
-    def _row_noise(
-        self,
-        clean: Tensor,
-        groups: list[slice],
-        plan: DispatchPlan,
-        noise: Tensor | None,
-    ) -> Tensor:
-        """Draw (R, E / G) noise, or pick it from the given (N, E)."""
-        if noise is None:
-            return torch.randn_like(clean)
-        by_group = noise.to(clean.dtype).view(len(noise), self.num_groups, self.group_size)
-        return torch.cat([by_group[plan.row_token[run], i] for i, run in enumerate(groups)])
+    def _row_noise(self, noise: Tensor, plan: DispatchPlan) -> Tensor:
+        """Pick each row's (R, E / G) noise from (N, E)."""
+        rows = torch.arange(len(plan.row_token), device=noise.device)
+        row_group = torch.searchsorted(plan.expert_offsets, rows, right=True) - 1
+        return noise.view(-1, self.num_groups, self.group_size)[plan.row_token, row_group]
 
 
 class HierarchicalStrictlyBalancedGate(HierarchicalGate):
@@ -200,9 +209,11 @@ class HierarchicalStrictlyBalancedGate(HierarchicalGate):
     def _make_primary(self, config: MoEConfig) -> StrictlyBalancedGate:
         return StrictlyBalancedGate(config.model_dim, config.num_groups, config.top_k)
 
-    def _choose(self, x: Tensor, plan: DispatchPlan, noise: Tensor | None) -> GroupChoice:
-        masks, gates, loads, losses = [], [], [], [x.new_zeros(())]
-        for i, run in enumerate(self._per_group(plan)):
+    def _choose(
+        self, x: Tensor, row_gates: Tensor, plan: DispatchPlan, noise: Tensor | None
+    ) -> GroupChoice:
+        masks, gates, importances, loads, losses = [], [], [], [], [x.new_zeros(())]
+        for i, run in enumerate(_rows_by_group(plan)):
             probs = (x[run] @ self.secondary_gate_weight[i].to(x.dtype)).softmax(dim=1)
             threshold = self.secondary_threshold[i].to(x.dtype)
             if self.training:
@@ -212,7 +223,9 @@ class HierarchicalStrictlyBalancedGate(HierarchicalGate):
                 mask = probs > threshold
             masks.append(mask)
             gates.append(normalise_masked(probs, mask))
+            importances.append(row_gates[run] @ gates[-1])
             loads.append(mask.sum(0).to(x.dtype))
         slot_gates, slot_ids = to_slots(torch.cat(gates), torch.cat(masks))
         loss = torch.stack(losses).sum() / max(len(x), 1)
-        return GroupChoice(slot_gates, slot_ids, torch.stack(loads), loss)
+        importance, load = torch.stack(importances), torch.stack(loads)
+        return GroupChoice(slot_gates, slot_ids, importance, load, loss)

@@ -1,5 +1,6 @@
-"""Schedules registered with fairseq; importing this folder registers them."""
+"""Optimizers and schedules registered with fairseq; importing this folder registers them."""
 
+from nmt_moe.optim.factored_adam import FairseqFactoredAdam
 from nmt_moe.optim.warmup_hold_inverse_sqrt import WarmupHoldInverseSqrt
 
-__all__ = ["WarmupHoldInverseSqrt"]
+__all__ = ["FairseqFactoredAdam", "WarmupHoldInverseSqrt"]

@@ -1,6 +1,7 @@
-"""What needs other ranks: the only folder that may call collectives."""
+"""What concerns several ranks: the only folder that may call collectives."""
 
 from nmt_moe.parallel.exchange import Route, plan_route
+from nmt_moe.parallel.gradients import is_expert, mark_expert
 from nmt_moe.parallel.groups import ALONE, ExpertParallelGroup, make_expert_parallel_group
 from nmt_moe.parallel.reduction import sum_over_ranks
 from nmt_moe.parallel.shards import (
@@ -23,7 +24,9 @@ __all__ = [
     "cut_shard",
     "gather_shards",
     "init_uniform",
+    "is_expert",
     "make_expert_parallel_group",
+    "mark_expert",
     "mark_shard",
     "plan_route",
     "shard_group",

@@ -24,7 +24,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     results = context.Queue()
     ranks = [
         context.Process(
-            target=_run_rank, args=(function, rank, world_size, port, results, arguments)
+            target=_run_rank,
+            args=(function, rank, world_size, port, results, arguments),
+            daemon=True,
         )
         for rank in range(world_size)
     ]

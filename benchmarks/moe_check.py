@@ -1,0 +1,80 @@
+"""Does a layer compute what it is measured for?"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.moe_layers import Layer, build_layer
+from benchmarks.moe_peers import LAYERS
+from benchmarks.moe_points import Point
+
+SMALL = Point(tokens=64, model_dim=32, hidden_dim=48, num_experts=8, top_k=4, num_groups=4)
+# Largest difference over largest value.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
+    """Compare a layer in evaluation with its dense definition in float32, no capacity being short.
+
+    Returns:
+        The largest difference over the largest value of `output`, `gradient of x` and `gradients
+        of weights` (the worst of them).
+    """
+    point = dataclasses.replace(SMALL, dtype=dtype)
+    layer = build_layer(LAYERS[name], point, device, capacity=float(point.num_experts)).eval()
+    generator = torch.Generator().manual_seed(3)
+    both = torch.randn(2, point.tokens, point.model_dim, generator=generator)
+    x, grad_y = both.to(device, getattr(torch, dtype))
+    found = _differentiate(layer, lambda x: layer(x)[0], x, grad_y)
+    layer.float()
+    wanted = _differentiate(layer, layer.dense, x.float(), grad_y.float())
+    errors = [
+        ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    return {
+        "output": errors[0],
+        "gradient of x": errors[1],
+        # torch's maximum of a NaN is NaN.
+        "gradients of weights": torch.tensor(errors[2:]).max().item(),
+    }
+
+
+def _differentiate(
+    layer: Layer, function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor
+) -> list[Tensor]:
+    """Return the output, the gradient of x and those of all parameters; 0 where there is none."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(4)  # a layer may choose at random
+    y = function(x)
+    inputs = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y, inputs, grad_y, allow_unused=True)
+    pairs = zip(inputs, grads, strict=True)
+    return [y, *(torch.zeros_like(of) if grad is None else grad for of, grad in pairs)]
+
+
+def check_all(names: list[str], device: str, dtypes: list[str]) -> tuple[str, bool]:
+    """Compare all layers in all dtypes.
+
+    Returns:
+        A table, and whether all agree.
+    """
+    lines, all_agree = [], True
+    for dtype in dtypes:
+        for name in names:
+            timing.say(f"checking {name} in {dtype}")
+            try:
+                errors = compare(name, device, dtype)
+            except (RuntimeError, ValueError, TypeError) as error:
+                lines.append([name, dtype, "-", "-", "-", f"fails: {str(error).splitlines()[0]}"])
+                all_agree = False
+                continue
+            agrees = all(error <= TOLERANCES[dtype] for error in errors.values())
+            all_agree &= agrees
+            cells = [f"{error:.1e}" for error in errors.values()]
+            lines.append([name, dtype, *cells, "agrees" if agrees else "DIFFERS"])
+    columns = ["layer", "dtype", "output", "gradient of x", "gradients of weights", "verdict"]
+    return timing.markdown_table(columns, lines), all_agree

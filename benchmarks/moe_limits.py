@@ -1,0 +1,84 @@
+"""The bare matrix products of an MoE layer: the least time its experts can take."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.moe_points import Point
+
+LIMITS = {
+    "gemm": "as many operations in dense products over all k T rows: no layer of experts",
+    "bmm": "as many operations over n weight matrices with equal rows: the limit for an MoE",
+}
+# Repeated to fill the matrices; a prime, so that no two experts are alike.
+_BLOCK = 1_000_003
+
+
+class BareProducts:
+    """Two products forward and four backward, into memory that is already there."""
+
+    def __init__(self, kind: str, point: Point, device: str) -> None:
+        assert kind in LIMITS, kind
+        self.kind = kind
+        num_rows = point.tokens * point.top_k
+        self.matrices = 1 if kind == "gemm" else point.num_experts
+        rows = max(1, num_rows // self.matrices)
+        dtype = getattr(torch, point.dtype)
+        block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+        def filled(*shape: int) -> Tensor:
+            tensor = torch.empty(self.matrices, *shape, dtype=dtype, device=device)
+            fill_from(tensor, block, 0)
+            return tensor
+
+        self.x, self.y = filled(rows, point.model_dim), filled(rows, point.model_dim)
+        self.hidden = filled(rows, point.hidden_dim)
+        self.weight_in = filled(point.model_dim, point.hidden_dim).div_(point.model_dim)
+        self.weight_out = filled(point.hidden_dim, point.model_dim).div_(point.hidden_dim)
+        self.gradients: tuple[Tensor, ...] = ()
+
+    def run(self, mode: str) -> None:
+        """Do the products of "forward" or "fwd+bwd" once."""
+        self._multiply(self.x, self.weight_in, self.hidden)
+        self._multiply(self.hidden, self.weight_out, self.y)
+        if mode == "forward":
+            return
+        assert mode == "fwd+bwd", mode
+        if not self.gradients:
+            likes = self.x, self.hidden, self.weight_in, self.weight_out
+            self.gradients = tuple(torch.zeros_like(tensor) for tensor in likes)
+        grad_x, grad_hidden, grad_in, grad_out = self.gradients
+        self._multiply(self.y, self.weight_out.transpose(1, 2), grad_hidden)
+        self._multiply(self.hidden.transpose(1, 2), self.y, grad_out)
+        self._multiply(grad_hidden, self.weight_in.transpose(1, 2), grad_x)
+        self._multiply(self.x.transpose(1, 2), grad_hidden, grad_in)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what the tables need to know."""
+        return {"notes": LIMITS[self.kind]}
+
+    def rest(self) -> None:
+        """Give back what only a run needs: nothing."""
+
+    def dropped(self) -> None:
+        """Return None: there are no tokens to drop."""
+
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if self.matrices == 1:
+            torch.mm(left[0], right[0], out=out[0])
+        else:
+            torch.bmm(left, right, out=out)
+
+
+def fill_from(tensor: Tensor, block: Tensor, start: int) -> int:
+    """Fill a tensor with a block, repeated, from its place `start` on; return where it ended.
+
+    Drawing billions of random numbers would take longer than measuring.
+    """
+    flat, at = tensor.view(-1), 0
+    while at < len(flat):
+        count = min(len(flat) - at, len(block) - start)
+        flat[at : at + count].copy_(block[start : start + count])
+        at, start = at + count, (start + count) % len(block)
+    return start

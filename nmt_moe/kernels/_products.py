@@ -1,0 +1,175 @@
+"""The three products of a matrix per expert, by whom they are computed."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmt_moe.kernels._backend import uses_triton
+
+# Public in newer versions of torch, private in older ones, absent in 2.6.
+GROUPED_MM: Callable[..., Tensor] | None = getattr(
+    F, "grouped_mm", getattr(torch, "_grouped_mm", None)
+)
+# torch's call takes fewer groups than this.
+MAX_GROUPS = 1024
+# Below so many rows per expert reading the weights costs more than multiplying by them, and
+# torch's call was seen at a fifth of the bandwidth. Not measured here: there was no GPU.
+MIN_MEAN_ROWS = 128
+# Elsewhere torch's call is a loop that waits for the offsets: compute capability 9 is Hopper, 10
+# Blackwell.
+FAST_CAPABILITIES = (9, 10)
+
+
+class Products(Protocol):
+    """Products of rows with their experts' matrices, for one set of offsets."""
+
+    def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+        """Compute rows @ weight, then a ReLU if asked: (R, D), (L, D, F) -> (R, F)."""
+
+    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute grad @ weight^T, 0 where `mask` (R, D) is: (R, F), (L, D, F) -> (R, D)."""
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """Compute rows^T @ grad, 0 for experts without rows: (R, D), (R, F) -> (L, D, F)."""
+
+
+class LoopProducts:
+    """One `torch.mm` for each expert with rows, straight into its place. Waits for the offsets.
+
+    Attributes:
+        runs: The experts that have rows, each with its slice.
+    """
+
+    def __init__(self, expert_offsets: Tensor) -> None:
+        bounds = expert_offsets.tolist()
+        self._num_experts = len(bounds) - 1
+        self.runs = [
+            (expert, slice(start, end))
+            for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+            if end > start
+        ]
+
+    def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+        out = rows.new_empty(len(rows), weight.shape[2])
+        for expert, run in self.runs:
+            torch.mm(rows[run], weight[expert], out=out[run])
+        return out.relu_() if relu else out
+
+    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = self.multiply(grad, weight.transpose(1, 2))
+        return out if mask is None else relu_gradient(out, mask)
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        out = self.empty_gradient(rows, rows.shape[1], grad.shape[1])
+        for expert, run in self.runs:
+            torch.mm(rows[run].t(), grad[run], out=out[expert])
+        return out
+
+    def empty_gradient(self, like: Tensor, *shape: int) -> Tensor:
+        """Make room for a gradient of each expert, 0 already for experts without rows."""
+        out = like.new_empty(self._num_experts, *shape)
+        first_idle = 0
+        for expert, _ in self.runs:
+            if expert > first_idle:
+                out[first_idle:expert].zero_()
+            first_idle = expert + 1
+        out[first_idle:].zero_()
+        return out
+
+
+class TorchProducts:
+    """torch's grouped product: bfloat16 on Hopper and Blackwell, up to 1023 experts.
+
+    The operands' layouts are those for which it allows experts without rows.
+    """
+
+    def __init__(self, expert_offsets: Tensor) -> None:
+        self._expert_offsets = expert_offsets
+        self._ends = expert_offsets[1:].to(torch.int32)
+
+    def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+        out = self._grouped_mm(rows, weight.contiguous())
+        return out.relu_() if relu else out
+
+    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = self._grouped_mm(grad, weight.contiguous().transpose(1, 2))
+        return out if mask is None else relu_gradient(out, mask)
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        out = self._grouped_mm(rows.t(), grad)
+        # It leaves experts without rows as they are.
+        if uses_triton(out):
+            from nmt_moe.kernels._triton.grouped_gemm import zero_idle_experts
+
+            zero_idle_experts(out, self._expert_offsets)
+        else:
+            idle = self._expert_offsets.diff() == 0
+            out.masked_fill_(idle[:, None, None], 0.0)
+        return out
+
+    def _grouped_mm(self, left: Tensor, right: Tensor) -> Tensor:
+        assert GROUPED_MM is not None
+        return GROUPED_MM(left, right, offs=self._ends)
+
+
+class TritonProducts:
+    """Our kernels: any number of experts and rows, float32, bfloat16 and float16."""
+
+    def __init__(self, expert_offsets: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+        from nmt_moe.kernels._triton import grouped_gemm
+
+        self._kernels = grouped_gemm
+        self._expert_offsets = expert_offsets
+        block_rows = grouped_gemm.choose_block_rows(num_rows, len(expert_offsets) - 1, dtype)
+        self._tiles = grouped_gemm.list_tiles(expert_offsets, num_rows, block_rows)
+
+    def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+        return self._kernels.multiply_rows(rows, weight, self._expert_offsets, self._tiles, relu)
+
+    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._kernels.multiply_rows(
+            grad, weight.transpose(1, 2), self._expert_offsets, self._tiles, mask=mask
+        )
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        return self._kernels.weight_gradient(
+            rows, grad, self._expert_offsets, self._tiles.block_rows
+        )
+
+
+def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Products:
+    """Choose who multiplies, by device, dtype and shape alone; on CUDA nothing waits.
+
+    Args:
+        rows: (R, D).
+        weight: (L, D, F).
+        expert_offsets: (L + 1,) int64.
+    """
+    if suits_grouped_mm(rows, weight):
+        return TorchProducts(expert_offsets)
+    if uses_triton(rows):
+        return TritonProducts(expert_offsets, len(rows), rows.dtype)
+    return LoopProducts(expert_offsets)
+
+
+def suits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
+    """Return whether torch's grouped product takes these operands and is fast on them."""
+    num_experts, dim, out_dim = weight.shape
+    return (
+        GROUPED_MM is not None
+        and rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and 1 <= num_experts < MAX_GROUPS
+        and num_experts * MIN_MEAN_ROWS <= len(rows) < 2**31  # its offsets are int32
+        and dim % 8 == 0  # 16 bytes, as its loads want
+        and out_dim % 8 == 0
+        and torch.cuda.get_device_capability(rows.device)[0] in FAST_CAPABILITIES
+    )
+
+
+def relu_gradient(grad: Tensor, relu_output: Tensor) -> Tensor:
+    """Set `grad` to 0 where the ReLU's output is."""
+    return torch.ops.aten.threshold_backward(grad, relu_output, 0)

@@ -1,0 +1,87 @@
+"""The backward pass of the weighted combine: Triton. The forward pass is `sum_rows`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmt_moe.kernels._triton.gather_rows import choose_blocks
+
+
+def combine_rows_backward(
+    grad_y: Tensor, rows: Tensor, gates: Tensor, token_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute gate * grad_y for each row, and <grad_y, row> for each gate.
+
+    A row belongs to one slot of one token, so each is written once: no atomics.
+
+    Args:
+        grad_y: (N, D).
+        rows: (R, D).
+        gates: (N, K).
+        token_rows: (N, K) int64; R for no row. Names every row exactly once.
+
+    Returns:
+        grad_rows: (R, D), in the dtype of `rows`.
+        grad_gates: (N, K), in the dtype of `gates`; 0 in empty slots.
+    """
+    grad_y, rows = grad_y.contiguous(), rows.contiguous()
+    gates, token_rows = gates.contiguous(), token_rows.contiguous()
+    grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
+    num_tokens, num_slots = gates.shape
+    if gates.numel() == 0:
+        return grad_rows, grad_gates
+    dim = rows.shape[1]
+    block_tokens, block_dim = choose_blocks(max(dim, 1))
+    with torch.cuda.device_of(rows):
+        _combine_backward_kernel[(triton.cdiv(num_tokens, block_tokens) * num_slots,)](
+            grad_y,
+            rows,
+            gates,
+            token_rows,
+            grad_rows,
+            grad_gates,
+            num_tokens,
+            len(rows),
+            num_slots,
+            dim,
+            block_tokens,
+            block_dim,
+        )
+    return grad_rows, grad_gates
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _combine_backward_kernel(
+    grad_y,
+    rows,
+    gates,
+    token_rows,
+    grad_rows,
+    grad_gates,
+    num_tokens,
+    num_rows,
+    num_slots,
+    dim,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # The K slots of the same tokens run side by side: their grad_y comes from the cache.
+    pid = tl.program_id(0)
+    token = (pid // num_slots).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    slot = token * num_slots + pid % num_slots
+    is_token = token < num_tokens
+    row = tl.load(token_rows + slot, mask=is_token, other=num_rows)
+    gate = tl.load(gates + slot, mask=is_token, other=0).to(tl.float32)
+    dot = tl.zeros((BLOCK_TOKENS,), dtype=tl.float32)
+    for start in range(0, dim, BLOCK_DIM):
+        place = start + tl.arange(0, BLOCK_DIM)
+        inside = (row < num_rows)[:, None] & (place < dim)[None, :]
+        at_row = row[:, None] * dim + place[None, :]
+        grad = tl.load(grad_y + token[:, None] * dim + place[None, :], mask=inside, other=0)
+        grad = grad.to(tl.float32)
+        vector = tl.load(rows + at_row, mask=inside, other=0).to(tl.float32)
+        dot += tl.sum(grad * vector, axis=1)
+        grad *= gate[:, None]
+        tl.store(grad_rows + at_row, grad.to(grad_rows.dtype.element_ty), mask=inside)
+    tl.store(grad_gates + slot, dot.to(grad_gates.dtype.element_ty), mask=is_token)

@@ -1,0 +1,206 @@
+"""Noisy top-k gating: launchers."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nmt_moe.kernels._triton.gating_backward import backward_kernel
+from nmt_moe.kernels._triton.gating_forward import (
+    forward_kernel,
+    noise_kernel,
+    select_kernel,
+    sum_kernel,
+)
+
+# Columns a program holds; wider rows are read in chunks of so many.
+MAX_BLOCK_COLUMNS = 1024
+# Numbers of a block: 8 for each thread of four warps, which leaves registers for more blocks.
+BLOCK_NUMBERS = 1024
+# Some for each multiprocessor of the largest GPU, so that partial sums stay small.
+MAX_PROGRAMS = 1024
+
+
+class Choice(NamedTuple):
+    """Results of the forward pass; C is K + 1 if the load is smooth, else K.
+
+    Attributes:
+        gates: (N, K).
+        top: (N, C). The largest noisy logits, falling.
+        ids: (N, C) int64. Where they stand.
+        importance: (G, E).
+        load: (G, E). Of the smooth estimate; unset without it.
+        counts: (G, E) int64.
+    """
+
+    gates: Tensor
+    top: Tensor
+    ids: Tensor
+    importance: Tensor
+    load: Tensor
+    counts: Tensor
+
+
+class Grid(NamedTuple):
+    """How rows are shared out: each group has `splits` programs, which take turns with blocks."""
+
+    splits: int
+    block_rows: int
+    block_columns: int
+    chunks: int
+    slots: int
+
+
+def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) -> Grid:
+    """Choose block sizes by the row's width, and the number of programs.
+
+    Args:
+        num_rows: N.
+        num_groups: G.
+        num_experts: E.
+        count: Numbers kept of each row.
+    """
+    block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
+    block_rows = max(BLOCK_NUMBERS // block_columns, 1)
+    chunks = triton.cdiv(num_experts, block_columns)
+    splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
+    slots = triton.next_power_of_2(count)
+    return Grid(max(splits, 1), block_rows, block_columns, chunks, slots)
+
+
+def gating_forward(
+    clean: Tensor,
+    raw_scale: Tensor | None,
+    noise: Tensor | None,
+    seed: int,
+    row_weight: Tensor | None,
+    row_offsets: Tensor,
+    top_k: int,
+    noise_floor: float,
+) -> Choice:
+    """Choose experts; arguments as of `kernels.noisy_top_k`, all float32.
+
+    Args:
+        clean: (N, E).
+        raw_scale: (N, E), or None.
+        noise: (N, E), or None to draw it from `seed`.
+        seed: From 2^62 to 2^63 - 1, so that its type is always the same.
+        row_weight: (N,), or None.
+        row_offsets: (G + 1,) int64, from 0 to N.
+        top_k: K.
+        noise_floor: Added to the noise's standard deviation.
+    """
+    clean = clean.contiguous()
+    num_rows, num_experts = clean.shape
+    num_groups = len(row_offsets) - 1
+    smooth = raw_scale is not None and top_k < num_experts
+    count = top_k + smooth
+    grid = choose_grid(num_rows, num_groups, num_experts, count)
+    gates, top = clean.new_empty(num_rows, top_k), clean.new_empty(num_rows, count)
+    ids = row_offsets.new_empty(num_rows, count)
+    shape = num_groups, grid.splits, num_experts
+    importance, load = clean.new_empty(shape), clean.new_empty(shape if smooth else (1, 1, 1))
+    counts = torch.empty(shape, dtype=torch.int32, device=clean.device)
+    inputs = clean, _contiguous(raw_scale), _contiguous(noise)
+    weight = _contiguous(row_weight)
+    choice, sums = (gates, top, ids), (importance, load, counts)
+    limits = top_k, count, noise_floor, grid.block_rows, grid.block_columns
+    with torch.cuda.device_of(clean):
+        if grid.chunks == 1:
+            forward_kernel[(num_groups * grid.splits,)](
+                *inputs,
+                weight,
+                row_offsets,
+                *choice,
+                *sums,
+                seed,
+                num_experts,
+                grid.splits,
+                *limits,
+                grid.slots,
+            )
+        else:
+            select_kernel[(triton.cdiv(num_rows, grid.block_rows),)](
+                *inputs, *choice, seed, num_rows, num_experts, *limits, grid.chunks, grid.slots
+            )
+            sum_kernel[(num_groups * grid.splits, grid.chunks)](
+                *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
+            )
+    # Each program wrote its own row of sums; these are added in one order.
+    return Choice(*choice, *(partial.sum(1) for partial in sums))
+
+
+def gating_backward(
+    clean: Tensor,
+    raw_scale: Tensor | None,
+    noise: Tensor | None,
+    seed: int,
+    row_weight: Tensor | None,
+    row_offsets: Tensor,
+    choice: list[Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    noise_floor: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Go back through `gating_forward`, given its arguments.
+
+    Args:
+        clean: (N, E).
+        raw_scale: (N, E), or None.
+        noise: (N, E), or None to draw again what was drawn from `seed`.
+        seed: That of the forward pass.
+        row_weight: (N,), or None.
+        row_offsets: (G + 1,) int64.
+        choice: Its gates (N, K), top (N, C) and ids (N, C).
+        grads: Gradients of gates (N, K), importance (G, E) and the smooth load (G, E).
+        noise_floor: That of the forward pass.
+
+    Returns:
+        Gradients of `clean`, `raw_scale` and `row_weight`; None where that is None.
+    """
+    clean = clean.contiguous()
+    num_rows, num_experts = clean.shape
+    num_groups = len(row_offsets) - 1
+    gates, _, ids = choice
+    grid = choose_grid(num_rows, num_groups, num_experts, ids.shape[1])
+    grad_clean = torch.empty_like(clean)
+    grad_raw = None if raw_scale is None else torch.empty_like(grad_clean)
+    grad_weight = None if row_weight is None else clean.new_empty(num_rows)
+    with torch.cuda.device_of(clean):
+        backward_kernel[(num_groups * grid.splits,)](
+            clean,
+            _contiguous(raw_scale),
+            _contiguous(noise),
+            _contiguous(row_weight),
+            row_offsets,
+            *choice,
+            *(_contiguous(grad) for grad in grads),
+            grad_clean,
+            grad_raw,
+            grad_weight,
+            seed,
+            num_experts,
+            grid.splits,
+            gates.shape[1],
+            ids.shape[1],
+            noise_floor,
+            grid.block_rows,
+            grid.block_columns,
+            grid.chunks,
+        )
+    return grad_clean, grad_raw, grad_weight
+
+
+def write_noise(seed: int, first_row: int, noise: Tensor) -> Tensor:
+    """Fill (N, E) `noise` with what the kernels draw from `seed` for rows from `first_row` on."""
+    num_rows, num_experts = noise.shape
+    grid = choose_grid(num_rows, 1, num_experts, 1)
+    with torch.cuda.device_of(noise):
+        noise_kernel[(triton.cdiv(num_rows, grid.block_rows), grid.chunks)](
+            noise, seed, first_row, num_rows, num_experts, grid.block_rows, grid.block_columns
+        )
+    return noise
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

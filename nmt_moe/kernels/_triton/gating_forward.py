@@ -1,0 +1,242 @@
+"""Noisy top-k gating, forward: one kernel for rows that fit a block of columns, two for others."""
+
+import triton
+import triton.language as tl
+
+from nmt_moe.kernels._triton.gating_parts import (
+    draw_noise,
+    find_inside,
+    largest,
+    margins,
+    normal_cdf,
+    read_column,
+    read_noise,
+    softplus,
+)
+
+
+@triton.jit(do_not_specialize=["seed", "splits"])
+def forward_kernel(
+    clean,
+    raw_scale,
+    noise,
+    row_weight,
+    row_offsets,
+    gates,
+    top,
+    ids,
+    importance,
+    load,
+    counts,
+    seed,
+    num_experts,
+    splits,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    NOISE_FLOOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Do all in one pass over rows that fit a block of columns.
+
+    Each group has `splits` programs, which take turns with its blocks of rows. Each writes its own
+    row of sums.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    start = tl.load(row_offsets + program // splits)
+    end = tl.load(row_offsets + program // splits + 1)
+    columns, slots = tl.arange(0, BLOCK_COLUMNS), tl.arange(0, SLOTS)[None, :]
+    sum_gates = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
+        rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        row_mask = rows < end
+        places = rows[:, None] * num_experts + columns[None, :]
+        mask = row_mask[:, None] & (columns < num_experts)[None, :]
+        logits = tl.load(clean + places, mask, other=0.0)
+        noisy = logits
+        if raw_scale is not None:
+            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+            drawn = read_noise(noise, seed, rows, 0, places, mask, BLOCK_ROWS, BLOCK_COLUMNS)
+            noisy = logits + drawn * scale
+        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
+        values, indices, ranks = largest(noisy, 0, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
+        high = tl.max(values, 1)[:, None]
+        powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
+        total = tl.sum(powers, 1)[:, None]
+
+        kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+        tl.store(top + slot_places, values, kept)
+        # Only NaN logits could point beyond the row.
+        indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
+        tl.store(ids + slot_places, indices, kept)
+        kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+        tl.store(gates + slot_places, powers / total, kept)
+
+        chosen = mask & (ranks > 0) & (ranks <= TOP_K)
+        sum_chosen += tl.sum(chosen.to(tl.int32), 0)
+        dense = tl.exp(noisy - high) / total
+        if row_weight is not None:
+            dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
+        sum_gates += tl.sum(tl.where(chosen, dense, 0.0), 0)
+        if COUNT > TOP_K:
+            kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
+            next_one = tl.max(tl.where(slots == TOP_K, values, float("-inf")), 1)[:, None]
+            threshold = tl.where(chosen & (noisy > next_one), next_one, kth)
+            probs = normal_cdf((logits - threshold) / scale)
+            sum_probs += tl.sum(tl.where(mask, probs, 0.0), 0)
+    sums, in_row = program * num_experts + columns, columns < num_experts
+    tl.store(importance + sums, sum_gates, in_row)
+    tl.store(counts + sums, sum_chosen, in_row)
+    if COUNT > TOP_K:
+        tl.store(load + sums, sum_probs, in_row)
+
+
+@triton.jit
+def _merge(
+    values,
+    ids,
+    more_values,
+    more_ids,
+    BLOCK_ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Keep the COUNT largest of two (B, SLOTS) lists; the first wins among equals."""
+    both = tl.permute(tl.join(values, more_values), (0, 2, 1))
+    both = tl.reshape(both, (BLOCK_ROWS, 2 * SLOTS))
+    names = tl.reshape(tl.permute(tl.join(ids, more_ids), (0, 2, 1)), (BLOCK_ROWS, 2 * SLOTS))
+    slots, places = tl.arange(0, SLOTS)[None, :], tl.arange(0, 2 * SLOTS)[None, :]
+    for place in tl.static_range(COUNT):
+        value, index = tl.max(both, 1, return_indices=True, return_indices_tie_break_left=True)
+        here = places == index[:, None]
+        values = tl.where(slots == place, value[:, None], values)
+        ids = tl.where(slots == place, tl.sum(tl.where(here, names, 0), 1)[:, None], ids)
+        both = tl.where(here, float("-inf"), both)
+    return values, ids
+
+
+@triton.jit(do_not_specialize=["seed", "num_rows"])
+def select_kernel(
+    clean,
+    raw_scale,
+    noise,
+    gates,
+    top,
+    ids,
+    seed,
+    num_rows,
+    num_experts,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    NOISE_FLOOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Find the largest noisy logits of rows read in chunks, and their softmax."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
+    values = tl.full((BLOCK_ROWS, SLOTS), float("-inf"), tl.float32)
+    indices = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
+    for chunk in range(CHUNKS):
+        columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        places = rows[:, None] * num_experts + columns[None, :]
+        mask = row_mask[:, None] & (columns < num_experts)[None, :]
+        noisy = tl.load(clean + places, mask, other=0.0)
+        if raw_scale is not None:
+            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+            drawn = read_noise(
+                noise, seed, rows, chunk * BLOCK_COLUMNS, places, mask, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+            noisy += drawn * scale
+        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
+        more, more_ids, _ = largest(
+            noisy, chunk * BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
+        )
+        values, indices = _merge(values, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
+    powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
+    kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+    tl.store(top + slot_places, values, kept)
+    # Only NaN logits could point beyond the row.
+    indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
+    tl.store(ids + slot_places, indices, kept)
+    kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+    tl.store(gates + slot_places, powers / tl.sum(powers, 1)[:, None], kept)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_kernel(
+    clean,
+    raw_scale,
+    row_weight,
+    row_offsets,
+    gates,
+    top,
+    ids,
+    importance,
+    load,
+    counts,
+    num_experts,
+    splits,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    NOISE_FLOOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Add up one chunk of columns over rows whose choice is made."""
+    program = tl.program_id(0).to(tl.int64)
+    start = tl.load(row_offsets + program // splits)
+    end = tl.load(row_offsets + program // splits + 1)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    sum_gates = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
+        rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        row_mask = rows < end
+        weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+        if row_weight is not None:
+            weight = tl.load(row_weight + rows, row_mask, other=0.0)
+        for place in tl.static_range(TOP_K):
+            index = read_column(ids, rows, row_mask, COUNT, place)
+            here = row_mask[:, None] & (columns[None, :] == index[:, None])
+            weighted = read_column(gates, rows, row_mask, TOP_K, place) * weight
+            sum_chosen += tl.sum(here.to(tl.int32), 0)
+            sum_gates += tl.sum(tl.where(here, weighted[:, None], 0.0), 0)
+        if COUNT > TOP_K:
+            places = rows[:, None] * num_experts + columns[None, :]
+            mask = row_mask[:, None] & (columns < num_experts)[None, :]
+            logits = tl.load(clean + places, mask, other=0.0)
+            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+            inside = find_inside(top, ids, rows, row_mask, columns, TOP_K)
+            z = margins(logits, scale, inside, top, rows, row_mask, TOP_K)
+            sum_probs += tl.sum(tl.where(mask, normal_cdf(z), 0.0), 0)
+    sums, in_row = program * num_experts + columns, columns < num_experts
+    tl.store(importance + sums, sum_gates, in_row)
+    tl.store(counts + sums, sum_chosen, in_row)
+    if COUNT > TOP_K:
+        tl.store(load + sums, sum_probs, in_row)
+
+
+@triton.jit(do_not_specialize=["seed", "first_row", "num_rows"])
+def noise_kernel(
+    noise,
+    seed,
+    first_row,
+    num_rows,
+    num_experts,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Write out the noise of some rows, which the other kernels draw and forget."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    drawn = draw_noise(seed, first_row + rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    mask = (rows < num_rows)[:, None] & (columns < num_experts)[None, :]
+    tl.store(noise + (rows[:, None] * num_experts + columns[None, :]), drawn, mask)

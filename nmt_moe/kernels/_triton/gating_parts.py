@@ -1,0 +1,253 @@
+"""What the kernels of noisy top-k gating share, on blocks of B rows and W columns of experts."""
+
+import triton
+import triton.language as tl
+
+INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Draw (B, W) standard normal numbers that depend on seed, row and column alone.
+
+    Philox with the counter (row, column / 4), 64 and 32 bits wide, gives four numbers at a time.
+    """
+    num_quads: tl.constexpr = BLOCK_COLUMNS // 4
+    quads = (first_column // 4 + tl.arange(0, num_quads)).to(tl.uint32)
+    quads = tl.broadcast_to(quads[None, :], (BLOCK_ROWS, num_quads))
+    rows = tl.broadcast_to(rows[:, None], (BLOCK_ROWS, num_quads))
+    low, high = (rows & 0xFFFFFFFF).to(tl.uint32), (rows >> 32).to(tl.uint32)
+    bits_0, bits_1, bits_2, bits_3 = tl.philox(seed, low, high, quads, quads * 0)
+    noise_0, noise_1 = tl.pair_uniform_to_normal(
+        tl.uint_to_uniform_float(bits_0), tl.uint_to_uniform_float(bits_1)
+    )
+    noise_2, noise_3 = tl.pair_uniform_to_normal(
+        tl.uint_to_uniform_float(bits_2), tl.uint_to_uniform_float(bits_3)
+    )
+    # Four neighbouring columns share a counter, so no number moves to another thread.
+    fours = tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3))
+    return tl.reshape(fours, (BLOCK_ROWS, BLOCK_COLUMNS))
+
+
+@triton.jit
+def read_noise(
+    noise,
+    seed,
+    rows,
+    first_column,
+    places,
+    mask,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Read the given noise, or draw it."""
+    if noise is None:
+        drawn = draw_noise(seed, rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        drawn = tl.load(noise + places, mask, other=0.0)
+    return drawn
+
+
+@triton.jit
+def softplus(raw):
+    """Compute log(1 + exp(raw)) without overflow."""
+    return tl.maximum(raw, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(raw)))
+
+
+@triton.jit
+def largest(
+    scores,
+    first_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Find the COUNT largest scores of each row; the lowest column wins among equals.
+
+    Args:
+        scores: (B, W), -inf beyond the row.
+        first_column: What the first of the columns is called.
+        BLOCK_ROWS: B.
+        BLOCK_COLUMNS: W.
+        COUNT: At most SLOTS.
+        SLOTS: A power of two.
+
+    Returns:
+        (B, SLOTS) values, falling, and int32 columns, -inf and 0 from slot `COUNT` on; and
+        (B, W) int32 ranks, 1 for the largest, 0 for those that are not among them.
+    """
+    columns, slots = tl.arange(0, BLOCK_COLUMNS)[None, :], tl.arange(0, SLOTS)[None, :]
+    values = tl.full((BLOCK_ROWS, SLOTS), float("-inf"), tl.float32)
+    ids = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
+    ranks = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
+    for place in tl.static_range(COUNT):
+        value, index = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
+        index = index.to(tl.int32)
+        values = tl.where(slots == place, value[:, None], values)
+        ids = tl.where(slots == place, first_column + index[:, None], ids)
+        here = columns == index[:, None]
+        ranks = tl.where(here & (ranks == 0), place + 1, ranks)
+        scores = tl.where(here, float("-inf"), scores)
+    return values, ids, ranks
+
+
+@triton.jit
+def read_column(table, rows, row_mask, COUNT: tl.constexpr, place: tl.constexpr):
+    """Read column `place` of an (N, COUNT) table: (B,)."""
+    return tl.load(table + rows * COUNT + place, row_mask, other=0)
+
+
+@triton.jit
+def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
+    """Tell where the chosen experts are that are strictly above the (k+1)-th."""
+    next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)
+    inside = (rows[:, None] < 0) & (columns[None, :] < 0)
+    for place in tl.static_range(TOP_K):
+        above = read_column(top, rows, row_mask, TOP_K + 1, place) > next_one
+        index = read_column(ids, rows, row_mask, TOP_K + 1, place)
+        inside |= above[:, None] & (columns[None, :] == index[:, None])
+    return inside
+
+
+@triton.jit
+def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
+    """Compute (clean - threshold) / scale; those inside must beat the (k+1)-th, else the k-th."""
+    kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
+    next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
+    return (clean - tl.where(inside, next_one, kth)) / scale
+
+
+@triton.jit
+def normal_cdf(z):
+    """Compute Phi(z)."""
+    return 0.5 + 0.5 * tl.erf(z * INV_SQRT_2)
+
+
+@triton.jit
+def normal_density(z):
+    """Compute Phi'(z)."""
+    return INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+
+
+@triton.jit
+def gate_gradient(
+    grad_gates,
+    grad_importance,
+    group_start,
+    weight,
+    ids,
+    rows,
+    row_mask,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+    place: tl.constexpr,
+):
+    """Add up what reaches the gate in slot `place` directly and through the importance.
+
+    Args:
+        grad_gates: (N, K), or None.
+        grad_importance: (G, E), or None.
+        group_start: Where the row's group begins in it.
+        weight: (B,). Of the rows in the importance.
+        ids: (N, COUNT).
+        rows: (B,).
+        row_mask: (B,).
+        TOP_K: K.
+        COUNT: Columns of `ids`.
+        place: Less than K.
+
+    Returns:
+        (B,) gradients, and the importance's gradient alone, not weighed.
+    """
+    direct = weight * 0.0
+    if grad_gates is not None:
+        direct = read_column(grad_gates, rows, row_mask, TOP_K, place)
+    through = weight * 0.0
+    if grad_importance is not None:
+        index = read_column(ids, rows, row_mask, COUNT, place)
+        through = tl.load(grad_importance + group_start + index, row_mask, other=0.0)
+    return direct + weight * through, through
+
+
+@triton.jit
+def gate_dot(
+    gates,
+    grad_gates,
+    grad_importance,
+    group_start,
+    weight,
+    ids,
+    rows,
+    row_mask,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Sum gate times gradient over a row: (B,); and gate times the importance's alone."""
+    dot, through_dot = weight * 0.0, weight * 0.0
+    for place in tl.static_range(TOP_K):
+        gate = read_column(gates, rows, row_mask, TOP_K, place)
+        grad, through = gate_gradient(
+            grad_gates,
+            grad_importance,
+            group_start,
+            weight,
+            ids,
+            rows,
+            row_mask,
+            TOP_K,
+            COUNT,
+            place,
+        )
+        dot += gate * grad
+        through_dot += gate * through
+    return dot, through_dot
+
+
+@triton.jit
+def spread_gradient(
+    gates,
+    grad_gates,
+    grad_importance,
+    group_start,
+    weight,
+    dot,
+    inside_sum,
+    outside_sum,
+    ids,
+    rows,
+    row_mask,
+    columns,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Put the gradients of the largest noisy logits at their columns: (B, W), else 0.
+
+    They come from the softmax, and through the two thresholds of the load.
+    """
+    dense = columns[None, :] * weight[:, None] * 0.0
+    for place in tl.static_range(COUNT):
+        slope = weight * 0.0
+        if place < TOP_K:
+            grad, _ = gate_gradient(
+                grad_gates,
+                grad_importance,
+                group_start,
+                weight,
+                ids,
+                rows,
+                row_mask,
+                TOP_K,
+                COUNT,
+                place,
+            )
+            slope = read_column(gates, rows, row_mask, TOP_K, place) * (grad - dot)
+        if COUNT > TOP_K:
+            if place == TOP_K - 1:
+                slope -= outside_sum
+            if place == TOP_K:
+                slope -= inside_sum
+        here = columns[None, :] == read_column(ids, rows, row_mask, COUNT, place)[:, None]
+        dense = tl.where(here, slope[:, None], dense)
+    return dense

@@ -1,0 +1,320 @@
+"""One matrix product for each expert, over rows sorted by expert: Triton.
+
+The sizes of blocks are reasoned, not tuned: no GPU was at hand. With t rows per expert, a pass
+over the weights does about t multiply-adds for each element read, and an H100 or H200 needs some
+200 of them (in bf16) to be held back by arithmetic rather than by memory. So up to 32 rows per
+expert only one thing counts, that each expert's matrix streams through once: few rows in a block,
+narrow enough to leave registers and shared memory for loads in flight. From 128 on, blocks are as
+large as the tensor cores like them. Between the two the block holds most experts' rows at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmt_moe.kernels._backend import INTERPRETED
+
+
+@dataclass(frozen=True)
+class TileList:
+    """Which expert's rows each block of rows holds; on the device, so that nobody waits for it.
+
+    Attributes:
+        block_rows: Rows in a block.
+        expert: (tiles,) int64. L in surplus tiles: there are as many as any routing could need.
+        first_tile: (L + 1,) int64. Expert e owns tiles [first_tile[e], first_tile[e + 1]).
+    """
+
+    block_rows: int
+    expert: Tensor
+    first_tile: Tensor
+
+
+def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileList:
+    """Cut each expert's rows into blocks.
+
+    Args:
+        expert_offsets: (L + 1,) int64.
+        num_rows: R.
+        block_rows: Rows in a block.
+    """
+    num_experts = len(expert_offsets) - 1
+    first_tile = torch.zeros_like(expert_offsets)
+    tiles = expert_offsets.diff().add_(block_rows - 1).div_(block_rows, rounding_mode="floor")
+    torch.cumsum(tiles, 0, out=first_tile[1:])
+    # Each expert with rows may end in a block that is not full.
+    bound = triton.cdiv(num_rows, block_rows) + min(num_experts, num_rows)
+    tile = torch.arange(bound, device=expert_offsets.device)
+    expert = torch.searchsorted(first_tile[1:], tile, right=True)
+    return TileList(block_rows, expert, first_tile)
+
+
+def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return how many rows a block holds, by the rows of an average expert (see above)."""
+    for most, block_rows in ((16, 16), (32, 32), (128, 64)):
+        if num_rows <= most * num_experts:
+            return block_rows
+    # float32 runs outside the tensor cores, where a larger block only spills registers.
+    return 64 if dtype == torch.float32 else 128
+
+
+def multiply_rows(
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    tiles: TileList,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Multiply each row by its expert's matrix, accumulated in float32.
+
+    Args:
+        rows: (R, D), sorted by expert.
+        weight: (L, D, F), in the dtype of `rows`. Any strides, so a transpose costs nothing.
+        expert_offsets: (L + 1,) int64.
+        tiles: Of `expert_offsets`.
+        relu: Put a ReLU behind the product.
+        mask: (R, F). Where it is 0 or less the answer is 0: a ReLU's gradient, by its output.
+
+    Returns:
+        (R, F), in the dtype of `rows`.
+    """
+    num_rows, inner_dim = rows.shape
+    num_experts, _, out_dim = weight.shape
+    out = torch.empty((num_rows, out_dim), dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    block_inner, block_out = _block_dims(inner_dim, out_dim, rows.dtype)
+    large = tiles.block_rows * block_out > 64 * 128
+    with torch.cuda.device_of(rows):
+        _multiply_kernel[(len(tiles.expert) * triton.cdiv(out_dim, block_out),)](
+            rows,
+            weight,
+            out,
+            out if mask is None else mask,
+            expert_offsets,
+            tiles.expert,
+            tiles.first_tile,
+            num_experts,
+            inner_dim,
+            out_dim,
+            *rows.stride(),
+            *weight.stride(),
+            relu,
+            mask is not None,
+            _input_precision(rows.dtype),
+            INTERPRETED,
+            tiles.block_rows,
+            block_inner,
+            block_out,
+            num_warps=8 if large else 4,
+            # Small blocks leave shared memory for one more load in flight.
+            num_stages=4 if tiles.block_rows <= 32 else 3,
+        )
+    return out
+
+
+def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_rows: int) -> Tensor:
+    """Compute rows^T @ grad for each expert; 0 for experts without rows.
+
+    Args:
+        rows: (R, D), sorted by expert.
+        grad: (R, F), in the dtype of `rows`.
+        expert_offsets: (L + 1,) int64.
+        block_rows: Rows of one step of the sum.
+
+    Returns:
+        (L, D, F), in the dtype of `rows`.
+    """
+    num_experts = len(expert_offsets) - 1
+    dim, out_dim = rows.shape[1], grad.shape[1]
+    out = torch.empty((num_experts, dim, out_dim), dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    is_wide = rows.dtype == torch.float32
+    block_dim, block_out = (_fit(64 if is_wide else 128, size) for size in (dim, out_dim))
+    tiles = triton.cdiv(dim, block_dim) * triton.cdiv(out_dim, block_out)
+    with torch.cuda.device_of(rows):
+        _weight_gradient_kernel[(num_experts * tiles,)](
+            rows,
+            grad,
+            out,
+            expert_offsets,
+            dim,
+            out_dim,
+            *rows.stride(),
+            *grad.stride(),
+            *out.stride(),
+            _input_precision(rows.dtype),
+            INTERPRETED,
+            min(block_rows, 32 if is_wide else 64),
+            block_dim,
+            block_out,
+            num_warps=4 if is_wide else 8,
+            num_stages=3,
+        )
+    return out
+
+
+def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:
+    """Fill the gradients of experts without rows with 0, in place, and touch no other.
+
+    Args:
+        weight_grad: (L, D, F), contiguous.
+        expert_offsets: (L + 1,) int64.
+    """
+    size, block = weight_grad[0].numel(), 4096
+    with torch.cuda.device_of(weight_grad):
+        _zero_kernel[(len(weight_grad), min(16, triton.cdiv(size, block)))](
+            weight_grad, expert_offsets, size, block
+        )
+
+
+def _fit(block: int, size: int) -> int:
+    """Shrink a block to a smaller dimension; tensor cores take 16 at least."""
+    return max(16, min(block, triton.next_power_of_2(size)))
+
+
+def _block_dims(inner_dim: int, out_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the block's sizes along D and F: 128 bytes of a row, the length of a cache line."""
+    is_wide = dtype == torch.float32
+    return _fit(32 if is_wide else 64, inner_dim), _fit(64 if is_wide else 128, out_dim)
+
+
+def _input_precision(dtype: torch.dtype) -> str:
+    """Return how products round their inputs: float32 means float32 unless torch allows less."""
+    may_round = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if may_round else "ieee"
+
+
+@triton.jit
+def _multiply_kernel(
+    rows,
+    weight,
+    out,
+    mask,
+    expert_offsets,
+    tile_expert,
+    first_tile,
+    num_experts,
+    inner_dim,
+    out_dim,
+    row_stride,
+    row_inner_stride,
+    expert_stride,
+    inner_stride,
+    out_stride,
+    RELU: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    # The columns of one tile run side by side: they share its rows, and the next tile, often the
+    # same expert's, finds the weights in the cache.
+    pid = tl.program_id(0)
+    columns = tl.cdiv(out_dim, BLOCK_OUT)
+    tile = pid // columns
+    expert = tl.load(tile_expert + tile)  # int64, as all that is multiplied by a stride
+    if expert >= num_experts:
+        return
+    first_row = tl.load(expert_offsets + expert)
+    first_row += (tile - tl.load(first_tile + expert)) * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    column = (pid % columns).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inner = tl.arange(0, BLOCK_INNER).to(tl.int64)
+    is_row = row < tl.load(expert_offsets + expert + 1)
+    is_column = column < out_dim
+    at_rows = rows + row[:, None] * row_stride + inner[None, :] * row_inner_stride
+    at_weight = weight + expert * expert_stride
+    at_weight += inner[:, None] * inner_stride + column[None, :] * out_stride
+    advance = tl.full((), BLOCK_INNER, tl.int64)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+    for start in range(0, inner_dim, BLOCK_INNER):
+        is_inner = inner < inner_dim - start
+        left = tl.load(at_rows, mask=is_row[:, None] & is_inner[None, :], other=0)
+        right = tl.load(at_weight, mask=is_inner[:, None] & is_column[None, :], other=0)
+        if INTERPRETED:  # which multiplies bfloat16 wrongly
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        at_rows += advance * row_inner_stride
+        at_weight += advance * inner_stride
+    at_out = row[:, None] * out_dim + column[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch.relu does
+    if MASKED:
+        relu_output = tl.load(mask + at_out, mask=inside, other=0).to(tl.float32)
+        acc = tl.where(relu_output <= 0, 0.0, acc)
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    rows,
+    grad,
+    out,
+    expert_offsets,
+    dim,
+    out_dim,
+    row_stride,
+    row_dim_stride,
+    grad_stride,
+    grad_dim_stride,
+    expert_stride,
+    dim_stride,
+    out_stride,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    columns = tl.cdiv(out_dim, BLOCK_OUT)
+    tiles = tl.cdiv(dim, BLOCK_DIM) * columns
+    expert = (pid // tiles).to(tl.int64)
+    tile = (pid % tiles).to(tl.int64)
+    place = tile // columns * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    column = tile % columns * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_place, is_column = place < dim, column < out_dim
+    start = tl.load(expert_offsets + expert)
+    num_rows = (tl.load(expert_offsets + expert + 1) - start).to(tl.int32)
+    step = tl.arange(0, BLOCK_ROWS)
+    # Zeros stay where the expert has no rows.
+    acc = tl.zeros((BLOCK_DIM, BLOCK_OUT), dtype=tl.float32)
+    for done in range(0, num_rows, BLOCK_ROWS):
+        is_row = step < num_rows - done
+        row = start + done + step
+        at_rows = rows + row[None, :] * row_stride + place[:, None] * row_dim_stride
+        at_grad = grad + row[:, None] * grad_stride + column[None, :] * grad_dim_stride
+        left = tl.load(at_rows, mask=is_place[:, None] & is_row[None, :], other=0)
+        right = tl.load(at_grad, mask=is_row[:, None] & is_column[None, :], other=0)
+        if INTERPRETED:  # which multiplies bfloat16 wrongly
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    at_out = out + expert * expert_stride
+    at_out += place[:, None] * dim_stride + column[None, :] * out_stride
+    inside = is_place[:, None] & is_column[None, :]
+    tl.store(at_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _zero_kernel(
+    weight_grad,
+    expert_offsets,
+    size,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(0).to(tl.int64)
+    if tl.load(expert_offsets + expert + 1) > tl.load(expert_offsets + expert):
+        return
+    for start in range(tl.program_id(1).to(tl.int64) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        place = start + tl.arange(0, BLOCK).to(tl.int64)
+        zeros = tl.zeros((BLOCK,), dtype=weight_grad.dtype.element_ty)
+        tl.store(weight_grad + expert * size + place, zeros, mask=place < size)

@@ -1,0 +1,128 @@
+"""One update of expert matrices by Adam without first moment and with a factored second one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nmt_moe.checks import check_shape
+from nmt_moe.kernels._backend import uses_triton
+
+# Elements of a block: 1 MiB in float32 with its scratch, which stays in a core's second-level cache
+# between the passes. A GPU has no such need, but starts each operation dearly.
+CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 26
+# Blocks of experts whose means are made at once, before their weights move.
+GROUP = 8
+
+
+def factored_adam(
+    weight: Tensor,
+    grad: Tensor,
+    row_mean: Tensor,
+    column_mean: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """Update expert matrices and their running means of squared gradients, in place.
+
+    Each matrix stands for itself. Its second moment is outer(row_mean, column_mean) /
+    mean(row_mean), hence the root of it the product of a column and a row vector. A matrix whose
+    means are all 0 keeps its values, weight decay aside. No tensor of the weights' size is made,
+    and repeated runs agree bit for bit.
+
+    Args:
+        weight: (E, D, H).
+        grad: (E, D, H). All 0 for an expert without tokens, whose means only decay.
+        row_mean: (E, D). Running mean of the squared gradient over each row; float64 for weights of
+            float64, else float32, as is all arithmetic.
+        column_mean: (E, H). The same over each column.
+        step: Number of this update, from 1, for the bias correction.
+        lr: Learning rate.
+        beta2: Share of the old means in the new ones.
+        eps: Added to the root of the uncorrected second moment.
+        weight_decay: The weights shrink by `lr * weight_decay` before the update.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Source: Shazeer et al. 2017, Appendix D.
+    """
+    check_shape("weight", weight, (None, None, None), "(E, D, H)")
+    num_experts, model_dim, hidden_dim = weight.shape
+    check_shape("grad", grad, weight.shape, "(E, D, H)")
+    check_shape("row_mean", row_mean, (num_experts, model_dim), "(E, D)")
+    check_shape("column_mean", column_mean, (num_experts, hidden_dim), "(E, H)")
+    if weight.numel() == 0:
+        return
+    means = row_mean, column_mean
+    step_size, keep = lr * math.sqrt(1 - beta2**step), 1 - lr * weight_decay
+    if uses_triton(weight) and weight.is_contiguous() and weight.dtype != torch.float64:
+        from nmt_moe.kernels._triton import factored_adam as kernel
+
+        factors = float(step_size), float(beta2), float(eps), float(keep)
+        kernel.factored_adam(weight, grad.contiguous(), *means, *factors)
+        return
+    block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
+    # As many experts at a time as a block holds, or one, by blocks of its rows.
+    count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
+    rows = max(1, min(model_dim, block // hidden_dim))
+    scratch = row_mean.new_empty(count, rows, hidden_dim)
+    for first in range(0, num_experts, GROUP * count):
+        group = slice(first, first + GROUP * count)
+        group_means = row_mean[group], column_mean[group]
+        _update_means(grad[group], *group_means, beta2, scratch)
+        _update_weight(weight[group], grad[group], *group_means, step_size, eps, keep, scratch)
+
+
+def _update_means(
+    grad: Tensor, row_mean: Tensor, column_mean: Tensor, beta2: float, scratch: Tensor
+) -> None:
+    """Take the squared gradient of a group of experts into their means."""
+    count, rows, hidden_dim = scratch.shape
+    row_sum, column_sum = torch.empty_like(row_mean), torch.zeros_like(column_mean)
+    for part, part_rows, part_columns in zip(
+        grad.split(count), row_sum.split(count), column_sum.split(count), strict=True
+    ):
+        blocks = zip(part.split(rows, 1), part_rows.split(rows, 1), strict=True)
+        for block, block_sum in blocks:
+            squares = scratch[: len(block), : block.shape[1]]
+            torch.square(block.to(scratch.dtype), out=squares)
+            torch.sum(squares, 2, out=block_sum)
+            part_columns.add_(squares.sum(1))
+    row_mean.mul_(beta2).add_(row_sum, alpha=(1 - beta2) / hidden_dim)
+    column_mean.mul_(beta2).add_(column_sum, alpha=(1 - beta2) / grad.shape[1])
+
+
+def _update_weight(
+    weight: Tensor,
+    grad: Tensor,
+    row_mean: Tensor,
+    column_mean: Tensor,
+    step_size: float,
+    eps: float,
+    keep: float,
+    scratch: Tensor,
+) -> None:
+    """Move the weights of a group of experts against their gradient."""
+    count, rows, _ = scratch.shape
+    tiny = torch.finfo(row_mean.dtype).tiny  # in the place of a mean of 0: 0 / tiny is 0
+    row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_().unsqueeze(2)
+    column_root = column_mean.sqrt().unsqueeze(1)
+    for *parts, columns in zip(
+        *(tensor.split(count) for tensor in (weight, grad, row_root, column_root)), strict=True
+    ):
+        for block, block_grad, block_root in zip(
+            *(part.split(rows, 1) for part in parts), strict=True
+        ):
+            root = scratch[: len(block), : block.shape[1]]
+            torch.mul(block_root, columns, out=root).add_(eps)
+            moved = block.to(root.dtype)  # the same memory if the dtype is the same
+            if keep != 1:
+                moved.mul_(keep)
+            moved.addcdiv_(block_grad.to(root.dtype), root, value=-step_size)
+            if moved.dtype != block.dtype:
+                block.copy_(moved)

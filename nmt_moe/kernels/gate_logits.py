@@ -1,0 +1,104 @@
+"""The products that give a gate's logits: clean ones, and those of the noise's scale."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmt_moe.checks import check_shape
+from nmt_moe.kernels import _memory
+from nmt_moe.kernels.grouped_gemm import grouped_gemm
+
+
+def gate_logits(
+    rows: Tensor,
+    gate_weight: Tensor,
+    noise_weight: Tensor | None,
+    row_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply rows by both matrices of their gate.
+
+    The backward pass adds both products' gradients of `rows` in place, without an (N, D) tensor
+    for each. Groups without rows cost nothing but zeros for their gradient.
+
+    Args:
+        rows: (N, D).
+        gate_weight: (D, E); with `row_offsets` (G, D, E), one for each group.
+        noise_weight: As `gate_weight`; None where no noise is wanted.
+        row_offsets: (G + 1,) int64. Group g owns rows [offsets[g], offsets[g + 1]).
+
+    Returns:
+        clean: (N, E). rows @ gate_weight.
+        raw_scale: (N, E). rows @ noise_weight, or None.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if row_offsets is not None and rows.is_cuda:  # no wait for the offsets
+        clean = grouped_gemm(rows, gate_weight, row_offsets)
+        if noise_weight is None:
+            return clean, None
+        return clean, grouped_gemm(rows, noise_weight, row_offsets)
+    bounds = [0, len(rows)]
+    if row_offsets is None:
+        gate_weight = gate_weight.unsqueeze(0)
+        noise_weight = None if noise_weight is None else noise_weight.unsqueeze(0)
+    else:
+        check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
+        bounds = row_offsets.tolist()
+    check_shape("gate_weight", gate_weight, (len(bounds) - 1, rows.shape[1], None), "(G, D, E)")
+    if noise_weight is not None:
+        check_shape("noise_weight", noise_weight, gate_weight.shape, "(G, D, E)")
+    return _GateLogits.apply(rows, gate_weight, noise_weight, bounds)
+
+
+class _GateLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, gate_weight: Tensor, noise_weight: Tensor | None, bounds: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.runs = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        ctx.save_for_backward(rows, gate_weight, noise_weight)
+        ctx.set_materialize_grads(False)
+        clean = _multiply(rows, gate_weight, ctx.runs)
+        return clean, None if noise_weight is None else _multiply(rows, noise_weight, ctx.runs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, *weights = ctx.saved_tensors
+        needed = [
+            (grad.contiguous(), weight)
+            for grad, weight in zip(grads, weights, strict=True)
+            if grad is not None
+        ]
+        grad_rows = None
+        if ctx.needs_input_grad[0] and needed:
+            grad_rows = torch.empty_like(rows)
+            for group, run in enumerate(ctx.runs):
+                for place, (grad, weight) in enumerate(needed):
+                    grad_rows[run].addmm_(grad[run], weight[group].t(), beta=min(place, 1))
+        grad_weights = [
+            None if grad is None else _weight_gradient(rows, grad.contiguous(), ctx.runs)
+            for grad in grads
+        ]
+        return grad_rows, *grad_weights, None
+
+
+def _multiply(rows: Tensor, weight: Tensor, runs: list[slice]) -> Tensor:
+    product = rows.new_empty(len(rows), weight.shape[2])
+    for group, run in enumerate(runs):
+        if run.stop > run.start:
+            torch.mm(rows[run], weight[group], out=product[run])
+    return product
+
+
+def _weight_gradient(rows: Tensor, grad: Tensor, runs: list[slice]) -> Tensor:
+    gradient = _memory.empty((len(runs), rows.shape[1], grad.shape[1]), rows)
+    for group, run in enumerate(runs):
+        if run.stop > run.start:
+            torch.mm(rows[run].t(), grad[run], out=gradient[group])
+        else:
+            gradient[group].zero_()
+    return gradient

@@ -1,0 +1,140 @@
+"""Noisy top-k gating from logits to gates, importance and load, and the logits themselves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmt_moe.checks import check_range, check_shape
+from nmt_moe.kernels import reference
+from nmt_moe.kernels._backend import uses_triton
+from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
+from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
+
+# What Triton's kernels hold: columns of a row, and the k + 1 largest of them.
+MAX_TRITON_EXPERTS, MAX_TRITON_TOP = 16384, 16
+
+
+def noisy_top_k(
+    clean: Tensor,
+    raw_scale: Tensor | None,
+    top_k: int,
+    noise: Tensor | None = None,
+    row_offsets: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> Gating:
+    """Keep the k largest of the noisy logits of each row, and softmax over what is kept.
+
+    The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the chance
+    that expert i is among the k largest when its own noise alone is drawn anew; gradients pass
+    through the thresholds it must beat. Sums run in a fixed order, so equal inputs (and equal
+    states of torch's CPU generator, which governs the noise) give equal bits.
+
+    Args:
+        clean: (N, E) float32 or float64. Logits without noise.
+        raw_scale: (N, E). Logits of the noise's standard deviation; None for no noise
+            (evaluation).
+        top_k: K, from 1 to E.
+        noise: (N, E) standard normal; drawn when None. Unused without `raw_scale`.
+        row_offsets: (G + 1,) int64. Sums are taken for each group apart, which owns rows
+            [offsets[g], offsets[g + 1]); None for one sum over all rows.
+        row_weight: (N,). Weighs the gates of each row in `importance`; None for ones.
+
+    Returns:
+        The choice, with (E,) sums, or (G, E) with `row_offsets`.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or `top_k` is out of its range.
+
+    Source: Shazeer et al. 2017, eqs. 3-6 and 8-10.
+    """
+    num_rows, num_experts = clean.shape
+    check_range("top_k", top_k, 1, num_experts)
+    for name, tensor in (("raw_scale", raw_scale), ("noise", noise)):
+        if tensor is not None:
+            check_shape(name, tensor, (num_rows, num_experts), "(N, E)")
+    if row_weight is not None:
+        check_shape("row_weight", row_weight, (num_rows,), "(N,)")
+    if row_offsets is not None:
+        check_shape("row_offsets", row_offsets, (None,), "(G + 1,)")
+    run = _implementation(clean, top_k)
+    if run is None:
+        return reference.noisy_top_k(clean, raw_scale, top_k, noise, row_offsets, row_weight)
+    offsets = row_offsets
+    if offsets is None:
+        offsets = torch.tensor([0, num_rows]) if clean.is_cpu else _all_rows(clean)
+    gating = Gating(*run.apply(clean, raw_scale, noise, row_weight, offsets, top_k))
+    if row_offsets is not None:
+        return gating
+    return Gating(gating.gates, gating.expert_ids, *(sums[0] for sums in gating[2:]))
+
+
+def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] | None:
+    """Choose by device, dtype and shape; None for plain torch."""
+    fits = clean.shape[1] <= MAX_TRITON_EXPERTS and top_k < MAX_TRITON_TOP
+    if uses_triton(clean) and clean.dtype == torch.float32 and fits and len(clean):
+        return _TritonNoisyTopK
+    return BlockedNoisyTopK if clean.is_cpu else None
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's CPU generator: no word to the device, hence no wait.
+
+    Returns:
+        From 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled once.
+    """
+    return int(torch.randint(2**62, 2**63 - 1, ()))
+
+
+class _TritonNoisyTopK(torch.autograd.Function):
+    """`noisy_top_k` with (G, E) sums, float32; arguments and results in its order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: Tensor,
+        raw_scale: Tensor | None,
+        noise: Tensor | None,
+        row_weight: Tensor | None,
+        row_offsets: Tensor,
+        top_k: int,
+    ) -> tuple[Tensor, ...]:
+        from nmt_moe.kernels._triton.gating import gating_forward
+
+        seed = draw_seed() if raw_scale is not None and noise is None else 0
+        inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
+        choice = gating_forward(*inputs, top_k, NOISE_FLOOR)
+        ctx.save_for_backward(
+            clean, raw_scale, noise, row_weight, row_offsets, choice.gates, choice.top, choice.ids
+        )
+        ctx.seed, ctx.smooth = seed, raw_scale is not None and top_k < clean.shape[1]
+        ctx.set_materialize_grads(False)
+        expert_ids = choice.ids[:, :top_k].contiguous()
+        load = choice.load if ctx.smooth else choice.counts.to(clean.dtype)
+        fixed = (expert_ids, choice.counts) if ctx.smooth else (expert_ids, choice.counts, load)
+        ctx.mark_non_differentiable(*fixed)
+        return choice.gates, expert_ids, choice.importance, load, choice.counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_gates: Tensor | None,
+        _grad_ids: None,
+        grad_importance: Tensor | None,
+        grad_load: Tensor | None,
+        _grad_counts: None,
+    ) -> tuple[Tensor | None, ...]:
+        from nmt_moe.kernels._triton.gating import gating_backward
+
+        clean, raw_scale, noise, row_weight, row_offsets, *choice = ctx.saved_tensors
+        inputs = clean, raw_scale, noise, ctx.seed, row_weight, row_offsets
+        grads = grad_gates, grad_importance, grad_load if ctx.smooth else None
+        grad_clean, grad_raw, grad_weight = gating_backward(*inputs, choice, grads, NOISE_FLOOR)
+        return grad_clean, grad_raw, None, grad_weight, None, None
+
+
+def _all_rows(clean: Tensor) -> Tensor:
+    """Make the offsets of one group without waiting for the device."""
+    return torch.arange(2, device=clean.device) * len(clean)

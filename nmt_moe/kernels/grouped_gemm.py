@@ -1,0 +1,77 @@
+"""Rows sorted by expert, each times its expert's matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmt_moe.checks import check_shape
+from nmt_moe.kernels._products import choose_products
+
+
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Multiply each run of rows by its expert's matrix.
+
+    On the CPU one product for each expert that has rows, forward and backward, each straight into
+    its place. On CUDA no host synchronisation: torch's grouped product where it is fast, else
+    Triton's, in float32 without TF32 unless `torch.backends.cuda.matmul.allow_tf32`.
+
+    Args:
+        rows: (R, D). Rows sorted by expert.
+        weight: (L, D, F), in the dtype of `rows`. One matrix per expert.
+        expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]); the first
+            is 0 and the last R.
+
+    Returns:
+        (R, F).
+
+    Raises:
+        ValueError: if the shapes or the dtypes do not fit together.
+    """
+    check_shape("weight", weight, (None, None, None), "(L, D, F)")
+    num_experts, dim, _ = weight.shape
+    check_shape("rows", rows, (None, dim), "(R, D)")
+    check_shape("expert_offsets", expert_offsets, (num_experts + 1,), "(L + 1,)")
+    check_dtypes(rows, expert_offsets, weight=weight)
+    return _GroupedGemm.apply(rows, weight, expert_offsets)
+
+
+def check_dtypes(rows: Tensor, expert_offsets: Tensor, **weights: Tensor) -> None:
+    """Refuse weights of another dtype than the rows, and offsets that are not int64.
+
+    Raises:
+        ValueError: naming the tensor, its dtype and the wanted one.
+    """
+    for name, weight in weights.items():
+        if weight.dtype != rows.dtype:
+            raise ValueError(
+                f"`{name}` must have the dtype of `rows`, {rows.dtype}, but has {weight.dtype}. "
+                "Convert one of them, or use autocast."
+            )
+    if expert_offsets.dtype != torch.int64:
+        raise ValueError(
+            f"`expert_offsets` must be torch.int64, but is {expert_offsets.dtype}. "
+            "Use `expert_offsets.long()`."
+        )
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        ctx.save_for_backward(rows, weight)
+        ctx.products = choose_products(rows, weight, expert_offsets)
+        return ctx.products.multiply(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        return (
+            ctx.products.multiply_back(grad, weight) if needs_rows else None,
+            ctx.products.weight_gradient(rows, grad) if needs_weight else None,
+            None,
+        )

@@ -1,0 +1,205 @@
+"""One update by factored Adam: by hand, against its definition, and under Triton's interpreter."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmt_moe.kernels import factored_adam, reference
+
+# By import_module: the package's attribute of that name is the function.
+operation = import_module("nmt_moe.kernels.factored_adam")
+
+SHAPES = [  # (experts, dim, hidden)
+    pytest.param((3, 8, 16), id="the-usual-case"),
+    pytest.param((2, 33, 65), id="nothing-is-a-power-of-two"),
+    pytest.param((2, 1, 7), id="one-row"),
+    pytest.param((2, 7, 1), id="one-column"),
+    pytest.param((1, 70, 300), id="more-than-one-tile"),
+]
+OPTIONS = {"lr": 0.02, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
+BLOCKS = [
+    pytest.param(1 << 17, id="one-block"),
+    pytest.param(200, id="blocks-of-rows"),
+    pytest.param(1, id="row-by-row"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison_empty():
+    """Make fresh memory NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def through_triton(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(operation, "uses_triton", lambda tensor: True)
+
+
+def make_state(experts: int, dim: int, hidden: int, dtype=torch.float64, seed: int = 1):
+    torch.manual_seed(seed)
+    means = torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(experts, dim, hidden).to(dtype)
+    row_mean = torch.rand(experts, dim, dtype=means)
+    return weight, row_mean, torch.rand(experts, hidden, dtype=means)
+
+
+def make_grad(weight: Tensor, scale: float = 1.0) -> Tensor:
+    return (torch.randn(weight.shape) * scale).to(weight.dtype)
+
+
+def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
+    """Run the operation in place; return what it made, and what its definition gives."""
+    expected = weight, row_mean, column_mean
+    for step, grad in enumerate(grads, 1):
+        options = {"step": step, **OPTIONS}
+        # Each update from the same weights: half precision rounds them.
+        wide = [weight.to(row_mean.dtype), grad.to(row_mean.dtype)]
+        expected = reference.factored_adam(*wide, row_mean, column_mean, **options)
+        factored_adam(weight, grad, row_mean, column_mean, **options)
+    return (weight, row_mean, column_mean), expected
+
+
+def assert_same(ours, theirs, **tolerance):
+    for name, one, other in zip(("weight", "row_mean", "column_mean"), ours, theirs, strict=True):
+        torch.testing.assert_close(
+            one, other.to(one.dtype), msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_updates_follow_the_definition(shape, block, monkeypatch):
+    monkeypatch.setattr(operation, "CPU_BLOCK", block)
+    state = make_state(*shape)
+    assert_same(*update_both(*state, [make_grad(state[0]) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(dtype):
+    state = make_state(2, 33, 65, dtype)
+    ours, theirs = update_both(*state, [make_grad(state[0]) for _ in range(2)])
+    assert ours[0].dtype == dtype
+    assert ours[1].dtype == torch.float32
+    assert_same(ours, theirs)
+
+
+def test_an_update_by_hand():
+    # Squared gradients [[1, 4], [4, 16]]: row means 2.5 and 10, column means 2.5 and 10, mean 6.25.
+    # A share of 0.25 is taken in. The second moment of the corner is
+    # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, its root 2.
+    # The bias correction of the first update, sqrt(1 - 0.75) = 0.5, makes 4 / 2 a step of 1.
+    grad = torch.tensor([[[1.0, -2.0], [2.0, 4.0]]])
+    weight = torch.zeros(1, 2, 2)
+    row_mean, column_mean = torch.zeros(1, 2), torch.zeros(1, 2)
+    factored_adam(weight, grad, row_mean, column_mean, step=1, lr=0.1, beta2=0.75, eps=1e-12)
+    torch.testing.assert_close(row_mean, torch.tensor([[0.625, 2.5]]))
+    torch.testing.assert_close(column_mean, torch.tensor([[0.625, 2.5]]))
+    torch.testing.assert_close(weight, torch.tensor([[[-0.1, 0.1], [-0.1, -0.1]]]))
+
+
+def check_idle_experts():
+    weight, row_mean, column_mean = make_state(3, 5, 6, torch.float32)
+    row_mean[1], column_mean[1] = 0, 0  # never had a gradient
+    before = [tensor.clone() for tensor in (weight, row_mean, column_mean)]
+    grad = make_grad(weight)
+    grad[1:] = 0
+    factored_adam(weight, grad, row_mean, column_mean, step=9, lr=0.1, beta2=0.5, eps=1e-8)
+    assert weight[1:].equal(before[0][1:])
+    assert not weight[0].equal(before[0][0])
+    assert row_mean[1].count_nonzero() == 0
+    assert row_mean[2].equal(before[1][2] * 0.5)
+    assert column_mean[2].equal(before[2][2] * 0.5)
+
+
+def test_an_expert_without_tokens_stays_and_its_means_decay():
+    check_idle_experts()
+
+
+def test_triton_leaves_an_expert_without_tokens(through_triton):
+    check_idle_experts()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_gradients_of_any_size_move_the_weights(scale):
+    # The product of two means would leave the range of float32.
+    state = make_state(1, 4, 6, torch.float32)
+    weight, row_mean, column_mean = state[0].zero_(), state[1].zero_(), state[2].zero_()
+    row, column = torch.rand(1, 4, 1) + 0.5, torch.rand(1, 1, 6) + 0.5
+    grad = row * column * scale
+    factored_adam(weight, grad, row_mean, column_mean, step=1, lr=0.1, beta2=0.9, eps=1e-30)
+    torch.testing.assert_close(weight, torch.full_like(weight, -0.1))
+
+
+def test_no_experts_are_no_error():
+    state = make_state(0, 4, 6)
+    factored_adam(state[0], state[0], *state[1:], step=1, **OPTIONS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_follows_the_definition(shape, through_triton):
+    state = make_state(*shape, torch.float32)
+    assert_same(*update_both(*state, [make_grad(state[0]) for _ in range(2)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_computes_low_precision_in_float32(dtype, through_triton):
+    state = make_state(2, 33, 65, dtype)
+    # The interpreter cuts bfloat16 off where a GPU rounds: one unit in the last place.
+    tolerance = {"rtol": 1e-2, "atol": 1e-4}
+    assert_same(*update_both(*state, [make_grad(state[0])]), **tolerance)
+
+
+def test_triton_gives_the_same_bits_again(through_triton):
+    results = []
+    for _ in range(2):
+        state = make_state(2, 40, 260, torch.float32)
+        results.append(update_both(*state, [make_grad(state[0])])[0])
+    for one, other in zip(*results, strict=True):
+        assert one.equal(other)
+
+
+def test_triton_reaches_beyond_two_to_the_31_elements():
+    """The second expert begins at element 2^31: memory that is reserved, and not touched."""
+    kernel = pytest.importorskip("nmt_moe.kernels._triton.factored_adam")
+    torch.use_deterministic_algorithms(False)  # would write all of the memory
+    weight, row_mean, column_mean = make_state(2, 4, 8, torch.float32)
+    grad = make_grad(weight)
+    far = torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((2, 4, 8), (2**31, 8, 1))
+    far_grad = torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((2, 4, 8), (2**31, 8, 1))
+    far.copy_(weight)
+    far_grad.copy_(grad)
+    near, near_grad = far.clone().contiguous(), far_grad.clone().contiguous()
+    results = []
+    for tensors in ((far, far_grad), (near, near_grad)):
+        means = row_mean.clone(), column_mean.clone()
+        kernel.factored_adam(*tensors, *means, 0.1, 0.9, 1e-3, 1.0)
+        results.append((tensors[0], *means))
+    assert not near.equal(weight.bfloat16())
+    for one, other in zip(*results, strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weight", (4, 6), r"`weight` must have the shape \(E, D, H\)"),
+        (
+            "grad",
+            (2, 6, 4),
+            r"`grad` must have the shape .* = \(2, 4, 6\), .* \(2, 6, 4\)",
+        ),
+        ("row_mean", (2, 6), r"`row_mean` must have the shape \(E, D\) = \(2, 4\)"),
+        ("column_mean", (2, 4), r"`column_mean` must have the shape \(E, H\) = \(2, 6\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape, message):
+    shapes = {"weight": (2, 4, 6), "grad": (2, 4, 6), "row_mean": (2, 4), "column_mean": (2, 6)}
+    tensors = {key: torch.zeros(size) for key, size in {**shapes, name: shape}.items()}
+    with pytest.raises(ValueError, match=message):
+        factored_adam(**tensors, step=1, **OPTIONS)

@@ -1,0 +1,117 @@
+"""Gather and combine, plain torch and Triton, against their definitions."""
+
+import pytest
+import torch
+from support.kernels import assert_same, leaf, poisoned_memory
+
+from nmt_moe.kernels import combine_rows, gather_rows, reference
+from nmt_moe.moe import DispatchPlan, plan_dispatch
+
+SHAPES = [  # (tokens, experts, per token, dim)
+    pytest.param(9, 4, 2, 8, id="the-usual-case"),
+    pytest.param(33, 7, 3, 5, id="nothing-is-a-power-of-two"),
+    pytest.param(1, 6, 2, 3, id="fewer-rows-than-a-block"),
+    pytest.param(5, 3, 2, 1100, id="a-vector-is-longer-than-a-block"),
+    pytest.param(0, 3, 2, 3, id="no-tokens"),
+]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def dtype(request):
+    """Run the test on both paths: torch in float64, Triton in float32."""
+    if request.param == "torch":
+        return torch.float64
+    request.getfixturevalue("on_triton")
+    return torch.float32
+
+
+def make_plan(tokens: int, experts: int, top_k: int, empty_slots: bool = False) -> DispatchPlan:
+    torch.manual_seed(1)
+    expert_ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
+    if empty_slots:
+        expert_ids[::3] = experts  # tokens without any expert
+        expert_ids[1::3, -1] = experts
+    return plan_dispatch(expert_ids, experts, int((expert_ids < experts).sum()))
+
+
+@pytest.mark.parametrize("empty_slots", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim"), SHAPES)
+def test_gather_rows(tokens, experts, top_k, dim, empty_slots, dtype):
+    plan, x = make_plan(tokens, experts, top_k, empty_slots), leaf(tokens, dim, dtype=dtype)
+    expected = reference.gather_rows(x, plan.row_token, plan.token_rows)
+    with poisoned_memory():
+        assert_same(gather_rows(x, plan.row_token, plan.token_rows), expected, {"x": x})
+
+
+@pytest.mark.parametrize("empty_slots", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim"), SHAPES)
+def test_combine_rows(tokens, experts, top_k, dim, empty_slots, dtype):
+    plan = make_plan(tokens, experts, top_k, empty_slots)
+    rows = leaf(len(plan.row_token), dim, dtype=dtype)
+    gates = torch.rand(tokens, top_k, dtype=dtype) * (plan.token_rows < len(rows))
+    gates.requires_grad_()
+    expected = reference.combine_rows(rows, gates, plan.row_token, plan.token_rows)
+    with poisoned_memory():
+        ours = combine_rows(rows, gates, plan.row_token, plan.token_rows)
+        assert_same(ours, expected, {"rows": rows, "gates": gates})
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_run_in_float32(half, on_triton):
+    plan = make_plan(12, 5, 3, empty_slots=True)
+    rows, gates = leaf(len(plan.row_token), 20, dtype=half), leaf(12, 3, dtype=half)
+    wide = [t.detach().float().requires_grad_() for t in (rows, gates)]
+    ours = combine_rows(rows, gates, plan.row_token, plan.token_rows)
+    theirs = reference.combine_rows(*wide, plan.row_token, plan.token_rows)
+    grad = torch.randn_like(ours)
+    pairs = {"y": (ours, theirs)}
+    mine = torch.autograd.grad(ours, (rows, gates), grad)
+    expected = torch.autograd.grad(theirs, wide, grad.float())
+    pairs |= {"rows": (mine[0], expected[0]), "gates": (mine[1], expected[1])}
+    for name, (one, other) in pairs.items():
+        # One rounding at the end, which the interpreter does by cutting off.
+        step = torch.finfo(half).eps
+        torch.testing.assert_close(
+            one.float(), other, rtol=step, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_repeated_runs_agree_bit_for_bit(on_triton):
+    plan = make_plan(40, 5, 3)
+    rows, gates = leaf(120, 33, dtype=torch.float32), leaf(40, 3, dtype=torch.float32)
+    x, grad = leaf(40, 33, dtype=torch.float32), torch.randn(40, 33)
+
+    def run() -> list[torch.Tensor]:
+        y = combine_rows(rows, gates, plan.row_token, plan.token_rows)
+        copies = gather_rows(x, plan.row_token, plan.token_rows)
+        grads = torch.autograd.grad([y, copies], [rows, gates, x], [grad, rows.detach()])
+        return [y, copies, *grads]
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_expanded_gradient_is_taken(dtype):
+    plan, x = make_plan(6, 3, 2), leaf(6, 4, dtype=dtype)
+    rows = gather_rows(x, plan.row_token, plan.token_rows)
+    ones = torch.ones(6, 2, dtype=dtype)
+    combine_rows(rows, ones, plan.row_token, plan.token_rows).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((6, 4), 2.0, dtype=dtype))
+
+
+def test_places_beyond_two_to_the_31(on_triton):
+    """Fresh memory costs nothing until it is touched, and only one row here is."""
+    from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
+    from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows
+
+    last = 2**21
+    x = torch.empty(last + 1, 1024, dtype=torch.float16)
+    x[last] = torch.arange(1024)
+    assert torch.equal(gather_rows(x, torch.tensor([last]))[0], x[last])
+    token_rows = torch.tensor([[last]])
+    assert torch.equal(sum_rows(x, token_rows)[0], x[last])
+    half = torch.full((1, 1), 0.5, dtype=torch.float16)
+    ones = torch.ones(1, 1024, dtype=torch.float16)
+    grad_rows, grad_gates = combine_rows_backward(ones / 1024, x, half, token_rows)
+    assert (grad_rows[last] == 0.5 / 1024).all()
+    assert grad_gates.item() == 511.5  # the mean of 0 to 1023

@@ -1,0 +1,162 @@
+"""Noisy top-k gating on Triton's interpreter: against its definition, and its noise."""
+
+import importlib
+
+import pytest
+import torch
+from support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
+
+from nmt_moe.kernels import noisy_top_k
+
+pytest.importorskip("triton")
+
+# By import_module: the package's attribute of that name is the function.
+operation = importlib.import_module("nmt_moe.kernels.gating")
+launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
+SEED = 2**62 + 12345
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on the GPU, not on CPU tensors"
+)
+
+
+def assert_is_right(inputs, top_k, sizes, training=True, one_by_one=False):
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    assert_is_the_definition(inputs, top_k, sizes, training, one_by_one, **tolerance)
+
+
+@pytest.fixture(autouse=True)
+def _triton_and_poisoned_memory(monkeypatch):
+    """Run CPU tensors as CUDA would; fresh memory is NaN, so an unwritten element is seen."""
+    monkeypatch.setattr(operation, "uses_triton", lambda tensor: True)
+    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs: each takes long
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def use_blocks(monkeypatch, columns: int, numbers: int):
+    """Hold so many columns, and so many numbers, in a block."""
+    monkeypatch.setattr(launchers, "MAX_BLOCK_COLUMNS", columns)
+    monkeypatch.setattr(launchers, "BLOCK_NUMBERS", numbers)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("rows", "experts", "top_k", "sizes"), SHAPES)
+def test_kernels_compute_the_definition(rows, experts, top_k, sizes, training):
+    assert_is_right(make_inputs(rows, experts, torch.float32), top_k, sizes, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "experts", "top_k", "sizes"),
+    [
+        pytest.param(20, 39, 4, None, id="chunks"),
+        pytest.param(12, 32, 7, [5, 0, 7], id="groups"),
+        pytest.param(4, 18, 15, None, id="more-than-a-chunk-holds"),
+    ],
+)
+def test_wide_rows_are_read_in_chunks(rows, experts, top_k, sizes, training, monkeypatch):
+    use_blocks(monkeypatch, columns=16, numbers=512)
+    assert_is_right(make_inputs(rows, experts, torch.float32), top_k, sizes, training)
+
+
+def test_a_program_takes_several_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(launchers, "MAX_PROGRAMS", 2)
+    use_blocks(monkeypatch, columns=1024, numbers=128)
+    assert_is_right(make_inputs(50, 16, torch.float32), 3, [30, 20])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_results_of_which_only_one_has_a_gradient(training):
+    assert_is_right(make_inputs(9, 6, torch.float32), 2, None, training, one_by_one=True)
+
+
+def run(inputs, noise=None):
+    """Return the results of a pass and the gradients of a loss made of all of them."""
+    leaves = [inputs["clean"], inputs["raw_scale"]]
+    out = noisy_top_k(*leaves, 4, noise)
+    loss = (out.gates * torch.arange(4)).sum() + out.importance.square().sum()
+    return [*out, *torch.autograd.grad(loss + out.load.square().sum(), leaves)]
+
+
+def test_forward_and_backward_draw_the_same_noise(monkeypatch):
+    monkeypatch.setattr(operation, "draw_seed", lambda: SEED)
+    inputs = make_inputs(40, 22, torch.float32)
+    noise = launchers.write_noise(SEED, 0, torch.empty(40, 22))
+    for one, other in zip(run(inputs), run(inputs, noise), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_the_choice_does_not_depend_on_the_blocks(monkeypatch):
+    monkeypatch.setattr(operation, "draw_seed", lambda: SEED)
+    inputs = make_inputs(40, 70, torch.float32)
+    whole = run(inputs)
+    for columns, numbers in ((128, 2**11), (32, 2**10), (64, 2**10)):
+        use_blocks(monkeypatch, columns, numbers)
+        others = run(inputs)
+        assert torch.equal(whole[0], others[0])  # gates
+        assert torch.equal(whole[1], others[1])  # ids
+        for one, other in zip(whole, others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_seeds_give_equal_bits():
+    inputs = make_inputs(40, 22, torch.float32)
+
+    def seeded(seed):
+        torch.manual_seed(seed)
+        return run(inputs)
+
+    first = seeded(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, seeded(5), strict=True))
+    assert not torch.equal(first[1], seeded(6)[1])
+
+
+def test_noise_is_standard_normal(monkeypatch):
+    use_blocks(monkeypatch, columns=256, numbers=2**15)
+    noise = launchers.write_noise(SEED, 0, torch.empty(400, 250)).flatten().sort().values
+    ranks = torch.arange(1, len(noise) + 1) / len(noise)
+    # Kolmogorov-Smirnov; one in a thousand seeds is worse than 1.95.
+    distance = (torch.special.ndtr(noise) - ranks).abs().max()
+    assert distance * len(noise) ** 0.5 < 1.95
+
+
+def test_neighbours_are_independent(monkeypatch):
+    use_blocks(monkeypatch, columns=256, numbers=2**15)
+    noise = launchers.write_noise(SEED, 0, torch.empty(400, 250))
+    for rows, columns in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0)):
+        one, other = noise[rows:, columns:], noise[: 400 - rows, : 250 - columns]
+        # five standard deviations of a correlation of 10^5 pairs
+        assert (one * other).mean().abs() < 5 * 1e5**-0.5
+
+
+def test_noise_belongs_to_seed_row_and_column():
+    noise = launchers.write_noise(SEED, 0, torch.empty(8, 20))
+    assert torch.equal(launchers.write_noise(SEED, 3, torch.empty(5, 9)), noise[3:, :9])
+    for seed, row in (
+        (SEED + 1, 0),
+        (SEED + 2**32, 0),
+        (SEED, 2**31),
+        (SEED, 2**32),
+        (SEED, 2**40),
+    ):
+        other = launchers.write_noise(seed, row, torch.empty(8, 20))
+        assert not (other == noise).any()
+
+
+def test_a_group_of_rows_has_its_own_sums():
+    inputs = make_inputs(30, 6, torch.float32)
+    inputs.pop("noise")
+    out = noisy_top_k(**inputs, top_k=2, row_offsets=offsets_of([10, 0, 20]))
+    assert out.tokens_per_expert.sum(1).tolist() == [20, 0, 40]
+    assert not out.load[1].any()
+
+
+def test_what_kernels_do_not_hold_takes_another_path(monkeypatch):
+    monkeypatch.setattr(launchers, "gating_forward", None)  # a call would fail
+    clean = torch.randn(3, 20)
+    noisy_top_k(clean, clean, 16)  # too many
+    noisy_top_k(clean.double(), clean.double(), 2)
+    monkeypatch.setattr(operation, "MAX_TRITON_EXPERTS", 16)
+    noisy_top_k(clean, clean, 2)

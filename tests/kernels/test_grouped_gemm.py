@@ -1,0 +1,246 @@
+"""A matrix per expert: loop, torch's grouped product and Triton against the definition."""
+
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.kernels import assert_same, leaf, offsets_of, poisoned_memory
+
+from nmt_moe.kernels import _products, grouped_gemm, reference
+from nmt_moe.kernels._backend import INTERPRETED
+
+SHAPES = [  # (rows of each expert, dim, out dim)
+    pytest.param([3, 2], 16, 32, id="fewer-rows-than-a-block"),
+    pytest.param([5, 17, 40], 33, 70, id="nothing-is-a-power-of-two"),
+    pytest.param([0, 4, 0, 9, 0], 8, 24, id="first-middle-and-last-without-rows"),
+    pytest.param([0, 0, 37, 0], 8, 16, id="one-expert-has-all-rows"),
+    pytest.param([40], 24, 8, id="one-expert"),
+    pytest.param([2] * 60, 4, 8, id="many-experts-few-rows"),
+    pytest.param([300, 200], 72, 136, id="many-rows-an-expert"),
+    pytest.param([0, 0, 0], 8, 16, id="no-rows"),
+]
+
+
+@pytest.fixture
+def kernels(on_triton):
+    """Return the launchers."""
+    return import_module("nmt_moe.kernels._triton.grouped_gemm")
+
+
+def make(counts, dim, out_dim, dtype):
+    torch.manual_seed(1)
+    rows, weight = leaf(sum(counts), dim, dtype=dtype), leaf(len(counts), dim, out_dim, dtype=dtype)
+    return rows, weight, offsets_of(counts)
+
+
+def check(rows, weight, offsets, **tolerance):
+    expected = reference.grouped_gemm(rows, weight, offsets)
+    with poisoned_memory():
+        ours = grouped_gemm(rows, weight, offsets)
+        assert_same(ours, expected, {"rows": rows, "weight": weight}, **tolerance)
+
+
+@pytest.mark.parametrize(("counts", "dim", "out_dim"), SHAPES)
+def test_loop(counts, dim, out_dim):
+    check(*make(counts, dim, out_dim, torch.float64))
+
+
+@pytest.mark.parametrize(("counts", "dim", "out_dim"), SHAPES)
+def test_triton(counts, dim, out_dim, on_triton):
+    check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(_products.GROUPED_MM is None, reason="torch has no grouped product")
+@pytest.mark.parametrize("zeroed_by", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("counts", "dim", "out_dim"),
+    [shape for shape in SHAPES if not shape.values[1] % 8 and sum(shape.values[0])],
+)
+def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, request):
+    if zeroed_by == "triton":
+        if not INTERPRETED:
+            pytest.skip("on a GPU it may refuse float32")
+        request.getfixturevalue("on_triton")
+    monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
+    check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[400, 0, 200, 301], [3, 0, 5, 1]])
+def test_bfloat16_on_a_gpu(counts):
+    """The first counts reach torch's grouped product on Hopper and Blackwell, the others Triton."""
+    offsets = offsets_of(counts).cuda()
+    rows, weight = (leaf.detach().cuda() for leaf in make(counts, 64, 136, torch.bfloat16)[:2])
+    rows.requires_grad_()
+    weight.requires_grad_()
+    wide = [leaf.detach().float().requires_grad_() for leaf in (rows, weight)]
+    ours = grouped_gemm(rows, weight, offsets)
+    theirs = reference.grouped_gemm(*wide, offsets)
+    mine = torch.autograd.grad(ours, [rows, weight], theirs.detach().bfloat16())
+    expected = torch.autograd.grad(theirs, wide, theirs.detach().bfloat16().float())
+    for one, other in zip([ours, *mine], [theirs, *expected], strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-2)
+
+
+def test_more_experts_than_the_grouped_product_of_torch_takes(on_triton):
+    counts = [0] * 1030
+    counts[0], counts[1023], counts[1029] = 2, 1, 3
+    check(*make(counts, 4, 8, torch.float32))
+
+
+def test_a_gradient_nobody_needs_is_not_computed():
+    rows, weight, offsets = make([3, 2], 4, 5, torch.float64)
+    grouped_gemm(rows.detach(), weight, offsets).sum().backward()
+    assert rows.grad is None
+    torch.testing.assert_close(weight.grad[1], rows.detach()[3:].sum(0)[:, None].expand(4, 5))
+
+
+def test_transposed_weights_and_rows_with_a_stride():
+    rows = torch.randn(6, 5, dtype=torch.float64).t()
+    weight = torch.randn(2, 3, 6, dtype=torch.float64).transpose(1, 2)
+    offsets = offsets_of([1, 4])
+    torch.testing.assert_close(
+        grouped_gemm(rows, weight, offsets), reference.grouped_gemm(rows, weight, offsets)
+    )
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_adds_up_in_float32(half, kernels):
+    rows, weight, offsets = make([0, 20, 50], 33, 70, half)
+    rows, weight = rows.detach(), weight.detach()
+    grad = torch.randn(70, 70).to(half)
+    tiles = kernels.list_tiles(offsets, 70, 32)
+    step = torch.finfo(half).eps  # the interpreter's only rounding cuts off
+    with poisoned_memory():
+        out = kernels.multiply_rows(rows, weight, offsets, tiles)
+        grad_weight = kernels.weight_gradient(rows, grad, offsets, 32)
+    expected = reference.grouped_gemm(rows.float(), weight.float(), offsets)
+    torch.testing.assert_close(out.float(), expected, rtol=step, atol=1e-4)
+    for e in range(3):
+        run = slice(offsets[e], offsets[e + 1])
+        expected = rows[run].float().t() @ grad[run].float()
+        torch.testing.assert_close(grad_weight[e].float(), expected, rtol=step, atol=1e-4)
+
+
+def test_relu_and_its_gradient_by_hand(kernels):
+    rows = torch.tensor([[1.0], [2.0], [float("nan")]])
+    weight, offsets = torch.tensor([[[-3.0, 4.0]]]), torch.tensor([0, 3])
+    tiles = kernels.list_tiles(offsets, 3, 16)
+    nan = float("nan")
+    hidden = kernels.multiply_rows(rows, weight, offsets, tiles, relu=True)
+    expected = torch.tensor([[0.0, 4.0], [0.0, 8.0], [nan, nan]])  # a NaN is not swallowed
+    torch.testing.assert_close(hidden, expected, equal_nan=True)
+    mask = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
+    masked = kernels.multiply_rows(rows, weight, offsets, tiles, mask=mask)
+    torch.testing.assert_close(masked, torch.tensor([[-3.0, 0.0], [0.0, 8.0], [0.0, 0.0]]))
+
+
+def test_repeated_runs_agree_bit_for_bit(on_triton):
+    rows, weight, offsets = make([5, 17, 40], 33, 70, torch.float32)
+
+    def run():
+        out = grouped_gemm(rows, weight, offsets)
+        return [out, *torch.autograd.grad(out, [rows, weight], out.detach())]
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tiles_by_hand(kernels):
+    tiles = kernels.list_tiles(offsets_of([0, 20, 1, 0, 16]), 37, 16)
+    assert tiles.first_tile.tolist() == [0, 0, 2, 3, 3, 4]
+    # ceil(37 / 16) + min(5, 37) tiles for any routing; here four have rows.
+    assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
+
+
+def test_blocks_depend_on_the_rows_of_an_average_expert_alone(kernels):
+    for num_experts in (4, 4096):
+        sizes = [
+            kernels.choose_block_rows(mean * num_experts, num_experts, torch.bfloat16)
+            for mean in (0, 16, 32, 128, 129)
+        ]
+        assert sizes == [16, 16, 32, 64, 128]
+
+
+def test_places_beyond_two_to_the_31(kernels, monkeypatch):
+    """Fresh memory costs nothing until it is touched, and few places here are."""
+    far = torch.empty(2**31 + 256, dtype=torch.float16)
+    weight = far.as_strided((3, 16, 16), (2**30, 16, 1))
+    weight[2] = torch.eye(16) * 3
+    rows = torch.randn(2, 16).half()
+    offsets = offsets_of([0, 0, 2])
+    tiles = kernels.list_tiles(offsets, 2, 16)
+    out = kernels.multiply_rows(rows, weight, offsets, tiles)
+    torch.testing.assert_close(out, rows * 3)
+    # Rows so far behind, in the operands, the answer and the mask.
+    many = far[: 2**31 + 32].view(2**27 + 2, 16)
+    many[-2:] = rows
+    offsets = torch.tensor([2**27, 2**27, 2**27, 2**27 + 2])
+    tiles = kernels.list_tiles(offsets, 2, 16)
+    out = kernels.multiply_rows(many, torch.eye(16).half().expand(3, 16, 16), offsets, tiles)
+    torch.testing.assert_close(out[-2:], rows)
+    masked = kernels.multiply_rows(many, weight, offsets, tiles, mask=many)
+    assert torch.equal(masked[-2:] != 0, rows > 0)
+    grad = kernels.weight_gradient(many, many, offsets, 16)
+    torch.testing.assert_close(grad[2], rows.t() @ rows)
+    # A gradient whose last expert lies so far behind.
+    monkeypatch.setattr(torch, "empty", lambda shape, **_: far.as_strided(shape, (2**30, 16, 1)))
+    grad = kernels.weight_gradient(rows, rows, offsets_of([0, 0, 2]), 16)
+    torch.testing.assert_close(grad[2], rows.t() @ rows)
+
+
+def test_the_path_follows_device_dtype_and_shape(monkeypatch):
+    monkeypatch.setattr(_products, "GROUPED_MM", lambda: None)
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def suits(experts=32, dim=512, out_dim=1024, mean=128, dtype=torch.bfloat16, is_cuda=True):
+        class Rows(SimpleNamespace):
+            def __len__(self):
+                return mean * experts
+
+        rows = Rows(is_cuda=is_cuda, dtype=dtype, device=0)
+        return _products.suits_grouped_mm(rows, SimpleNamespace(shape=(experts, dim, out_dim)))
+
+    assert suits()
+    assert suits(experts=1023)
+    refused = [
+        {"experts": 1024},
+        {"experts": 0},
+        {"mean": 127},
+        {"dtype": torch.float16},
+        {"dtype": torch.float32},
+        {"dim": 500},
+        {"out_dim": 1001},
+        {"is_cuda": False},
+    ]
+    for case in refused:
+        assert not suits(**case), case
+    capability[0] = 8
+    assert not suits()
+    monkeypatch.setattr(_products, "GROUPED_MM", None)
+    assert not suits()
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "offsets", "message"),
+    [
+        ((6, 5), (3, 4, 8), (4,), r"`rows` must have the shape \(R, D\) = \(any, 4\)"),
+        ((6, 4), (4, 8), (4,), r"`weight` must have the shape \(L, D, F\)"),
+        ((6, 4), (3, 4, 8), (3,), r"`expert_offsets` .* = \(4\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(rows, weight, offsets, message):
+    with pytest.raises(ValueError, match=message):
+        grouped_gemm(
+            torch.zeros(rows), torch.zeros(weight), torch.zeros(offsets, dtype=torch.int64)
+        )
+
+
+def test_dtypes_that_do_not_fit_are_refused():
+    rows, weight, offsets = torch.zeros(6, 4), torch.zeros(1, 4, 8), torch.tensor([0, 6])
+    with pytest.raises(ValueError, match=r"`weight` .* of `rows`, torch.float32, .* torch.float16"):
+        grouped_gemm(rows, weight.half(), offsets)
+    with pytest.raises(ValueError, match=r"`expert_offsets` must be torch.int64, .* torch.int32"):
+        grouped_gemm(rows, weight, offsets.int())

@@ -1,0 +1,73 @@
+"""What the tests of noisy top-k gating share."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmt_moe.kernels import Gating, noisy_top_k, reference
+
+SHAPES = [  # (rows, experts, per token, sizes of groups)
+    pytest.param(7, 4, 2, None, id="the-usual-case"),
+    pytest.param(33, 7, 3, None, id="nothing-is-a-power-of-two"),
+    pytest.param(5, 6, 1, None, id="one-expert-a-token"),
+    pytest.param(5, 6, 5, None, id="all-but-one"),
+    pytest.param(5, 6, 6, None, id="all-experts"),
+    pytest.param(3, 1, 1, None, id="a-single-expert"),
+    pytest.param(70, 40, 4, [30, 0, 39, 1], id="groups-some-without-rows"),
+    pytest.param(9, 5, 2, [0, 9, 0], id="one-group-takes-all"),
+]
+
+
+def offsets_of(sizes: list[int] | None) -> Tensor | None:
+    return None if sizes is None else torch.tensor([0, *sizes]).cumsum(0)
+
+
+def make_inputs(rows: int, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make logits, noise and row weights; the first two rows have nothing but ties."""
+    torch.manual_seed(1)
+    clean, raw_scale, noise = (torch.randn(rows, experts, dtype=dtype) for _ in range(3))
+    for tensor in (clean, raw_scale, noise):
+        tensor[:2] = tensor[:2, :1]
+    weight = torch.rand(rows, dtype=dtype)
+    leaves = {"clean": clean, "raw_scale": raw_scale, "row_weight": weight}
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()} | {"noise": noise}
+
+
+def assert_is_the_definition(
+    inputs: dict[str, Tensor],
+    top_k: int,
+    sizes: list[int] | None,
+    training: bool,
+    one_by_one: bool = True,
+    **tolerance: float,
+):
+    """Compare results and gradients with the definition's, by name; also of one result alone."""
+    keywords = inputs | {"row_offsets": offsets_of(sizes), "top_k": top_k}
+    if not training:
+        keywords["raw_scale"] = None
+    ours, theirs = noisy_top_k(**keywords), reference.noisy_top_k(**keywords)
+    for name, one, other in zip(Gating._fields, ours, theirs, strict=True):
+        assert_close(name, one, other, **tolerance)
+        assert one.requires_grad == other.requires_grad, name
+    smooth = [name for name in Gating._fields if getattr(ours, name).requires_grad]
+    leaves = {name: x for name, x in keywords.items() if name in inputs and name != "noise"}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    for fields in (smooth, ["gates"], ["importance"]) if one_by_one else (smooth,):
+        weights = [torch.randn_like(getattr(theirs, name)) for name in fields]
+        gradients = [
+            torch.autograd.grad(
+                [getattr(out, name) for name in fields],
+                list(leaves.values()),
+                weights,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for out in (ours, theirs)
+        ]
+        for name, one, other in zip(leaves, *gradients, strict=True):
+            assert_close(f"{name} by {fields}", one, other, **tolerance)
+
+
+def assert_close(name: str, one: Tensor, other: Tensor, **tolerance: float):
+    torch.testing.assert_close(one, other, msg=lambda text: f"{name}: {text}", **tolerance)
