@@ -154,7 +154,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(590)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_learn_what_one_process_does(world_size):
     answers = run_ranks(work, world_size, world_size)

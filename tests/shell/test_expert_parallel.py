@@ -77,7 +77,7 @@ def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> No
     )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(590)
 def test_two_processes_with_half_the_experts_each_learn_what_one_does(one_process, two_processes):
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, two_processes / "exact" / name, **TOLERANCE)

@@ -35,7 +35,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     answers: dict[int, Any] = {}
     try:
         for _ in ranks:
-            rank, answer, error = results.get(timeout=200)
+            rank, answer, error = results.get(timeout=500)
             if error:
                 pytest.fail(f"rank {rank}:\n{error}")
             answers[rank] = answer
