@@ -5,13 +5,20 @@ says so, gives its reason, and has its own test. All replace names in fairseq's 
 commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
-from nmt_moe.compat.checkpoints import allow_checkpoint_types, explain_unreadable_checkpoints
+from nmt_moe.compat.checkpoints import (
+    allow_checkpoint_types,
+    copy_checkpoints_whole,
+    explain_unreadable_checkpoints,
+    keep_numpy_out_of_checkpoints,
+)
 from nmt_moe.compat.corpora import (
     keep_every_sentence,
     name_bytes_that_are_not_utf8,
     name_uneven_corpora,
 )
 from nmt_moe.compat.errors import end_in_one_message
+from nmt_moe.compat.expert_checkpoints import save_and_load_spread_experts
+from nmt_moe.compat.expert_parallel import spread_experts_over_processes
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
 from nmt_moe.compat.texts import (
@@ -22,9 +29,11 @@ from nmt_moe.compat.texts import (
 
 __all__ = [
     "allow_checkpoint_types",
+    "copy_checkpoints_whole",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
     "keep_every_sentence",
+    "keep_numpy_out_of_checkpoints",
     "let_each_sentence_be_a_sample",
     "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
@@ -33,10 +42,14 @@ __all__ = [
     "name_endless_lines",
     "name_uneven_corpora",
     "prepare_processes_and_input",
+    "save_and_load_spread_experts",
+    "spread_experts_over_processes",
 ]
 
 allow_checkpoint_types()
 explain_unreadable_checkpoints()
+keep_numpy_out_of_checkpoints()
+copy_checkpoints_whole()
 keep_every_sentence()
 name_bytes_that_are_not_utf8()
 name_uneven_corpora()
@@ -46,4 +59,6 @@ name_endless_lines()
 let_half_precision_train_anywhere()
 let_torchrun_train_on_cpu()
 prepare_processes_and_input()
+spread_experts_over_processes()
+save_and_load_spread_experts()
 end_in_one_message()

@@ -9,9 +9,12 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, models
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.file_io import PathManager
+from fairseq.logging import metrics
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
@@ -44,6 +47,54 @@ def allow_checkpoint_types() -> None:
     """
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([*IN_FILES, *IN_BROADCASTS])
+
+
+def keep_numpy_out_of_checkpoints() -> None:
+    """Save metrics as plain numbers and lists.
+
+    Reason: --eval-bleu counts in numpy arrays, which fairseq saves as they are, and torch's safe
+    loader refuses: such a training could neither go on nor translate.
+    """
+    replace(metrics, "state_dict", _plainly)
+
+
+def _plainly(make_state: Callable) -> Callable:
+    def state_dict() -> Any:
+        return to_plain(make_state())
+
+    return state_dict
+
+
+def to_plain(value: Any) -> Any:
+    """Turn numpy's arrays and numbers within a nest of containers into Python's own."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return type(value)((key, to_plain(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(to_plain(item) for item in value)
+    return value
+
+
+def copy_checkpoints_whole() -> None:
+    """Let the copy of a checkpoint take its name once it is whole.
+
+    Reason: fairseq writes one file so, but copies it to `checkpoint_last.pt` and others in place,
+    and a process that is killed meanwhile leaves half of it, and nothing to go on from.
+    """
+    replace(PathManager, "copy", _copying)
+
+
+def _copying(copy: Callable) -> Callable:
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if not overwrite or not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite)
+        unfinished = f"{dst_path}.tmp"
+        is_copied = copy(src_path, unfinished, overwrite=True)
+        PathManager.rename(unfinished, dst_path)
+        return is_copied
+
+    return copy_whole
 
 
 def explain_unreadable_checkpoints() -> None:
@@ -133,7 +184,7 @@ def describe_misfit(filenames: list[str], error: Exception) -> str | None:
 
 
 def _building(build: Callable) -> Callable:
-    def build_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
         known = {*models.ARCH_MODEL_REGISTRY, *models.MODEL_DATACLASS_REGISTRY}
         # fairseq itself fails at wording its message: "KeyError: '_name'".
@@ -142,6 +193,9 @@ def _building(build: Callable) -> Callable:
                 f"neither fairseq nor this plugin knows the model `{name}`. "
                 "Add the --user-dir of the plugin that it was trained with."
             )
-        return build(cfg, *args, **kwargs)
+        if from_checkpoint and "expert_parallel_size" in cfg:
+            # For use, not for training: processes do not keep in step.
+            cfg.expert_parallel_size = 1
+        return build(cfg, task, from_checkpoint)
 
     return build_model

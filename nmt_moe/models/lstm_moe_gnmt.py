@@ -32,6 +32,7 @@ from nmt_moe.nn import (
     GNMTDecoder,
     GNMTEncoder,
 )
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
 AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
 WiringChoice: Any = ChoiceEnum(WIRINGS)
@@ -77,6 +78,13 @@ class LSTMMoEGNMTConfig(MoEOptions):
     share_decoder_input_output_embed: bool = field(
         default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
     )
+    expert_parallel_size: int = field(
+        default=0,
+        metadata={
+            "help": "processes that share the experts among them; 1: each has all; 0: as many as "
+            "divide both the number of processes and that of experts (or --moe-groups)"
+        },
+    )
 
     def to_config(self) -> GNMTConfig:
         """Translate to the core's configuration.
@@ -97,6 +105,20 @@ class LSTMMoEGNMTConfig(MoEOptions):
                 moe=None if self.dense else moe_config(self),
             )
 
+    def make_group(self, config: GNMTConfig) -> ExpertParallelGroup:
+        """Decide which process holds which experts; all processes must call.
+
+        Raises:
+            ValueError: naming the option, its rule and its value.
+        """
+        if config.moe is None:
+            return ALONE
+        size = getattr(self, "expert_parallel_size", None)  # none in early checkpoints
+        with naming_options():
+            return make_expert_parallel_group(
+                config.moe.num_experts, config.moe.num_groups, 1 if size is None else size
+            )
+
 
 @register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)
 class LSTMMoEGNMT(FairseqEncoderDecoderModel):
@@ -106,14 +128,15 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
         """Build the model of a task with two dictionaries."""
         config = LSTMMoEGNMTConfig.to_config(cfg)
+        group = LSTMMoEGNMTConfig.make_group(cfg, config)
         source, target = task.source_dictionary, task.target_dictionary
         sizes = config.model_dim, config.init_range
         embedding = build_embedding(source, *sizes)
         shares_dictionary = source == target
         target_embedding = embedding if shares_dictionary else build_embedding(target, *sizes)
-        encoder = LSTMMoEGNMTEncoder(config, source, embedding)
+        encoder = LSTMMoEGNMTEncoder(config, source, embedding, group)
         decoder = LSTMMoEGNMTDecoder(
-            config, target, target_embedding, cfg.share_decoder_input_output_embed
+            config, target, target_embedding, cfg.share_decoder_input_output_embed, group
         )
         return cls(encoder, decoder)
 
@@ -121,10 +144,16 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
 class LSTMMoEGNMTEncoder(FairseqEncoder):
     """The encoder as fairseq calls it."""
 
-    def __init__(self, config: GNMTConfig, dictionary: Dictionary, embedding: nn.Embedding) -> None:
+    def __init__(
+        self,
+        config: GNMTConfig,
+        dictionary: Dictionary,
+        embedding: nn.Embedding,
+        group: ExpertParallelGroup,
+    ) -> None:
         super().__init__(dictionary)
         self.dictionary_check = DictionaryCheck(dictionary, "source")
-        self.network = GNMTEncoder(config, embedding)
+        self.network = GNMTEncoder(config, embedding, group)
 
     def forward(
         self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None, **_: Any
@@ -150,10 +179,11 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         dictionary: Dictionary,
         embedding: nn.Embedding,
         tie_output: bool,
+        group: ExpertParallelGroup,
     ) -> None:
         super().__init__(dictionary)
         self.dictionary_check = DictionaryCheck(dictionary, "target")
-        self.network = GNMTDecoder(config, embedding)
+        self.network = GNMTDecoder(config, embedding, group)
         self.output = nn.Linear(config.model_dim, len(dictionary), bias=False)
         nn.init.uniform_(self.output.weight, -config.init_range, config.init_range)
         if tie_output:

@@ -18,6 +18,7 @@ from nmt_moe.moe.hierarchical_gate import (
 )
 from nmt_moe.moe.layer import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
+from nmt_moe.moe.sharded_experts import ShardedExperts
 from nmt_moe.moe.stats import MoEStats, balance_metrics
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MoELayer",
     "MoEStats",
     "NoisyTopKGate",
+    "ShardedExperts",
     "SoftmaxGate",
     "StrictlyBalancedGate",
     "balance_metrics",

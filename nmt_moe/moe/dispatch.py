@@ -16,11 +16,13 @@ class DispatchPlan:
         token_rows: (N, K) int64. The rows of each token, in the order of its experts; R where the
             token has fewer than K experts.
         expert_offsets: (E + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
+        expert_ids: (N, K) int64. What the plan was made of; E in an empty slot.
     """
 
     row_token: Tensor
     token_rows: Tensor
     expert_offsets: Tensor
+    expert_ids: Tensor
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -51,4 +53,5 @@ def plan_dispatch(
         row_token=order[:num_rows].div(top_k, rounding_mode="floor"),
         token_rows=torch.empty_like(order).scatter_(0, order, rows).view(num_tokens, top_k),
         expert_offsets=torch.searchsorted(sorted_ids, bounds),
+        expert_ids=expert_ids,
     )

@@ -6,32 +6,40 @@ from torch import Tensor, nn
 from nmt_moe.kernels import mixture_ffn
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan
-from nmt_moe.parallel import mark_expert
+from nmt_moe.parallel import (
+    ALONE,
+    ExpertParallelGroup,
+    init_uniform,
+    mark_expert,
+    mark_shard,
+)
 
 
 class Experts(nn.Module):
-    """All experts of a layer, without biases.
+    """The experts of a layer that this rank holds, without biases.
 
     Attributes:
-        weight_in: (E, D, H), uniform within 1 / sqrt(D) at start.
-        weight_out: (E, H, D), uniform within 1 / sqrt(H) at start.
+        weight_in: (L, D, H), uniform within 1 / sqrt(D) at start.
+        weight_out: (L, H, D), uniform within 1 / sqrt(H) at start.
 
     Source: Shazeer et al. 2017, section 2 and Appendix C.1.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, group: ExpertParallelGroup = ALONE) -> None:
         super().__init__()
         self.recompute = config.recomputes
+        num_local_experts = config.num_experts // group.size
         self.weight_in = nn.Parameter(
-            torch.empty(config.num_experts, config.model_dim, config.hidden_dim)
+            torch.empty(num_local_experts, config.model_dim, config.hidden_dim)
         )
         self.weight_out = nn.Parameter(
-            torch.empty(config.num_experts, config.hidden_dim, config.model_dim)
+            torch.empty(num_local_experts, config.hidden_dim, config.model_dim)
         )
         for weight in (self.weight_in, self.weight_out):
-            bound = weight.shape[1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
             mark_expert(weight)
+            if group.size > 1:
+                mark_shard(weight, group)
+            init_uniform(weight, weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
         """Give each token the weighted sum of its experts' answers.
@@ -46,8 +54,7 @@ class Experts(nn.Module):
 
         Source: Shazeer et al. 2017, eq. 1.
         """
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = compute_dtype(x)
         return mixture_ffn(
             x.to(dtype),
             gates.to(dtype),
@@ -58,3 +65,9 @@ class Experts(nn.Module):
             self.weight_out.to(dtype),
             self.recompute,
         )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which experts compute: that of the tokens, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

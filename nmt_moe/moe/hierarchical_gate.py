@@ -19,6 +19,7 @@ from nmt_moe.moe.gate import (
     to_slots,
 )
 from nmt_moe.moe.gate_output import GateOutput
+from nmt_moe.parallel import sum_over_ranks
 
 HierarchicalNoise = tuple[Tensor, Tensor]
 
@@ -90,8 +91,8 @@ class HierarchicalGate(nn.Module):
             rows = gather_rows(wide, plan.row_token, plan.token_rows)
             choice = self._choose(rows, _row_gates(primary, plan), plan, secondary_noise)
             gates, expert_ids = self._combine(primary, choice, plan)
-            counts = plan.tokens_per_expert.clamp(min=1).to(primary.load.dtype)
-            load = (primary.load / counts).unsqueeze(1) * choice.load
+            primary_load, counts = self._primary_balance(primary, plan)
+            load = (primary_load / counts.clamp(min=1)).unsqueeze(1) * choice.load
         num_experts = self.num_groups * self.group_size
         losses = [
             loss for loss in (primary.threshold_loss, choice.threshold_loss) if loss is not None
@@ -106,6 +107,16 @@ class HierarchicalGate(nn.Module):
             can_balance_load=noisy and self.top_k < max(self.num_groups, self.group_size),
             threshold_loss=torch.stack(losses).sum() if losses else None,
         )
+
+    def _primary_balance(self, primary: GateOutput, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+        """Give (G,) loads and (G,) token counts of the groups, in training those of all ranks.
+
+        So that the loads of all ranks' batches add up to the load of one batch of all tokens.
+        """
+        balance = torch.stack([primary.load, plan.tokens_per_expert.to(primary.load.dtype)])
+        if self.training:
+            balance = sum_over_ranks(balance)
+        return balance[0], balance[1]
 
     def _combine(
         self, primary: GateOutput, choice: GroupChoice, plan: DispatchPlan

@@ -14,8 +14,9 @@ from nmt_moe.moe.hierarchical_gate import (
     HierarchicalStrictlyBalancedGate,
 )
 from nmt_moe.moe.losses import importance_loss, load_loss
+from nmt_moe.moe.sharded_experts import ShardedExperts
 from nmt_moe.moe.stats import MoEStats
-from nmt_moe.parallel import sum_over_ranks
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, sum_over_ranks
 
 Noise = Tensor | HierarchicalNoise
 
@@ -26,21 +27,34 @@ class MoELayer(nn.Module):
     No token is dropped and no expert has a capacity. The sum over a token's experts runs in a
     fixed order, so equal inputs give equal bits.
 
+    Attributes:
+        is_idle: Take every token for padding. For a batch that stands in for one that this rank
+            lacks, so that the other ranks need not wait: it reaches no loss and no statistic.
+
     Source: Shazeer et al. 2017, section 2, figure 1.
     """
 
-    def __init__(self, config: MoEConfig, name: str = "MoE layer") -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        name: str = "MoE layer",
+        group: ExpertParallelGroup = ALONE,
+    ) -> None:
         """Make the layer.
 
         Args:
             config: Its sizes and choices.
             name: What errors call it.
+            group: The ranks that share the experts. All of them must call the layer, and go
+                backward through it, the same number of times, with or without tokens.
         """
         super().__init__()
         self.config = config
         self.name = name
         self.gate = build_gate(config)
-        self.experts = Experts(config)
+        self.experts = (Experts if group.size == 1 else ShardedExperts)(config, group)
+        self.group = group
+        self.is_idle = False
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, noise: Noise | None = None
@@ -66,6 +80,8 @@ class MoELayer(nn.Module):
         """
         check_shape("x", x, (None, self.config.model_dim), "(N, D)")
         self._check_tensors(x, padding_mask, noise)
+        if self.is_idle:
+            padding_mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
         if padding_mask is None:
             return self._forward_tokens(x, noise)
         tokens = (~padding_mask).nonzero().squeeze(1)

@@ -12,6 +12,7 @@ from nmt_moe.nn.config import GNMTConfig
 from nmt_moe.nn.encoder import EncoderOutput
 from nmt_moe.nn.lstm import ProjectedLSTM, State
 from nmt_moe.nn.residual import ResidualMoE, init_weights
+from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ class GNMTDecoder(nn.Module):
     Source: Shazeer et al. 2017, Appendix E.
     """
 
-    def __init__(self, config: GNMTConfig, embedding: nn.Embedding) -> None:
+    def __init__(
+        self,
+        config: GNMTConfig,
+        embedding: nn.Embedding,
+        group: ExpertParallelGroup = ALONE,
+    ) -> None:
         super().__init__()
         dim, hidden_dim = config.model_dim, config.lstm_hidden_dim
         self.is_recurrent = config.attention_wiring == "recurrent"
@@ -68,7 +74,7 @@ class GNMTDecoder(nn.Module):
             self.attention = Attention(dim, config.attention)
         self.moe: ResidualMoE | None = None
         if config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "decoder's MoE layer")
+            self.moe = ResidualMoE(config.moe, config.dropout, "decoder's MoE layer", group)
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(
             ProjectedLSTM(second_input if at == 0 else dim, hidden_dim, dim)

@@ -10,6 +10,7 @@ from nmt_moe.nn.attention import AttentionKeys
 from nmt_moe.nn.config import GNMTConfig
 from nmt_moe.nn.lstm import BidirectionalLSTM, ProjectedLSTM
 from nmt_moe.nn.residual import ResidualMoE, init_weights
+from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,18 @@ class GNMTEncoder(nn.Module):
     Source: Shazeer et al. 2017, Appendix E.
     """
 
-    def __init__(self, config: GNMTConfig, embedding: nn.Embedding) -> None:
+    def __init__(
+        self,
+        config: GNMTConfig,
+        embedding: nn.Embedding,
+        group: ExpertParallelGroup = ALONE,
+    ) -> None:
         super().__init__()
         sizes = config.model_dim, config.lstm_hidden_dim, config.model_dim
         self.bottom = BidirectionalLSTM(*sizes)
         self.moe: ResidualMoE | None = None
         if config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "encoder's MoE layer")
+            self.moe = ResidualMoE(config.moe, config.dropout, "encoder's MoE layer", group)
         self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from nmt_moe.moe import MoEConfig, MoELayer, MoEStats
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, init_uniform
 
 
 class ResidualMoE(nn.Module):
@@ -11,9 +12,15 @@ class ResidualMoE(nn.Module):
     Source: Shazeer et al. 2017, Appendices C.1 and E.
     """
 
-    def __init__(self, config: MoEConfig, dropout: float, name: str) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        dropout: float,
+        name: str,
+        group: ExpertParallelGroup = ALONE,
+    ) -> None:
         super().__init__()
-        self.moe = MoELayer(config, name)
+        self.moe = MoELayer(config, name, group)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, MoEStats]:
@@ -41,7 +48,7 @@ def init_weights(module: nn.Module, init_range: float) -> None:
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1 and ".gate." not in name:
-            nn.init.uniform_(parameter, -init_range, init_range)
+            init_uniform(parameter, init_range)
         elif "bias" in name:
             nn.init.zeros_(parameter)
             if "bias_ih" in name:

@@ -1,6 +1,35 @@
 """What concerns several ranks: the only folder that may call collectives."""
 
+from nmt_moe.parallel.exchange import Route, plan_route
 from nmt_moe.parallel.gradients import is_expert, mark_expert
+from nmt_moe.parallel.groups import ALONE, ExpertParallelGroup, make_expert_parallel_group
 from nmt_moe.parallel.reduction import sum_over_ranks
+from nmt_moe.parallel.shards import (
+    average_shard_gradients,
+    clip_gradients,
+    cut_shard,
+    gather_shards,
+    init_uniform,
+    mark_shard,
+    shard_group,
+    shard_norm,
+)
 
-__all__ = ["is_expert", "mark_expert", "sum_over_ranks"]
+__all__ = [
+    "ALONE",
+    "ExpertParallelGroup",
+    "Route",
+    "average_shard_gradients",
+    "clip_gradients",
+    "cut_shard",
+    "gather_shards",
+    "init_uniform",
+    "is_expert",
+    "make_expert_parallel_group",
+    "mark_expert",
+    "mark_shard",
+    "plan_route",
+    "shard_group",
+    "shard_norm",
+    "sum_over_ranks",
+]

@@ -360,8 +360,7 @@ def test_the_rank_of_torchrun_needs_no_device():
 def test_two_processes_of_torchrun_resume_one_model(folder):
     shutil.copytree(folder / "models", folder / "two")
     runner = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    # Half of an epoch of one process is no half of an epoch of two: the data start anew.
-    arguments = training(folder, "two", 3, "--reset-dataloader", *LOG)
+    arguments = training(folder, "two", 3, *LOG)
     result = run_apart(folder, *runner, "fairseq_cli.train", *arguments)
     assert result.returncode == 0, result.stderr
     assert "training on 2 devices" in result.stdout

@@ -178,7 +178,7 @@ def test_options_have_the_names_and_defaults_of_the_core():
         assert name in options, name
         if core.default is not dataclasses.MISSING:
             assert options[name].default == core.default, name
-    of_the_shell = {"dense", "share_decoder_input_output_embed"}
+    of_the_shell = {"dense", "share_decoder_input_output_embed", "expert_parallel_size"}
     assert options.keys() - {name for name, _, _ in core_fields()} == of_the_shell
     assert all(option.metadata["help"] for option in options.values())
 

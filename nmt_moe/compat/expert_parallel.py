@@ -1,0 +1,147 @@
+"""Train with experts spread over processes: what fairseq's trainer does not do by itself."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.moe import MoELayer, ShardedExperts
+from nmt_moe.parallel import ExpertParallelGroup, average_shard_gradients, shard_norm
+
+logger = logging.getLogger(__name__)
+
+
+def spread_experts_over_processes() -> None:
+    """Let fairseq's trainer train a model whose experts are spread over its processes.
+
+    Reasons: it leaves gradients of experts as they are, which is the number of processes too much;
+    clips by the norm of all others; flattens --fp16's gradients, experts and others together;
+    repeats a batch that did not fit into memory while the other processes wait; and counts in the
+    balance of experts a batch that only stands in for a missing one (which it does in any training
+    in several processes). And translations of --eval-bleu end after other numbers of steps in each
+    process.
+    """
+    replace(Trainer, "__init__", _starting)
+    replace(Trainer, "_prepare_sample", _preparing)
+    replace(Trainer, "train_step", _stopping_where_memory_ends)
+    replace(Trainer, "valid_step", _stopping_where_memory_ends)
+    replace(Trainer, "clip_grad_norm", _clipping)
+    replace(LegacyDistributedDataParallel, "all_reduce_grads", _averaging)
+    replace(FairseqTask, "inference_step", _searching)
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
+    """Yield the MoE layers of a model."""
+    return (module for module in model.modules() if isinstance(module, MoELayer))
+
+
+def expert_group(model: nn.Module) -> ExpertParallelGroup | None:
+    """Return the processes that the experts of a model are spread over; None if they are not."""
+    groups = (layer.group for layer in moe_layers(model) if layer.group.size > 1)
+    return next(groups, None)
+
+
+def _starting(init: Callable) -> Callable:
+    def start(self: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kw: Any) -> None:
+        group = expert_group(model)
+        if group is not None:
+            check_settings(cfg, group.size)
+            if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
+                logger.info("experts are spread over processes: using --fp16-no-flatten-grads")
+                cfg.common.fp16_no_flatten_grads = True
+        init(self, cfg, task, model, *args, **kw)
+
+    return start
+
+
+def check_settings(cfg: Any, size: int) -> None:
+    """Refuse what cannot work where `size` processes share the experts.
+
+    Raises:
+        ValueError: naming the option, the reason and the way out.
+    """
+    plan = cfg.distributed_training
+    spread = f"where {size} processes share the experts"
+    way_out = "`--expert-parallel-size 1` (each process has all experts)"
+    if plan.ddp_backend not in ("legacy_ddp", "no_c10d"):
+        raise ValueError(
+            f"`--ddp-backend` must be legacy_ddp {spread}, but is {plan.ddp_backend}, which would "
+            f"average different experts together. Use `--ddp-backend legacy_ddp` or {way_out}."
+        )
+    optimizer = getattr(cfg.optimizer, "_name", None)
+    refused = {
+        "--amp": (cfg.common.amp, "each process would skip updates by itself"),
+        "--use-bmuf": (cfg.optimization.use_bmuf, "it averages different experts together"),
+        "--zero-sharding": (plan.zero_sharding != "none", "it spreads the optimizer another way"),
+        "--store-ema": (cfg.ema.store_ema, "the averages of experts would not be saved"),
+        "--optimizer composite": (optimizer == "composite", "its state would not be saved"),
+        "--model-parallel-size": (cfg.common.model_parallel_size > 1, "it spreads the model too"),
+    }
+    for option, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(
+                f"`{option}` cannot be used {spread}: {reason}. Leave it out or use {way_out}."
+            )
+
+
+def _preparing(prepare: Callable) -> Callable:
+    def _prepare_sample(self: Trainer, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+        sample, stands_in = prepare(self, sample, is_dummy)
+        for layer in moe_layers(self.get_model()):
+            layer.is_idle = stands_in
+        return sample, stands_in
+
+    return _prepare_sample
+
+
+def _stopping_where_memory_ends(step: Callable) -> Callable:
+    def step_or_stop(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
+        return step(self, samples, raise_oom or expert_group(self.get_model()) is not None)
+
+    return step_or_stop
+
+
+def _clipping(clip: Callable) -> Callable:
+    def clip_grad_norm(self: Trainer, clip_norm: float) -> Tensor:
+        group = expert_group(self.get_model())
+        if group is None:
+            return clip(self, clip_norm)
+
+        def add_experts(dense_norm: Tensor) -> Tensor:
+            # Of half-precision models, the fp32 copies, to which fairseq copies its mark.
+            gradients = [p.grad for p in self.optimizer.params if hasattr(p, "expert")]
+            return torch.hypot(dense_norm, shard_norm(gradients, group).to(dense_norm))
+
+        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=add_experts)
+
+    return clip_grad_norm
+
+
+def _averaging(reduce: Callable) -> Callable:
+    def all_reduce_grads(self: LegacyDistributedDataParallel) -> None:
+        reduce(self)
+        if not self.accumulate_grads:
+            average_shard_gradients(self.module.parameters())
+
+    return all_reduce_grads
+
+
+def _searching(search: Callable) -> Callable:
+    def inference_step(
+        self: Any, generator: Any, models: list[nn.Module], *args: Any, **kw: Any
+    ) -> Any:
+        result = search(self, generator, models, *args, **kw)
+        for model in models:
+            # All processes encode once; after that only the decoder's layer is called.
+            for layer in moe_layers(getattr(model, "decoder", model)):
+                if isinstance(layer.experts, ShardedExperts):
+                    layer.experts.serve()
+        return result
+
+    return inference_step

@@ -1,0 +1,92 @@
+"""Which ranks hold which experts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import distributed
+
+from nmt_moe.checks import check_divides, check_range
+
+
+@dataclass(frozen=True)
+class ExpertParallelGroup:
+    """The ranks that together hold every expert once, as one of them sees it.
+
+    Ranks [g P, (g + 1) P) of the world are group g, and place p of each group holds the experts
+    [p L, (p + 1) L), L = E / P. Ranks at the same place of their groups are replicas: they hold
+    the same experts and average their gradients.
+
+    Attributes:
+        size: P; 1 where every rank holds all experts.
+        rank: This rank's place in its group.
+        num_replicas: Groups in the world.
+        members: torch's process group of the P ranks; None if P is 1.
+        replicas: torch's process group of the ranks with the same experts; None if it is alone.
+
+    Source: Shazeer et al. 2017, section 3.1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    num_replicas: int = 1
+    members: Any = None
+    replicas: Any = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all groups."""
+        return self.size * self.num_replicas
+
+    def owned(self, num_experts: int) -> slice:
+        """Return the global ids of this rank's experts, out of `num_experts`."""
+        share = num_experts // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+# Every expert is here: what a layer of one process has.
+ALONE = ExpertParallelGroup()
+
+
+def make_expert_parallel_group(
+    num_experts: int, num_groups: int = 0, size: int = 0
+) -> ExpertParallelGroup:
+    """Spread experts over the ranks of the default process group.
+
+    All ranks must call, with the same arguments. Without a process group there is one rank.
+
+    Args:
+        num_experts: E.
+        num_groups: G of a hierarchical gate, whose groups stay whole; 0 for a flat one.
+        size: P; a divisor of the number of ranks and of E (with groups: of G). 0 for the largest
+            there is: all ranks, if E (or G) is a multiple of their number.
+
+    Returns:
+        The group of this rank.
+
+    Raises:
+        ValueError: if P does not divide them.
+    """
+    check_range("expert_parallel_size", size, 0)
+    is_started = distributed.is_available() and distributed.is_initialized()
+    world_size = distributed.get_world_size() if is_started else 1
+    divided = num_groups or num_experts
+    size = size or math.gcd(world_size, divided)
+    check_divides("distributed_world_size", world_size, "`expert_parallel_size`", size)
+    name = "num_groups" if num_groups else "num_experts"
+    check_divides(name, divided, "`expert_parallel_size`", size)
+    if size == 1:
+        return ALONE
+    rank, num_replicas = distributed.get_rank(), world_size // size
+    if num_replicas == 1:
+        return ExpertParallelGroup(size, rank, 1, distributed.group.WORLD)
+    # Every rank takes part in making every group, its own or not.
+    members = [
+        distributed.new_group(list(range(first, first + size)))
+        for first in range(0, world_size, size)
+    ]
+    replicas = [
+        distributed.new_group(list(range(place, world_size, size))) for place in range(size)
+    ]
+    place = rank % size
+    return ExpertParallelGroup(size, place, num_replicas, members[rank // size], replicas[place])

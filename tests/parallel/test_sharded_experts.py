@@ -1,0 +1,202 @@
+"""Any number of ranks, each with its own experts, learns what one process with all of them does."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from torch import Tensor, distributed, nn
+
+from nmt_moe.moe import MoEConfig, MoELayer
+from nmt_moe.parallel import (
+    ALONE,
+    average_shard_gradients,
+    clip_gradients,
+    gather_shards,
+    make_expert_parallel_group,
+    shard_group,
+)
+
+DIM, EXPERTS = 6, 8
+FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)
+GROUPED = replace(FLAT, num_groups=4, top_k=2)
+# Tokens of each rank in two accumulated batches; of two ranks each has those of two of the four.
+TOKENS = ((5, 3, 2, 7), (1, 4, 0, 3))
+# In the first batch this rank has padding alone.
+ONLY_PADDING = 1
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@dataclass
+class Batch:
+    """Tokens of one or more ranks."""
+
+    x: Tensor  # (N, D)
+    padding_mask: Tensor  # (N,)
+    noise: Tensor  # (N, E)
+    group_noise: Tensor  # (N, G)
+
+    @property
+    def num_tokens(self) -> int:
+        return int((~self.padding_mask).sum())
+
+
+def make_batches(first: int, last: int, dtype: torch.dtype) -> list[Batch]:
+    """Give the two batches of parts [first, last) of the four."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for number, counts in enumerate(TOKENS):
+        parts = []
+        for part, count in enumerate(counts):
+            x, noise, group_noise = (
+                torch.randn(count, width, generator=generator, dtype=torch.float64).to(dtype)
+                for width in (DIM, EXPERTS, 4)
+            )
+            mask = torch.zeros(count, dtype=torch.bool)
+            mask[count - 1 :] = True
+            if (number, part) == (0, ONLY_PADDING):
+                mask[:] = True
+            parts.append((x, mask, noise, group_noise))
+        batches.append(Batch(*map(torch.cat, zip(*parts[first:last], strict=True))))
+    return batches
+
+
+class Network(nn.Module):
+    """A flat and a hierarchical layer, each after a dense one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        groups = [
+            make_expert_parallel_group(config.num_experts, config.num_groups, size)
+            for config in (FLAT, GROUPED)
+        ]
+        self.flat = MoELayer(FLAT, "flat", groups[0])
+        self.grouped = MoELayer(GROUPED, "grouped", groups[1])
+        self.before, self.between = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        for layer in (self.flat, self.grouped):
+            for parameter in layer.gate.parameters():
+                nn.init.normal_(parameter)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the sum over tokens of their losses, balance losses among them."""
+        y, flat = self.flat(self.before(batch.x), batch.padding_mask, batch.noise)
+        noise = batch.group_noise, batch.noise
+        y, grouped = self.grouped(self.between(y).tanh(), batch.padding_mask, noise)
+        balance = flat.balance_loss + grouped.balance_loss
+        return (y - 1).square().sum() + batch.num_tokens * balance
+
+
+def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Do one update as fairseq's trainer does; give loss, norm, gradients and parameters."""
+    share = 4 // world_size
+    batches = make_batches(rank * share, (rank + 1) * share, dtype)
+    network = Network(size).to(dtype)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1, eps=0.1)
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        loss = network(batch)
+        loss.backward()
+        totals += torch.tensor([loss.item(), batch.num_tokens], dtype=torch.float64)
+    if world_size > 1:
+        distributed.all_reduce(totals)
+        for parameter in network.parameters():
+            if shard_group(parameter) is None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad.div_(world_size)
+        average_shard_gradients(network.parameters())
+    for parameter in network.parameters():
+        parameter.grad.mul_(world_size / totals[1])
+    norm = clip_gradients(network.parameters(), 0.5)
+    optimizer.step()
+    result = {"loss": (totals[0] / totals[1]).numpy(), "norm": norm.numpy()}
+    for name, parameter in network.named_parameters():
+        for kind, value in (("gradient", parameter.grad), ("value", parameter.detach())):
+            group = shard_group(parameter)
+            whole = value if group is None else gather_shards(value, group)
+            if whole is not None:
+                result[f"{kind} {name}"] = whole.numpy()
+    return result
+
+
+def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
+    """Give what a strictly balanced layer makes of tokens with few or many experts."""
+    torch.manual_seed(0)
+    config = MoEConfig(DIM, 5, EXPERTS, 2, gate="strictly_balanced")
+    layer = MoELayer(config, group=make_expert_parallel_group(EXPERTS, 0, size)).eval()
+    nn.init.normal_(layer.gate.gate_weight)
+    x = torch.randn(8, DIM, generator=torch.Generator().manual_seed(2))
+    share = 8 // world_size
+    x = x[rank * share : (rank + 1) * share]
+    y, stats = layer(x)
+    slots = int(layer.gate(x).gates.shape[1])
+    return y.detach().numpy(), slots, stats.tokens_per_expert.numpy()
+
+
+def work(rank: int, world_size: int) -> dict[str, Any]:
+    sizes = [size for size in (2, 4) if size <= world_size]
+    results: dict[str, Any] = {
+        f"{size} {dtype}": train_once(rank, world_size, size, dtype)
+        for size in (1, *sizes)
+        for dtype in TOLERANCE
+    }
+    results["strict"] = run_strict_evaluation(rank, world_size, world_size)
+    layer = MoELayer(FLAT, group=make_expert_parallel_group(EXPERTS, 0, world_size)).eval()
+    for _ in range(rank):  # each rank has another number of passes
+        layer(torch.randn(3, DIM))
+    layer.experts.serve()
+    results["local"] = layer.experts.weight_in.shape
+    try:
+        make_expert_parallel_group(EXPERTS, 0, 3)
+    except ValueError as error:
+        results["refusal"] = str(error)
+    return results
+
+
+@pytest.mark.timeout(590)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_learn_what_one_process_does(world_size):
+    answers = run_ranks(work, world_size, world_size)
+    for dtype, tolerance in TOLERANCE.items():
+        expected = train_once(0, 1, 1, dtype)
+        assert expected["norm"] > 0.5  # so it was clipped
+        for size in (size for size in (1, 2, 4) if size <= world_size):
+            results = [answer[f"{size} {dtype}"] for answer in answers]
+            assert results[0].keys() == expected.keys()  # of experts, rank 0 alone has the whole
+            for rank, result in enumerate(results):
+                what = f"rank {rank}, P = {size}"
+                assert_all_close(result, expected, tolerance, what)
+    check_strict_evaluation([answer["strict"] for answer in answers])
+    rule = "`distributed_world_size` must be a multiple of `expert_parallel_size`, 3, but is"
+    for answer in answers:
+        assert answer["local"] == (EXPERTS // world_size, DIM, 5)
+        assert f"{rule} {world_size}" in answer["refusal"]
+
+
+def assert_all_close(result, expected, tolerance, what):
+    for name, value in result.items():
+        torch.testing.assert_close(
+            torch.as_tensor(value),
+            torch.as_tensor(expected[name]),
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda text, name=name: f"{name}, {what}: {text}",
+        )
+
+
+def check_strict_evaluation(parts):
+    y, _, counts = run_strict_evaluation(0, 1, 1)
+    assert len({slots for _, slots, _ in parts}) > 1  # ranks differ in K
+    together = torch.cat([torch.as_tensor(part[0]) for part in parts])
+    torch.testing.assert_close(together, torch.as_tensor(y))
+    assert sum(part[2] for part in parts).tolist() == counts.tolist()
+
+
+def test_one_process_holds_all_experts():
+    assert make_expert_parallel_group(8) is ALONE
+    assert MoELayer(FLAT).experts.weight_in.shape == (EXPERTS, DIM, 5)
+    with pytest.raises(ValueError, match="`distributed_world_size` must be a multiple of .*, 2"):
+        make_expert_parallel_group(8, 0, 2)
+    with pytest.raises(ValueError, match="`expert_parallel_size` must be at least 0, but is -1"):
+        make_expert_parallel_group(8, 0, -1)

@@ -1,0 +1,162 @@
+"""Experts spread over two processes: the training of one process, in files that load anywhere."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.commands import call
+from support.ranks import run_ranks
+from support.training import TINY_MOE, TRANSLATE, load
+
+from nmt_moe.compat.expert_parallel import check_settings
+
+# Five batches, so that one of two processes stands idle in the third and last update of an epoch.
+FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
+FIVE_BATCHES += ["--no-epoch-checkpoints", "--importance-loss-weight", 1.0]
+# All experts for each token: neither noise nor dropout is drawn, so that one process can do it all.
+# A large epsilon, or Adam would make whole steps of gradients that differ from 0 by rounding alone.
+EXACT = [*FIVE_BATCHES, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
+EXACT += ["--max-update", 4, "--save-interval-updates", 2]
+UNEVEN = [*FIVE_BATCHES, "--max-epoch", 2]
+# Translations end after other numbers of steps in each process.
+BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 20}', "--batch-size-valid", 5]
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
+    """Do all trainings of the tests below, as the start of processes is the dear part."""
+    ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
+    ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
+
+    def train(name: str, *flags: object) -> None:
+        call("train", data, *TINY_MOE, *flags, *ranks, "--save-dir", folder / name)
+
+    train("exact", *EXACT)
+    train("resumed", *EXACT)
+    for size in (1, 2):
+        split = ["--expert-parallel-size", size]
+        train(f"noisy{size}", *UNEVEN, *split, *BLEU)
+        train(f"groups{size}", *UNEVEN, *split, "--moe-groups", 2)
+        train(f"bf16-{size}", *UNEVEN, *split, "--bf16")
+        train(f"fp16-{size}", *UNEVEN, *split, "--memory-efficient-fp16", "--update-freq", 2)
+
+
+@pytest.fixture(scope="module")
+def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training in one process: 4 updates of the batches of two processes."""
+    folder = tmp_path_factory.mktemp("one")
+    flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
+    call("train", data, *flags, "--save-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all trainings in two processes; `resumed` goes on from one process' file."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "resumed").mkdir()
+    shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed/checkpoint_last.pt")
+    run_ranks(train_on_ranks, 2, data, folder)
+    return folder
+
+
+def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> None:
+    one, other = load(expected), load(actual)
+    assert one["model"].keys() == other["model"].keys()
+    for name, value in one["model"].items():
+        torch.testing.assert_close(other["model"][name], value, **tolerance, msg=name)
+    states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for place, values in states[0].items():
+        for name, value in values.items():
+            torch.testing.assert_close(states[1][place][name], value, **tolerance)
+    assert other["extra_state"]["val_loss"] == pytest.approx(
+        one["extra_state"]["val_loss"], abs=2e-3
+    )
+
+
+@pytest.mark.timeout(590)
+def test_two_processes_with_half_the_experts_each_learn_what_one_does(one_process, two_processes):
+    name = "checkpoint_last.pt"
+    assert_same_training(one_process / name, two_processes / "exact" / name, **TOLERANCE)
+
+
+def test_two_processes_go_on_from_the_file_of_one(one_process, two_processes):
+    name = "checkpoint_last.pt"
+    assert_same_training(one_process / name, two_processes / "resumed" / name, **TOLERANCE)
+
+
+def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_processes, tmp_path):
+    shutil.copy(two_processes / "exact/checkpoint_1_2.pt", tmp_path / "checkpoint_last.pt")
+    flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
+    call("train", data, *flags, "--save-dir", tmp_path)
+    name = "checkpoint_last.pt"
+    assert_same_training(one_process / name, tmp_path / name, **TOLERANCE)
+
+
+def test_one_process_translates_with_the_experts_of_two(data, one_process, two_processes):
+    paths = [one_process / "checkpoint_last.pt", two_processes / "exact/checkpoint_last.pt"]
+    texts = [call("generate", data, *TRANSLATE, "--path", path).hypotheses() for path in paths]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", ["noisy", "groups"])
+def test_spread_experts_learn_what_copies_do(two_processes, kind):
+    name = "checkpoint_last.pt"
+    copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
+    assert_same_training(copies, spread, **TOLERANCE)
+
+
+def test_a_training_that_measures_bleu_goes_on(data, two_processes, tmp_path):
+    shutil.copy(two_processes / "noisy2/checkpoint_last.pt", tmp_path)
+    output = call(
+        *["train", data, *TINY_MOE, *UNEVEN, *BLEU, "--max-epoch", 3, "--save-dir", tmp_path]
+    )
+    assert '"valid_bleu": ' in output.text
+    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 11
+
+
+@pytest.mark.parametrize("kind", ["bf16-", "fp16-"])
+def test_half_precision_learns_what_copies_do_but_for_rounding(two_processes, kind):
+    name = "checkpoint_last.pt"
+    copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
+    assert_same_training(copies, spread, atol=0.05, rtol=0.05)
+
+
+def settings(**changes):
+    """Give settings that work, with changes such as `common__amp=True`."""
+    cfg = SimpleNamespace(
+        distributed_training=SimpleNamespace(ddp_backend="legacy_ddp", zero_sharding="none"),
+        common=SimpleNamespace(amp=False, model_parallel_size=1),
+        optimization=SimpleNamespace(use_bmuf=False),
+        ema=SimpleNamespace(store_ema=False),
+        optimizer=SimpleNamespace(_name="adam"),
+    )
+    for name, value in changes.items():
+        part, field = name.split("__", 1)
+        setattr(getattr(cfg, part), field, value)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"distributed_training__ddp_backend": "pytorch_ddp"},
+            "`--ddp-backend` must be legacy_ddp where 4 processes .* but is pytorch_ddp, .*"
+            "Use `--ddp-backend legacy_ddp` or `--expert-parallel-size 1`",
+        ),
+        ({"common__amp": True}, "`--amp` cannot be used where 4 processes share the experts"),
+        ({"optimization__use_bmuf": True}, "`--use-bmuf` cannot .* Leave it out or use"),
+        ({"distributed_training__zero_sharding": "os"}, "`--zero-sharding` cannot"),
+        ({"ema__store_ema": True}, "`--store-ema` cannot"),
+        ({"optimizer___name": "composite"}, "`--optimizer composite` cannot"),
+        ({"common__model_parallel_size": 2}, "`--model-parallel-size` cannot"),
+    ],
+)
+def test_what_does_not_go_with_spread_experts_is_refused(change, message):
+    check_settings(settings(), 4)
+    with pytest.raises(ValueError, match=message):
+        check_settings(settings(**change), 4)
