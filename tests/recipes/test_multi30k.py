@@ -153,7 +153,9 @@ REFUSALS = [
     pytest.param("prepare.sh", [], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"),
     pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
     pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
-    pytest.param("train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"),
+    pytest.param(
+        "train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"
+    ),
     pytest.param("train.sh", ["de"], {"UPDATES": "500"}, "must be a multiple of", id="updates"),
     pytest.param("evaluate.sh", ["de"], {"LENPENS": "1 x"}, "LENPENS must be numbers", id="lenpen"),
     pytest.param(
