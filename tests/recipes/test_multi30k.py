@@ -150,7 +150,9 @@ def test_a_bad_text_is_named_with_its_line(corpus, tmp_path, text, message):
 REFUSALS = [
     pytest.param("prepare.sh", ["es"], {}, "PAIR must be de or fr, but is 'es'", id="pair"),
     pytest.param("prepare.sh", [], {"CASE": "upper"}, "CASE must be one of", id="case"),
-    pytest.param("prepare.sh", [], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"),
+    pytest.param(
+        "prepare.sh", ["de"], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"
+    ),
     pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
     pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
     pytest.param(
