@@ -53,7 +53,7 @@ WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
 CLIP_NORM=${CLIP_NORM:-5.0}
 # A checkpoint every SAVE_INTERVAL updates; the last (or, with CHOOSE=best, the best on val) AVERAGE are averaged.
-SAVE_INTERVAL=${SAVE_INTERVAL:-400}
+SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 AVERAGE=${AVERAGE:-5}
 CHOOSE=${CHOOSE:-last}
 
@@ -101,9 +101,10 @@ train_pair() {
   WORK_FOLDER=$(work_folder "$PAIR")
   RUN_FOLDER=$WORK_FOLDER/$RUN
   bash "$HERE/prepare.sh" "$PAIR"
+  # Without UPDATES: a finished run may be prolonged; its rate then jumps up to where a longer run would be.
   settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${MODEL_FLAGS[*]}" \
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
-    "$LEARNING_RATE $WARMUP_UPDATES $UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
+    "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
   if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
     diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
     die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
