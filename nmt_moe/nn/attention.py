@@ -27,7 +27,9 @@ class Attention(nn.Module):
     """Weigh source positions by a query; needs the keys of `AttentionKeys`.
 
     The product form is one matrix product over all source and target steps at once. V starts at
-    1 in both forms: within the model's small initial range all weights would start equal.
+    1 / sqrt(D): drawn like a matrix, all weights would start equal; starting at 1, scores reach
+    +-D as soon as the tanh saturate, and at a high learning rate the weights settle for good on
+    one position (the end of the sentence) before attention is learnt.
 
     Source: Shazeer et al. 2017, Appendix G, eqs. 21 ("additive") and 22 ("product").
     """
@@ -36,7 +38,7 @@ class Attention(nn.Module):
         super().__init__()
         self.kind = kind
         self.projection = nn.Linear(model_dim, model_dim, bias=False)  # W
-        self.scale = nn.Parameter(torch.ones(model_dim))  # V
+        self.scale = nn.Parameter(torch.full((model_dim,), model_dim**-0.5))  # V
 
     def forward(
         self, query: Tensor, keys: Tensor, source: Tensor, padding_mask: Tensor

@@ -4,8 +4,9 @@
 # Fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
 # data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); without it they are downloaded
-#   CASE          cased (default): the raw text as written, one model for the cased and the lower-cased score
-#                 source-lower: the same with the English side lower-cased, its case says little
+#   CASE          source-lower (default): the raw text with the English side lower-cased, its case says little;
+#                 one model for the cased and the lower-cased score
+#                 cased: the raw text as written
 #                 lower: the official lower-cased, tokenised text; only the lower-cased score is possible
 #   VOCAB_SIZE    pieces of the joint vocabulary (5000)
 #   PIECE_TYPE    unigram or bpe (unigram)

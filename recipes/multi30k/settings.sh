@@ -3,7 +3,7 @@
 # shellcheck disable=SC2034
 
 # Variables that both the text and the model depend on. WORK names everything of one language and one form of the text.
-CASE=${CASE:-cased}
+CASE=${CASE:-source-lower}
 require_choice CASE cased source-lower lower
 
 # parse_pairs ARGUMENTS...: the leading arguments that are no flags into PAIRS (default: both), the rest into FLAGS.

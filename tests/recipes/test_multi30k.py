@@ -60,7 +60,10 @@ TINY = {
     "LSTM_HIDDEN_DIM": 16,
     "NUM_EXPERTS": 4,
     "EXPERT_HIDDEN_DIM": 16,
-    "EPOCHS": 2,
+    "MAX_TOKENS": 100,
+    "UPDATES": 4,
+    "WARMUP_UPDATES": 1,
+    "SAVE_INTERVAL": 2,
     "AVERAGE": 2,
     "LENPENS": "1.0",
     "BEAM": 2,
@@ -147,10 +150,15 @@ def test_a_bad_text_is_named_with_its_line(corpus, tmp_path, text, message):
 REFUSALS = [
     pytest.param("prepare.sh", ["es"], {}, "PAIR must be de or fr, but is 'es'", id="pair"),
     pytest.param("prepare.sh", [], {"CASE": "upper"}, "CASE must be one of", id="case"),
-    pytest.param("prepare.sh", [], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"),
+    pytest.param(
+        "prepare.sh", ["de"], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"
+    ),
     pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
     pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
-    pytest.param("train.sh", ["de"], {"EPOCHS": "2"}, "AVERAGE = 8 epochs", id="average"),
+    pytest.param(
+        "train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"
+    ),
+    pytest.param("train.sh", ["de"], {"UPDATES": "500"}, "must be a multiple of", id="updates"),
     pytest.param("evaluate.sh", ["de"], {"LENPENS": "1 x"}, "LENPENS must be numbers", id="lenpen"),
     pytest.param(
         "evaluate.sh", ["de"], {"RUN": "absent"}, "absent/average.pt is missing", id="run"
