@@ -217,7 +217,7 @@ def test_a_loss_that_becomes_nan_stops_the_training_and_keeps_its_checkpoints(
 ):
     path = shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
     flags = [*TINY_MOE, *SOON, "--save-dir", tmp_path]
-    with pytest.raises(FloatingPointError, match="NaN.*lower `--lr`|gradients are Nan/Inf"):
+    with pytest.raises(FloatingPointError, match="NaN.*lower|gradients are Nan/Inf"):
         call("train", data, *flags, "--lr", 1e30, "--clip-norm", 0)
     assert path.read_bytes() == checkpoint.read_bytes()
     call("train", data, *flags, "--max-epoch", 9)
