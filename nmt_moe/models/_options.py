@@ -73,7 +73,8 @@ def moe_config(options: Any) -> MoEConfig:
         num_groups=options.moe_groups,
         importance_weight=options.importance_loss_weight,
         load_weight=options.load_loss_weight,
-        recompute=str(options.expert_recompute),
+        # Checkpoints of 0.1.0 have no such option.
+        recompute=str(getattr(options, "expert_recompute", MoEConfig.recompute)),
     )
 
 
