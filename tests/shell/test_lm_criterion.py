@@ -18,7 +18,7 @@ from tests.support.text_models import SAMPLE, make_model, make_sample, make_task
 
 NUM_TOKENS = 5 + 7 + 2
 VOCABULARY = 14
-without_noise = mock.patch.object(torch, "randn_like", torch.zeros_like)
+without_noise = mock.patch.object(Tensor, "normal_", Tensor.zero_)
 
 
 def make_criterion(draws: int = 0) -> MoECrossEntropy:
