@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmt_moe.kernels import _memory
 from nmt_moe.kernels._backend import uses_triton
 
 # Public in newer versions of torch, private in older ones, absent in 2.6.
@@ -63,18 +64,12 @@ class LoopProducts:
         return out if mask is None else relu_gradient(out, mask)
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
-        out = self.empty_gradient(rows, rows.shape[1], grad.shape[1])
-        for expert, run in self.runs:
-            torch.mm(rows[run].t(), grad[run], out=out[expert])
-        return out
-
-    def empty_gradient(self, like: Tensor, *shape: int) -> Tensor:
-        """Make room for a gradient of each expert, 0 already for experts without rows."""
-        out = like.new_empty(self._num_experts, *shape)
+        out = _memory.empty((self._num_experts, rows.shape[1], grad.shape[1]), rows)
         first_idle = 0
-        for expert, _ in self.runs:
+        for expert, run in self.runs:
             if expert > first_idle:
                 out[first_idle:expert].zero_()
+            torch.mm(rows[run].t(), grad[run], out=out[expert])
             first_idle = expert + 1
         out[first_idle:].zero_()
         return out

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
-from nmt_moe.kernels._products import LoopProducts, Products, choose_products, relu_gradient
+from nmt_moe.kernels._products import Products, choose_products
 from nmt_moe.kernels.grouped_gemm import check_dtypes
 
 
@@ -20,9 +20,9 @@ def expert_ffn(
 ) -> Tensor:
     """Send each run of rows through its own expert.
 
-    On the CPU one pass per expert that has rows, two matrix products each; on CUDA grouped products
-    over all experts (`grouped_gemm`) with the ReLU and its gradient inside. The backward pass is
-    written by hand so that every expert's weight gradient is one product straight into its place.
+    Grouped products over all experts (`grouped_gemm`), on CUDA with the ReLU and its gradient
+    inside. The backward pass is written by hand so that every expert's weight gradient is one
+    product straight into its place. Layers call it where there is no faster `mixture_ffn`.
 
     Args:
         rows: (R, D). Rows sorted by expert.
@@ -47,55 +47,10 @@ def expert_ffn(
     check_dtypes(rows, expert_offsets, weight_in=weight_in, weight_out=weight_out)
     rows = rows.contiguous()
     products = choose_products(rows, weight_in, expert_offsets)
-    function = _LoopFFN if isinstance(products, LoopProducts) else _GroupedFFN
-    return function.apply(rows, weight_in, weight_out, products, recompute)
+    return _ExpertFFN.apply(rows, weight_in, weight_out, products, recompute)
 
 
-class _LoopFFN(torch.autograd.Function):
-    """One expert after the other, both products, so that its hidden activations stay in cache."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight_in: Tensor,
-        weight_out: Tensor,
-        products: LoopProducts,
-        recompute: bool,
-    ) -> Tensor:
-        keep = not recompute and any(ctx.needs_input_grad)
-        hidden = rows.new_empty(len(rows), weight_in.shape[2]) if keep else None
-        answers = torch.empty_like(rows)
-        for expert, run in products.runs:
-            out = None if hidden is None else hidden[run]
-            run_hidden = torch.mm(rows[run], weight_in[expert], out=out).relu_()
-            torch.mm(run_hidden, weight_out[expert], out=answers[run])
-        ctx.save_for_backward(rows, weight_in, weight_out, hidden)
-        ctx.products = products
-        return answers
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_answers: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight_in, weight_out, hidden = ctx.saved_tensors
-        grad_answers = grad_answers.contiguous()
-        grad_rows = torch.empty_like(rows)
-        grad_in = ctx.products.empty_gradient(rows, *weight_in.shape[1:])
-        grad_out = ctx.products.empty_gradient(rows, *weight_out.shape[1:])
-        for expert, run in ctx.products.runs:
-            if hidden is None:
-                run_hidden = torch.mm(rows[run], weight_in[expert]).relu_()
-            else:
-                run_hidden = hidden[run]
-            torch.mm(run_hidden.t(), grad_answers[run], out=grad_out[expert])
-            grad_hidden = torch.mm(grad_answers[run], weight_out[expert].t())
-            grad_hidden = relu_gradient(grad_hidden, run_hidden)
-            torch.mm(rows[run].t(), grad_hidden, out=grad_in[expert])
-            torch.mm(grad_hidden, weight_in[expert].t(), out=grad_rows[run])
-        return grad_rows, grad_in, grad_out, None, None
-
-
-class _GroupedFFN(torch.autograd.Function):
+class _ExpertFFN(torch.autograd.Function):
     """All experts at once, one product after the other, so that the host never waits.
 
     The gates are not applied here: `combine_rows` reads every answer anyway and multiplies for

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
-from nmt_moe.kernels import _memory
+from nmt_moe.kernels._products import LoopProducts
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
 
 
@@ -40,34 +40,39 @@ def gate_logits(
         if noise_weight is None:
             return clean, None
         return clean, grouped_gemm(rows, noise_weight, row_offsets)
-    bounds = [0, len(rows)]
     if row_offsets is None:
+        row_offsets = torch.tensor([0, len(rows)])
         gate_weight = gate_weight.unsqueeze(0)
         noise_weight = None if noise_weight is None else noise_weight.unsqueeze(0)
-    else:
-        check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
-        bounds = row_offsets.tolist()
-    check_shape("gate_weight", gate_weight, (len(bounds) - 1, rows.shape[1], None), "(G, D, E)")
+    check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
+    check_shape(
+        "gate_weight", gate_weight, (len(row_offsets) - 1, rows.shape[1], None), "(G, D, E)"
+    )
     if noise_weight is not None:
         check_shape("noise_weight", noise_weight, gate_weight.shape, "(G, D, E)")
-    return _GateLogits.apply(rows, gate_weight, noise_weight, bounds)
+    return _GateLogits.apply(rows, gate_weight, noise_weight, row_offsets)
 
 
 class _GateLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate_weight: Tensor, noise_weight: Tensor | None, bounds: list[int]
+        ctx: Any,
+        rows: Tensor,
+        gate_weight: Tensor,
+        noise_weight: Tensor | None,
+        row_offsets: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.runs = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        ctx.products = products = LoopProducts(row_offsets)
         ctx.save_for_backward(rows, gate_weight, noise_weight)
         ctx.set_materialize_grads(False)
-        clean = _multiply(rows, gate_weight, ctx.runs)
-        return clean, None if noise_weight is None else _multiply(rows, noise_weight, ctx.runs)
+        clean = products.multiply(rows, gate_weight)
+        return clean, None if noise_weight is None else products.multiply(rows, noise_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, *weights = ctx.saved_tensors
+        products: LoopProducts = ctx.products
         needed = [
             (grad.contiguous(), weight)
             for grad, weight in zip(grads, weights, strict=True)
@@ -76,29 +81,11 @@ class _GateLogits(torch.autograd.Function):
         grad_rows = None
         if ctx.needs_input_grad[0] and needed:
             grad_rows = torch.empty_like(rows)
-            for group, run in enumerate(ctx.runs):
+            for group, run in products.runs:
                 for place, (grad, weight) in enumerate(needed):
                     grad_rows[run].addmm_(grad[run], weight[group].t(), beta=min(place, 1))
         grad_weights = [
-            None if grad is None else _weight_gradient(rows, grad.contiguous(), ctx.runs)
+            None if grad is None else products.weight_gradient(rows, grad.contiguous())
             for grad in grads
         ]
         return grad_rows, *grad_weights, None
-
-
-def _multiply(rows: Tensor, weight: Tensor, runs: list[slice]) -> Tensor:
-    product = rows.new_empty(len(rows), weight.shape[2])
-    for group, run in enumerate(runs):
-        if run.stop > run.start:
-            torch.mm(rows[run], weight[group], out=product[run])
-    return product
-
-
-def _weight_gradient(rows: Tensor, grad: Tensor, runs: list[slice]) -> Tensor:
-    gradient = _memory.empty((len(runs), rows.shape[1], grad.shape[1]), rows)
-    for group, run in enumerate(runs):
-        if run.stop > run.start:
-            torch.mm(rows[run].t(), grad[run], out=gradient[group])
-        else:
-            gradient[group].zero_()
-    return gradient

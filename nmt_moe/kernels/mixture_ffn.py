@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels import _memory
+from nmt_moe.kernels._batches import Batch, plan_padding
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows
@@ -26,9 +27,9 @@ def mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    On the CPU each expert gathers its own tokens into one scratch that stays in the cache, and the
-    gradient of a gate is the product of its row's hidden activations and their gradient, so that
-    nothing of an expert is kept but its hidden activations. Elsewhere it is `gather_rows`,
+    On the CPU a few experts at a time gather their tokens into one scratch that stays in the cache,
+    and the gradient of a gate is the product of its row's hidden activations and their gradient, so
+    that nothing of an expert is kept but its hidden activations. Elsewhere it is `gather_rows`,
     `expert_ffn` and `combine_rows`. Sums run in a fixed order: equal inputs give equal bits.
 
     Args:
@@ -76,67 +77,65 @@ class _MixtureFFN(torch.autograd.Function):
         weight_out: Tensor,
         recompute: bool,
     ) -> Tensor:
-        counts = expert_offsets.diff().tolist()
-        most, num_rows = max(counts), len(row_token)
+        plan = plan_padding(row_token, token_rows, expert_offsets)
+        num_rows, most = len(plan.row_token), plan.most_rows
         model_dim, hidden_dim = weight_in.shape[1:]
         keep = not recompute and any(ctx.needs_input_grad)
         hidden = _memory.empty((num_rows if keep else most, hidden_dim), x)
         answers = _empty_answers(num_rows, x)
-        tokens, answer_runs = row_token.split(counts), answers[:-1].split(counts)
-        hidden_runs = hidden.split(counts) if keep else [hidden[:count] for count in counts]
-        picked = x.new_empty(most, model_dim)
-        for e, count in enumerate(counts):
-            if count == 0:
-                continue
-            rows, run_hidden = picked[:count], hidden_runs[e]
-            torch.index_select(x, 0, tokens[e], out=rows)
-            torch.mm(rows, weight_in[e], out=run_hidden).relu_()
-            torch.mm(run_hidden, weight_out[e], out=answer_runs[e])
+        scratch = x.new_empty(most, model_dim)
+        for batch in plan.batches:
+            tokens = plan.row_token[batch.rows]
+            rows = batch.view(torch.index_select(x, 0, tokens, out=scratch[: len(tokens)]))
+            batch_hidden = batch.cut(hidden) if keep else batch.view(hidden[: len(tokens)])
+            torch.bmm(rows, weight_in[batch.experts], out=batch_hidden).relu_()
+            torch.bmm(batch_hidden, weight_out[batch.experts], out=batch.cut(answers))
         ctx.save_for_backward(
-            x, gates, row_token, token_rows, weight_in, weight_out, hidden if keep else None
+            x,
+            gates,
+            plan.row_token,
+            plan.token_rows,
+            weight_in,
+            weight_out,
+            hidden if keep else None,
         )
-        ctx.counts = counts
-        return F.embedding_bag(token_rows, answers, mode="sum", per_sample_weights=gates)
+        ctx.batches, ctx.most = plan.batches, most
+        return F.embedding_bag(plan.token_rows, answers, mode="sum", per_sample_weights=gates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, row_token, token_rows, weight_in, weight_out, hidden = ctx.saved_tensors
-        counts: list[int] = ctx.counts
-        most, num_rows = max(counts), len(row_token)
-        # Every row belongs to one slot; the place more is written to by empty slots.
-        row_gate = gates.new_empty(num_rows + 1, 1)
+        num_rows = len(row_token)
+        # Padding keeps 0; the place more is written to by empty slots.
+        row_gate = gates.new_zeros(num_rows + 1, 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1)
         grad_row_gate = torch.zeros_like(row_gate)
         grad_rows = _empty_answers(num_rows, x)
         grad_in = _memory.empty(weight_in.shape, weight_in)
         grad_out = _memory.empty(weight_out.shape, weight_out)
-        _zero_unused(counts, grad_in, grad_out)
-        scratch = [x.new_empty(most, width) for width in weight_in.shape[1:] for _ in range(2)]
-        tokens = row_token.split(counts)
-        hidden_runs = None if hidden is None else hidden.split(counts)
-        row_gates, grad_row_gates, grad_row_runs = (
-            t[:-1].split(counts) for t in (row_gate, grad_row_gate, grad_rows)
-        )
-        for e, count in enumerate(counts):
-            if count == 0:
-                continue
-            rows, grad_answers, grad_hidden, product = (t[:count] for t in scratch)
-            torch.index_select(x, 0, tokens[e], out=rows)
-            if hidden_runs is None:
-                run_hidden = torch.mm(rows, weight_in[e]).relu_()
+        _zero_unused(ctx.batches, grad_in, grad_out)
+        scratch = [x.new_empty(ctx.most, width) for width in weight_in.shape[1:] for _ in range(2)]
+        for batch in ctx.batches:
+            own, tokens = batch.experts, row_token[batch.rows]
+            flat = [t[: len(tokens)] for t in scratch]
+            rows, grad_answers, grad_hidden, product = map(batch.view, flat)
+            torch.index_select(x, 0, tokens, out=flat[0])
+            if hidden is None:
+                batch_hidden = torch.bmm(rows, weight_in[own]).relu_()
             else:
-                run_hidden = hidden_runs[e]
-            torch.index_select(grad_y, 0, tokens[e], out=grad_answers)
-            torch.mm(grad_answers, weight_out[e].t(), out=grad_hidden)
-            torch.mul(grad_hidden, run_hidden, out=product)
-            torch.sum(product, 1, keepdim=True, out=grad_row_gates[e])
-            torch.mm(run_hidden.t(), grad_answers.mul_(row_gates[e]), out=grad_out[e])
+                batch_hidden = batch.cut(hidden)
+            torch.index_select(grad_y, 0, tokens, out=flat[1])
+            torch.bmm(grad_answers, weight_out[own].mT, out=grad_hidden)
+            torch.mul(grad_hidden, batch_hidden, out=product)
+            torch.sum(product, 2, keepdim=True, out=batch.cut(grad_row_gate))
+            gate = batch.cut(row_gate)
+            torch.bmm(batch_hidden.mT, grad_answers.mul_(gate), out=grad_out[own])
             torch.ops.aten.threshold_backward.grad_input(
-                grad_hidden.mul_(row_gates[e]), run_hidden, 0, grad_input=grad_hidden
+                grad_hidden.mul_(gate), batch_hidden, 0, grad_input=grad_hidden
             )
-            torch.mm(rows.t(), grad_hidden, out=grad_in[e])
-            torch.mm(grad_hidden, weight_in[e].t(), out=grad_row_runs[e])
+            torch.bmm(rows.mT, grad_hidden, out=grad_in[own])
+            torch.bmm(grad_hidden, weight_in[own].mT, out=batch.cut(grad_rows))
         grad_x = F.embedding_bag(token_rows, grad_rows, mode="sum")
         grad_gates = grad_row_gate.view(-1)[token_rows]
         return grad_x, grad_gates, None, None, None, grad_in, grad_out, None
@@ -149,12 +148,11 @@ def _empty_answers(num_rows: int, x: Tensor) -> Tensor:
     return answers
 
 
-def _zero_unused(counts: list[int], *gradients: Tensor) -> None:
+def _zero_unused(batches: list[Batch], *gradients: Tensor) -> None:
     """Zero the gradients of experts without rows, a whole stretch of them at once."""
     start = 0
-    for e, count in enumerate([*counts, 1]):
-        if count:
-            if e > start:
-                for gradient in gradients:
-                    gradient[start:e].zero_()
-            start = e + 1
+    for experts in [*(batch.experts for batch in batches), slice(len(gradients[0]), None)]:
+        if experts.start > start:
+            for gradient in gradients:
+                gradient[start : experts.start].zero_()
+        start = experts.stop
