@@ -6,7 +6,7 @@
 #   RUN          the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT   the model, or several with colons between for an ensemble (RUN's average.pt)
 #   BEAM         hypotheses kept (5)
-#   LENPENS      length penalties to try on val ("0.6 0.8 1.0 1.2 1.4 1.6"): larger ones prefer longer translations
+#   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"): larger ones prefer longer translations
 #   DEVICE, THREADS, CASE, WORK as in train.sh
 # Two scores, each with sacrebleu's signature:
 #   lower-cased tokenised BLEU: translations brought to the form of the official lc.norm.tok file and compared with it;
@@ -24,7 +24,7 @@ source "$HERE/settings.sh"
 
 RUN=${RUN:-${MODEL:-moe}-seed${SEED:-1}}
 BEAM=${BEAM:-5}
-LENPENS=${LENPENS:-0.6 0.8 1.0 1.2 1.4 1.6}
+LENPENS=${LENPENS:-0.4 0.6 0.8 1.0 1.2 1.4 1.6}
 BATCH_SIZE=${BATCH_SIZE:-64}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-2}
