@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nmt_moe.parallel.expert_files import read_checkpoint, restore_experts
 
 BY_AGE = [re.compile(r"checkpoint_\d+_(\d+)\.pt"), re.compile(r"checkpoint(\d+)\.pt")]
 # fairseq: the metric's name, its value with three digits, and a random digit for equal values.
@@ -56,23 +57,13 @@ def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it.
+    """Read a checkpoint, with experts that stand in files beside it, without their optimizer.
 
     Raises:
-        ValueError: the file is missing, damaged, or no fairseq checkpoint.
+        ValueError: the file, or one of experts, is missing, damaged, or no fairseq checkpoint.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        # A Namespace holds the settings of models without a dataclass; it is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})"
-        ) from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise ValueError(f"{path}: has no `model`, so it is not a checkpoint of fairseq")
+    state = read_checkpoint(path)
+    restore_experts(path, state, with_optimizer=False)
     return state
 
 

@@ -20,6 +20,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.compat.expert_checkpoints import complete
 
 # Plain holders of values, none of which runs code when it is loaded.
 IN_FILES = [argparse.Namespace]
@@ -112,12 +113,14 @@ def _reading(load: Callable) -> Callable:
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             check_digests(path)
-            return load(path, *args, **kwargs)
+            state = load(path, *args, **kwargs)
         except Exception as error:
             # Of all these exceptions only those of the file system name the file themselves.
             if isinstance(error, OSError) and error.filename is not None:
                 raise
             raise ValueError(describe_unreadable(path, error)) from error
+        complete(path, state)
+        return state
 
     return load_checkpoint_to_cpu
 

@@ -5,6 +5,8 @@ import sys
 import traceback
 from types import TracebackType
 
+from torch import distributed
+
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
 
 
@@ -55,6 +57,14 @@ def _program() -> str:
     return os.path.basename(sys.argv[0])
 
 
+def _process() -> str:
+    """Tell which process this is, where there are several."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    world_size = distributed.get_world_size()
+    return f" in process {distributed.get_rank()} of {world_size}" if world_size > 1 else ""
+
+
 def _print_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -64,6 +74,6 @@ def _print_error(
         return
     sys.stdout.flush()
     print(  # noqa: T201 - the command's last word
-        f"{_program()}: error: {message}\n({SHOW_TRACEBACK}=1 shows the traceback.)",
+        f"{_program()}: error{_process()}: {message}\n({SHOW_TRACEBACK}=1 shows the traceback.)",
         file=sys.stderr,
     )

@@ -81,6 +81,10 @@ def check_settings(cfg: Any, size: int) -> None:
         "--zero-sharding": (plan.zero_sharding != "none", "it spreads the optimizer another way"),
         "--store-ema": (cfg.ema.store_ema, "the averages of experts would not be saved"),
         "--optimizer composite": (optimizer == "composite", "its state would not be saved"),
+        "--write-checkpoints-asynchronously": (
+            cfg.checkpoint.write_checkpoints_asynchronously,
+            "files of experts are deleted once no checkpoint needs them",
+        ),
         "--model-parallel-size": (cfg.common.model_parallel_size > 1, "it spreads the model too"),
     }
     for option, (is_set, reason) in refused.items():

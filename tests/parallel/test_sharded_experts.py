@@ -13,7 +13,6 @@ from nmt_moe.parallel import (
     ALONE,
     average_shard_gradients,
     clip_gradients,
-    gather_shards,
     make_expert_parallel_group,
     shard_group,
 )
@@ -114,9 +113,11 @@ def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dic
     for name, parameter in network.named_parameters():
         for kind, value in (("gradient", parameter.grad), ("value", parameter.detach())):
             group = shard_group(parameter)
-            whole = value if group is None else gather_shards(value, group)
-            if whole is not None:
-                result[f"{kind} {name}"] = whole.numpy()
+            if group is not None:
+                shards = [torch.empty_like(value) for _ in range(group.size)]
+                distributed.all_gather(shards, value.contiguous(), group=group.members)
+                value = torch.cat(shards)
+            result[f"{kind} {name}"] = value.numpy()
     return result
 
 

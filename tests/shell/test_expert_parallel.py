@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.ranks import run_ranks
 from support.training import TINY_MOE, TRANSLATE, load
 
 from nmt_moe.compat.expert_parallel import check_settings
+from nmt_moe.parallel.expert_files import MANIFEST, restore_experts
 
 # Five batches, so that one of two processes stands idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
@@ -43,6 +45,16 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
         train(f"fp16-{size}", *UNEVEN, *split, "--memory-efficient-fp16", "--update-freq", 2)
 
 
+def resume_on_four(rank: int, data: Path, folder: Path) -> None:
+    """Go on from the files of two processes: four, and two groups of two."""
+    ranks = ["--distributed-world-size", 4, "--distributed-no-spawn", "--distributed-rank", rank]
+    ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
+    for size in (4, 2):
+        flags = [*TINY_MOE, *UNEVEN, "--expert-parallel-size", size]
+        flags += ["--max-epoch", 9, "--max-update", 8]
+        call("train", data, *flags, *ranks, "--save-dir", folder / f"size{size}")
+
+
 @pytest.fixture(scope="module")
 def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training in one process: 4 updates of the batches of two processes."""
@@ -62,11 +74,28 @@ def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Copy a checkpoint with its files of experts, for a training to go on from."""
+    shutil.copy(path, folder / "checkpoint_last.pt")
+    for entry in load(path)[MANIFEST]["files"]:
+        shutil.copy(path.parent / entry["name"], folder)
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with the experts that stand in files beside it."""
+    state = load(path)
+    restore_experts(path, state)
+    return state
+
+
 def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> None:
-    one, other = load(expected), load(actual)
+    one, other = load_whole(expected), load_whole(actual)
     assert one["model"].keys() == other["model"].keys()
     for name, value in one["model"].items():
-        torch.testing.assert_close(other["model"][name], value, **tolerance, msg=name)
+        # fairseq saves half precision as float32, files of experts as it is.
+        torch.testing.assert_close(
+            other["model"][name], value, **tolerance, check_dtype=False, msg=name
+        )
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
     for place, values in states[0].items():
@@ -89,11 +118,27 @@ def test_two_processes_go_on_from_the_file_of_one(one_process, two_processes):
 
 
 def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_processes, tmp_path):
-    shutil.copy(two_processes / "exact/checkpoint_1_2.pt", tmp_path / "checkpoint_last.pt")
+    copy_checkpoint(two_processes / "exact/checkpoint_1_2.pt", tmp_path)
     flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     call("train", data, *flags, "--save-dir", tmp_path)
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, tmp_path / name, **TOLERANCE)
+
+
+@pytest.mark.timeout(590)
+def test_four_processes_go_on_from_the_files_of_two(data, two_processes, tmp_path):
+    for size in (4, 2):
+        (tmp_path / f"size{size}").mkdir()
+        copy_checkpoint(two_processes / "noisy2/checkpoint_last.pt", tmp_path / f"size{size}")
+    run_ranks(resume_on_four, 4, data, tmp_path)
+    whole = []
+    for size in (4, 2):
+        path = tmp_path / f"size{size}/checkpoint_last.pt"
+        assert load(path)["optimizer_history"][-1]["num_updates"] == 8
+        files = load(path)[MANIFEST]["files"]
+        assert [entry["stop"] - entry["start"] for entry in files] == [4 // size] * size
+        whole.append(path)
+    assert_same_training(*whole, **TOLERANCE)
 
 
 def test_one_process_translates_with_the_experts_of_two(data, one_process, two_processes):
@@ -110,7 +155,7 @@ def test_spread_experts_learn_what_copies_do(two_processes, kind):
 
 
 def test_a_training_that_measures_bleu_goes_on(data, two_processes, tmp_path):
-    shutil.copy(two_processes / "noisy2/checkpoint_last.pt", tmp_path)
+    copy_checkpoint(two_processes / "noisy2/checkpoint_last.pt", tmp_path)
     output = call(
         *["train", data, *TINY_MOE, *UNEVEN, *BLEU, "--max-epoch", 3, "--save-dir", tmp_path]
     )
@@ -128,6 +173,7 @@ def test_half_precision_learns_what_copies_do_but_for_rounding(two_processes, ki
 def settings(**changes):
     """Give settings that work, with changes such as `common__amp=True`."""
     cfg = SimpleNamespace(
+        checkpoint=SimpleNamespace(write_checkpoints_asynchronously=False),
         distributed_training=SimpleNamespace(ddp_backend="legacy_ddp", zero_sharding="none"),
         common=SimpleNamespace(amp=False, model_parallel_size=1),
         optimization=SimpleNamespace(use_bmuf=False),
@@ -153,6 +199,10 @@ def settings(**changes):
         ({"distributed_training__zero_sharding": "os"}, "`--zero-sharding` cannot"),
         ({"ema__store_ema": True}, "`--store-ema` cannot"),
         ({"optimizer___name": "composite"}, "`--optimizer composite` cannot"),
+        (
+            {"checkpoint__write_checkpoints_asynchronously": True},
+            "`--write-checkpoints-asynchronously` cannot",
+        ),
         ({"common__model_parallel_size": 2}, "`--model-parallel-size` cannot"),
     ],
 )

@@ -1,0 +1,61 @@
+import sys
+
+import pytest
+import torch
+
+from nmt_moe.parallel.expert_files import PLACES
+from tools import reshape_checkpoint as tool
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["reshape_checkpoint.py", *map(str, arguments)])
+    status = tool.main()
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+@pytest.fixture
+def whole(tmp_path):
+    path = tmp_path / "whole.pt"
+    values = torch.arange(16.0).view(4, 2, 2)
+    torch.save(
+        {
+            "model": {"weight": torch.ones(2), "experts": values},
+            "extra_state": {PLACES: {0: "experts"}},
+            "last_optimizer_state": {"state": {0: {"step": 1, "exp_avg": values + 1}}},
+        },
+        path,
+    )
+    return path
+
+
+def test_split_verify_and_merge_give_back_the_checkpoint(whole, tmp_path, monkeypatch, capsys):
+    split, merged = tmp_path / "parts/checkpoint_last.pt", tmp_path / "merged.pt"
+    status, _ = run(monkeypatch, capsys, "split", whole, "--files", 2, "--output", split)
+    assert status == 0
+    assert len(list(split.parent.glob("experts-*.pt"))) == 2
+    status, text = run(monkeypatch, capsys, "verify", split)
+    assert (status, "4 experts in 2 files" in text) == (0, True)
+    status, _ = run(monkeypatch, capsys, "merge", split, "--output", merged)
+    assert status == 0
+    one, other = (torch.load(path, weights_only=True) for path in (whole, merged))
+    assert torch.equal(one["model"]["experts"], other["model"]["experts"])
+    states = [state["last_optimizer_state"]["state"][0] for state in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+
+
+def test_what_is_wrong_is_named(whole, tmp_path, monkeypatch, capsys):
+    split = tmp_path / "parts/checkpoint_last.pt"
+    status, text = run(monkeypatch, capsys, "split", whole, "--files", 3, "--output", split)
+    assert (status, "`num_experts` must be a multiple of `--files`, 3" in text) == (1, True)
+    status, text = run(monkeypatch, capsys, "split", whole, "--files", 0, "--output", split)
+    assert (status, "`--files` must be at least 1" in text) == (1, True)
+    run(monkeypatch, capsys, "split", whole, "--files", 2, "--output", split)
+    part = next(split.parent.glob("experts-*-2-4.pt"))
+    part.unlink()
+    for arguments in (["verify", split], ["merge", split, "--output", tmp_path / "m.pt"]):
+        status, text = run(monkeypatch, capsys, *arguments)
+        assert (status, f"`{part}` is missing: it holds experts 2 to 3" in text) == (1, True)
+    status, text = run(monkeypatch, capsys, "verify", tmp_path / "none.pt")
+    assert (status, "no such file" in text) == (1, True)
