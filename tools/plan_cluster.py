@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -79,7 +80,9 @@ def make_setup(args: argparse.Namespace, config: LSTMLMConfig | GNMTConfig) -> S
     check_range("--expert-parallel-size", size, 0)
     is_factored = args.optimizer == "factored_adam"
     setup = Setup(config, batch, args.devices, 1, is_factored, precision)
-    return replace(setup, size=size or largest_size(setup))
+    if size == 0 or not setup.num_moe_layers:
+        size = largest_size(setup)
+    return replace(setup, size=size)
 
 
 def largest_size(setup: Setup) -> int:
@@ -261,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = make_plan(setup, device, args.utilisation)
         ways = [] if plan.fits else advise(setup, device)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        named = re.sub(r"`(\w+)`", lambda name: f"`--{name[1].replace('_', '-')}`", str(error))
+        sys.stderr.write(f"error: {named}\n")
         return 1
     if args.json:
         found = {

@@ -1,6 +1,9 @@
 """The planner against two processes that exist, against hand-made numbers, and with bad input."""
 
 import argparse
+import json
+import re
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,9 +23,12 @@ from benchmarks.train_step import make_sample
 from nmt_moe.criterions import MoECrossEntropy, MoELabelSmoothedCrossEntropy
 from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMT, LSTMMoEGNMTConfig
 from nmt_moe.models.lstm_moe_lm import LSTMMoELM, LSTMMoELMConfig
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import LSTMLMConfig
 from nmt_moe.parallel import measure_traffic, ring_bytes
 from nmt_moe.training import FactoredAdam
-from tools.activations import Batch
+from tools import plan_cluster as tool
+from tools.activations import Batch, distinct_classes, visits_per_token
 from tools.cluster import DEVICES, Setup, make_plan
 
 SENTENCES, LENGTH, VOCABULARY = 24, 8, 300
@@ -137,3 +143,97 @@ def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(
         found = sum(rank[name][part] for rank in measured) / 2
         assert found == pytest.approx(expected[part], rel=TOLERANCE), part
     assert measured[0][name]["weights"] == expected["weights"]
+
+
+def test_visits_by_hand():
+    # Both of two experts are with one of two ranks in 2 of 6 cases: (2 x 1 + 4 x 2) / 6.
+    moe = MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, top_k=2)
+    assert visits_per_token(moe, 2) == pytest.approx(10 / 6)
+    # A hierarchy's groups stay whole: one of four groups is with one rank.
+    grouped = replace(moe, num_experts=8, num_groups=4, top_k=1)
+    assert visits_per_token(grouped, 4) == pytest.approx(1)
+    assert visits_per_token(replace(moe, gate="softmax"), 4) == 4
+
+
+def test_draws_are_different_classes_as_long_as_they_are_few():
+    assert distinct_classes(1, 50) == pytest.approx(1)
+    # As the sampled softmax says of itself.
+    assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
+
+
+def test_memory_by_hand():
+    # Width 4, two LSTMs of 4 cells (4 x 4 x 8 weights, two biases of 16), 4 experts of 2 x 4 x 5,
+    # a gate of two 4 x 4, 10 symbols; experts on two devices, in half precision with fp32 copies.
+    moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=4, top_k=2)
+    config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=4, moe=moe)
+    dense, experts = 2 * (4 * 4 * 8 + 2 * 16) + 2 * 4 * 4 + 2 * 10 * 4, 2 * 2 * 4 * 5
+    setup = Setup(config, Batch(1, 1, 10, number_bytes=2), 2, 2, True, "half")
+    plan = make_plan(setup, DEVICES["h100"], 0.3)
+    assert plan.parameters == (dense + experts, dense + 2 * experts)
+    assert plan.memory["weights"] == plan.memory["gradients"] == 6 * (dense + experts)
+    assert plan.memory["optimizer"] == 8 * dense + 4 * 2 * 2 * (4 + 5)
+    assert plan.traffic["dense gradients"] == 2 * dense
+    assert plan.traffic["expert gradients"] == 0
+
+
+def run(capsys: pytest.CaptureFixture, *flags: object) -> dict[str, Any]:
+    assert tool.main([*map(str, flags), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+LARGEST = ["--arch", "lstm_moe_lm_100b_131072h", "--optimizer", "factored_adam"]
+LARGEST += ["--sampled-softmax", 8192]
+
+
+def test_the_largest_model_fits_on_128_devices_of_today_but_not_on_the_paper_s_with_its_softmax(
+    capsys,
+):
+    today = run(capsys, *LARGEST, "--devices", 128, "--device", "a100")
+    assert today["parameters"][1] > 137_577_600_000
+    assert today["setup"]["size"] == 128
+    assert today["fits"]
+    assert not today["fits_with"]
+    assert not run(capsys, *LARGEST, "--devices", 128, "--device", "k40")["fits"]
+
+
+def test_what_is_said_to_fit_does(capsys):
+    flags = ["--arch", "lstm_moe_lm_1024h", "--devices", 4, "--device", "v100"]
+    plan = run(capsys, *flags)
+    assert not plan["fits"]
+    for way in plan["fits_with"]:
+        change = way.split(" (")[0].replace(" with ", " ").split()
+        assert run(capsys, *flags, *change)["fits"], way
+    assert plan["fits_with"]
+
+
+def test_options_of_the_model_change_it(capsys):
+    small = run(capsys, "--arch", "lstm_moe_gnmt", "--num-experts", 4, "--dropout", 0)
+    assert small["setup"]["config"]["moe"]["num_experts"] == 4
+    assert small["activations"]["embeddings"] == 0
+
+
+def test_every_architecture_can_be_planned(capsys):
+    for name in tool.find_options():
+        assert tool.main(["--arch", name, "--devices", "2"]) == 0
+        assert "fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--arch lstm_moe_lm_4096", "but is 'lstm_moe_lm_4096'.*lstm_moe_lm_4096h"),
+        ("--devices 0", "`--devices` must be at least 1, but is 0"),
+        ("--devices 4 --expert-parallel-size 3", "`--devices` must be a multiple of .*, 3"),
+        ("--devices 3 --expert-parallel-size 3", "`--num-experts` must be a multiple of .*, 3"),
+        ("--sampled-softmax 9 --vocab-size 8", "`--sampled-softmax` must be from 0 to 8, but is 9"),
+        ("--device k40 --precision bf16", "`--precision` must be fp32 on a k40"),
+        ("--memory -1", "`--memory` must be greater than 0, but is -1"),
+        ("--utilisation 2", "`--utilisation` must be from 0 to 1, but is 2"),
+        ("--moe-top-k 33", "`--moe-top-k` must be from 1 to 32, but is 33"),
+        ("--arch lstm_moe_gnmt --sampled-softmax 8", "must be 0 for a translation model"),
+    ],
+)
+def test_bad_input_is_refused(flags: str, message: str, capsys: pytest.CaptureFixture):
+    arch = [] if "--arch" in flags else ["--arch", "lstm_moe_lm_32"]
+    assert tool.main([*arch, *flags.split()]) == 1
+    assert re.search(message, capsys.readouterr().err)
