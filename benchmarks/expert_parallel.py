@@ -135,8 +135,12 @@ class World:
             self.orders.append(ours)
         for process in self.ranks:
             process.start()
-        self.shape = self._answers()[0]
+        self.shape: dict[str, int] = {}
         self.bytes_sent: dict[str, float] = {}
+
+    def wait(self) -> None:
+        """Wait until all ranks are ready."""
+        self.shape = self._answers()[0]
 
     def __call__(self) -> dict[str, float]:
         """Do one step on all ranks, and return the seconds of its parts."""
@@ -175,6 +179,8 @@ class World:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each number of ranks."""
     worlds = {str(count): World(args, count) for count in args.ranks}
+    for world in worlds.values():  # all start at once
+        world.wait()
     samples = timing.interleave(worlds, args.rounds)
     rows = []
     for name, world in worlds.items():
