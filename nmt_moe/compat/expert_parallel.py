@@ -1,6 +1,7 @@
 """Train with experts spread over processes: what fairseq's trainer does not do by itself."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.compat.precision import overflowing_on_cpu
 from nmt_moe.moe import MoELayer, ShardedExperts
 from nmt_moe.parallel import ExpertParallelGroup, average_shard_gradients, shard_norm
 
@@ -22,16 +24,19 @@ def spread_experts_over_processes() -> None:
 
     Reasons: it leaves gradients of experts as they are, which is the number of processes too much;
     clips by the norm of all others; flattens --fp16's gradients, experts and others together;
-    repeats a batch that did not fit into memory while the other processes wait; and counts in the
+    repeats a batch that did not fit into memory while the other processes wait; counts in the
     balance of experts a batch that only stands in for a missing one (which it does in any training
-    in several processes). And translations of --eval-bleu end after other numbers of steps in each
-    process.
+    in several processes); and sums up a buffer with room for the experts' gradients, all of which
+    is sent. And translations of --eval-bleu end after other numbers of steps in each process.
     """
     replace(Trainer, "__init__", _starting)
     replace(Trainer, "_prepare_sample", _preparing)
-    replace(Trainer, "train_step", _stopping_where_memory_ends)
+    replace(
+        Trainer, "train_step", lambda step: _stopping_where_memory_ends(overflowing_on_cpu(step))
+    )
     replace(Trainer, "valid_step", _stopping_where_memory_ends)
     replace(Trainer, "clip_grad_norm", _clipping)
+    replace(LegacyDistributedDataParallel, "__init__", _fitting_buffer)
     replace(LegacyDistributedDataParallel, "all_reduce_grads", _averaging)
     replace(FairseqTask, "inference_step", _searching)
 
@@ -127,6 +132,17 @@ def _clipping(clip: Callable) -> Callable:
     return clip_grad_norm
 
 
+def _fitting_buffer(init: Callable) -> Callable:
+    def start(self: LegacyDistributedDataParallel, *args: Any, **kw: Any) -> None:
+        init(self, *args, **kw)
+        # What goes through the buffer: neither experts nor what is larger and sent by itself.
+        counts = [p.numel() for p in self.module.parameters() if not hasattr(p, "expert")]
+        used = sum(count for count in counts if count <= self.buffer_size)
+        self.buffer_size = max(min(self.buffer_size, used), 1)
+
+    return start
+
+
 def _averaging(reduce: Callable) -> Callable:
     def all_reduce_grads(self: LegacyDistributedDataParallel) -> None:
         reduce(self)
@@ -141,11 +157,35 @@ def _searching(search: Callable) -> Callable:
         self: Any, generator: Any, models: list[nn.Module], *args: Any, **kw: Any
     ) -> Any:
         result = search(self, generator, models, *args, **kw)
-        for model in models:
-            # All processes encode once; after that only the decoder's layer is called.
-            for layer in moe_layers(getattr(model, "decoder", model)):
-                if isinstance(layer.experts, ShardedExperts):
-                    layer.experts.serve()
+        serve_others(models)
         return result
 
     return inference_step
+
+
+def serve_others(models: list[nn.Module]) -> None:
+    """Answer the other processes' tokens until all have called this."""
+    for model in models:
+        # All processes encode once; after that only the decoder's layer is called.
+        for layer in moe_layers(getattr(model, "decoder", model)):
+            if isinstance(layer.experts, ShardedExperts):
+                layer.experts.serve()
+
+
+def serve_after_scoring(namespace: dict[str, Any]) -> None:
+    """Replace `eval_lm` in the namespace of `fairseq_cli.eval_lm.main`.
+
+    Reason: a process that has no batches left would end while the others wait for its experts.
+    Other commands' namespaces lack the name. Under `python -m` the module is called `__main__`.
+    """
+    if "eval_lm" in namespace:
+        replace(sys.modules[namespace["__name__"]], "eval_lm", _scoring)
+
+
+def _scoring(score: Callable) -> Callable:
+    def eval_lm(models: list[nn.Module], *args: Any, **kw: Any) -> Any:
+        result = score(models, *args, **kw)
+        serve_others(models)
+        return result
+
+    return eval_lm

@@ -1,7 +1,8 @@
 """Let --bf16 and --fp16 train on what is there: a GPU without XLA, or a CPU."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,3 +44,29 @@ def mend_precision(args: Namespace) -> None:
     on_cpu = getattr(args, "cpu", False) or not torch.cuda.is_available()
     if getattr(args, "fp16", False) and on_cpu and hasattr(args, "fp16_no_flatten_grads"):
         args.fp16_no_flatten_grads = True
+
+
+def overflowing_on_cpu(step: Callable) -> Callable:
+    """Let an update of --fp16 overflow on a CPU: it is skipped, as on a GPU.
+
+    Reason: the trainer then sets the gradient norm to `torch.tensor(0.0).cuda()`, which ends the
+    training where there is no CUDA device. For `Trainer.train_step`.
+    """
+
+    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.cuda or not self.cfg.common.fp16:
+            return step(self, *args, **kwargs)
+        with _staying_on_cpu():
+            return step(self, *args, **kwargs)
+
+    return train_step
+
+
+@contextmanager
+def _staying_on_cpu() -> Iterator[None]:
+    move = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = move  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from nmt_moe.compat._replace import replace
 from nmt_moe.compat.corpora import cut_batches_anew_each_epoch
+from nmt_moe.compat.expert_parallel import serve_after_scoring
 from nmt_moe.compat.interactive import skip_bad_lines
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,9 @@ def _inferring(infer: Callable) -> Callable:
 def prepare_processes_and_input() -> None:
     """Repair the plan of processes just before fairseq follows it.
 
-    Reason: see `mend_processes` and `nmt_moe.compat.interactive`. All commands but fairseq-generate
-    and fairseq-preprocess call `call_main`, which they look up in `distributed_utils`.
+    Reason: see `mend_processes`, `serve_after_scoring` and `nmt_moe.compat.interactive`. All
+    commands but fairseq-generate and fairseq-preprocess call `call_main`, which they look up in
+    `distributed_utils`.
     """
     replace(distributed_utils, "call_main", _calling)
 
@@ -54,6 +56,7 @@ def _calling(call: Callable) -> Callable:
         mend_processes(cfg)
         cut_batches_anew_each_epoch(cfg)
         skip_bad_lines(main.__globals__)
+        serve_after_scoring(main.__globals__)
         return call(cfg, main, **kwargs)
 
     return call_main

@@ -1,17 +1,18 @@
-"""What the models share: the options of MoE layers, errors that name them, embeddings."""
+"""What the models share: options, MoE layers' most of all, errors that name them, embeddings."""
 
 import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import nn
 
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
 # LSTMs have no longest sentence; fairseq wants a number. What the task allows limits first.
 MAX_POSITIONS = 100_000
@@ -33,8 +34,18 @@ RecomputeChoice: Any = ChoiceEnum(RECOMPUTE)
 
 @dataclass
 class MoEOptions(FairseqDataclass):
-    """Options of the MoE layers; defaults are those of the paper's single-pair translation."""
+    """Options of both models; defaults are those of the paper's single-pair translation."""
 
+    model_dim: int = field(
+        default=512, metadata={"help": "width of embeddings and of every layer's output"}
+    )
+    init_range: float = field(
+        default=0.04, metadata={"help": "weights start uniform within this, gates and biases aside"}
+    )
+    dense: bool = field(default=False, metadata={"help": "leave MoE layers out"})
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
+    )
     num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
     moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
     expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
@@ -56,14 +67,26 @@ class MoEOptions(FairseqDataclass):
         default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
     )
     load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
+    expert_parallel_size: int = field(
+        default=0,
+        metadata={
+            "help": "processes that share the experts among them; 1: each has all; 0: as many as "
+            "divide both the number of processes and that of experts (or --moe-groups)"
+        },
+    )
 
 
-def moe_config(options: Any) -> MoEConfig:
+def moe_config(options: Any) -> Optional[MoEConfig]:
     """Translate the options, of a dataclass or of what omegaconf made of it, to the core's.
+
+    Returns:
+        The sizes of an MoE layer; None if the options leave it out.
 
     Raises:
         ValueError: naming the field, its rule and its value.
     """
+    if options.dense:
+        return None
     return MoEConfig(
         model_dim=options.model_dim,
         hidden_dim=options.expert_hidden_dim,
@@ -76,6 +99,25 @@ def moe_config(options: Any) -> MoEConfig:
         # Checkpoints of 0.1.0 have no such option.
         recompute=str(getattr(options, "expert_recompute", MoEConfig.recompute)),
     )
+
+
+def expert_parallel_group(options: Any, moe: Optional[MoEConfig]) -> ExpertParallelGroup:
+    """Decide which process holds which experts; all processes must call.
+
+    Args:
+        options: As of `moe_config`.
+        moe: What that made of them.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    if moe is None:
+        return ALONE
+    size = getattr(options, "expert_parallel_size", None)  # none in early checkpoints
+    with naming_options():
+        return make_expert_parallel_group(
+            moe.num_experts, moe.num_groups, 1 if size is None else size
+        )
 
 
 @contextmanager

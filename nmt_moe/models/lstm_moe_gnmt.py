@@ -20,6 +20,7 @@ from nmt_moe.models._options import (
     MAX_POSITIONS,
     MoEOptions,
     build_embedding,
+    expert_parallel_group,
     moe_config,
     naming_options,
     set_defaults,
@@ -32,7 +33,7 @@ from nmt_moe.nn import (
     GNMTDecoder,
     GNMTEncoder,
 )
-from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
+from nmt_moe.parallel import ExpertParallelGroup
 
 AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
 WiringChoice: Any = ChoiceEnum(WIRINGS)
@@ -42,9 +43,6 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 class LSTMMoEGNMTConfig(MoEOptions):
     """Options of the model; defaults are the paper's single-pair model with 32 flat experts."""
 
-    model_dim: int = field(
-        default=GNMTConfig.model_dim, metadata={"help": "width of embeddings and layers"}
-    )
     lstm_hidden_dim: int = field(
         default=GNMTConfig.lstm_hidden_dim,
         metadata={"help": "cells of an LSTM, projected to --model-dim"},
@@ -71,20 +69,6 @@ class LSTMMoEGNMTConfig(MoEOptions):
         default=GNMTConfig.dropout,
         metadata={"help": "dropout on the output of every embedding, LSTM and MoE layer"},
     )
-    init_range: float = field(
-        default=GNMTConfig.init_range, metadata={"help": "weights start uniform within this"}
-    )
-    dense: bool = field(default=False, metadata={"help": "leave the MoE layers out"})
-    share_decoder_input_output_embed: bool = field(
-        default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
-    )
-    expert_parallel_size: int = field(
-        default=0,
-        metadata={
-            "help": "processes that share the experts among them; 1: each has all; 0: as many as "
-            "divide both the number of processes and that of experts (or --moe-groups)"
-        },
-    )
 
     def to_config(self) -> GNMTConfig:
         """Translate to the core's configuration.
@@ -102,21 +86,7 @@ class LSTMMoEGNMTConfig(MoEOptions):
                 attention_wiring=str(self.attention_wiring),
                 dropout=self.dropout,
                 init_range=self.init_range,
-                moe=None if self.dense else moe_config(self),
-            )
-
-    def make_group(self, config: GNMTConfig) -> ExpertParallelGroup:
-        """Decide which process holds which experts; all processes must call.
-
-        Raises:
-            ValueError: naming the option, its rule and its value.
-        """
-        if config.moe is None:
-            return ALONE
-        size = getattr(self, "expert_parallel_size", None)  # none in early checkpoints
-        with naming_options():
-            return make_expert_parallel_group(
-                config.moe.num_experts, config.moe.num_groups, 1 if size is None else size
+                moe=moe_config(self),
             )
 
 
@@ -128,7 +98,7 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
         """Build the model of a task with two dictionaries."""
         config = LSTMMoEGNMTConfig.to_config(cfg)
-        group = LSTMMoEGNMTConfig.make_group(cfg, config)
+        group = expert_parallel_group(cfg, config.moe)
         source, target = task.source_dictionary, task.target_dictionary
         sizes = config.model_dim, config.init_range
         embedding = build_embedding(source, *sizes)

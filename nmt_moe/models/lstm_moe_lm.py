@@ -13,6 +13,7 @@ from nmt_moe.models._options import (
     MAX_POSITIONS,
     MoEOptions,
     build_embedding,
+    expert_parallel_group,
     moe_config,
     naming_options,
 )
@@ -23,9 +24,6 @@ from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
 class LSTMMoELMConfig(MoEOptions):
     """Options of the model; defaults are the paper's MoE-32."""
 
-    model_dim: int = field(
-        default=LSTMLMConfig.model_dim, metadata={"help": "width of the embedding and of layers"}
-    )
     lstm_hidden_dim: int = field(
         default=LSTMLMConfig.lstm_hidden_dim,
         metadata={"help": "cells of an LSTM, projected to --model-dim unless equal to it"},
@@ -41,16 +39,9 @@ class LSTMMoELMConfig(MoEOptions):
     dropout: float = field(
         default=LSTMLMConfig.dropout, metadata={"help": "dropout on the output of every layer"}
     )
-    init_range: float = field(
-        default=LSTMLMConfig.init_range, metadata={"help": "weights start uniform within this"}
-    )
-    dense: bool = field(default=False, metadata={"help": "leave the MoE layer out"})
     expert_hidden_dim: int = field(default=1024, metadata={"help": "hidden width of an expert"})
     importance_loss_weight: float = field(default=0.1, metadata={"help": "w_importance"})
     load_loss_weight: float = field(default=0.1, metadata={"help": "w_load"})
-    share_decoder_input_output_embed: bool = field(
-        default=False, metadata={"help": "use the embedding as softmax weights too"}
-    )
 
     def to_config(self) -> LSTMLMConfig:
         """Translate to the core's configuration.
@@ -66,7 +57,7 @@ class LSTMMoELMConfig(MoEOptions):
                 expert_layers=self.expert_layers,
                 dropout=self.dropout,
                 init_range=self.init_range,
-                moe=None if self.dense else moe_config(self),
+                moe=moe_config(self),
             )
 
 
@@ -78,6 +69,7 @@ class LSTMMoELM(FairseqLanguageModel):
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoELM":
         """Build the model of a task with one dictionary, whose end the output may leave out."""
         config = LSTMMoELMConfig.to_config(cfg)
+        group = expert_parallel_group(cfg, config.moe)
         dictionary, num_outputs = task.source_dictionary, len(task.target_dictionary)
         if cfg.share_decoder_input_output_embed and num_outputs != len(dictionary):
             raise ValueError(
@@ -90,7 +82,8 @@ class LSTMMoELM(FairseqLanguageModel):
         nn.init.uniform_(output.weight, -config.init_range, config.init_range)
         if cfg.share_decoder_input_output_embed:
             output.weight = embedding.weight
-        return cls(LSTMMoELMDecoder(LSTMLanguageModel(config, embedding), output, dictionary))
+        network = LSTMLanguageModel(config, embedding, group)
+        return cls(LSTMMoELMDecoder(network, output, dictionary))
 
 
 class LSTMMoELMDecoder(LSTMDecoder):

@@ -11,6 +11,7 @@ from nmt_moe.moe import MoEConfig, MoEStats
 from nmt_moe.nn.decoder import DecoderState
 from nmt_moe.nn.lstm import ProjectedLSTM, State
 from nmt_moe.nn.residual import ResidualMoE, init_weights
+from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ class LSTMLanguageModel(nn.Module):
     Source: Shazeer et al. 2017, Appendix C.1.
     """
 
-    def __init__(self, config: LSTMLMConfig, embedding: nn.Embedding) -> None:
+    def __init__(
+        self,
+        config: LSTMLMConfig,
+        embedding: nn.Embedding,
+        group: ExpertParallelGroup = ALONE,
+    ) -> None:
         super().__init__()
         dim, hidden_dim = config.model_dim, config.lstm_hidden_dim
         self.layers = nn.ModuleList(
@@ -117,7 +123,7 @@ class LSTMLanguageModel(nn.Module):
                 dim, config.moe.hidden_dim, config.expert_layers, config.dropout
             )
         elif config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "language model's MoE layer")
+            self.moe = ResidualMoE(config.moe, config.dropout, "language model's MoE layer", group)
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
         self.embedding = embedding  # after init_weights: its owner has drawn it

@@ -14,11 +14,13 @@ from nmt_moe.parallel.shards import (
     shard_group,
     shard_norm,
 )
+from nmt_moe.parallel.traffic import Traffic, measure_traffic, ring_bytes
 
 __all__ = [
     "ALONE",
     "ExpertParallelGroup",
     "Route",
+    "Traffic",
     "average_shard_gradients",
     "clip_gradients",
     "cut_shard",
@@ -27,7 +29,9 @@ __all__ = [
     "make_expert_parallel_group",
     "mark_expert",
     "mark_shard",
+    "measure_traffic",
     "plan_route",
+    "ring_bytes",
     "save_shards",
     "shard_group",
     "shard_norm",

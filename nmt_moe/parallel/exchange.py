@@ -1,5 +1,6 @@
 """Rows travel to the ranks that own their experts, and answers back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.parallel.groups import ExpertParallelGroup
+from nmt_moe.parallel.traffic import EXCHANGE, sending
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def plan_route(
     columns = [torch.full_like(send_counts, number) for number in (num_slots, is_done)]
     sent = torch.stack([send_counts, *columns], dim=1)
     received = torch.empty_like(sent)
-    distributed.all_to_all_single(received, sent, group=group.members)
+    ones = [1] * group.size
+    _exchange(received, sent, ones, ones, group.members)
     recv_counts, all_slots, all_done = received.t().tolist()
     return Route(send_counts.tolist(), recv_counts, max(all_slots), all(all_done), group)
 
@@ -89,7 +92,14 @@ class _AllToAll(torch.autograd.Function):
 
 def _send(rows: Tensor, send_counts: list[int], recv_counts: list[int], members: Any) -> Tensor:
     received = rows.new_empty(sum(recv_counts), *rows.shape[1:])
-    distributed.all_to_all_single(
-        received, rows.contiguous(), recv_counts, send_counts, group=members
-    )
+    _exchange(received, rows.contiguous(), recv_counts, send_counts, members)
     return received
+
+
+def _exchange(
+    received: Tensor, sent: Tensor, recv_counts: list[int], send_counts: list[int], members: Any
+) -> None:
+    others = sum(send_counts) - send_counts[distributed.get_rank(members)]
+    row_bytes = sent.element_size() * math.prod(sent.shape[1:])
+    with sending(EXCHANGE, others * row_bytes, sent.device):
+        distributed.all_to_all_single(received, sent, recv_counts, send_counts, group=members)

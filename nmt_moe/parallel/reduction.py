@@ -1,6 +1,9 @@
 """Sums over the batches of all ranks."""
 
+import torch
 from torch import Tensor, distributed
+
+from nmt_moe.parallel.traffic import BALANCE, ring_bytes, sending
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -23,4 +26,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     # Imported here: it is absent from builds of torch without torch.distributed.
     from torch.distributed.nn.functional import all_reduce
 
-    return all_reduce(values)
+    num_bytes = ring_bytes(values.nbytes, distributed.get_world_size())
+    with sending(BALANCE, num_bytes, values.device):
+        total = all_reduce(values)
+    if total.requires_grad:
+        total.register_hook(lambda _: _count_backward(num_bytes, values.device))
+    return total
+
+
+def _count_backward(num_bytes: int, device: torch.device) -> None:
+    with sending(BALANCE, num_bytes, device):  # its time is not known here
+        pass

@@ -1,0 +1,239 @@
+"""The planner against two processes that exist, against hand-made numbers, and with bad input."""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from torch import Tensor, distributed, nn
+
+pytest.importorskip("fairseq")
+
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.distributed import utils as distributed_utils
+from fairseq.optim.adam import Adam
+
+from benchmarks.architectures import make_dictionary, quiet
+from benchmarks.train_step import make_sample
+from nmt_moe.criterions import MoECrossEntropy, MoELabelSmoothedCrossEntropy
+from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMT, LSTMMoEGNMTConfig
+from nmt_moe.models.lstm_moe_lm import LSTMMoELM, LSTMMoELMConfig
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import LSTMLMConfig
+from nmt_moe.parallel import measure_traffic, ring_bytes
+from nmt_moe.training import FactoredAdam
+from tools import plan_cluster as tool
+from tools.activations import Batch, distinct_classes, visits_per_token
+from tools.cluster import DEVICES, Setup, make_plan
+
+SENTENCES, LENGTH, VOCABULARY = 24, 8, 300
+SIZES = {"model_dim": 32, "lstm_hidden_dim": 48, "expert_hidden_dim": 64, "dropout": 0.1}
+GROUPS = {"num_experts": 32, "moe_groups": 8, "moe_top_k": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "flat": {"num_experts": 8, "moe_top_k": 2},
+    "groups": {**GROUPS, "lm": True, "factored": True},
+    "sampled": {"num_experts": 8, "moe_top_k": 4, "draws": 64, "expert_recompute": "always"},
+    "dense": {"dense": True},
+    "gnmt": {"num_experts": 8, "moe_top_k": 2, "gnmt": True},
+    "gnmt parallel": {**GROUPS, "gnmt": True, "attention_wiring": "parallel"},
+    "gnmt strict": {
+        "num_experts": 8,
+        "moe_top_k": 2,
+        "gnmt": True,
+        "moe_gate": "strictly_balanced",
+    },
+}
+TOLERANCE = 0.1
+
+
+def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
+    """Give a case's options of the model, whether its optimizer is factored, and its draws."""
+    shell = ("lm", "gnmt", "factored", "draws")
+    options = {**SIZES, **{name: value for name, value in case.items() if name not in shell}}
+    config = LSTMMoEGNMTConfig if case.get("gnmt") else LSTMMoELMConfig
+    return config(**options), case.get("factored", False), case.get("draws", 0)
+
+
+def measure(rank: int) -> dict[str, dict[str, float]]:
+    with quiet():
+        return {name: measure_case(case) for name, case in CASES.items()}
+
+
+def measure_case(case: dict[str, Any]) -> dict[str, float]:
+    """Do one update, and count bytes of tensors and bytes sent."""
+    options, is_factored, draws = split(case)
+    torch.manual_seed(distributed.get_rank())
+    dictionary = make_dictionary(VOCABULARY)
+    task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    sample = make_sample(dictionary, SENTENCES, LENGTH, "cpu")
+    if case.get("gnmt"):
+        model: nn.Module = LSTMMoEGNMT.build_model(options, task)
+        criterion = MoELabelSmoothedCrossEntropy(task, False, 0.1)
+    else:
+        model = LSTMMoELM.build_model(options, task)
+        del sample["net_input"]["prev_output_tokens"]
+        criterion = MoECrossEntropy(task, False, draws)
+    if options.moe_gate == "strictly_balanced":  # gates of 0 give each token experts far apart
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.gate_weight"):
+                torch.manual_seed(1)
+                nn.init.normal_(parameter)
+    parameters = list(model.parameters())
+    parallel = LegacyDistributedDataParallel(model, distributed.group.WORLD)
+    optimizer = (FactoredAdam if is_factored else Adam)(parameters, lr=1e-3)
+    payload = []
+    reduce = distributed_utils.all_reduce
+
+    def count_and_reduce(tensor: Tensor, *args: Any, **kw: Any) -> Any:
+        payload.append(tensor.nbytes)
+        return reduce(tensor, *args, **kw)
+
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with measure_traffic() as traffic:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = criterion(model.train(), sample)[0]
+        own = {p.untyped_storage().data_ptr() for p in parameters}
+        activations = sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in own)
+        loss.backward()
+    with mock.patch.object(distributed_utils, "all_reduce", count_and_reduce):
+        parallel.all_reduce_grads()
+    optimizer.step()
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    return {
+        "weights": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.grad.nbytes for p in parameters),
+        "optimizer": sum(v.nbytes for v in state if isinstance(v, Tensor)),
+        "activations": activations,
+        "exchange": traffic.bytes_sent["exchange"],
+        "balance": traffic.bytes_sent["balance"],
+        "dense gradients": ring_bytes(sum(payload), 2),
+    }
+
+
+def predict(case: dict[str, Any]) -> dict[str, float]:
+    options, is_factored, draws = split(case)
+    batch = Batch(SENTENCES, LENGTH, VOCABULARY, draws, on_cpu=True)
+    config = options.to_config()
+    size = 1 if config.moe is None else 2
+    plan = make_plan(Setup(config, batch, 2, size, is_factored), DEVICES["cpu"], 0.3)
+    return {**plan.memory, **plan.traffic}
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, dict[str, float]]]:
+    return run_ranks(measure, 2)
+
+
+@pytest.mark.timeout(590)
+@pytest.mark.parametrize("name", CASES)
+def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(name, measured):
+    expected = predict(CASES[name])
+    for part in measured[0][name]:
+        # Of the two, as tokens choose either.
+        found = sum(rank[name][part] for rank in measured) / 2
+        assert found == pytest.approx(expected[part], rel=TOLERANCE), part
+    assert measured[0][name]["weights"] == expected["weights"]
+
+
+def test_visits_by_hand():
+    # Both of two experts are with one of two ranks in 2 of 6 cases: (2 x 1 + 4 x 2) / 6.
+    moe = MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, top_k=2)
+    assert visits_per_token(moe, 2) == pytest.approx(10 / 6)
+    # A hierarchy's groups stay whole: one of four groups is with one rank.
+    grouped = replace(moe, num_experts=8, num_groups=4, top_k=1)
+    assert visits_per_token(grouped, 4) == pytest.approx(1)
+    assert visits_per_token(replace(moe, gate="softmax"), 4) == 4
+
+
+def test_draws_are_different_classes_as_long_as_they_are_few():
+    assert distinct_classes(1, 50) == pytest.approx(1)
+    # As the sampled softmax says of itself.
+    assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
+
+
+def test_memory_by_hand():
+    # Width 4, two LSTMs of 4 cells (4 x 4 x 8 weights, two biases of 16), 4 experts of 2 x 4 x 5,
+    # a gate of two 4 x 4, 10 symbols; experts on two devices, in half precision with fp32 copies.
+    moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=4, top_k=2)
+    config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=4, moe=moe)
+    dense, experts = 2 * (4 * 4 * 8 + 2 * 16) + 2 * 4 * 4 + 2 * 10 * 4, 2 * 2 * 4 * 5
+    setup = Setup(config, Batch(1, 1, 10, number_bytes=2), 2, 2, True, "half")
+    plan = make_plan(setup, DEVICES["h100"], 0.3)
+    assert plan.parameters == (dense + experts, dense + 2 * experts)
+    assert plan.memory["weights"] == plan.memory["gradients"] == 6 * (dense + experts)
+    assert plan.memory["optimizer"] == 8 * dense + 4 * 2 * 2 * (4 + 5)
+    assert plan.traffic["dense gradients"] == 2 * dense
+    assert plan.traffic["expert gradients"] == 0
+
+
+def run(capsys: pytest.CaptureFixture, *flags: object) -> dict[str, Any]:
+    assert tool.main([*map(str, flags), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+LARGEST = ["--arch", "lstm_moe_lm_100b_131072h", "--optimizer", "factored_adam"]
+LARGEST += ["--sampled-softmax", 8192]
+
+
+def test_the_largest_model_fits_on_128_devices_of_today_but_not_on_the_paper_s_with_its_softmax(
+    capsys,
+):
+    today = run(capsys, *LARGEST, "--devices", 128, "--device", "a100")
+    assert today["parameters"][1] > 137_577_600_000
+    assert today["setup"]["size"] == 128
+    assert today["fits"]
+    assert not today["fits_with"]
+    assert not run(capsys, *LARGEST, "--devices", 128, "--device", "k40")["fits"]
+
+
+def test_what_is_said_to_fit_does(capsys):
+    flags = ["--arch", "lstm_moe_lm_1024h", "--devices", 4, "--device", "v100"]
+    plan = run(capsys, *flags)
+    assert not plan["fits"]
+    for way in plan["fits_with"]:
+        change = way.split(" (")[0].replace(" with ", " ").split()
+        assert run(capsys, *flags, *change)["fits"], way
+    assert plan["fits_with"]
+
+
+def test_options_of_the_model_change_it(capsys):
+    small = run(capsys, "--arch", "lstm_moe_gnmt", "--num-experts", 4, "--dropout", 0)
+    assert small["setup"]["config"]["moe"]["num_experts"] == 4
+    assert small["activations"]["embeddings"] == 0
+
+
+def test_every_architecture_can_be_planned(capsys):
+    for name in tool.find_options():
+        assert tool.main(["--arch", name, "--devices", "2"]) == 0
+        assert "fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--arch lstm_moe_lm_4096", "but is 'lstm_moe_lm_4096'.*lstm_moe_lm_4096h"),
+        ("--devices 0", "`--devices` must be at least 1, but is 0"),
+        ("--devices 4 --expert-parallel-size 3", "`--devices` must be a multiple of .*, 3"),
+        ("--devices 3 --expert-parallel-size 3", "`--num-experts` must be a multiple of .*, 3"),
+        ("--sampled-softmax 9 --vocab-size 8", "`--sampled-softmax` must be from 0 to 8, but is 9"),
+        ("--device k40 --precision bf16", "`--precision` must be fp32 on a k40"),
+        ("--memory -1", "`--memory` must be greater than 0, but is -1"),
+        ("--utilisation 2", "`--utilisation` must be from 0 to 1, but is 2"),
+        ("--moe-top-k 33", "`--moe-top-k` must be from 1 to 32, but is 33"),
+        ("--arch lstm_moe_gnmt --sampled-softmax 8", "must be 0 for a translation model"),
+    ],
+)
+def test_bad_input_is_refused(flags: str, message: str, capsys: pytest.CaptureFixture):
+    arch = [] if "--arch" in flags else ["--arch", "lstm_moe_lm_32"]
+    assert tool.main([*arch, *flags.split()]) == 1
+    assert re.search(message, capsys.readouterr().err)

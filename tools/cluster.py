@@ -1,0 +1,302 @@
+"""Memory, traffic and time of a training step on each device of a cluster, as predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nmt_moe.checks import check_divides, check_range
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import GNMTConfig, LSTMLMConfig
+from nmt_moe.parallel import ring_bytes
+from tools.activations import (
+    Batch,
+    count_activations,
+    experts_per_token,
+    visits_per_token,
+)
+from tools.networks import active_share, build_networks, factored_numbers, kind_of
+
+# fairseq's legacy_ddp sums up gradients in a buffer of at most as many numbers; larger parameters
+# go by themselves.
+BUFFER_NUMBERS = 2**28
+# Share of a device's memory that a plan may fill: the rest is for the runtime, and lost to gaps.
+FILLED = 0.9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device and its link to the others; bytes and operations per second.
+
+    Attributes:
+        flops: Operations per second in float32; a multiplication and an addition are two.
+        half_flops: The same in half precision; 0 if the device has none.
+        memory: Bytes.
+        memory_bandwidth: Of its memory.
+        bandwidth: Of its link to other devices, one way.
+        source: Where the numbers come from.
+        is_cpu: Whether it is a CPU.
+    """
+
+    flops: float
+    half_flops: float
+    memory: float
+    memory_bandwidth: float
+    bandwidth: float
+    source: str = ""
+    is_cpu: bool = False
+
+
+DEVICES = {
+    "k40": Device(
+        *(4.29e12, 0, 12e9, 288e9, 1.25e9),
+        "Tesla K40 data sheet (boost off: 4.29 TFLOP/s); 10 Gbit/s Ethernet is assumed",
+    ),
+    "v100": Device(
+        *(15.7e12, 125e12, 32e9, 900e9, 150e9),
+        "V100 SXM2 data sheet; NVLink",
+    ),
+    "a100": Device(
+        *(19.5e12, 312e12, 80e9, 2039e9, 300e9),
+        "A100 80 GB SXM data sheet, float32 without TF32; NVLink",
+    ),
+    "h100": Device(
+        *(67e12, 989e12, 80e9, 3350e9, 450e9),
+        "H100 SXM data sheet, float32 without TF32, dense half; NVLink",
+    ),
+    "h200": Device(
+        *(67e12, 989e12, 141e9, 4800e9, 450e9),
+        "H200 SXM data sheet, float32 without TF32, dense half; NVLink",
+    ),
+    "cpu": Device(
+        *(0.1e12, 0, 8e9, 10e9, 1e9),
+        "two cores of the machine of benchmarks/results/cpu.md, whose products reach 82-102 "
+        "GFLOP/s; memory and links are assumed",
+        True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training: its network, and how it is spread over devices.
+
+    Attributes:
+        config: The network's sizes.
+        batch: What each device reads at a time.
+        devices: Their number.
+        size: Of them, those that share the experts.
+        factored: Whether the optimizer is factored Adam; else Adam.
+        precision: "fp32"; "half", with copies in fp32; "memory-efficient" half, without.
+    """
+
+    config: LSTMLMConfig | GNMTConfig
+    batch: Batch
+    devices: int = 1
+    size: int = 1
+    factored: bool = False
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_range("devices", self.devices, 1)
+        check_divides("devices", self.devices, "`expert_parallel_size`", self.size)
+        moe = self.moe
+        if moe is not None:
+            name = "moe_groups" if moe.num_groups else "num_experts"
+            value = moe.num_groups or moe.num_experts
+            check_divides(name, value, "`expert_parallel_size`", self.size)
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        """Sizes of the MoE layers, if there are any."""
+        return self.config.moe
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers whose experts can be spread."""
+        if self.moe is None or getattr(self.config, "expert_layers", 1) > 1:
+            return 0
+        return 1 if isinstance(self.config, LSTMLMConfig) else 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of one device.
+
+    Attributes:
+        dense: Parameters that are no experts.
+        buffered: Of these, those that gradients' buffer has room for.
+        experts: Parameters of its experts.
+        factored: Rows and columns of its experts' matrices.
+        macs: Multiply-adds of the forward pass for a token, by part.
+        weights: Parameters that these read, by part.
+    """
+
+    dense: int
+    buffered: int
+    experts: int
+    factored: int
+    macs: dict[str, float]
+    weights: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.experts
+
+
+def count_sizes(setup: Setup) -> Sizes:
+    """Count parameters and products of one device's network."""
+    networks = build_networks(setup.config, setup.batch.vocab_size)
+    softmax = setup.batch.vocab_size * setup.config.model_dim
+    dense, experts = [softmax, softmax], 0
+    macs: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            if name.startswith("embedding."):
+                continue
+            is_spread = ".experts." in name
+            if is_spread:
+                experts += parameter.numel() // setup.size
+            else:
+                dense.append(parameter.numel())
+            kind = kind_of(name)
+            if kind in ("LSTM", "gates", "experts", "attention"):
+                share = parameter.numel() * active_share(name, setup.config)
+                macs[kind] = macs.get(kind, 0) + share
+                held = parameter.numel() // (setup.size if is_spread else 1)
+                weights[kind] = weights.get(kind, 0) + held
+    macs["softmax"], weights["softmax"] = softmax, softmax
+    if setup.batch.num_draws:
+        macs["softmax"] = setup.batch.num_draws * setup.config.model_dim  # at most
+        weights["softmax"] = setup.batch.num_draws * setup.config.model_dim
+    factored = sum(factored_numbers(network) for network in networks) // setup.size
+    buffered = sum(count for count in dense if count <= BUFFER_NUMBERS)
+    return Sizes(sum(dense), buffered, experts, factored, macs, weights)
+
+
+def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
+    """Predict the bytes of one device by part; their sum is an upper bound of the peak."""
+    total = sizes.total
+    number, copies = {"fp32": (4, 0), "half": (2, 4), "memory-efficient": (2, 0)}[setup.precision]
+    optimizer = 8 * total
+    if setup.factored:
+        optimizer = 8 * sizes.dense + 4 * sizes.factored
+    buffer = min(BUFFER_NUMBERS, sizes.buffered) * number if setup.devices > 1 else 0
+    activations, workspace = count_activations(setup.config, setup.batch, setup.size)
+    return {
+        "weights": (number + copies) * total,
+        "gradients": (number + copies) * total,
+        "optimizer": optimizer,
+        "activations": sum(activations.values()),
+        "temporaries": workspace + buffer,
+    }
+
+
+def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
+    """Predict the bytes that one device sends in a step, by purpose.
+
+    The exchange: tokens with their gates to the ranks of their experts and answers back, both
+    again as gradients, the ids of experts, and three counts for each rank. Balance: importance and
+    load of all experts (in a hierarchy of groups too), forward and backward.
+    """
+    number = 4 if setup.precision == "fp32" else 2
+    devices, size, moe = setup.devices, setup.size, setup.moe
+    traffic = {"exchange": 0, "balance": 0, "dense gradients": 0, "expert gradients": 0}
+    if devices == 1:
+        return traffic
+    if moe is not None and setup.num_moe_layers:
+        tokens = setup.batch.tokens
+        slots, dim = experts_per_token(moe), moe.model_dim
+        row = 2 * number * (dim + slots) + 2 * number * dim + 4 * slots
+        away = visits_per_token(moe, size) * (size - 1) / size
+        layer = tokens * away * row + 24 * (size - 1) * (size > 1)
+        traffic["exchange"] = round(setup.num_moe_layers * layer)
+        sums = 2 * (moe.num_experts + moe.num_groups)
+        traffic["balance"] = setup.num_moe_layers * 2 * ring_bytes(4 * sums, devices)
+    traffic["dense gradients"] = ring_bytes(number * sizes.dense, devices)
+    local = number * sizes.experts
+    traffic["expert gradients"] = ring_bytes(local, devices // size)
+    return traffic
+
+
+def predict_time(
+    setup: Setup, sizes: Sizes, traffic: dict[str, int], device: Device, utilisation: float
+) -> dict[str, float]:
+    """Predict the seconds of one step by part; nothing overlaps.
+
+    A product takes the longer of its operations at `utilisation` of the device's FLOP/s and of
+    reading its weights: an LSTM's at each position of the sentences, others once, forward and
+    backward, and their gradient written.
+    """
+    number = 4 if setup.precision == "fp32" else 2
+    flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)
+    seconds = {}
+    for part, macs in sizes.macs.items():
+        passes = 3.0
+        if part == "experts" and setup.moe is not None and setup.moe.recomputes:
+            passes = 3.5  # the first of the two products once more
+        operations = passes * 2 * macs * setup.batch.tokens
+        reads = 2 * setup.batch.length + 1 if part == "LSTM" else 3
+        moved = reads * sizes.weights[part] * number
+        seconds[part] = max(operations / flops, moved / device.memory_bandwidth)
+    # Adam reads weights, gradients and both moments and writes all but the gradients; factored
+    # Adam reads the gradients of experts twice.
+    adam, factored = 28, 16
+    moved = adam * sizes.dense + (factored if setup.factored else adam) * sizes.experts
+    seconds["optimizer"] = moved / device.memory_bandwidth
+    seconds["network"] = sum(traffic.values()) / device.bandwidth
+    return seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device holds and does in a step.
+
+    Attributes:
+        memory: Bytes by part.
+        activations: Bytes by part of the network.
+        traffic: Bytes sent by purpose.
+        seconds: By part.
+        parameters: On this device, and in the whole cluster.
+        capacity: Bytes a plan may fill.
+    """
+
+    memory: dict[str, int]
+    activations: dict[str, int]
+    traffic: dict[str, int]
+    seconds: dict[str, float]
+    parameters: tuple[int, int]
+    capacity: float
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the memory."""
+        return self.total_memory <= self.capacity
+
+
+def make_plan(setup: Setup, device: Device, utilisation: float) -> Plan:
+    """Predict all."""
+    sizes = count_sizes(setup)
+    traffic = predict_traffic(setup, sizes)
+    return Plan(
+        memory=predict_memory(setup, sizes),
+        activations=count_activations(setup.config, setup.batch, setup.size)[0],
+        traffic=traffic,
+        seconds=predict_time(setup, sizes, traffic, device, utilisation),
+        parameters=(sizes.total, sizes.dense + sizes.experts * setup.size),
+        capacity=FILLED * device.memory,
+    )
+
+
+def halved_until_fits(setup: Setup, device: Device) -> Setup:
+    """Give a setup whose batch is halved until it fits, or holds a single sentence."""
+    while not make_plan(setup, device, 1.0).fits and setup.batch.sentences > 1:
+        smaller = replace(setup.batch, sentences=setup.batch.sentences // 2)
+        setup = replace(setup, batch=smaller)
+    return setup
