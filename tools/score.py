@@ -163,7 +163,10 @@ def compare(
     )
     signatures, scores = test()
     (key,) = signatures
-    other, this = scores[key]  # numpy's numbers among them, which JSON does not take
+    other, this = scores[key]
+    # sacrebleu counts resamples that exceed the difference, and finds none if all are equal.
+    is_same = systems[0][1] == systems[1][1]
+    # float(): JSON does not take numpy's numbers.
     return {
         "name": measure.name,
         "score": float(this.score),
@@ -172,7 +175,7 @@ def compare(
         "other_score": float(other.score),
         "other_mean": float(other.mean),
         "other_interval": float(other.ci),
-        "p": float(this.p_value),
+        "p": 1.0 if is_same else float(this.p_value),
         "signature": "|".join([f"{signatures[key]}", *filter(None, [measure.note])]),
     }
 
