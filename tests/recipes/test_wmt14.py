@@ -150,15 +150,100 @@ def test_the_whole_of_prepare_for_french_and_again(mirror):
 
     again = run("fr", "prepare.sh", **settings(mirror))
     assert again.returncode == 0, again.stderr
-    assert (
-        again.stdout.count("done before") == done.stdout.count("\n") - done.stdout.count(": ")
-        or again.stdout.count("done before") == 8 + 8 + 7
-    )
+    assert again.stdout.count("done before") == 8 + 8 + 7
 
-    changed = run("fr", "prepare.sh", **settings(mirror, MAX_PIECES=30))
+    changed = run("fr", "prepare.sh", **settings(mirror, MAX_PIECES=60))
     assert changed.returncode == 0, changed.stderr
     assert "learn-pieces: done before" in changed.stdout
     assert "cut-train: done before" not in changed.stdout
+
+    train_and_evaluate(settings(mirror, MAX_PIECES=60, DEVICE="cpu"))
+
+
+def train_and_evaluate(variables):
+    sizes = ["--model-dim", 16, "--lstm-hidden-dim", 16, "--num-experts", 4]
+    sizes += ["--expert-hidden-dim", 16]
+    training = {"UPDATES": 2, "SAVE_INTERVAL": 1, "MAX_TOKENS": 2000}
+    done = run("fr", "train.sh", *sizes, **variables, **training)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1024000 words an update (the paper's 64 GPUs x 16000) = 1 GPUs x 2000 words x 512" in (
+        done.stdout
+    )
+    assert "valid:  num_updates 2" in done.stdout
+
+    other = run("fr", "train.sh", *sizes, **variables, **training, DROPOUT=0.1)
+    assert other.returncode == 1
+    assert "was trained with other settings or text" in other.stderr
+
+    done = run("fr", "evaluate.sh", "--max-len-b", 10, **variables, BEAM=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = variables["WORK"] / "moe32-seed1" / "translations" / "test.fr.scores.txt"
+    lines = scores.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("multi-bleu ")
+    assert "words:moses-fr, sacremoses" in lines[1]
+    assert "4 sentences" in scores.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        pytest.param(
+            {"GPUS": 8, "MODEL": "moe2048", "MAX_TOKENS": 4000},
+            [
+                "8 GPUs x 4000 words x 32 accumulated passes",
+                "torchrun --nproc-per-node 8 -m fairseq_cli.train ",
+                "--arch lstm_moe_gnmt_2048h --moe-gate strictly_balanced --dropout 0.4 ",
+                "--update-freq 32 ",
+                "--ddp-backend legacy_ddp",
+            ],
+            id="one-machine-of-8",
+        ),
+        pytest.param(
+            {"SLURM_NTASKS": 64, "MODEL": "moe512"},
+            [
+                "64 GPUs x 16000 words x 1 accumulated passes",
+                "srun fairseq-train ",
+                "--arch lstm_moe_gnmt_512h ",
+                "--distributed-world-size 64 --distributed-port 29500 --ddp-backend legacy_ddp",
+            ],
+            id="slurm",
+        ),
+        pytest.param(
+            {},
+            [
+                "1 GPUs x 16000 words x 64 accumulated passes",
+                "     fairseq-train ",
+                "--arch lstm_moe_gnmt --num-experts 32 --moe-top-k 4 ",
+                "--warmup-updates 2000 --hold-updates 8000 --max-tokens 16000 --update-freq 64 ",
+            ],
+            id="one-gpu",
+        ),
+    ],
+)
+def test_the_training_has_the_papers_batch_on_any_number_of_gpus(tmp_path, variables, parts):
+    done = run("fr", "train.sh", "--dry-run", WORK=tmp_path / "work", **variables)
+    assert done.returncode == 0, done.stderr
+    for part in parts:
+        assert part in done.stdout
+
+
+def test_the_slurm_template_starts_a_task_for_each_gpu():
+    variables = {"NMT_MOE_PYTHON": sys.executable, "SLURM_NTASKS": "64"}
+    variables["SLURM_SUBMIT_DIR"] = str(RECIPES.parent)
+    command = ["bash", str(RECIPES / "wmt14" / "slurm.sbatch"), "de", "--dry-run"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "srun fairseq-train " in done.stdout
+    assert "--arch lstm_moe_gnmt_2048h " in done.stdout
+
+
+def test_gnmts_search_is_passed_on_when_it_is_given(tmp_path):
+    values = {"LENGTH_PENALTY_ALPHA": 0.2, "COVERAGE_PENALTY_BETA": 0.2, "BEAM_PRUNE": 3.0}
+    done = run("de", "evaluate.sh", "--dry-run", WORK=tmp_path / "work", **values)
+    flags = "--length-penalty-alpha 0.2 --coverage-penalty-beta 0.2 --beam-prune 3.0"
+    assert flags in done.stdout
+    empty = dict.fromkeys(values, "")
+    assert "penalty" not in run("de", "evaluate.sh", "--dry-run", **empty).stdout
 
 
 def test_german_over_http_after_a_step_that_failed(mirror, tmp_path):
@@ -443,6 +528,12 @@ REFUSALS = [
         "prepare.sh", [], {"WMT14_MIRROR": "/data"}, "must begin with file:///", id="mirror"
     ),
     pytest.param("prepare.sh", [], {"MANIFEST": "/absent"}, "MANIFEST=/absent is", id="manifest"),
+    pytest.param("train.sh", [], {"MODEL": "moe4"}, "MODEL must be one of: moe32", id="model"),
+    pytest.param("train.sh", [], {"GPUS": "7"}, "GPUS and MAX_TOKENS that divide", id="gpus"),
+    pytest.param("train.sh", [], {"GPUS": "2", "LAUNCH": "plain"}, "LAUNCH=plain", id="launch"),
+    pytest.param("evaluate.sh", [], {"RUN": "x"}, "x/checkpoint_best.pt is missing", id="run"),
+    pytest.param("evaluate.sh", [], {"BEAM_PRUNE": "a"}, "BEAM_PRUNE must be a nu", id="prune"),
+    pytest.param("evaluate.sh", [], {"SUBSET": "train"}, "SUBSET must be one of", id="subset"),
 ]
 
 
