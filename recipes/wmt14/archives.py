@@ -16,30 +16,21 @@ import argparse
 import gzip
 import hashlib
 import json
-import os
 import posixpath
 import re
 import sys
 import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-ADDRESS = "https://www.statmt.org"
-BLOCK = 1 << 20
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.wmt14.download import BLOCK, addresses_of, download
+
 MANIFEST = Path(__file__).with_name("manifest.json")
 SEGMENT = re.compile(rb"<seg[^>]*>(.*?)</seg>", re.IGNORECASE)
-
-
-def show_progress(iterable=None, **options):
-    """Show tqdm's bar: each second on a terminal, each half a minute in a log."""
-    from tqdm import tqdm  # not at the top: --dry-run needs the standard library alone
-
-    return tqdm(iterable, mininterval=1 if sys.stderr.isatty() else 30, **options)
 
 
 def read_manifest(path: Path) -> dict:
@@ -55,124 +46,6 @@ def find_part(manifest: dict, pair: str, name: str) -> dict:
         if part["name"] == name:
             return part
     raise ValueError(f"the manifest has no corpus '{name}' of en-{pair}")
-
-
-def addresses_of(name: str, entry: dict, mirror: str) -> list[str]:
-    """Return where to look for an archive, in this order; a mirror given replaces all others."""
-    if mirror:
-        return [f"{mirror.rstrip('/')}/{name}"]
-    return [f"{ADDRESS}/{name}", *entry.get("mirrors", [])]
-
-
-# --- Download ------------------------------------------------------------------------------------
-
-
-def open_address(address: str, start: int) -> tuple[BinaryIO, int, int | None]:
-    """Open a file: or http address at byte `start`.
-
-    Returns:
-        The stream, the byte it really starts at (0 if the server cannot continue), and the size of
-        the whole file in bytes if it is known.
-    """
-    if address.startswith("file:"):
-        path = Path(urllib.request.url2pathname(address.removeprefix("file://")))
-        stream = path.open("rb")
-        size = os.fstat(stream.fileno()).st_size
-        start = start if start <= size else 0
-        stream.seek(start)
-        return stream, start, size
-    request = urllib.request.Request(address)
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    answer = urllib.request.urlopen(request, timeout=60)
-    start = start if answer.status == 206 else 0
-    length = answer.headers.get("Content-Length")
-    return answer, start, None if length is None else start + int(length)
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def continue_download(address: str, partial: Path) -> None:
-    """Bring `partial` to its end from `address`; what is there already is not asked for again.
-
-    Raises:
-        OSError: the address cannot be read.
-        ValueError: it broke off, or is shorter than what is there.
-    """
-    try:
-        stream, start, size = open_address(address, size_of(partial))
-    except urllib.error.HTTPError as error:
-        # 416: there is nothing after the bytes that are here, which are all or too many.
-        if error.code != 416:
-            raise
-        start = stop_at = size_of(partial)
-        size = int((error.headers.get("Content-Range") or f"*/{stop_at}").rpartition("/")[2])
-    else:
-        with (
-            stream,
-            partial.open("ab" if start else "wb") as file,
-            show_progress(
-                desc=partial.stem, total=size, initial=start, unit="B", unit_scale=True
-            ) as progress,
-        ):
-            while block := stream.read(BLOCK):
-                file.write(block)
-                progress.update(len(block))
-    have = size_of(partial)
-    if size is not None and have > size:
-        partial.unlink()
-    if size is not None and have != size:
-        raise ValueError(f"broke off after {have} of {size} bytes")
-
-
-def fetch_from(address: str, partial: Path, wanted: int | None) -> None:
-    """Download `wanted` bytes (None: as many as there are), again as long as each try brings more.
-
-    Raises:
-        OSError: the address cannot be read.
-        ValueError: it does not have the whole archive.
-    """
-    while size_of(partial) != wanted:
-        before = size_of(partial)
-        try:
-            continue_download(address, partial)
-            break
-        except (OSError, HTTPException, ValueError):
-            if size_of(partial) <= before:
-                raise
-    have = size_of(partial)
-    if wanted is not None and have != wanted:
-        if have > wanted:
-            partial.unlink()
-        raise ValueError(f"ends after {have} bytes, but must have {wanted}")
-
-
-def download(name: str, entry: dict, target: Path, mirror: str) -> None:
-    """Download an archive into `target`, by way of `target`.part, which a later run continues.
-
-    Raises:
-        ValueError: no address has it whole.
-    """
-    failures = []
-    for address in addresses_of(name, entry, mirror):
-        partial = target.with_name(target.name + ".part")
-        try:
-            fetch_from(address, partial, entry.get("bytes"))
-        except (OSError, HTTPException, ValueError) as error:
-            failures.append(f"{address}: {error}")
-        else:
-            partial.rename(target)
-            return
-    listed = "\n  ".join(failures)
-    raise ValueError(
-        f"{name} could not be downloaded:\n  {listed}\nRun again to continue, or set WMT14_MIRROR "
-        "to an address (file:///... or http) that has it."
-    )
-
-
-# --- Verification --------------------------------------------------------------------------------
 
 
 def digests_of(path: Path) -> dict:
@@ -249,9 +122,6 @@ def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
     return path
 
 
-# --- Extraction ----------------------------------------------------------------------------------
-
-
 def read_members(archive: Path, names: set[str]) -> Iterator[tuple[str, BinaryIO]]:
     """Yield the named members of an archive; nothing is written, whatever the archive says.
 
@@ -324,9 +194,6 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
         path = target / f"{part['name']}.{language}"
         path.with_name(path.name + ".part").rename(path)
     return count
-
-
-# --- Command line --------------------------------------------------------------------------------
 
 
 def list_pair(manifest: dict, pair: str, mirror: str) -> None:

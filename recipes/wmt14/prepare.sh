@@ -76,19 +76,23 @@ parts_of() {
   done
 }
 
-clean_texts() { # SPLIT NORMALIZE NAME FLAG...
-  local split=$1 normalize=$2 name=$3 texts
-  shift 3
+clean_texts() { # SPLIT FLAG...
+  local split=$1 texts
+  shift
   mapfile -t texts < <(parts_of "$split")
-  python "$HERE/texts.py" clean --pair "$PAIR" --threads "$THREADS" --normalize "$normalize" \
-    --target "$WORK/text/$name" "$@" "${texts[@]}"
+  python "$HERE/texts.py" clean --pair "$PAIR" --threads "$THREADS" --normalize "$NORMALIZE" \
+    --target "$WORK/text/$split" "$@" "${texts[@]}"
 }
 
-clean_evaluation_texts() { # nothing is left out; the reference keeps its punctuation for the scores
-  local split
+clean_evaluation_texts() { # nothing is left out; scores are against the text as it was
+  local split language texts
   for split in valid test; do
-    clean_texts "$split" "$NORMALIZE" "$split" --keep-all
-    clean_texts "$split" none "$split.reference" --keep-all
+    clean_texts "$split" --keep-all
+    mapfile -t texts < <(parts_of "$split")
+    for language in en "$PAIR"; do
+      cat "${texts[@]/%/.$language}" >"$WORK/text/$split.reference.$language"
+    done
+    python "$REPOSITORY/tools/check_parallel.py" "$WORK/text/$split".{en,"$PAIR",reference.en,"reference.$PAIR"}
   done
 }
 
@@ -164,7 +168,7 @@ for name in "${PARTS[@]}"; do
   run_step "extract-$name" "${ABOUT[$name]}" \
     archives extract "$name" --pair "$PAIR" --downloads "$DOWNLOADS" --target "$WORK/raw"
 done
-run_step clean-train "$NORMALIZE" clean_texts train "$NORMALIZE" train
+run_step clean-train "$NORMALIZE" clean_texts train
 run_step clean-valid-and-test "" clean_evaluation_texts
 run_step sample "$SAMPLE_PAIRS" sample_text
 run_step learn-pieces "$VOCAB_SIZE $PIECE_TYPE $COVERAGE" learn_pieces

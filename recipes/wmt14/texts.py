@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sentencepiece
 from sacremoses import MosesPunctNormalizer
 
-from recipes.wmt14.archives import show_progress
+from recipes.wmt14.download import show_progress
 from tools.pieces import load
 
 # Pairs a worker takes at once: about a tenth of a second of work.

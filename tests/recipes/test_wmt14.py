@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from recipes.wmt14 import archives, texts
+from recipes.wmt14 import archives, download, texts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COLOURS = {"red": "rouge", "green": "vert", "black": "noir", "white": "blanc", "grey": "gris"}
@@ -286,8 +287,6 @@ def test_the_published_facts_are_the_default():
     assert sum(p["lines"] for p in manifest["parts"]["fr"] if p["split"] == "train") == 40842333
 
 
-# --- Archives -------------------------------------------------------------------------------------
-
 NEWS = "wmt14/training-parallel-nc-v9.tgz"
 UN = "wmt13/training-parallel-un.tgz"
 
@@ -418,15 +417,15 @@ def test_segments_of_sgm_by_hand(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"One &amp; two\nThree\n"
 
 
-# --- A server that breaks off ---------------------------------------------------------------------
-
-
 class BreakingHandler(http.server.BaseHTTPRequestHandler):
     """Serves one file in answers of at most `step` bytes, and then hangs up."""
 
     content = os.urandom(4000)
     step = 1500
     takes_ranges = True
+    # Set: hangs up. Not set: holds the line after `step` bytes.
+    may_end = threading.Event()
+    may_end.set()
     asked: list = []
 
     def do_GET(self):  # noqa: N802
@@ -443,6 +442,7 @@ class BreakingHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         self.wfile.write(rest[: self.step])
+        self.may_end.wait(300)
 
     def log_message(self, *_):
         pass
@@ -459,15 +459,37 @@ def breaking_server():
 
 def test_a_download_that_breaks_off_goes_on_where_it_broke(breaking_server, tmp_path):
     address, handler = breaking_server
-    archives.fetch_from(address, tmp_path / "x.part", None)
+    download.fetch_from(address, tmp_path / "x.part", None)
     assert (tmp_path / "x.part").read_bytes() == handler.content
     assert handler.asked == [None, "bytes=1500-", "bytes=3000-"]
 
 
 def test_a_killed_download_is_continued_by_the_next_run(breaking_server, tmp_path):
     address, handler = breaking_server
+    handler.may_end = threading.Event()
+    entry = {"sha256": hashlib.sha256(handler.content).hexdigest()}
+    manifest, partial_file = tmp_path / "manifest.json", tmp_path / "x.part"
+    manifest.write_text(json.dumps({"archives": {"x": entry}, "parts": {}}))
+    command = [sys.executable, archives.__file__, "fetch", "x", "--downloads", tmp_path]
+    command += ["--manifest", manifest, "--mirror", address.removesuffix("/x")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while download.size_of(partial_file) < 1500 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    handler.may_end.set()
+    assert download.size_of(partial_file) == 1500
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "x: 4,000 bytes, verified by sha256" in done.stdout
+    assert handler.asked[1] == "bytes=1500-"
+    assert (tmp_path / "x").read_bytes() == handler.content
+
+
+def test_the_last_bytes_of_a_known_size_are_fetched(breaking_server, tmp_path):
+    address, handler = breaking_server
     (tmp_path / "x.part").write_bytes(handler.content[:3900])
-    archives.fetch_from(address, tmp_path / "x.part", len(handler.content))
+    download.fetch_from(address, tmp_path / "x.part", len(handler.content))
     assert handler.asked == ["bytes=3900-"]
     assert (tmp_path / "x.part").read_bytes() == handler.content
 
@@ -475,7 +497,7 @@ def test_a_killed_download_is_continued_by_the_next_run(breaking_server, tmp_pat
 def test_a_download_killed_after_its_last_byte_is_whole(breaking_server, tmp_path):
     address, handler = breaking_server
     (tmp_path / "x.part").write_bytes(handler.content)
-    archives.fetch_from(address, tmp_path / "x.part", None)
+    download.fetch_from(address, tmp_path / "x.part", None)
     assert handler.asked == ["bytes=4000-"]
     assert (tmp_path / "x.part").read_bytes() == handler.content
 
@@ -484,18 +506,15 @@ def test_a_server_that_cannot_continue_and_breaks_off_is_given_up(breaking_serve
     address, handler = breaking_server
     handler.takes_ranges = False
     with pytest.raises(ValueError, match="broke off after 1500 of 4000 bytes"):
-        archives.fetch_from(address, tmp_path / "x.part", None)
+        download.fetch_from(address, tmp_path / "x.part", None)
     assert len(handler.asked) == 2
 
 
 def test_the_next_mirror_is_tried(breaking_server, tmp_path, monkeypatch):
     address, handler = breaking_server
-    monkeypatch.setattr(archives, "ADDRESS", "http://127.0.0.1:9")
-    archives.download("x", {"mirrors": [address]}, tmp_path / "x", "")
+    monkeypatch.setattr(download, "ADDRESS", "http://127.0.0.1:9")
+    download.download("x", {"mirrors": [address]}, tmp_path / "x", "")
     assert (tmp_path / "x").read_bytes() == handler.content
-
-
-# --- Texts ----------------------------------------------------------------------------------------
 
 
 def test_cleaning_by_hand():
