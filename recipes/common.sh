@@ -48,12 +48,12 @@ use_environment() {
 begin_steps() {
   STEPS_FOLDER=$1/.steps
   STEP_KEY=${2:-}
-  mkdir -p "$STEPS_FOLDER"
+  [[ ${DRY_RUN:-0} == 1 ]] || mkdir -p "$STEPS_FOLDER"
 }
 
 # run_step NAME SETTINGS COMMAND...: run COMMAND unless its stamp says that the same step ended well with the same
 # SETTINGS after the same earlier steps. So a second run goes on where the first failed, and a changed setting
-# repeats its own step and all that follow.
+# repeats its own step and all that follow. With DRY_RUN=1 it only prints what it would do.
 run_step() {
   local name=$1 settings=$2 stamp=$STEPS_FOLDER/$1
   shift 2
@@ -62,10 +62,22 @@ run_step() {
     say "$name: done before"
     return
   fi
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    say "$name: would run"
+    show_command "$@"
+    return
+  fi
   say "$name"
   rm -f "$stamp"
   "$@"
   printf '%s' "$STEP_KEY" >"$stamp"
+}
+
+# show_command COMMAND...: print a command as it could be typed.
+show_command() {
+  printf '    '
+  printf ' %q' "$@"
+  printf '\n'
 }
 
 # require_whole NAME SMALLEST: refuse a variable that is not a whole number of at least SMALLEST.

@@ -30,10 +30,13 @@ def train(
     vocab_size: int,
     kind: str = "unigram",
     at_most: bool = False,
+    character_coverage: float = 1.0,
 ) -> int:
     """Write the sentencepiece model and the dictionary of its pieces; return how many there are.
 
     at_most: with less text than `vocab_size` pieces ask for, be content with fewer.
+    character_coverage: share of the text's characters that must be pieces; the rarest beyond it
+        become unknown.
 
     Raises:
         ValueError: a file is missing, or the text is too small for so many pieces.
@@ -48,7 +51,7 @@ def train(
                 model_writer=writer,
                 vocab_size=vocab_size,
                 model_type=kind,
-                character_coverage=1.0,
+                character_coverage=character_coverage,
                 hard_vocab_limit=not at_most,
                 num_threads=1,
                 minloglevel=2,
@@ -149,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     train_parser.add_argument(
         "--at-most", action="store_true", help="accept fewer pieces when there is little text"
     )
+    train_parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        help="share of the text's characters that get a piece (default: %(default)s)",
+    )
     encode_parser = commands.add_parser("encode", help="cut text into pieces, to standard output")
     encode_parser.add_argument("file", type=Path)
     encode_parser.add_argument("--model", type=Path, required=True)
@@ -173,6 +182,7 @@ def main() -> int:
                 arguments.vocab_size,
                 arguments.type,
                 arguments.at_most,
+                arguments.character_coverage,
             )
             sys.stdout.write(f"{count} pieces\n")
         else:

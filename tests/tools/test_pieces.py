@@ -41,6 +41,21 @@ def test_the_dictionary_has_every_piece_but_the_three_that_fairseq_adds_itself(m
     assert used <= set(entries)
 
 
+def test_the_rarest_characters_are_left_out_below_full_coverage(tmp_path):
+    path = tmp_path / "train.en"
+    path.write_text("".join(line + "\n" for line in [*LINES, "a snowman ☃"]), encoding="utf-8")
+    entries = {}
+    for coverage in (1.0, 0.99):
+        dictionary = tmp_path / f"dict.{coverage}"
+        pieces.train(
+            [path], tmp_path / "spm", dictionary, 40, at_most=True, character_coverage=coverage
+        )
+        entries[coverage] = dictionary.read_text(encoding="utf-8")
+    assert "☃" in entries[1.0]
+    assert "☃" not in entries[0.99]
+    assert "e 1\n" in entries[0.99]
+
+
 def test_pieces_join_to_the_text(model, text):
     assert [join(line) for line in pieces.encode(text, model)] == LINES
 

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Translate newstest2014 with a trained model and score it: evaluate.sh [--dry-run] [FLAG-OF-FAIRSEQ-GENERATE...]
+#
+# The scores are those of tools/score.py, the paper's (tokenised, cased multi-bleu) first, each with its signature.
+#   RUN         the run of train.sh (MODEL-seedSEED)
+#   CHECKPOINT  the model, or several with colons between for an ensemble (RUN's checkpoint_best.pt)
+#   SUBSET      test (default: newstest2014) or valid (newstest2012 and newstest2013)
+#   BEAM        hypotheses kept (8; GNMT: 8 to 12)
+#   BATCH_SIZE  sentences at once (64)
+#   LENGTH_PENALTY_ALPHA, COVERAGE_PENALTY_BETA, BEAM_PRUNE
+#               GNMT's search; the paper's are 0.2, 0.2 and 3.0. Empty (default): not given, fairseq's own search
+#   AGAINST     another translation of the same subset, for a paired bootstrap
+#   DEVICE, WORK as in train.sh
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if [[ ${2:-} == -h || ${2:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$REPOSITORY/recipes/wmt14/settings.sh"
+take_dry_run "${@:2}"
+
+# The paper's values are 0.2, 0.2 and 3.0. An empty one is not passed on.
+LENGTH_PENALTY_ALPHA=${LENGTH_PENALTY_ALPHA-}
+COVERAGE_PENALTY_BETA=${COVERAGE_PENALTY_BETA-}
+BEAM_PRUNE=${BEAM_PRUNE-}
+RUN=${RUN:-${MODEL:-moe32}-seed${SEED:-1}}
+CHECKPOINTS=${CHECKPOINT:-$WORK/$RUN/checkpoint_best.pt}
+SUBSET=${SUBSET:-test}
+BEAM=${BEAM:-8}
+BATCH_SIZE=${BATCH_SIZE:-64}
+OUTPUT_FOLDER=$WORK/$RUN/translations
+# The target language ends the names: score.py tokenises by it.
+OUTPUT=$OUTPUT_FOLDER/$SUBSET.$PAIR
+REFERENCE=$WORK/text/$SUBSET.reference
+
+set_command() {
+  local name flag
+  COMMAND=(fairseq-generate "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$CHECKPOINTS"
+    --gen-subset "$SUBSET" --beam "$BEAM" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece --num-workers 0
+    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}")
+  for name in LENGTH_PENALTY_ALPHA COVERAGE_PENALTY_BETA BEAM_PRUNE; do
+    flag=${name,,}
+    [[ -z ${!name} ]] || COMMAND+=("--${flag//_/-}" "${!name}")
+  done
+  COMMAND+=("${FLAGS[@]}")
+}
+
+check_files() {
+  local file
+  for file in ${CHECKPOINTS//:/ }; do
+    [[ -f $file ]] || die "$file is missing: train it with 'RUN=$RUN bash recipes/wmt14_en_$PAIR/train.sh', or set RUN" \
+      "or CHECKPOINT"
+  done
+  for file in "$REFERENCE.en" "$REFERENCE.$PAIR" "$WORK/data-bin"; do
+    [[ -e $file ]] || die "$file is missing: run 'bash recipes/wmt14_en_$PAIR/prepare.sh', or set WORK"
+  done
+  [[ -z ${AGAINST:-} || -f $AGAINST ]] || die "AGAINST=$AGAINST is missing"
+}
+
+require_choice SUBSET test valid
+require_choice DEVICE auto cpu cuda
+for name in BEAM BATCH_SIZE; do require_whole "$name" 1; done
+for name in LENGTH_PENALTY_ALPHA COVERAGE_PENALTY_BETA BEAM_PRUNE; do
+  [[ -z ${!name} || ${!name} =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$name must be a number or empty, but is '${!name}'"
+done
+if [[ $DRY_RUN == 1 ]]; then
+  DEVICE_FLAGS=()
+  [[ $DEVICE != cpu ]] || DEVICE_FLAGS=(--cpu)
+  set_command
+  show_command "${COMMAND[@]}"
+  show_command python "$REPOSITORY/tools/score.py" "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en"
+  exit
+fi
+check_files
+use_environment_unless_dry
+set_device
+set_command
+mkdir -p "$OUTPUT_FOLDER"
+LOG=$OUTPUT.log
+say "translating $SUBSET with $CHECKPOINTS, beam $BEAM; log: $LOG"
+logged "${COMMAND[@]}"
+hypotheses_of "$LOG" >"$OUTPUT"
+python "$REPOSITORY/tools/score.py" "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en" \
+  ${AGAINST:+--against "$AGAINST"} | tee "$OUTPUT.scores.txt"
+say "translation and scores: $OUTPUT, $OUTPUT.scores.txt"

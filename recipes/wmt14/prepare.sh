@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# Prepare WMT14 as the paper has it: prepare.sh [--dry-run]
+#
+# Downloads and verifies the archives, takes the corpora out of them, cleans them, learns one 32,000-piece vocabulary
+# for both languages, cuts the text and writes fairseq's data-bin. Finished steps are skipped, a failed one is done
+# again, a broken download goes on where it broke, and a changed variable repeats what depends on it.
+#   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: these, UN 2000 and Giga-fren
+#   valid           newstest2012 and newstest2013, 6003 sentences
+#   test            newstest2014, the full set of 3003 sentences
+# --dry-run prints every step and does none. Variables:
+#   WMT14_MIRROR    address in the place of https://www.statmt.org and its mirrors, with the same folders below
+#                   (wmt13/training-parallel-europarl-v7.tgz, ...): file:///folder or http
+#   DOWNLOADS       folder of the archives, shared by both pairs (recipes/wmt14/work/downloads)
+#   WORK            folder to write (recipes/wmt14_en_PAIR/work)
+#   THREADS         processes (all cores)
+#   NORMALIZE       punctuation of the source (default), of both sides, or none: see recipes/wmt14/README.md
+#   VOCAB_SIZE      pieces of the vocabulary (32000)
+#   PIECE_TYPE      bpe (default, nearest to the paper's wordpieces) or unigram
+#   SAMPLE_PAIRS    pairs the vocabulary is learnt from, evenly spaced (5000000): more need more memory
+#   COVERAGE        share of the characters that get a piece (0.9995): the rest of the web's alphabets does not
+#   MAX_PIECES      longest side of a pair to train on, in pieces (250)
+#   MAX_RATIO       longer side over shorter side, in pieces, at most (1.5)
+#   MANIFEST        sizes, digests, names and lines to expect (recipes/wmt14/manifest.json)
+#
+# Disk, archives included, by estimate: 50 GB for en-fr, 7 GB for en-de.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if [[ ${2:-} == -h || ${2:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$REPOSITORY/recipes/wmt14/settings.sh"
+take_dry_run "${@:2}"
+
+WMT14_MIRROR=${WMT14_MIRROR:-}
+DOWNLOADS=${DOWNLOADS:-$HERE/work/downloads}
+THREADS=${THREADS:-$(nproc)}
+NORMALIZE=${NORMALIZE:-source}
+VOCAB_SIZE=${VOCAB_SIZE:-32000}
+PIECE_TYPE=${PIECE_TYPE:-bpe}
+SAMPLE_PAIRS=${SAMPLE_PAIRS:-5000000}
+COVERAGE=${COVERAGE:-0.9995}
+MAX_PIECES=${MAX_PIECES:-250}
+MAX_RATIO=${MAX_RATIO:-1.5}
+MANIFEST=${MANIFEST:-$HERE/manifest.json}
+
+archives() { # COMMAND [NAME] FLAG...
+  python "$HERE/archives.py" "$@" --manifest "$MANIFEST" --mirror "$WMT14_MIRROR"
+}
+
+list_steps() { # what the pair needs, into ARCHIVES, PARTS and their settings
+  local kind name about more listing
+  listing=$(archives list --pair "$PAIR")
+  ARCHIVES=() PARTS=()
+  declare -gA ABOUT ADDRESSES SPLIT
+  while IFS=$'\t' read -r kind name about more; do
+    if [[ $kind == archive ]]; then
+      ARCHIVES+=("$name")
+      ABOUT[$name]=$about
+      ADDRESSES[$name]=$more
+    else
+      PARTS+=("$name")
+      SPLIT[$name]=$about
+      ABOUT[$name]=$more
+    fi
+  done <<<"$listing"
+}
+
+# parts_of SPLIT: the corpora of a split, as names of texts.
+parts_of() {
+  local name
+  for name in "${PARTS[@]}"; do
+    [[ ${SPLIT[$name]} != "$1" ]] || printf '%s\n' "$WORK/raw/$name"
+  done
+}
+
+clean_texts() { # SPLIT FLAG...
+  local split=$1 texts
+  shift
+  mapfile -t texts < <(parts_of "$split")
+  python "$HERE/texts.py" clean --pair "$PAIR" --threads "$THREADS" --normalize "$NORMALIZE" \
+    --target "$WORK/text/$split" "$@" "${texts[@]}"
+}
+
+clean_evaluation_texts() { # nothing is left out; scores are against the text as it was
+  local split language texts
+  for split in valid test; do
+    clean_texts "$split" --keep-all
+    mapfile -t texts < <(parts_of "$split")
+    for language in en "$PAIR"; do
+      cat "${texts[@]/%/.$language}" >"$WORK/text/$split.reference.$language"
+    done
+    python "$REPOSITORY/tools/check_parallel.py" "$WORK/text/$split".{en,"$PAIR",reference.en,"reference.$PAIR"}
+  done
+}
+
+sample_text() { # every n-th pair, so that each corpus has its share
+  local total every language
+  total=$(wc -l <"$WORK/text/train.en")
+  every=$(((total + SAMPLE_PAIRS - 1) / SAMPLE_PAIRS))
+  for language in en "$PAIR"; do
+    awk -v every="$every" 'NR % every == 0' "$WORK/text/train.$language" >"$WORK/text/sample.$language"
+  done
+  python "$REPOSITORY/tools/check_parallel.py" "$WORK/text/sample".{en,"$PAIR"}
+}
+
+learn_pieces() {
+  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --type "$PIECE_TYPE" \
+    --character-coverage "$COVERAGE" --model "$WORK/spm.model" --dictionary "$WORK/dict.txt" \
+    "$WORK/text/sample".{en,"$PAIR"}
+}
+
+cut_texts() { # SPLIT FLAG...
+  local split=$1
+  shift
+  python "$HERE/texts.py" cut --pair "$PAIR" --threads "$THREADS" --model "$WORK/spm.model" \
+    --max-pieces "$MAX_PIECES" --max-ratio "$MAX_RATIO" --target "$WORK/pieces/$split" "$@" "$WORK/text/$split"
+}
+
+cut_evaluation_texts() {
+  local split
+  for split in valid test; do
+    cut_texts "$split" --keep-all --expect "$(wc -l <"$WORK/text/$split.en")"
+  done
+}
+
+binarise() {
+  rm -rf "$WORK/data-bin"
+  LOG=$WORK/preprocess.log
+  logged fairseq-preprocess --source-lang en --target-lang "$PAIR" --trainpref "$WORK/pieces/train" \
+    --validpref "$WORK/pieces/valid" --testpref "$WORK/pieces/test" --srcdict "$WORK/dict.txt" \
+    --tgtdict "$WORK/dict.txt" --destdir "$WORK/data-bin" --workers "$THREADS"
+  check_binarised
+}
+
+check_binarised() { # fairseq's own count of each side against the lines it was given
+  local split language lines
+  for split in train valid test; do
+    for language in en "$PAIR"; do
+      lines=$(wc -l <"$WORK/pieces/$split.$language")
+      grep -qF "$WORK/pieces/$split.$language: $lines sents," "$LOG" ||
+        die "$LOG does not say that $split.$language has $lines sentences: binarising went wrong"
+    done
+  done
+}
+
+((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help and --dry-run, not '${FLAGS[0]}'"
+for name in THREADS SAMPLE_PAIRS MAX_PIECES; do require_whole "$name" 1; done
+require_whole VOCAB_SIZE 10
+require_choice PIECE_TYPE bpe unigram
+require_choice NORMALIZE source both none
+[[ $MAX_RATIO =~ ^[1-9][0-9]*(\.[0-9]+)?$ ]] || die "MAX_RATIO must be a number of at least 1, but is '$MAX_RATIO'"
+[[ $COVERAGE =~ ^(1(\.0+)?|0?\.[0-9]+)$ ]] || die "COVERAGE must be a share of 1, but is '$COVERAGE'"
+[[ -z $WMT14_MIRROR || $WMT14_MIRROR =~ ^(file:///|https?://) ]] ||
+  die "WMT14_MIRROR must begin with file:///, http:// or https://, but is '$WMT14_MIRROR'"
+[[ -f $MANIFEST ]] || die "MANIFEST=$MANIFEST is missing"
+use_environment_unless_dry
+list_steps
+say "preparing English to $PAIR in $WORK"
+begin_steps "$WORK"
+for name in "${ARCHIVES[@]}"; do
+  [[ $DRY_RUN == 0 ]] || printf '%s\n      %s\n      from %s\n' "$name" "${ABOUT[$name]}" "${ADDRESSES[$name]}"
+  run_step "download-${name//\//-}" "${ABOUT[$name]}" archives fetch "$name" --downloads "$DOWNLOADS"
+done
+for name in "${PARTS[@]}"; do
+  run_step "extract-$name" "${ABOUT[$name]}" \
+    archives extract "$name" --pair "$PAIR" --downloads "$DOWNLOADS" --target "$WORK/raw"
+done
+run_step clean-train "$NORMALIZE" clean_texts train
+run_step clean-valid-and-test "" clean_evaluation_texts
+run_step sample "$SAMPLE_PAIRS" sample_text
+run_step learn-pieces "$VOCAB_SIZE $PIECE_TYPE $COVERAGE" learn_pieces
+run_step cut-train "$MAX_PIECES $MAX_RATIO" cut_texts train
+run_step cut-valid-and-test "" cut_evaluation_texts
+run_step binarise "" binarise
+[[ $DRY_RUN == 1 ]] || printf '%s' "$STEP_KEY" >"$WORK/prepared"

@@ -1,0 +1,34 @@
+# What prepare.sh, train.sh and evaluate.sh agree on; sourced by them after common.sh with the pair as first argument.
+# shellcheck shell=bash
+# shellcheck disable=SC2034,SC2329
+
+HERE=$REPOSITORY/recipes/wmt14
+PAIR=${1:-}
+[[ $PAIR == de || $PAIR == fr ]] || die "call recipes/wmt14_en_fr/ or recipes/wmt14_en_de/: PAIR is '$PAIR'"
+RECIPE=$REPOSITORY/recipes/wmt14_en_$PAIR
+WORK=${WORK:-$RECIPE/work}
+DEVICE=${DEVICE:-auto}
+
+# take_dry_run ARGUMENTS...: --dry-run into DRY_RUN, the others into FLAGS.
+take_dry_run() {
+  local argument
+  DRY_RUN=0
+  FLAGS=()
+  for argument; do
+    if [[ $argument == --dry-run ]]; then DRY_RUN=1; else FLAGS+=("$argument"); fi
+  done
+}
+
+# use_environment_unless_dry: a dry run makes no environment, and needs none but a python3.
+use_environment_unless_dry() {
+  if [[ $DRY_RUN == 0 ]]; then
+    use_environment
+    # The scripts that this one calls need no second look at it.
+    NMT_MOE_PYTHON=$(command -v python)
+    export NMT_MOE_PYTHON
+  elif [[ -n ${NMT_MOE_PYTHON:-} ]]; then
+    python() { "$NMT_MOE_PYTHON" "$@"; }
+  elif ! command -v python >/dev/null; then
+    python() { python3 "$@"; }
+  fi
+}

@@ -1,0 +1,564 @@
+"""The WMT14 recipes on a tiny mirror of the same layout, whole and spoilt."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from recipes.wmt14 import archives, download, texts
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COLOURS = {"red": "rouge", "green": "vert", "black": "noir", "white": "blanc", "grey": "gris"}
+ANIMALS = {"dog": "chien", "cat": "chat", "bird": "oiseau", "bear": "ours", "fish": "poisson"}
+PAIRS = [
+    (
+        f"A {colour} {animal} reads “News”, and rests.",
+        f"Un {animal_fr} {couleur} lit « News »\u00a0!",
+    )
+    for colour, couleur in COLOURS.items()
+    for animal, animal_fr in ANIMALS.items()
+]
+LONG = ("word " * 300, "mot " * 300)
+# What cannot be trained on: an empty side, a side that is no UTF-8, sides of other lengths.
+BAD_PAIRS = [("Nobody answers.", "\t"), ("A broken line.", b"Une ligne \xff."), LONG]
+
+
+def to_bytes(lines):
+    return b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines)
+
+
+def to_sgm(lines):
+    segments = [f'<seg id="{i}">{line}</seg>' for i, line in enumerate(lines, start=1)]
+    return to_bytes(['<srcset setid="x" srclang="any">', *segments, "</srcset>"])
+
+
+def write_archive(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def choose_pairs(part):
+    """Choose the sentences of a corpus: the training corpora have 25 pairs each.
+
+    Europarl has three more, to leave out; News Commentary ends with a line separator of Unicode,
+    which ends no line.
+    """
+    if part["name"] == "europarl-v7":
+        return PAIRS + BAD_PAIRS
+    if part["name"] == "news-commentary-v9":
+        return [*PAIRS[:-1], ("A line\u2028separated.", "Une ligne\u2028séparée.")]
+    if part["split"] == "train":
+        return PAIRS
+    return PAIRS[5:9] if part["name"] == "newstest2014" else PAIRS[:5]
+
+
+def to_member(name, lines):
+    content = to_sgm(lines) if name.endswith(".sgm") else to_bytes(lines)
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+def make_mirror(folder):
+    """Write all archives in miniature, and a manifest of theirs that tells what to expect."""
+    manifest = archives.read_manifest(archives.MANIFEST)
+    members = {}
+    for part in itertools.chain.from_iterable(manifest["parts"].values()):
+        pairs = choose_pairs(part)
+        part["lines"] = len(pairs)
+        for side, name in enumerate((part["source"], part["target"])):
+            content = to_member(name, [pair[side] for pair in pairs])
+            members.setdefault(part["archive"], {})[name] = content
+    for name, entry in manifest["archives"].items():
+        path = folder / name
+        write_archive(path, members[name])
+        content = path.read_bytes()
+        entry["mirrors"] = []
+        if "bytes" in entry:
+            entry["bytes"] = len(content)
+        for kind in {"md5", "sha256"} & set(entry):
+            entry[kind] = hashlib.new(kind, content).hexdigest()
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    make_mirror(tmp_path / "mirror")
+    return tmp_path / "mirror"
+
+
+def run(pair, script, *arguments, **variables):
+    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(RECIPES / f"wmt14_en_{pair}" / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def settings(mirror, **variables):
+    base = mirror.parent
+    return {
+        "WMT14_MIRROR": mirror.as_uri(),
+        "MANIFEST": mirror / "manifest.json",
+        "DOWNLOADS": base / "downloads",
+        "WORK": base / "work",
+        "VOCAB_SIZE": 60,
+        "SAMPLE_PAIRS": 40,
+        "COVERAGE": 1.0,
+        "THREADS": 2,
+    } | variables
+
+
+def read(path):
+    return path.read_bytes().decode().split("\n")[:-1]
+
+
+def test_the_whole_of_prepare_for_french_and_again(mirror):
+    done = run("fr", "prepare.sh", **settings(mirror))
+    assert done.returncode == 0, done.stdout + done.stderr
+    work = mirror.parent / "work"
+
+    # Five corpora of 25 pairs; the cleaning takes two of the three bad ones out, the cutting one.
+    assert "train: 126 pairs; 1 left out: empty side; 1 left out: not UTF-8" in done.stdout
+    assert "train: 125 pairs; 1 left out: over 250 pieces" in done.stdout
+    for language in ("en", "fr"):
+        assert len(read(work / "pieces" / f"train.{language}")) == 125
+        assert len(read(work / "pieces" / f"valid.{language}")) == 10
+        assert len(read(work / "pieces" / f"test.{language}")) == 4
+        # every 4th of 126 pairs
+        assert len(read(work / "text" / f"sample.{language}")) == 31
+    # The source's punctuation is normalised, the target's kept; the space of French is a plain one.
+    assert read(work / "text" / "test.en")[0].endswith('reads "News," and rests.')
+    assert read(work / "text" / "test.fr")[0].endswith("lit « News » !")
+    assert (work / "data-bin" / "train.en-fr.fr.bin").stat().st_size > 0
+    assert "wmt13/training-parallel-un.tgz" in done.stdout
+    assert done.stdout.count("no digest is published: recorded ") == 2
+
+    again = run("fr", "prepare.sh", **settings(mirror))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 8 + 8 + 7
+
+    changed = run("fr", "prepare.sh", **settings(mirror, MAX_PIECES=60))
+    assert changed.returncode == 0, changed.stderr
+    assert "learn-pieces: done before" in changed.stdout
+    assert "cut-train: done before" not in changed.stdout
+
+    train_and_evaluate(settings(mirror, MAX_PIECES=60, DEVICE="cpu"))
+
+
+def train_and_evaluate(variables):
+    sizes = ["--model-dim", 16, "--lstm-hidden-dim", 16, "--num-experts", 4]
+    sizes += ["--expert-hidden-dim", 16]
+    training = {"UPDATES": 2, "SAVE_INTERVAL": 1, "MAX_TOKENS": 2000}
+    done = run("fr", "train.sh", *sizes, **variables, **training)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1024000 words an update (the paper's 64 GPUs x 16000) = 1 GPUs x 2000 words x 512" in (
+        done.stdout
+    )
+    assert "valid:  num_updates 2" in done.stdout
+
+    other = run("fr", "train.sh", *sizes, **variables, **training, DROPOUT=0.1)
+    assert other.returncode == 1
+    assert "was trained with other settings or text" in other.stderr
+
+    done = run("fr", "evaluate.sh", "--max-len-b", 10, **variables, BEAM=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = variables["WORK"] / "moe32-seed1" / "translations" / "test.fr.scores.txt"
+    lines = scores.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("multi-bleu ")
+    assert "words:moses-fr, sacremoses" in lines[1]
+    assert "4 sentences" in scores.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        pytest.param(
+            {"GPUS": 8, "MODEL": "moe2048", "MAX_TOKENS": 4000},
+            [
+                "8 GPUs x 4000 words x 32 accumulated passes",
+                "torchrun --nproc-per-node 8 -m fairseq_cli.train ",
+                "--arch lstm_moe_gnmt_2048h --moe-gate strictly_balanced --dropout 0.4 ",
+                "--update-freq 32 ",
+                "--ddp-backend legacy_ddp",
+            ],
+            id="one-machine-of-8",
+        ),
+        pytest.param(
+            {"SLURM_NTASKS": 64, "MODEL": "moe512"},
+            [
+                "64 GPUs x 16000 words x 1 accumulated passes",
+                "srun fairseq-train ",
+                "--arch lstm_moe_gnmt_512h ",
+                "--distributed-world-size 64 --distributed-port 29500 --ddp-backend legacy_ddp",
+            ],
+            id="slurm",
+        ),
+        pytest.param(
+            {},
+            [
+                "1 GPUs x 16000 words x 64 accumulated passes",
+                "     fairseq-train ",
+                "--arch lstm_moe_gnmt --num-experts 32 --moe-top-k 4 ",
+                "--warmup-updates 2000 --hold-updates 8000 --max-tokens 16000 --update-freq 64 ",
+            ],
+            id="one-gpu",
+        ),
+    ],
+)
+def test_the_training_has_the_papers_batch_on_any_number_of_gpus(tmp_path, variables, parts):
+    done = run("fr", "train.sh", "--dry-run", WORK=tmp_path / "work", **variables)
+    assert done.returncode == 0, done.stderr
+    for part in parts:
+        assert part in done.stdout
+
+
+def test_the_slurm_template_starts_a_task_for_each_gpu():
+    variables = {"NMT_MOE_PYTHON": sys.executable, "SLURM_NTASKS": "64"}
+    variables["SLURM_SUBMIT_DIR"] = str(RECIPES.parent)
+    command = ["bash", str(RECIPES / "wmt14" / "slurm.sbatch"), "de", "--dry-run"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "srun fairseq-train " in done.stdout
+    assert "--arch lstm_moe_gnmt_2048h " in done.stdout
+
+
+def test_gnmts_search_is_passed_on_when_it_is_given(tmp_path):
+    values = {"LENGTH_PENALTY_ALPHA": 0.2, "COVERAGE_PENALTY_BETA": 0.2, "BEAM_PRUNE": 3.0}
+    done = run("de", "evaluate.sh", "--dry-run", WORK=tmp_path / "work", **values)
+    flags = "--length-penalty-alpha 0.2 --coverage-penalty-beta 0.2 --beam-prune 3.0"
+    assert flags in done.stdout
+    empty = dict.fromkeys(values, "")
+    assert "penalty" not in run("de", "evaluate.sh", "--dry-run", **empty).stdout
+
+
+def test_german_over_http_after_a_step_that_failed(mirror, tmp_path):
+    handler = partial(QuietHandler, directory=str(mirror))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        variables = settings(mirror, WMT14_MIRROR=address)
+        failed = run("de", "prepare.sh", **(variables | {"VOCAB_SIZE": 9000}))
+        assert failed.returncode == 1
+        assert "cannot learn `--vocab-size` 9000 pieces" in failed.stderr
+        done = run("de", "prepare.sh", **variables)
+        server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done before") == 6 + 6 + 3
+    assert len(read(tmp_path / "work" / "pieces" / "train.de")) == 3 * 25
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_dry_run_prints_every_step_and_does_none(mirror, tmp_path):
+    done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": would run") == 8 + 8 + 7
+    assert f"from {mirror.as_uri()}/wmt10/training-giga-fren.tar" in done.stdout
+    assert "nothing published: recorded at the first download" in done.stdout
+    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "downloads").exists()
+
+
+def test_the_published_facts_are_the_default():
+    manifest = archives.read_manifest(archives.MANIFEST)
+    for parts in manifest["parts"].values():
+        assert sum(part["lines"] for part in parts if part["split"] == "valid") == 6003
+        assert sum(part["lines"] for part in parts if part["split"] == "test") == 3003
+        assert {part["archive"] for part in parts} <= set(manifest["archives"])
+    assert sum(p["lines"] for p in manifest["parts"]["fr"] if p["split"] == "train") == 40842333
+
+
+NEWS = "wmt14/training-parallel-nc-v9.tgz"
+UN = "wmt13/training-parallel-un.tgz"
+
+
+def fetch(mirror, name=NEWS):
+    manifest = archives.read_manifest(mirror / "manifest.json")
+    downloads = mirror.parent / "downloads"
+    return archives.fetch(name, manifest["archives"][name], downloads, mirror.as_uri())
+
+
+def extract(mirror, name, pair="fr"):
+    manifest = archives.read_manifest(mirror / "manifest.json")
+    part = archives.find_part(manifest, pair, name)
+    archive = fetch(mirror, part["archive"])
+    return archives.extract(part, pair, archive, mirror.parent / "raw")
+
+
+def test_a_truncated_archive_is_refused_and_continued_when_it_is_whole(mirror):
+    path = mirror / NEWS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"ends after {len(whole) - 100} bytes, but must have"):
+        fetch(mirror)
+    path.write_bytes(whole)
+    assert fetch(mirror).read_bytes() == whole
+
+
+def test_an_altered_archive_is_refused_and_moved_away(mirror):
+    path = mirror / NEWS
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="sha256 is .* but must be .*nc-v9.tgz.bad: run again"):
+        fetch(mirror)
+    names = {file.name for file in (mirror.parent / "downloads").iterdir()}
+    assert names == {"wmt14-training-parallel-nc-v9.tgz.bad"}
+
+
+def test_a_missing_archive_is_named_with_its_address_and_the_way_out(mirror):
+    (mirror / NEWS).unlink()
+    with pytest.raises(ValueError, match=r"(?s)nc-v9.tgz could not be downl.* file:///.*MIRROR"):
+        fetch(mirror)
+
+
+def test_an_archive_without_digest_is_held_to_its_first_download(mirror):
+    path = fetch(mirror, UN)
+    assert fetch(mirror, UN) == path
+    path.unlink()
+    write_archive(mirror / UN, {"un/undoc.2000.fr-en.en": b"other\n"})
+    with pytest.raises(ValueError, match=r"must be .*recorded.json.*; to accept it, edit "):
+        fetch(mirror, UN)
+
+
+def test_prepare_stops_at_a_bad_archive_and_goes_on_from_there(mirror):
+    path = mirror / UN
+    whole = path.read_bytes()
+    path.write_bytes(b"no archive at all")
+    done = run("fr", "prepare.sh", **settings(mirror))
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "wmt13-training-parallel-un.tgz: not a complete archive" in done.stderr
+    assert "run again to download it anew" in done.stderr
+    path.write_bytes(whole)
+    done = run("fr", "prepare.sh", **settings(mirror, VOCAB_SIZE=9000))
+    assert "cannot learn" in done.stderr
+    # The two archives before it were stamped, and no corpus was taken out before all are there.
+    assert done.stdout.count("done before") == 2
+
+
+def respond(mirror, content, pair="fr", **changes):
+    """Put another News Commentary into the mirror and let the manifest expect its bytes."""
+    path = mirror / NEWS
+    if isinstance(content, dict):
+        write_archive(path, content)
+    else:
+        path.write_bytes(content)
+    manifest = archives.read_manifest(mirror / "manifest.json")
+    manifest["archives"][NEWS] = {}
+    archives.find_part(manifest, pair, "news-commentary-v9").update(changes)
+    (mirror / "manifest.json").write_text(json.dumps(manifest))
+
+
+EN, FR = ("training/news-commentary-v9.fr-en." + language for language in ("en", "fr"))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        pytest.param(
+            {EN: b"a\n", FR: b"a\nb\n"}, "equally many lines, but .*has 1,.*has 2", id="sides"
+        ),
+        pytest.param({EN: b"a\n", FR: b"b\n"}, "must have 25 lines a side, but ", id="count"),
+        pytest.param({EN: b"a\n"}, f"has no {FR}", id="no-member"),
+        pytest.param({"../evil": b"x", EN: b"", FR: b""}, "an unsafe archive: .*evil", id="unsafe"),
+    ],
+)
+def test_an_archive_of_other_content_is_refused(mirror, members, message):
+    respond(mirror, members)
+    with pytest.raises(ValueError, match=message):
+        extract(mirror, "news-commentary-v9")
+    assert not (mirror.parent / "evil").exists()
+    assert not list(mirror.parent.glob("raw/*.fr"))
+
+
+def test_a_link_in_an_archive_is_not_followed(mirror):
+    path = mirror / NEWS
+    with tarfile.open(path, "w:gz") as tar:
+        for name in (EN, FR):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(info)
+    respond(mirror, path.read_bytes())
+    with pytest.raises(ValueError, match="an unsafe archive"):
+        extract(mirror, "news-commentary-v9")
+
+
+def test_an_archive_that_ends_in_its_middle_is_refused(mirror):
+    noise = os.urandom(5000).hex().encode() + b"\n"
+    write_archive(mirror / NEWS, {EN: noise, FR: noise})
+    respond(mirror, (mirror / NEWS).read_bytes()[:3000])
+    with pytest.raises(ValueError, match="not a complete archive"):
+        extract(mirror, "news-commentary-v9")
+
+
+def test_segments_of_sgm_by_hand(tmp_path):
+    sgm = b'<doc>\n<seg id="1"> One  &amp; two </seg>\n<hl><seg id="2">Three</seg></hl>\n</doc>\n'
+    assert archives.write_text("x.sgm", io.BytesIO(sgm), tmp_path / "x") == 2
+    assert (tmp_path / "x").read_bytes() == b"One &amp; two\nThree\n"
+
+
+class BreakingHandler(http.server.BaseHTTPRequestHandler):
+    """Serves one file in answers of at most `step` bytes, and then hangs up."""
+
+    content = os.urandom(4000)
+    step = 1500
+    takes_ranges = True
+    # Set: hangs up. Not set: holds the line after `step` bytes.
+    may_end = threading.Event()
+    may_end.set()
+    asked: list = []
+
+    def do_GET(self):  # noqa: N802
+        ranges = self.headers.get("Range") if self.takes_ranges else None
+        self.asked.append(self.headers.get("Range"))
+        start = int(ranges.removeprefix("bytes=").removesuffix("-")) if ranges else 0
+        if start >= len(self.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.content)}")
+            self.end_headers()
+            return
+        rest = self.content[start:]
+        self.send_response(206 if ranges else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: self.step])
+        self.may_end.wait(300)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def breaking_server():
+    handler = type("Handler", (BreakingHandler,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/x", handler
+        server.shutdown()
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_broke(breaking_server, tmp_path):
+    address, handler = breaking_server
+    download.fetch_from(address, tmp_path / "x.part", None)
+    assert (tmp_path / "x.part").read_bytes() == handler.content
+    assert handler.asked == [None, "bytes=1500-", "bytes=3000-"]
+
+
+def test_a_killed_download_is_continued_by_the_next_run(breaking_server, tmp_path):
+    address, handler = breaking_server
+    handler.may_end = threading.Event()
+    entry = {"sha256": hashlib.sha256(handler.content).hexdigest()}
+    manifest, partial_file = tmp_path / "manifest.json", tmp_path / "x.part"
+    manifest.write_text(json.dumps({"archives": {"x": entry}, "parts": {}}))
+    command = [sys.executable, archives.__file__, "fetch", "x", "--downloads", tmp_path]
+    command += ["--manifest", manifest, "--mirror", address.removesuffix("/x")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while download.size_of(partial_file) < 1500 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    handler.may_end.set()
+    assert download.size_of(partial_file) == 1500
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "x: 4,000 bytes, verified by sha256" in done.stdout
+    assert handler.asked[1] == "bytes=1500-"
+    assert (tmp_path / "x").read_bytes() == handler.content
+
+
+def test_the_last_bytes_of_a_known_size_are_fetched(breaking_server, tmp_path):
+    address, handler = breaking_server
+    (tmp_path / "x.part").write_bytes(handler.content[:3900])
+    download.fetch_from(address, tmp_path / "x.part", len(handler.content))
+    assert handler.asked == ["bytes=3900-"]
+    assert (tmp_path / "x.part").read_bytes() == handler.content
+
+
+def test_a_download_killed_after_its_last_byte_is_whole(breaking_server, tmp_path):
+    address, handler = breaking_server
+    (tmp_path / "x.part").write_bytes(handler.content)
+    download.fetch_from(address, tmp_path / "x.part", None)
+    assert handler.asked == ["bytes=4000-"]
+    assert (tmp_path / "x.part").read_bytes() == handler.content
+
+
+def test_a_server_that_cannot_continue_and_breaks_off_is_given_up(breaking_server, tmp_path):
+    address, handler = breaking_server
+    handler.takes_ranges = False
+    with pytest.raises(ValueError, match="broke off after 1500 of 4000 bytes"):
+        download.fetch_from(address, tmp_path / "x.part", None)
+    assert len(handler.asked) == 2
+
+
+def test_the_next_mirror_is_tried(breaking_server, tmp_path, monkeypatch):
+    address, handler = breaking_server
+    monkeypatch.setattr(download, "ADDRESS", "http://127.0.0.1:9")
+    download.download("x", {"mirrors": [address]}, tmp_path / "x", "")
+    assert (tmp_path / "x").read_bytes() == handler.content
+
+
+def test_cleaning_by_hand():
+    clean = texts.Cleaner("fr", "source")
+    pair = (
+        "A “quote”,\tand\u0007 more…".encode(),
+        "Une «\u00a0citation\u00a0»\u00a0: voilà".encode(),
+    )
+    assert clean(pair) == ('A "quote," and more...', "Une « citation » : voilà")
+    assert clean((b"x", b" \x07 ")) == "empty side"
+    assert clean((b"\xff", b"x")) == "not UTF-8"
+    assert texts.Cleaner("fr", "both")(pair)[1] == 'Une "citation": voilà'
+
+
+@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh"])
+def test_help_is_the_manual(script):
+    done = run("de", script, "--help")
+    assert done.returncode == 0
+    assert f": {script} " in done.stdout
+
+
+REFUSALS = [
+    pytest.param(
+        "prepare.sh", ["--fast"], {}, "takes no flags but --help and --dry-run", id="flag"
+    ),
+    pytest.param("prepare.sh", [], {"NORMALIZE": "all"}, "NORMALIZE must be one of", id="choice"),
+    pytest.param("prepare.sh", [], {"VOCAB_SIZE": "x"}, "VOCAB_SIZE must be a whole", id="number"),
+    pytest.param("prepare.sh", [], {"MAX_RATIO": "0.5"}, "MAX_RATIO must be a number", id="ratio"),
+    pytest.param(
+        "prepare.sh", [], {"WMT14_MIRROR": "/data"}, "must begin with file:///", id="mirror"
+    ),
+    pytest.param("prepare.sh", [], {"MANIFEST": "/absent"}, "MANIFEST=/absent is", id="manifest"),
+    pytest.param("train.sh", [], {"MODEL": "moe4"}, "MODEL must be one of: moe32", id="model"),
+    pytest.param("train.sh", [], {"GPUS": "7"}, "GPUS and MAX_TOKENS that divide", id="gpus"),
+    pytest.param("train.sh", [], {"GPUS": "2", "LAUNCH": "plain"}, "LAUNCH=plain", id="launch"),
+    pytest.param("evaluate.sh", [], {"RUN": "x"}, "x/checkpoint_best.pt is missing", id="run"),
+    pytest.param("evaluate.sh", [], {"BEAM_PRUNE": "a"}, "BEAM_PRUNE must be a nu", id="prune"),
+    pytest.param("evaluate.sh", [], {"SUBSET": "train"}, "SUBSET must be one of", id="subset"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "variables", "message"), REFUSALS)
+def test_a_wrong_setting_is_refused_at_once(tmp_path, script, arguments, variables, message):
+    done = run("de", script, *arguments, WORK=tmp_path / "work", **variables)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,207 @@
+"""Figures of tools/score.py by hand and as multi-bleu.perl prints them, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tools import score
+
+# The two sentences on which public descriptions of BLEU (Papineni et al. 2002, NLTK) show it.
+GUIDE = [
+    "it is a guide to action which ensures that the military always obeys the commands of "
+    "the party .",
+    "he read the book because he was interested in world history .",
+]
+GUIDE_REFERENCE = [
+    "it is a guide to action that ensures that the military will forever heed Party commands .",
+    "he was interested in world history because he read the book .",
+]
+# multi-bleu.perl of mosesdecoder@31473d88 on them, without and with -lc:
+#   BLEU = 50.40, 77.4/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
+#   BLEU = 50.92, 80.6/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
+CASED, LOWERED = 50.40, 50.92
+
+
+def run(*arguments):
+    command = [sys.executable, score.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def write(path, lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def measures(language=None):
+    return {measure.name: measure for measure in score.make_measures(language)}
+
+
+def test_multi_bleu_is_that_of_the_original_script():
+    found = score.score(measures()["multi-bleu"], GUIDE, GUIDE_REFERENCE)
+    assert round(found["score"], 2) == CASED
+    assert found["details"].startswith("77.4/58.6/44.4/32.0 (BP = 1.000 ratio = 1.069")
+    assert "hyp_len = 31 ref_len = 29" in found["details"]
+    assert found["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:")
+    assert found["signature"].endswith("|words:as given")
+    # 24 of 31 words are right, 17 of 29 pairs, 12 of 27 triples, 8 of 25 quadruples
+    by_hand = (24 / 31 * 17 / 29 * 12 / 27 * 8 / 25) ** 0.25
+    assert found["score"] == pytest.approx(100 * by_hand)
+
+
+def test_lower_cased_multi_bleu_is_that_of_the_original_script():
+    found = score.score(measures()["multi-bleu-lowercase"], GUIDE, GUIDE_REFERENCE)
+    assert round(found["score"], 2) == LOWERED
+    assert "|case:lc|" in found["signature"]
+
+
+def test_a_short_translation_pays_the_brevity_penalty_by_hand():
+    found = score.score(measures()["multi-bleu"], ["a b c d"], ["a b c d e"])
+    # every n-gram is right: only exp(1 - 5/4) is left
+    assert found["score"] == pytest.approx(100 * math.exp(-0.25))
+
+
+def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
+    assert score.score(measures()["multi-bleu"], ["a b c x"], ["a b c d"])["score"] == 0
+
+
+def test_a_space_that_is_no_ascii_joins_as_in_the_original_script():
+    # multi-bleu.perl reads bytes: with a non-breaking space "a b" is one word of four.
+    found = score.score(measures()["multi-bleu"], ["a\u00a0b c d e"], ["a\u00a0b c d e"])
+    assert "hyp_len = 4 ref_len = 4" in found["details"]
+
+
+def test_plain_text_is_tokenised_as_moses_does():
+    tokenize, name = score.make_tokenizer("fr")
+    assert tokenize("L'homme dit: «oui».") == "L&apos; homme dit : « oui » ."
+    assert name.startswith("moses-fr, sacremoses ")
+
+
+def test_compounds_are_split_from_the_left_without_overlap():
+    assert score.split_compounds("a well-known man") == "a well ##AT##-##AT## known man"
+    # what perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g' gives
+    assert score.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
+    assert score.split_compounds("on - off") == "on - off"
+
+
+def test_split_compounds_by_hand():
+    found = score.score(
+        measures()["multi-bleu-compound-split"], ["the co-op is open"], ["the co-op is shut"]
+    )
+    # the co @-@ op is open: 5/6, 4/5, 3/4, 2/3
+    assert found["score"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    assert "not comparable with GNMT's" in found["signature"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    lines = [f"The {n} old houses, and the {n} new ones, stand well-kept." for n in range(20)]
+    half = [line if i % 2 else line.replace("old", "Old") for i, line in enumerate(lines)]
+    worse = [line.replace("new ones", "one new") for line in lines]
+    return {
+        "ref": write(tmp_path / "ref.en", lines),
+        "hyp": write(tmp_path / "hyp", half),
+        "other": write(tmp_path / "other", worse),
+        "src": write(tmp_path / "src", ["ein " * (1 + i) for i in range(19)] + [half[19]]),
+    }
+
+
+def test_all_figures_with_signatures_and_json(texts):
+    done = run(texts["hyp"], texts["ref"], "--src", texts["src"], "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    found = {row["name"]: row for row in report["scores"]}
+    assert list(found) == [
+        "multi-bleu",
+        "multi-bleu-lowercase",
+        "multi-bleu-compound-split",
+        "sacrebleu-13a",
+        "sacrebleu-intl",
+        "chrf",
+        "ter",
+    ]
+    assert found["multi-bleu-lowercase"]["score"] == pytest.approx(100)
+    assert found["multi-bleu"]["score"] < 100
+    assert "|tok:13a|smooth:exp|" in found["sacrebleu-13a"]["signature"]
+    assert "|tok:intl|smooth:exp|" in found["sacrebleu-intl"]["signature"]
+    assert "|nc:6|nw:0|" in found["chrf"]["signature"]
+    assert "tok:tercom" in found["ter"]["signature"]
+    # Sources have 1 to 19 words, the last 11; it is repeated as its own translation.
+    rows = [(row["words"], row["sentences"]) for row in report["source"]["rows"]]
+    assert rows == [("1-10", 10), ("11-20", 10)]
+    assert report["source"]["copies"] == 1
+
+
+def test_the_text_report_names_score_details_and_signature(texts):
+    done = run(texts["hyp"], texts["ref"], "--lang", "en")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[:2]
+    assert first.split()[0] == "multi-bleu"
+    assert "BP = 1.000" in first
+    assert "words:moses-en, sacremoses " in second
+
+
+def test_the_bootstrap_tells_a_worse_translation_and_equal_ones(texts):
+    flags = ["--samples", "200", "--json"]
+    done = run(texts["hyp"], texts["ref"], "--against", texts["other"], *flags)
+    assert done.returncode == 0, done.stderr
+    row = next(r for r in json.loads(done.stdout)["bootstrap"] if r["name"] == "sacrebleu-13a")
+    assert row["score"] > row["other_score"] + row["interval"]
+    assert row["p"] < 0.05
+    assert "|bs:200|seed:12345|" in row["signature"]
+
+    done = run(texts["hyp"], texts["ref"], "--against", texts["hyp"], *flags)
+    for row in json.loads(done.stdout)["bootstrap"]:
+        assert row["score"] == row["other_score"]
+        assert row["p"] == 1
+
+
+def test_tokenised_texts_get_the_figures_that_take_them_as_they_are(tmp_path):
+    hyp, ref = write(tmp_path / "hyp", GUIDE), write(tmp_path / "ref", GUIDE_REFERENCE)
+    done = run(hyp, ref, "--tokenized", "--json")
+    found = {row["name"]: round(row["score"], 2) for row in json.loads(done.stdout)["scores"]}
+    assert found == {
+        "multi-bleu": CASED,
+        "multi-bleu-lowercase": LOWERED,
+        "multi-bleu-compound-split": CASED,
+    }
+
+
+REFUSALS = [
+    pytest.param("hyp", b"one\ntwo\n", [], "hyp has 2", id="fewer-lines"),
+    pytest.param("ref", b"", [], "ref.en: the file has no lines", id="empty"),
+    pytest.param("hyp", b"\n" * 20, [], "hyp: all 20 lines are empty", id="nothing-in-it"),
+    pytest.param("hyp", b"\xff\n" * 20, [], "hyp: line 1, byte 1: not UTF-8", id="not-utf-8"),
+    pytest.param("src", b"one\n", [], "src has 1", id="source"),
+    pytest.param("other", b"one\n", [], "other has 1", id="second-translation"),
+    pytest.param("other", None, [], "other: no such file", id="missing"),
+    pytest.param("other", b"x\n" * 20, ["--samples", "0"], "--samples must be at", id="samples"),
+    pytest.param("other", b"x\n" * 20, ["--lang", "german"], "is 'german'", id="language"),
+    pytest.param(
+        "other", b"x\n" * 20, ["--lang", "de", "--tokenized"], "leave one of", id="both-forms"
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "flags", "message"), REFUSALS)
+def test_bad_input_is_refused_by_name(texts, name, content, flags, message, monkeypatch, capsys):
+    if content is None:
+        texts[name].unlink()
+    else:
+        texts[name].write_bytes(content)
+    arguments = ["score.py", texts["hyp"], texts["ref"], "--src", texts["src"]]
+    arguments += ["--against", texts["other"], *flags]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    assert score.main() == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_a_reference_whose_name_has_no_language_needs_one(texts, tmp_path):
+    done = run(texts["hyp"], write(tmp_path / "reference", ["a"] * 20))
+    assert done.returncode == 1
+    assert "--lang must be a language of two letters, but is 'reference'" in done.stderr
