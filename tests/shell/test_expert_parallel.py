@@ -3,16 +3,15 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from support.commands import call
 from support.ranks import run_ranks
-from support.training import TINY_MOE, TRANSLATE, load
+from support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
 
 from nmt_moe.compat.expert_parallel import check_settings
-from nmt_moe.parallel.expert_files import MANIFEST, restore_experts
+from nmt_moe.parallel.expert_files import MANIFEST
 
 # Five batches, so that one of two processes stands idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
@@ -72,20 +71,6 @@ def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPa
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed/checkpoint_last.pt")
     run_ranks(train_on_ranks, 2, data, folder)
     return folder
-
-
-def copy_checkpoint(path: Path, folder: Path) -> None:
-    """Copy a checkpoint with its files of experts, for a training to go on from."""
-    shutil.copy(path, folder / "checkpoint_last.pt")
-    for entry in load(path)[MANIFEST]["files"]:
-        shutil.copy(path.parent / entry["name"], folder)
-
-
-def load_whole(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with the experts that stand in files beside it."""
-    state = load(path)
-    restore_experts(path, state)
-    return state
 
 
 def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> None:

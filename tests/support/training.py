@@ -1,10 +1,13 @@
 """The flags of a training that takes seconds."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nmt_moe.parallel.expert_files import MANIFEST, restore_experts
 
 SIZES = ["--model-dim", 16, "--lstm-hidden-dim", 24, "--init-range", 0.3, "--dropout", 0.1]
 EXPERTS = ["--num-experts", 4, "--moe-top-k", 2, "--expert-hidden-dim", 16]
@@ -34,6 +37,20 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     finally:
         torch.serialization.add_safe_globals(allowed)
+
+
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Copy a checkpoint with its files of experts, for a training in `folder` to go on from."""
+    shutil.copy(path, folder / "checkpoint_last.pt")
+    for entry in load(path)[MANIFEST]["files"]:
+        shutil.copy(path.parent / entry["name"], folder)
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with the experts that stand in files beside it."""
+    state = load(path)
+    restore_experts(path, state)
+    return state
 
 
 def assert_same_bits(expected: Any, actual: Any, name: str = "") -> None:
