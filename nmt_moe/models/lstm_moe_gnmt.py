@@ -286,3 +286,9 @@ def lstm_moe_gnmt_multilingual_small(args: Namespace) -> None:
     """Set sizes that train on a laptop; twice the experts of one pair, operations as there."""
     set_defaults(args, num_experts=16)
     lstm_moe_gnmt_small(args)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_multilingual_small")
+def lstm_gnmt_multilingual_small(args: Namespace) -> None:
+    """Set the small sizes with one network in each MoE's place: dense, at equal operations."""
+    lstm_gnmt_small(args)
