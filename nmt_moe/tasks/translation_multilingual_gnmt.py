@@ -14,6 +14,7 @@ from fairseq.tasks import register_task, translation
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
+from nmt_moe.checks import check_range
 from nmt_moe.tasks._languages import (
     Pair,
     check_language,
@@ -96,6 +97,7 @@ class MultilingualGNMTTask(TranslationTask):
     ) -> None:
         super().__init__(cfg, dictionary, dictionary)
         self.languages, self.pairs, self.direction = list(languages), list(pairs), direction
+        check_range("--sampling-temperature", cfg.sampling_temperature, 1.0)
         self.oversampling = parse_oversampling(cfg.oversampling, self.pairs)
         self.has_shown_sampling = False
 
@@ -110,8 +112,6 @@ class MultilingualGNMTTask(TranslationTask):
         pairs = [] if cfg.langs and not cfg.lang_pairs else parse_pairs(cfg.lang_pairs)
         languages = parse_languages(cfg.langs, pairs)
         direction = read_direction(cfg, languages)
-        if direction is not None and direction not in pairs:
-            logger.info("%s was not trained if --lang-pairs is whole: zero-shot", direction)
         folder = utils.split_paths(cfg.data)[0]
         dictionary = load_shared_dictionary(folder, languages)
         logger.info("%d languages (%s)", len(languages), ", ".join(languages))
@@ -119,8 +119,9 @@ class MultilingualGNMTTask(TranslationTask):
         return cls(cfg, dictionary, languages, pairs, direction)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Give what a checkpoint keeps of the task: languages, their tokens, all symbols."""
-        return describe_languages(self.languages, self.src_dict)
+        """Give what a checkpoint keeps of the task: languages, tokens, all symbols, pairs."""
+        state = describe_languages(self.languages, self.src_dict)
+        return {**state, "pairs": [str(pair) for pair in self.pairs]}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Compare a checkpoint's languages, tokens and symbols with this task's.
@@ -129,6 +130,8 @@ class MultilingualGNMTTask(TranslationTask):
             ValueError: naming the first difference.
         """
         check_languages(state_dict, self.languages, self.src_dict)
+        if self.direction is not None and str(self.direction) not in state_dict["pairs"]:
+            logger.info("%s was not trained: zero-shot", self.direction)
 
     @property
     def evaluated_pairs(self) -> List[Pair]:

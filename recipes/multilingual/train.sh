@@ -57,12 +57,14 @@ AVERAGE=${AVERAGE:-5}
 
 set_model_flags() {
   local experts=(--num-experts "$NUM_EXPERTS" --expert-hidden-dim "$EXPERT_HIDDEN_DIM") suffix=_small
-  MODEL_FLAGS=(--share-decoder-input-output-embed --dropout "$DROPOUT")
+  MODEL_FLAGS=(--dropout "$DROPOUT")
   if [[ $MODEL_SIZE == paper ]]; then
     suffix=
     experts=()
   else
-    MODEL_FLAGS+=(--model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE")
+    # The target embeddings are the softmax weights too; fewer weights to learn from little text.
+    MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
+      --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE")
     [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))
   fi
   if [[ $MODEL == moe ]]; then

@@ -109,7 +109,7 @@ def test_generate_translates_the_chosen_direction_in_order(
 
 def test_a_direction_that_was_not_trained_is_translated(data: Path, trained: tuple[Path, Output]):
     output = translate(data, trained[0] / "checkpoint_last.pt", "bb", "cc")
-    assert "bb-cc was not trained" in output.text
+    assert "bb-cc was not trained: zero-shot" in output.text
     assert len(output.hypotheses()) == SIZES["bb-cc"]["test"]
 
 
@@ -137,6 +137,7 @@ def test_the_checkpoint_keeps_languages_tokens_and_symbols(trained: tuple[Path, 
     assert state["languages"] == ["aa", "bb", "cc"]
     assert state["tokens"] == ["<2aa>", "<2bb>", "<2cc>"]
     assert state["symbols"][-3:] == state["tokens"]
+    assert ",".join(state["pairs"]) == PAIRS
 
 
 def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
@@ -156,7 +157,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
         (["--lang-pairs", "aa-bb,bb-cc"], "the pair 'bb-cc' has no train text"),
         (["--langs", "aa,bb"], "'aa-cc', whose language must be one of aa, bb, but is 'cc'"),
         (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
-        (["--sampling-temperature", 0.5], "`sampling_temperature` must be at least 1.0"),
+        (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
         (["-s", "aa", "-t", "bb"], "must be left out in training, but name 'aa-bb'"),
     ],
 )
