@@ -33,8 +33,9 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
     if BLEU_COUNTS[0] in log:
         values["_pair_bleu"] = torch.tensor([log[key] for key in BLEU_COUNTS])
     for layer in LAYERS:
-        if f"{layer}_moe_load" in log:  # in evaluation, counts of tokens
-            values[f"_pair_{layer}_load"] = log[f"{layer}_moe_load"]
+        counts = log.get(f"{layer}_moe_load")  # in evaluation, tokens of each expert
+        if counts is not None and len(counts) > 1:
+            values[f"_pair_{layer}_load"] = counts
     for key, row in values.items():
         rows = torch.zeros(num_pairs, len(row), dtype=torch.float64, device=row.device)
         rows[pair] = row
