@@ -7,7 +7,7 @@
 #   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one line a sentence
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
 #   LANGUAGES     languages beside English ("fr de ja ko pt es" of tatoeba, "fr de cs" of multi30k)
-#   LINES         take at most so many training pairs of each language (all)
+#   MAX_PAIRS     take at most so many training pairs of each language (all)
 #   VOCAB_SIZE    pieces of the shared vocabulary (16000 of tatoeba, 8000 of multi30k)
 #   WORK          folder to write (recipes/multilingual/work/CORPUS-LANGUAGES)
 #   THREADS       processes for binarising (2)
@@ -22,7 +22,7 @@ fi
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
-LINES_LIMIT=${LINES:-1000000000}
+MAX_PAIRS=${MAX_PAIRS:-999999999}
 THREADS=${THREADS:-2}
 if [[ $CORPUS == tatoeba ]]; then
   FOLDER=${TATOEBA_DIR:-}
@@ -57,8 +57,8 @@ copy_texts() {
   for language in $LANGUAGES; do
     pair=en-$language
     for split in "${SPLITS[@]}"; do
-      limit=1000000000
-      [[ $split != train ]] || limit=$LINES_LIMIT
+      limit=999999999
+      [[ $split != train ]] || limit=$MAX_PAIRS
       for side in en "$language"; do
         path=$(original "$split" "$pair" "$side")
         # gzip -f passes a file on that is not gzipped. awk reads to the end, so that no pipe breaks.
@@ -103,7 +103,7 @@ binarise() { # a pair's two directions read the same files
 }
 
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; its variables choose"
-require_whole LINES_LIMIT 1
+require_whole MAX_PAIRS 1
 require_whole VOCAB_SIZE 10
 require_whole THREADS 1
 [[ -n $FOLDER ]] || die "$FOLDER_NAME must name the folder with the texts of CORPUS=$CORPUS, but is not set"
@@ -112,7 +112,7 @@ use_environment
 say "preparing English with $LANGUAGES in $WORK_FOLDER"
 mkdir -p "$WORK_FOLDER"
 begin_steps "$WORK_FOLDER"
-run_step copy "$CORPUS $FOLDER $LANGUAGES $LINES_LIMIT" copy_texts
+run_step copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS" copy_texts
 run_step learn-pieces "$VOCAB_SIZE" learn_pieces
 run_step cut "" cut_texts
 run_step binarise "" binarise
