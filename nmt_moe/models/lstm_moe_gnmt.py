@@ -243,3 +243,22 @@ def strictly_balanced_groups(args: Namespace, **sizes: int) -> None:
 def lstm_moe_gnmt_multilingual(args: Namespace) -> None:
     """Set the paper's model of 12 directions: 512 experts of hidden width 8192, flat."""
     set_defaults(args, num_experts=512, moe_top_k=2, expert_hidden_dim=8192)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_multilingual")
+def lstm_gnmt_multilingual(args: Namespace) -> None:
+    """Set one network in each MoE's place: dense, at equal operations."""
+    set_defaults(args, num_experts=1, moe_top_k=1, expert_hidden_dim=16384)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_multilingual_small")
+def lstm_moe_gnmt_multilingual_small(args: Namespace) -> None:
+    """Set sizes that train on a laptop; twice the experts of one pair, operations as there."""
+    set_defaults(args, num_experts=16)
+    lstm_moe_gnmt_small(args)
+
+
+@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_multilingual_small")
+def lstm_gnmt_multilingual_small(args: Namespace) -> None:
+    """Set the small sizes with one network in each MoE's place: dense, at equal operations."""
+    lstm_gnmt_small(args)

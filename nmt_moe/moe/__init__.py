@@ -19,7 +19,7 @@ from nmt_moe.moe.hierarchical_gate import (
 from nmt_moe.moe.layer import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
 from nmt_moe.moe.sharded_experts import ShardedExperts
-from nmt_moe.moe.stats import MoEStats, balance_metrics
+from nmt_moe.moe.stats import MoEStats, balance_metrics, effective_experts
 
 __all__ = [
     "GATES",
@@ -40,6 +40,7 @@ __all__ = [
     "balance_metrics",
     "batchwise_mask",
     "batchwise_threshold_loss",
+    "effective_experts",
     "importance_loss",
     "load_loss",
     "plan_dispatch",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nmt_moe.moe.losses import squared_cv
@@ -52,3 +53,17 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
         "cv_load": squared_cv(load).sqrt(),
         "max_load": load.max() / load.mean().clamp_min(1e-9),
     }
+
+
+def effective_experts(counts: Tensor) -> Tensor:
+    """Compute how many equally used experts would be as uneven as those that were used.
+
+    Args:
+        counts: (..., E) non-negative, tokens of each expert.
+
+    Returns:
+        (...): exp of the entropy of each row's shares, from 1 to E; 0 where a row has no token.
+    """
+    total = counts.sum(-1, keepdim=True)
+    shares = counts / total.clamp_min(1e-9)
+    return torch.special.entr(shares).sum(-1).exp() * (total.squeeze(-1) > 0)

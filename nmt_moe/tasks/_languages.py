@@ -1,0 +1,203 @@
+"""Languages and pairs of a multilingual task: their names, their tokens, the one dictionary."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+from fairseq.data import Dictionary
+
+LANGUAGE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One direction of translation."""
+
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.target}"
+
+
+def language_token(language: str) -> str:
+    """Return the symbol that asks for a target language at the start of the source.
+
+    Source: Johnson et al. 2017, section 3.
+    """
+    return f"<2{language}>"
+
+
+def parse_pair(text: str, option: str) -> Pair:
+    """Read `en-fr`.
+
+    Raises:
+        ValueError: naming the option and the text.
+    """
+    languages = text.split("-")
+    if len(languages) != 2 or not all(map(LANGUAGE.fullmatch, languages)):
+        raise ValueError(
+            f"`{option}` must name pairs such as en-fr, with commas between, but has '{text}'."
+        )
+    if languages[0] == languages[1]:
+        raise ValueError(f"`{option}`: source and target must differ, but are both in '{text}'.")
+    return Pair(*languages)
+
+
+def parse_pairs(text: str) -> List[Pair]:
+    """Read `--lang-pairs`, such as `en-fr,fr-en`.
+
+    Raises:
+        ValueError: naming what is malformed, twice there or missing.
+    """
+    if not text:
+        raise ValueError(
+            "`--lang-pairs` must name at least one pair, but is missing. Give the directions to "
+            "train, such as --lang-pairs en-fr,fr-en."
+        )
+    pairs = [parse_pair(word, "--lang-pairs") for word in text.split(",")]
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise ValueError(f"`--lang-pairs` must name each pair once, but has '{pair}' twice.")
+    return pairs
+
+
+def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
+    """Read `--langs`, such as `en,fr`; when empty, take the languages as the pairs name them.
+
+    Raises:
+        ValueError: naming the language that is malformed, twice there, or missing for a pair.
+    """
+    if not text:
+        return list(dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target)))
+    languages = text.split(",")
+    for language in languages:
+        if not LANGUAGE.fullmatch(language):
+            raise ValueError(
+                "`--langs` must name languages such as en, with commas between, "
+                f"but has '{language}'."
+            )
+        if languages.count(language) > 1:
+            raise ValueError(f"`--langs` must name each language once, but has '{language}' twice.")
+    for pair in pairs:
+        for language in (pair.source, pair.target):
+            check_language(language, languages, f"`--lang-pairs` has '{pair}', whose language")
+    return languages
+
+
+def check_language(language: str, languages: Sequence[str], what: str) -> None:
+    """Refuse a language that the task does not have.
+
+    Raises:
+        ValueError: naming it and all there are.
+    """
+    if language not in languages:
+        raise ValueError(f"{what} must be one of {', '.join(languages)}, but is '{language}'.")
+
+
+def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
+    """Read `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch of some pairs.
+
+    Raises:
+        ValueError: naming the pair that is unknown, or the number that is none.
+    """
+    passes = {}
+    for word in text.split(",") if text else []:
+        name, _, number = word.partition("=")
+        pair = parse_pair(name, "--oversampling")
+        if pair not in pairs:
+            raise ValueError(
+                f"`--oversampling` must name pairs of --lang-pairs, {', '.join(map(str, pairs))}, "
+                f"but names '{pair}'."
+            )
+        try:
+            passes[str(pair)] = float(number)
+        except ValueError as error:
+            raise ValueError(
+                f"`--oversampling` must give each pair a number, such as {pair}=8, "
+                f"but has '{word}'."
+            ) from error
+        if not 0 < passes[str(pair)] < float("inf"):
+            raise ValueError(
+                f"`--oversampling` of {pair} must be greater than 0, but is {number}. "
+                "Leave a pair out of --lang-pairs to train without it."
+            )
+    return passes
+
+
+def load_shared_dictionary(folder: str, languages: Sequence[str]) -> Dictionary:
+    """Load the one dictionary of all languages and add their tokens, in the languages' order.
+
+    Raises:
+        FileNotFoundError: naming the language whose dictionary is missing.
+        ValueError: naming two languages whose dictionaries differ.
+    """
+    dictionaries: Dict[str, Dictionary] = {}
+    for language in languages:
+        path = os.path.join(folder, f"dict.{language}.txt")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"`{path}` is missing: {folder} has no text of the language '{language}'. Binarise "
+                "each pair with fairseq-preprocess into that folder, or name other languages."
+            )
+        dictionaries[language] = Dictionary.load(path)
+    first = languages[0]
+    for language, dictionary in dictionaries.items():
+        if dictionary.symbols != dictionaries[first].symbols:
+            raise ValueError(
+                f"all languages must share one dictionary, but `dict.{first}.txt` and "
+                f"`dict.{language}.txt` in {folder} differ. Give fairseq-preprocess the same "
+                "--srcdict and --tgtdict for every pair."
+            )
+    shared = dictionaries[first]
+    for language in languages:
+        shared.add_symbol(language_token(language))
+    return shared
+
+
+def describe_languages(languages: Sequence[str], dictionary: Dictionary) -> Dict[str, Any]:
+    """Give what a checkpoint keeps, in types that torch's safe loader knows."""
+    return {
+        "languages": list(languages),
+        "tokens": [language_token(language) for language in languages],
+        "symbols": list(dictionary.symbols),
+    }
+
+
+def check_languages(
+    saved: Dict[str, Any], languages: Sequence[str], dictionary: Dictionary
+) -> None:
+    """Refuse other languages, tokens or symbols than a checkpoint was trained with.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    if "languages" not in saved:
+        raise ValueError(
+            "the checkpoint is not of a multilingual task: it stores no languages. Take one that "
+            "was trained with --task translation_multilingual_gnmt, or translate with its own task."
+        )
+    here = describe_languages(languages, dictionary)
+    for key, what in (("languages", "`--langs` (or `--lang-pairs`)"), ("tokens", "tokens")):
+        if saved[key] != here[key]:
+            raise ValueError(
+                f"{what} must name the checkpoint's languages in its order, "
+                f"{','.join(saved[key])}, but give {','.join(here[key])}. "
+                f"Add --langs {','.join(saved['languages'])}."
+            )
+    if saved["symbols"] != here["symbols"]:
+        at, old, new = first_difference(saved["symbols"], here["symbols"])
+        raise ValueError(
+            f"the dictionary must be the checkpoint's, but symbol {at} is {new}, not {old}. "
+            "Name the data folder of the training."
+        )
+
+
+def first_difference(old: Sequence[str], new: Sequence[str]) -> Tuple[int, str, str]:
+    """Give the place of the first difference of two unequal lists, and both symbols there."""
+    same = (one == other for one, other in zip(old, new, strict=False))
+    at = next((place for place, equal in enumerate(same) if not equal), min(len(old), len(new)))
+    shown = [f"'{symbols[at]}'" if at < len(symbols) else "missing" for symbols in (old, new)]
+    return at, shown[0], shown[1]

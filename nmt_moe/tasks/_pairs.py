@@ -1,0 +1,86 @@
+"""The sentences of many language pairs as one data set."""
+
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from fairseq.data import ConcatDataset, Dictionary, LanguagePairDataset
+
+from nmt_moe.training import sentences_of_epoch
+
+
+class PairsDataset(LanguagePairDataset):
+    """Several pairs, each with its language token; batches of training mix them.
+
+    Attributes:
+        pairs: Names, in the order of the sentences.
+        passes: How often an epoch goes through each pair, in training; None elsewhere, where every
+            sentence comes once, batches hold one pair each, and name it.
+    """
+
+    # Every epoch draws its own sentences.
+    can_reuse_epoch_itr_across_epochs = False
+
+    def __init__(
+        self,
+        parts: Dict[str, LanguagePairDataset],
+        dictionary: Dictionary,
+        passes: Optional[Dict[str, float]] = None,
+        seed: int = 1,
+        **options: Any,
+    ) -> None:
+        """Put the pairs' own data sets end to end; `options` are LanguagePairDataset's."""
+        source = ConcatDataset([part.src for part in parts.values()])
+        targets = [part.tgt for part in parts.values() if part.tgt is not None]
+        target = ConcatDataset(targets) if targets else None
+        super().__init__(
+            source,
+            source.sizes,
+            dictionary,
+            target,
+            None if target is None else target.sizes,
+            dictionary,
+            **options,
+        )
+        self.pairs = list(parts)
+        self.passes, self.seed, self.epoch = passes, seed, 1
+        self.part_sizes = [len(part) for part in parts.values()]
+        self.starts = np.cumsum([0, *self.part_sizes])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose sentences are drawn."""
+        super().set_epoch(epoch)
+        self.epoch = epoch
+
+    def ordered_indices(self) -> np.ndarray:
+        """Give the indices of this epoch, sorted by length; some twice where a pair is repeated."""
+        if self.passes is None:
+            return super().ordered_indices()
+        drawn = [
+            start + sentences_of_epoch(size, self.passes[pair], self.epoch, self.seed).numpy()
+            for pair, start, size in zip(self.pairs, self.starts, self.part_sizes, strict=False)
+        ]
+        indices = np.random.permutation(np.concatenate(drawn))
+        # By source length, then target length; sentences of equal lengths stay in random order.
+        return indices[np.lexsort((self.tgt_sizes[indices], self.src_sizes[indices]))]
+
+    def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[np.ndarray]:
+        """Cut indices into batches, in evaluation of one pair each."""
+        if self.passes is not None:
+            return super().batch_by_size(indices, **limits)
+        pair = self.pair_of(indices)
+        return [
+            batch
+            for number in range(len(self.pairs))
+            for batch in super(PairsDataset, self).batch_by_size(indices[pair == number], **limits)
+        ]
+
+    def collater(self, samples: List[Dict], pad_to_length: Optional[Dict] = None) -> Dict[str, Any]:
+        """Make a batch; in evaluation its `pair` is the pair's place in `pairs`."""
+        batch = super().collater(samples, pad_to_length)
+        if batch and self.passes is None:
+            batch["pair"] = int(self.pair_of(batch["id"][:1].numpy())[0])
+        return batch
+
+    def pair_of(self, indices: np.ndarray) -> np.ndarray:
+        """Tell the place in `pairs` of each sentence."""
+        return np.searchsorted(self.starts, indices, side="right") - 1

@@ -1,0 +1,357 @@
+"""`--task translation_multilingual_gnmt`: one model for many directions."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import sacrebleu
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.tasks import register_task, translation
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
+
+from nmt_moe.checks import check_range
+from nmt_moe.tasks._languages import (
+    Pair,
+    check_language,
+    check_languages,
+    describe_languages,
+    language_token,
+    load_shared_dictionary,
+    parse_languages,
+    parse_oversampling,
+    parse_pairs,
+)
+from nmt_moe.tasks._pair_metrics import add_pair_columns, log_expert_use, reduce_pairs
+from nmt_moe.tasks._pairs import PairsDataset
+from nmt_moe.training import passes_per_epoch, sentences_per_epoch
+
+logger = logging.getLogger(__name__)
+
+# Languages written without spaces: sacrebleu's default tokens would be whole sentences.
+BLEU_TOKENS = {"ja": "char", "zh": "zh"}
+
+
+@dataclass
+class MultilingualGNMTConfig(TranslationConfig):
+    """Options of the task, beside those of fairseq's `translation`."""
+
+    lang_pairs: str = field(
+        default="",
+        metadata={"help": "directions to train, such as en-fr,fr-en,en-de,de-en"},
+    )
+    langs: str = field(
+        default="",
+        metadata={
+            "help": "languages in the order in which their tokens join the dictionary; default: as "
+            "--lang-pairs first names them. When translating, the order of training"
+        },
+    )
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "1: an epoch has every sentence once; higher: rare pairs more often and "
+            "frequent ones less, shares in proportion to size^(1/T)"
+        },
+    )
+    oversampling: str = field(
+        default="",
+        metadata={
+            "help": "passes per epoch through some pairs, such as en-ko=8,ko-en=8, in place of "
+            "what the temperature gives them"
+        },
+    )
+    seed: int = II("common.seed")
+    max_epoch: int = II("optimization.max_epoch")
+    max_update: int = II("optimization.max_update")
+    update_freq: List[int] = II("optimization.update_freq")
+
+
+@register_task("translation_multilingual_gnmt", dataclass=MultilingualGNMTConfig)
+class MultilingualGNMTTask(TranslationTask):
+    """Translate in many directions with one model, one dictionary and one softmax.
+
+    The target language is named by a token at the start of the source, so any two of the languages
+    can be translated into each other, also where the pair was not trained (zero-shot).
+    --source-lang and --target-lang choose the direction when translating.
+
+    Attributes:
+        pairs: Directions of training.
+        languages: In the order of their tokens.
+        direction: The one to translate, or None in training.
+
+    Source: Johnson et al. 2017; Shazeer et al. 2017, section 5.4.
+    """
+
+    def __init__(
+        self,
+        cfg: MultilingualGNMTConfig,
+        dictionary: Dictionary,
+        languages: Sequence[str],
+        pairs: Sequence[Pair],
+        direction: Optional[Pair] = None,
+    ) -> None:
+        super().__init__(cfg, dictionary, dictionary)
+        self.languages, self.pairs, self.direction = list(languages), list(pairs), direction
+        check_range("--sampling-temperature", cfg.sampling_temperature, 1.0)
+        self.oversampling = parse_oversampling(cfg.oversampling, self.pairs)
+        self.has_shown_sampling = False
+
+    @classmethod
+    def setup_task(cls, cfg: MultilingualGNMTConfig, **_: Any) -> "MultilingualGNMTTask":
+        """Read languages and pairs, and load their dictionary.
+
+        Raises:
+            ValueError: naming the language or pair that is malformed or unknown.
+            FileNotFoundError: naming the language that has no dictionary.
+        """
+        pairs = [] if cfg.langs and not cfg.lang_pairs else parse_pairs(cfg.lang_pairs)
+        languages = parse_languages(cfg.langs, pairs)
+        direction = read_direction(cfg, languages)
+        folder = utils.split_paths(cfg.data)[0]
+        dictionary = load_shared_dictionary(folder, languages)
+        logger.info("%d languages (%s)", len(languages), ", ".join(languages))
+        logger.info("shared dictionary: %d types with the languages' tokens", len(dictionary))
+        return cls(cfg, dictionary, languages, pairs, direction)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Give what a checkpoint keeps of the task: languages, tokens, all symbols, pairs."""
+        state = describe_languages(self.languages, self.src_dict)
+        return {**state, "pairs": [str(pair) for pair in self.pairs]}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Compare a checkpoint's languages, tokens and symbols with this task's.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        check_languages(state_dict, self.languages, self.src_dict)
+        if self.direction is not None and str(self.direction) not in state_dict["pairs"]:
+            logger.info("%s was not trained: zero-shot", self.direction)
+
+    @property
+    def evaluated_pairs(self) -> List[Pair]:
+        """Directions that are validated: the one that was chosen, else those of training."""
+        return self.pairs if self.direction is None else [self.direction]
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **_: Any) -> None:
+        """Load a split of every pair, or of the direction that --source-lang, --target-lang name.
+
+        Raises:
+            FileNotFoundError: naming the pair that has no such split.
+            ValueError: naming the pair that is empty or uneven, or the option that does not fit
+                training.
+        """
+        is_training = split == self.cfg.train_subset
+        if is_training and self.direction is not None:
+            raise ValueError(
+                "`--source-lang` and `--target-lang` must be left out in training, but name "
+                f"'{self.direction}'. --lang-pairs {self.direction} trains that pair alone."
+            )
+        if not self.evaluated_pairs:
+            parse_pairs("")  # says what is missing
+        folders = utils.split_paths(self.cfg.data)
+        folder = folders[(epoch - 1) % len(folders)] if is_training else folders[0]
+        parts = {
+            str(pair): self._load_pair(folder, split, pair, combine)
+            for pair in self.evaluated_pairs
+        }
+        passes = None
+        if is_training:
+            sizes = {pair: len(part) for pair, part in parts.items()}
+            passes = passes_per_epoch(sizes, self.cfg.sampling_temperature, self.oversampling)
+        self.datasets[split] = PairsDataset(
+            parts,
+            self.src_dict,
+            passes,
+            self.cfg.seed,
+            left_pad_source=self.cfg.left_pad_source,
+            left_pad_target=self.cfg.left_pad_target,
+            shuffle=split != "test",
+            num_buckets=self.cfg.num_batch_buckets,
+            pad_to_multiple=self.cfg.required_seq_len_multiple,
+        )
+
+    def _load_pair(self, folder: str, split: str, pair: Pair, combine: bool) -> Any:
+        """Load one pair's split, the target's token in front of every source."""
+        try:
+            part = translation.load_langpair_dataset(
+                folder,
+                split,
+                pair.source,
+                self.src_dict,
+                pair.target,
+                self.tgt_dict,
+                combine=combine,
+                dataset_impl=self.cfg.dataset_impl,
+                upsample_primary=self.cfg.upsample_primary,
+                left_pad_source=self.cfg.left_pad_source,
+                left_pad_target=self.cfg.left_pad_target,
+                max_source_positions=self.cfg.max_source_positions,
+                max_target_positions=self.cfg.max_target_positions,
+                truncate_source=self.cfg.truncate_source,
+                prepend_bos_src=self._token_of(pair.target),
+            )
+        except FileNotFoundError as error:
+            if "Dataset not found" not in str(error):
+                raise
+            path = os.path.join(folder, f"{split}.{pair}.{pair.source}.bin")
+            raise FileNotFoundError(
+                f"the pair '{pair}' has no {split} text: neither `{path}` nor the same of "
+                f"{pair.target}-{pair.source} is there. Binarise it with fairseq-preprocess, or "
+                "name another pair."
+            ) from error
+        except ValueError as error:  # an empty text, sides of different lengths
+            raise ValueError(f"the pair '{pair}' cannot be used: {error}") from error
+        if part.tgt is None and self.direction is None:
+            raise FileNotFoundError(f"the {split} text of '{pair}' has no side '{pair.target}'")
+        return part
+
+    def _token_of(self, language: str) -> int:
+        return self.src_dict.index(language_token(language))
+
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cut batches; before the first epoch of training, show how often pairs will be seen."""
+        iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        if getattr(dataset, "passes", None) is not None and not self.has_shown_sampling:
+            self.has_shown_sampling = True
+            logger.info(self.describe_sampling(dataset, len(iterator)))
+        return iterator
+
+    def describe_sampling(self, dataset: PairsDataset, num_batches: int) -> str:
+        """Make the table of effective epochs.
+
+        Args:
+            dataset: Of training.
+            num_batches: Batches of an epoch on each rank.
+        """
+        epochs = self._count_epochs(num_batches)
+        assert dataset.passes is not None
+        drawn = {
+            pair: sentences_per_epoch(size, dataset.passes[pair])
+            for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True)
+        }
+        total = sum(drawn.values())
+        whole = "open" if math.isinf(epochs) else f"{epochs:.2f}"
+        lines = [
+            f"sampling: {total} sentences an epoch; epochs of this training: {whole}",
+            f"  {'pair':<8}{'sentences':>11}{'an epoch':>11}{'share':>8}"
+            f"{'passes/epoch':>14}{'passes in all':>15}",
+        ]
+        for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True):
+            passes = drawn[pair] / size
+            in_all = "open" if math.isinf(epochs) else f"{passes * epochs:.2f}"
+            lines.append(
+                f"  {pair:<8}{size:>11}{drawn[pair]:>11}{drawn[pair] / total:>8.1%}"
+                f"{passes:>14.2f}{in_all:>15}"
+            )
+        return "\n".join(lines)
+
+    def _count_epochs(self, num_batches: int) -> float:
+        """Tell how many epochs --max-epoch and --max-update allow; infinity if neither is set."""
+        updates = math.ceil(num_batches / self.cfg.update_freq[-1])
+        limits = [
+            self.cfg.max_epoch or math.inf,
+            self.cfg.max_update / updates if self.cfg.max_update else math.inf,
+        ]
+        return min(limits)
+
+    def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """Make the search.
+
+        Raises:
+            ValueError: if no direction was chosen.
+        """
+        if self.direction is None and not self.cfg.eval_bleu:
+            raise ValueError(
+                "`--source-lang` and `--target-lang` must name the direction to translate, but are "
+                f"missing. Give two of {', '.join(self.languages)}, such as -s "
+                f"{self.languages[0]} -t {self.languages[-1]}."
+            )
+        return super().build_generator(models, args, *rest, **kwargs)
+
+    def get_interactive_tokens_and_lengths(
+        self, lines: List[str], encode_fn: Any
+    ) -> Tuple[List[torch.Tensor], List[int]]:
+        """Encode lines, each behind the token of the target language."""
+        tokens, _ = super().get_interactive_tokens_and_lengths(lines, encode_fn)
+        tokens = [self._ask_for_target(line) for line in tokens]
+        return tokens, [len(line) for line in tokens]
+
+    def build_dataset_for_inference(
+        self, src_tokens: List[torch.Tensor], src_lengths: List[int], constraints: Any = None
+    ) -> Any:
+        """Make a data set of encoded sentences, with or without the target language's token."""
+        tokens = [self._ask_for_target(torch.as_tensor(line)) for line in src_tokens]
+        lengths = [len(line) for line in tokens]
+        return super().build_dataset_for_inference(tokens, lengths, constraints)
+
+    def _ask_for_target(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.direction is not None, "build_generator refuses this"
+        token = self._token_of(self.direction.target)
+        if len(tokens) and tokens[0] == token:
+            return tokens
+        return torch.cat([tokens.new_tensor([token]), tokens])
+
+    def valid_step(self, sample: Dict, model: Any, criterion: Any) -> Tuple[Any, Any, Dict]:
+        """Evaluate a batch, which is of one pair, and log it under the pair's name too."""
+        loss, sample_size, log = super().valid_step(sample, model, criterion)
+        add_pair_columns(log, sample["pair"], len(self.evaluated_pairs))
+        return loss, sample_size, log
+
+    def reduce_metrics(self, logging_outputs: List[Dict], criterion: Any) -> None:
+        """Log what fairseq does, and each pair's loss, perplexity and BLEU."""
+        super().reduce_metrics(logging_outputs, criterion)
+        reduce_pairs(logging_outputs, self.evaluated_pairs)
+
+    def post_validate(self, model: Any, stats: Dict, meters: Any) -> None:
+        """Write the table of expert use at the end of a validation."""
+        log_expert_use(meters, self.evaluated_pairs)
+
+    def _inference_with_bleu(self, generator: Any, sample: Dict, model: Any) -> Any:
+        """Count BLEU of a batch with the tokens that its target language needs."""
+        found = self.inference_step(generator, [model], sample, prefix_tokens=None)
+        pad = self.tgt_dict.pad()
+        hypotheses = [self._decode(best[0]["tokens"], "UNKNOWNTOKENINHYP") for best in found]
+        references = [
+            self._decode(utils.strip_pad(target, pad), "UNKNOWNTOKENINREF")
+            for target in sample["target"]
+        ]
+        language = self.evaluated_pairs[sample["pair"]].target
+        tokenize = BLEU_TOKENS.get(language, "13a")
+        if self.cfg.eval_tokenized_bleu:
+            tokenize = "none"
+        return sacrebleu.corpus_bleu(hypotheses, [references], tokenize=tokenize)
+
+    def _decode(self, tokens: torch.Tensor, unknown: str) -> str:
+        text = self.tgt_dict.string(
+            tokens.int().cpu(), self.cfg.eval_bleu_remove_bpe, unk_string=unknown
+        )
+        return self.tokenizer.decode(text) if self.tokenizer else text
+
+
+def read_direction(cfg: MultilingualGNMTConfig, languages: Sequence[str]) -> Optional[Pair]:
+    """Read --source-lang and --target-lang, None if neither is given.
+
+    Raises:
+        ValueError: naming the one that is missing, unknown, or equal to the other.
+    """
+    options = {"--source-lang": cfg.source_lang, "--target-lang": cfg.target_lang}
+    if not any(options.values()):
+        return None
+    for option, language in options.items():
+        if not language:
+            raise ValueError(
+                f"`{option}` must be one of {', '.join(languages)}, but is missing. Both languages "
+                "of a direction must be named."
+            )
+        check_language(language, languages, f"`{option}`")
+    if cfg.source_lang == cfg.target_lang:
+        raise ValueError(
+            f"`--source-lang` and `--target-lang` must differ, but are both '{cfg.source_lang}'."
+        )
+    return Pair(str(cfg.source_lang), str(cfg.target_lang))

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Score a trained model in every direction, and print the table of all models scored so far: evaluate.sh
+#
+#   MODEL, DIRECTION, RUN, SEED, DEVICE, THREADS, WORK, CORPUS, LANGUAGES as in train.sh
+#   CHECKPOINT   the model (RUN's average.pt)
+#   BEAM         hypotheses kept (5)
+#   LENPEN       length penalty (1.0)
+# Perplexity on valid, then BLEU and chrF of the test set by sacrebleu, cased, on raw text: 13a tokens, for Japanese
+# characters. WORK/table.md has a row for each direction and a column for each MODEL: of several runs of one, that
+# which was scored last.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/multilingual
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$HERE/settings.sh"
+
+MODEL=${MODEL:-moe}
+DIRECTION=${DIRECTION:-}
+SEED=${SEED:-1}
+BEAM=${BEAM:-5}
+LENPEN=${LENPEN:-1.0}
+BATCH_SIZE=${BATCH_SIZE:-64}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-2}
+
+# bleu_tokens LANGUAGE: sacrebleu's tokens; Japanese has no spaces.
+bleu_tokens() { if [[ $1 == ja ]]; then echo char; else echo 13a; fi; }
+
+measure_perplexity() { # one line a direction: DIRECTION PERPLEXITY
+  LOG=$RUN_FOLDER/validate.log
+  logged fairseq-validate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" \
+    --lang-pairs "$(IFS=,; printf '%s' "${SCORED[*]}")" --path "$CHECKPOINT" --valid-subset valid \
+    --max-tokens 4000 --skip-invalid-size-inputs-valid-test --num-workers 0 "${EVERY_SENTENCE[@]}" \
+    --log-format json "${DEVICE_FLAGS[@]}"
+  grep -o '"valid_[a-z]*-[a-z]*_ppl": "[0-9.]*"' "$LOG" | sed -E 's/"valid_(.*)_ppl": "(.*)"/\1 \2/'
+}
+
+score_direction() { # DIRECTION: one line, BLEU and chrF
+  local source=${1%-*} target=${1#*-} pair output=$RUN_FOLDER/translations/test.$1
+  if [[ $source == en ]]; then pair=$1; else pair=en-$source; fi
+  LOG=$output.log
+  logged fairseq-generate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" \
+    --lang-pairs "$LANG_PAIRS" --source-lang "$source" --target-lang "$target" --path "$CHECKPOINT" --gen-subset test \
+    --beam "$BEAM" --lenpen "$LENPEN" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece --num-workers 0 \
+    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
+  hypotheses_of "$LOG" >"$output"
+  python "$REPOSITORY/tools/check_parallel.py" --allow-empty "$output" "$WORK_FOLDER/text/test.$pair.$target" >/dev/null
+  sacrebleu "$WORK_FOLDER/text/test.$pair.$target" -i "$output" --metrics bleu chrf \
+    --tokenize "$(bleu_tokens "$target")" --format json >"$output.scores.json"
+  sacrebleu "$WORK_FOLDER/text/test.$pair.$target" -i "$output" --metrics bleu chrf --score-only --width 2 \
+    --tokenize "$(bleu_tokens "$target")" --format text | tr '\n' ' '
+}
+
+(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'; its variables choose"
+require_choice MODEL moe dense single
+require_whole BEAM 1
+SCORED=("${DIRECTIONS[@]}")
+NAME=$MODEL
+if [[ $MODEL == single ]]; then
+  require_choice DIRECTION "${DIRECTIONS[@]}"
+  SCORED=("$DIRECTION")
+  NAME=single-$DIRECTION
+fi
+RUN=${RUN:-$NAME-seed$SEED}
+RUN_FOLDER=$WORK_FOLDER/$RUN
+CHECKPOINT=${CHECKPOINT:-$RUN_FOLDER/average.pt}
+[[ -f $CHECKPOINT ]] ||
+  die "$CHECKPOINT is missing: train it with recipes/multilingual/train.sh and the same variables, or set RUN or CHECKPOINT"
+use_environment
+set_device
+export OMP_NUM_THREADS=$THREADS
+mkdir -p "$RUN_FOLDER/translations"
+say "scoring $RUN"
+measure_perplexity >"$RUN_FOLDER/perplexities.txt"
+unfinished=$RUN_FOLDER/scores.unfinished
+rm -f "$unfinished"
+for direction in "${SCORED[@]}"; do
+  scores=$(score_direction "$direction")
+  perplexity=$(awk -v name="$direction" '$1 == name { print $2 }' "$RUN_FOLDER/perplexities.txt")
+  say "$direction: perplexity on valid $perplexity; test BLEU, chrF: $scores"
+  printf '%s\t%s\t%s\t%s\n' "$MODEL" "$direction" "$perplexity" "$scores" >>"$unfinished"
+done
+mv "$unfinished" "$RUN_FOLDER/scores.tsv"
+python "$HERE/table.py" "$WORK_FOLDER" | tee "$WORK_FOLDER/table.md"

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Prepare English and other languages for one multilingual model: prepare.sh
+#
+# Copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin. Finished
+# steps are skipped; a changed variable repeats what depends on it. Variables:
+#   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where they are from
+#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one line a sentence
+#   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
+#   LANGUAGES     languages beside English ("fr de ja ko pt es" of tatoeba, "fr de cs" of multi30k)
+#   MAX_PAIRS     take at most so many training pairs of each language (all)
+#   VOCAB_SIZE    pieces of the shared vocabulary (16000 of tatoeba, 8000 of multi30k)
+#   WORK          folder to write (recipes/multilingual/work/CORPUS-LANGUAGES)
+#   THREADS       processes for binarising (2)
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/multilingual
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$HERE/settings.sh"
+
+MAX_PAIRS=${MAX_PAIRS:-999999999}
+THREADS=${THREADS:-2}
+if [[ $CORPUS == tatoeba ]]; then
+  FOLDER=${TATOEBA_DIR:-}
+  FOLDER_NAME=TATOEBA_DIR
+  VOCAB_SIZE=${VOCAB_SIZE:-16000}
+  declare -A FILES=([train]=train [valid]=dev [test]=devtest)
+else
+  FOLDER=${MULTI30K_DIR:-}
+  FOLDER_NAME=MULTI30K_DIR
+  VOCAB_SIZE=${VOCAB_SIZE:-8000}
+  declare -A FILES=([train]=train [valid]=val [test]=test_2016_flickr)
+fi
+
+# original SPLIT PAIR LANGUAGE: the file as the corpus names it, gzipped or plain.
+original() {
+  local name=${FILES[$1]}.$3
+  [[ $CORPUS == multi30k ]] || name=$2/$name
+  local path
+  for path in "$FOLDER/$name.gz" "$FOLDER/$name"; do
+    if [[ -f $path ]]; then
+      printf '%s' "$path"
+      return
+    fi
+  done
+  die "$FOLDER/$name.gz is missing: $FOLDER_NAME must have the text of every language of LANGUAGES='$LANGUAGES'"
+}
+
+copy_texts() {
+  local language pair side split limit path
+  rm -rf "$WORK_FOLDER/text"
+  mkdir -p "$WORK_FOLDER/text"
+  for language in $LANGUAGES; do
+    pair=en-$language
+    for split in "${SPLITS[@]}"; do
+      limit=999999999
+      [[ $split != train ]] || limit=$MAX_PAIRS
+      for side in en "$language"; do
+        path=$(original "$split" "$pair" "$side")
+        # gzip -f passes a file on that is not gzipped. awk reads to the end, so that no pipe breaks.
+        gzip -cdf "$path" | awk -v limit="$limit" 'NR <= limit' >"$WORK_FOLDER/text/$split.$pair.$side"
+      done
+      python "$REPOSITORY/tools/check_parallel.py" "$WORK_FOLDER/text/$split.$pair".{en,"$language"}
+    done
+  done
+}
+
+learn_pieces() { # of each distinct line once: English is in every pair
+  local language files=()
+  cat "$WORK_FOLDER"/text/train.en-*.en | sort -u >"$WORK_FOLDER/unique.en"
+  for language in $LANGUAGES; do files+=("$WORK_FOLDER/text/train.en-$language.$language"); done
+  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --model "$WORK_FOLDER/spm.model" \
+    --dictionary "$WORK_FOLDER/dict.txt" "$WORK_FOLDER/unique.en" "${files[@]}"
+}
+
+cut_texts() {
+  local language side split
+  mkdir -p "$WORK_FOLDER/pieces"
+  for language in $LANGUAGES; do
+    for split in "${SPLITS[@]}"; do
+      for side in en "$language"; do
+        python "$REPOSITORY/tools/pieces.py" encode --model "$WORK_FOLDER/spm.model" \
+          "$WORK_FOLDER/text/$split.en-$language.$side" >"$WORK_FOLDER/pieces/$split.en-$language.$side"
+      done
+    done
+  done
+}
+
+binarise() { # a pair's two directions read the same files
+  local language
+  rm -rf "$WORK_FOLDER/data-bin"
+  for language in $LANGUAGES; do
+    LOG=$WORK_FOLDER/preprocess.$language.log
+    logged fairseq-preprocess --source-lang en --target-lang "$language" \
+      --trainpref "$WORK_FOLDER/pieces/train.en-$language" --validpref "$WORK_FOLDER/pieces/valid.en-$language" \
+      --testpref "$WORK_FOLDER/pieces/test.en-$language" --srcdict "$WORK_FOLDER/dict.txt" \
+      --tgtdict "$WORK_FOLDER/dict.txt" --destdir "$WORK_FOLDER/data-bin" --workers "$THREADS"
+  done
+}
+
+(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; its variables choose"
+require_whole MAX_PAIRS 1
+require_whole VOCAB_SIZE 10
+require_whole THREADS 1
+[[ -n $FOLDER ]] || die "$FOLDER_NAME must name the folder with the texts of CORPUS=$CORPUS, but is not set"
+[[ -d $FOLDER ]] || die "$FOLDER_NAME=$FOLDER is not a folder"
+use_environment
+say "preparing English with $LANGUAGES in $WORK_FOLDER"
+mkdir -p "$WORK_FOLDER"
+begin_steps "$WORK_FOLDER"
+run_step copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS" copy_texts
+run_step learn-pieces "$VOCAB_SIZE" learn_pieces
+run_step cut "" cut_texts
+run_step binarise "" binarise
+# train.sh resumes a model only on the text it was trained on.
+printf '%s' "$STEP_KEY" >"$WORK_FOLDER/prepared"

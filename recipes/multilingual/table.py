@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Set the scores of single, dense and MoE models beside each other: table.py WORK.
+
+Reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU with chrF of
+the test set. Prints one row for each direction, as Table 5 of Shazeer et al. 2017 does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+MODELS = ("single", "dense", "moe")
+HEADINGS = {"single": "single pair", "dense": "multilingual dense", "moe": "multilingual MoE"}
+MISSING = "not trained"
+
+
+def read_scores(folder: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
+    """Give perplexity, BLEU and chrF of (model, direction), of the run that was scored last.
+
+    Raises:
+        ValueError: a line has other columns.
+    """
+    scores = {}
+    for path in sorted(folder.glob("*/scores.tsv"), key=lambda path: path.stat().st_mtime):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            columns = line.split()
+            if len(columns) != 5 or columns[0] not in MODELS:
+                raise ValueError(
+                    f"{path}, line {number}: must have model, direction, perplexity, BLEU and "
+                    f"chrF, but is '{line}'; run evaluate.sh again"
+                )
+            scores[columns[0], columns[1]] = (columns[2], columns[3], columns[4])
+    return scores
+
+
+def count_pairs(folder: Path, direction: str) -> str:
+    """Count the training sentences of a direction; its text is named after English first."""
+    one, other = direction.split("-")
+    for pair in (f"{one}-{other}", f"{other}-{one}"):
+        path = folder / f"text/train.{pair}.{one}"
+        if path.is_file():
+            return f"{sum(1 for _ in path.open('rb')):,}"
+    return "-"
+
+
+def make_table(folder: Path) -> list[str]:
+    """Write the rows in markdown: BLEU, with perplexity in brackets."""
+    scores = read_scores(folder)
+    directions = list(dict.fromkeys(direction for _, direction in scores))
+    titles = [HEADINGS[model] for model in MODELS]
+    lines = [
+        "| direction | training pairs | " + " | ".join(titles) + " | MoE - dense | MoE - single |",
+        "|---" * 7 + "|",
+    ]
+    for direction in directions:
+        found = {model: scores.get((model, direction)) for model in MODELS}
+        cells = [f"{row[1]} ({row[0]})" if row else MISSING for row in found.values()]
+        gains = [difference(found["moe"], found[model]) for model in ("dense", "single")]
+        row = [direction, count_pairs(folder, direction), *cells, *gains]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def difference(one: tuple | None, other: tuple | None) -> str:
+    """Subtract BLEU, if both were scored."""
+    return f"{float(one[1]) - float(other[1]):+.2f}" if one and other else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, help="folder of the runs")
+    arguments = parser.parse_args()
+    try:
+        lines = make_table(arguments.work)
+    except ValueError as error:
+        sys.exit(f"table.py: error: {error}")
+    if len(lines) == 2:
+        sys.exit(f"table.py: error: no run in {arguments.work} was scored; run evaluate.sh")
+    print("Test BLEU (in brackets: perplexity on valid)\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

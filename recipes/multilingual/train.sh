@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Train one model of all directions, or of one: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, averages
+# checkpoints and calls evaluate.sh.
+#   MODEL   moe (default): all directions; dense: the same without experts, at equal operations per word;
+#           single: the dense model trained on DIRECTION alone
+#   DIRECTION  of single, such as en-fr
+#   TEMPERATURE, OVERSAMPLING  how often rare pairs are seen (1; none), as --sampling-temperature and --oversampling
+#   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); other settings need another
+#   SEED    of the parameters, the order of the text, dropout and the gates' noise (1)
+#   DEVICE  auto (default: a GPU when there is one), cpu or cuda
+#   THREADS for one training process on the processor (2)
+#   EVALUATE=0 stops after the averaging
+# Every other variable is at the top of the file. MODEL_SIZE=paper sets the paper's model: 512 experts of hidden width
+# 8192 in a network of width 512, which needs GPUs (tools/cost_card.py tells its memory).
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/multilingual
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$HERE/settings.sh"
+
+MODEL=${MODEL:-moe}
+DIRECTION=${DIRECTION:-}
+SEED=${SEED:-1}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-2}
+EVALUATE=${EVALUATE:-1}
+TEMPERATURE=${TEMPERATURE:-1.0}
+OVERSAMPLING=${OVERSAMPLING:-}
+MODEL_SIZE=${MODEL_SIZE:-small}
+# The small network. Of the paper's, the architecture sets the sizes.
+MODEL_DIM=${MODEL_DIM:-128}
+LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
+# A token passes 2 of NUM_EXPERTS; dense and single have one network of twice the width in their place.
+NUM_EXPERTS=${NUM_EXPERTS:-16}
+EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-256}
+INIT_RANGE=${INIT_RANGE:-0.1}
+DROPOUT=${DROPOUT:-0.1}
+LABEL_SMOOTHING=${LABEL_SMOOTHING:-0.1}
+CLIP_NORM=${CLIP_NORM:-5.0}
+# 2000 pieces of the longer side x UPDATE_FREQ accumulated batches: about 150 sentences of tatoeba an update.
+MAX_TOKENS=${MAX_TOKENS:-2000}
+UPDATE_FREQ=${UPDATE_FREQ:-1}
+# The rate climbs, then falls linearly to 0 at the last update, as in recipes/multi30k.
+UPDATES=${UPDATES:-20000}
+WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
+LEARNING_RATE=${LEARNING_RATE:-0.004}
+# A checkpoint, and every direction's perplexity on valid, every SAVE_INTERVAL updates; the last AVERAGE are averaged.
+SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+AVERAGE=${AVERAGE:-5}
+
+set_model_flags() {
+  local experts=(--num-experts "$NUM_EXPERTS" --expert-hidden-dim "$EXPERT_HIDDEN_DIM") suffix=_small
+  MODEL_FLAGS=(--dropout "$DROPOUT")
+  if [[ $MODEL_SIZE == paper ]]; then
+    suffix=
+    experts=()
+  else
+    # The target embeddings are the softmax weights too; fewer weights to learn from little text.
+    MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
+      --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE")
+    [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))
+  fi
+  if [[ $MODEL == moe ]]; then
+    MODEL_FLAGS+=(--arch "lstm_moe_gnmt_multilingual$suffix" "${experts[@]}")
+  else
+    MODEL_FLAGS+=(--arch "lstm_gnmt_multilingual$suffix" "${experts[@]}")
+  fi
+}
+
+train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+  OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
+    fairseq-train "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" "${PAIR_FLAGS[@]}" \
+    "${MODEL_FLAGS[@]}" --criterion moe_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING" \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" \
+    --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --max-update "$UPDATES" \
+    --warmup-updates "$WARMUP_UPDATES" --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --seed "$SEED" \
+    --skip-invalid-size-inputs-valid-test --max-source-positions 250 --max-target-positions 250 \
+    --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" \
+    --keep-interval-updates "$AVERAGE" --no-epoch-checkpoints --validate-interval 1000000 \
+    --log-format simple --log-interval 100 \
+    --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
+}
+
+FLAGS=("$@")
+require_choice MODEL moe dense single
+require_choice MODEL_SIZE small paper
+for name in UPDATES MAX_TOKENS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
+((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
+((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
+  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+PAIR_FLAGS=(--lang-pairs "$LANG_PAIRS" --sampling-temperature "$TEMPERATURE" --oversampling "$OVERSAMPLING")
+NAME=$MODEL
+if [[ $MODEL == single ]]; then
+  require_choice DIRECTION "${DIRECTIONS[@]}"
+  PAIR_FLAGS=(--lang-pairs "$DIRECTION")
+  NAME=single-$DIRECTION
+elif [[ -n $DIRECTION ]]; then
+  die "DIRECTION=$DIRECTION is for MODEL=single; MODEL=$MODEL trains all of ${DIRECTIONS[*]}"
+fi
+RUN=${RUN:-$NAME-seed$SEED}
+bash "$HERE/prepare.sh"
+use_environment
+# prepare.sh and evaluate.sh need no second look at the environment.
+NMT_MOE_PYTHON=$(command -v python)
+export NMT_MOE_PYTHON
+set_device
+set_model_flags
+RUN_FOLDER=$WORK_FOLDER/$RUN
+# Without UPDATES: a finished run may be prolonged.
+settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${PAIR_FLAGS[*]}" "${MODEL_FLAGS[*]}" \
+  "$LABEL_SMOOTHING $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
+if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
+  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
+  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
+fi
+mkdir -p "$RUN_FOLDER"
+printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+say "training $NAME, $UPDATES updates; log: $RUN_FOLDER/train.log"
+train_model
+awk 'shown && !/^  / { exit } sub(/.*sampling: /, "sampling: ") { shown = 1 } shown' "$RUN_FOLDER/train.log"
+python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" --last "$AVERAGE" \
+  --output "$RUN_FOLDER/average.pt"
+[[ $EVALUATE == 0 ]] || MODEL=$MODEL DIRECTION=$DIRECTION RUN=$RUN bash "$HERE/evaluate.sh"

@@ -1,0 +1,260 @@
+"""The multilingual task through fairseq's commands: training, resuming, translating, refusing."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.commands import PLUGIN, Output, call, run
+from tests.support.corpus import SOURCE_WORDS
+from tests.support.multilingual import (
+    LANGUAGES,
+    PAIRS,
+    SIZES,
+    TASK,
+    binarise,
+    make_data,
+    write_dictionary,
+)
+from tests.support.training import TINY_DENSE, TINY_MOE, TRANSLATE, assert_same_bits, load
+
+SAMPLING = ["--sampling-temperature", 2, "--oversampling", "cc-aa=4"]
+BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 10}']
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("multilingual"))
+
+
+def train(data: Path, folder: Path, epochs: int, *flags: object) -> Output:
+    flags = [*TASK, *TINY_MOE, *SAMPLING, "--max-epoch", epochs, "--save-dir", folder, *flags]
+    return call("train", data, *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
+    """The folder and the output of 12 epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--save-interval-updates", 40, "--keep-last-epochs", 2, *BLEU]
+    return folder, train(data, folder, 12, *flags)
+
+
+def records(output: Output) -> list[dict[str, float]]:
+    """Give the JSON entries; the options that are logged too hold JSON of their own."""
+    lines = [line for line in output.text.splitlines() if '_loss": "' in line]
+    return Output(0, "\n".join(lines)).records()
+
+
+def translate(data: Path, path: Path, source: str, target: str, *flags: object) -> Output:
+    direction = ["-s", source, "-t", target]
+    return call("generate", data, "--path", path, *TASK, *direction, *TRANSLATE, *flags)
+
+
+def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Path, Output]):
+    text = trained[1].text
+    rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
+    assert list(rows) == PAIRS.split(",")
+    # Of N = 240, shares 0.4, 0.4, 0.1, 0.1 have roots as 2 to 1: 80 of 96 sentences, 40 of 24.
+    # cc-aa has 4 x 24 instead, so that an epoch has 80 + 80 + 40 + 96 = 296; 12 epochs in all.
+    assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "10.00"]
+    assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "20.00"]
+    assert rows["cc-aa"].split() == ["24", "96", "32.4%", "4.00", "48.00"]
+    assert text.index("passes in all") < text.index('"epoch": 1')
+
+
+def test_max_update_bounds_the_effective_epochs_too(data: Path, tmp_path: Path):
+    output = train(data, tmp_path, 50, "--max-update", 10, "--no-save", "--disable-validation")
+    # 296 sentences are 19 batches of 16 at most: 10 updates are 10 / 19 of an epoch.
+    assert "epochs of this training: 0.53" in output.text
+
+
+def test_validation_logs_every_pair(trained: tuple[Path, Output]):
+    last = [row for row in records(trained[1]) if "valid_loss" in row][-1]
+    tokens = {}
+    for pair in PAIRS.split(","):
+        assert last[f"valid_{pair}_ppl"] == pytest.approx(2 ** last[f"valid_{pair}_nll_loss"], 0.01)
+        assert 0 <= last[f"valid_{pair}_bleu"] <= 100
+        # Sentences have 1, 2, ... 5, 1, ... words and an end each.
+        size = next(sizes for name, sizes in SIZES.items() if set(name) == set(pair))["valid"]
+        tokens[pair] = sum(2 + number % 5 for number in range(size))
+    mean = sum(tokens[pair] * last[f"valid_{pair}_nll_loss"] for pair in tokens)
+    assert last["valid_nll_loss"] == pytest.approx(mean / sum(tokens.values()), abs=0.01)
+
+
+def test_validation_logs_the_experts_of_every_language(trained: tuple[Path, Output]):
+    last = [row for row in records(trained[1]) if "valid_loss" in row][-1]
+    for layer in ("encoder", "decoder"):
+        for language in ("aa", "bb", "cc"):
+            assert 1 <= last[f"valid_{layer}_{language}_experts"] <= 4
+    lines = re.findall(r"^  (\w\w) +[\d.]+ effective experts   (.*)$", trained[1].text, re.M)
+    assert [language for language, _ in lines[:6]] == ["aa", "bb", "cc", "bb", "aa", "cc"]
+    for _, shares in lines:
+        assert sum(map(float, re.findall(r"([\d.]+)%", shares))) == pytest.approx(100, abs=0.3)
+
+
+def test_the_token_alone_decides_the_language(data: Path, trained: tuple[Path, Output]):
+    flags = [*TASK, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt"]
+    for target in ("bb", "cc"):
+        spoken = call("interactive", data, *flags, "-s", "aa", "-t", target, stdin=b"ba de\n")
+        assert f"<2{target}> ba de" in spoken.text
+        words = spoken.hypotheses()[0].split()
+        assert words
+        assert set(words) <= {LANGUAGES[target](word) for word in SOURCE_WORDS}
+
+
+def test_generate_translates_the_chosen_direction_in_order(
+    data: Path, trained: tuple[Path, Output]
+):
+    output = translate(data, trained[0] / "checkpoint_last.pt", "cc", "aa")
+    targets = [row[-1] for _, row in sorted(output.lines("T").items())]
+    assert targets == (data.parent / "test.aa-cc.aa").read_text().splitlines()
+    assert all(row[-1].startswith("<2aa> ") for row in output.lines("S").values())
+
+
+def test_a_direction_that_was_not_trained_is_translated(data: Path, trained: tuple[Path, Output]):
+    output = translate(data, trained[0] / "checkpoint_last.pt", "bb", "cc")
+    assert "bb-cc was not trained: zero-shot" in output.text
+    assert len(output.hypotheses()) == SIZES["bb-cc"]["test"]
+
+
+def test_validate_repeats_the_losses_of_training(data: Path, trained: tuple[Path, Output]):
+    last = [row for row in records(trained[1]) if "valid_loss" in row][-1]
+    flags = [*TASK, "--path", trained[0] / "checkpoint_last.pt", "--log-format", "json", "--cpu"]
+    done = call("validate", data, *flags, "--batch-size", 16, "--num-workers", 0)
+    losses = records(done)[-1]
+    for pair in PAIRS.split(","):
+        assert losses[f"valid_{pair}_nll_loss"] == last[f"valid_{pair}_nll_loss"]
+
+
+def test_a_resumed_training_gives_the_bits_of_an_unbroken_one(
+    data: Path, trained: tuple[Path, Output], tmp_path: Path
+):
+    # Update 160 is within epoch 9 of 19 updates each.
+    shutil.copy(trained[0] / "checkpoint_9_160.pt", tmp_path / "checkpoint_last.pt")
+    train(data, tmp_path, 12, *BLEU)
+    one, two = (load(folder / "checkpoint_last.pt") for folder in (trained[0], tmp_path))
+    for part in ("model", "last_optimizer_state", "task_state"):
+        assert_same_bits(one[part], two[part], part)
+
+
+def test_the_checkpoint_keeps_languages_tokens_and_symbols(trained: tuple[Path, Output]):
+    state = load(trained[0] / "checkpoint_last.pt")["task_state"]
+    assert state["languages"] == ["aa", "bb", "cc"]
+    assert state["tokens"] == ["<2aa>", "<2bb>", "<2cc>"]
+    assert state["symbols"][-3:] == state["tokens"]
+    assert ",".join(state["pairs"]) == PAIRS
+
+
+def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
+    flags = [*TASK, *TINY_DENSE, "--max-epoch", 1, "--no-save", "--save-dir", tmp_path]
+    rows = call("train", data, *flags).records()
+    assert any("valid_aa-cc_ppl" in row for row in rows)
+    assert not any("experts" in key for row in rows for key in row)
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lang-pairs", "aa-bb,aa-dd"], "no text of the language 'dd'"),
+        (
+            ["--lang-pairs", "aa-bb,bb-cc", "--oversampling", ""],
+            "'bb-cc' has no train text",
+        ),
+        (["--langs", "aa,bb"], "'aa-cc', whose language must be one of aa, bb, but is 'cc'"),
+        (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
+        (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
+        (["-s", "aa", "-t", "bb"], "must be left out in training, but name 'aa-bb'"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_by_name(
+    flags: list[object], message: str, data: Path, tmp_path: Path
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(data, tmp_path, 1, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    for language in ("aa", "cc"):
+        (tmp_path / f"train.aa-cc.{language}").write_text("")
+    binarise(tmp_path, folder, "aa-cc", write_dictionary(tmp_path / "dict.txt"), "train")
+    with pytest.raises(ValueError, match="the pair 'aa-cc' cannot be used: .* no sentence"):
+        train(folder, tmp_path / "model", 1)
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        ([], "`--source-lang` and `--target-lang` must name the direction"),
+        (["-s", "aa"], "`--target-lang` must be one of aa, bb, cc, but is missing"),
+        (["-s", "aa", "-t", "dd"], "`--target-lang` must be one of aa, bb, cc, but is 'dd'"),
+        (["-s", "dd", "-t", "aa"], "`--source-lang` must be one of aa, bb, cc, but is 'dd'"),
+        (["-s", "aa", "-t", "aa"], "must differ, but are both 'aa'"),
+        (["-s", "cc", "-t", "bb", "--gen-subset", "valid"], "the pair 'cc-bb' has no valid text"),
+        (["-s", "aa", "-t", "bb", "--langs", "bb,aa,cc"], "in its order, aa,bb,cc, but give bb,aa"),
+        (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but give aa,bb"),
+    ],
+)
+def test_translation_that_cannot_be_is_refused_by_name(
+    direction: list[str], message: str, data: Path, trained: tuple[Path, Output]
+):
+    flags = [*TASK, *direction, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt"]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call("generate", data, *flags)
+
+
+def test_another_dictionary_is_refused_with_its_first_other_symbol(
+    data: Path, trained: tuple[Path, Output], tmp_path: Path
+):
+    folder = shutil.copytree(data, tmp_path / "data")
+    for language in ("aa", "bb", "cc"):
+        write_dictionary(folder / f"dict.{language}.txt", "bb aa cc")
+    with pytest.raises(ValueError, match="symbol 4 is 'ab', not 'ba'"):
+        translate(folder, trained[0] / "checkpoint_last.pt", "aa", "bb")
+
+
+def test_a_checkpoint_of_one_pair_is_refused(data: Path, tmp_path: Path):
+    single = ["--task", "translation", "-s", "aa", "-t", "bb", "--max-epoch", 1]
+    call("train", data, *single, *TINY_MOE, "--save-dir", tmp_path, "--no-epoch-checkpoints")
+    with pytest.raises(ValueError, match="not of a multilingual task"):
+        translate(data, tmp_path / "checkpoint_last.pt", "aa", "bb")
+
+
+def test_a_refusal_is_one_message_of_the_command(data: Path, tmp_path: Path):
+    flags = ["--user-dir", PLUGIN, *TASK, *TINY_MOE, "--lang-pairs", "aa-bb,aa_cc"]
+    done = run("train", data, *flags, cwd=tmp_path)
+    assert done.status == 1
+    assert "fairseq-train: error: `--lang-pairs` must name pairs such as en-fr" in done.text
+    assert "Traceback" not in done.text
+
+
+def test_batches_of_training_mix_pairs_and_those_of_validation_do_not(data: Path):
+    from nmt_moe.tasks.translation_multilingual_gnmt import (
+        MultilingualGNMTConfig,
+        MultilingualGNMTTask,
+    )
+
+    config = MultilingualGNMTConfig(data=str(data), lang_pairs=PAIRS, train_subset="train", seed=1)
+    config.required_seq_len_multiple, config.dataset_impl = 1, None
+    config.max_epoch, config.max_update, config.update_freq = 1, 0, [1]
+    task = MultilingualGNMTTask.setup_task(config)
+    for split, mixes in (("train", True), ("valid", False)):
+        task.load_dataset(split)
+        dataset = task.dataset(split)
+        iterator = task.get_batch_iterator(dataset, max_sentences=16)
+        batches = [dataset.pair_of(batch) for batch in iterator.frozen_batches]
+        assert any(len(set(batch.tolist())) > 1 for batch in batches) == mixes
+        assert sum(map(len, batches)) == len(dataset)
+        for sample in iterator.next_epoch_itr(shuffle=False):
+            first = sample["net_input"]["src_tokens"]
+            starts = first.masked_fill(first == 1, 10**6).ne(10**6).float().argmax(1)
+            tokens = first[torch.arange(len(first)), starts].tolist()
+            targets = [dataset.pairs[i].split("-")[1] for i in dataset.pair_of(sample["id"])]
+            assert tokens == [task._token_of(language) for language in targets]
