@@ -109,7 +109,7 @@ class GNMTGenerator(SequenceGenerator):
     ) -> None:
         super().__init__(models, tgt_dict, **kwargs)
         self.search_config = search_config
-        self.own_normalisation = self.normalize_scores
+        self.own_normalisation: bool = kwargs.get("normalize_scores", True)
         # fairseq's is done here, with GNMT's, so that pruning sees it.
         self.normalize_scores = False
         self.source_words: Tensor | None = None
@@ -221,6 +221,7 @@ class GNMTGenerator(SequenceGenerator):
             return True
         if not self.prunes:
             return False
+        assert self.search.live is not None
         # Hypotheses that go on have at least one token more than those that ended now.
         return bool(self.search.is_hopeless(self.search.live, step + 1)[unfin_idx])
 
