@@ -9,6 +9,7 @@ import pytest
 from nmt_moe.search import COVERAGE_FLOOR, length_penalty
 from tests.support.commands import PLUGIN, Output, call, run
 from tests.support.training import TINY_MOE, TRANSLATE
+from tools.sweep_penalties import choose, read_nbest
 
 GNMT = ["--length-penalty-alpha", 0.2, "--coverage-penalty-beta", 0.2]
 
@@ -42,6 +43,16 @@ def test_scores_follow_from_what_is_printed(data: Path, checkpoint: Path):
     assert printed == pytest.approx(scores_by_hand(done, 0.2, 0.2), abs=2e-3)
     for start in range(0, len(printed), 4):
         assert printed[start : start + 4] == sorted(printed[start : start + 4], reverse=True)
+
+
+def test_a_point_of_the_sweep_is_what_the_search_finds(data: Path, checkpoint: Path):
+    flags = ["--beam", 6, "--print-alignment", "soft"]
+    nbest = read_nbest(generate(data, checkpoint, *flags, "--nbest", 6).text.splitlines())
+    for alpha, beta in [(0.2, 0.2), (1.0, 2.0)]:
+        penalties = ["--length-penalty-alpha", alpha, "--coverage-penalty-beta", beta]
+        searched = generate(data, checkpoint, *flags, *penalties)
+        chosen = [choose(one, alpha, beta).text for _, one in sorted(nbest.hypotheses.items())]
+        assert chosen == searched.hypotheses()
 
 
 def test_zero_is_off(data: Path, checkpoint: Path):
