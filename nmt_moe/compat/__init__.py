@@ -1,5 +1,7 @@
 """The few repairs fairseq needs on today's Python and torch, made when this package is imported.
 
+One addition, GNMT's search, is here too: fairseq has no registry for it.
+
 Each is a small function that acts only where a test of the installed versions or of the arguments
 says so, gives its reason, and has its own test. All replace names in fairseq's modules, which its
 commands look up when they run; none edits a file. Importing twice repairs once.
@@ -19,6 +21,7 @@ from nmt_moe.compat.corpora import (
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.expert_checkpoints import save_and_load_spread_experts
 from nmt_moe.compat.expert_parallel import spread_experts_over_processes
+from nmt_moe.compat.gnmt_search import add_gnmt_search
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
 from nmt_moe.compat.texts import (
@@ -28,6 +31,7 @@ from nmt_moe.compat.texts import (
 )
 
 __all__ = [
+    "add_gnmt_search",
     "allow_checkpoint_types",
     "copy_checkpoints_whole",
     "end_in_one_message",
@@ -61,4 +65,5 @@ let_torchrun_train_on_cpu()
 prepare_processes_and_input()
 spread_experts_over_processes()
 save_and_load_spread_experts()
+add_gnmt_search()
 end_in_one_message()

@@ -8,7 +8,7 @@
 #   BEAM        hypotheses kept (8; GNMT: 8 to 12)
 #   BATCH_SIZE  sentences at once (64)
 #   LENGTH_PENALTY_ALPHA, COVERAGE_PENALTY_BETA, BEAM_PRUNE
-#               GNMT's search; the paper's are 0.2, 0.2 and 3.0. Empty (default): not given, fairseq's own search
+#               GNMT's search (0.2, 0.2, 3.0: the paper's); empty: not given, fairseq's own
 #   AGAINST     another translation of the same subset, for a paired bootstrap
 #   DEVICE, WORK as in train.sh
 set -euo pipefail
@@ -22,10 +22,10 @@ fi
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
 
-# The paper's values are 0.2, 0.2 and 3.0. An empty one is not passed on.
-LENGTH_PENALTY_ALPHA=${LENGTH_PENALTY_ALPHA-}
-COVERAGE_PENALTY_BETA=${COVERAGE_PENALTY_BETA-}
-BEAM_PRUNE=${BEAM_PRUNE-}
+# An empty one is not passed on.
+LENGTH_PENALTY_ALPHA=${LENGTH_PENALTY_ALPHA-0.2}
+COVERAGE_PENALTY_BETA=${COVERAGE_PENALTY_BETA-0.2}
+BEAM_PRUNE=${BEAM_PRUNE-3.0}
 RUN=${RUN:-${MODEL:-moe32}-seed${SEED:-1}}
 CHECKPOINTS=${CHECKPOINT:-$WORK/$RUN/checkpoint_best.pt}
 SUBSET=${SUBSET:-test}

@@ -1,0 +1,162 @@
+"""Give fairseq-generate, fairseq-interactive and every task's generator GNMT's search.
+
+The way of an option from the command line to the search, and what is replaced on it:
+
+1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
+   looks up `add_generation_args` only then: the replacement adds ours, whatever the task.
+2. Of the parsed arguments, fairseq keeps those that its dataclasses list. Ours are appended to the
+   list of overrides it makes for Hydra (`override_module_args`), so that they arrive in
+   `cfg.generation` beside `beam` and `lenpen`; only if set, so no other configuration changes.
+3. Tasks hand `cfg.generation` to `FairseqTask.build_generator`. Its replacement reads the options
+   and passes our generator as `seq_gen_cls`. It reads them from any namespace, so
+   `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` works too. With all options 0 it calls
+   fairseq's own with the arguments it got: nothing differs.
+
+fairseq has no registry of searches, and a task of our own would leave out users of other tasks.
+"""
+
+import functools
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from fairseq import options
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.tasks.fairseq_task import FairseqTask
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.search import SearchConfig
+
+HELP = {
+    "length_penalty_alpha": "divide log P by ((5 + length) / 6)^alpha, in the place of --lenpen; "
+    "GNMT: 0.2",
+    "coverage_penalty_beta": "add beta times the sum over source words of log min(attention "
+    "received, 1); GNMT: 0.2",
+    "beam_prune": "GNMT's beamsize: leave out tokens more than this below the best of the step, "
+    "and finished hypotheses more than this below the best (nats); GNMT: 3.0",
+}
+NAMES = [field.name for field in fields(SearchConfig)]
+# What else chooses tokens or lengths: fairseq's name, its value if not given.
+OTHER_SEARCHES = {
+    "sampling": False,
+    "diverse_beam_groups": -1,
+    "diversity_rate": -1.0,
+    "match_source_len": False,
+    "score_reference": False,
+}
+
+
+def add_gnmt_search() -> None:
+    """Add the options and the search behind them to fairseq."""
+    replace(options, "add_generation_args", _adding_options)
+    replace(dataclass_utils, "override_module_args", _keeping_options)
+    replace(FairseqTask, "build_generator", _building)
+
+
+def _adding_options(add: Callable) -> Callable:
+    def add_generation_args(parser: ArgumentParser) -> Any:
+        group = add(parser)
+        for name in NAMES:
+            text = f"{HELP[name]}; 0: off (default: 0)"
+            group.add_argument(_flag(name), type=float, default=0.0, metavar="X", help=text)
+        return group
+
+    return add_generation_args
+
+
+def _keeping_options(make: Callable) -> Callable:
+    def override_module_args(args: Namespace) -> tuple[list[str], list[str]]:
+        overrides, deletes = make(args)
+        config = read_config(args)  # refuses bad values before any model is read
+        set_names = [name for name in NAMES if getattr(config, name)]
+        # ++: also where the configuration lacks the name.
+        overrides += [f"++generation.{name}={getattr(config, name)!r}" for name in set_names]
+        return overrides, deletes
+
+    return override_module_args
+
+
+def read_config(args: Any) -> SearchConfig:
+    """Read the options of a namespace or configuration; those it lacks are off.
+
+    Raises:
+        ValueError: a value is negative, infinite or NaN, or meets an option it does not go with.
+    """
+    config = SearchConfig(**{name: float(getattr(args, name, None) or 0.0) for name in NAMES})
+    if config.is_on:
+        _check_together(config, args)
+    return config
+
+
+def _check_together(config: SearchConfig, args: Any) -> None:
+    on = [name for name in NAMES if getattr(config, name)]
+    wanted = _flag(on[0])
+    for name, unset in OTHER_SEARCHES.items():
+        if getattr(args, name, unset) not in (unset, None):
+            raise ValueError(
+                f"`{wanted}` is for beam search, and `{_flag(name)}` is another way to choose or "
+                "score translations. Leave one of them out."
+            )
+    if config.beam_prune and getattr(args, "constraints", None):
+        raise ValueError(
+            "`--beam-prune` might prune the words that `--constraints` asks for. Leave one of them "
+            "out; the two penalties work with constraints."
+        )
+    if config.changes_scores:
+        if getattr(args, "unnormalized", False):
+            raise ValueError(f"`{wanted}` normalises scores: leave `--unnormalized` out.")
+        length_exponent = getattr(args, "lenpen", 1.0)
+        if length_exponent != 1:
+            raise ValueError(
+                f"`{wanted}` replaces `--lenpen`, which is {length_exponent}. Leave one out."
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _building(build: Callable) -> Callable:
+    def build_generator(
+        task: FairseqTask,
+        models: Sequence[Any],
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: dict[str, Any] | None = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+    ) -> Any:
+        config = read_config(args)
+        if config.is_on:
+            if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
+                raise ValueError(
+                    f"The task {type(task).__name__} has a search of its own, so "
+                    "`--length-penalty-alpha`, `--coverage-penalty-beta` and `--beam-prune` have "
+                    "no effect. Leave them 0."
+                )
+            seq_gen_cls = functools.partial(_generator_class(args), search_config=config)
+            if config.coverage_penalty_beta:
+                _keep_attention(models)
+            if getattr(args, "print_alignment", None):
+                kind = {"print_alignment": args.print_alignment}
+                extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), **kind}
+        return build(
+            task, models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
+        )
+
+    return build_generator
+
+
+def _generator_class(args: Any) -> type:
+    # Imported late: only commands that search need it.
+    from nmt_moe.compat.gnmt_generator import GNMTGenerator, GNMTGeneratorWithAlignment
+
+    aligns = getattr(args, "print_alignment", None)
+    return GNMTGeneratorWithAlignment if aligns else GNMTGenerator
+
+
+def _keep_attention(models: Sequence[Any]) -> None:
+    # Some of fairseq's decoders (lstm, fconv) give it only where `--print-alignment` needs it.
+    for model in models:
+        if hasattr(getattr(model, "decoder", None), "need_attn"):
+            model.decoder.need_attn = True

@@ -1,0 +1,21 @@
+"""Beam search's scores and pruning: tensors in, tensors out; knows no model."""
+
+from nmt_moe.search.config import SearchConfig
+from nmt_moe.search.pruning import best_attainable, mask_tokens, within_margin
+from nmt_moe.search.scores import (
+    COVERAGE_FLOOR,
+    length_penalty,
+    log_coverage,
+    normalised_score,
+)
+
+__all__ = [
+    "COVERAGE_FLOOR",
+    "SearchConfig",
+    "best_attainable",
+    "length_penalty",
+    "log_coverage",
+    "mask_tokens",
+    "normalised_score",
+    "within_margin",
+]

@@ -1,0 +1,64 @@
+"""How GNMT compares finished hypotheses: log P(Y|X) / lp(Y) + beta * coverage.
+
+A hypothesis' length |Y| counts its end mark, which is a step with a probability and an attention of
+its own. The source's end mark and its padding are no source words: nothing asks to cover them.
+
+Source: Wu et al. 2016, section 7, eq. 14.
+"""
+
+import torch
+from torch import Tensor
+
+# Attention below this counts as this: a word that no step attended to costs beta * 13.8 instead of
+# everything (attention underflows to 0 in half precision). It is also the last digit that
+# fairseq-generate prints, so printed attention gives the score that the search gave.
+COVERAGE_FLOOR = 1e-6
+
+
+def length_penalty(length: float | Tensor, alpha: float) -> float | Tensor:
+    """Compute lp(Y) = ((5 + |Y|) / 6)^alpha.
+
+    Args:
+        length: Target tokens, the end mark counted.
+        alpha: 0 gives 1 for every length.
+
+    Source: Wu et al. 2016, section 7.
+    """
+    return ((5.0 + length) / 6.0) ** alpha
+
+
+def log_coverage(attention: Tensor, source_words: Tensor) -> Tensor:
+    """Compute the sum over source words of log min(attention received, 1).
+
+    Args:
+        attention: (N, S), what each source position received from all steps of a hypothesis.
+        source_words: (N, S) bool, False = padding or end mark, which do not count.
+
+    Returns:
+        (N,) float32 or wider, nats, at most 0; `beta` times this is the coverage penalty. Each word
+        contributes at least log `COVERAGE_FLOOR`.
+
+    Source: Wu et al. 2016, section 7.
+    """
+    wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
+    logs = wide.clamp(min=COVERAGE_FLOOR, max=1.0).log()
+    # Chosen, not multiplied: what stands at padding may be NaN.
+    return torch.where(source_words, logs, 0.0).sum(dim=1)
+
+
+def normalised_score(
+    log_probability: Tensor, length: float | Tensor, coverage: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """Score finished hypotheses.
+
+    Args:
+        log_probability: (N,) nats, log P(Y|X).
+        length: Target tokens, the end mark counted, of all or (N,) of each.
+        coverage: (N,) from `log_coverage`; not looked at if beta is 0.
+        alpha: Strength of the length normalisation.
+        beta: Weight of the coverage penalty.
+
+    Source: Wu et al. 2016, section 7, eq. 14.
+    """
+    score = log_probability / length_penalty(length, alpha)
+    return score + beta * coverage if beta else score

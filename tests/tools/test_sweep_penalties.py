@@ -1,0 +1,121 @@
+"""The grid of alpha and beta over a small n-best list."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from tools import sweep_penalties as tool
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+# Of sentence 0, the shorter hypothesis is more probable (-2 against -3 bits), but leaves a source
+# word with 0.1 of attention. There are two source words and the end mark.
+SHORT = [
+    "D-0\t-1.0\tone two three four",
+    "P-0\t-1.0000 -1.0000",
+    "A-0\t0.9,0.05,0.05 0.9,0.05,0.05",
+]
+LONG = [
+    "D-0\t-1.1\tone two three four five",
+    "P-0\t-1.0000 -1.0000 -1.0000",
+    "A-0\t0.9,0.1,0.0 0.1,0.8,0.1 0.0,0.1,0.9",
+]
+NBEST = [
+    "2026-01-01 00:00:00 | INFO | fairseq_cli.generate | {'_name': None}",
+    "S-0\teins zwei",
+    "T-0\tone two three four five",
+    "H-0\t-1.0\tone two three four",
+    *SHORT,
+    "H-0\t-1.1\tone two three four five",
+    *LONG,
+    "2026-01-01 00:00:00 | INFO | fairseq_cli.generate | Translated 1 sentences",
+]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    path = tmp_path / "nbest.txt"
+    path.write_text("\n".join(NBEST) + "\n")
+    return path
+
+
+def test_hypotheses_are_read_with_probability_and_coverage():
+    short, long = tool.read_nbest(NBEST).hypotheses[0]
+    assert (short.text, short.length) == ("one two three four", 2)
+    assert short.log_probability == pytest.approx(-2 * math.log(2))
+    # The first word received 1.8, which counts as 1; the second 0.1.
+    assert short.coverage == pytest.approx(math.log(0.1))
+    assert long.coverage == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_penalties_decide_by_hand():
+    hypotheses = tool.read_nbest(NBEST).hypotheses[0]
+    # -2 ln 2 + beta ln 0.1 = -3 ln 2 at beta = 0.301.
+    assert tool.choose(hypotheses, 0.0, 0.3).length == 2
+    assert tool.choose(hypotheses, 0.0, 0.302).length == 3
+    # 2 / (7 / 6)^alpha = 3 / (8 / 6)^alpha at alpha = 3.04.
+    assert tool.choose(hypotheses, 3.0, 0.0).length == 2
+    assert tool.choose(hypotheses, 3.1, 0.0).length == 3
+
+
+def test_the_grid_is_printed_with_its_best(output: Path, capsys: pytest.CaptureFixture[str]):
+    assert tool.main([str(output), "--alphas", "0", "--betas", "0", "0.4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
+    # Four of five words: precisions are 1, the brevity penalty is exp(1 - 5 / 4).
+    assert printed[1].split() == ["0", f"{100 * math.exp(-0.25):.2f}", "100.00*"]
+    assert printed[2].startswith("1 sentences, 2 to 2 hypotheses each; best: alpha 0, beta 0.4")
+    assert "nrefs:1" in printed[3]
+
+
+def test_a_reference_file_replaces_the_printed_one(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    reference = tmp_path / "reference"
+    reference.write_text("one two three four\n")
+    flags = ["--reference", str(reference), "--alphas", "0", "--betas", "0"]
+    assert tool.main([str(output), *flags]) == 0
+    assert "100.00*" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_the_grid_is_drawn(output: Path, tmp_path: Path):
+    assert tool.main([str(output), "--plot", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no hypothesis"),
+        ([line for line in NBEST if line[0] != "A"], "sentence 0 has no attention .* soft"),
+        ([line for line in NBEST if line[0] != "P"], "of 0 are damaged"),
+        ([*SHORT[:2], "A-0\t0-0 1-1"], "`--print-alignment soft`"),
+        ([*SHORT[:2], "A-0\t0.9,0.1"], "2 probabilities, but attention of 1 steps"),
+    ],
+)
+def test_output_that_lacks_something_is_refused(lines: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        tool.read_nbest(lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alphas", "-1"], "`--length-penalty-alpha` must be"),
+        (["--betas", "nan"], "`--coverage-penalty-beta` must be"),
+        (["--reference", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_options_end_in_one_message(
+    output: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+):
+    assert tool.main([str(output), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_reference_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="1 sentences have no reference, sentence 0 first"):
+        tool.score_grid(tool.read_nbest(NBEST), {}, [0.0], [0.0])
