@@ -62,6 +62,8 @@ def run(script: str, *arguments: str, **variables: object) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
     work = tmp_path / "work"
     variables = TINY | {"TATOEBA_DIR": corpus, "WORK": work, "OVERSAMPLING": "en-es=2"}
