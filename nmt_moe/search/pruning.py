@@ -21,8 +21,9 @@ def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
     Returns:
         (B, W, V), with -inf for tokens more than `margin` below their sentence's best.
     """
-    best = log_probs.masked_fill(~alive.unsqueeze(2), -torch.inf).amax(dim=(1, 2), keepdim=True)
-    return log_probs.masked_fill(log_probs < best - margin, -torch.inf)
+    best_of_each = log_probs.amax(dim=2).masked_fill(~alive, -torch.inf)  # (B, W)
+    lowest = best_of_each.amax(dim=1) - margin
+    return log_probs.masked_fill(log_probs < lowest[:, None, None], -torch.inf)
 
 
 def within_margin(scores: Tensor, best: Tensor | float, margin: float) -> Tensor:

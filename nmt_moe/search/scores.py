@@ -1,7 +1,8 @@
 """How GNMT compares finished hypotheses: log P(Y|X) / lp(Y) + beta * coverage.
 
 A hypothesis' length |Y| counts its end mark, which is a step with a probability and an attention of
-its own. The source's end mark and its padding are no source words: nothing asks to cover them.
+its own. The source's end mark and its padding are no source words: nothing asks to cover them. A
+language token in the source counts as a word.
 
 Source: Wu et al. 2016, section 7, eq. 14.
 """
