@@ -48,9 +48,9 @@ fetch_texts() {
 binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
   rm -rf "$WORK/data-bin"
   LOG=$WORK/preprocess.log
-  logged fairseq-preprocess --only-source --trainpref "$WORK/text/train" --validpref "$WORK/text/valid" \
-    --testpref "$WORK/text/test" --thresholdsrc "$MIN_COUNT" --padding-factor 1 --destdir "$WORK/data-bin" \
-    --workers "$THREADS"
+  logged fairseq-preprocess --user-dir "$REPOSITORY/nmt_moe" --only-source --trainpref "$WORK/text/train" \
+    --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --thresholdsrc "$MIN_COUNT" --padding-factor 1 \
+    --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
 check_vocabulary() {
