@@ -161,13 +161,22 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw perplexity on test against parameters, both the mean and every seed."""
-    import matplotlib
+    """Draw perplexity on test against parameters, both the mean and every seed.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "drawing needs matplotlib, which is not installed: pip install 'nmt-moe[plot]', and "
+            "run again; nothing is trained twice"
+        ) from error
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     has_gate = [row for row in rows if row.name not in ("lstm_4", "moe_1_wide", "moe_1_deep")]
     dense = [row for row in rows if row not in has_gate]
     for group, style, label in ((dense, "s", "dense"), (has_gate, "o-", "mixture of experts")):
@@ -186,7 +195,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 # Command line
@@ -216,8 +224,8 @@ def execute(args: argparse.Namespace) -> None:
     else:
         rows = make_rows(collect(args.work), args.dim, args.vocab_size)
         (args.work / "table.md").write_text(layout(rows), encoding="utf-8")
-        draw(rows, args.work / "capacity.png")
         print(layout(rows), end="")
+        draw(rows, args.work / "capacity.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
