@@ -89,7 +89,11 @@ def unpack(archive: Path, names: Sequence[str], target: Path) -> None:
 
 
 def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
-    """Write the first `num_lines` lines (0: all) of each shard to `output`, in their order."""
+    """Write the first `num_lines` lines (0: all) of each shard to `output`, in their order.
+
+    Raises:
+        ValueError: they have none.
+    """
     with output.open("wb") as text:
         for shard in shards:
             with shard.open("rb") as file:
@@ -97,6 +101,8 @@ def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
                     text.writelines(line for line, _ in zip(file, range(num_lines), strict=False))
                 else:
                     shutil.copyfileobj(file, text, BLOCK)
+    if not output.stat().st_size:
+        raise ValueError(f"{output} is empty: {', '.join(shard.name for shard in shards)} are")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -187,11 +187,10 @@ def test_a_line_without_an_end_is_named(tmp_path):
     assert "data-bin/train`, line 1: " in refusal(run("train.sh", tmp_path, **archive))
 
 
-@pytest.mark.slow
 def test_an_empty_text_is_named(tmp_path):
     texts = make_texts() | {fetch.train_shard(number): b"" for number in (1, 2)}
-    archive = write_archive(tmp_path / "mirror", texts)
-    assert "holds no sentence" in refusal(run("train.sh", tmp_path, **archive))
+    error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
+    assert "text/train is empty: news.en-00001-of-00100, news.en-00002-of-00100 are" in error
 
 
 REFUSALS = [
