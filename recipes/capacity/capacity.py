@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Perplexity against capacity: the models of Figure 2 (left) in small, their table and figure.
+
+    capacity.py flags moe_16 --dim 64
+    capacity.py report --work work --dim 64 --vocab-size 2000
+
+All models of one width cost about as much per token: the shapes of Table 7, divided by 512 / D.
+
+Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The logs hold losses in bits.
+SPLITS = ("valid", "test")
+
+
+def model_options(dim: int) -> dict[str, dict[str, Any]]:
+    """Give the options of each model of width `dim`, as Table 7 has them at 512.
+
+    A token passes 4 experts of 2 x D hidden units in all of them but the dense ones, which have as
+    many weights in one place. Of 256 experts a flat gate at this width would cost a quarter of all
+    operations, so it has two levels, as the paper's MoE-256-h.
+    """
+    experts = {"expert_hidden_dim": 2 * dim, "moe_top_k": 4}
+    rows: dict[str, dict[str, Any]] = {
+        "lstm_4": {"dense": True, "lstm_layers": 4},
+        "moe_1_wide": {"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 8 * dim},
+        "moe_1_deep": {
+            **{"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 2 * dim},
+            "expert_layers": 4,
+        },
+        "moe_4": {"num_experts": 4, **experts},
+        "moe_16": {"num_experts": 16, **experts},
+        "moe_64": {"num_experts": 64, **experts},
+        "moe_256h": {"num_experts": 256, **experts, "moe_groups": 16, "moe_top_k": 2},
+    }
+    return {
+        name: {"model_dim": dim, "lstm_hidden_dim": dim, **options}
+        for name, options in rows.items()
+    }
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Turn options into arguments of fairseq-train."""
+    flags = []
+    for name, value in options.items():
+        flags.append("--" + name.replace("_", "-"))
+        if value is not True:
+            flags.append(str(value))
+    return flags
+
+
+# Results
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of one training: perplexity per token on the text for choosing and the unseen one."""
+
+    valid: float
+    test: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model at its best dropout; perplexities of the seeds, in their order."""
+
+    name: str
+    ops: int
+    params: int
+    dropout: str
+    valid: list[float]
+    test: list[float]
+
+
+def read_result(log: Path) -> Result:
+    """Read the perplexities at the last update from a log of `--log-format json`.
+
+    Raises:
+        ValueError: the training has not come to its end.
+    """
+    found: dict[str, float] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        text = line[line.find("{") :]
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        for split in SPLITS:
+            if isinstance(entry, dict) and f"{split}_nll_loss" in entry:
+                found[split] = 2 ** float(entry[f"{split}_nll_loss"])
+    missing = [split for split in SPLITS if split not in found]
+    if missing:
+        raise ValueError(f"{log}: holds no perplexity of {' and '.join(missing)}. Run it again.")
+    return Result(**found)
+
+
+def collect(work: Path) -> dict[str, dict[str, list[Result]]]:
+    """Give model -> dropout -> results of the seeds, from `runs/MODEL/dropout-P/seed-S/train.log`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, dict[str, list[Result]]] = {}
+    for log in sorted((work / "runs").glob("*/dropout-*/seed-*/train.log")):
+        if (log.parent / "done").exists():
+            dropout, model = log.parent.parent.name.removeprefix("dropout-"), log.parents[2].name
+            found.setdefault(model, {}).setdefault(dropout, []).append(read_result(log))
+    if not found:
+        raise ValueError(f"{work}/runs holds no finished training. Run recipes/capacity/run.sh.")
+    return found
+
+
+def choose_dropout(results: dict[str, list[Result]]) -> str:
+    """Give the dropout with the lowest mean perplexity on valid; test has no say."""
+    return min(results, key=lambda dropout: statistics.mean(r.valid for r in results[dropout]))
+
+
+def make_rows(found: dict[str, dict[str, list[Result]]], dim: int, vocab_size: int) -> list[Row]:
+    """Put costs and perplexities of all trained models side by side."""
+    from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
+    from tools.cost_card import make_card
+
+    rows = []
+    for name, options in model_options(dim).items():
+        if name in found:
+            card = make_card(name, LSTMMoELMConfig(**options).to_config(), vocab_size)
+            dropout = choose_dropout(found[name])
+            best = found[name][dropout]
+            perplexities = [r.valid for r in best], [r.test for r in best]
+            rows.append(Row(name, card.ops, card.params, dropout, *perplexities))
+    return rows
+
+
+def layout(rows: Sequence[Row]) -> str:
+    """Lay the rows out as a Markdown table."""
+    lines = [
+        "| model | ops/timestep | parameters | dropout | seeds | valid ppl | test ppl |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.name, f"{row.ops:,}", f"{row.params:,}", row.dropout, str(len(row.test))]
+        lines.append("| " + " | ".join([*cells, spread(row.valid), spread(row.test)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Give the mean, and of several values the lowest and the highest."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw perplexity on test against parameters, both the mean and every seed.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "drawing needs matplotlib, which is not installed: pip install 'nmt-moe[plot]', and "
+            "run again; nothing is trained twice"
+        ) from error
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    has_gate = [row for row in rows if row.name not in ("lstm_4", "moe_1_wide", "moe_1_deep")]
+    dense = [row for row in rows if row not in has_gate]
+    for group, style, label in ((dense, "s", "dense"), (has_gate, "o-", "mixture of experts")):
+        if group:
+            means = [statistics.mean(row.test) for row in group]
+            axes.plot([row.params for row in group], means, style, label=label)
+    for row in rows:
+        axes.plot([row.params] * len(row.test), row.test, "k_", markersize=6)
+        axes.annotate(
+            row.name, (row.params, statistics.mean(row.test)), (6, 5), textcoords="offset points"
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters, without embedding and softmax")
+    axes.set_ylabel("perplexity of test, per token")
+    axes.margins(x=0.15, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+# Command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    flags = commands.add_parser("flags", help="print a model's flags of fairseq-train")
+    flags.add_argument("model")
+    flags.add_argument("--dim", type=int, required=True)
+    report = commands.add_parser("report", help="write table.md and capacity.png")
+    report.add_argument("--work", type=Path, required=True)
+    report.add_argument("--dim", type=int, required=True)
+    report.add_argument("--vocab-size", type=int, required=True)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> None:
+    if args.command == "flags":
+        models = model_options(args.dim)
+        if args.model not in models:
+            raise ValueError(f"MODELS must be of {', '.join(models)}, but has '{args.model}'")
+        print(" ".join(as_flags(models[args.model])))
+    else:
+        rows = make_rows(collect(args.work), args.dim, args.vocab_size)
+        (args.work / "table.md").write_text(layout(rows), encoding="utf-8")
+        print(layout(rows), end="")
+        draw(rows, args.work / "capacity.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    try:
+        execute(args)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Prepare a real text for run.sh: TEXT_DIR=/a/folder prepare.sh
+#
+# Takes a text of one sentence a line apart into train, valid and test, learns sentencepiece's vocabulary on train, and
+# writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
+#   TEXT_DIR     the folder that holds the text (no default)
+#   TRAIN, TEST  its files, plain, .gz or .xz, without that ending (train.en, val.en)
+#   VALID_LINES  last lines of TRAIN, kept back to choose the dropout on (5000); TEST chooses nothing
+#   VOCAB_SIZE   pieces of the vocabulary (2000)
+#   WORK         folder to write (recipes/capacity/work)
+#   THREADS      processes for binarising (1)
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/capacity
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+TEXT_DIR=${TEXT_DIR:-}
+TRAIN=${TRAIN:-train.en}
+TEST=${TEST:-val.en}
+VALID_LINES=${VALID_LINES:-5000}
+VOCAB_SIZE=${VOCAB_SIZE:-2000}
+WORK=${WORK:-$HERE/work}
+THREADS=${THREADS:-1}
+
+split_text() {
+  python "$HERE/split_text.py" --folder "$TEXT_DIR" --train "$TRAIN" --test "$TEST" \
+    --valid-lines "$VALID_LINES" --output "$WORK/text"
+}
+
+learn_pieces() {
+  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --model "$WORK/spm.model" \
+    --dictionary "$WORK/dict.txt" "$WORK/text/train"
+}
+
+cut_texts() {
+  local split
+  mkdir -p "$WORK/pieces"
+  for split in train valid test; do
+    python "$REPOSITORY/tools/pieces.py" encode --model "$WORK/spm.model" "$WORK/text/$split" >"$WORK/pieces/$split"
+  done
+}
+
+binarise() {
+  rm -rf "$WORK/data-bin"
+  LOG=$WORK/preprocess.log
+  logged fairseq-preprocess --only-source --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" \
+    --testpref "$WORK/pieces/test" --srcdict "$WORK/dict.txt" --destdir "$WORK/data-bin" --workers "$THREADS"
+}
+
+(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
+[[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder that holds the text, but is empty"
+require_whole VALID_LINES 1
+require_whole VOCAB_SIZE 10
+require_whole THREADS 1
+use_environment
+begin_steps "$WORK"
+run_step split "$TEXT_DIR $TRAIN $TEST $VALID_LINES" split_text
+run_step learn-pieces "$VOCAB_SIZE" learn_pieces
+run_step cut "" cut_texts
+run_step binarise "" binarise
+# run.sh goes on only with the text it began with.
+printf '%s' "$STEP_KEY" >"$WORK/prepared"

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
+#
+# Prepares the text first (prepare.sh and its variables), trains every model at every dropout with every seed, one after
+# the other, and writes WORK/table.md and WORK/capacity.png: the perplexity of test at the dropout that is best on
+# valid. What is trained is not trained again, so seeds, dropouts and models can be added later. Variables:
+#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"
+#   DROPOUTS   to choose from, for each model by itself ("0.0 0.1")
+#   SEEDS      of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
+#   DIM        width of all layers (64)
+#   UPDATES    of each training (800)
+#   WORK       folder to write (recipes/capacity/work); another DIM, UPDATES or text needs another
+#   DEVICE     auto (default: a GPU when there is one), cpu or cuda
+#   THREADS    for one training process on the processor (1)
+# Every other variable is below, with its reason.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/capacity
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+MODELS=${MODELS:-lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h}
+DROPOUTS=${DROPOUTS:-0.0 0.1}
+SEEDS=${SEEDS:-1 2 3}
+DIM=${DIM:-64}
+# Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
+INIT_RANGE=${INIT_RANGE:-0.1}
+# At most 1000 pieces an update: 985 on average for captions, 16 to a sentence. 800 updates = 0.8 million pieces.
+MAX_TOKENS=${MAX_TOKENS:-1000}
+UPDATES=${UPDATES:-800}
+# The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
+WARMUP_UPDATES=${WARMUP_UPDATES:-100}
+LEARNING_RATE=${LEARNING_RATE:-0.01}
+CLIP_NORM=${CLIP_NORM:-5.0}
+WORK=${WORK:-$HERE/work}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-1}
+
+# Perplexity is taken once, after the last update, of valid and test; it is in the log.
+train_model() { # MODEL DROPOUT SEED
+  local run=$WORK/runs/$1/dropout-$2/seed-$3 flags
+  if [[ -f $run/done ]]; then
+    say "$1, dropout $2, seed $3: done before"
+    return
+  fi
+  say "$1, dropout $2, seed $3"
+  flags=$(python "$HERE/capacity.py" flags "$1" --dim "$DIM")
+  mkdir -p "$run"
+  # shellcheck disable=SC2086
+  OMP_NUM_THREADS=$THREADS LOG=$run/train.log logged fairseq-train "$WORK/data-bin" \
+    --user-dir "$REPOSITORY/nmt_moe" --task language_modeling --sample-break-mode eos --arch lstm_moe_lm $flags \
+    --dropout "$2" --init-range "$INIT_RANGE" --criterion moe_cross_entropy --optimizer adam \
+    --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay \
+    --warmup-updates "$WARMUP_UPDATES" --total-num-update "$UPDATES" --max-update "$UPDATES" \
+    --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" --no-save \
+    --valid-subset valid,test --validate-interval 1000000 --log-format json --log-interval 50 "${DEVICE_FLAGS[@]}"
+  grep -o '"test_ppl": "[^"]*"' "$run/train.log" | tail -n 1
+  touch "$run/done"
+}
+
+(($# == 0)) || die "run.sh takes no arguments but --help, not '$1'"
+for name in DIM UPDATES MAX_TOKENS WARMUP_UPDATES THREADS; do require_whole "$name" 1; done
+for name in $SEEDS; do [[ $name =~ ^[0-9]{1,9}$ ]] || die "SEEDS must be whole numbers, but has '$name'"; done
+for name in $DROPOUTS; do [[ $name =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUTS must be from 0 to below 1, but has '$name'"; done
+[[ -n ${MODELS// /} && -n ${SEEDS// /} && -n ${DROPOUTS// /} ]] || die "MODELS, DROPOUTS and SEEDS must not be empty"
+use_environment
+NMT_MOE_PYTHON=$(command -v python)
+export NMT_MOE_PYTHON WORK
+set_device
+for model in $MODELS; do python "$HERE/capacity.py" flags "$model" --dim "$DIM" >/dev/null || exit 1; done
+bash "$HERE/prepare.sh"
+settings="text $(<"$WORK/prepared"), DIM $DIM, $INIT_RANGE, $MAX_TOKENS x $UPDATES, $WARMUP_UPDATES $LEARNING_RATE $CLIP_NORM"
+if [[ -f $WORK/settings && $(<"$WORK/settings") != "$settings" ]]; then
+  diff "$WORK/settings" - <<<"$settings" >&2 || true
+  die "$WORK holds trainings with other settings or text (above: < then, > now). Choose another WORK, or remove it."
+fi
+printf '%s\n' "$settings" >"$WORK/settings"
+for seed in $SEEDS; do
+  for dropout in $DROPOUTS; do
+    for model in $MODELS; do train_model "$model" "$dropout" "$seed"; done
+  done
+done
+python "$HERE/capacity.py" report --work "$WORK" --dim "$DIM" --vocab-size "$(($(wc -l <"$WORK/dict.txt") + 4))"
+say "table and figure: $WORK/table.md $WORK/capacity.png"

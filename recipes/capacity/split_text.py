@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Take a text of one sentence a line apart: `train`, `valid` (its end) and `test` (another file).
+
+Refused, with file and line: what is missing, empty, cut off, not UTF-8, or not cut into sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import lzma
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+# A longer line is a text that was not cut into sentences.
+MAX_LINE_WORDS = 1000
+
+
+def find_text(folder: Path, name: str) -> Path:
+    """Give the path of a text that may be packed.
+
+    Raises:
+        ValueError: the folder or the text is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"TEXT_DIR={folder} is not a folder. Name one that holds {name}.")
+    for ending in ("", ".gz", ".xz"):
+        if (folder / (name + ending)).is_file():
+            return folder / (name + ending)
+    raise ValueError(f"TEXT_DIR={folder} has no {name}, {name}.gz or {name}.xz")
+
+
+def read_sentences(path: Path) -> list[str]:
+    """Read the lines of a text; blank ones are left out.
+
+    Raises:
+        ValueError: naming file and line, of what is no text of a sentence per line.
+    """
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
+    try:
+        content = unpack(path.read_bytes()) if unpack else path.read_bytes()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
+    sentences = []
+    for number, raw in enumerate(content.split(b"\n"), 1):
+        try:
+            words = raw.decode("utf-8").split()
+        except UnicodeDecodeError as error:
+            at = f"line {number}, byte {error.start + 1}"
+            raise ValueError(
+                f"{path}: {at}: not UTF-8. Convert the text, for example with iconv."
+            ) from None
+        if len(words) > MAX_LINE_WORDS:
+            raise ValueError(
+                f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but has "
+                f"{len(words)}. Put each sentence on a line of its own, or cut with `fold -s`."
+            )
+        if words:
+            sentences.append(" ".join(words))
+    if not sentences:
+        raise ValueError(f"{path}: the text is empty")
+    return sentences
+
+
+def split_text(train: Path, test: Path, valid_lines: int, output: Path) -> dict[str, int]:
+    """Write `train`, `valid` and `test`; valid is the end of the training text.
+
+    Returns:
+        Words and ends of sentence of each.
+
+    Raises:
+        ValueError: a text cannot be used, or nothing would be left to train on.
+    """
+    sentences, unseen = read_sentences(train), read_sentences(test)
+    if len(sentences) <= valid_lines:
+        raise ValueError(
+            f"{train}: must have more than VALID_LINES = {valid_lines} lines, but has "
+            f"{len(sentences)}. Set VALID_LINES lower."
+        )
+    parts = {"train": sentences[:-valid_lines], "valid": sentences[-valid_lines:], "test": unseen}
+    output.mkdir(parents=True, exist_ok=True)
+    for name, lines in parts.items():
+        (output / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return {name: sum(len(line.split()) + 1 for line in lines) for name, lines in parts.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where the text is")
+    parser.add_argument("--train", required=True, help="file in the folder, plain, .gz or .xz")
+    parser.add_argument("--test", required=True, help="another")
+    parser.add_argument("--valid-lines", type=int, required=True, help="last lines of --train")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(arguments)
+    try:
+        texts = (find_text(args.folder, name) for name in (args.train, args.test))
+        for name, words in split_text(*texts, args.valid_lines, args.output).items():
+            print(f"{name}: {words} words, ends of sentence included")
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

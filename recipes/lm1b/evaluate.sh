@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Perplexity of a trained model on the benchmark's held-out shard: evaluate.sh
+#
+# All words count and every end of sentence; each sentence starts from an empty state, as the benchmark's are shuffled.
+#   RUN         the run of train.sh (MODEL-seedSEED)
+#   CHECKPOINT  the model (RUN's checkpoint_last.pt)
+#   SUBSET      test (default: news.en.heldout-00000-of-00050) or valid
+#   MAX_TOKENS  words of a batch: all 793,471 logits of each are computed (512)
+#   SLICE, MODEL, SEED, DEVICE, WORK as in train.sh
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/lm1b
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+SLICE=${SLICE:-0}
+require_choice SLICE 0 1
+if [[ $SLICE == 1 ]]; then
+  WORK=${WORK:-$HERE/work/slice}
+  MODEL=${MODEL:-lstm_moe_lm_32}
+fi
+WORK=${WORK:-$HERE/work/full}
+RUN=${RUN:-${MODEL:-lstm_moe_lm_4096h}-seed${SEED:-1}}
+CHECKPOINT=${CHECKPOINT:-$WORK/$RUN/checkpoint_last.pt}
+SUBSET=${SUBSET:-test}
+MAX_TOKENS=${MAX_TOKENS:-512}
+DEVICE=${DEVICE:-auto}
+
+(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
+require_choice SUBSET test valid
+require_whole MAX_TOKENS 1
+[[ -f $CHECKPOINT ]] ||
+  die "$CHECKPOINT is missing: train it with 'RUN=$RUN bash recipes/lm1b/train.sh', or set RUN, WORK or CHECKPOINT"
+use_environment
+set_device
+LOG=$WORK/$RUN/$SUBSET.log
+mkdir -p "$(dirname "$LOG")"
+logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$CHECKPOINT" --gen-subset "$SUBSET" \
+  --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
+# The log's perplexity has two digits, its loss in bits three or more.
+loss=$(grep -o 'Loss (base 2): [0-9.]*' "$LOG" | tail -n 1 | grep -o '[0-9.]*$' | tail -n 1)
+tokens=$(grep -o 'Evaluated [0-9,]* tokens' "$LOG" | tail -n 1 | cut -d' ' -f2 | tr -d ,)
+expected=$(wc -lw <"$WORK/text/$SUBSET" | awk '{ print $1 + $2 }')
+[[ $tokens == "$expected" ]] ||
+  die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $LOG"
+printf '%s, %s: perplexity %s over %s words, ends of sentence included\n' "$SUBSET" "$RUN" \
+  "$(awk "BEGIN { printf \"%.2f\", 2 ^ $loss }")" "$tokens" | tee "$WORK/$RUN/$SUBSET.txt"

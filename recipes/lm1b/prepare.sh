@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Prepare the One Billion Word benchmark: prepare.sh
+#
+# Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), takes training and held-out shards out of it,
+# counts the vocabulary and writes fairseq's data-bin. Finished steps are skipped. Variables:
+#   SLICE        1: the first 20,000 lines of one training shard, for a trial on a small machine (0)
+#   SHARDS       training shards, the first of 99 (99; with SLICE 1)
+#   LINES        of each shard, held-out ones too; 0: all (0; with SLICE 20000)
+#   MIN_COUNT    rarer words are unknown: 3 gives the benchmark's own vocabulary of 793,471 (3)
+#   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); file:///... also
+#   LM1B_SHA256  its digest (the public one)
+#   WORK         folder to write (recipes/lm1b/work/full, or work/slice with SLICE)
+#   ARCHIVE_DIR  folder for the archive (recipes/lm1b/work)
+#   THREADS      processes for counting and binarising (2)
+# test is news.en.heldout-00000-of-00050, on which everyone reports perplexity; valid is the shard after it.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/lm1b
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+SLICE=${SLICE:-0}
+require_choice SLICE 0 1
+if [[ $SLICE == 1 ]]; then
+  SHARDS=${SHARDS:-1}
+  LINES=${LINES:-20000}
+  WORK=${WORK:-$HERE/work/slice}
+fi
+SHARDS=${SHARDS:-99}
+LINES=${LINES:-0}
+MIN_COUNT=${MIN_COUNT:-3}
+LM1B_MIRROR=${LM1B_MIRROR:-}
+LM1B_SHA256=${LM1B_SHA256:-}
+WORK=${WORK:-$HERE/work/full}
+ARCHIVE_DIR=${ARCHIVE_DIR:-$HERE/work}
+THREADS=${THREADS:-2}
+# Of the whole text: words, <S>, </S> and <UNK>.
+BENCHMARK_VOCABULARY=793471
+
+fetch_texts() {
+  python "$HERE/fetch.py" --folder "$ARCHIVE_DIR" --target "$WORK/text" --shards "$SHARDS" --lines "$LINES" \
+    ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
+}
+
+binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
+  rm -rf "$WORK/data-bin"
+  LOG=$WORK/preprocess.log
+  logged fairseq-preprocess --user-dir "$REPOSITORY/nmt_moe" --only-source --trainpref "$WORK/text/train" \
+    --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --thresholdsrc "$MIN_COUNT" --padding-factor 1 \
+    --destdir "$WORK/data-bin" --workers "$THREADS"
+}
+
+check_vocabulary() {
+  local words
+  words=$(wc -l <"$WORK/data-bin/dict.txt")
+  say "vocabulary: $words words that occur at least $MIN_COUNT times, and <S>, </S>, <UNK>: $((words + 3))"
+  if ((SHARDS == 99 && LINES == 0 && MIN_COUNT == 3)) && [[ -z $LM1B_SHA256 ]]; then
+    # Within 3: whether the marks are counted is not written down anywhere.
+    ((words <= BENCHMARK_VOCABULARY && words + 3 >= BENCHMARK_VOCABULARY)) ||
+      die "the vocabulary must be the benchmark's, $BENCHMARK_VOCABULARY with the marks, but has $((words + 3)): remove
+  $WORK and prepare again"
+  fi
+}
+
+(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
+require_whole SHARDS 1
+require_whole LINES 0
+require_whole MIN_COUNT 1
+require_whole THREADS 1
+use_environment
+begin_steps "$WORK"
+run_step fetch "$SHARDS $LINES $LM1B_MIRROR $LM1B_SHA256" fetch_texts
+run_step binarise "$MIN_COUNT" binarise
+run_step vocabulary "" check_vocabulary
+# train.sh resumes a model only on the text it was trained on.
+printf '%s' "$STEP_KEY" >"$WORK/prepared"

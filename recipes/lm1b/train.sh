@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Train on the One Billion Word benchmark and score the result: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, and calls
+# evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them see; prepare
+# before on one of them.
+#   SLICE      1: a small model on a slice of the text, minutes on a laptop (0)
+#   MODEL      architecture (lstm_moe_lm_4096h): any row of Table 7, see the README
+#   RUN        name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
+#   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
+#   NODES, NODE_RANK, MASTER   machines (1), the number of this one (0), the name of number 0 (localhost)
+#   SEED       of parameters, the order of the text, dropout and the gates' noise (1)
+#   DEVICE     auto (default: a GPU when there is one), cpu or cuda
+#   EVALUATE=0 stops after training
+# Every other variable is below, with its reason.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/lm1b
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+SLICE=${SLICE:-0}
+require_choice SLICE 0 1
+SIZES=()
+if [[ $SLICE == 1 ]]; then
+  WORK=${WORK:-$HERE/work/slice}
+  MODEL=${MODEL:-lstm_moe_lm_32}
+  # Table 7's shapes, all widths divided by 8; narrow layers need larger weights to start with.
+  SIZES=(--model-dim 64 --lstm-hidden-dim 64 --expert-hidden-dim 128 --init-range 0.1)
+  BATCH_WORDS=${BATCH_WORDS:-2000} MAX_TOKENS=${MAX_TOKENS:-2000} SAMPLES=${SAMPLES:-1000}
+  EPOCHS=${EPOCHS:-2} WARMUP_UPDATES=${WARMUP_UPDATES:-100} LEARNING_RATE=${LEARNING_RATE:-0.01}
+fi
+WORK=${WORK:-$HERE/work/full}
+MODEL=${MODEL:-lstm_moe_lm_4096h}
+SEED=${SEED:-1}
+RUN=${RUN:-$MODEL-seed$SEED}
+DEVICE=${DEVICE:-auto}
+NODES=${NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER=${MASTER:-localhost}
+EVALUATE=${EVALUATE:-1}
+# The paper's batch, about 300,000 words an update. Batches are accumulated until that many are reached:
+# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Padding takes little of it: rows of like length are
+# batched together.
+BATCH_WORDS=${BATCH_WORDS:-300000}
+MAX_TOKENS=${MAX_TOKENS:-4688}
+# Table 7 is after 10 passes: 829 million words / 300,000 = 2,763 updates a pass, 27,633 in all.
+EPOCHS=${EPOCHS:-10}
+# The paper's schedule: the rate grows linearly for 1,000 updates, then falls as 1/sqrt(update). Its height is ours: the
+# paper names none.
+WARMUP_UPDATES=${WARMUP_UPDATES:-1000}
+LEARNING_RATE=${LEARNING_RATE:-0.001}
+# Draws of the vocabulary in place of the 793,471 words' softmax; 8,192 as Jozefowicz et al. 2016. 0: the full softmax.
+SAMPLES=${SAMPLES:-8192}
+# Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, a few times over.
+VALID_TOKENS=${VALID_TOKENS:-512}
+SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
+
+set_launcher() { # what runs fairseq-train, and how many batches to accumulate
+  local per_update
+  if [[ -z ${GPUS:-} && $DEVICE == cpu ]]; then GPUS=1; fi
+  GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+  require_whole GPUS 1
+  per_update=$((MAX_TOKENS * GPUS * NODES))
+  UPDATE_FREQ=$(((BATCH_WORDS + per_update - 1) / per_update))
+  # Without the size fairseq would take every GPU it sees.
+  LAUNCHER=(fairseq-train) PROCESSES=(--distributed-world-size 1)
+  if ((GPUS * NODES > 1)); then
+    LAUNCHER=(torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS" --master-addr "$MASTER"
+      --master-port "${MASTER_PORT:-29500}" -m fairseq_cli.train)
+    PROCESSES=(--ddp-backend legacy_ddp)
+  fi
+  say "$MAX_TOKENS words x $GPUS x $NODES processes x $UPDATE_FREQ = $((per_update * UPDATE_FREQ)) words an update"
+}
+
+train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+  train_logged "$RUN_FOLDER/train.log" "${LAUNCHER[@]}" "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
+    --task language_modeling --sample-break-mode eos --arch "$MODEL" "${SIZES[@]}" "${PROCESSES[@]}" \
+    --criterion moe_cross_entropy --sampled-softmax "$SAMPLES" --optimizer factored_adam \
+    --lr "$LEARNING_RATE" --lr-scheduler warmup_hold_inverse_sqrt --warmup-updates "$WARMUP_UPDATES" --hold-updates 0 \
+    --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --max-tokens-valid "$VALID_TOKENS" --max-epoch "$EPOCHS" \
+    --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" \
+    --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates 1 --no-epoch-checkpoints \
+    --validate-interval-updates "$SAVE_INTERVAL" --log-format simple --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
+}
+
+for name in NODES BATCH_WORDS MAX_TOKENS EPOCHS WARMUP_UPDATES VALID_TOKENS SAVE_INTERVAL; do require_whole "$name" 1; done
+require_whole SAMPLES 0
+require_whole NODE_RANK 0
+use_environment
+NMT_MOE_PYTHON=$(command -v python)
+export NMT_MOE_PYTHON SLICE WORK RUN DEVICE
+set_device
+set_launcher
+[[ $NODE_RANK != 0 ]] || bash "$HERE/prepare.sh"
+RUN_FOLDER=$WORK/$RUN
+mkdir -p "$RUN_FOLDER"
+settings="text $(<"$WORK/prepared"), $MODEL ${SIZES[*]}, $BATCH_WORDS $WARMUP_UPDATES $LEARNING_RATE $SAMPLES $SEED, $*"
+if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
+  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
+  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
+fi
+printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+say "training $MODEL, $EPOCHS passes; log: $RUN_FOLDER/train.log"
+train_model "$@"
+[[ $EVALUATE == 0 || $NODE_RANK != 0 ]] || bash "$HERE/evaluate.sh"

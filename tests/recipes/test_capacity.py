@@ -1,0 +1,182 @@
+"""The capacity recipe: equal costs, its choice of dropout, a run on a tiny text, and refusals."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq")
+
+from recipes.capacity import capacity, split_text
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "capacity"
+TINY = {
+    **{"VOCAB_SIZE": 28, "VALID_LINES": 20, "MODELS": "lstm_4 moe_16", "DROPOUTS": "0.1"},
+    **{"SEEDS": "1", "DIM": 8, "UPDATES": 2, "MAX_TOKENS": 100, "WARMUP_UPDATES": 1},
+    **{"DEVICE": "cpu"},
+}
+
+
+def write_text(folder):
+    """Write a text of numbers in words, train packed with gzip and test with xz."""
+    chance = random.Random(1)
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+    def lines(count):
+        return "".join(" ".join(chance.choices(digits, k=5)) + "\n" for _ in range(count)).encode()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.en.gz").write_bytes(gzip.compress(lines(120)))
+    (folder / "val.en.xz").write_bytes(lzma.compress(lines(20)))
+    return folder
+
+
+def run(script, **variables):
+    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in (TINY | variables).items()}
+    command = ["bash", str(RECIPE / script)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_all_models_cost_the_same_and_hold_more_and_more():
+    # By hand at D = 64: an LSTM has 8 x 64 x 64 = 32,768 weights, an expert 2 x 64 x 128 = 16,384.
+    # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072; gates come on top,
+    # 2 x 64 for each expert of a flat one, and 2 x 64 x 16 x (1 + 2) in two levels. LSTMs have 4 x
+    # 64 biases.
+    found = {name: [capacity.Result(2.0, 2.0)] for name in capacity.model_options(64)}
+    rows = capacity.make_rows({name: {"0.0": found[name]} for name in found}, 64, 2000)
+    gates = {"moe_4": 512, "moe_16": 2048, "moe_64": 8192, "moe_256h": 6144}
+    assert {row.name: row.ops for row in rows if row.name != "moe_1_wide"} == {
+        name: 131_072 + gates.get(name, 0) for name in found if name != "moe_1_wide"
+    }
+    sizes = {row.name: row.params for row in rows}
+    assert sizes["moe_16"] == 2 * 32_768 + 16 * 16_384 + 2048 + 2 * 256
+    # In two levels every group has a gate of its own.
+    assert sizes["moe_256h"] == 2 * 32_768 + 256 * 16_384 + 2048 + 16 * 2048 + 2 * 256
+
+
+def test_dropout_is_chosen_on_valid_alone():
+    results = {
+        "0.0": [capacity.Result(10.0, 1.0), capacity.Result(20.0, 1.0)],
+        "0.1": [capacity.Result(14.0, 9.0), capacity.Result(15.0, 9.0)],
+    }
+    assert capacity.choose_dropout(results) == "0.1"
+
+
+def write_log(run_folder, valid_bits, test_bits):
+    run_folder.mkdir(parents=True)
+    entries = [{"valid_nll_loss": str(valid_bits)}, {"test_nll_loss": str(test_bits)}]
+    text = "".join(f"2026-01-01 | INFO | x | {json.dumps(entry)}\n" for entry in entries)
+    (run_folder / "train.log").write_text("noise {\n" + text)
+    (run_folder / "done").touch()
+
+
+def test_table_and_figure_of_given_logs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = tmp_path / "runs"
+    write_log(runs / "lstm_4/dropout-0.0/seed-1", 5, 4)
+    write_log(runs / "moe_4/dropout-0.0/seed-1", 4, 3)
+    write_log(runs / "moe_4/dropout-0.0/seed-2", 4, 2)
+    write_log(runs / "moe_4/dropout-0.1/seed-1", 6, 1)
+    (runs / "moe_16/dropout-0.0/seed-1").mkdir(parents=True)  # has not ended
+    (runs / "moe_16/dropout-0.0/seed-1/train.log").touch()
+    report = ["report", "--work", tmp_path, "--dim", 64, "--vocab-size", 2000]
+    assert capacity.main([str(word) for word in report]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[2:] == [
+        "| lstm_4 | 131,072 | 132,096 | 0.0 | 1 | 32.00 | 16.00 |",
+        "| moe_4 | 131,584 | 132,096 | 0.0 | 2 | 16.00 (16.00 to 16.00) | 6.00 (4.00 to 8.00) |",
+    ]
+    assert (tmp_path / "table.md").read_text().splitlines() == table
+    assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_from_text_to_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": tmp_path / "work"}
+    done = run("run.sh", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "work/table.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| lstm_4", "| moe_16"]
+    assert (tmp_path / "work/capacity.png").is_file()
+    # What is trained is not trained again, and another width needs another folder.
+    again = run("run.sh", **variables)
+    assert again.stdout.count("seed 1: done before") == 2
+    other = run("run.sh", **variables, UPDATES=3)
+    assert other.returncode == 1
+    assert "holds trainings with other settings or text" in other.stderr
+
+
+def test_valid_is_the_end_of_train_and_blank_lines_are_left_out(tmp_path):
+    (tmp_path / "train").write_bytes(b"a b\n\nc\n d  e \nf\n")
+    (tmp_path / "test").write_bytes(b"g\n")
+    words = split_text.split_text(tmp_path / "train", tmp_path / "test", 2, tmp_path / "out")
+    assert words == {"train": 5, "valid": 5, "test": 2}
+    texts = [(tmp_path / "out" / name).read_text() for name in words]
+    assert texts == ["a b\nc\n", "d e\nf\n", "g\n"]
+
+
+BAD_TEXTS = [
+    pytest.param(b"", "the text is empty", id="empty"),
+    pytest.param(b"\n \n", "the text is empty", id="blank"),
+    pytest.param(b"a\nb \xff\n", "line 2, byte 3: not UTF-8", id="no-utf-8"),
+    pytest.param(
+        b"a\n" + b"b " * 5000, "line 2 must have at most 1000 words, but has 5000", id="endless"
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
+def test_a_bad_text_is_named(text, message, tmp_path):
+    folder = write_text(tmp_path / "text")
+    (folder / "train.en").write_bytes(text)  # before train.en.gz
+    done = run("run.sh", TEXT_DIR=folder, WORK=tmp_path / "work")
+    assert done.returncode == 1
+    assert f"error: {folder}/train.en: {message}" in done.stderr
+
+
+def test_a_text_that_is_cut_off_or_missing_is_named(tmp_path):
+    folder = write_text(tmp_path / "text")
+    packed = folder / "train.en.gz"
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"train\.en\.gz: cannot be unpacked"):
+        split_text.read_sentences(packed)
+    with pytest.raises(ValueError, match=r"has no test, test\.gz or test\.xz"):
+        split_text.find_text(folder, "test")
+    with pytest.raises(ValueError, match=r"TEXT_DIR=.*/none is not a folder"):
+        split_text.find_text(tmp_path / "none", "test")
+
+
+def test_a_text_shorter_than_valid_is_refused(tmp_path):
+    (tmp_path / "text").write_bytes(b"a\nb\n")
+    with pytest.raises(ValueError, match="more than VALID_LINES = 2 lines, but has 2"):
+        split_text.split_text(tmp_path / "text", tmp_path / "text", 2, tmp_path / "out")
+
+
+def test_without_a_finished_training_there_is_no_report(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished training"):
+        capacity.collect(tmp_path)
+
+
+REFUSALS = [
+    pytest.param({"TEXT_DIR": ""}, "TEXT_DIR must name the folder that holds the text"),
+    pytest.param({"MODELS": "moe_5"}, "MODELS must be of lstm_4, .*, but has 'moe_5'"),
+    pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUTS must be from 0 to below 1, but has '1'"),
+    pytest.param({"SEEDS": "a"}, "SEEDS must be whole numbers, but has 'a'"),
+    pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),
+    pytest.param({"UPDATES": "0"}, "UPDATES must be a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), REFUSALS)
+def test_a_wrong_variable_is_named(variables, message, tmp_path):
+    done = run("run.sh", **({"TEXT_DIR": tmp_path, "WORK": tmp_path / "work"} | variables))
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr

@@ -1,0 +1,210 @@
+"""The One Billion Word recipe on a tiny archive of the same layout, and what it refuses."""
+
+import gzip
+import hashlib
+import io
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from recipes.lm1b import fetch
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "lm1b"
+TINY = {
+    **{"SLICE": 1, "SHARDS": 2, "LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8, "BATCH_WORDS": 200},
+    **{"MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
+}
+# An archive cut in its end mark or in gzip's checksum still lists all its files.
+END_OF_GZIP = 6
+
+
+def write_archive(folder, texts):
+    """Write an archive of the benchmark's layout; return the variables that lead to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{fetch.NAME}.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in texts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return leading_to(path)
+
+
+def leading_to(path):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"LM1B_MIRROR": path.parent.as_uri(), "LM1B_SHA256": digest}
+
+
+def make_texts():
+    chance = random.Random(1)
+    names = [
+        *(fetch.train_shard(number) for number in range(1, 4)),
+        *(fetch.held_out_shard(number) for number in range(3)),
+    ]
+    texts = {}
+    for name in names:
+        lines = [
+            " ".join(f"w{chance.randrange(12)}" for _ in range(1 + number % 9))
+            for number in range(50)
+        ]
+        texts[name] = "".join(line + "\n" for line in lines).encode()
+    return texts
+
+
+def run(script, folder, *arguments, **variables):
+    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    places = {"WORK": folder / "work", "ARCHIVE_DIR": folder / "archive"}
+    variables = TINY | places | variables
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(RECIPE / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def refusal(done):
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_from_the_archive_to_perplexity(tmp_path):
+    texts = make_texts()
+    archive = write_archive(tmp_path / "mirror", texts)
+    done = run("train.sh", tmp_path, RUN="tiny", **archive)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100 words x 1 x 1 processes x 2 = 200 words an update" in done.stdout
+    # 40 lines of each of two shards
+    train = (tmp_path / "work/text/train").read_bytes().splitlines()
+    assert train == [
+        line for number in (1, 2) for line in texts[fetch.train_shard(number)].splitlines()[:40]
+    ]
+    test = texts[fetch.held_out_shard(0)].splitlines()[:40]
+    found = re.search(r"test, tiny: perplexity ([\d.]+) over (\d+) words", done.stdout)
+    assert int(found[2]) == sum(len(line.split()) + 1 for line in test)
+    assert 1 < float(found[1]) < 40
+    assert "vocabulary: 12 words that occur at least 1 times" in done.stdout
+
+    again = run("evaluate.sh", tmp_path, RUN="tiny", SUBSET="valid", **archive)
+    assert re.search(r"valid, tiny: perplexity [\d.]+ over \d+ words", again.stdout)
+    other = run("train.sh", tmp_path, RUN="tiny", **(archive | {"LEARNING_RATE": 0.5}))
+    assert "was trained with other settings or text" in refusal(other)
+    # Words of the dictionary: 12, </s> and <unk> can be drawn.
+    many = run("train.sh", tmp_path, RUN="many", **(archive | {"SAMPLES": 1000}))
+    assert "`--sampled-softmax` must be from 0 to 16" in refusal(many)
+
+
+def test_only_sliced_lines_are_read_and_zero_reads_all(tmp_path):
+    for name, text in (("one", b"a\nb\nc\n"), ("two", b"d\n")):
+        (tmp_path / name).write_bytes(text)
+    shards = [tmp_path / "one", tmp_path / "two"]
+    fetch.join(shards, tmp_path / "out", 2)
+    assert (tmp_path / "out").read_bytes() == b"a\nb\nd\n"
+    fetch.join(shards, tmp_path / "out", 0)
+    assert (tmp_path / "out").read_bytes() == b"a\nb\nc\nd\n"
+
+
+def test_an_altered_archive_is_refused_with_both_digests_and_removed(tmp_path):
+    archive = write_archive(tmp_path / "mirror", make_texts())
+    wanted = "0" * 64
+    error = refusal(run("prepare.sh", tmp_path, **(archive | {"LM1B_SHA256": wanted})))
+    assert f"is {archive['LM1B_SHA256']}, but must be {wanted}" in error
+    assert not list((tmp_path / "archive").iterdir())
+    assert run("prepare.sh", tmp_path, **archive).returncode == 0
+
+
+def test_without_a_digest_the_public_one_counts(tmp_path):
+    archive = write_archive(tmp_path / "mirror", make_texts())
+    error = refusal(run("prepare.sh", tmp_path, LM1B_MIRROR=archive["LM1B_MIRROR"]))
+    assert f"but must be {fetch.SHA256}" in error
+
+
+@pytest.mark.parametrize("kept", [0.5, -END_OF_GZIP], ids=["half", "checksum"])
+def test_an_archive_that_is_cut_off_is_refused(kept, tmp_path):
+    write_archive(tmp_path / "mirror", make_texts())
+    path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
+    # With the digest of what is there: the cut itself must be seen.
+    error = refusal(run("prepare.sh", tmp_path, **leading_to(path)))
+    assert "not a complete archive" in error
+
+
+def test_a_damaged_checksum_is_refused(tmp_path):
+    write_archive(tmp_path / "mirror", make_texts())
+    path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a complete archive.*CRC"):
+        fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
+
+
+def test_a_missing_archive_names_its_address_and_the_way_out(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    error = refusal(run("prepare.sh", tmp_path, LM1B_MIRROR=(tmp_path / "mirror").as_uri()))
+    assert re.search(rf"error: file://.*{fetch.NAME}\.tar\.gz.*set LM1B_MIRROR", error)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    texts = make_texts()
+    del texts[fetch.held_out_shard(1)]
+    error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
+    assert f"has no {fetch.held_out_shard(1)}" in error
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    path = tmp_path / f"{fetch.NAME}.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        member = tarfile.TarInfo(fetch.train_shard(1))
+        member.type, member.linkname = tarfile.SYMTYPE, "../../../outside"
+        tar.addfile(member)
+    with pytest.raises(ValueError, match="not a complete archive"):
+        fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
+    assert not (tmp_path / "out/news.en-00001-of-00100").is_symlink()
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
+    path = tmp_path / "plain.tar.gz"
+    path.write_bytes(gzip.compress(b"no archive\n"))
+    with pytest.raises(ValueError, match="not a complete archive"):
+        fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
+
+
+def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path):
+    texts = make_texts() | {fetch.train_shard(1): b"w1\nw2 \xff\n"}
+    error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
+    assert "text/train`, line 2: byte 0xff is not valid UTF-8" in error
+
+
+@pytest.mark.slow
+def test_a_line_without_an_end_is_named(tmp_path):
+    texts = make_texts() | {fetch.train_shard(1): b"w1 w2 " * 33_000}
+    archive = write_archive(tmp_path / "mirror", texts)
+    assert "data-bin/train`, line 1: " in refusal(run("train.sh", tmp_path, **archive))
+
+
+def test_an_empty_text_is_named(tmp_path):
+    texts = make_texts() | {fetch.train_shard(number): b"" for number in (1, 2)}
+    error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
+    assert "text/train is empty: news.en-00001-of-00100, news.en-00002-of-00100 are" in error
+
+
+REFUSALS = [
+    pytest.param("prepare.sh", {"SHARDS": 100}, "SHARDS must be from 1 to 99, but is 100"),
+    pytest.param("prepare.sh", {"SLICE": 2}, "SLICE must be one of: 0 1; but is '2'"),
+    pytest.param("prepare.sh", {"LINES": "x"}, "LINES must be a whole number of at least 0"),
+    pytest.param(
+        "train.sh", {"BATCH_WORDS": 0}, "BATCH_WORDS must be a whole number of at least 1"
+    ),
+    pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/checkpoint_last.pt is missing"),
+    pytest.param("evaluate.sh", {"SUBSET": "train"}, "SUBSET must be one of: test valid"),
+]
+
+
+@pytest.mark.parametrize(("script", "variables", "message"), REFUSALS)
+def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
+    assert message in refusal(run(script, tmp_path, **variables))
