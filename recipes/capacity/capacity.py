@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Sequence
@@ -131,6 +132,7 @@ def make_rows(found: dict[str, dict[str, list[Result]]], dim: int, vocab_size: i
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
     from tools.cost_card import make_card
 
+    logging.disable(logging.INFO)  # fairseq, imported just now, lets everyone talk
     rows = []
     for name, options in model_options(dim).items():
         if name in found:
@@ -191,7 +193,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("parameters, without embedding and softmax")
     axes.set_ylabel("perplexity of test, per token")
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(x=0.25, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
