@@ -15,7 +15,8 @@ import hashlib
 import os
 import pickle
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        # A Namespace holds the settings of models without a dataclass; it is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _allowing_settings():
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
@@ -252,7 +252,7 @@ def remove_unused_files(folder: Path) -> None:
     used: set[Path] = set()
     for path in sorted(set(folder.glob("*.pt")) - found):
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with _allowing_settings():
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(
@@ -265,6 +265,18 @@ def remove_unused_files(folder: Path) -> None:
         path.unlink()
     for path in folder.glob(f"{PREFIX}*.pt.tmp"):
         path.unlink()
+
+
+@contextmanager
+def _allowing_settings() -> Iterator[None]:
+    """Let torch's safe loader take an argparse.Namespace, as it does afterwards if it did before.
+
+    It holds the settings of models without a dataclass, and is plain data. torch's own context
+    would take the permission away that others gave.
+    """
+    is_allowed = argparse.Namespace in torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([] if is_allowed else [argparse.Namespace]):
+        yield
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def test_each_number_of_ranks_has_a_row_and_only_several_send(capsys, tmp_path):
     assert one["bytes_sent"] == {"exchange": 0, "dense": 0}
     assert one["exchange_share"] == 0
     # In a ring of two, each rank sends as many bytes as there are.
-    assert two["bytes_sent"]["dense"] == 4 * (two["parameters"] - 2 * 2 * 2 * 2 * 8 * 8)
+    assert two["bytes_sent"]["dense"] == 4 * (two["parameters"] - 2 * 2 * 2 * 8 * 8)
     assert two["bytes_sent"]["exchange"] > 0
     assert 0 < two["exchange_share"] < 1
     for row in (one, two):

@@ -1,5 +1,7 @@
 """Files of experts: what is written comes back, and what is wrong is named."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from nmt_moe.parallel.expert_files import (
     MANIFEST,
     PLACES,
     make_manifest,
+    read_checkpoint,
     remove_unused_files,
     restore_experts,
     split_checkpoint,
@@ -109,6 +112,19 @@ def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message
     state[MANIFEST]["files"] = [files[place] for place in kept]
     with pytest.raises(ValueError, match=message):
         restore_experts(path, state)
+
+
+def test_reading_leaves_what_the_safe_loader_allows(path):
+    before = torch.serialization.get_safe_globals()
+    try:
+        for allowed in ([], [argparse.Namespace]):
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(allowed)
+            read_checkpoint(path)
+            remove_unused_files(path.parent)
+            assert torch.serialization.get_safe_globals() == allowed
+    finally:
+        torch.serialization.add_safe_globals(before)
 
 
 def test_only_files_that_no_checkpoint_needs_are_deleted(path):

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,11 @@ def test_a_missing_file_and_one_without_entries_are_named(
     assert "plain: holds no entry of fairseq's `--log-format json`" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(HAS_MATPLOTLIB, reason="matplotlib is installed")
 def test_without_matplotlib_the_message_says_how_to_get_it(
-    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    for module in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     assert tool.main(["--output", str(tmp_path / "out.png"), str(log)]) == 1
     assert "pip install 'nmt-moe[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
