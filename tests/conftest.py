@@ -1,6 +1,7 @@
 """What all tests share: one thread for each process, and no test without what it needs."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -33,3 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Return the folder of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _loggers_speak_again():
+    """Undo what a program that ran in this process did to have its output for itself."""
+    yield
+    logging.disable(logging.NOTSET)
