@@ -15,11 +15,12 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.multi30k.fetch import download
+from recipes.wmt14.download import fetch_from
 
 ADDRESS = "https://www.statmt.org/lm-benchmark"
 NAME = "1-billion-word-language-modeling-benchmark-r13output"
@@ -47,8 +48,15 @@ def get_archive(folder: Path, address: str, digest: str) -> Path:
     """
     path = folder / f"{NAME}.tar.gz"
     if not path.exists():
-        other_way = "set LM1B_MIRROR to the address of a folder that has it (file:///... also)"
-        download(f"{address.rstrip('/')}/{path.name}", path, other_way)
+        source, partial = f"{address.rstrip('/')}/{path.name}", path.with_name(path.name + ".part")
+        try:
+            fetch_from(source, partial, None)  # the digest tells
+        except (OSError, HTTPException, ValueError) as error:
+            raise ValueError(
+                f"{source}: {error}. Run again to continue, or set LM1B_MIRROR to the address of a "
+                "folder that has it (file:///... also)."
+            ) from None
+        partial.rename(path)
     with path.open("rb") as file:
         found = hashlib.sha256()
         while block := file.read(BLOCK):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
-OTHER_WAY = "set MULTI30K_DIR to a folder that has the files"
 # Where copies keep the files: flat with tok/ beside them, or as in the public repository.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
@@ -38,7 +37,7 @@ def find_local(folder: Path, name: str) -> Path:
     raise ValueError(f"{folder} has no {name} and no {name}.gz, neither itself nor in raw/ or tok/")
 
 
-def download(url: str, path: Path, other_way: str = OTHER_WAY) -> None:
+def download(url: str, path: Path) -> None:
     """Fetch `url` into `path`; what an earlier try left is continued if the server can."""
     partial = path.with_name(path.name + ".part")
     start = partial.stat().st_size if partial.exists() else 0
@@ -56,7 +55,10 @@ def download(url: str, path: Path, other_way: str = OTHER_WAY) -> None:
         if error.code != 416:
             raise ValueError(f"{url}: {error}") from None
     except OSError as error:
-        raise ValueError(f"{url}: {error}. Run again to continue, or {other_way}.") from None
+        raise ValueError(
+            f"{url}: {error}. Run again to continue, or set MULTI30K_DIR to a folder that has "
+            "the files."
+        ) from None
     partial.rename(path)
 
 
