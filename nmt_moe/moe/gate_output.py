@@ -1,12 +1,12 @@
 """What every gate returns."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class GateOutput:
+# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+class GateOutput(NamedTuple):
     """Which experts each token goes to, with what weight, and how balanced that is.
 
     A token may take fewer than K experts: an empty slot has the id E and the gate 0.

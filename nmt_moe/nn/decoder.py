@@ -1,6 +1,7 @@
 """The GNMT-style decoder."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class DecoderState:
         )
 
 
-@dataclass(frozen=True)
-class DecoderOutput:
+# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+class DecoderOutput(NamedTuple):
     """What one pass of the decoder gives.
 
     Attributes:

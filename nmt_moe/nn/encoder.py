@@ -1,6 +1,6 @@
 """The GNMT-style encoder."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from nmt_moe.nn.residual import ResidualMoE, init_weights
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-@dataclass(frozen=True)
-class EncoderOutput:
+# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+class EncoderOutput(NamedTuple):
     """What the decoder needs of the source.
 
     Attributes:

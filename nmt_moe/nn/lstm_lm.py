@@ -1,6 +1,7 @@
 """The paper's language model: an MoE layer between LSTMs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ class LSTMLMConfig:
             )
 
 
-@dataclass(frozen=True)
-class LMOutput:
+# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+class LMOutput(NamedTuple):
     """What one pass of the language model gives.
 
     Attributes:

@@ -40,6 +40,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
         split = ["--expert-parallel-size", size]
         train(f"noisy{size}", *UNEVEN, *split, *BLEU)
         train(f"groups{size}", *UNEVEN, *split, "--moe-groups", 2)
+        train(f"factored{size}", *UNEVEN, *split, "--optimizer", "factored_adam")
         train(f"bf16-{size}", *UNEVEN, *split, "--bf16")
         train(f"fp16-{size}", *UNEVEN, *split, "--memory-efficient-fp16", "--update-freq", 2)
 
@@ -132,7 +133,7 @@ def test_one_process_translates_with_the_experts_of_two(data, one_process, two_p
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("kind", ["noisy", "groups"])
+@pytest.mark.parametrize("kind", ["noisy", "groups", "factored"])
 def test_spread_experts_learn_what_copies_do(two_processes, kind):
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))

@@ -1,24 +1,29 @@
 """A process of a training dies: the others stop, and its checkpoints are whole."""
 
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
 from support.commands import PLUGIN, call
 from support.training import TINY_MOE, load
 from torch import distributed
 
 from nmt_moe import plugin
+from nmt_moe.compat.expert_parallel import moe_layers
 from nmt_moe.parallel import expert_files
 from nmt_moe.parallel.expert_files import restore_experts
 
@@ -64,10 +69,32 @@ def test_a_killed_process_stops_the_others_and_the_training_goes_on(data: Path, 
     assert load(last)["optimizer_history"][-1]["num_updates"] == done + 1
 
 
-def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train; process 1 is killed in its second save, with half of its experts' file written."""
+def train_on_two(rank: int, port: int, data: Path, folder: Path, *flags: object) -> None:
+    """Be one of two processes that train."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
+    ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
+    call("train", data, *TINY_MOE, *flags, *ranks, "--save-dir", folder)
+
+
+def start_two(function: Callable[..., None], *arguments: object) -> list[Any]:
+    """Start `function(rank, port, *arguments)` in two processes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=function, args=(rank, port, *arguments), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
+    """Train; process 1 is killed in its second save, with half of its experts' file written."""
     save, calls = torch.save, []
 
     def save_half(content: Any, file: Any) -> None:
@@ -80,9 +107,7 @@ def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
 
     if rank == 1:
         expert_files.torch.save = save_half
-    ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
-    ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
-    call("train", data, *TINY_MOE, *EACH_UPDATE, *ranks, "--save-dir", folder)
+    train_on_two(rank, port, data, folder, *EACH_UPDATE)
 
 
 EACH_UPDATE = ["--no-epoch-checkpoints", "--save-interval-updates", 1, "--max-update", 4]
@@ -90,16 +115,7 @@ EACH_UPDATE = ["--no-epoch-checkpoints", "--save-interval-updates", 1, "--max-up
 
 @pytest.mark.timeout(280)
 def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_path: Path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=die_while_saving, args=(rank, port, data, tmp_path), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
+    ranks = start_two(die_while_saving, data, tmp_path)
     ranks[1].join(200)
     assert ranks[1].exitcode == -signal.SIGKILL
     ranks[0].join(STOPPED_WITHIN)
@@ -111,6 +127,52 @@ def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_pa
     restore_experts(last, state)
     call("train", data, *TINY_MOE, *EACH_UPDATE, "--save-dir", tmp_path)
     assert load(last)["optimizer_history"][-1]["num_updates"] == 4
+
+
+def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
+    """Train; in the third update process 1 finds a NaN. What it raises goes to `folder/error`."""
+    step, updates = Trainer.train_step, []
+
+    def spoiled_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
+        updates.append(1)
+        if len(updates) == 3:
+            layer = next(moe_layers(self.get_model()))
+            if what == "token":
+                self.get_model().encoder.network.embedding.weight.data.fill_(math.nan)
+            else:
+                layer.experts.weight_in.register_hook(lambda grad: grad.fill_(math.nan))
+        return step(self, samples, raise_oom)
+
+    if rank == 1:
+        Trainer.train_step = spoiled_step
+    try:
+        train_on_two(rank, port, data, folder, *EACH_UPDATE)
+    except BaseException as error:
+        (folder / f"error{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+@pytest.mark.parametrize(
+    ("what", "messages"),
+    [
+        # The one process says what it found; the other, that the one is gone.
+        (
+            "token",
+            ["RuntimeError: .*Connection", "FloatingPointError: .*NaN in .*encoder's MoE layer"],
+        ),
+        # The norm of gradients is one of all processes, so that all find it.
+        ("gradient", ["FloatingPointError: .*gradients"] * 2),
+    ],
+)
+@pytest.mark.timeout(280)
+def test_what_is_not_finite_in_one_process_stops_all(data, tmp_path, what, messages):
+    ranks = start_two(spoil, data, tmp_path, what)
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [1, 1]
+    for rank, message in enumerate(messages):
+        assert re.search(message, (tmp_path / f"error{rank}").read_text())
+    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 2
 
 
 def test_a_copy_that_is_cut_short_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch):
