@@ -79,9 +79,13 @@ def distinct_classes(num_draws: int, vocab_size: int) -> float:
 def lstm_bytes(config: LSTMLMConfig | GNMTConfig, batch: Batch, input_dim: int) -> float:
     """Of one LSTM over N tokens: its input, output, four gates, cells and their tanh.
 
-    A projection keeps its input as well. Libraries' fused LSTMs may keep some more.
+    A projection keeps its input as well. Without one, CPUs run oneDNN's LSTM, whose workspace has
+    been measured: gates, states and room for all their gradients. cuDNN's may hold some more too.
     """
     dim, cells = config.model_dim, config.lstm_hidden_dim
+    if batch.on_cpu and cells == dim:
+        workspace = (15 + 12 / batch.length) * cells
+        return batch.tokens * (workspace + dim + input_dim) * batch.number_bytes
     numbers = (7 if cells != dim else 6) * cells + dim + input_dim
     return batch.tokens * numbers * batch.number_bytes
 

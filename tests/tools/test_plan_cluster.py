@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {**GROUPS, "lm": True, "factored": True},
     "sampled": {"num_experts": 8, "moe_top_k": 4, "draws": 64, "expert_recompute": "always"},
     "dense": {"dense": True},
+    "no projection": {"num_experts": 8, "moe_top_k": 2, "lstm_hidden_dim": 32},
     "gnmt": {"num_experts": 8, "moe_top_k": 2, "gnmt": True},
     "gnmt parallel": {**GROUPS, "gnmt": True, "attention_wiring": "parallel"},
     "gnmt strict": {
