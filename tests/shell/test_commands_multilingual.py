@@ -18,6 +18,7 @@ from tests.support.multilingual import (
     make_data,
     write_dictionary,
 )
+from tests.support.ranks import run_ranks
 from tests.support.training import TINY_DENSE, TINY_MOE, TRANSLATE, assert_same_bits, load
 
 SAMPLING = ["--sampling-temperature", 2, "--oversampling", "cc-aa=4"]
@@ -128,6 +129,32 @@ def test_validate_repeats_the_losses_of_training(data: Path, trained: tuple[Path
     losses = records(done)[-1]
     for pair in PAIRS.split(","):
         assert losses[f"valid_{pair}_nll_loss"] == last[f"valid_{pair}_nll_loss"]
+
+
+# Batches of 6 are 2 + 2 + 1 in validation: the second of two processes lacks one.
+UNEVEN = ["--lang-pairs", "aa-bb,bb-aa,aa-cc", "--batch-size-valid", 6]
+
+
+def train_on_two(rank: int, data: Path, folder: Path) -> str:
+    ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
+    ranks += ["--distributed-init-method", "tcp://unused"]
+    flags = [*TASK, *TINY_MOE, *UNEVEN, *BLEU, "--max-epoch", 2, "--save-dir", folder]
+    return call("train", data, *flags, *ranks).text
+
+
+@pytest.mark.timeout(280)
+def test_two_processes_validate_every_pair_as_one_does(data: Path, tmp_path: Path):
+    first, _ = run_ranks(train_on_two, 2, data, tmp_path)
+    last = [row for row in records(Output(0, first)) if "valid_loss" in row][-1]
+    flags = [*TASK, *UNEVEN, "--path", tmp_path / "checkpoint_last.pt", "--log-format", "json"]
+    flags += ["--cpu", "--num-workers", 0, "--batch-size", 6]
+    losses = records(call("validate", data, *flags))[-1]
+    for pair in ("aa-bb", "bb-aa", "aa-cc"):
+        assert losses[f"valid_{pair}_nll_loss"] == last[f"valid_{pair}_nll_loss"]
+        assert 0 <= last[f"valid_{pair}_bleu"] <= 100
+    for language in ("aa", "bb"):
+        key = f"valid_encoder_{language}_experts"
+        assert losses[key] == last[key]
 
 
 def test_a_resumed_training_gives_the_bits_of_an_unbroken_one(
