@@ -1,7 +1,10 @@
 """Sums over the batches of all ranks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
 from nmt_moe.parallel.traffic import BALANCE, ring_bytes, sending
 
@@ -23,17 +26,23 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         return values
     if distributed.get_world_size() == 1:
         return values
-    # Imported here: it is absent from builds of torch without torch.distributed.
-    from torch.distributed.nn.functional import all_reduce
+    return _SumOverRanks.apply(values)
 
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _all_reduce(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_reduce(grad)
+
+
+def _all_reduce(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
     num_bytes = ring_bytes(values.nbytes, distributed.get_world_size())
     with sending(BALANCE, num_bytes, values.device):
-        total = all_reduce(values)
-    if total.requires_grad:
-        total.register_hook(lambda _: _count_backward(num_bytes, values.device))
+        distributed.all_reduce(total)
     return total
-
-
-def _count_backward(num_bytes: int, device: torch.device) -> None:
-    with sending(BALANCE, num_bytes, device):  # its time is not known here
-        pass
