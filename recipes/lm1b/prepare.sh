@@ -2,7 +2,8 @@
 # Prepare the One Billion Word benchmark: prepare.sh
 #
 # Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), takes training and held-out shards out of it,
-# counts the vocabulary and writes fairseq's data-bin. Finished steps are skipped. Variables:
+# compares the counts of the whole text with the published ones, counts the vocabulary and writes fairseq's data-bin.
+# Finished steps are skipped. Variables:
 #   SLICE        1: the first 20,000 lines of one training shard, for a trial on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
 #   LINES        of each shard, held-out ones too; 0: all (0; with SLICE 20000)
@@ -45,6 +46,15 @@ fetch_texts() {
     ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
 }
 
+# is_whole: all of the public archive's training text, so that the published counts must come out.
+is_whole() { ((SHARDS == 99 && LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
+
+count_texts() {
+  local published=()
+  if is_whole; then published=(--published); fi
+  python "$HERE/counts.py" --text "$WORK/text" "${published[@]}"
+}
+
 binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
   rm -rf "$WORK/data-bin"
   LOG=$WORK/preprocess.log
@@ -57,7 +67,7 @@ check_vocabulary() {
   local words
   words=$(wc -l <"$WORK/data-bin/dict.txt")
   say "vocabulary: $words words that occur at least $MIN_COUNT times, and <S>, </S>, <UNK>: $((words + 3))"
-  if ((SHARDS == 99 && LINES == 0 && MIN_COUNT == 3)) && [[ -z $LM1B_SHA256 ]]; then
+  if is_whole && ((MIN_COUNT == 3)); then
     # Within 3: whether the marks are counted is not written down anywhere.
     ((words <= BENCHMARK_VOCABULARY && words + 3 >= BENCHMARK_VOCABULARY)) ||
       die "the vocabulary must be the benchmark's, $BENCHMARK_VOCABULARY with the marks, but has $((words + 3)): remove
@@ -73,6 +83,7 @@ require_whole THREADS 1
 use_environment
 begin_steps "$WORK"
 run_step fetch "$SHARDS $LINES $LM1B_MIRROR $LM1B_SHA256" fetch_texts
+run_step count "" count_texts
 run_step binarise "$MIN_COUNT" binarise
 run_step vocabulary "" check_vocabulary
 # train.sh resumes a model only on the text it was trained on.

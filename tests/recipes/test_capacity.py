@@ -1,10 +1,7 @@
 """The capacity recipe: equal costs, its choice of dropout, a run on a tiny text, and refusals."""
 
-import gzip
 import json
-import lzma
 import os
-import random
 import re
 import subprocess
 import sys
@@ -15,6 +12,7 @@ import pytest
 pytest.importorskip("fairseq")
 
 from recipes.capacity import capacity, split_text
+from tests.support.lm_text import write_text
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "capacity"
 TINY = {
@@ -22,20 +20,6 @@ TINY = {
     **{"SEEDS": "1", "DIM": 8, "UPDATES": 2, "MAX_TOKENS": 100, "WARMUP_UPDATES": 1},
     **{"DEVICE": "cpu"},
 }
-
-
-def write_text(folder):
-    """Write a text of numbers in words, train packed with gzip and test with xz."""
-    chance = random.Random(1)
-    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-    def lines(count):
-        return "".join(" ".join(chance.choices(digits, k=5)) + "\n" for _ in range(count)).encode()
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.en.gz").write_bytes(gzip.compress(lines(120)))
-    (folder / "val.en.xz").write_bytes(lzma.compress(lines(20)))
-    return folder
 
 
 def run(script, **variables):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.lm1b import fetch
+from recipes.lm1b import counts, fetch
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lm1b"
 TINY = {
@@ -178,6 +178,64 @@ def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path):
     texts = make_texts() | {fetch.train_shard(1): b"w1\nw2 \xff\n"}
     error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
     assert "text/train`, line 2: byte 0xff is not valid UTF-8" in error
+
+
+def test_words_are_counted_as_the_published_ones_were(tmp_path):
+    # Bytes of white space part words, and nothing else does: no-break space, next line and zero
+    # width space do not, nor is a word of the latter two alone left out, as `wc -w` does.
+    text = "one two\u00a0three\n\u0085 \u200b four\n\n"
+    (tmp_path / "text").write_bytes(text.encode())
+    found = counts.count(tmp_path / "text")
+    assert found == counts.Counts(sentences=3, words=5)
+    assert found.scored == 8
+
+
+def test_published_training_figures_fit_together():
+    # The benchmark's README counts a mark at each end of a sentence.
+    sentences, words = (counts.PUBLISHED["train", what] for what in ("sentences", "words"))
+    assert words + 2 * sentences == 829_250_940
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch, capsys):
+    texts = {"train": b"a b\nc\n", "valid": b"d\n", "test": b"e f g\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    published = {
+        **{("train", "sentences"): 2, ("train", "words"): 3},
+        **{("valid", "scored"): 2, ("test", "scored"): 4},
+    }
+    assert published.keys() == counts.PUBLISHED.keys()
+    monkeypatch.setattr(counts, "PUBLISHED", published)
+    command = ["--text", str(tmp_path), "--published"]
+    assert counts.main(command) == 0
+    assert (tmp_path / "counts.tsv").read_text() == "train\t2\t3\nvalid\t1\t1\ntest\t1\t3\n"
+
+    with (tmp_path / part).open("ab") as file:
+        file.write(b"more\n")
+    assert counts.main(command) == 1
+    assert {
+        "train": "train must have 2 sentences, but has 3; train must have 3 words, ends of "
+        "sentence not counted, but has 4",
+        "valid": "valid must have 2 words and ends of sentence, but has 4",
+        "test": "test must have 4 words and ends of sentence, but has 6",
+    }[part] in capsys.readouterr().err
+
+
+def test_the_whole_text_must_have_the_published_counts(tmp_path):
+    # The texts of the public archive as if fetched, but far too short.
+    work = tmp_path / "work"
+    (work / "text").mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        (work / "text" / part).write_text("w1 w2\n")
+    (work / ".steps").mkdir()
+    stamp = hashlib.sha256(b"|fetch|99 0  ").hexdigest()
+    (work / ".steps/fetch").write_text(stamp)
+    error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, LINES=0, MIN_COUNT=3))
+    assert "train must have 30,301,028 sentences, but has 1" in error
+    assert "train must have 768,648,884 words, ends of sentence not counted, but has 2" in error
+    assert "test must have 159,658 words and ends of sentence, but has 3" in error
+    assert not (work / "data-bin").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Perplexity of a trained model on valid and test: evaluate.sh
+#
+# Every piece counts and every end of sentence; each sentence starts from an empty state. Printed per piece, per word and
+# as bits per character, so that models with other vocabularies can be compared. Variables:
+#   RUN         the run of train.sh (MODEL-seedSEED)
+#   CHECKPOINT  the model (RUN's average.pt)
+#   MAX_TOKENS  pieces of a batch (4000)
+#   MODEL, SEED, WORK, DEVICE, THREADS as in train.sh
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/captions
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+RUN=${RUN:-${MODEL:-moe}-seed${SEED:-1}}
+WORK=${WORK:-$HERE/work}
+CHECKPOINT=${CHECKPOINT:-$WORK/$RUN/average.pt}
+MAX_TOKENS=${MAX_TOKENS:-4000}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-1}
+
+score() { # SUBSET
+  local figures
+  LOG=$WORK/$RUN/$1.log
+  OMP_NUM_THREADS=$THREADS logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
+    --path "$CHECKPOINT" --gen-subset "$1" --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 \
+    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
+  figures=$(python "$HERE/score.py" --log "$LOG" --pieces "$WORK/pieces/$1" --text "$WORK/text/$1")
+  printf '%s, %s: %s\n' "$1" "$RUN" "$figures"
+}
+
+(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
+require_whole MAX_TOKENS 1
+require_whole THREADS 1
+[[ -f $CHECKPOINT ]] ||
+  die "$CHECKPOINT is missing: train it with 'RUN=$RUN bash recipes/captions/train.sh', or set RUN, WORK or CHECKPOINT"
+use_environment
+set_device
+mkdir -p "$WORK/$RUN"
+for subset in valid test; do score "$subset"; done | tee "$WORK/$RUN/scores.txt"

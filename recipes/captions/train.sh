@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Train a language model on a real text and score it: TEXT_DIR=/a/folder train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, averages
+# checkpoints and calls evaluate.sh. The defaults take a quarter of an hour of one core for 140,000 captions.
+#   MODEL   moe (default) or dense: one network in the experts' place, at equal operations per word
+#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
+#   SEED    of the parameters, the order of the text, dropout and the gates' noise (1)
+#   WORK    folder to write (recipes/captions/work)
+#   DEVICE  auto (default: a GPU when there is one), cpu or cuda
+#   THREADS for one training process on the processor (1)
+#   EVALUATE=0 stops after the averaging
+# Every other variable is below, with its reason.
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/captions
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  print_manual "${BASH_SOURCE[0]}"
+  exit
+fi
+
+MODEL=${MODEL:-moe}
+SEED=${SEED:-1}
+RUN=${RUN:-$MODEL-seed$SEED}
+WORK=${WORK:-$HERE/work}
+DEVICE=${DEVICE:-auto}
+THREADS=${THREADS:-1}
+EVALUATE=${EVALUATE:-1}
+# The shape of the paper's models, narrow: two LSTMs with the experts between them, all as wide as the embedding. The
+# embedding is the softmax layer too: fewer weights to learn from little text.
+MODEL_DIM=${MODEL_DIM:-160}
+# A token passes 4 experts; together they cost 8 x 160 x 320 products, as both LSTMs do.
+NUM_EXPERTS=${NUM_EXPERTS:-16}
+TOP_K=${TOP_K:-4}
+EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
+# Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
+INIT_RANGE=${INIT_RANGE:-0.1}
+# Against learning by heart: the same two million pieces are seen five times.
+DROPOUT=${DROPOUT:-0.1}
+# Draws of the vocabulary in training; 0: the full softmax over 8,000 pieces, most of all time. Scores are always of
+# the full one. sentencepiece lists its pieces by falling frequency, as the draws need them.
+SAMPLES=${SAMPLES:-1000}
+# 2,000 pieces an update at most, 1,986 on average; 140,000 captions = 2.12 million pieces = 1,067 updates a pass.
+MAX_TOKENS=${MAX_TOKENS:-2000}
+# 5 passes. The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
+UPDATES=${UPDATES:-5400}
+WARMUP_UPDATES=${WARMUP_UPDATES:-500}
+LEARNING_RATE=${LEARNING_RATE:-0.004}
+CLIP_NORM=${CLIP_NORM:-5.0}
+# A checkpoint and perplexity on valid every SAVE_INTERVAL updates; the last AVERAGE checkpoints are averaged.
+SAVE_INTERVAL=${SAVE_INTERVAL:-300}
+AVERAGE=${AVERAGE:-4}
+
+set_model_flags() {
+  MODEL_FLAGS=(--arch lstm_moe_lm --model-dim "$MODEL_DIM" --lstm-hidden-dim "$MODEL_DIM" --dropout "$DROPOUT"
+    --init-range "$INIT_RANGE" --share-decoder-input-output-embed)
+  if [[ $MODEL == moe ]]; then
+    MODEL_FLAGS+=(--num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM")
+  else
+    # The paper's MoE-1-Wide: one expert that costs what TOP_K cost.
+    MODEL_FLAGS+=(--num-experts 1 --moe-top-k 1 --expert-hidden-dim $((TOP_K * EXPERT_HIDDEN_DIM)))
+  fi
+}
+
+train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+  OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
+    fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --task language_modeling \
+    --sample-break-mode eos "${MODEL_FLAGS[@]}" --criterion moe_cross_entropy --sampled-softmax "$SAMPLES" \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" \
+    --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --max-update "$UPDATES" \
+    --warmup-updates "$WARMUP_UPDATES" --max-tokens "$MAX_TOKENS" --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" \
+    --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates "$AVERAGE" \
+    --no-epoch-checkpoints --validate-interval 1000000 --log-format simple --log-interval 100 "${DEVICE_FLAGS[@]}" "$@"
+}
+
+require_choice MODEL moe dense
+for name in UPDATES WARMUP_UPDATES MAX_TOKENS SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
+require_whole SAMPLES 0
+[[ $DROPOUT =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUT must be from 0 to below 1, but is '$DROPOUT'"
+((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
+((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
+  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+use_environment
+# prepare.sh and evaluate.sh need no second look at the environment.
+NMT_MOE_PYTHON=$(command -v python)
+export NMT_MOE_PYTHON WORK RUN DEVICE THREADS
+set_device
+set_model_flags
+bash "$HERE/prepare.sh"
+RUN_FOLDER=$WORK/$RUN
+mkdir -p "$RUN_FOLDER"
+# Without UPDATES: a finished run may be prolonged; its rate then jumps up to where a longer run would be.
+settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" \
+  "$SAMPLES $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES $MAX_TOKENS $SEED" "$*")
+if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
+  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
+  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
+fi
+printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+say "training $MODEL, $UPDATES updates; log: $RUN_FOLDER/train.log"
+train_model "$@"
+grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true
+python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" --last "$AVERAGE" \
+  --output "$RUN_FOLDER/average.pt"
+[[ $EVALUATE == 0 ]] || bash "$HERE/evaluate.sh"

@@ -1,0 +1,146 @@
+"""The recipe of one language model: a run on a tiny text, what its figures count, refusals."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq")
+
+from recipes.captions import score
+from tests.support.lm_text import write_text
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "captions"
+TINY = {
+    **{"VOCAB_SIZE": 28, "VALID_LINES": 20, "MODEL_DIM": 8, "NUM_EXPERTS": 5, "TOP_K": 2},
+    **{"EXPERT_HIDDEN_DIM": 8, "SAMPLES": 10, "MAX_TOKENS": 100, "UPDATES": 4},
+    **{"WARMUP_UPDATES": 1, "SAVE_INTERVAL": 2, "AVERAGE": 2, "DEVICE": "cpu"},
+}
+NUMBER = r"\d+\.\d+"
+
+
+def run(script, *arguments, **variables):
+    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in (TINY | variables).items()}
+    command = ["bash", str(RECIPE / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def refusal(done):
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_from_text_to_perplexity(tmp_path):
+    work = tmp_path / "work"
+    variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": work}
+    done = run("train.sh", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = done.stdout.splitlines()[-2:]
+    assert (work / "moe-seed1/scores.txt").read_text().splitlines() == scores
+    for subset, line in zip(("valid", "test"), scores, strict=True):
+        text = (work / "text" / subset).read_text()
+        pieces = (work / "pieces" / subset).read_text()
+        found = re.fullmatch(
+            rf"{subset}, moe-seed1: perplexity ({NUMBER}) per piece \((\d+) with ends of sentence\)"
+            rf", {NUMBER} per word \((\d+)\), {NUMBER} bits per character \(([\d,]+)\)",
+            line,
+        )
+        assert found, line
+        # 26 pieces, </s> and <unk>, hardly trained.
+        assert 10 < float(found[1]) < 40
+        counts = [int(number.replace(",", "")) for number in found.groups()[1:]]
+        assert counts == [len(pieces.split()) + 20, 20 * 5, len(text) - 20]
+    # Another width needs another run.
+    other = run("train.sh", **variables, MODEL_DIM=16)
+    assert "was trained with other settings or text" in refusal(other)
+
+
+@pytest.mark.slow
+def test_dense_costs_what_the_chosen_experts_cost(tmp_path):
+    variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": tmp_path / "work"}
+    variables["MODEL"] = "dense"
+    done = run("train.sh", **variables, EVALUATE=0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    settings = (tmp_path / "work/dense-seed1/settings").read_text()
+    assert "--num-experts 1 --moe-top-k 1 --expert-hidden-dim 16" in settings
+    assert (tmp_path / "work/dense-seed1/average.pt").is_file()
+    assert "perplexity" not in done.stdout
+    # What is prepared and trained is not done again; what was left out, evaluation, is.
+    again = run("train.sh", **variables)
+    assert again.stdout.count("done before") == 4
+    assert "test, dense-seed1: perplexity" in again.stdout
+
+
+def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path, capsys):
+    # 6 pieces and 2 ends of sentence of 3 bits each are 24 bits: 2 ** (24 / 4) for each of 4 words,
+    # and 24 / 15 for each of the 15 characters.
+    (tmp_path / "log").write_text("Evaluated 8 tokens in 0.1s\nLoss (base 2): 3.0000, Perplexity")
+    (tmp_path / "pieces").write_text("▁ab ▁c dé\n▁new ▁word s\n")
+    (tmp_path / "text").write_text("ab cdé\nnew words\n")
+    command = [f"--{name}={tmp_path / name}" for name in ("log", "pieces", "text")]
+    assert score.main(command) == 0
+    assert capsys.readouterr().out == (
+        "perplexity 8.00 per piece (8 with ends of sentence), 64.00 per word (4), "
+        f"{24 / 15:.4f} bits per character (15)\n"
+    )
+
+
+BAD_LOGS = [
+    pytest.param("Evaluated 8 tokens\n", "holds no loss of fairseq-eval-lm", id="broken-off"),
+    pytest.param(
+        "Evaluated 1,008 tokens\nLoss (base 2): 3.0",
+        "must hold the loss of the 2 pieces and ends of sentence of .*, but 1008 were scored",
+        id="another-text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("log", "message"), BAD_LOGS)
+def test_a_log_of_no_or_another_text_is_refused(log, message, tmp_path, capsys):
+    (tmp_path / "log").write_text(log)
+    for name in ("pieces", "text"):
+        (tmp_path / name).write_text("a\n")
+    assert score.main([f"--{name}={tmp_path / name}" for name in ("log", "pieces", "text")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_empty_text_is_named(tmp_path):
+    folder = write_text(tmp_path / "text")
+    (folder / "train.en").touch()  # before train.en.gz
+    error = refusal(run("train.sh", TEXT_DIR=folder, WORK=tmp_path / "work"))
+    assert f"error: {folder}/train.en: the text is empty" in error
+
+
+REFUSALS = [
+    pytest.param("train.sh", {"TEXT_DIR": ""}, "TEXT_DIR must name the folder", id="no-folder"),
+    pytest.param(
+        "train.sh", {"TEXT_DIR": "/missing"}, "TEXT_DIR=/missing is not a folder", id="missing"
+    ),
+    pytest.param("train.sh", {"MODEL": "big"}, "MODEL must be one of: moe dense", id="model"),
+    pytest.param("train.sh", {"UPDATES": "x"}, "UPDATES must be a whole number", id="updates"),
+    pytest.param(
+        "train.sh", {"UPDATES": 5}, "must be a multiple of SAVE_INTERVAL = 2", id="interval"
+    ),
+    pytest.param(
+        "train.sh", {"AVERAGE": 3}, "AVERAGE x SAVE_INTERVAL = 6 must not exceed", id="average"
+    ),
+    pytest.param(
+        "train.sh", {"DROPOUT": 1}, "DROPOUT must be from 0 to below 1, but is '1'", id="dropout"
+    ),
+    pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/average.pt is missing", id="no-model"),
+]
+
+
+@pytest.mark.parametrize(("script", "variables", "message"), REFUSALS)
+def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
+    done = run(script, **({"TEXT_DIR": tmp_path, "WORK": tmp_path / "work"} | variables))
+    assert message in refusal(done)
+
+
+def test_words_after_the_scripts_are_refused():
+    for script in ("prepare.sh", "evaluate.sh"):
+        assert f"{script} takes no arguments but --help, not 'x'" in refusal(run(script, "x"))
