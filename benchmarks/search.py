@@ -94,8 +94,8 @@ class Search:
     """One search on the model; each call translates everything.
 
     Attributes:
-        num_steps: Steps of the decoder in the last call.
-        num_rows: Hypotheses it evaluated in them.
+        num_steps: Steps of the decoder, as counted.
+        num_rows: Hypotheses that it evaluated in them.
         best: Best translation of each sentence, by its number.
     """
 
