@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.sequence_generator import (
+    EnsembleModel,
+    SequenceGenerator,
+    SequenceGeneratorWithAlignment,
+)
 from torch import Tensor
 
+from nmt_moe.compat.live_rows import LiveRowsEnsemble
 from nmt_moe.search import (
     SearchConfig,
     best_attainable,
@@ -31,6 +36,8 @@ class PruningBeamSearch(BeamSearch):
         best: (B,) best normalised score of the finished hypotheses of each sentence still in the
             batch, or None before the first.
         live: (B,) highest log-probability of the hypotheses that go on after the last step.
+        alive: (B, W) bool, which rows of the beam hold a hypothesis after the last step.
+        candidates: (B, 2W) log-probabilities of the step's candidates; -inf = pruned.
     """
 
     def __init__(self, tgt_dict: Any, margin: float, penalty: Callable[[int], float]) -> None:
@@ -39,16 +46,32 @@ class PruningBeamSearch(BeamSearch):
         self.penalty = penalty
         self.best: Tensor | None = None
         self.live: Tensor | None = None
+        self.alive: Tensor | None = None
+        self.candidates: Tensor | None = None
         self.max_len = 0
 
     def init_constraints(self, batch_constraints: Tensor | None, beam_size: int) -> None:
         """Begin a batch: fairseq calls this first."""
-        self.best = self.live = None
+        self.best = self.live = self.alive = None
 
     def prune_sentences(self, batch_idxs: Tensor) -> None:
         """Keep these sentences: fairseq calls this when others leave the batch."""
+        assert self.candidates is not None
+        self.candidates = self.candidates[batch_idxs]
         if self.best is not None:
             self.best = self.best[batch_idxs]
+
+    def update_constraints(self, active_hypos: Tensor) -> None:
+        """Note which (B, W) candidates go on: fairseq calls this at the end of a step."""
+        assert self.candidates is not None
+        self.alive = self.candidates.gather(1, active_hypos).isfinite()
+        # A sentence stays until fairseq has ended it; the best of its rows is the first.
+        self.alive[:, 0] = True
+
+    def alive_rows(self) -> Tensor:
+        """Give `alive`, once there has been a step."""
+        assert self.alive is not None
+        return self.alive
 
     def step(
         self,
@@ -59,19 +82,26 @@ class PruningBeamSearch(BeamSearch):
         original_batch_idxs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose candidates: (B, 2W) log-probabilities, tokens, and rows they continue."""
-        alive = torch.ones_like(lprobs[:, :, 0], dtype=torch.bool)
-        if step > 0:
+        num_sentences, beam_size, vocab_size = lprobs.shape
+        if step == 0:
+            lprobs = lprobs[:, :1]  # all rows are equal
+            so_far = lprobs.new_zeros(num_sentences, 1)
+        else:
             assert scores is not None
-            alive = scores[:, :, step - 1].isfinite()
-        lprobs = mask_tokens(lprobs, alive, self.margin)
-        values, tokens, rows = super().step(
-            step, lprobs, scores, prev_output_tokens, original_batch_idxs
-        )
+            so_far = scores[:, :, step - 1]
+        width = min(2 * beam_size, lprobs.shape[1] * vocab_size - 1)  # as fairseq: never pad
+        # No row has more than `width` of the candidates, so the vocabulary is read only once.
+        local, tokens = lprobs.topk(min(width, vocab_size), dim=2)
+        local = mask_tokens(local, so_far.isfinite(), self.margin)
+        values, places = (so_far.unsqueeze(2) + local).flatten(1).topk(width)
+        rows = torch.div(places, local.shape[2], rounding_mode="floor")
+        tokens = tokens.flatten(1).gather(1, places)
+        self.candidates = values
         self.live = values.masked_fill(tokens.eq(self.eos), -torch.inf).amax(dim=1)
         if self.best is not None:
             # fairseq asks whether a sentence is finished only where a hypothesis has just ended, so
             # one is ended. Its score cannot come near the best: it is dropped with the others.
-            over = self.is_hopeless(values.amax(dim=1), step)
+            over = self.is_hopeless(values[:, 0], step)
             tokens[:, 0] = torch.where(over, self.eos, tokens[:, 0])
             self.live = torch.where(over, -torch.inf, self.live)
         return values, tokens, rows
@@ -101,7 +131,8 @@ class PruningBeamSearch(BeamSearch):
 class GNMTGenerator(SequenceGenerator):
     """fairseq's generator with GNMT's scores for finished hypotheses, and its pruning.
 
-    Coverage comes from fairseq's own record of attention, whose rows move with the hypotheses.
+    Coverage comes from fairseq's own record of attention, whose rows move with the hypotheses. With
+    pruning, models evaluate only the hypotheses that are alive.
     """
 
     def __init__(
@@ -113,9 +144,12 @@ class GNMTGenerator(SequenceGenerator):
         # fairseq's is done here, with GNMT's, so that pruning sees it.
         self.normalize_scores = False
         self.source_words: Tensor | None = None
+        self.hopeless: list[int] = []  # of the sentences in the batch: 1 = its search can end
         self.prunes = search_config.beam_prune > 0
         if self.prunes:
             self.search = PruningBeamSearch(tgt_dict, search_config.beam_prune, self.penalty)
+            singles = list(models.models) if isinstance(models, EnsembleModel) else models
+            self.model = LiveRowsEnsemble(singles, self.search.alive_rows, self.beam_size)
 
     def penalty(self, length: int) -> float:
         """Return what the log-probability of a hypothesis of `length` tokens is divided by."""
@@ -166,10 +200,10 @@ class GNMTGenerator(SequenceGenerator):
         """
         places = torch.div(bbsz_idx, beam_size, rounding_mode="floor")
         unfinished = [at for at, is_over in enumerate(finished) if not is_over]
-        sentences = [unfinished[place] for place in places.tolist()]
+        of_batch = torch.tensor(unfinished, device=places.device)[places]
         values = eos_scores / self.penalty(step + 1)
         if self.search_config.coverage_penalty_beta:
-            coverage = self._log_coverage(step, bbsz_idx, sentences, attn)
+            coverage = self._log_coverage(step, bbsz_idx, of_batch, attn)
             values = normalised_score(
                 eos_scores.float(),
                 step + 1,
@@ -177,8 +211,15 @@ class GNMTGenerator(SequenceGenerator):
                 self.search_config.length_penalty_alpha,
                 self.search_config.coverage_penalty_beta,
             )
+        hopeless = of_batch.new_zeros(0)
         if self.prunes:
             self.search.note_finished(places, values, max_len)
+            assert self.search.live is not None
+            # Hypotheses that go on have at least one token more than those that end now.
+            hopeless = self.search.is_hopeless(self.search.live, step + 1)
+        # Everything that Python must know, in one transfer from the device.
+        fetched = torch.cat([of_batch, hopeless.to(of_batch)]).tolist()
+        sentences, self.hopeless = fetched[: len(values)], fetched[len(values) :]
         stored = {sentence: len(finalized[sentence]) for sentence in sentences}
         newly_finished = super().finalize_hypos(
             step,
@@ -200,7 +241,7 @@ class GNMTGenerator(SequenceGenerator):
         return newly_finished
 
     def _log_coverage(
-        self, step: int, rows: Tensor, sentences: list[int], attn: Tensor | None
+        self, step: int, rows: Tensor, sentences: Tensor, attn: Tensor | None
     ) -> Tensor:
         assert self.source_words is not None
         width = self.source_words.shape[1]
@@ -219,11 +260,7 @@ class GNMTGenerator(SequenceGenerator):
         """Tell whether a sentence is done, also because no hypothesis worth keeping can follow."""
         if super().is_finished(step, unfin_idx, max_len, finalized_sent_len, beam_size):
             return True
-        if not self.prunes:
-            return False
-        assert self.search.live is not None
-        # Hypotheses that go on have at least one token more than those that ended now.
-        return bool(self.search.is_hopeless(self.search.live, step + 1)[unfin_idx])
+        return self.prunes and bool(self.hopeless[unfin_idx])
 
 
 class _FullListGenerator(GNMTGenerator):

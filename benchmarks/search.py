@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Time searches of fairseq-generate on one trained model: fairseq's own and GNMT's.
+
+    python benchmarks/search.py --checkpoint average.pt --data data-bin --subset valid --threads 1
+
+Compared are fairseq's own search ("stock", all options off), GNMT's penalties, its pruning alone,
+and both, with GNMT's values. Timed is what fairseq-generate times: its task's generator on batches
+of its own iterator, sentences sorted by length. Translations have their natural lengths, so the
+model must be trained: a random one is sure of nothing, and nothing is pruned.
+
+`steps` and `rows` count calls of the decoder and the hypotheses it evaluated in them. `same` is the
+share of sentences whose best translation is that of "stock" or, with both, of "penalties". `BLEU`
+compares with the data's own targets, in pieces of words as they are binarised: good for differences
+between these rows, not for anything else.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sacrebleu
+import torch
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import DictConfig
+
+from benchmarks import timing
+from benchmarks.architectures import quiet
+
+COLUMNS = [
+    "search",
+    "sentences/s",
+    "steps",
+    "rows",
+    "spread",
+    "time / stock's",
+    "same",
+    "BLEU",
+]
+STOCK = "stock"
+PENALTIES = ["--length-penalty-alpha", "0.2", "--coverage-penalty-beta", "0.2"]
+PRUNING = ["--beam-prune", "3.0"]
+# GNMT's values.
+SEARCHES = {
+    STOCK: [],
+    "penalties": PENALTIES,
+    "pruning": PRUNING,
+    "penalties, pruning": PENALTIES + PRUNING,
+}
+
+
+class Data:
+    """A trained model and the batches it translates.
+
+    Attributes:
+        model: As fairseq-generate loads it.
+        batches: Of one subset.
+        targets: The reference of each sentence, by its number.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = generation_config(args, [])
+        with quiet():
+            self.task = tasks.setup_task(config.task)
+            models, _ = checkpoint_utils.load_model_ensemble([str(args.checkpoint)], task=self.task)
+            self.task.load_dataset(args.subset)
+            (self.model,) = models
+            self.model.to(args.device).prepare_for_inference_(config)
+            dataset = self.task.dataset(args.subset)
+            batches = self.task.get_batch_iterator(
+                dataset=dataset,
+                max_sentences=args.batch,
+                required_batch_size_multiple=config.dataset.required_batch_size_multiple,
+            )
+            self.batches = list(batches.next_epoch_itr(shuffle=False))
+        if args.device == "cuda":
+            self.batches = [utils.move_to_cuda(batch) for batch in self.batches]
+        self.targets = {
+            number: self.text(target[target.ne(self.task.target_dictionary.pad())])
+            for batch in self.batches
+            for number, target in zip(batch["id"].tolist(), batch["target"], strict=True)
+        }
+
+    def text(self, tokens: torch.Tensor) -> str:
+        """Write tokens out as pieces of words."""
+        return self.task.target_dictionary.string(tokens)
+
+
+class Search:
+    """One search on the model; each call translates everything.
+
+    Attributes:
+        num_steps: Steps of the decoder, as counted.
+        num_rows: Hypotheses that it evaluated in them.
+        best: Best translation of each sentence, by its number.
+    """
+
+    def __init__(self, data: Data, config: DictConfig) -> None:
+        self.data = data
+        self.generator = data.task.build_generator([data.model], config.generation)
+        self.num_steps = self.num_rows = 0
+        self.best: dict[int, str] = {}
+
+    def __call__(self) -> None:
+        """Translate everything once."""
+        for batch in self.data.batches:
+            self.data.task.inference_step(self.generator, [self.data.model], batch)
+
+    def count(self) -> None:
+        """Translate once more, and note what was evaluated and found; not timed."""
+        decoder = self.data.model.decoder
+        forward = decoder.forward
+
+        def counting(prev_output_tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.num_steps += 1
+            self.num_rows += len(prev_output_tokens)
+            return forward(prev_output_tokens, *args, **kwargs)
+
+        # fairseq calls `forward` itself, past any hook.
+        decoder.forward = counting
+        try:
+            for batch in self.data.batches:
+                found = self.data.task.inference_step(self.generator, [self.data.model], batch)
+                for number, (best, *_) in zip(batch["id"].tolist(), found, strict=True):
+                    self.best[number] = self.data.text(best["tokens"])
+        finally:
+            del decoder.forward
+
+
+def generation_config(args: argparse.Namespace, flags: Sequence[str]) -> DictConfig:
+    """Return what fairseq-generate would make of the flags of a search."""
+    line = [str(args.data), "--path", str(args.checkpoint), "--gen-subset", args.subset]
+    line += ["--beam", str(args.beam), "--batch-size", str(args.batch), *flags]
+    with quiet():
+        return convert_namespace_to_omegaconf(
+            options.parse_args_and_arch(options.get_generation_parser(), line)
+        )
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each search."""
+    data = Data(args)
+    jobs = {name: Search(data, generation_config(args, flags)) for name, flags in SEARCHES.items()}
+    for name, job in jobs.items():
+        timing.say(f"counting: {name}")
+        job.count()
+    samples = timing.interleave(jobs, args.rounds, args.device)
+    numbers = sorted(data.targets)
+    references = [[data.targets[number] for number in numbers]]
+    rows = []
+    for name, job in jobs.items():
+        unpruned = jobs["penalties" if "penalties" in name else STOCK]
+        best = [job.best[number] for number in numbers]
+        same = sum(job.best[number] == unpruned.best[number] for number in numbers)
+        bleu = sacrebleu.corpus_bleu(best, references, tokenize="none", force=True)
+        rows.append(
+            {
+                "search": name,
+                "seconds": samples[name].seconds,
+                "sentences_per_second": len(numbers) / samples[name].median,
+                "steps": job.num_steps,
+                "rows": job.num_rows,
+                "time_over_stock": samples[name].median / samples[STOCK].median,
+                "same": same / len(numbers),
+                "bleu": bleu.score,
+            }
+        )
+    return rows
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Lay out the table."""
+    lines = [
+        [
+            row["search"],
+            f"{row['sentences_per_second']:.1f}",
+            f"{row['steps']:,}",
+            f"{row['rows']:,}",
+            f"{timing.Samples(row['seconds']).spread:.0%}",
+            f"{row['time_over_stock']:.2f}",
+            f"{row['same']:.1%}",
+            f"{row['bleu']:.2f}",
+        ]
+        for row in rows
+    ]
+    return timing.markdown_table(COLUMNS, lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DATA-BIN", help="its binarised data"
+    )
+    parser.add_argument("--subset", default="valid", help="of the data (valid)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences of a batch (64)")
+    parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
+    timing.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    args = parse(argv)
+    timing.prepare(args)
+    for flag, path in (("--checkpoint", args.checkpoint), ("--data", args.data)):
+        if not path.exists():
+            sys.exit(f"{flag}: {path} does not exist. Train a model first, as recipes/ do.")
+    rows = measure(args)
+    hardware = timing.describe_hardware(args.device, args.threads)
+    print(format_rows(rows))
+    print(
+        f"\n{hardware}; {args.subset} of {args.data.name}, batches of {args.batch} sentences, beam "
+        f"{args.beam}, penalties {' '.join(PENALTIES)}, pruning {' '.join(PRUNING)}, float32; "
+        f"medians of {args.rounds} interleaved rounds."
+    )
+    timing.write_json(args.json, args, hardware, rows)
+
+
+if __name__ == "__main__":
+    main()
