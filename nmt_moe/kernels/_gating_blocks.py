@@ -19,6 +19,8 @@ from nmt_moe.kernels.reference import NOISE_FLOOR
 BLOCK_NUMBERS = 1 << 17
 # Rows at least this wide are searched in two steps: runs of columns first.
 WIDE, RUN = 512, 32
+# So few are sorted sooner than searched: a decoding step's.
+FEW_NUMBERS = 1 << 11
 
 # Phi(-10) = 8e-24 is 0 in any sum; farther out, exp and erfc underflow and run ten times slower.
 MAX_MARGIN = 10.0
@@ -61,7 +63,7 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         (B, count) values, falling, and (B, count) int64 indices.
     """
     width = scores.shape[1]
-    if scores.dtype != torch.float32:
+    if scores.dtype != torch.float32 or scores.numel() <= FEW_NUMBERS:
         values, ids = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :count], ids[:, :count]
     if width < WIDE or width % RUN or count * RUN > width // 2:
@@ -148,12 +150,12 @@ class BlockedNoisyTopK(torch.autograd.Function):
         top, ids = clean.new_empty(num_rows, count), row_offsets.new_empty(num_rows, count)
         drawn = torch.empty_like(top)  # unset without noise
         load = clean.new_zeros(len(bounds) - 1, num_experts)
-        buffers = _buffers(clean)
+        buffers = () if raw_scale is None else _buffers(clean)
         for rows, runs in blocks(bounds, num_experts):
-            noisy, scale, block_noise = (buffer[: rows.stop - rows.start] for buffer in buffers)
             if raw_scale is None:
                 top[rows], ids[rows] = largest(clean[rows].contiguous(), count)
                 continue
+            noisy, scale, block_noise = (buffer[: rows.stop - rows.start] for buffer in buffers)
             block_noise = block_noise.normal_() if noise is None else noise[rows]
             noise_scale(raw_scale[rows], out=scale)
             torch.addcmul(clean[rows], block_noise, scale, out=noisy)
@@ -165,7 +167,9 @@ class BlockedNoisyTopK(torch.autograd.Function):
                 for group, run in runs:
                     load[group].add_(twice[run].sum(0), alpha=0.5)
         gates, expert_ids = top[:, :top_k].softmax(1), ids[:, :top_k].contiguous()
-        places = expert_ids + _row_groups(row_offsets).unsqueeze(1) * num_experts
+        places = expert_ids
+        if len(load) > 1:
+            places = expert_ids + _row_groups(row_offsets).unsqueeze(1) * num_experts
         importance = _sum_at(places, gates, row_weight, load)
         counts = places.flatten().bincount(minlength=load.numel()).view_as(load)
         ctx.save_for_backward(clean, raw_scale, row_weight, gates, top, ids, drawn, places)

@@ -55,8 +55,11 @@ class LoopProducts:
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
         out = rows.new_empty(len(rows), weight.shape[2])
-        for expert, run in self.runs:
-            torch.mm(rows[run], weight[expert], out=out[run])
+        # Split at once: beside a product of few rows each slicing is felt.
+        sizes = [run.stop - run.start for _, run in self.runs]
+        parts = zip(self.runs, rows.split(sizes), out.split(sizes), strict=True)
+        for (expert, _), own_rows, own_out in parts:
+            torch.mm(own_rows, weight[expert], out=own_out)
         return out.relu_() if relu else out
 
     def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,6 +80,8 @@ class LoopProducts:
 
 class TorchProducts:
     """torch's grouped product: bfloat16 on Hopper and Blackwell, up to 1023 experts.
+
+    On the CPU it is the same loop of products as `LoopProducts`, without Python between them.
 
     The operands' layouts are those for which it allows experts without rows.
     """
@@ -148,6 +153,37 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
     if uses_triton(rows):
         return TritonProducts(expert_offsets, len(rows), rows.dtype)
     return LoopProducts(expert_offsets)
+
+
+def choose_evaluation_products(
+    rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
+) -> Products:
+    """Choose who multiplies a few rows on the CPU, where no gradient is wanted.
+
+    Args:
+        rows: (R, D).
+        weight_in: (L, D, H).
+        weight_out: (L, H, D).
+        expert_offsets: (L + 1,) int64.
+    """
+    if loops_in_torch(rows, weight_in, weight_out):
+        return TorchProducts(expert_offsets)
+    return LoopProducts(expert_offsets)
+
+
+def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:
+    """Return whether torch's grouped product takes these operands on the CPU.
+
+    Versions that have it under its public name do; it wants 16 bytes of alignment there too.
+    """
+    return (
+        hasattr(F, "grouped_mm")
+        and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(
+            weight.data_ptr() % 16 == 0 and weight.shape[2] * weight.element_size() % 16 == 0
+            for weight in weights
+        )
+    )
 
 
 def suits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:

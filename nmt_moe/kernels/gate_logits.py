@@ -40,6 +40,9 @@ def gate_logits(
         if noise_weight is None:
             return clean, None
         return clean, grouped_gemm(rows, noise_weight, row_offsets)
+    if row_offsets is None and noise_weight is None:
+        check_shape("gate_weight", gate_weight, (rows.shape[1], None), "(D, E)")
+        return rows @ gate_weight, None
     if row_offsets is None:
         row_offsets = torch.tensor([0, len(rows)])
         gate_weight = gate_weight.unsqueeze(0)

@@ -10,9 +10,14 @@ from torch.nn import functional as F
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._batches import Batch, plan_padding
+from nmt_moe.kernels._products import choose_evaluation_products
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows
+
+# Up to so many rows (in evaluation: a decoding step) the time is that of reading the weights, and
+# padding and its plan cost more than batched products save.
+FEW_ROWS = 1024
 
 
 def mixture_ffn(
@@ -29,7 +34,8 @@ def mixture_ffn(
 
     On the CPU a few experts at a time gather their tokens into one scratch that stays in the cache,
     and the gradient of a gate is the product of its row's hidden activations and their gradient, so
-    that nothing of an expert is kept but its hidden activations. Elsewhere it is `gather_rows`,
+    that nothing of an expert is kept but its hidden activations. Few rows without gradients, as in
+    a decoding step, go through one expert after the other. Elsewhere it is `gather_rows`,
     `expert_ffn` and `combine_rows`. Sums run in a fixed order: equal inputs give equal bits.
 
     Args:
@@ -56,12 +62,35 @@ def mixture_ffn(
     check_shape("weight_out", weight_out, (num_experts, hidden_dim, model_dim), "(E, H, D)")
     check_shape("expert_offsets", expert_offsets, (num_experts + 1,), "(E + 1,)")
     if x.device.type == "cpu":
+        leaves = x, gates, weight_in, weight_out
+        is_training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        if len(row_token) <= FEW_ROWS and not is_training:
+            return _mix_few(x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out)
         return _MixtureFFN.apply(
             x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out, recompute
         )
     rows = gather_rows(x, row_token, token_rows)
     rows = expert_ffn(rows, weight_in, weight_out, expert_offsets, recompute)
     return combine_rows(rows, gates, row_token, token_rows)
+
+
+def _mix_few(
+    x: Tensor,
+    gates: Tensor,
+    row_token: Tensor,
+    token_rows: Tensor,
+    expert_offsets: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+) -> Tensor:
+    """Answer as `_MixtureFFN` does, but pad no rows and keep nothing."""
+    rows = x.index_select(0, row_token)
+    products = choose_evaluation_products(rows, weight_in, weight_out, expert_offsets)
+    hidden = products.multiply(rows, weight_in, relu=True)
+    answers = products.multiply(hidden, weight_out)
+    if len(rows) < token_rows.numel():  # empty slots refer to a row of zeros
+        answers = torch.cat([answers, answers.new_zeros(1, answers.shape[1])])
+    return F.embedding_bag(token_rows, answers, mode="sum", per_sample_weights=gates)
 
 
 class _MixtureFFN(torch.autograd.Function):

@@ -37,7 +37,8 @@ def test_blocks_compute_the_definition(rows, experts, top_k, sizes, training):
 @pytest.mark.parametrize(
     ("rows", "experts", "top_k"),
     [
-        pytest.param(50, 32, 4, id="narrow"),
+        pytest.param(50, 32, 4, id="so-few-that-they-are-sorted"),
+        pytest.param(100, 32, 4, id="narrow"),
         pytest.param(30, 1024, 4, id="in-two-steps"),
         pytest.param(20, 512, 12, id="too-many-for-two-steps"),
         pytest.param(10, 1001, 2, id="odd-and-wide"),
@@ -49,10 +50,11 @@ def test_single_precision_computes_the_definition(rows, experts, top_k, training
     assert_is_the_definition(inputs, top_k, None, training, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [5, 64, 1024])
-def test_the_lowest_index_wins_among_equals(width):
+@pytest.mark.parametrize(("rows", "width"), [(50, 5), (500, 5), (50, 64), (50, 1024)])
+def test_the_lowest_index_wins_among_equals(rows, width):
+    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # sorted, and searched
     torch.manual_seed(0)
-    scores = torch.randint(-2, 3, (50, width)).float()
+    scores = torch.randint(-2, 3, (rows, width)).float()
     scores[scores == 0] = torch.tensor([0.0, -0.0])[torch.randint(0, 2, ((scores == 0).sum(),))]
     scores[0] = -torch.inf
     values, ids = blocks.largest(scores, 4)

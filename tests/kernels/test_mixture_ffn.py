@@ -1,9 +1,11 @@
 """The fused mixture against its definition: outputs and every gradient, by name."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
-from nmt_moe.kernels import _memory, mixture_ffn, reference
+from nmt_moe.kernels import _memory, _products, mixture_ffn, reference
 from nmt_moe.moe import plan_dispatch
 
 SHAPES = [  # (tokens, experts, per token, dim, hidden)
@@ -68,6 +70,59 @@ def test_empty_slots_and_a_token_without_expert():
     mine, theirs = (torch.autograd.grad(out, leaves, grad) for out in (y, expected))
     for name, one, other in zip(NAMES, mine, theirs, strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
+def test_without_gradients(tokens, experts, top_k, dim, hidden, dtype):
+    leaves, ids = draw(tokens, experts, top_k, dim, hidden, dtype)
+    plan = plan_dispatch(ids, experts)
+    with torch.no_grad():
+        y, again = (call(mixture_ffn, leaves, plan) for _ in range(2))
+        expected = call(reference.mixture_ffn, leaves, plan)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y, again)
+
+
+def test_empty_slots_without_gradients_and_a_token_without_expert():
+    for aligned in (True, False):  # torch's grouped product, and ours
+        leaves, ids = draw(4, 3, 2, 4, 8 if aligned else 6, torch.float32)
+        ids[1, 1] = ids[2] = 3
+        leaves = [leaf.detach() for leaf in leaves]
+        leaves[1].masked_fill_(ids == 3, 0.0)
+        plan = plan_dispatch(ids, 3, num_rows=int((ids < 3).sum()))
+        y = call(mixture_ffn, leaves, plan)
+        torch.testing.assert_close(y, call(reference.mixture_ffn, leaves, plan))
+        assert not y[2].any()
+
+
+def test_who_multiplies_without_gradients_follows_from_the_operands():
+    def takes_torchs(dim, hidden, dtype=torch.float32, skipped=0):
+        weight_in, weight_out = (
+            torch.zeros(skipped + 3 * dim * hidden, dtype=dtype)[skipped:].view(3, *shape)
+            for shape in ((dim, hidden), (hidden, dim))
+        )
+        return _products.loops_in_torch(weight_in.new_zeros(2, dim), weight_in, weight_out)
+
+    assert takes_torchs(4, 8) == hasattr(torch.nn.functional, "grouped_mm")
+    assert not takes_torchs(4, 8, torch.float64)
+    assert not takes_torchs(4, 6)
+    assert not takes_torchs(6, 4)
+    assert not takes_torchs(4, 8, torch.bfloat16)
+    assert not takes_torchs(4, 8, skipped=1)  # begins off its 16 bytes
+
+
+@pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch"])
+def test_all_ways_without_gradients_agree(changed, monkeypatch):
+    leaves, ids = draw(40, 6, 3, 16, 24, torch.float32)
+    plan = plan_dispatch(ids, 6)
+    with torch.no_grad():
+        y = call(mixture_ffn, leaves, plan)
+        if changed == "FEW_ROWS":
+            monkeypatch.setattr(import_module("nmt_moe.kernels.mixture_ffn"), changed, 0)
+        else:
+            monkeypatch.setattr(_products, changed, lambda *_: False)
+        torch.testing.assert_close(y, call(mixture_ffn, leaves, plan))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
