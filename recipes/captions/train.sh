@@ -36,20 +36,20 @@ TOP_K=${TOP_K:-4}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
 # Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Against learning by heart: the same two million pieces are seen five times.
+# Against learning by heart: the same two million pieces are seen more than three times.
 DROPOUT=${DROPOUT:-0.1}
 # Draws of the vocabulary in training; 0: the full softmax over 8,000 pieces, most of all time. Scores are always of
 # the full one. sentencepiece lists its pieces by falling frequency, as the draws need them.
 SAMPLES=${SAMPLES:-1000}
 # 2,000 pieces an update at most, 1,986 on average; 140,000 captions = 2.12 million pieces = 1,067 updates a pass.
 MAX_TOKENS=${MAX_TOKENS:-2000}
-# 5 passes. The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
-UPDATES=${UPDATES:-5400}
+# 3.4 passes. The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
+UPDATES=${UPDATES:-3600}
 WARMUP_UPDATES=${WARMUP_UPDATES:-500}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
 CLIP_NORM=${CLIP_NORM:-5.0}
 # A checkpoint and perplexity on valid every SAVE_INTERVAL updates; the last AVERAGE checkpoints are averaged.
-SAVE_INTERVAL=${SAVE_INTERVAL:-300}
+SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 AVERAGE=${AVERAGE:-4}
 
 set_model_flags() {
