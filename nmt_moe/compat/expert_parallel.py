@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,9 @@ def _starting(init: Callable) -> Callable:
                 logger.info("experts are spread over processes: using --fp16-no-flatten-grads")
                 cfg.common.fp16_no_flatten_grads = True
         init(self, cfg, task, model, *args, **kw)
+        self.stands_in = False
+        for layer in moe_layers(model):
+            layer.register_forward_pre_hook(partial(_masking, self))
 
     return start
 
@@ -101,12 +105,21 @@ def check_settings(cfg: Any, size: int) -> None:
 
 def _preparing(prepare: Callable) -> Callable:
     def _prepare_sample(self: Trainer, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
-        sample, stands_in = prepare(self, sample, is_dummy)
-        for layer in moe_layers(self.get_model()):
-            layer.is_idle = stands_in
-        return sample, stands_in
+        sample, self.stands_in = prepare(self, sample, is_dummy)
+        return sample, self.stands_in
 
     return _prepare_sample
+
+
+def _masking(trainer: Trainer, _: MoELayer, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Take every token of a batch that stands in for a missing one for padding: (x, mask, ...).
+
+    The other processes need not wait, and it reaches no loss and no statistic.
+    """
+    if not trainer.stands_in:
+        return None
+    x = arguments[0]
+    return x, torch.ones(len(x), dtype=torch.bool, device=x.device), *arguments[2:]
 
 
 def _stopping_where_memory_ends(step: Callable) -> Callable:

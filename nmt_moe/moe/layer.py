@@ -27,10 +27,6 @@ class MoELayer(nn.Module):
     No token is dropped and no expert has a capacity. The sum over a token's experts runs in a
     fixed order, so equal inputs give equal bits.
 
-    Attributes:
-        is_idle: Take every token for padding. For a batch that stands in for one that this rank
-            lacks, so that the other ranks need not wait: it reaches no loss and no statistic.
-
     Source: Shazeer et al. 2017, section 2, figure 1.
     """
 
@@ -54,7 +50,6 @@ class MoELayer(nn.Module):
         self.gate = build_gate(config)
         self.experts = (Experts if group.size == 1 else ShardedExperts)(config, group)
         self.group = group
-        self.is_idle = False
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, noise: Noise | None = None
@@ -80,8 +75,6 @@ class MoELayer(nn.Module):
         """
         check_shape("x", x, (None, self.config.model_dim), "(N, D)")
         self._check_tensors(x, padding_mask, noise)
-        if self.is_idle:
-            padding_mask = torch.ones(len(x), dtype=torch.bool, device=x.device)
         if padding_mask is None:
             return self._forward_tokens(x, noise)
         tokens = (~padding_mask).nonzero().squeeze(1)

@@ -123,15 +123,6 @@ def test_no_tokens_at_all_leave_a_finite_graph(masked):
         assert not parameter.grad.any(), name
 
 
-def test_an_idle_layer_takes_every_token_for_padding():
-    layer = make_layer(4, 2, 6, 5)
-    layer.is_idle = True
-    y, stats = layer(torch.randn(3, 6, dtype=torch.float64))
-    assert not y.any()
-    assert not stats.tokens_per_expert.any()
-    assert not stats.importance.any()
-
-
 def test_an_expert_without_tokens_gets_a_zero_gradient():
     layer = make_layer(4, 1, 6, 5)
     noise = torch.zeros(8, 4, dtype=torch.float64)

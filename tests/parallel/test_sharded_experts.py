@@ -176,6 +176,8 @@ def test_ranks_learn_what_one_process_does(world_size):
 
 
 def assert_all_close(result, expected, tolerance, what):
+    largest = max(abs(value - expected[name]).max() for name, value in result.items())
+    print(f"{what}: differs by {largest:.1e}, allowed {tolerance}")  # noqa: T201 (pytest -rP)
     for name, value in result.items():
         torch.testing.assert_close(
             torch.as_tensor(value),

@@ -33,6 +33,11 @@ plugin.register()
 STOPPED_WITHIN = 60  # seconds
 
 
+def report_stop(killed_at: float) -> None:
+    """Print how long the others went on; `pytest -rP` shows it."""
+    print(f"stopped after {time.monotonic() - killed_at:.1f} s")  # noqa: T201
+
+
 def children(process: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -60,7 +65,9 @@ def test_a_killed_process_stops_the_others_and_the_training_goes_on(data: Path, 
             time.sleep(0.05)
         killed = children(ranks.pid)[1]
         os.kill(killed, signal.SIGKILL)
+        killed_at = time.monotonic()
         assert ranks.wait(STOPPED_WITHIN) != 0
+        report_stop(killed_at)
     finally:
         ranks.terminate()
     assert f"Signal 9 (SIGKILL) received by PID {killed}" in log.read_text()
@@ -118,7 +125,9 @@ def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_pa
     ranks = start_two(die_while_saving, data, tmp_path)
     ranks[1].join(200)
     assert ranks[1].exitcode == -signal.SIGKILL
+    killed_at = time.monotonic()
     ranks[0].join(STOPPED_WITHIN)
+    report_stop(killed_at)
     assert ranks[0].exitcode == 1  # it stops, and does not wait
     last = tmp_path / "checkpoint_last.pt"
     assert list(tmp_path.glob("experts-*.tmp"))
