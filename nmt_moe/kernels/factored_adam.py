@@ -8,8 +8,8 @@ from torch import Tensor
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
 
-# Elements of a block: 4 MiB in float32, as much for its scratch, which stay in the cache between the
-# passes; less of it, and starting threads costs more than is saved. Starting is dearer on a GPU.
+# Elements of a block: 4 MiB in float32, and as much scratch, which stay in the cache between the
+# passes; with smaller ones two threads lose time to being started. That is dearer on a GPU.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
 # Blocks of experts whose means are made at once, before their weights move.
 GROUP = 4

@@ -106,28 +106,43 @@ def read_result(log: Path) -> Result:
     return Result(**found)
 
 
-def collect(work: Path) -> dict[str, dict[str, list[Result]]]:
-    """Give model -> dropout -> results of the seeds, from `runs/MODEL/dropout-P/seed-S/train.log`.
+def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
+    """Give model -> dropout -> seed -> result, from `runs/MODEL/dropout-P/seed-S/train.log`.
 
     Raises:
         ValueError: there is none.
     """
-    found: dict[str, dict[str, list[Result]]] = {}
+    found: dict[str, dict[str, dict[str, Result]]] = {}
     for log in sorted((work / "runs").glob("*/dropout-*/seed-*/train.log")):
         if (log.parent / "done").exists():
-            dropout, model = log.parent.parent.name.removeprefix("dropout-"), log.parents[2].name
-            found.setdefault(model, {}).setdefault(dropout, []).append(read_result(log))
+            seed, dropout = log.parent.name, log.parents[1].name.removeprefix("dropout-")
+            results = found.setdefault(log.parents[2].name, {}).setdefault(dropout, {})
+            results[seed] = read_result(log)
     if not found:
         raise ValueError(f"{work}/runs holds no finished training. Run recipes/capacity/run.sh.")
     return found
 
 
-def choose_dropout(results: dict[str, list[Result]]) -> str:
-    """Give the dropout with the lowest mean perplexity on valid; test has no say."""
-    return min(results, key=lambda dropout: statistics.mean(r.valid for r in results[dropout]))
+def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
+    """Give the dropout with the lowest mean perplexity on valid; test has no say.
+
+    Only the seeds that every dropout was trained with count, so that no dropout wins by its seeds.
+
+    Raises:
+        ValueError: the dropouts have no seed in common.
+    """
+    seeds = set.intersection(*(set(of_seed) for of_seed in results.values()))
+    if not seeds:
+        raise ValueError(
+            f"the dropouts {', '.join(results)} of a model have no seed in common, so none of them "
+            "is the best. Run recipes/capacity/run.sh with one seed for all of them."
+        )
+    return min(results, key=lambda p: statistics.mean(results[p][seed].valid for seed in seeds))
 
 
-def make_rows(found: dict[str, dict[str, list[Result]]], dim: int, vocab_size: int) -> list[Row]:
+def make_rows(
+    found: dict[str, dict[str, dict[str, Result]]], dim: int, vocab_size: int
+) -> list[Row]:
     """Put costs and perplexities of all trained models side by side."""
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
     from tools.cost_card import make_card
@@ -138,7 +153,7 @@ def make_rows(found: dict[str, dict[str, list[Result]]], dim: int, vocab_size: i
         if name in found:
             card = make_card(name, LSTMMoELMConfig(**options).to_config(), vocab_size)
             dropout = choose_dropout(found[name])
-            best = found[name][dropout]
+            best = list(found[name][dropout].values())
             perplexities = [r.valid for r in best], [r.test for r in best]
             rows.append(Row(name, card.ops, card.params, dropout, *perplexities))
     return rows

@@ -34,8 +34,10 @@ def test_all_models_cost_the_same_and_hold_more_and_more():
     # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072; gates come on top,
     # 2 x 64 for each expert of a flat one, and 2 x 64 x 16 x (1 + 2) in two levels. LSTMs have 4 x
     # 64 biases.
-    found = {name: [capacity.Result(2.0, 2.0)] for name in capacity.model_options(64)}
-    rows = capacity.make_rows({name: {"0.0": found[name]} for name in found}, 64, 2000)
+    found = {
+        name: {"0.0": {"seed-1": capacity.Result(2.0, 2.0)}} for name in capacity.model_options(64)
+    }
+    rows = capacity.make_rows(found, 64, 2000)
     gates = {"moe_4": 512, "moe_16": 2048, "moe_64": 8192, "moe_256h": 6144}
     assert {row.name: row.ops for row in rows if row.name != "moe_1_wide"} == {
         name: 131_072 + gates.get(name, 0) for name in found if name != "moe_1_wide"
@@ -46,12 +48,21 @@ def test_all_models_cost_the_same_and_hold_more_and_more():
     assert sizes["moe_256h"] == 2 * 32_768 + 256 * 16_384 + 2048 + 16 * 2048 + 2 * 256
 
 
+def make_results(**valid):
+    return {seed: capacity.Result(value, 9.0) for seed, value in valid.items()}
+
+
 def test_dropout_is_chosen_on_valid_alone():
-    results = {
-        "0.0": [capacity.Result(10.0, 1.0), capacity.Result(20.0, 1.0)],
-        "0.1": [capacity.Result(14.0, 9.0), capacity.Result(15.0, 9.0)],
-    }
+    results = {"0.0": make_results(a=10.0, b=20.0), "0.1": make_results(a=14.0, b=15.0)}
+    results["0.0"]["a"] = capacity.Result(10.0, 1.0)
     assert capacity.choose_dropout(results) == "0.1"
+
+
+def test_dropout_is_chosen_on_the_seeds_that_all_have():
+    results = {"0.0": make_results(a=10.0, b=20.0), "0.1": make_results(a=14.0)}
+    assert capacity.choose_dropout(results) == "0.0"
+    with pytest.raises(ValueError, match=r"0\.0, 0\.1 of a model have no seed in common"):
+        capacity.choose_dropout({"0.0": make_results(a=1.0), "0.1": make_results(b=1.0)})
 
 
 def write_log(run_folder, valid_bits, test_bits):
