@@ -96,6 +96,16 @@ require_choice() {
 # hypotheses_of LOG: the detokenised translations in fairseq-generate's output, in the order of the test set.
 hypotheses_of() { grep '^D-' "$1" | sed 's/^D-//' | sort -n -k1,1 | cut -f3-; }
 
+# loss_of LOG: bits per token and how many tokens were scored, from fairseq-eval-lm's output, whose perplexity has only
+# two digits.
+loss_of() {
+  local found
+  found=$(sed -n -e 's/.*Evaluated \([0-9,]*\) tokens.*/tokens \1/p' -e 's/.*Loss (base 2): \([0-9.]*\).*/bits \1/p' "$1" |
+    tr -d , | awk '{ last[$1] = $2 } END { if (("bits" in last) && ("tokens" in last)) print last["bits"], last["tokens"] }')
+  [[ -n $found ]] || die "$1 holds no loss of fairseq-eval-lm; run evaluate.sh again"
+  printf '%s\n' "$found"
+}
+
 # logged COMMAND... with LOG set: run with all output in $LOG; show its end when the command fails.
 logged() {
   if ! "$@" >"$LOG" 2>&1; then

@@ -24,12 +24,14 @@ DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 
 score() { # SUBSET
-  local figures
+  local found bits scored figures
   LOG=$WORK/$RUN/$1.log
   OMP_NUM_THREADS=$THREADS logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --path "$CHECKPOINT" --gen-subset "$1" --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 \
     "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-  figures=$(python "$HERE/score.py" --log "$LOG" --pieces "$WORK/pieces/$1" --text "$WORK/text/$1")
+  found=$(loss_of "$LOG")
+  read -r bits scored <<<"$found"
+  figures=$(python "$HERE/score.py" --bits "$bits" --scored "$scored" --pieces "$WORK/pieces/$1" --text "$WORK/text/$1")
   printf '%s, %s: %s\n' "$1" "$RUN" "$figures"
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn the loss that fairseq-eval-lm logs into perplexities that do not hang on the vocabulary.
 
-    score.py --log test.log --pieces pieces/test --text text/test
+    score.py --bits 4.39 --scored 90158 --pieces pieces/test --text text/test
 
 Prints perplexity per piece, per word and bits per character: one loss, that of all pieces and ends
 of sentence, spread over three counts. Only pieces count the ends of sentence.
@@ -10,7 +10,6 @@ of sentence, spread over three counts. Only pieces count the ends of sentence.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,37 +33,22 @@ class Score:
         )
 
 
-def read_log(path: Path) -> tuple[float, int]:
-    """Read the bits per token, and how many were scored, from the log of fairseq-eval-lm.
-
-    Raises:
-        ValueError: it holds no result.
-    """
-    log = path.read_text(encoding="utf-8")
-    losses = re.findall(r"Loss \(base 2\): ([\d.]+)", log)
-    tokens = re.findall(r"Evaluated ([\d,]+) tokens", log)
-    if not losses or not tokens:
-        raise ValueError(f"{path}: holds no loss of fairseq-eval-lm; run evaluate.sh again")
-    return float(losses[-1]), int(tokens[-1].replace(",", ""))
-
-
 def read_lines(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="\n") as file:
         return [line.removesuffix("\n") for line in file]
 
 
-def score_text(log: Path, pieces: Path, text: Path) -> Score:
-    """Spread the logged loss over a text of a sentence a line and over its pieces.
+def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path) -> Score:
+    """Spread a loss over a text of a sentence a line and over its pieces.
 
     Raises:
-        ValueError: the log holds no result, or that of another text.
+        ValueError: the loss is that of another text.
     """
-    bits_per_piece, num_scored = read_log(log)
     num_pieces = sum(len(line.split()) + 1 for line in read_lines(pieces))
     if num_scored != num_pieces:
         raise ValueError(
-            f"{log}: must hold the loss of the {num_pieces} pieces and ends of sentence of "
-            f"{pieces}, but {num_scored} were scored. Prepare the text again and score it anew."
+            f"`--scored` must be {num_pieces}, the pieces and ends of sentence of {pieces}, but is "
+            f"{num_scored}. Prepare the text again and score it anew."
         )
     lines = read_lines(text)
     return Score(
@@ -79,12 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--log", type=Path, required=True, help="of fairseq-eval-lm")
+    parser.add_argument("--bits", type=float, required=True, help="loss per piece, to base 2")
+    parser.add_argument("--scored", type=int, required=True, help="pieces, ends of sentence too")
     parser.add_argument("--pieces", type=Path, required=True, help="the text as it was scored")
     parser.add_argument("--text", type=Path, required=True, help="before it was cut into pieces")
     args = parser.parse_args(arguments)
     try:
-        print(score_text(args.log, args.pieces, args.text))
+        print(score_text(args.bits, args.scored, args.pieces, args.text))
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -40,9 +40,8 @@ LOG=$WORK/$RUN/$SUBSET.log
 mkdir -p "$(dirname "$LOG")"
 logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$CHECKPOINT" --gen-subset "$SUBSET" \
   --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-# The log's perplexity has two digits, its loss in bits three or more.
-loss=$(grep -o 'Loss (base 2): [0-9.]*' "$LOG" | tail -n 1 | grep -o '[0-9.]*$' | tail -n 1)
-tokens=$(grep -o 'Evaluated [0-9,]* tokens' "$LOG" | tail -n 1 | cut -d' ' -f2 | tr -d ,)
+found=$(loss_of "$LOG")
+read -r loss tokens <<<"$found"
 expected=$(awk -v part="$SUBSET" '$1 == part { print $2 + $3 }' "$WORK/text/counts.tsv")
 [[ $tokens == "$expected" ]] ||
   die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $LOG"

@@ -78,34 +78,17 @@ def test_dense_costs_what_the_chosen_experts_cost(tmp_path):
 def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path, capsys):
     # 6 pieces and 2 ends of sentence of 3 bits each are 24 bits: 2 ** (24 / 4) for each of 4 words,
     # and 24 / 15 for each of the 15 characters.
-    (tmp_path / "log").write_text("Evaluated 8 tokens in 0.1s\nLoss (base 2): 3.0000, Perplexity")
     (tmp_path / "pieces").write_text("▁ab ▁c dé\n▁new ▁word s\n")
     (tmp_path / "text").write_text("ab cdé\nnew words\n")
-    command = [f"--{name}={tmp_path / name}" for name in ("log", "pieces", "text")]
-    assert score.main(command) == 0
+    files = [f"--{name}={tmp_path / name}" for name in ("pieces", "text")]
+    assert score.main(["--bits=3.0", "--scored=8", *files]) == 0
     assert capsys.readouterr().out == (
         "perplexity 8.00 per piece (8 with ends of sentence), 64.00 per word (4), "
         f"{24 / 15:.4f} bits per character (15)\n"
     )
-
-
-BAD_LOGS = [
-    pytest.param("Evaluated 8 tokens\n", "holds no loss of fairseq-eval-lm", id="broken-off"),
-    pytest.param(
-        "Evaluated 1,008 tokens\nLoss (base 2): 3.0",
-        "must hold the loss of the 2 pieces and ends of sentence of .*, but 1008 were scored",
-        id="another-text",
-    ),
-]
-
-
-@pytest.mark.parametrize(("log", "message"), BAD_LOGS)
-def test_a_log_of_no_or_another_text_is_refused(log, message, tmp_path, capsys):
-    (tmp_path / "log").write_text(log)
-    for name in ("pieces", "text"):
-        (tmp_path / name).write_text("a\n")
-    assert score.main([f"--{name}={tmp_path / name}" for name in ("log", "pieces", "text")]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    # The loss of another text.
+    assert score.main(["--bits=3.0", "--scored=1008", *files]) == 1
+    assert "`--scored` must be 8, the pieces and ends of" in capsys.readouterr().err
 
 
 def test_an_empty_text_is_named(tmp_path):
