@@ -1,6 +1,7 @@
 """The wording of every error: name, rule, value, way out."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
             raise ValueError(f"`{name}` must be at least {low}, but is {value}.")
     elif not low <= value <= high:
         raise ValueError(f"`{name}` must be from {low} to {high}, but is {value}.")
+
+
+def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Refuse what is no whole number from `low` to `high`.
+
+    Raises:
+        ValueError: naming the option, the rule or bounds and the value.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a whole number (an int), but is {value!r}.")
+    check_range(name, value, low, high)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -84,10 +84,12 @@ def _largest_ids(scores: Tensor, count: int) -> Tensor:
     """Find the indices alone, of float32 scores.
 
     A key holds the score's bits, arranged to compare as integers, above the index counted
-    backwards: all differ, and plain vectorised maxima find them in order.
+    backwards: all differ, and plain vectorised maxima find them in order. NaN, of either sign,
+    counts as infinity, so that it is chosen and shows.
     """
     last = scores.shape[1] - 1
-    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0, its equal
+    numbers = scores.nan_to_num(math.inf, math.inf, -math.inf)
+    bits = numbers.add_(0.0).view(torch.int32)  # -0 becomes 0, its equal
     bits = bits.bitwise_xor_(bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF))
     keys = bits.to(torch.int64).bitwise_left_shift_(32)
     keys.bitwise_or_(torch.arange(last, -1, -1))
@@ -160,7 +162,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
             noise_scale(raw_scale[rows], out=scale)
             torch.addcmul(clean[rows], block_noise, scale, out=noisy)
             top[rows], ids[rows] = largest(noisy, count)
-            torch.gather(block_noise, 1, ids[rows], out=drawn[rows])
+            drawn[rows] = block_noise.gather(1, ids[rows])
             if smooth:  # Phi(z) = erfc(-z / sqrt(2)) / 2
                 z = margins(clean[rows], scale, top[rows], ids[rows], out=noisy)
                 twice = z.mul_(-INV_SQRT_2).erfc_()

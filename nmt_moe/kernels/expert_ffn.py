@@ -47,7 +47,10 @@ def expert_ffn(
     check_dtypes(rows, expert_offsets, weight_in=weight_in, weight_out=weight_out)
     rows = rows.contiguous()
     products = choose_products(rows, weight_in, expert_offsets)
-    return _ExpertFFN.apply(rows, weight_in, weight_out, products, recompute)
+    # Inside a Function gradients are off, and its flags say nothing of a surrounding no_grad.
+    leaves = rows, weight_in, weight_out
+    is_training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    return _ExpertFFN.apply(rows, weight_in, weight_out, products, is_training and not recompute)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -64,10 +67,9 @@ class _ExpertFFN(torch.autograd.Function):
         weight_in: Tensor,
         weight_out: Tensor,
         products: Products,
-        recompute: bool,
+        keep: bool,
     ) -> Tensor:
         hidden = products.multiply(rows, weight_in, relu=True)
-        keep = not recompute and any(ctx.needs_input_grad)
         ctx.save_for_backward(rows, weight_in, weight_out, hidden if keep else None)
         ctx.products = products
         return products.multiply(hidden, weight_out)
@@ -79,7 +81,12 @@ class _ExpertFFN(torch.autograd.Function):
         products, grad_answers = ctx.products, grad_answers.contiguous()
         if hidden is None:
             hidden = products.multiply(rows, weight_in, relu=True)
-        grad_out = products.weight_gradient(hidden, grad_answers)
-        grad_hidden = products.multiply_back(grad_answers, weight_out, mask=hidden)
-        grad_in = products.weight_gradient(rows, grad_hidden)
-        return products.multiply_back(grad_hidden, weight_in), grad_in, grad_out, None, None
+        needs_rows, needs_in, needs_out = ctx.needs_input_grad[:3]
+        grad_rows = grad_in = grad_out = None
+        if needs_out:
+            grad_out = products.weight_gradient(hidden, grad_answers)
+        if needs_rows or needs_in:
+            grad_hidden = products.multiply_back(grad_answers, weight_out, mask=hidden)
+            grad_in = products.weight_gradient(rows, grad_hidden) if needs_in else None
+            grad_rows = products.multiply_back(grad_hidden, weight_in) if needs_rows else None
+        return grad_rows, grad_in, grad_out, None, None

@@ -20,7 +20,8 @@ def gate_logits(
     """Multiply rows by both matrices of their gate.
 
     The backward pass adds both products' gradients of `rows` in place, without an (N, D) tensor
-    for each. Groups without rows cost nothing but zeros for their gradient.
+    for each, and keeps their dtype under autocast, too. Groups without rows cost nothing but zeros
+    for their gradient.
 
     Args:
         rows: (N, D).
@@ -40,10 +41,8 @@ def gate_logits(
         if noise_weight is None:
             return clean, None
         return clean, grouped_gemm(rows, noise_weight, row_offsets)
-    if row_offsets is None and noise_weight is None:
-        check_shape("gate_weight", gate_weight, (rows.shape[1], None), "(D, E)")
-        return rows @ gate_weight, None
     if row_offsets is None:
+        check_shape("gate_weight", gate_weight, (rows.shape[1], None), "(D, E)")
         row_offsets = torch.tensor([0, len(rows)])
         gate_weight = gate_weight.unsqueeze(0)
         noise_weight = None if noise_weight is None else noise_weight.unsqueeze(0)

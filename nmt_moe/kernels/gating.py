@@ -31,6 +31,9 @@ def noisy_top_k(
     through the thresholds it must beat. Sums run in a fixed order, so equal inputs (and equal
     states of torch's CPU generator, which governs the noise) give equal bits.
 
+    On a GPU the kernels take float32, up to 16384 experts and `top_k` below 16. Anything else goes
+    through plain torch there, in (N, E) tensors and with noise of the GPU's generator.
+
     Args:
         clean: (N, E) float32 or float64. Logits without noise.
         raw_scale: (N, E). Logits of the noise's standard deviation; None for no noise

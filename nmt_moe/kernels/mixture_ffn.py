@@ -66,8 +66,9 @@ def mixture_ffn(
         is_training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
         if len(row_token) <= FEW_ROWS and not is_training:
             return _mix_few(x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out)
+        keep = is_training and not recompute
         return _MixtureFFN.apply(
-            x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out, recompute
+            x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out, keep
         )
     rows = gather_rows(x, row_token, token_rows)
     rows = expert_ffn(rows, weight_in, weight_out, expert_offsets, recompute)
@@ -104,12 +105,11 @@ class _MixtureFFN(torch.autograd.Function):
         expert_offsets: Tensor,
         weight_in: Tensor,
         weight_out: Tensor,
-        recompute: bool,
+        keep: bool,
     ) -> Tensor:
         plan = plan_padding(row_token, token_rows, expert_offsets)
         num_rows, most = len(plan.row_token), plan.most_rows
         model_dim, hidden_dim = weight_in.shape[1:]
-        keep = not recompute and any(ctx.needs_input_grad)
         hidden = _memory.empty((num_rows if keep else most, hidden_dim), x)
         answers = _empty_answers(num_rows, x)
         scratch = x.new_empty(most, model_dim)
@@ -141,8 +141,12 @@ class _MixtureFFN(torch.autograd.Function):
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1)
         grad_row_gate = torch.zeros_like(row_gate)
         grad_rows = _empty_answers(num_rows, x)
-        grad_in = _memory.empty(weight_in.shape, weight_in)
-        grad_out = _memory.empty(weight_out.shape, weight_out)
+        grad_in, grad_out = (
+            _memory.empty(weight.shape, weight) if is_needed else None
+            for weight, is_needed in zip(
+                (weight_in, weight_out), ctx.needs_input_grad[5:7], strict=True
+            )
+        )
         _zero_unused(ctx.batches, grad_in, grad_out)
         scratch = [x.new_empty(ctx.most, width) for width in weight_in.shape[1:] for _ in range(2)]
         for batch in ctx.batches:
@@ -159,11 +163,14 @@ class _MixtureFFN(torch.autograd.Function):
             torch.mul(grad_hidden, batch_hidden, out=product)
             torch.sum(product, 2, keepdim=True, out=batch.cut(grad_row_gate))
             gate = batch.cut(row_gate)
-            torch.bmm(batch_hidden.mT, grad_answers.mul_(gate), out=grad_out[own])
+            grad_answers.mul_(gate)
+            if grad_out is not None:
+                torch.bmm(batch_hidden.mT, grad_answers, out=grad_out[own])
             torch.ops.aten.threshold_backward.grad_input(
                 grad_hidden.mul_(gate), batch_hidden, 0, grad_input=grad_hidden
             )
-            torch.bmm(rows.mT, grad_hidden, out=grad_in[own])
+            if grad_in is not None:
+                torch.bmm(rows.mT, grad_hidden, out=grad_in[own])
             torch.bmm(grad_hidden, weight_in[own].mT, out=batch.cut(grad_rows))
         grad_x = F.embedding_bag(token_rows, grad_rows, mode="sum")
         grad_gates = grad_row_gate.view(-1)[token_rows]
@@ -177,11 +184,13 @@ def _empty_answers(num_rows: int, x: Tensor) -> Tensor:
     return answers
 
 
-def _zero_unused(batches: list[Batch], *gradients: Tensor) -> None:
+def _zero_unused(batches: list[Batch], *gradients: Tensor | None) -> None:
     """Zero the gradients of experts without rows, a whole stretch of them at once."""
-    start = 0
-    for experts in [*(batch.experts for batch in batches), slice(len(gradients[0]), None)]:
-        if experts.start > start:
-            for gradient in gradients:
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        start = 0
+        for experts in [*(batch.experts for batch in batches), slice(len(gradient), None)]:
+            if experts.start > start:
                 gradient[start : experts.start].zero_()
-        start = experts.stop
+            start = experts.stop

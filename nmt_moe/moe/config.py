@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nmt_moe.checks import check_choice, check_divides, check_range
+from nmt_moe.checks import check_choice, check_divides, check_range, check_whole
 
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 RECOMPUTE = ("auto", "always", "never")
@@ -45,15 +45,15 @@ class MoEConfig:
     recompute: str = "auto"
 
     def __post_init__(self) -> None:
-        check_range("model_dim", self.model_dim, 1)
-        check_range("hidden_dim", self.hidden_dim, 1)
-        check_range("num_experts", self.num_experts, 1)
-        check_range("top_k", self.top_k, 1, self.num_experts)
+        check_whole("model_dim", self.model_dim, 1)
+        check_whole("hidden_dim", self.hidden_dim, 1)
+        check_whole("num_experts", self.num_experts, 1)
+        check_whole("top_k", self.top_k, 1, self.num_experts)
         check_choice("gate", self.gate, GATES)
         check_choice("recompute", self.recompute, RECOMPUTE)
         check_range("importance_weight", self.importance_weight, 0.0)
         check_range("load_weight", self.load_weight, 0.0)
-        check_range("num_groups", self.num_groups, 0, self.num_experts)
+        check_whole("num_groups", self.num_groups, 0, self.num_experts)
         if self.num_groups:
             self._check_hierarchy()
 

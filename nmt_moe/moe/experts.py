@@ -1,5 +1,8 @@
 """The experts: feed-forward networks of one hidden ReLU layer."""
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +38,26 @@ class Experts(nn.Module):
         self.weight_out = nn.Parameter(
             torch.empty(num_local_experts, config.hidden_dim, config.model_dim)
         )
+        self.group = group
+        self._mark()
+        for weight in (self.weight_in, self.weight_out):
+            init_uniform(weight, weight.shape[1] ** -0.5)
+
+    def _mark(self) -> None:
+        """Mark the weights; where torch makes them anew, the marks are gone."""
         for weight in (self.weight_in, self.weight_out):
             mark_expert(weight)
-            if group.size > 1:
-                mark_shard(weight, group)
-            init_uniform(weight, weight.shape[1] ** -0.5)
+            if self.group.size > 1:
+                mark_shard(weight, self.group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # of `to`, `to_empty`, `half`
+        self._mark()
+        return self
 
     def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
         """Give each token the weighted sum of its experts' answers.

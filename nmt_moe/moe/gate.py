@@ -34,7 +34,8 @@ class SoftmaxGate(nn.Module):
             raise ValueError("`noise` must be None with the gate 'softmax', which draws none.")
         num_tokens, num_experts = len(x), self.gate_weight.shape[1]
         with torch.autocast(x.device.type, enabled=False):
-            gates = (x.to(gate_dtype(x)) @ self.gate_weight.to(gate_dtype(x))).softmax(dim=1)
+            dtype = gate_dtype(x)
+            gates = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None)[0].softmax(dim=1)
         expert_ids = torch.arange(num_experts, device=x.device).expand(num_tokens, -1)
         return GateOutput(
             gates,
@@ -109,15 +110,15 @@ class StrictlyBalancedGate(nn.Module):
         if noise is not None:
             raise ValueError("`noise` must be None with the gate 'strictly_balanced'.")
         with torch.autocast(x.device.type, enabled=False):
-            probs = (x.to(gate_dtype(x)) @ self.gate_weight.to(gate_dtype(x))).softmax(dim=1)
-            threshold = self.threshold.to(probs.dtype)
+            dtype = gate_dtype(x)
+            logits, _ = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None)
+            probs, threshold = logits.detach().softmax(dim=1), self.threshold.to(dtype)
             if self.training:
                 mask = batchwise_mask(probs, self.top_k)
-                loss = batchwise_threshold_loss(probs.detach(), threshold, mask)
-                loss = loss / max(len(x), 1)
+                loss = batchwise_threshold_loss(probs, threshold, mask) / max(len(x), 1)
             else:
-                mask, loss = probs > threshold, probs.new_zeros(())
-            masked = normalise_masked(probs, mask)
+                mask, loss = over_threshold(probs, threshold), probs.new_zeros(())
+            masked = masked_softmax(logits, mask)
         gates, expert_ids = to_slots(masked, mask)
         counts = mask.sum(0)
         return GateOutput(
@@ -131,42 +132,73 @@ class StrictlyBalancedGate(nn.Module):
         )
 
 
-def batchwise_mask(probs: Tensor, top_k: int) -> Tensor:
+def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None) -> Tensor:
     """Keep each expert's best m = ceil(K N / E) tokens.
 
     Args:
         probs: (N, E). G_sigma.
         top_k: K, tokens' average number of experts.
+        row_offsets: (G + 1,) int64. Each group, which owns rows [offsets[g], offsets[g + 1]), is
+            a batch of its own; None for one batch.
 
     Returns:
-        (N, E) bool with exactly m ones in each column.
+        (N, E) bool with exactly m ones in each column of a group.
 
     Source: Shazeer et al. 2017, eq. 18.
     """
-    num_tokens, num_experts = probs.shape
-    chosen_per_expert = math.ceil(top_k * num_tokens / num_experts)
-    if num_tokens == 0:
-        return torch.zeros_like(probs, dtype=torch.bool)
-    place = torch.arange(num_tokens, device=probs.device).unsqueeze(1)
-    start = torch.arange(num_experts, device=probs.device) * chosen_per_expert
-    token = (place + start) % num_tokens  # column i begins at token i m
+    num_rows, num_experts = probs.shape
+    if row_offsets is None:
+        row_offsets = torch.tensor([0, num_rows], device=probs.device)
+    sizes = row_offsets.diff()
+    chosen_per_expert = (top_k * sizes + num_experts - 1) // num_experts
+    groups = row_groups(row_offsets, num_rows)
+    first, size, chosen = row_offsets[groups], sizes[groups], chosen_per_expert[groups]
+    place = torch.arange(num_rows, device=probs.device) - first
+    start = torch.arange(num_experts, device=probs.device) * chosen.unsqueeze(1)
+    # Column i begins at its group's token i m.
+    token = first.unsqueeze(1) + (place.unsqueeze(1) + start) % size.unsqueeze(1)
     order = probs.detach().gather(0, token).sort(dim=0, descending=True, stable=True).indices
-    best = token.gather(0, order[:chosen_per_expert])
-    return torch.zeros_like(probs, dtype=torch.bool).scatter(0, best, True)
+    if len(sizes) > 1:
+        order = order.gather(0, groups[order].sort(dim=0, stable=True).indices)
+    is_best = (place < chosen).unsqueeze(1).expand_as(token)
+    return torch.zeros_like(is_best).scatter(0, token.gather(0, order), is_best)
 
 
-def normalise_masked(probs: Tensor, mask: Tensor) -> Tensor:
-    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for a token nobody takes.
+def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
+    """Give the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1])."""
+    rows = torch.arange(num_rows, device=row_offsets.device)
+    return torch.searchsorted(row_offsets, rows, right=True) - 1
+
+
+def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
+    """Keep what is over its expert's threshold, and NaN, so that it shows in the gates.
 
     Args:
         probs: (N, E). G_sigma.
+        threshold: (E,), or (N, E) for rows of several gates.
+
+    Returns:
+        (N, E) bool.
+
+    Source: Shazeer et al. 2017, eq. 19.
+    """
+    return ~(probs <= threshold)
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for a token nobody takes.
+
+    As a softmax over the kept logits alone, since all kept G_sigma may be too small for their
+    dtype.
+
+    Args:
+        logits: (N, E).
         mask: (N, E) bool.
 
-    Source: Shazeer et al. 2017, eq. 16.
+    Source: Shazeer et al. 2017, eqs. 2 and 16.
     """
-    masked = probs * mask
-    taken = mask.any(dim=1, keepdim=True)
-    return masked / torch.where(taken, masked.sum(dim=1, keepdim=True), 1.0)
+    left_out = ~mask & mask.any(dim=1, keepdim=True)  # all columns of a row would give NaN
+    return logits.masked_fill(left_out, -math.inf).softmax(dim=1).masked_fill(~mask, 0.0)
 
 
 def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from nmt_moe.moe.gate import (
     batchwise_mask,
     batchwise_threshold_loss,
     gate_dtype,
-    normalise_masked,
+    masked_softmax,
+    over_threshold,
+    row_groups,
     to_slots,
 )
 from nmt_moe.moe.gate_output import GateOutput
@@ -147,12 +149,6 @@ def _row_gates(primary: GateOutput, plan: DispatchPlan) -> Tensor:
     return places.scatter(0, plan.token_rows.flatten(), primary.gates.flatten())[:-1]
 
 
-def _rows_by_group(plan: DispatchPlan) -> list[slice]:
-    """List the rows of each group."""
-    bounds = plan.expert_offsets.tolist()
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
 class HierarchicalNoisyTopKGate(HierarchicalGate):
     """Noisy top-k gating at both levels.
 
@@ -186,8 +182,7 @@ class HierarchicalNoisyTopKGate(HierarchicalGate):
 
     def _row_noise(self, noise: Tensor, plan: DispatchPlan) -> Tensor:
         """Pick each row's (R, E / G) noise from (N, E)."""
-        rows = torch.arange(len(plan.row_token), device=noise.device)
-        row_group = torch.searchsorted(plan.expert_offsets, rows, right=True) - 1
+        row_group = row_groups(plan.expert_offsets, len(plan.row_token))
         return noise.view(-1, self.num_groups, self.group_size)[plan.row_token, row_group]
 
 
@@ -212,20 +207,18 @@ class HierarchicalStrictlyBalancedGate(HierarchicalGate):
     def _choose(
         self, x: Tensor, row_gates: Tensor, plan: DispatchPlan, noise: Tensor | None
     ) -> GroupChoice:
-        masks, gates, importances, loads, losses = [], [], [], [], [x.new_zeros(())]
-        for i, run in enumerate(_rows_by_group(plan)):
-            probs = (x[run] @ self.secondary_gate_weight[i].to(x.dtype)).softmax(dim=1)
-            threshold = self.secondary_threshold[i].to(x.dtype)
-            if self.training:
-                mask = batchwise_mask(probs, self.top_k)
-                losses.append(batchwise_threshold_loss(probs.detach(), threshold, mask))
-            else:
-                mask = probs > threshold
-            masks.append(mask)
-            gates.append(normalise_masked(probs, mask))
-            importances.append(row_gates[run] @ gates[-1])
-            loads.append(mask.sum(0).to(x.dtype))
-        slot_gates, slot_ids = to_slots(torch.cat(gates), torch.cat(masks))
-        loss = torch.stack(losses).sum() / max(len(x), 1)
-        importance, load = torch.stack(importances), torch.stack(loads)
+        offsets = plan.expert_offsets
+        logits, _ = gate_logits(x, self.secondary_gate_weight.to(x.dtype), None, offsets)
+        probs = logits.detach().softmax(dim=1)
+        # By brackets: the gradient of equal indices is then added up in a fixed order.
+        threshold = self.secondary_threshold.to(x.dtype)[row_groups(offsets, len(x))]
+        if self.training:
+            mask = batchwise_mask(probs, self.top_k, offsets)
+            loss = batchwise_threshold_loss(probs, threshold, mask) / max(len(x), 1)
+        else:
+            mask, loss = over_threshold(probs, threshold), x.new_zeros(())
+        gates = masked_softmax(logits, mask)
+        slot_gates, slot_ids = to_slots(gates, mask)
+        importance = torch.segment_reduce(row_gates.unsqueeze(1) * gates, "sum", offsets=offsets)
+        load = torch.segment_reduce(mask.to(x.dtype), "sum", offsets=offsets)
         return GroupChoice(slot_gates, slot_ids, importance, load, loss)

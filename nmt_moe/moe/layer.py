@@ -60,7 +60,7 @@ class MoELayer(nn.Module):
             x: (N, D).
             padding_mask: (N,) bool, True = padding. Such rows of y are 0; they reach no expert,
                 no loss and no statistic.
-            noise: (N, E) standard normal, to reproduce a pass; with groups, a pair of (N, G) and
+            noise: (N, E) standard normal, to reproduce a pass; with groups, a tuple of (N, G) and
                 (N, E). Drawn when None. Of noisy gates, in training only.
 
         Returns:
@@ -117,18 +117,24 @@ class MoELayer(nn.Module):
             check_shape("padding_mask", padding_mask, (len(x),), "(N,)")
             check_like("padding_mask", padding_mask, torch.bool, x.device)
         if noise is not None:
-            self._check_noise(noise, len(x))
+            self._check_noise(noise, x)
 
-    def _check_noise(self, noise: Noise, num_tokens: int) -> None:
+    def _check_noise(self, noise: Noise, x: Tensor) -> None:
         """Refuse noise of another form than the gate draws."""
-        config = self.config
-        if isinstance(noise, tuple) != bool(config.num_groups):
-            wanted = "a pair (N, G), (N, E)" if config.num_groups else "one tensor (N, E)"
-            raise ValueError(f"`noise` must be {wanted} with num_groups = {config.num_groups}.")
-        if isinstance(noise, tuple):
-            check_shape("noise[0]", noise[0], (num_tokens, config.num_groups), "(N, G)")
-        secondary = noise[1] if isinstance(noise, tuple) else noise
-        check_shape("noise", secondary, (num_tokens, config.num_experts), "(N, E)")
+        num_groups, num_experts = self.config.num_groups, self.config.num_experts
+        parts = noise if isinstance(noise, tuple) else (noise,)
+        is_pair = isinstance(noise, tuple) and len(noise) == 2
+        if is_pair != bool(num_groups) or not all(isinstance(part, Tensor) for part in parts):
+            wanted = "a pair (N, G), (N, E) in a tuple" if num_groups else "one tensor (N, E)"
+            raise ValueError(
+                f"`noise` must be {wanted} with num_groups = {num_groups}, but is "
+                f"({', '.join(type(part).__name__ for part in parts)})."
+            )
+        if num_groups:
+            check_shape("noise[0]", parts[0], (len(x), num_groups), "(N, G)")
+        check_shape("noise", parts[-1], (len(x), num_experts), "(N, E)")
+        for part in parts:
+            check_like("noise", part, None, x.device)
 
 
 def build_gate(config: MoEConfig) -> nn.Module:

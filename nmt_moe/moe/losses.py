@@ -11,14 +11,14 @@ def squared_cv(values: Tensor) -> Tensor:
         values: (E,) non-negative. The variance is the population's (divided by E).
 
     Returns:
-        A scalar; 0 where all values are zero, and for a single expert.
+        A scalar; 0 where all values are zero, and for a single expert; NaN if a value is.
 
     Source: Shazeer et al. 2017, eqs. 7 and 11.
     """
     mean = values.mean()
     variance = (values - mean).square().mean()
-    used = mean > 0
-    return torch.where(used, variance / torch.where(used, mean, 1.0).square(), 0.0)
+    unused = mean == 0
+    return torch.where(unused, 0.0, variance / torch.where(unused, 1.0, mean).square())
 
 
 def importance_loss(importance: Tensor, weight: float) -> Tensor:

@@ -25,7 +25,7 @@ class ShardedExperts(Experts):
 
     def __init__(self, config: MoEConfig, group: ExpertParallelGroup) -> None:
         super().__init__(config, group)
-        self.group, self.num_experts = group, config.num_experts
+        self.num_experts = config.num_experts
 
     def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
         """Give each token the weighted sum of its experts' answers.

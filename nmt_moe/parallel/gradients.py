@@ -13,7 +13,7 @@ def mark_expert(parameter: Parameter) -> None:
     """Mark a parameter whose last two dimensions are one matrix of an expert.
 
     A parameter that torch makes anew (`copy.deepcopy`, `to_empty` after the meta device) is not
-    marked.
+    marked; the module that owns it marks it again.
     """
     parameter.param_group = GROUP  # type: ignore[attr-defined]
 

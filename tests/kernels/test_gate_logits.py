@@ -48,7 +48,7 @@ def test_products_and_gradients(sizes, noisy):
         ({"gate_weight": torch.zeros(4, 6)}, r"`gate_weight` .* \(D, E\) = \(5, any\)"),
         (
             {"gate_weight": torch.zeros(4, 6), "noise_weight": torch.zeros(4, 6)},
-            r"`gate_weight` .* = \(1, 5, any\)",
+            r"`gate_weight` .* \(D, E\) = \(5, any\)",
         ),
         ({"noise_weight": torch.zeros(5, 7)}, r"`noise_weight` .* = \(1, 5, 6\)"),
     ],

@@ -1,10 +1,13 @@
 """The layer against the paper's equations, in float64, values and all gradients."""
 
+import copy
+
 import pytest
 import torch
 from support.dense_moe import dense_forward
 
 from nmt_moe.moe import MoEConfig, MoELayer
+from nmt_moe.parallel import is_expert
 
 SHAPES = [  # (gate, groups, tokens, experts, per token, dim, hidden)
     pytest.param("noisy_top_k", 0, 7, 4, 2, 16, 8, id="the-usual-case"),
@@ -186,23 +189,46 @@ def test_shapes_that_do_not_fit_are_refused(arguments, message):
         layer(**{"x": torch.zeros(3, 6), **arguments})
 
 
-@pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced", "softmax"])
+GATES = [
+    pytest.param("noisy_top_k", 0, id="noisy"),
+    pytest.param("noisy_top_k", 4, id="noisy-groups"),
+    pytest.param("strictly_balanced", 0, id="strict"),
+    pytest.param("strictly_balanced", 4, id="strict-groups"),
+    pytest.param("softmax", 0, id="softmax"),
+]
+NEGATIVE_NAN = torch.tensor(0xFFC00000 - (1 << 32), dtype=torch.int32).view(torch.float32).item()
+NOT_FINITE = [
+    pytest.param(float("nan"), id="nan"),
+    pytest.param(NEGATIVE_NAN, id="nan-with-a-sign"),  # what x86 makes of 0 * inf
+    pytest.param(float("inf"), id="inf"),
+    pytest.param(float("-inf"), id="minus-inf"),
+]
+
+
+@pytest.mark.parametrize(("gate", "groups"), GATES)
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_token_that_is_not_finite_is_named_with_its_layer(gate, is_training, value):
-    layer = MoELayer(MoEConfig(6, 5, 4, 2, gate=gate), "encoder's MoE layer").train(is_training)
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_token_that_is_not_finite_is_named_with_its_layer(gate, groups, is_training, value):
+    config = MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups)
+    layer = MoELayer(config, "encoder's MoE layer").train(is_training)
     x = torch.randn(9, 6)
     x[3, 2] = value
     with pytest.raises(FloatingPointError, match="infinities or NaN in .* encoder's MoE layer"):
         layer(x)
 
 
-def test_a_token_that_is_not_finite_is_named_in_a_hierarchy_too():
-    layer = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=4))
-    x = torch.randn(9, 6)
-    x[3, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match="MoE layer"):
-        layer(x)
+@pytest.mark.parametrize(("gate", "groups"), GATES)
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("tokens", [9, 1000])  # few numbers are sorted, many searched
+@pytest.mark.parametrize("value", NOT_FINITE[:2])
+def test_a_gate_weight_that_is_not_finite_is_named(gate, groups, is_training, tokens, value):
+    config = MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups)
+    layer = MoELayer(config).train(is_training)
+    weight = layer.gate.primary.gate_weight if groups else layer.gate.gate_weight
+    with torch.no_grad():
+        weight[:, 3] = torch.full((6,), value)
+    with pytest.raises(FloatingPointError, match="gate weights of the MoE layer"):
+        layer(torch.randn(tokens, 6))
 
 
 def test_tensors_that_do_not_fit_are_refused():
@@ -216,6 +242,9 @@ def test_tensors_that_do_not_fit_are_refused():
         ((x, torch.zeros(8, dtype=torch.bool)), r"`padding_mask` must have the shape \(N,\)"),
         ((x, torch.zeros(9)), r"`padding_mask` must be torch.bool, but is torch.float32"),
         ((x, None, torch.randn(9, 3)), r"`noise` must have the shape \(N, E\)"),
+        ((x, None, torch.ones(9, 4).long()), r"`noise` must be floating-point"),
+        ((x, None, torch.ones(9, 4, device="meta")), r"`noise` must be on cpu, but is on meta"),
+        ((x, None, [1.0]), r"`noise` must be one tensor \(N, E\) .*, but is \(list\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             layer(*wrong)
@@ -274,3 +303,61 @@ def test_the_papers_largest_numbers_of_experts(experts, groups):
     assert used.sum() <= (stats.tokens_per_expert > 0).sum()
     assert not used[stats.tokens_per_expert == 0].any()
     assert x.grad.isfinite().all()
+
+
+def test_noise_of_another_form_is_refused_in_a_hierarchy():
+    layer, x = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=4)), torch.randn(9, 6)
+    good = torch.randn(9, 4), torch.randn(9, 8)
+    layer(x, noise=good)
+    for noise in (good[1], list(good), good[:1], (*good, good[1]), (None, good[1])):
+        with pytest.raises(ValueError, match=r"`noise` must be a pair \(N, G\), \(N, E\)"):
+            layer(x, noise=noise)
+
+
+@pytest.mark.parametrize(("gate", "groups"), GATES)
+def test_gradients_of_a_gate_do_not_depend_on_autocast_around_the_backward_pass(gate, groups):
+    torch.manual_seed(0)
+    layer = MoELayer(MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups))
+    for name, weight in layer.gate.named_parameters():
+        if "weight" in name:
+            torch.nn.init.normal_(weight)
+    x, found = torch.randn(9, 6), []
+    for is_around in (True, False):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, stats = layer(x)
+            loss = y.float().square().sum() + stats.balance_loss + stats.importance.square().sum()
+            if is_around:
+                loss.backward()
+        if not is_around:
+            loss.backward()
+        found.append([weight.grad for weight in layer.gate.parameters()])
+    for around, outside in zip(*found, strict=True):
+        assert torch.equal(around, outside)
+
+
+def test_copies_of_a_layer_keep_the_marks_of_experts():
+    layer = MoELayer(MoEConfig(6, 5, 4, 2))
+    with torch.device("meta"):
+        empty = MoELayer(MoEConfig(6, 5, 4, 2))
+    for one in (copy.deepcopy(layer), empty.to_empty(device="cpu"), copy.copy(layer).double()):
+        experts = [name for name, weight in one.named_parameters() if is_expert(weight)]
+        assert experts == ["experts.weight_in", "experts.weight_out"]
+
+
+@pytest.mark.parametrize("frozen", ["weight_in", "weight_out"])
+def test_frozen_experts_change_no_other_gradient(frozen):
+    found = []
+    for is_frozen in (True, False):
+        layer = make_layer(5, 2, 6, 7)
+        getattr(layer.experts, frozen).requires_grad_(not is_frozen)
+        x = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
+        y, _ = layer(x)
+        y.square().sum().backward()
+        weights = {name: weight.grad for name, weight in layer.named_parameters()}
+        found.append({**weights, "x": x.grad})
+    assert found[0].pop(f"experts.{frozen}") is None
+    assert found[1].pop(f"experts.{frozen}") is not None
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=0, atol=0)

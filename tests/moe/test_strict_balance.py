@@ -111,3 +111,31 @@ def test_noise_is_refused_where_there_is_none():
         layer = MoELayer(MoEConfig(4, 4, 4, 1, gate=gate))
         with pytest.raises(ValueError, match="`noise` must be None"):
             layer(torch.zeros(3, 4), noise=torch.zeros(3, 4))
+
+
+def test_each_group_of_rows_is_a_batch_of_its_own():
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 7, 7, 20, 21])
+    probs = torch.randn(21, 6).softmax(1)
+    probs[10:15] = 1 / 6  # ties
+    bounds = offsets.tolist()
+    apart = [batchwise_mask(probs[a:b], 2) for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert torch.equal(batchwise_mask(probs, 2, offsets), torch.cat(apart))
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_a_token_taken_against_its_will_gets_its_expert_whole(groups):
+    # Expert 0 is sure of both tokens, and the strict balance gives one of them to expert 1, whose
+    # probability is 0 in float32.
+    layer = MoELayer(MoEConfig(2, 4, 2 * max(groups, 1), 1, "strictly_balanced", groups))
+    with torch.no_grad():
+        for name, weight in layer.gate.named_parameters():
+            if "gate_weight" in name:
+                weight[..., 0, 0] = 1.0
+    x = torch.tensor([[200.0, 0.0], [201.0, 0.0]], requires_grad=True)
+    out = layer.gate(x)
+    assert out.gates.sum(1).tolist() == [1.0, 1.0]
+    y, stats = layer(x)
+    (y.sum() + stats.balance_loss).backward()
+    assert x.grad.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in layer.parameters())
