@@ -61,6 +61,20 @@ def test_wide_rows_are_read_in_chunks(rows, experts, top_k, sizes, training, mon
     assert_is_right(make_inputs(rows, experts, torch.float32), top_k, sizes, training)
 
 
+@pytest.mark.parametrize("columns", [16, 1024])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_nan_logit_makes_its_row_nan_whichever_are_found_the_largest(
+    columns, training, monkeypatch
+):
+    use_blocks(monkeypatch, columns, numbers=512)
+    inputs = make_inputs(9, 20, torch.float32)
+    clean = inputs["clean"].detach().clone()
+    clean[3, 17] = float("nan")
+    out = noisy_top_k(clean, inputs["raw_scale"] if training else None, 4)
+    assert out.gates.isnan().all(1).tolist() == [row == 3 for row in range(9)]
+    assert out.importance.isnan().any()
+
+
 def test_a_program_takes_several_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(launchers, "MAX_PROGRAMS", 2)
     use_blocks(monkeypatch, columns=1024, numbers=128)

@@ -125,6 +125,19 @@ def test_all_ways_without_gradients_agree(changed, monkeypatch):
         torch.testing.assert_close(y, call(mixture_ffn, leaves, plan))
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_hidden_activations_are_kept_for_gradients_alone(with_gradients, monkeypatch):
+    shapes, empty = [], _memory.empty
+    monkeypatch.setattr(
+        _memory, "empty", lambda shape, like: [shapes.append(tuple(shape)), empty(shape, like)][1]
+    )
+    leaves, ids = draw(800, 8, 2, 4, 6)  # more than FEW_ROWS
+    with torch.set_grad_enabled(with_gradients):
+        call(mixture_ffn, leaves, plan_dispatch(ids, 8))
+    most_rows = max(rows for rows, width in shapes if width == 6)
+    assert (most_rows >= 1600) == with_gradients
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_dtypes_agree_with_float64(dtype):
     leaves, ids = draw(40, 5, 2, 16, 24, dtype)

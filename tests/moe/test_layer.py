@@ -361,3 +361,19 @@ def test_frozen_experts_change_no_other_gradient(frozen):
     assert found[1].pop(f"experts.{frozen}") is not None
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_compiled_layers_answer_alike_for_any_number_of_tokens(groups):
+    layer = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=groups))
+    compiled = torch.compile(layer, backend="eager")
+    for tokens in (6, 7):
+        x, found = torch.randn(tokens, 6), []
+        for call in (layer, compiled):
+            torch.manual_seed(0)
+            layer.zero_grad()
+            y, stats = call(x)
+            (y.square().sum() + stats.balance_loss).backward()
+            found.append([y, *(weight.grad for weight in layer.parameters())])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)

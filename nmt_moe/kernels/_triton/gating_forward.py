@@ -6,6 +6,7 @@ import triton.language as tl
 from nmt_moe.kernels._triton.gating_parts import (
     draw_noise,
     find_inside,
+    has_nan,
     largest,
     margins,
     normal_cdf,
@@ -65,7 +66,7 @@ def forward_kernel(
         values, indices, ranks = largest(noisy, 0, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
         high = tl.max(values, 1)[:, None]
         powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
-        total = tl.sum(powers, 1)[:, None]
+        total = tl.where(has_nan(noisy)[:, None], float("nan"), tl.sum(powers, 1)[:, None])
 
         kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
         tl.store(top + slot_places, values, kept)
@@ -80,7 +81,8 @@ def forward_kernel(
         dense = tl.exp(noisy - high) / total
         if row_weight is not None:
             dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
-        sum_gates += tl.sum(tl.where(chosen, dense, 0.0), 0)
+        # A row of NaN adds NaN to every expert, whatever the search found in it.
+        sum_gates += tl.sum(tl.where(chosen | (total != total), dense, 0.0), 0)
         if COUNT > TOP_K:
             kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
             next_one = tl.max(tl.where(slots == TOP_K, values, float("-inf")), 1)[:, None]
@@ -142,6 +144,7 @@ def select_kernel(
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
     values = tl.full((BLOCK_ROWS, SLOTS), float("-inf"), tl.float32)
     indices = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
+    is_nan = rows < 0
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         places = rows[:, None] * num_experts + columns[None, :]
@@ -154,18 +157,20 @@ def select_kernel(
             )
             noisy += drawn * scale
         noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
+        is_nan |= has_nan(noisy)
         more, more_ids, _ = largest(
             noisy, chunk * BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
         )
         values, indices = _merge(values, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
     powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
+    total = tl.where(is_nan, float("nan"), tl.sum(powers, 1))[:, None]
     kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
     tl.store(top + slot_places, values, kept)
     # Only NaN logits could point beyond the row.
     indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
     tl.store(ids + slot_places, indices, kept)
     kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
-    tl.store(gates + slot_places, powers / tl.sum(powers, 1)[:, None], kept)
+    tl.store(gates + slot_places, powers / total, kept)
 
 
 @triton.jit(do_not_specialize=["splits"])

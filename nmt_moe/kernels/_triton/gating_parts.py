@@ -94,6 +94,12 @@ def largest(
 
 
 @triton.jit
+def has_nan(scores):
+    """Tell which rows hold NaN, which a search for the largest may pass over: (B, W) -> (B,)."""
+    return tl.max((scores != scores).to(tl.int32), 1) > 0
+
+
+@triton.jit
 def read_column(table, rows, row_mask, COUNT: tl.constexpr, place: tl.constexpr):
     """Read column `place` of an (N, COUNT) table: (B,)."""
     return tl.load(table + rows * COUNT + place, row_mask, other=0)
