@@ -56,7 +56,11 @@ def test_training_learns_and_logs_the_balance(unbroken: Path):
     rows = records(unbroken, "nll_loss")
     assert [row["num_updates"] for row in rows] == list(range(1, 21))
     assert all(BALANCE_KEYS | {"balance_loss", "ppl"} <= row.keys() for row in rows)
+    # Estimates are marked as such; validation has none.
+    assert all(row["sampled_softmax"] == 8 for row in rows)
+    assert [row["train_sampled_softmax"] for row in records(unbroken, "train_nll_loss")] == [8] * 4
     valid = records(unbroken, "valid_nll_loss")
+    assert "valid_sampled_softmax" not in valid[-1]
     assert valid[-1]["valid_nll_loss"] < valid[0]["valid_nll_loss"]
     assert {f"valid_{key}" for key in BALANCE_KEYS} <= valid[-1].keys()
 
