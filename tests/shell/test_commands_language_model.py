@@ -10,7 +10,7 @@ import pytest
 from tests.support.commands import Output, call
 from tests.support.corpus import write_lines
 from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
-from tests.support.training import assert_same_bits, load
+from tests.support.training import assert_same_bits, load, without_updates
 
 BALANCE_KEYS = {
     f"{layer}moe_{key}"
@@ -184,9 +184,36 @@ def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
 
 def test_a_line_longer_than_a_batch_names_the_options(tmp_path: Path):
     data = preprocess(tmp_path, "valid", b"w1\n" + b"w2 " * 300 + b"\n")
-    match = r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid"
-    with pytest.raises(ValueError, match=match):
+    match = (
+        r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid.*"
+        r"--sample-break-mode none --tokens-per-sample 100\."
+    )
+    # Validation is looked at before the first update.
+    with without_updates(), pytest.raises(ValueError, match=match):
         train(data, tmp_path, "--max-epoch", 1, "--max-tokens", 100)
+    blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 100]
+    train(data, tmp_path, "--max-update", 1, "--max-tokens", 100, *blocks)
+
+
+def test_blocks_larger_than_a_batch_of_validation_name_their_option(
+    text_data: Path, tmp_path: Path
+):
+    flags = ["--sample-break-mode", "none", "--max-tokens", 4096, "--max-tokens-valid", 32]
+    match = r"at most 32 tokens.*--sample-break-mode none --tokens-per-sample 32\."
+    with without_updates(), pytest.raises(ValueError, match=match):
+        train(text_data, tmp_path, *flags)
+
+
+def test_a_text_none_of_whose_lines_fits_is_named_with_the_options(tmp_path: Path):
+    data = preprocess(tmp_path, "train", b"w2 " * 9000 + b"\n")
+    match = (
+        r"`train` must have samples of at most 1000 tokens, but all 1 are longer: the longest, #0 "
+        r".* has 9001\..*--max-tokens.*--sample-break-mode none --tokens-per-sample 1000\."
+    )
+    with pytest.raises(ValueError, match=match):
+        train(data, tmp_path, "--max-tokens", 1000)
+    blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 1000]
+    train(data, tmp_path, "--max-tokens", 1000, *blocks, "--max-update", 1)
 
 
 def test_more_samples_than_words_are_refused(text_data: Path, tmp_path: Path):
