@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Output, call
+from tests.support.commands import PLUGIN, REPOSITORY, Output, call, run
 from tests.support.corpus import write_lines
 from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
 from tests.support.training import assert_same_bits, load, without_updates
@@ -171,6 +171,23 @@ def test_an_empty_text_is_named(split: str, tmp_path: Path):
 def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path: Path):
     with pytest.raises(ValueError, match=r"text/train`, line 2: byte 0xff is not valid UTF-8"):
         preprocess(tmp_path, "train", b"w1 w2\nw3 \xff\n")
+
+
+def test_the_readme_s_command_names_the_line_that_is_not_utf8(tmp_path: Path):
+    printed = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [line.split() for line in printed.splitlines() if "fairseq-preprocess -" in line]
+    assert all(words[1:3] == ["--user-dir", "nmt_moe"] for words in commands)
+    (words,) = (words for words in commands if "--only-source" in words)
+    text = write_text(tmp_path / "text")
+    (tmp_path / "nmt_moe").symlink_to(PLUGIN)  # commands are printed for the repository's folder
+    (text / "train").write_bytes(b"w1 w2\nw3 \xff\n")
+    done = run("preprocess", *words[1:], cwd=tmp_path)
+    assert done.status == 1
+    assert "`text/train`, line 2: byte 0xff is not valid UTF-8" in done.text
+    assert "Traceback" not in done.text
+    (text / "train").write_bytes(b"w1 w2\nw3 w4\n")
+    assert run("preprocess", *words[1:], cwd=tmp_path).status == 0
+    assert (tmp_path / "text-bin" / "valid.bin").exists()
 
 
 def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
