@@ -47,6 +47,7 @@ from tools.networks import (
     kind_of,
     lay_out,
 )
+from tools.printing import run
 
 BYTES = 4
 
@@ -181,4 +182,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

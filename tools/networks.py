@@ -111,14 +111,14 @@ def choose(names: Sequence[str], known: Sequence[str]) -> None:
     """Refuse a name that is not known.
 
     Raises:
-        ValueError: naming it and the closest that are.
+        ValueError: naming it and the closest that are, or all.
     """
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known
+            close = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)
+            advice = f"Close to it: {', '.join(close)}." if close else f"Known: {', '.join(known)}."
             raise ValueError(
-                f"`--arch` must be an architecture of this project, but is '{name}'. "
-                f"Close to it: {', '.join(close)}."
+                f"`--arch` must be an architecture of this project, but is '{name}'. {advice}"
             )
 
 

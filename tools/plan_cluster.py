@@ -39,6 +39,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from tools.activations import Batch
 from tools.cluster import DEVICES, FILLED, Device, Plan, Setup, halved_until_fits, make_plan
 from tools.networks import VOCABULARY, choose, find_options, lay_out, make_config
+from tools.printing import run
 
 PRECISIONS = {
     "fp32": "fp32",
@@ -285,4 +286,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -7,8 +7,11 @@
 
 One panel each: training loss (bits a token, dashed) with that of validation (solid), perplexity of
 validation, and the columns of the paper's Table 6: CV of importance, CV of load, largest load over
-mean load. A run without a column is left out of its panel. Resumed logs can be joined: of two
+mean load. A run without a column is left out of its panel. With --sampled-softmax the training loss
+is an estimate, too low on average, and the legend says so. Resumed logs can be joined: of two
 entries for one update, the later counts. Drawing needs matplotlib: pip install 'nmt-moe[plot]'.
+
+Runs are named by LABEL, else by their file, with as many of its folders as tell them apart.
 
 Source: Shazeer et al. 2017, Figure 2 and Table 6.
 """
@@ -18,21 +21,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LOSSES = ["train_inner.nll_loss", "train.nll_loss", "valid.nll_loss"]
 # Title, and the columns drawn in a panel.
 PANELS = [
-    ("loss, bits per token", ["train_inner.nll_loss", "train.nll_loss", "valid.nll_loss"]),
+    ("loss, bits per token", LOSSES),
     ("perplexity, validation", ["valid.ppl"]),
     ("CV of importance", ["train_inner.moe_cv_importance", "train.moe_cv_importance"]),
     ("CV of load", ["train_inner.moe_cv_load", "train.moe_cv_load"]),
     ("largest load / mean load", ["train_inner.moe_max_load", "train.moe_max_load"]),
 ]
 SPLITS = ("train", "valid")
+TRAINING = ("train_inner", "train")  # within an epoch and at its end
 
 
 @dataclass
@@ -53,13 +59,14 @@ class Run:
         updates = sorted(points)
         return updates, [points[update] for update in updates]
 
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the training loss is estimated from a sample of the classes."""
+        return any(f"{split}.sampled_softmax" in self.columns for split in TRAINING)
+
 
 def read_run(label: str, lines: Iterable[str]) -> Run:
-    """Collect the entries of a log, whatever stands around them.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Collect the entries of a log, whatever stands around them."""
     run = Run(label)
     for line in lines:
         entry = parse_entry(line)
@@ -73,8 +80,6 @@ def read_run(label: str, lines: Iterable[str]) -> Run:
             if key.startswith(prefix) and number is not None:
                 points = run.columns.setdefault(f"{split}.{key[len(prefix) :]}", {})
                 points[int(update)] = number
-    if not run.columns:
-        raise ValueError(f"{label}: holds no entry of fairseq's `--log-format json`")
     return run
 
 
@@ -102,17 +107,59 @@ def read_runs(names: Sequence[str]) -> list[Run]:
     Raises:
         ValueError: naming the file that is missing or no log.
     """
-    runs = []
+    given = []
     for name in names:
         label, path = "", name
-        if not Path(name).is_file():
+        if not Path(name).exists():
             label, _, path = name.rpartition("=")
-        file = Path(path)
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file")
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            runs.append(read_run(label or file.stem, lines))
-    return runs
+        given.append((label, Path(path)))
+    unnamed = name_files([file for label, file in given if not label])
+    return [read_file(label or unnamed[file], file) for label, file in given]
+
+
+def name_files(files: Sequence[Path]) -> dict[Path, str]:
+    """Name files by their stems, or by the shortest ends of their paths that differ."""
+    names = {file: file.stem for file in files}
+    parts = {file: Path(os.path.abspath(file)).parts for file in files}
+    for file, own in parts.items():
+        # One file that is written in two ways differs nowhere.
+        others = [other for at, other in parts.items() if at.stem == file.stem and other != own]
+        if others:
+            end = 1
+            while any(other[-end:] == own[-end:] for other in others):
+                end += 1
+            names[file] = str(Path(*own[-end:]))
+    return names
+
+
+def read_file(label: str, file: Path) -> Run:
+    """Read one log.
+
+    Raises:
+        ValueError: naming the file, if it is missing or no log.
+    """
+    if not file.exists():
+        raise ValueError(f"{file}: no such file")
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder; name the log in it")
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        run = read_run(label, lines)
+    if not run.columns:
+        raise ValueError(f"{file}: holds no entry of fairseq's `--log-format json`")
+    return run
+
+
+def check_output(output: Path) -> None:
+    """Refuse, before anything is read, a file that cannot be written.
+
+    Raises:
+        ValueError: naming the folder that is missing.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(
+            f"`--output` must be in a folder that exists, but is {output}. "
+            f"Make `{output.parent}` first."
+        )
 
 
 def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
@@ -149,6 +196,8 @@ def draw_panel(axes: Any, name: str, columns: Sequence[str], runs: Sequence[Run]
         style = "--" if validated else "-"
         if trained and run.curve(trained)[0]:
             label = None if validated else run.label
+            if run.is_estimated and columns == LOSSES:
+                label = f"{run.label}, training (estimate)"
             axes.plot(*run.curve(trained), style, color=colour, label=label)
         if validated and run.curve(validated)[0]:
             axes.plot(*run.curve(validated), "-o", color=colour, markersize=3, label=run.label)
@@ -172,9 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
+        check_output(args.output)
         runs = read_runs(args.logs)
         draw(runs, args.output, args.title)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     print(f"{args.output}: {', '.join(run.label for run in runs)}")

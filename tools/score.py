@@ -38,6 +38,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
 from tools.check_parallel import check_parallel, read_lines
+from tools.printing import run
 
 # Spaces to Python, letters to multi-bleu.perl, which reads bytes: a non-breaking space for one.
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
@@ -322,4 +323,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -35,6 +35,7 @@ from sacrebleu.metrics import BLEU
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nmt_moe.search import SearchConfig, log_coverage, normalised_score  # noqa: E402
+from tools.printing import run  # noqa: E402
 
 GRID = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 Grid = dict[tuple[float, float], float]
@@ -264,4 +265,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

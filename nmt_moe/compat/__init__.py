@@ -16,6 +16,7 @@ from nmt_moe.compat.checkpoints import (
 from nmt_moe.compat.corpora import (
     keep_every_sentence,
     name_bytes_that_are_not_utf8,
+    name_texts_that_are_skipped_whole,
     name_uneven_corpora,
 )
 from nmt_moe.compat.errors import end_in_one_message
@@ -44,6 +45,7 @@ __all__ = [
     "name_bytes_that_are_not_utf8",
     "name_empty_texts",
     "name_endless_lines",
+    "name_texts_that_are_skipped_whole",
     "name_uneven_corpora",
     "prepare_processes_and_input",
     "save_and_load_spread_experts",
@@ -55,6 +57,7 @@ explain_unreadable_checkpoints()
 keep_numpy_out_of_checkpoints()
 copy_checkpoints_whole()
 keep_every_sentence()
+name_texts_that_are_skipped_whole()
 name_bytes_that_are_not_utf8()
 name_uneven_corpora()
 let_each_sentence_be_a_sample()

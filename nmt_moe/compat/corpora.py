@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from fairseq import binarizer
 from fairseq.data import data_utils, dictionary
-from fairseq.tasks import translation
+from fairseq.tasks import FairseqTask, translation
 
 from nmt_moe.compat._replace import replace
 
@@ -39,8 +39,7 @@ def _batching(split: Callable) -> Callable:
             raise ValueError(
                 f"sample #{longest} must have at most {kw.get('max_tokens')} tokens, as many as a "
                 f"batch, but has {num_tokens_fn(longest)}. Allow more with --max-tokens (when "
-                "validating, --max-tokens-valid), or cut a language model's text with "
-                "--sample-break-mode none."
+                f"validating, --max-tokens-valid), or {_cut_into(kw.get('max_tokens'))}."
             ) from error
         # Batches are consecutive pieces of the indices, so what is missing is the end.
         rest = indices[sum(map(len, batches)) :]
@@ -48,6 +47,52 @@ def _batching(split: Callable) -> Callable:
         return [*batches, rest] if len(rest) else batches
 
     return batch_by_size
+
+
+def _cut_into(tokens: Any) -> str:
+    """Advise blocks of a size; --tokens-per-sample too, whose default may well be larger."""
+    return (
+        "cut a language model's text into blocks that fit: --sample-break-mode none "
+        f"--tokens-per-sample {tokens}"
+    )
+
+
+def name_texts_that_are_skipped_whole() -> None:
+    """Name the data set none of whose samples fits, and the options that allow longer ones.
+
+    Reason: the error says that "the dataset is empty", or there is none and nothing is translated.
+    """
+    replace(FairseqTask, "filter_indices_by_size", _filtering)
+
+
+def _filtering(keep: Callable) -> Callable:
+    def filter_indices_by_size(
+        task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        kept = keep(task, indices, dataset, max_positions, *args, **kw)
+        # Data sets without a name are a few lines of fairseq-interactive.
+        split = next((name for name, known in task.datasets.items() if known is dataset), None)
+        if split is None or len(kept) or not len(indices):
+            return kept
+        longest = max(indices, key=lambda index: np.max(dataset.size(index)))
+        if isinstance(max_positions, tuple):
+            way_out = "--max-tokens, --max-source-positions and --max-target-positions"
+        else:
+            way_out = f"--max-tokens, or {_cut_into(max_positions)}"
+        raise ValueError(
+            f"`{split}` must have samples of at most {_spell(max_positions)} tokens, but all "
+            f"{len(indices)} are longer: the longest, #{longest} (counted from 0), has "
+            f"{_spell(dataset.size(longest))}. Allow more with {way_out}."
+        )
+
+    return filter_indices_by_size
+
+
+def _spell(tokens: Any) -> str:
+    """Write a number of tokens, or one for each side."""
+    if isinstance(tokens, tuple):
+        return f"{tokens[0]} source and {tokens[1]} target"
+    return str(tokens)
 
 
 def cut_batches_anew_each_epoch(cfg: Any) -> None:

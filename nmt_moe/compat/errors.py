@@ -34,6 +34,9 @@ def explain(error: BaseException) -> str | None:
     message = str(error).strip()
     if not message:
         return None
+    if isinstance(error, FileExistsError) and error.errno is None:
+        # Of a dictionary that is there, fairseq-preprocess gives the path and no more.
+        return f"`{message}` is there already. Remove it, or name another folder."
     if isinstance(error, OSError | FloatingPointError):
         return message
     if isinstance(error, ValueError) and raiser == "nmt_moe":

@@ -33,8 +33,9 @@ class MoECrossEntropyConfig(FairseqDataclass):
 class MoECrossEntropy(FairseqCriterion):
     """Cross-entropy of all words, ends of sentences included, plus the balance losses.
 
-    With --sampled-softmax, the training log's `nll_loss` and `ppl` are estimates too, and on
-    average too low; those of validation are exact.
+    With --sampled-softmax N, the training log's `nll_loss` and `ppl` are estimates too, and on
+    average too low: the column `sampled_softmax`, N, stands beside them. Those of validation are
+    exact, and without it.
     """
 
     def __init__(self, task: Any, sentence_avg: bool, sampled_softmax: int) -> None:
@@ -65,6 +66,9 @@ class MoECrossEntropy(FairseqCriterion):
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
+        if is_sampled:
+            # Summed over batches and ranks like all columns, so the constant has to have a weight.
+            logging_output["sampled_softmax"] = self.num_draws * sample["ntokens"]
         loss = nll.sum() if reduce else nll
         loss = add_balance(loss, sample_size, extra, logging_output, model.training)
         logging_output["loss"] = loss.data
@@ -100,6 +104,10 @@ class MoECrossEntropy(FairseqCriterion):
             weight = sum(log[divisor] for log in logging_outputs)
             metrics.log_scalar(key, total / weight / math.log(2), weight, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        if "sampled_softmax" in logging_outputs[0]:
+            tokens = sum(log["ntokens"] for log in logging_outputs)
+            draws = sum(log["sampled_softmax"] for log in logging_outputs) / tokens
+            metrics.log_scalar("sampled_softmax", draws, tokens, round=0)
         reduce_balance(logging_outputs)
 
     @staticmethod

@@ -81,7 +81,10 @@ def draw_classes(
 
 
 def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassSample) -> Tensor:
-    """Estimate the negative log-likelihood of a softmax layer without bias.
+    """Estimate the negative log-likelihood of a softmax layer from a few of its classes.
+
+    The partition sum's estimate is unbiased, that of its logarithm is not: on average the result is
+    too low. The bias of the result and of its gradient falls as 1 / draws.
 
     A drawn class that is a token's target (an accidental hit) does not count as drawn for it.
 

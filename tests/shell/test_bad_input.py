@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.commands import PLUGIN, call, run
 from tests.support.corpus import preprocess_flags, write_corpus, write_lines
-from tests.support.training import TINY_MOE, TRANSLATE
+from tests.support.training import TINY_MOE, TRANSLATE, without_updates
 
 SOON = ["--max-epoch", 20, "--no-epoch-checkpoints"]  # the fixture's checkpoint has 8 epochs
 
@@ -71,6 +71,31 @@ def test_a_line_of_5000_tokens_in_a_test_set_names_the_option_that_leaves_it_out
         call("generate", own_corpus / "data", *flags)
     done = call("generate", own_corpus / "data", *flags, "--skip-invalid-size-inputs-valid-test")
     assert len(done.hypotheses()) == 7
+
+
+def test_a_corpus_none_of_whose_pairs_fits_names_the_options(data: Path, tmp_path: Path):
+    match = (
+        r"`train` must have samples of at most 1 source and 1024 target tokens, but all 96 are "
+        r"longer: the longest, #\d+ .*, has \d+ source and \d+ target\. .*--max-source-positions"
+    )
+    with pytest.raises(ValueError, match=match):
+        call("train", data, *TINY_MOE, "--max-source-positions", 1, "--save-dir", tmp_path)
+
+
+def test_a_test_set_that_is_left_out_whole_is_named(own_corpus: Path, data: Path, checkpoint: Path):
+    write_lines(own_corpus / "test.aa", [LONG] * 8)
+    preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
+    flags = ["--path", checkpoint, *TRANSLATE, "--skip-invalid-size-inputs-valid-test"]
+    with pytest.raises(ValueError, match=r"`test` must have samples of at most 1024 source.* 5001"):
+        call("generate", own_corpus / "data", *flags)
+
+
+def test_validation_longer_than_its_batches_is_refused_before_the_first_update(
+    data: Path, tmp_path: Path
+):
+    match = r"must have at most 2 tokens.*--max-tokens-valid"
+    with without_updates(), pytest.raises(ValueError, match=match):
+        call("train", data, *TINY_MOE, "--max-tokens-valid", 2, "--save-dir", tmp_path)
 
 
 def test_one_bad_line_costs_interactive_no_other_translation(data: Path, checkpoint: Path):

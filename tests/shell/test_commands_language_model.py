@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Output, call
+from tests.support.commands import PLUGIN, REPOSITORY, Output, call, run
 from tests.support.corpus import write_lines
 from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
-from tests.support.training import assert_same_bits, load
+from tests.support.training import assert_same_bits, load, without_updates
 
 BALANCE_KEYS = {
     f"{layer}moe_{key}"
@@ -56,7 +56,11 @@ def test_training_learns_and_logs_the_balance(unbroken: Path):
     rows = records(unbroken, "nll_loss")
     assert [row["num_updates"] for row in rows] == list(range(1, 21))
     assert all(BALANCE_KEYS | {"balance_loss", "ppl"} <= row.keys() for row in rows)
+    # Estimates are marked as such; validation has none.
+    assert all(row["sampled_softmax"] == 8 for row in rows)
+    assert [row["train_sampled_softmax"] for row in records(unbroken, "train_nll_loss")] == [8] * 4
     valid = records(unbroken, "valid_nll_loss")
+    assert "valid_sampled_softmax" not in valid[-1]
     assert valid[-1]["valid_nll_loss"] < valid[0]["valid_nll_loss"]
     assert {f"valid_{key}" for key in BALANCE_KEYS} <= valid[-1].keys()
 
@@ -169,6 +173,23 @@ def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path: Path):
         preprocess(tmp_path, "train", b"w1 w2\nw3 \xff\n")
 
 
+def test_the_readme_s_command_names_the_line_that_is_not_utf8(tmp_path: Path):
+    printed = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [line.split() for line in printed.splitlines() if "fairseq-preprocess -" in line]
+    assert all(words[1:3] == ["--user-dir", "nmt_moe"] for words in commands)
+    (words,) = (words for words in commands if "--only-source" in words)
+    text = write_text(tmp_path / "text")
+    (tmp_path / "nmt_moe").symlink_to(PLUGIN)  # commands are printed for the repository's folder
+    (text / "train").write_bytes(b"w1 w2\nw3 \xff\n")
+    done = run("preprocess", *words[1:], cwd=tmp_path)
+    assert done.status == 1
+    assert "`text/train`, line 2: byte 0xff is not valid UTF-8" in done.text
+    assert "Traceback" not in done.text
+    (text / "train").write_bytes(b"w1 w2\nw3 w4\n")
+    assert run("preprocess", *words[1:], cwd=tmp_path).status == 0
+    assert (tmp_path / "text-bin" / "valid.bin").exists()
+
+
 def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
     data = preprocess(tmp_path, "train", b"w1 w2 " * 33_000)
     with pytest.raises(ValueError, match=r"data/train`, line 1: .*65535.* but has 66001.*none"):
@@ -180,9 +201,36 @@ def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
 
 def test_a_line_longer_than_a_batch_names_the_options(tmp_path: Path):
     data = preprocess(tmp_path, "valid", b"w1\n" + b"w2 " * 300 + b"\n")
-    match = r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid"
-    with pytest.raises(ValueError, match=match):
+    match = (
+        r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid.*"
+        r"--sample-break-mode none --tokens-per-sample 100\."
+    )
+    # Validation is looked at before the first update.
+    with without_updates(), pytest.raises(ValueError, match=match):
         train(data, tmp_path, "--max-epoch", 1, "--max-tokens", 100)
+    blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 100]
+    train(data, tmp_path, "--max-update", 1, "--max-tokens", 100, *blocks)
+
+
+def test_blocks_larger_than_a_batch_of_validation_name_their_option(
+    text_data: Path, tmp_path: Path
+):
+    flags = ["--sample-break-mode", "none", "--max-tokens", 4096, "--max-tokens-valid", 32]
+    match = r"at most 32 tokens.*--sample-break-mode none --tokens-per-sample 32\."
+    with without_updates(), pytest.raises(ValueError, match=match):
+        train(text_data, tmp_path, *flags)
+
+
+def test_a_text_none_of_whose_lines_fits_is_named_with_the_options(tmp_path: Path):
+    data = preprocess(tmp_path, "train", b"w2 " * 9000 + b"\n")
+    match = (
+        r"`train` must have samples of at most 1000 tokens, but all 1 are longer: the longest, #0 "
+        r".* has 9001\..*--max-tokens.*--sample-break-mode none --tokens-per-sample 1000\."
+    )
+    with pytest.raises(ValueError, match=match):
+        train(data, tmp_path, "--max-tokens", 1000)
+    blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 1000]
+    train(data, tmp_path, "--max-tokens", 1000, *blocks, "--max-update", 1)
 
 
 def test_more_samples_than_words_are_refused(text_data: Path, tmp_path: Path):

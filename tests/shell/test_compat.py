@@ -217,6 +217,16 @@ def raised(error: Exception, module: str) -> Exception:
         (ValueError("a bug"), "fairseq.trainer", None),
         (FloatingPointError("loss is NaN"), "nmt_moe.criterions", "loss is NaN"),
         (OSError("no such file"), "fairseq.data", "no such file"),
+        (
+            FileExistsError("bin/dict.txt"),
+            "fairseq_cli.preprocess",
+            "`bin/dict.txt` is there already. Remove it, or name another folder.",
+        ),
+        (
+            FileExistsError(17, "File exists", "bin"),
+            "fairseq_cli.preprocess",
+            "[Errno 17] File exists: 'bin'",
+        ),
         (Exception("Sample #3 is invalid"), "fairseq.tasks", "Sample #3 is invalid"),
         (Exception("a bug"), "somewhere", None),
         (AssertionError("ours"), "nmt_moe.moe", None),

@@ -55,7 +55,7 @@ def test_sampled_with_all_classes_certain_it_is_the_full_loss_with_all_gradients
         loss.backward()
         results.append((log, {name: p.grad for name, p in model.named_parameters()}))
     (full, full_grads), (sampled, sampled_grads) = results
-    assert full.keys() == sampled.keys()
+    assert sampled.keys() - full.keys() == {"sampled_softmax"}
     for key in ("loss", "nll_loss", "balance_loss"):
         torch.testing.assert_close(sampled[key], full[key])
     for name, grad in full_grads.items():
@@ -109,6 +109,15 @@ def test_ranks_log_equal_keys_and_shapes_so_that_they_can_be_summed():
     assert one.keys() == other.keys()
     summed = {key: one[key] + other[key] for key in one}
     assert reduce_metrics([summed]) == pytest.approx(reduce_metrics([one, other]))
+
+
+def test_what_is_estimated_is_marked_with_the_number_of_draws():
+    model = make_model()
+    criterion = make_criterion(5)
+    logs = [criterion(model.train(), sample)[2] for sample in (SAMPLE, make_sample("ab"))]
+    assert reduce_metrics(logs)["sampled_softmax"] == 5
+    assert "sampled_softmax" not in reduce_metrics([criterion(model.eval(), SAMPLE)[2]])
+    assert "sampled_softmax" not in reduce_metrics([make_criterion()(model.train(), SAMPLE)[2]])
 
 
 @pytest.mark.parametrize("draws", [-1, 15])

@@ -1,8 +1,11 @@
 """The flags of a training that takes seconds."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,6 +30,14 @@ BALANCE_KEYS = {
     for layer in ("", "encoder_", "decoder_")
     for key in ("cv_importance", "cv_load", "max_load")
 }
+
+
+@contextmanager
+def without_updates() -> Iterator[None]:
+    """See that no update is made."""
+    with mock.patch("fairseq.trainer.Trainer.train_step") as step:
+        yield
+    step.assert_not_called()
 
 
 def load(path: Path) -> dict[str, Any]:

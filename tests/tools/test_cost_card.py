@@ -1,6 +1,9 @@
 """The cost card against the paper's tables, digit for digit, and against models that exist."""
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -156,9 +159,28 @@ def test_an_unknown_name_lists_the_close_ones(capsys: pytest.CaptureFixture):
     assert tool.main(["--arch", "lstm_moe_lm_4096"]) == 1
     message = capsys.readouterr().err
     assert "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'" in message
-    assert "lstm_moe_lm_4096h" in message
-    assert tool.main(["--arch", "transformer", "--json"]) == 1
-    assert "lstm_gnmt" in capsys.readouterr().err
+    assert "Close to it: lstm_moe_lm_4096h" in message
+    # Names are in lower case.
+    assert tool.main(["--arch", "LSTM_GNMT_"]) == 1
+    assert "but is 'LSTM_GNMT_'. Close to it: lstm_gnmt, " in capsys.readouterr().err
+    assert tool.main(["--arch", "LSTM"]) == 1
+    assert 0 < capsys.readouterr().err.partition("Close to it: ")[2].count("lstm") < 10
+
+
+def test_a_name_that_is_like_none_lists_all(capsys: pytest.CaptureFixture):
+    assert tool.main(["--arch", "zzz", "--json"]) == 1
+    message = capsys.readouterr().err
+    listed = message.partition("but is 'zzz'. Known: ")[2].rstrip(".\n").split(", ")
+    assert listed == list(tool.find_configs())
+
+
+def test_a_reader_that_stops_early_ends_it_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, tool.__file__, "--all"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=240)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_vocabulary_of_none_is_refused(capsys: pytest.CaptureFixture):

@@ -74,7 +74,46 @@ def test_a_missing_file_and_one_without_entries_are_named(
     assert tool.main(["--output", output, str(tmp_path / "absent.log")]) == 1
     assert "absent.log: no such file" in capsys.readouterr().err
     assert tool.main(["--output", output, str(tmp_path / "plain.log")]) == 1
-    assert "plain: holds no entry of fairseq's `--log-format json`" in capsys.readouterr().err
+    message = f"{tmp_path}/plain.log: holds no entry of fairseq's `--log-format json`"
+    assert message in capsys.readouterr().err
+    # Also where a label is given.
+    assert tool.main(["--output", output, f"dense={tmp_path / 'plain.log'}"]) == 1
+    assert message in capsys.readouterr().err
+    assert tool.main(["--output", output, str(tmp_path)]) == 1
+    assert f"{tmp_path}: is a folder" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+    paths = [tmp_path / name for name in ("A/train.log", "B/train.log", "C/moe.log")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("\n".join(LOG))
+    runs = tool.read_runs([*map(str, paths), f"mine={paths[0]}"])
+    assert [run.label for run in runs] == ["A/train.log", "B/train.log", "moe", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/x/A/log/t.log", "/x/B/log/t.log"], ["A/log/t.log", "B/log/t.log"]),
+        (["/x/t.log", "/x/t.json"], ["t.log", "t.json"]),
+        (["/x/t.log", "/x/A/t.log", "/y/A/t.log"], ["x/t.log", "x/A/t.log", "y/A/t.log"]),
+        (["/t.log", "/x/t.log"], ["/t.log", "x/t.log"]),
+        (["/x/t.log", "/x/../x/t.log"], ["t", "t"]),
+    ],
+)
+def test_names_are_as_long_as_they_must_be(paths: list[str], names: list[str]):
+    assert list(tool.name_files([Path(path) for path in paths]).values()) == names
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    output = tmp_path / "nodir" / "out.png"
+    assert tool.main(["--output", str(output), str(tmp_path / "absent.log")]) == 1
+    message = capsys.readouterr().err
+    assert f"error: `--output` must be in a folder that exists, but is {output}." in message
+    assert f"Make `{output.parent}` first." in message
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(
@@ -93,3 +132,27 @@ def test_runs_are_drawn_also_where_one_lacks_columns(log: Path, tmp_path: Path):
     output = tmp_path / "out.png"
     assert tool.main(["--output", str(output), str(log), f"dense={tmp_path / 'dense.log'}"]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_an_output_that_is_a_folder_ends_in_a_message(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert tool.main(["--output", str(tmp_path), str(log)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_a_training_loss_that_is_estimated_is_labelled_so():
+    from matplotlib.figure import Figure
+
+    marked = [train(2, nll_loss=5.0, sampled_softmax=500, moe_cv_load=0.5), LOG[3]]
+    runs = [tool.read_run("sampled", marked), tool.read_run("full", LOG)]
+    labels = []
+    for name, columns in tool.PANELS:
+        axes = Figure().subplots()
+        tool.draw_panel(axes, name, columns, runs)
+        labels.append(axes.get_legend_handles_labels()[1])
+    loss, perplexity, _, load, _ = labels
+    assert loss == ["sampled, training (estimate)", "sampled", "full"]
+    assert perplexity == load == ["sampled", "full"]
