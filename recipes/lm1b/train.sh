@@ -47,7 +47,8 @@ EVALUATE=${EVALUATE:-1}
 # batched together.
 BATCH_WORDS=${BATCH_WORDS:-300000}
 MAX_TOKENS=${MAX_TOKENS:-4688}
-# Table 7 is after 10 passes: 829 million words / 300,000 = 2,763 updates a pass, 27,633 in all.
+# Table 7 is after 10 passes: 768,648,884 words + 30,301,028 ends of sentence = 798,949,912 tokens / 300,032 = 2,663 updates
+# a pass, 26,629 in all; somewhat more, since padding takes room in batches.
 EPOCHS=${EPOCHS:-10}
 # The paper's schedule: the rate grows linearly for 1,000 updates, then falls as 1/sqrt(update). Its height is ours: the
 # paper names none.
