@@ -85,7 +85,7 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --max-tokens-valid "$VALID_TOKENS" --max-epoch "$EPOCHS" \
     --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" \
     --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates 1 --no-epoch-checkpoints \
-    --validate-interval-updates "$SAVE_INTERVAL" --log-format simple --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
+    --validate-interval-updates "$SAVE_INTERVAL" "${LOG_FORMAT[@]}" --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
 }
 
 for name in NODES BATCH_WORDS MAX_TOKENS EPOCHS WARMUP_UPDATES VALID_TOKENS SAVE_INTERVAL; do require_whole "$name" 1; done
@@ -98,13 +98,8 @@ set_device
 set_launcher
 [[ $NODE_RANK != 0 ]] || bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-mkdir -p "$RUN_FOLDER"
 settings="text $(<"$WORK/prepared"), $MODEL ${SIZES[*]}, $BATCH_WORDS $WARMUP_UPDATES $LEARNING_RATE $SAMPLES $SEED, $*"
-if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-fi
-printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+keep_settings "$RUN_FOLDER" "$settings"
 say "training $MODEL, $EPOCHS passes; log: $RUN_FOLDER/train.log"
 train_model "$@"
 [[ $EVALUATE == 0 || $NODE_RANK != 0 ]] || bash "$HERE/evaluate.sh"
