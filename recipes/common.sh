@@ -96,6 +96,17 @@ require_choice() {
   die "$name must be one of: $*; but is '${!name}'"
 }
 
+# require_positive NAME: refuse a variable that is not a number above 0, such as 0.01 or 1e-2.
+require_positive() {
+  [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ && ${!1%%[eE]*} =~ [1-9] ]] ||
+    die "$1 must be a number above 0, but is '${!1}'"
+}
+
+# require_flags ARGUMENT...: refuse arguments that do not begin with a flag.
+require_flags() {
+  (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes flags of fairseq-train, which begin with -, not '$1'"
+}
+
 # hypotheses_of LOG: the detokenised translations in fairseq-generate's output, in the order of the test set.
 hypotheses_of() { grep '^D-' "$1" | sed 's/^D-//' | sort -n -k1,1 | cut -f3-; }
 

@@ -76,7 +76,10 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
 
 require_choice MODEL moe dense
 for name in UPDATES WARMUP_UPDATES MAX_TOKENS SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
-require_whole SAMPLES 0
+for name in SAMPLES SEED; do require_whole "$name" 0; done
+require_positive LEARNING_RATE
+require_choice EVALUATE 0 1
+require_flags "$@"
 [[ $DROPOUT =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUT must be from 0 to below 1, but is '$DROPOUT'"
 ((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
 ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||

@@ -90,6 +90,7 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
 }
 
+require_flags "$@"
 FLAGS=("$@")
 require_choice MODEL moe dense single
 require_choice MODEL_SIZE small paper

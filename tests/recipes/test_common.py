@@ -75,3 +75,12 @@ def test_settings_bind_once_there_is_something_trained(result, tmp_path):
     assert f"error: {folder} was trained with other settings or text" in done.stderr
     assert "Choose another WORK, or remove it." in done.stderr
     assert (folder / "settings").read_text() == "rate 2\n"
+
+
+def test_a_number_above_0_is_a_decimal_number():
+    for value in ("1", "0.01", ".5", "1e-3", "2.5E+1"):
+        assert call(f"N={value}; require_positive N").returncode == 0, value
+    for value in ("", "0", "0.0", "0e5", "-1", "1.", "1e", "x", "1,2"):
+        done = call(f"N='{value}'; require_positive N")
+        assert f"error: N must be a number above 0, but is '{value}'" in done.stderr
+        assert done.returncode == 1

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.lm1b import counts, fetch
+pytest.importorskip("fairseq")
+
+from recipes.lm1b import counts, fetch, sizes
 from tools import plot_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lm1b"
@@ -105,6 +107,23 @@ def test_from_the_archive_to_perplexity(tmp_path):
     assert re.search(r"valid, tiny: perplexity [\d.]+ over \d+ words", again.stdout)
     other = run("train.sh", tmp_path, RUN="tiny", **(archive | {"LEARNING_RATE": 0.5}))
     assert "was trained with other settings or text" in refusal(other)
+
+
+@pytest.mark.parametrize(
+    ("model", "widths"),
+    [  # those of Table 7, divided by 8
+        ("lstm_lm_2048_512", (64, 256, 128)),
+        ("lstm_moe_lm_1_wide", (64, 64, 512)),
+        ("lstm_moe_lm_4096h", (64, 64, 128)),
+        ("lstm_moe_lm_34m", (128, 128, 256)),
+        ("lstm_moe_lm_143m", (128, 512, 1024)),
+    ],
+)
+def test_a_slice_has_an_eighth_of_the_widths_of_its_model(model, widths):
+    names = ("model_dim", "lstm_hidden_dim", "expert_hidden_dim")
+    assert sizes.narrow_sizes(model, 8) == dict(zip(names, widths, strict=True))
+    whole = (8 * width for width in widths)
+    assert sizes.narrow_sizes(model, 1) == dict(zip(names, whole, strict=True))
 
 
 def test_only_sliced_lines_are_read_and_zero_reads_all(tmp_path):
@@ -296,6 +315,10 @@ REFUSALS = [
     pytest.param(
         "train.sh", {"BATCH_WORDS": 0}, "BATCH_WORDS must be a whole number of at least 1"
     ),
+    pytest.param("train.sh", {"MODEL": "lstm_moe_lm_33"}, "but is 'lstm_moe_lm_33'"),
+    pytest.param("train.sh", {"LEARNING_RATE": "1e"}, "LEARNING_RATE must be a number above 0"),
+    pytest.param("train.sh", {"SEED": "x"}, "SEED must be a whole number of at least 0"),
+    pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of: 0 1; but is 'no'"),
     pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/checkpoint_last.pt is missing"),
     pytest.param("evaluate.sh", {"SUBSET": "train"}, "SUBSET must be one of: test valid"),
 ]
@@ -303,4 +326,12 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("script", "variables", "message"), REFUSALS)
 def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
-    assert message in refusal(run(script, tmp_path, **variables))
+    done = run(script, tmp_path, **variables)
+    assert message in refusal(done)
+    assert "fetch" not in done.stdout or script == "prepare.sh"
+
+
+def test_a_word_that_is_no_flag_is_refused_at_once(tmp_path):
+    done = run("train.sh", tmp_path, "bogus")
+    assert "takes flags of fairseq-train, which begin with -, not 'bogus'" in refusal(done)
+    assert not done.stdout
