@@ -15,6 +15,9 @@ export LC_ALL=C.UTF-8 PYTHONUTF8=1
 # 7 sentences of a test set.
 # shellcheck disable=SC2034
 EVERY_SENTENCE=(--required-batch-size-multiple 1)
+# What train_logged and tools/plot_runs.py read.
+# shellcheck disable=SC2034
+LOG_FORMAT=(--log-format json)
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
@@ -93,6 +96,17 @@ require_choice() {
   die "$name must be one of: $*; but is '${!name}'"
 }
 
+# require_positive NAME: refuse a variable that is not a number above 0, such as 0.01 or 1e-2.
+require_positive() {
+  [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ && ${!1%%[eE]*} =~ [1-9] ]] ||
+    die "$1 must be a number above 0, but is '${!1}'"
+}
+
+# require_flags ARGUMENT...: refuse arguments that do not begin with a flag.
+require_flags() {
+  (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes flags of fairseq-train, which begin with -, not '$1'"
+}
+
 # hypotheses_of LOG: the detokenised translations in fairseq-generate's output, in the order of the test set.
 hypotheses_of() { grep '^D-' "$1" | sed 's/^D-//' | sort -n -k1,1 | cut -f3-; }
 
@@ -126,20 +140,37 @@ set_device() {
   fi
 }
 
-# train_logged LOG COMMAND...: append fairseq-train's output to LOG and show of it one short line for each report.
+# train_logged LOG COMMAND...: append fairseq-train's output to LOG and show of it one short line for each report. COMMAND
+# must have LOG_FORMAT.
 train_logged() {
   local log=$1
   shift
   if ! "$@" 2>&1 | tee -a "$log" | awk '
-    function value(key) {
-      return match($0, "[ ,|]" key "[= ][-+.e0-9]+") ? "  " substr($0, RSTART + 1, RLENGTH - 1) : ""
+    function value(key, prefix) {
+      if (!match($0, "\"" prefix key "\": [^,}]+")) return ""
+      found = substr($0, RSTART, RLENGTH)
+      gsub(/.*: |"/, "", found)
+      return "  " key " " found
     }
-    / \| train_inner \| / { print "      " value("num_updates") value("ppl") value("wps") value("moe_cv_load") }
-    / \| valid \| .* num_updates / { print "valid:" value("num_updates") value("ppl") }
+    / \| train_inner \| \{/ { print "      " value("num_updates") value("ppl") value("wps") value("moe_cv_load") }
+    / \| valid \| \{/ { print "valid:" value("num_updates", "valid_") value("ppl", "valid_") }
     { fflush() }'; then
     tail -n 15 "$log" >&2
     die "training failed; the whole log is $log. Run the same command again to go on from the last checkpoint."
   fi
+}
+
+# keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS into FOLDER/settings; refuse others than those of the models or
+# finished trainings that are in FOLDER, which VARIABLE (RUN) names. A training that left neither holds nobody to its settings.
+keep_settings() {
+  local folder=$1 settings=$2
+  mkdir -p "$folder"
+  if [[ -f $folder/settings && $(<"$folder/settings") != "$settings" ]] &&
+    [[ -n $(find "$folder" \( -name '*.pt' -o -name 'done' \) -print -quit) ]]; then
+    diff "$folder/settings" - <<<"$settings" >&2 || true
+    die "$folder was trained with other settings or text (above: < then, > now). Choose another ${3:-RUN}, or remove it."
+  fi
+  printf '%s\n' "$settings" >"$folder/settings"
 }
 
 # keep_or_clear FOLDER KEY: a training with other settings cannot be continued; remove what it left.

@@ -56,7 +56,7 @@ train_model() { # MODEL DROPOUT SEED
     --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$UPDATES" --max-update "$UPDATES" \
     --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" --no-save \
-    --valid-subset valid,test --validate-interval 1000000 --log-format json --log-interval 50 "${DEVICE_FLAGS[@]}"
+    --valid-subset valid,test --validate-interval 1000000 "${LOG_FORMAT[@]}" --log-interval 50 "${DEVICE_FLAGS[@]}"
   grep -o '"test_ppl": "[^"]*"' "$run/train.log" | tail -n 1
   touch "$run/done"
 }
@@ -73,11 +73,7 @@ set_device
 for model in $MODELS; do python "$HERE/capacity.py" flags "$model" --dim "$DIM" >/dev/null || exit 1; done
 bash "$HERE/prepare.sh"
 settings="text $(<"$WORK/prepared"), DIM $DIM, $INIT_RANGE, $MAX_TOKENS x $UPDATES, $WARMUP_UPDATES $LEARNING_RATE $CLIP_NORM"
-if [[ -f $WORK/settings && $(<"$WORK/settings") != "$settings" ]]; then
-  diff "$WORK/settings" - <<<"$settings" >&2 || true
-  die "$WORK holds trainings with other settings or text (above: < then, > now). Choose another WORK, or remove it."
-fi
-printf '%s\n' "$settings" >"$WORK/settings"
+keep_settings "$WORK" "$settings" WORK
 for seed in $SEEDS; do
   for dropout in $DROPOUTS; do
     for model in $MODELS; do train_model "$model" "$dropout" "$seed"; done

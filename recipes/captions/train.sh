@@ -71,12 +71,15 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --max-update "$UPDATES" \
     --warmup-updates "$WARMUP_UPDATES" --max-tokens "$MAX_TOKENS" --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" \
     --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates "$AVERAGE" \
-    --no-epoch-checkpoints --validate-interval 1000000 --log-format simple --log-interval 100 "${DEVICE_FLAGS[@]}" "$@"
+    --no-epoch-checkpoints --validate-interval 1000000 "${LOG_FORMAT[@]}" --log-interval 100 "${DEVICE_FLAGS[@]}" "$@"
 }
 
 require_choice MODEL moe dense
 for name in UPDATES WARMUP_UPDATES MAX_TOKENS SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
-require_whole SAMPLES 0
+for name in SAMPLES SEED; do require_whole "$name" 0; done
+require_positive LEARNING_RATE
+require_choice EVALUATE 0 1
+require_flags "$@"
 [[ $DROPOUT =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUT must be from 0 to below 1, but is '$DROPOUT'"
 ((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
 ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
@@ -89,15 +92,10 @@ set_device
 set_model_flags
 bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-mkdir -p "$RUN_FOLDER"
 # Without UPDATES: a finished run may be prolonged; its rate then jumps up to where a longer run would be.
 settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" \
   "$SAMPLES $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES $MAX_TOKENS $SEED" "$*")
-if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-fi
-printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+keep_settings "$RUN_FOLDER" "$settings"
 say "training $MODEL, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_model "$@"
 grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true

@@ -110,7 +110,7 @@ train() {
     --lr-scheduler warmup_hold_inverse_sqrt --warmup-updates $((UPDATES / 10)) --hold-updates $((UPDATES * 4 / 10)) \
     --max-tokens "$MAX_TOKENS" --max-update "$UPDATES" --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" \
     --save-dir "$WORK/training" --no-epoch-checkpoints --save-interval-updates "$SAVE_INTERVAL" \
-    --keep-interval-updates "$AVERAGE" --log-format simple --log-interval 50 \
+    --keep-interval-updates "$AVERAGE" "${LOG_FORMAT[@]}" --log-interval 50 \
     --tensorboard-logdir "$WORK/training/tensorboard" "${DEVICE_FLAGS[@]}" "${TRAIN_FLAGS[@]}"
 }
 

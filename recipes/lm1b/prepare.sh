@@ -2,8 +2,8 @@
 # Prepare the One Billion Word benchmark: prepare.sh
 #
 # Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), takes training and held-out shards out of it,
-# compares the counts of the whole text with the published ones, counts the vocabulary and writes fairseq's data-bin.
-# Finished steps are skipped. Variables:
+# compares the counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin and
+# compares its tokens with the text's words. Finished steps are skipped. Variables:
 #   SLICE        1: the first 20,000 lines of one training shard, for a trial on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
 #   LINES        of each shard, held-out ones too; 0: all (0; with SLICE 20000)
@@ -63,6 +63,17 @@ binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
     --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
+check_tokens() { # perplexity is over the words that were counted: fairseq must have cut the text into the same
+  local part sentences words expected found
+  while read -r part sentences words; do
+    expected="$sentences sents, $((words + sentences)) tokens"
+    found=$(sed -n "s|.*/text/$part: \([0-9]* sents, [0-9]* tokens\).*|\1|p" "$WORK/preprocess.log")
+    [[ $found == "$expected" ]] ||
+      die "$part must have $expected, ends of sentence included, as its text, but fairseq-preprocess found '$found':" \
+        "remove $WORK and prepare again; log: $WORK/preprocess.log"
+  done <"$WORK/text/counts.tsv"
+}
+
 check_vocabulary() {
   local words
   words=$(wc -l <"$WORK/data-bin/dict.txt")
@@ -85,6 +96,7 @@ begin_steps "$WORK"
 run_step fetch "$SHARDS $LINES $LM1B_MIRROR $LM1B_SHA256" fetch_texts
 run_step count "" count_texts
 run_step binarise "$MIN_COUNT" binarise
+run_step tokens "" check_tokens
 run_step vocabulary "" check_vocabulary
 # train.sh resumes a model only on the text it was trained on.
 printf '%s' "$STEP_KEY" >"$WORK/prepared"

@@ -4,8 +4,8 @@
 # Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, and calls
 # evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them see; prepare
 # before on one of them.
-#   SLICE      1: a small model on a slice of the text, minutes on a laptop (0)
-#   MODEL      architecture (lstm_moe_lm_4096h): any row of Table 7, see the README
+#   SLICE      1: the model at an eighth of its widths on a slice of the text, minutes on a laptop (0)
+#   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
 #   NODES, NODE_RANK, MASTER   machines (1), the number of this one (0), the name of number 0 (localhost)
@@ -24,12 +24,12 @@ fi
 
 SLICE=${SLICE:-0}
 require_choice SLICE 0 1
-SIZES=()
+DIVIDE=1 START=()
 if [[ $SLICE == 1 ]]; then
   WORK=${WORK:-$HERE/work/slice}
   MODEL=${MODEL:-lstm_moe_lm_32}
   # Table 7's shapes, all widths divided by 8; narrow layers need larger weights to start with.
-  SIZES=(--model-dim 64 --lstm-hidden-dim 64 --expert-hidden-dim 128 --init-range 0.1)
+  DIVIDE=8 START=(--init-range 0.1)
   BATCH_WORDS=${BATCH_WORDS:-2000} MAX_TOKENS=${MAX_TOKENS:-2000} SAMPLES=${SAMPLES:-1000}
   EPOCHS=${EPOCHS:-2} WARMUP_UPDATES=${WARMUP_UPDATES:-100} LEARNING_RATE=${LEARNING_RATE:-0.01}
 fi
@@ -47,7 +47,8 @@ EVALUATE=${EVALUATE:-1}
 # batched together.
 BATCH_WORDS=${BATCH_WORDS:-300000}
 MAX_TOKENS=${MAX_TOKENS:-4688}
-# Table 7 is after 10 passes: 829 million words / 300,000 = 2,763 updates a pass, 27,633 in all.
+# Table 7 is after 10 passes: 768,648,884 words + 30,301,028 ends of sentence = 798,949,912 tokens / 300,032 = 2,663 updates
+# a pass, 26,629 in all; somewhat more, since padding takes room in batches.
 EPOCHS=${EPOCHS:-10}
 # The paper's schedule: the rate grows linearly for 1,000 updates, then falls as 1/sqrt(update). Its height is ours: the
 # paper names none.
@@ -76,6 +77,13 @@ set_launcher() { # what runs fairseq-train, and how many batches to accumulate
   say "$MAX_TOKENS words x $GPUS x $NODES processes x $UPDATE_FREQ = $((per_update * UPDATE_FREQ)) words an update"
 }
 
+set_sizes() { # the widths of MODEL, which must be an architecture of this project
+  local widths
+  widths=$(python "$HERE/sizes.py" "$MODEL" --divide "$DIVIDE")
+  read -ra SIZES <<<"$widths"
+  SIZES+=("${START[@]}")
+}
+
 train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
   train_logged "$RUN_FOLDER/train.log" "${LAUNCHER[@]}" "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --task language_modeling --sample-break-mode eos --arch "$MODEL" "${SIZES[@]}" "${PROCESSES[@]}" \
@@ -84,26 +92,24 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --max-tokens-valid "$VALID_TOKENS" --max-epoch "$EPOCHS" \
     --seed "$SEED" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" \
     --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates 1 --no-epoch-checkpoints \
-    --validate-interval-updates "$SAVE_INTERVAL" --log-format simple --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
+    --validate-interval-updates "$SAVE_INTERVAL" "${LOG_FORMAT[@]}" --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
 }
 
 for name in NODES BATCH_WORDS MAX_TOKENS EPOCHS WARMUP_UPDATES VALID_TOKENS SAVE_INTERVAL; do require_whole "$name" 1; done
-require_whole SAMPLES 0
-require_whole NODE_RANK 0
+for name in SAMPLES NODE_RANK SEED; do require_whole "$name" 0; done
+require_positive LEARNING_RATE
+require_choice EVALUATE 0 1
+require_flags "$@"
 use_environment
 NMT_MOE_PYTHON=$(command -v python)
 export NMT_MOE_PYTHON SLICE WORK RUN DEVICE
 set_device
+set_sizes
 set_launcher
 [[ $NODE_RANK != 0 ]] || bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-mkdir -p "$RUN_FOLDER"
 settings="text $(<"$WORK/prepared"), $MODEL ${SIZES[*]}, $BATCH_WORDS $WARMUP_UPDATES $LEARNING_RATE $SAMPLES $SEED, $*"
-if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-fi
-printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+keep_settings "$RUN_FOLDER" "$settings"
 say "training $MODEL, $EPOCHS passes; log: $RUN_FOLDER/train.log"
 train_model "$@"
 [[ $EVALUATE == 0 || $NODE_RANK != 0 ]] || bash "$HERE/evaluate.sh"

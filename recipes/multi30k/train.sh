@@ -92,7 +92,7 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --warmup-updates "$WARMUP_UPDATES" --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --seed "$SEED" \
     --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" \
     "${keep[@]}" --no-epoch-checkpoints --validate-interval 1000000 \
-    --log-format simple --log-interval 100 \
+    "${LOG_FORMAT[@]}" --log-interval 100 \
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
 }
 
@@ -106,12 +106,7 @@ train_pair() {
   settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${MODEL_FLAGS[*]}" \
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
     "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
-  if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-    diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-    die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-  fi
-  mkdir -p "$RUN_FOLDER"
-  printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+  keep_settings "$RUN_FOLDER" "$settings"
   say "training $MODEL, English to $PAIR, $UPDATES updates; log: $RUN_FOLDER/train.log"
   [[ $AVERAGE_ONLY == 1 ]] || train_model
   grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true

@@ -86,10 +86,11 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --skip-invalid-size-inputs-valid-test --max-source-positions 250 --max-target-positions 250 \
     --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" \
     --keep-interval-updates "$AVERAGE" --no-epoch-checkpoints --validate-interval 1000000 \
-    --log-format simple --log-interval 100 \
+    "${LOG_FORMAT[@]}" --log-interval 100 \
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
 }
 
+require_flags "$@"
 FLAGS=("$@")
 require_choice MODEL moe dense single
 require_choice MODEL_SIZE small paper
@@ -118,12 +119,7 @@ RUN_FOLDER=$WORK_FOLDER/$RUN
 # Without UPDATES: a finished run may be prolonged.
 settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${PAIR_FLAGS[*]}" "${MODEL_FLAGS[*]}" \
   "$LABEL_SMOOTHING $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
-if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-  diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-  die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-fi
-mkdir -p "$RUN_FOLDER"
-printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+keep_settings "$RUN_FOLDER" "$settings"
 say "training $NAME, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_model
 awk 'shown && !/^  / { exit } sub(/.*sampling: /, "sampling: ") { shown = 1 } shown' "$RUN_FOLDER/train.log"

@@ -97,7 +97,7 @@ set_command() {
     --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --max-update "$UPDATES" --seed "$SEED"
     "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL"
     --best-checkpoint-metric nll_loss
-    --keep-interval-updates 1 --no-epoch-checkpoints --log-format simple --log-interval 50
+    --keep-interval-updates 1 --no-epoch-checkpoints "${LOG_FORMAT[@]}" --log-interval 50
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${PARALLEL_FLAGS[@]}" "${FLAGS[@]}")
 }
 
@@ -106,12 +106,7 @@ refuse_another_run() { # a training cannot go on with another network, batch or 
   # Without UPDATES: a finished run may be prolonged. Without GPUS and MAX_TOKENS: the batch is the same.
   settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" "$OPTIMIZER $CLIP_NORM $SEED" \
     "$LEARNING_RATE $WARMUP_UPDATES $HOLD_UPDATES" "${FLAGS[*]}")
-  if [[ -f $RUN_FOLDER/settings && $(<"$RUN_FOLDER/settings") != "$settings" ]]; then
-    diff "$RUN_FOLDER/settings" - <<<"$settings" >&2 || true
-    die "$RUN_FOLDER was trained with other settings or text (above: < then, > now). Choose another RUN, or remove it."
-  fi
-  mkdir -p "$RUN_FOLDER"
-  printf '%s\n' "$settings" >"$RUN_FOLDER/settings"
+  keep_settings "$RUN_FOLDER" "$settings"
 }
 
 require_choice MODEL moe32 moe512 moe2048 dense

@@ -106,7 +106,7 @@ def test_from_text_to_table(tmp_path):
     assert again.stdout.count("seed 1: done before") == 1
     other = run("run.sh", **variables, UPDATES=3)
     assert other.returncode == 1
-    assert "holds trainings with other settings or text" in other.stderr
+    assert "was trained with other settings or text" in other.stderr
 
 
 def test_valid_is_the_end_of_train_and_blank_lines_are_left_out(tmp_path):

@@ -114,6 +114,11 @@ REFUSALS = [
     pytest.param(
         "train.sh", {"DROPOUT": 1}, "DROPOUT must be from 0 to below 1, but is '1'", id="dropout"
     ),
+    pytest.param("train.sh", {"SEED": "x"}, "SEED must be a whole number of at least 0", id="seed"),
+    pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of: 0 1", id="evaluate"),
+    pytest.param(
+        "train.sh", {"LEARNING_RATE": 0}, "LEARNING_RATE must be a number above 0", id="rate"
+    ),
     pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/average.pt is missing", id="no-model"),
 ]
 
@@ -127,3 +132,4 @@ def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
 def test_words_after_the_scripts_are_refused():
     for script in ("prepare.sh", "evaluate.sh"):
         assert f"{script} takes no arguments but --help, not 'x'" in refusal(run(script, "x"))
+    assert "train.sh takes flags of fairseq-train" in refusal(run("train.sh", "x"))

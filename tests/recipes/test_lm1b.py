@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from recipes.lm1b import counts, fetch
+pytest.importorskip("fairseq")
+
+from recipes.lm1b import counts, fetch, sizes
+from tools import plot_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lm1b"
 TINY = {
@@ -73,28 +76,54 @@ def refusal(done):
 
 def test_from_the_archive_to_perplexity(tmp_path):
     texts = make_texts()
+    # fairseq cuts at each of these characters, and the last ends its lines; the benchmark has words
+    # of them, and words parted by the last.
+    cut = "\u0085 w2\u00a0w3 w4\u2028w5 w6\rw7\n".encode()
+    for name in (fetch.train_shard(1), fetch.held_out_shard(0)):
+        texts[name] = cut + texts[name]
     archive = write_archive(tmp_path / "mirror", texts)
+    # The dictionary has 15 words and fairseq's 4. A refused setting does not hold the run's name.
+    many = run("train.sh", tmp_path, RUN="tiny", **(archive | {"SAMPLES": 1000}))
+    assert "`--sampled-softmax` must be from 0 to 19" in refusal(many)
+    assert "vocabulary: 15 words that occur at least 1 times" in many.stdout
     done = run("train.sh", tmp_path, RUN="tiny", **archive)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "100 words x 1 x 1 processes x 2 = 200 words an update" in done.stdout
     # 40 lines of each of two shards
-    train = (tmp_path / "work/text/train").read_bytes().splitlines()
-    assert train == [
-        line for number in (1, 2) for line in texts[fetch.train_shard(number)].splitlines()[:40]
-    ]
-    test = texts[fetch.held_out_shard(0)].splitlines()[:40]
+    first, *train = (tmp_path / "work/text/train").read_text().splitlines()
+    assert first == "<U+0085> w2<U+00A0>w3 w4<U+2028>w5 w6 w7"
+    shards = [texts[fetch.train_shard(number)].decode().split("\n")[:40] for number in (1, 2)]
+    assert train == [*shards[0][1:], *shards[1]]
+    test = texts[fetch.held_out_shard(0)].split(b"\n")[:40]
     found = re.search(r"test, tiny: perplexity ([\d.]+) over (\d+) words", done.stdout)
     assert int(found[2]) == sum(len(line.split()) + 1 for line in test)
     assert 1 < float(found[1]) < 40
-    assert "vocabulary: 12 words that occur at least 1 times" in done.stdout
+
+    assert re.search(r"valid:  num_updates \d+  ppl [\d.]+\n", done.stdout)
+    with (tmp_path / "work/tiny/train.log").open() as log:
+        assert plot_runs.read_run("tiny", log).curve(["valid.ppl"])[0]
 
     again = run("evaluate.sh", tmp_path, RUN="tiny", SUBSET="valid", **archive)
     assert re.search(r"valid, tiny: perplexity [\d.]+ over \d+ words", again.stdout)
     other = run("train.sh", tmp_path, RUN="tiny", **(archive | {"LEARNING_RATE": 0.5}))
     assert "was trained with other settings or text" in refusal(other)
-    # Words of the dictionary: 12, </s> and <unk> can be drawn.
-    many = run("train.sh", tmp_path, RUN="many", **(archive | {"SAMPLES": 1000}))
-    assert "`--sampled-softmax` must be from 0 to 16" in refusal(many)
+
+
+@pytest.mark.parametrize(
+    ("model", "widths"),
+    [  # those of Table 7, divided by 8
+        ("lstm_lm_2048_512", (64, 256, 128)),
+        ("lstm_moe_lm_1_wide", (64, 64, 512)),
+        ("lstm_moe_lm_4096h", (64, 64, 128)),
+        ("lstm_moe_lm_34m", (128, 128, 256)),
+        ("lstm_moe_lm_143m", (128, 512, 1024)),
+    ],
+)
+def test_a_slice_has_an_eighth_of_the_widths_of_its_model(model, widths):
+    names = ("model_dim", "lstm_hidden_dim", "expert_hidden_dim")
+    assert sizes.narrow_sizes(model, 8) == dict(zip(names, widths, strict=True))
+    whole = (8 * width for width in widths)
+    assert sizes.narrow_sizes(model, 1) == dict(zip(names, whole, strict=True))
 
 
 def test_only_sliced_lines_are_read_and_zero_reads_all(tmp_path):
@@ -105,6 +134,19 @@ def test_only_sliced_lines_are_read_and_zero_reads_all(tmp_path):
     assert (tmp_path / "out").read_bytes() == b"a\nb\nd\n"
     fetch.join(shards, tmp_path / "out", 0)
     assert (tmp_path / "out").read_bytes() == b"a\nb\nc\nd\n"
+
+
+def test_each_word_stays_one_word_and_none_becomes_another():
+    words = ["a\u0085b", "a\u00a0b", "a<U+0085>b", "a<U+3000", "<U+0085>\u3000", "\x1c", "a&b"]
+    kept = fetch.keep_words(" ".join(words).encode() + b"\n").decode()
+    assert kept == (
+        "a<U+0085>b a<U+00A0>b a<U+003C>U+0085>b a<U+3000 <U+003C>U+0085><U+3000> <U+001C> a&b\n"
+    )
+    # As fairseq cuts.
+    assert len(kept.split()) == len(set(kept.split())) == len(words)
+    assert fetch.keep_words(b"a\tb\fc\vd\re\r\n") == b"a b c d e\n"
+    assert fetch.keep_words(b"a \xff") == b"a \xff\n"
+    assert fetch.keep_words(b"\n") == b"\n"
 
 
 def test_an_altered_archive_is_refused_with_both_digests_and_removed(tmp_path):
@@ -222,15 +264,30 @@ def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch, capsys
     }[part] in capsys.readouterr().err
 
 
+def pretend_fetched(work, text, settings):
+    """Leave what `prepare.sh` has after its first step, with `text` in all three parts."""
+    (work / "text").mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        (work / "text" / part).write_text(text)
+    (work / ".steps").mkdir()
+    stamp = hashlib.sha256(f"|fetch|{settings}  ".encode()).hexdigest()
+    (work / ".steps/fetch").write_text(stamp)
+
+
+def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path):
+    pretend_fetched(tmp_path / "work", "w1\u00a0w2\n", "2 40")
+    error = refusal(run("train.sh", tmp_path))
+    assert (
+        "train must have 1 sents, 2 tokens, ends of sentence included, as its text, but "
+        "fairseq-preprocess found '1 sents, 3 tokens'"
+    ) in error
+    assert not (tmp_path / "work/prepared").exists()
+
+
 def test_the_whole_text_must_have_the_published_counts(tmp_path):
     # The texts of the public archive as if fetched, but far too short.
     work = tmp_path / "work"
-    (work / "text").mkdir(parents=True)
-    for part in ("train", "valid", "test"):
-        (work / "text" / part).write_text("w1 w2\n")
-    (work / ".steps").mkdir()
-    stamp = hashlib.sha256(b"|fetch|99 0  ").hexdigest()
-    (work / ".steps/fetch").write_text(stamp)
+    pretend_fetched(work, "w1 w2\n", "99 0")
     error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, LINES=0, MIN_COUNT=3))
     assert "train must have 30,301,028 sentences, but has 1" in error
     assert "train must have 768,648,884 words, ends of sentence not counted, but has 2" in error
@@ -258,6 +315,10 @@ REFUSALS = [
     pytest.param(
         "train.sh", {"BATCH_WORDS": 0}, "BATCH_WORDS must be a whole number of at least 1"
     ),
+    pytest.param("train.sh", {"MODEL": "lstm_moe_lm_33"}, "but is 'lstm_moe_lm_33'"),
+    pytest.param("train.sh", {"LEARNING_RATE": "1e"}, "LEARNING_RATE must be a number above 0"),
+    pytest.param("train.sh", {"SEED": "x"}, "SEED must be a whole number of at least 0"),
+    pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of: 0 1; but is 'no'"),
     pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/checkpoint_last.pt is missing"),
     pytest.param("evaluate.sh", {"SUBSET": "train"}, "SUBSET must be one of: test valid"),
 ]
@@ -265,4 +326,12 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("script", "variables", "message"), REFUSALS)
 def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
-    assert message in refusal(run(script, tmp_path, **variables))
+    done = run(script, tmp_path, **variables)
+    assert message in refusal(done)
+    assert "fetch" not in done.stdout or script == "prepare.sh"
+
+
+def test_a_word_that_is_no_flag_is_refused_at_once(tmp_path):
+    done = run("train.sh", tmp_path, "bogus")
+    assert "takes flags of fairseq-train, which begin with -, not 'bogus'" in refusal(done)
+    assert not done.stdout

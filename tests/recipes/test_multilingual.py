@@ -111,6 +111,14 @@ def test_a_variable_that_cannot_be_is_named(
     assert message in done.stderr
 
 
+def test_a_word_that_is_no_flag_is_refused_at_once(corpus: Path, tmp_path: Path):
+    given = TINY | {"TATOEBA_DIR": corpus, "WORK": tmp_path / "work"}
+    done = run("train.sh", "moe", **given)
+    assert done.returncode == 1
+    assert "takes flags of fairseq-train, which begin with -, not 'moe'" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_table_by_hand(tmp_path: Path):
     for run_name, line in {
         "single-en-fr-seed1": "single\ten-fr\t9.00\t20.00 40.00",

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Print the widths of a language model, its own or an eighth of them, as flags of fairseq-train.
+
+    sizes.py lstm_moe_lm_32 --divide 8
+
+All three are divided, and the number of experts stays, so LSTMs and experts shrink alike in every
+model, to a 64th of their operations and weights. A gate shrinks to an eighth only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.networks import find_options
+
+WIDTHS = ("model_dim", "lstm_hidden_dim", "expert_hidden_dim")
+
+
+def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
+    """Give the widths of architecture `model`, divided by `divisor`.
+
+    Raises:
+        ValueError: it is none of this project's language models.
+    """
+    architectures = find_options()
+    # fairseq, and models with it, can be imported only now.
+    from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
+
+    known = [name for name, (options, _) in architectures.items() if options is LSTMMoELMConfig]
+    if model not in known:
+        raise ValueError(f"MODEL must be one of: {' '.join(known)}; but is '{model}'")
+    options, args = architectures[model]
+    sizes = options(**vars(args))
+    return {name: getattr(sizes, name) // divisor for name in WIDTHS}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="an architecture")
+    parser.add_argument("--divide", type=int, choices=(1, 8), default=1)
+    args = parser.parse_args(arguments)
+    try:
+        sizes = narrow_sizes(args.model, args.divide)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    print(" ".join(f"--{name.replace('_', '-')} {width}" for name, width in sizes.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
