@@ -8,7 +8,7 @@
 #   DROPOUTS   to choose from, for each model by itself ("0.0 0.1")
 #   SEEDS      of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
-#   UPDATES    of each training (800)
+#   UPDATES    of each training (2000)
 #   WORK       folder to write (recipes/capacity/work); another DIM, UPDATES or text needs another
 #   DEVICE     auto (default: a GPU when there is one), cpu or cuda
 #   THREADS    for one training process on the processor (1)
@@ -28,9 +28,9 @@ SEEDS=${SEEDS:-1 2 3}
 DIM=${DIM:-64}
 # Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# At most 1000 pieces an update: 985 on average for captions, 16 to a sentence. 800 updates = 0.8 million pieces.
+# At most 1000 pieces an update: 985 on average for captions, 16 to a sentence. 2000 updates = 2 million pieces.
 MAX_TOKENS=${MAX_TOKENS:-1000}
-UPDATES=${UPDATES:-800}
+UPDATES=${UPDATES:-2000}
 # The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
 WARMUP_UPDATES=${WARMUP_UPDATES:-100}
 LEARNING_RATE=${LEARNING_RATE:-0.01}
