@@ -2,20 +2,12 @@ import json
 import re
 
 import pytest
-import torch
 
 from benchmarks import expert_parallel
 
 FLAGS = "--model-dim 8 --lstm-hidden-dim 16 --expert-hidden-dim 8 --num-experts 4 --moe-top-k 2"
 TINY = ["--sentences", "4", "--length", "3", "--vocab-size", "12", "--rounds", "2"]
 TINY += ["--model-flags", FLAGS]
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.timeout(590)

@@ -12,13 +12,6 @@ from benchmarks.moe_points import GRIDS, Point, parse_shape
 TINY = Point(tokens=12, model_dim=8, hidden_dim=12, num_experts=6, top_k=4, num_groups=3)
 
 
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 

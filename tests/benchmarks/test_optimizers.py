@@ -8,13 +8,6 @@ from benchmarks import optimizers
 TINY = ["--experts", "3", "--dim", "4", "--hidden", "8"]
 
 
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_table_has_a_row_for_each_optimizer(capsys, tmp_path):
     path = tmp_path / "found.json"
     optimizers.main([*TINY, "--rounds", "2", "--threads", "1", "--json", str(path)])

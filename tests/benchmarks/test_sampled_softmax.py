@@ -1,18 +1,10 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import sampled_softmax
 
 TINY = ["--vocab-size", "50", "60", "--draws", "10", "--tokens", "4", "--dim", "8"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_table_has_a_row_for_each_softmax_and_vocabulary(capsys, tmp_path):

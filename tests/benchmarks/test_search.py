@@ -12,13 +12,6 @@ FLAGS = "--model-dim 8 --lstm-hidden-dim 16 --expert-hidden-dim 8 --num-experts 
 NAMES = ["stock", "penalties", "pruning", "penalties, pruning"]
 
 
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def line(tmp_path):
     """A random model that is sure of its next word, its data, and the flags for both."""

@@ -2,7 +2,6 @@ import argparse
 import json
 
 import pytest
-import torch
 
 from benchmarks import train_step
 
@@ -19,13 +18,6 @@ TINY = [
     "1",
 ]
 FLAGS = "--model-dim 8 --lstm-hidden-dim 16 --expert-hidden-dim 8 --num-experts 4 --moe-top-k 2"
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def cells(line):

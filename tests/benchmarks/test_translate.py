@@ -3,7 +3,6 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-import torch
 from fairseq import tasks
 
 from benchmarks import translate
@@ -13,13 +12,6 @@ TINY = shlex.split(
     "--sentences 4 --batch 2 --beam 2 --length 4 --vocab-size 12 --rounds 2 --threads 1"
 )
 NAMES = ["lstm_moe_gnmt_small/recurrent", "lstm_moe_gnmt_small/parallel", "lstm"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_table_has_a_row_for_each_model(capsys, tmp_path):
