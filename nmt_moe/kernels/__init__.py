@@ -1,9 +1,11 @@
 """Fast operations: torch (and, behind `_triton`, Triton) only.
 
-Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle.
+Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle;
+`row_groups` only reads offsets, for all of them.
 """
 
 from nmt_moe.kernels import reference
+from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
@@ -26,4 +28,5 @@ __all__ = [
     "mixture_ffn",
     "noisy_top_k",
     "reference",
+    "row_groups",
 ]

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation: Triton's kernel or plain torch."""
+"""What operations ask about their tensors: who runs them, whether gradients follow, whose rows."""
 
 import importlib.util
 import os
@@ -23,3 +23,17 @@ def uses_triton(tensor: Tensor) -> bool:
     float64 stays with torch: the kernels add up in float32.
     """
     return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Return whether a backward pass through an operation on `tensors` may come.
+
+    Inside a `Function` gradients are off, and its flags say nothing of a surrounding no_grad.
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
+    """Give the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1])."""
+    rows = torch.arange(num_rows, device=row_offsets.device)
+    return torch.searchsorted(row_offsets, rows, right=True) - 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.reference import NOISE_FLOOR
 
 # Four buffers of this many float32 numbers fit an L2 cache of 2 MB; a power of two, so that torch
@@ -171,7 +172,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
         gates, expert_ids = top[:, :top_k].softmax(1), ids[:, :top_k].contiguous()
         places = expert_ids
         if len(load) > 1:
-            places = expert_ids + _row_groups(row_offsets).unsqueeze(1) * num_experts
+            places = expert_ids + row_groups(row_offsets, num_rows).unsqueeze(1) * num_experts
         importance = _sum_at(places, gates, row_weight, load)
         counts = places.flatten().bincount(minlength=load.numel()).view_as(load)
         ctx.save_for_backward(clean, raw_scale, row_weight, gates, top, ids, drawn, places)
@@ -267,11 +268,6 @@ def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     height = min(max(BLOCK_NUMBERS // width, 1), num_rows)
     first, second, third = clean.new_empty(3, height, width)
     return first, second, third
-
-
-def _row_groups(row_offsets: Tensor) -> Tensor:
-    """(N,) int64: the group of each row."""
-    return torch.arange(len(row_offsets) - 1).repeat_interleave(row_offsets.diff())
 
 
 def _sum_at(places: Tensor, gates: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
+from nmt_moe.kernels._backend import needs_gradient
 from nmt_moe.kernels._products import Products, choose_products
 from nmt_moe.kernels.grouped_gemm import check_dtypes
 
@@ -47,10 +48,8 @@ def expert_ffn(
     check_dtypes(rows, expert_offsets, weight_in=weight_in, weight_out=weight_out)
     rows = rows.contiguous()
     products = choose_products(rows, weight_in, expert_offsets)
-    # Inside a Function gradients are off, and its flags say nothing of a surrounding no_grad.
-    leaves = rows, weight_in, weight_out
-    is_training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    return _ExpertFFN.apply(rows, weight_in, weight_out, products, is_training and not recompute)
+    keep = needs_gradient(rows, weight_in, weight_out) and not recompute
+    return _ExpertFFN.apply(rows, weight_in, weight_out, products, keep)
 
 
 class _ExpertFFN(torch.autograd.Function):

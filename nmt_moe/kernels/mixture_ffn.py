@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels import _memory
+from nmt_moe.kernels._backend import needs_gradient
 from nmt_moe.kernels._batches import Batch, plan_padding
 from nmt_moe.kernels._products import choose_evaluation_products
 from nmt_moe.kernels.combine_rows import combine_rows
@@ -62,8 +63,7 @@ def mixture_ffn(
     check_shape("weight_out", weight_out, (num_experts, hidden_dim, model_dim), "(E, H, D)")
     check_shape("expert_offsets", expert_offsets, (num_experts + 1,), "(E + 1,)")
     if x.device.type == "cpu":
-        leaves = x, gates, weight_in, weight_out
-        is_training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        is_training = needs_gradient(x, gates, weight_in, weight_out)
         if len(row_token) <= FEW_ROWS and not is_training:
             return _mix_few(x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out)
         keep = is_training and not recompute

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.kernels import gate_logits, noisy_top_k
+from nmt_moe.kernels import gate_logits, noisy_top_k, row_groups
 from nmt_moe.moe.gate_output import GateOutput
 
 
@@ -162,12 +162,6 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
         order = order.gather(0, groups[order].sort(dim=0, stable=True).indices)
     is_best = (place < chosen).unsqueeze(1).expand_as(token)
     return torch.zeros_like(is_best).scatter(0, token.gather(0, order), is_best)
-
-
-def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
-    """Give the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1])."""
-    rows = torch.arange(num_rows, device=row_offsets.device)
-    return torch.searchsorted(row_offsets, rows, right=True) - 1
 
 
 def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmt_moe.kernels import gate_logits, gather_rows, noisy_top_k
+from nmt_moe.kernels import gate_logits, gather_rows, noisy_top_k, row_groups
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.gate import (
@@ -17,7 +17,6 @@ from nmt_moe.moe.gate import (
     gate_dtype,
     masked_softmax,
     over_threshold,
-    row_groups,
     to_slots,
 )
 from nmt_moe.moe.gate_output import GateOutput

@@ -56,6 +56,19 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
 
 
+@pytest.mark.parametrize("precision", ["--memory-efficient-bf16", "--memory-efficient-fp16"])
+def test_weights_of_half_precision_alone_resume_bit_for_bit(
+    data: Path, tmp_path: Path, precision: str
+):
+    # With --bf16 and --fp16 a copy in float32 is trained, which fairseq does not save.
+    train(data, tmp_path / "unbroken", 2, precision)
+    for epochs in (1, 2):
+        train(data, tmp_path / "resumed", epochs, precision)
+    one, two = (load(tmp_path / name / "checkpoint_last.pt") for name in ("unbroken", "resumed"))
+    assert_same_bits(one["model"], two["model"])
+    assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
+
+
 def test_the_bits_depend_on_the_seed(data: Path, unbroken: Path, tmp_path: Path):
     train(data, tmp_path, 1, "--seed", 4)
     one, other = load(unbroken / "checkpoint1.pt"), load(tmp_path / "checkpoint1.pt")
