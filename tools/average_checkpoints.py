@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmt_moe.parallel.expert_files import read_checkpoint, restore_experts
+from nmt_moe.checkpoints.expert_files import read_checkpoint, restore_experts
 
 BY_AGE = [re.compile(r"checkpoint_\d+_(\d+)\.pt"), re.compile(r"checkpoint(\d+)\.pt")]
 # fairseq: the metric's name, its value with three digits, and a random digit for equal values.

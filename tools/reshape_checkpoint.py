@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nmt_moe.parallel.expert_files import (
+from nmt_moe.checkpoints.expert_files import (
     MANIFEST,
     check_manifest,
     read_checkpoint,

@@ -10,10 +10,7 @@ from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from nmt_moe.compat._replace import replace
-from nmt_moe.compat.expert_parallel import expert_group, moe_layers
-from nmt_moe.parallel import ExpertParallelGroup, cut_shard, is_expert, save_shards, shard_group
-from nmt_moe.parallel.expert_files import (
+from nmt_moe.checkpoints.expert_files import (
     MANIFEST,
     PLACES,
     ByName,
@@ -21,7 +18,11 @@ from nmt_moe.parallel.expert_files import (
     remove_unused_files,
     restore_experts,
     rows_of,
+    save_experts,
 )
+from nmt_moe.compat._replace import replace
+from nmt_moe.compat.expert_parallel import expert_group, moe_layers
+from nmt_moe.parallel import ExpertParallelGroup, cut_shard, is_expert, shard_group
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _TRAINER: ContextVar[Trainer | None] = ContextVar("trainer", default=None)
 def save_and_load_spread_experts() -> None:
     """Let each process write its own experts, and any number of processes read them.
 
-    Beside the checkpoint stand files of experts (`parallel.expert_files`), each written by the
+    Beside the checkpoint stand files of experts (`checkpoints.expert_files`), each written by the
     process that has them; the checkpoint holds the rest and their digests. Whoever reads the
     checkpoint gets them with it: a training each process' own, every other command all. So a
     training goes on with any other number of processes, and no process needs memory for all.
@@ -62,7 +63,7 @@ def _saving_experts(save: Callable) -> Callable:
         folder = Path(cfg.save_dir)
         num_experts = next(moe_layers(trainer.get_model())).config.num_experts
         model, optimizer = own_experts(trainer), own_expert_state(trainer)
-        manifest = save_shards(folder, num_experts, model, optimizer, group)
+        manifest = save_experts(folder, num_experts, model, optimizer, group)
         setattr(trainer, SAVED_EXPERTS, manifest)
         try:
             saved = save(cfg, trainer, *args, **kwargs)

@@ -3,6 +3,7 @@
 from nmt_moe.parallel.exchange import Route, plan_route
 from nmt_moe.parallel.gradients import is_expert, mark_expert
 from nmt_moe.parallel.groups import ALONE, ExpertParallelGroup, make_expert_parallel_group
+from nmt_moe.parallel.objects import from_first_rank, gather_from_ranks, is_first_replica
 from nmt_moe.parallel.reduction import sum_over_ranks
 from nmt_moe.parallel.shards import (
     average_shard_gradients,
@@ -10,7 +11,6 @@ from nmt_moe.parallel.shards import (
     cut_shard,
     init_uniform,
     mark_shard,
-    save_shards,
     shard_group,
     shard_norm,
 )
@@ -24,15 +24,17 @@ __all__ = [
     "average_shard_gradients",
     "clip_gradients",
     "cut_shard",
+    "from_first_rank",
+    "gather_from_ranks",
     "init_uniform",
     "is_expert",
+    "is_first_replica",
     "make_expert_parallel_group",
     "mark_expert",
     "mark_shard",
     "measure_traffic",
     "plan_route",
     "ring_bytes",
-    "save_shards",
     "shard_group",
     "shard_norm",
     "sum_over_ranks",

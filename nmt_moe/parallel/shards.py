@@ -1,19 +1,10 @@
 """Parameters of which each rank holds the slice of its own experts."""
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from nmt_moe.parallel.expert_files import (
-    ByName,
-    ByPlace,
-    make_manifest,
-    new_save_id,
-    write_expert_file,
-)
 from nmt_moe.parallel.groups import ExpertParallelGroup
 
 
@@ -49,44 +40,6 @@ def init_uniform(parameter: nn.Parameter, bound: float) -> None:
 def cut_shard(whole: Tensor, group: ExpertParallelGroup) -> Tensor:
     """Return this rank's slice (L, ...) of a tensor (E, ...) of all experts."""
     return whole[group.owned(len(whole))].clone()
-
-
-def save_shards(
-    folder: Path, num_experts: int, model: ByName, optimizer: ByPlace, group: ExpertParallelGroup
-) -> dict[str, Any] | None:
-    """Write this rank's experts beside a checkpoint to come, if no rank of lower number does.
-
-    All ranks must call. None needs memory for the experts of others.
-
-    Args:
-        folder: Of the checkpoint, the same for all ranks.
-        num_experts: E.
-        model: (L, ...) parameters by name.
-        optimizer: (L, ...) state by the parameter's place in the optimizer, and name.
-        group: The ranks that hold the others.
-
-    Returns:
-        The checkpoint's manifest; None on ranks whose experts another rank writes.
-
-    Raises:
-        FileNotFoundError: on rank 0, if it does not see what another rank wrote.
-    """
-    rank = distributed.get_rank()
-    if rank >= group.size:  # a replica: group 0 holds the same
-        return None
-    save_id = [new_save_id()]
-    distributed.broadcast_object_list(save_id, src=0, group=group.members)
-    folder.mkdir(parents=True, exist_ok=True)
-    entry = write_expert_file(folder, save_id[0], group.owned(num_experts), model, optimizer)
-    entries: list[Any] = [None] * group.size
-    distributed.all_gather_object(entries, entry, group=group.members)
-    for writer, written in enumerate(entries):
-        if rank == 0 and not (folder / written["name"]).is_file():
-            raise FileNotFoundError(
-                f"process {writer} wrote `{written['name']}`, but process 0 does not find it in "
-                f"`{folder}`. The folder must be one that all machines share."
-            )
-    return make_manifest(save_id[0], entries)
 
 
 def average_shard_gradients(parameters: Iterable[Tensor]) -> None:

@@ -10,8 +10,8 @@ from support.commands import call
 from support.ranks import run_ranks
 from support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
 
+from nmt_moe.checkpoints.expert_files import MANIFEST
 from nmt_moe.compat.expert_parallel import check_settings
-from nmt_moe.parallel.expert_files import MANIFEST
 
 # Five batches, so that one of two processes stands idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]

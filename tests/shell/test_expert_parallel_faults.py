@@ -23,9 +23,9 @@ from support.training import TINY_MOE, load
 from torch import distributed
 
 from nmt_moe import plugin
+from nmt_moe.checkpoints import expert_files
+from nmt_moe.checkpoints.expert_files import restore_experts
 from nmt_moe.compat.expert_parallel import moe_layers
-from nmt_moe.parallel import expert_files
-from nmt_moe.parallel.expert_files import restore_experts
 
 plugin.register()
 

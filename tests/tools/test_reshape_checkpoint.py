@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from nmt_moe.parallel.expert_files import PLACES
+from nmt_moe.checkpoints.expert_files import PLACES
 from tools import reshape_checkpoint as tool
 
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from nmt_moe.parallel.expert_files import (
+from nmt_moe.checkpoints.expert_files import (
     MANIFEST,
     PLACES,
     make_manifest,

@@ -24,6 +24,12 @@ import torch
 from torch import Tensor
 
 from nmt_moe.checks import check_divides, check_range
+from nmt_moe.parallel import (
+    ExpertParallelGroup,
+    from_first_rank,
+    gather_from_ranks,
+    is_first_replica,
+)
 
 MANIFEST = "expert_files"
 # Of an ordinary checkpoint, in its extra state: names of experts by their place in the optimizer.
@@ -32,6 +38,41 @@ PREFIX = "experts-"
 
 ByName = dict[str, Tensor]
 ByPlace = dict[int, ByName]
+
+
+def save_experts(
+    folder: Path, num_experts: int, model: ByName, optimizer: ByPlace, group: ExpertParallelGroup
+) -> dict[str, Any] | None:
+    """Write this rank's experts beside a checkpoint to come, unless a lower rank holds the same.
+
+    All ranks must call. No rank needs memory for the experts of others.
+
+    Args:
+        folder: Of the checkpoint, the same for all ranks.
+        num_experts: E.
+        model: (L, ...) parameters by name.
+        optimizer: (L, ...) state by the parameter's place in the optimizer, and name.
+        group: The ranks that hold the others.
+
+    Returns:
+        The checkpoint's manifest; None on ranks whose experts another rank writes.
+
+    Raises:
+        FileNotFoundError: if the first rank does not see what another rank wrote.
+    """
+    if not is_first_replica(group):
+        return None
+    save_id = from_first_rank(new_save_id(), group)
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = write_expert_file(folder, save_id, group.owned(num_experts), model, optimizer)
+    entries = gather_from_ranks(entry, group)
+    for writer, written in enumerate(entries):
+        if group.rank == 0 and not (folder / written["name"]).is_file():
+            raise FileNotFoundError(
+                f"process {writer} wrote `{written['name']}`, but process 0 does not find it in "
+                f"`{folder}`. The folder must be one that all machines share."
+            )
+    return make_manifest(save_id, entries)
 
 
 def new_save_id() -> str:
