@@ -1,0 +1,1 @@
+"""Text: its lines and its pieces. Needs neither torch nor fairseq."""

@@ -1,0 +1,208 @@
+r"""The one reader of text: what a line is, and which lines are refused.
+
+- `\n` ends a line, and nothing else does: files have as many lines as `wc -l` counts, and one more
+  if the last has no end. `\r\n` is one end; the carriage return is not part of the line.
+- U+0085, U+2028, U+2029, the vertical tab and the form feed are text, like any other white space.
+- A byte order mark at the start of a file is dropped, with a warning.
+- Refused by file and line: bytes that are not UTF-8; a carriage return within a line; NUL and all
+  other control characters of ASCII but the three above (tab, vertical tab, form feed); lines of
+  more than `MAX_LINE_BYTES`. So every other program that reads an accepted file counts its lines
+  as we do, and the memory that a line takes is bounded.
+- A name that ends in `.gz` is read through gzip, to its end, so that its checksum is compared.
+"""
+
+import codecs
+import gzip
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import BinaryIO, cast
+
+logger = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 1 << 24
+
+CONTROLS = re.compile(rb"[\x00-\x08\x0d-\x1f\x7f]")
+SKIPPED_AT_ONCE = 1 << 16
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be used.
+
+    Attributes:
+        number: Of the line, counted from 1.
+        reason: What is wrong with it; follows "line 3".
+        advice: How to correct it.
+    """
+
+    number: int
+    reason: str
+    advice: str
+
+
+def read_lines(
+    path: Path,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    allow_controls: bool = False,
+) -> Iterator[str]:
+    """Yield the lines of a file, without their ends.
+
+    Args:
+        path: Of the file.
+        start: Byte at which the first line begins, one of `chunk_offsets`; errors count lines from
+            there.
+        end: Byte at which the last line ends; None for the whole file.
+        allow_controls: Leave control characters and carriage returns in their lines, for text that
+            is cleaned afterwards.
+
+    Raises:
+        ValueError: naming file, line and reason; or that a gzip file is not whole.
+        OSError: the file cannot be opened.
+    """
+    name = os.fspath(path)
+    origin = f", counted from byte {start}," if start else ""
+    with open_bytes(path) as stream:
+        stream.seek(start)
+        lines = scan_lines(stream, name, start, end, allow_controls=allow_controls)
+        try:
+            for line in lines:
+                if isinstance(line, BadLine):
+                    raise ValueError(
+                        f"`{name}`, line {line.number}{origin} {line.reason}. {line.advice}"
+                    )
+                yield line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"`{name}` is not a whole gzip file: {error}.") from error
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file, all of which have been checked.
+
+    Raises:
+        ValueError, OSError: as `read_lines`.
+    """
+    return sum(1 for _ in read_lines(path))
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading; through gzip if its name ends in `.gz`."""
+    if os.fspath(path).endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path))
+    return open(path, "rb")
+
+
+def scan_lines(
+    stream: BinaryIO,
+    name: str,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    max_bytes: int = MAX_LINE_BYTES,
+    allow_controls: bool = False,
+) -> Iterator[str | BadLine]:
+    """Yield each line of a stream, or what is wrong with it; other lines are not lost.
+
+    A line is yielded as soon as its end has come, so the stream may be a terminal or a pipe.
+
+    Args:
+        stream: At the start of a line.
+        name: What the warning of a byte order mark calls it.
+        start: Byte at which the stream is; such a mark is text where it is not 0.
+        end: Stop at this byte of the stream, at which a line ends.
+        max_bytes: Longer lines are bad lines; no more of them is kept.
+        allow_controls: As for `read_lines`.
+    """
+    number = 0
+    while end is None or stream.tell() < end:
+        raw = stream.readline(max_bytes + 2)
+        if not raw:
+            return
+        number += 1
+        content = _without_end(raw)
+        if len(content) > max_bytes:
+            _skip_to_end(stream, raw)
+            yield BadLine(number, f"has more than {max_bytes} bytes", "Break it into sentences.")
+            continue
+        line = _decode(content, number, allow_controls)
+        if number == 1 and start == 0 and raw.startswith(codecs.BOM_UTF8) and isinstance(line, str):
+            _warn_of_byte_order_mark(name)
+            line = line[1:]
+            if raw == codecs.BOM_UTF8:
+                return  # nothing but the mark: an empty file
+        yield line
+
+
+def chunk_offsets(path: Path, num_chunks: int) -> list[int]:
+    """Cut a file into chunks of about equal size, between lines.
+
+    Returns:
+        num_chunks + 1 offsets in bytes, never decreasing: the first 0, the last the file's size.
+    """
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        offsets = [0]
+        for chunk in range(1, num_chunks):
+            # From the byte before: a chunk may begin where a line does.
+            stream.seek(max(size * chunk // num_chunks - 1, 0))
+            _skip_to_end(stream, b"")
+            offsets.append(stream.tell() if size else 0)
+        return [*offsets, size]
+
+
+def _without_end(raw: bytes) -> bytes:
+    if not raw.endswith(b"\n"):
+        return raw
+    return raw.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _skip_to_end(stream: BinaryIO, raw: bytes) -> None:
+    """Read on until the line is over whose last part is `raw`."""
+    while not raw.endswith(b"\n"):
+        raw = stream.readline(SKIPPED_AT_ONCE)
+        if not raw:
+            return
+
+
+def _decode(content: bytes, number: int, allow_controls: bool) -> str | BadLine:
+    found = None if allow_controls else CONTROLS.search(content)
+    if found is not None:
+        return _describe_control(found, number)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadLine(
+            number,
+            f"is not valid UTF-8 (byte 0x{content[error.start]:02x} at position {error.start + 1})",
+            "Convert the file, for instance with iconv -t UTF-8, or correct the line.",
+        )
+
+
+def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
+    position = found.start() + 1
+    if found[0] == b"\r":
+        return BadLine(
+            number,
+            f"has a carriage return within it (byte {position})",
+            r"Only a line feed ends a line, as for `wc -l`. Replace it with a space: tr '\r' ' '; "
+            r"or, if carriage returns end the lines of this file, with line feeds: tr '\r' '\n'.",
+        )
+    return BadLine(
+        number,
+        f"has the control character U+{found[0][0]:04X} within it (byte {position})",
+        r"Remove it, for instance with: tr -d '\000-\010\016-\037\177'.",
+    )
+
+
+@cache
+def _warn_of_byte_order_mark(name: str) -> None:
+    """Warn once of each file."""
+    logger.warning("`%s` begins with a byte order mark (U+FEFF): it is dropped", name)
