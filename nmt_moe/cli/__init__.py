@@ -1,0 +1,53 @@
+"""The command `nmt-moe`: one group whose subcommands are imported only when they are run.
+
+A subcommand is a line of `COMMANDS` and a `click` command in a module of this folder, which reads
+options and calls the library; `_command.command` makes one whose help ends with examples.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from nmt_moe import __version__
+from nmt_moe.cli._command import reported_errors
+
+# Name -> where its click command is, and its line in `nmt-moe --help`.
+COMMANDS = {
+    "check-environment": (
+        "nmt_moe.cli.check_environment:check_environment",
+        "Check that this Python has everything nmt_moe needs.",
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """Lists its commands without importing them, so that help needs neither torch nor sacrebleu."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> object:
+        with reported_errors(ctx):
+            return super().invoke(ctx)
+
+
+@click.group("nmt-moe", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="nmt-moe")
+def main() -> None:
+    """Mixture-of-experts translation: the programs around fairseq's training and search.
+
+    `nmt-moe COMMAND --help` shows a command's options with examples. Mistakes end with one line and
+    status 1; NMT_MOE_TRACEBACK=1 shows where they were found.
+    """

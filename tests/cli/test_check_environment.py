@@ -1,0 +1,63 @@
+"""`nmt-moe check-environment`: what it takes for missing."""
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from nmt_moe.cli import check_environment, main
+
+
+@pytest.fixture
+def needs(monkeypatch):
+    """Set the requirements that are read."""
+
+    def set_needs(*lines: str, python: str = ">=3.11") -> None:
+        monkeypatch.setattr(check_environment, "read_requirements", lambda: (python, list(lines)))
+
+    return set_needs
+
+
+def test_a_package_that_is_too_old_is_named(needs, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.1+cpu")
+    needs("torch>=2.6")
+    assert check_environment.find_missing(()) == ["torch>=2.6: has 2.5.1+cpu"]
+    needs("torch>=2.5")
+    assert check_environment.find_missing(()) == []
+
+
+def test_extras_and_markers_are_followed(needs):
+    needs('no-such-x; extra == "demo"', 'no-such-y; sys_platform == "plan9"', python=">=9.9")
+    python, *others = check_environment.find_missing(())
+    assert python.startswith("python>=9.9: is 3.")
+    assert others == []
+    assert check_environment.find_missing(("demo",))[1:] == ["no-such-x: not installed"]
+
+
+def test_requirements_are_those_of_setup_cfg_also_when_installed(monkeypatch):
+    _, needs = check_environment.read_requirements()
+    assert "torch>=2.6" in needs
+    assert 'num2words; extra == "demo"' in needs
+    assert 'triton; extra == "test" and (sys_platform == "linux")' in needs
+    installed = SimpleNamespace(metadata={"Requires-Python": ">=3.11"}, requires=["click"])
+    monkeypatch.setattr(check_environment, "__file__", "/nowhere/nmt_moe/cli/x.py")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
+    assert check_environment.read_requirements() == (">=3.11", ["click"])
+
+
+def test_everything_missing_is_listed_and_a_module_that_breaks_is_named(needs, monkeypatch):
+    needs("no-such-x>=1", "no-such-y")
+    result = CliRunner().invoke(main, ["check-environment"])
+    assert result.exit_code == 1
+    assert "\n  no-such-x>=1: not installed\n  no-such-y: not installed\n" in result.stderr
+    needs()
+    monkeypatch.setattr(check_environment, "IMPORTS", ("json", "no_such_module"))
+    result = CliRunner().invoke(main, ["check-environment"])
+    assert "\n  no_such_module: import failed (ModuleNotFoundError: No module" in result.stderr
+
+
+def test_an_unknown_extra_is_refused():
+    result = CliRunner().invoke(main, ["check-environment", "--extra", "dmo"])
+    assert result.exit_code == 1
+    assert "`--extra` must be one of 'benchmark', 'demo'" in result.stderr
