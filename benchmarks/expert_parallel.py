@@ -31,14 +31,10 @@ from torch import distributed
 
 from benchmarks import timing
 from benchmarks.architectures import make_dictionary, parse_training
+from benchmarks.traffic import measure_traffic
 from benchmarks.train_step import TrainingStep, make_sample
 from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMTConfig
-from nmt_moe.parallel import (
-    clip_gradients,
-    measure_traffic,
-    ring_bytes,
-    shard_group,
-)
+from nmt_moe.parallel import clip_gradients, ring_bytes, shard_group
 
 COLUMNS = [
     "ranks",

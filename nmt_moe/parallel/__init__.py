@@ -4,7 +4,7 @@ from nmt_moe.parallel.exchange import Route, plan_route
 from nmt_moe.parallel.gradients import is_expert, mark_expert
 from nmt_moe.parallel.groups import ALONE, ExpertParallelGroup, make_expert_parallel_group
 from nmt_moe.parallel.objects import from_first_rank, gather_from_ranks, is_first_replica
-from nmt_moe.parallel.reduction import sum_over_ranks
+from nmt_moe.parallel.reduction import ring_bytes, sum_over_ranks
 from nmt_moe.parallel.shards import (
     average_shard_gradients,
     clip_gradients,
@@ -14,13 +14,11 @@ from nmt_moe.parallel.shards import (
     shard_group,
     shard_norm,
 )
-from nmt_moe.parallel.traffic import Traffic, measure_traffic, ring_bytes
 
 __all__ = [
     "ALONE",
     "ExpertParallelGroup",
     "Route",
-    "Traffic",
     "average_shard_gradients",
     "clip_gradients",
     "cut_shard",
@@ -32,7 +30,6 @@ __all__ = [
     "make_expert_parallel_group",
     "mark_expert",
     "mark_shard",
-    "measure_traffic",
     "plan_route",
     "ring_bytes",
     "shard_group",

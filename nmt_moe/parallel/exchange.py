@@ -1,6 +1,5 @@
 """Rows travel to the ranks that own their experts, and answers back."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.parallel.groups import ExpertParallelGroup
-from nmt_moe.parallel.traffic import EXCHANGE, sending
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,4 @@ def _send(rows: Tensor, send_counts: list[int], recv_counts: list[int], members:
 def _exchange(
     received: Tensor, sent: Tensor, recv_counts: list[int], send_counts: list[int], members: Any
 ) -> None:
-    others = sum(send_counts) - send_counts[distributed.get_rank(members)]
-    row_bytes = sent.element_size() * math.prod(sent.shape[1:])
-    with sending(EXCHANGE, others * row_bytes, sent.device):
-        distributed.all_to_all_single(received, sent, recv_counts, send_counts, group=members)
+    distributed.all_to_all_single(received, sent, recv_counts, send_counts, group=members)

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from nmt_moe.parallel.traffic import BALANCE, ring_bytes, sending
-
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, with a gradient: every rank's own share of the sum's.
@@ -42,7 +40,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 def _all_reduce(values: Tensor) -> Tensor:
     total = values.clone(memory_format=torch.contiguous_format)
-    num_bytes = ring_bytes(values.nbytes, distributed.get_world_size())
-    with sending(BALANCE, num_bytes, values.device):
-        distributed.all_reduce(total)
+    distributed.all_reduce(total)
     return total
+
+
+def ring_bytes(num_bytes: int, world_size: int) -> int:
+    """Return the bytes that each rank sends to sum tensors of `num_bytes` in a ring."""
+    return 2 * num_bytes * (world_size - 1) // world_size

@@ -19,13 +19,14 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.adam import Adam
 
 from benchmarks.architectures import make_dictionary, quiet
+from benchmarks.traffic import measure_traffic
 from benchmarks.train_step import make_sample
 from nmt_moe.criterions import MoECrossEntropy, MoELabelSmoothedCrossEntropy
 from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMT, LSTMMoEGNMTConfig
 from nmt_moe.models.lstm_moe_lm import LSTMMoELM, LSTMMoELMConfig
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import LSTMLMConfig
-from nmt_moe.parallel import measure_traffic, ring_bytes
+from nmt_moe.parallel import ring_bytes
 from nmt_moe.training import FactoredAdam
 from tools import plan_cluster as tool
 from tools.activations import Batch, distinct_classes, visits_per_token
@@ -116,7 +117,7 @@ def measure_case(case: dict[str, Any]) -> dict[str, float]:
         "optimizer": sum(v.nbytes for v in state if isinstance(v, Tensor)),
         "activations": activations,
         "exchange": traffic.bytes_sent["exchange"],
-        "balance": traffic.bytes_sent["balance"],
+        "balance": traffic.bytes_sent["sum"],
         "dense gradients": ring_bytes(sum(payload), 2),
     }
 

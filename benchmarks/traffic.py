@@ -1,0 +1,78 @@
+"""How many bytes a rank sends to others, and how long that takes."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed
+
+from nmt_moe.parallel import ring_bytes
+
+
+@dataclass
+class Traffic:
+    """What this rank sent while it was measured.
+
+    Attributes:
+        bytes_sent: To other ranks: "exchange", rows of tokens and their counts (all-to-all), and
+            "sum" (all-reduce), what a ring sends: 2 (W - 1) / W of the tensor.
+        seconds: By the same names, waiting for other ranks included.
+    """
+
+    bytes_sent: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, kind: str, num_bytes: int, device: torch.device, call: Callable[[], Any]) -> Any:
+        """Run `call`, which sends `num_bytes`, and count both."""
+        _synchronise(device)
+        begin = time.perf_counter()
+        result = call()
+        _synchronise(device)
+        self.seconds[kind] += time.perf_counter() - begin
+        self.bytes_sent[kind] += num_bytes
+        return result
+
+
+@contextmanager
+def measure_traffic() -> Iterator[Traffic]:
+    """Count what this rank sends inside the block, backward passes included.
+
+    On a GPU, each call waits for the device before and after, or its time would not show.
+    """
+    traffic = Traffic()
+    all_to_all, all_reduce = distributed.all_to_all_single, distributed.all_reduce
+
+    def exchange(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        group: Any = None,
+    ) -> Any:
+        others = sum(input_split_sizes) - input_split_sizes[distributed.get_rank(group)]
+        num_bytes = others * input[:1].nbytes if len(input) else 0
+        splits = output_split_sizes, input_split_sizes
+        return traffic.add(
+            "exchange", num_bytes, input.device, lambda: all_to_all(output, input, *splits, group)
+        )
+
+    def reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        num_bytes = ring_bytes(tensor.nbytes, distributed.get_world_size(kwargs.get("group")))
+        return traffic.add(
+            "sum", num_bytes, tensor.device, lambda: all_reduce(tensor, *args, **kwargs)
+        )
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(distributed, "all_to_all_single", exchange))
+        stack.enter_context(mock.patch.object(distributed, "all_reduce", reduce))
+        yield traffic
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
