@@ -26,19 +26,23 @@ class LazyGroup(click.Group):
     """Lists its commands without importing them, so that help needs neither torch nor sacrebleu."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module; None for a name that is not a command."""
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         return getattr(importlib.import_module(module), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write names and lines of the table."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> object:
+        """Run a command; mistakes end in one message."""
         with reported_errors(ctx):
             return super().invoke(ctx)
 

@@ -19,6 +19,7 @@ class Command(click.Command):
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples below the options."""
         super().format_epilog(ctx, formatter)
         if self.examples:
             with formatter.section("Examples"):
