@@ -1,15 +1,14 @@
-"""What the models share: options, MoE layers' most of all, errors that name them, embeddings."""
+"""Options that the models share, and their translation to the core's configurations."""
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
-from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from torch import nn
+from fairseq.models import register_model_architecture
 
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
@@ -134,15 +133,15 @@ def naming_options() -> Iterator[None]:
         raise ValueError(re.sub(r"`(\w+)`", name_option, str(error))) from error
 
 
-def build_embedding(dictionary: Dictionary, model_dim: int, init_range: float) -> nn.Embedding:
-    """Make the embedding of a dictionary's (V) symbols; padding's row is 0."""
-    embedding = nn.Embedding(len(dictionary), model_dim, dictionary.pad())
-    nn.init.uniform_(embedding.weight, -init_range, init_range)
-    nn.init.zeros_(embedding.weight[dictionary.pad()].data)
-    return embedding
+def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:
+    """Register architectures of a model, each with the options it sets unless the user does."""
 
+    def setter(sizes: Dict[str, Any]) -> Callable[[Namespace], None]:
+        def set_sizes(args: Namespace) -> None:
+            for name, value in sizes.items():
+                setattr(args, name, getattr(args, name, value))
 
-def set_defaults(args: Namespace, **defaults: Any) -> None:
-    """Set what the command line left open."""
-    for name, value in defaults.items():
-        setattr(args, name, getattr(args, name, value))
+        return set_sizes
+
+    for name, sizes in architectures.items():
+        register_model_architecture(model, name)(setter(sizes))

@@ -1,6 +1,5 @@
 """`--arch lstm_moe_gnmt` and its relatives: the translation model as fairseq sees it."""
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
@@ -10,20 +9,18 @@ from fairseq.models import (
     FairseqEncoder,
     FairseqEncoderDecoderModel,
     register_model,
-    register_model_architecture,
 )
 from torch import Tensor, nn
 
 from nmt_moe.models._dictionary import DictionaryCheck
-from nmt_moe.models._incremental import LSTMDecoder
+from nmt_moe.models._embedding import build_embedding
+from nmt_moe.models._lstm_decoder import LSTMDecoder
 from nmt_moe.models._options import (
     MAX_POSITIONS,
     MoEOptions,
-    build_embedding,
     expert_parallel_group,
     moe_config,
     naming_options,
-    set_defaults,
 )
 from nmt_moe.nn import (
     ATTENTIONS,
@@ -35,7 +32,7 @@ from nmt_moe.nn import (
 )
 from nmt_moe.parallel import ExpertParallelGroup
 
-AttentionChoice: Any = ChoiceEnum(ATTENTIONS)
+AttentionChoice: Any = ChoiceEnum(tuple(ATTENTIONS))
 WiringChoice: Any = ChoiceEnum(WIRINGS)
 
 
@@ -187,78 +184,3 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
     def max_positions(self) -> int:
         """Return the longest target."""
         return MAX_POSITIONS
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt")
-def lstm_gnmt(args: Namespace) -> None:
-    """Set the same sizes without MoE layers."""
-    set_defaults(args, dense=True)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_small")
-def lstm_moe_gnmt_small(args: Namespace) -> None:
-    """Set sizes that train on a laptop."""
-    set_defaults(
-        args,
-        model_dim=256,
-        lstm_hidden_dim=512,
-        num_experts=8,
-        moe_top_k=2,
-        expert_hidden_dim=512,
-        dropout=0.2,
-        init_range=0.08,
-        attention_wiring="parallel",
-    )
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_small")
-def lstm_gnmt_small(args: Namespace) -> None:
-    """Set the small sizes with one expert that every token takes: dense, at equal operations."""
-    set_defaults(args, num_experts=1, moe_top_k=1, expert_hidden_dim=1024)
-    lstm_moe_gnmt_small(args)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_512h")
-def lstm_moe_gnmt_512h(args: Namespace) -> None:
-    """Set the paper's single-pair model of 512 experts."""
-    strictly_balanced_groups(args, num_experts=512, moe_groups=16)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_2048h")
-def lstm_moe_gnmt_2048h(args: Namespace) -> None:
-    """Set the paper's single-pair model of 2048 experts."""
-    strictly_balanced_groups(args, num_experts=2048, moe_groups=32)
-
-
-def strictly_balanced_groups(args: Namespace, **sizes: int) -> None:
-    """Set a hierarchy under strict balance, two of each level.
-
-    The paper gives no number of groups for these models. Here it is a power of two near the square
-    root of the number of experts, as of its language models, so that both gates stay small.
-    """
-    set_defaults(args, moe_gate="strictly_balanced", moe_top_k=2, **sizes)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_multilingual")
-def lstm_moe_gnmt_multilingual(args: Namespace) -> None:
-    """Set the paper's model of 12 directions: 512 experts of hidden width 8192, flat."""
-    set_defaults(args, num_experts=512, moe_top_k=2, expert_hidden_dim=8192)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_multilingual")
-def lstm_gnmt_multilingual(args: Namespace) -> None:
-    """Set one network in each MoE's place: dense, at equal operations."""
-    set_defaults(args, num_experts=1, moe_top_k=1, expert_hidden_dim=16384)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_moe_gnmt_multilingual_small")
-def lstm_moe_gnmt_multilingual_small(args: Namespace) -> None:
-    """Set sizes that train on a laptop; twice the experts of one pair, operations as there."""
-    set_defaults(args, num_experts=16)
-    lstm_moe_gnmt_small(args)
-
-
-@register_model_architecture("lstm_moe_gnmt", "lstm_gnmt_multilingual_small")
-def lstm_gnmt_multilingual_small(args: Namespace) -> None:
-    """Set the small sizes with one network in each MoE's place: dense, at equal operations."""
-    lstm_gnmt_small(args)

@@ -8,11 +8,11 @@ from fairseq.models import FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
 from nmt_moe.models._dictionary import DictionaryCheck
-from nmt_moe.models._incremental import LSTMDecoder
+from nmt_moe.models._embedding import build_embedding
+from nmt_moe.models._lstm_decoder import LSTMDecoder
 from nmt_moe.models._options import (
     MAX_POSITIONS,
     MoEOptions,
-    build_embedding,
     expert_parallel_group,
     moe_config,
     naming_options,

@@ -1,11 +1,9 @@
 """The language models of the paper, row by row: sizes over one dataclass."""
 
-from argparse import Namespace
 from typing import Any, Dict
 
-from fairseq.models import register_model_architecture
-
-from nmt_moe.models._options import set_defaults
+from nmt_moe.models import lstm_moe_lm as lstm_moe_lm  # registered first
+from nmt_moe.models._options import register_sizes
 
 # Two of 16 groups, and two experts of each.
 GROUPS_OF_16: Dict[str, Any] = {"moe_groups": 16, "moe_top_k": 2}
@@ -63,14 +61,4 @@ TABLE_8: Dict[str, Dict[str, Any]] = {
     },
 }
 
-
-def register_sizes(name: str, sizes: Dict[str, Any]) -> None:
-    """Register an architecture that sets the sizes which the command line left open."""
-
-    @register_model_architecture("lstm_moe_lm", name)
-    def set_sizes(args: Namespace) -> None:
-        set_defaults(args, **sizes)
-
-
-for architecture, row in {**TABLE_7, **TABLE_8}.items():
-    register_sizes(architecture, row)
+register_sizes("lstm_moe_lm", {**TABLE_7, **TABLE_8})

@@ -1,20 +1,26 @@
 """Networks around the MoE layer; torch alone."""
 
-from nmt_moe.nn.attention import ATTENTIONS, Attention, AttentionKeys
-from nmt_moe.nn.config import WIRINGS, GNMTConfig
-from nmt_moe.nn.decoder import DecoderOutput, DecoderState, GNMTDecoder
+from nmt_moe.nn.attention import (
+    ATTENTIONS,
+    AdditiveAttention,
+    Attention,
+    AttentionKeys,
+    ProductAttention,
+)
+from nmt_moe.nn.config import WIRINGS, GNMTConfig, LSTMLMConfig
+from nmt_moe.nn.decoder import DecoderOutput, GNMTDecoder
 from nmt_moe.nn.encoder import EncoderOutput, GNMTEncoder
-from nmt_moe.nn.lstm import BidirectionalLSTM, ProjectedLSTM
-from nmt_moe.nn.lstm_lm import LMOutput, LSTMLanguageModel, LSTMLMConfig
+from nmt_moe.nn.lstm import BidirectionalLSTM, LSTMState, ProjectedLSTM
+from nmt_moe.nn.lstm_lm import LMOutput, LSTMLanguageModel
 
 __all__ = [
     "ATTENTIONS",
     "WIRINGS",
+    "AdditiveAttention",
     "Attention",
     "AttentionKeys",
     "BidirectionalLSTM",
     "DecoderOutput",
-    "DecoderState",
     "EncoderOutput",
     "GNMTConfig",
     "GNMTDecoder",
@@ -22,5 +28,7 @@ __all__ = [
     "LMOutput",
     "LSTMLMConfig",
     "LSTMLanguageModel",
+    "LSTMState",
+    "ProductAttention",
     "ProjectedLSTM",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nmt_moe.nn.attention import Attention
+from nmt_moe.nn.attention import ATTENTIONS
 from nmt_moe.nn.encoder import EncoderOutput
 from nmt_moe.nn.lstm import State
 
@@ -23,7 +23,7 @@ class AttentiveLSTM(nn.Module):
 
     def __init__(self, model_dim: int, hidden_dim: int, attention: str) -> None:
         super().__init__()
-        self.attention = Attention(model_dim, attention)
+        self.attention = ATTENTIONS[attention](model_dim)
         self.weight_x = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
         # Columns of the context, then of the output before: both are there at each step.
         self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))

@@ -1,4 +1,4 @@
-"""The sizes and choices of the translation model."""
+"""The sizes and choices of the networks."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,50 @@ class GNMTConfig:
         # The MoE lies between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
         check_range("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
         check_range("decoder_layers", self.decoder_layers, 2)
-        check_choice("attention", self.attention, ATTENTIONS)
+        check_choice("attention", self.attention, tuple(ATTENTIONS))
         check_choice("attention_wiring", self.attention_wiring, WIRINGS)
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_range("init_range", self.init_range, 0.0)
+
+
+@dataclass(frozen=True)
+class LSTMLMConfig:
+    """Describe one language model.
+
+    Attributes:
+        model_dim: D, width of the embedding and of every layer's input and output.
+        lstm_hidden_dim: Cells of an LSTM; projected to D unless equal to it.
+        lstm_layers: LSTMs in all; the MoE layer follows the first.
+        expert_layers: Hidden layers of an expert; more than 1 only of a single expert, which every
+            token takes, so that it needs no gate (MoE-1-Deep).
+        dropout: Chance that an output of a layer is zeroed in training.
+        init_range: Weights start uniform within this, gates and biases aside.
+        moe: Sizes of the MoE layer; None leaves it out.
+
+    Raises:
+        ValueError: naming the field, its rule and its value.
+
+    Source: Shazeer et al. 2017, Appendix C.1.
+    """
+
+    model_dim: int = 512
+    lstm_hidden_dim: int = 512
+    lstm_layers: int = 2
+    expert_layers: int = 1
+    dropout: float = 0.1
+    init_range: float = 0.04
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_range("model_dim", self.model_dim, 1)
+        check_range("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
+        check_range("lstm_layers", self.lstm_layers, 1 if self.moe is None else 2)
+        check_range("expert_layers", self.expert_layers, 1)
+        check_range("dropout", self.dropout, 0.0, 1.0)
+        check_range("init_range", self.init_range, 0.0)
+        if self.expert_layers > 1 and (self.moe is None or self.moe.num_experts > 1):
+            experts = 0 if self.moe is None else self.moe.num_experts
+            raise ValueError(
+                f"`expert_layers` must be 1 with {experts} experts, but is {self.expert_layers}. "
+                "Set `num_experts` to 1: only a single expert can be deeper."
+            )

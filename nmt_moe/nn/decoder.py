@@ -1,38 +1,19 @@
 """The GNMT-style decoder."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nmt_moe.moe import MoEStats
-from nmt_moe.nn.attention import Attention
+from nmt_moe.nn.attention import ATTENTIONS, Attention
 from nmt_moe.nn.attentive_lstm import AttentiveLSTM
 from nmt_moe.nn.config import GNMTConfig
 from nmt_moe.nn.encoder import EncoderOutput
-from nmt_moe.nn.lstm import ProjectedLSTM, State
-from nmt_moe.nn.residual import ResidualMoE, init_weights
+from nmt_moe.nn.init import init_weights
+from nmt_moe.nn.lstm import LSTMState, ProjectedLSTM, State
+from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """The LSTMs between two steps of a search.
-
-    Attributes:
-        hidden: (B, layers, D), outputs.
-        cell: (B, layers, H).
-    """
-
-    hidden: Tensor
-    cell: Tensor
-
-    def reorder(self, new_order: Tensor) -> "DecoderState":
-        """Pick hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
-        return DecoderState(
-            self.hidden.index_select(0, new_order), self.cell.index_select(0, new_order)
-        )
 
 
 # A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
@@ -49,7 +30,7 @@ class DecoderOutput(NamedTuple):
     features: Tensor
     attention: Tensor
     moe_stats: MoEStats | None
-    state: DecoderState
+    state: LSTMState
 
 
 class GNMTDecoder(nn.Module):
@@ -72,14 +53,14 @@ class GNMTDecoder(nn.Module):
             self.bottom: nn.Module = AttentiveLSTM(dim, hidden_dim, config.attention)
         else:
             self.bottom = ProjectedLSTM(dim, hidden_dim, dim)
-            self.attention = Attention(dim, config.attention)
+            self.attention = ATTENTIONS[config.attention](dim)
         self.moe: ResidualMoE | None = None
         if config.moe is not None:
             self.moe = ResidualMoE(config.moe, config.dropout, "decoder's MoE layer", group)
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(
-            ProjectedLSTM(second_input if at == 0 else dim, hidden_dim, dim)
-            for at in range(config.decoder_layers - 1)
+            ProjectedLSTM(second_input if index == 0 else dim, hidden_dim, dim)
+            for index in range(config.decoder_layers - 1)
         )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
@@ -89,7 +70,7 @@ class GNMTDecoder(nn.Module):
         self,
         prev_output_tokens: Tensor,
         encoder_out: EncoderOutput,
-        state: DecoderState | None = None,
+        state: LSTMState | None = None,
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
         """Decode all given steps, or go on from `state`.
@@ -109,12 +90,12 @@ class GNMTDecoder(nn.Module):
         stats = None
         if self.moe is not None:
             x, stats = self.moe(x, None if padding_mask is None else padding_mask.t())
-        for at, layer in enumerate(self.layers):
-            wide = x if context is None or at > 0 else torch.cat([x, context], dim=2)
-            out, states[at + 1] = layer(wide, states[at + 1])
+        for index, layer in enumerate(self.layers):
+            wide = x if context is None or index > 0 else torch.cat([x, context], dim=2)
+            out, states[index + 1] = layer(wide, states[index + 1])
             x = x + self.dropout(out)
         hidden, cell = zip(*states, strict=True)
-        new_state = DecoderState(torch.stack(hidden, dim=1), torch.stack(cell, dim=1))
+        new_state = LSTMState(torch.stack(hidden, dim=1), torch.stack(cell, dim=1))
         return DecoderOutput(x.transpose(0, 1), attention, stats, new_state)
 
     def _attend(

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from nmt_moe.moe import MoEStats
 from nmt_moe.nn.attention import AttentionKeys
 from nmt_moe.nn.config import GNMTConfig
+from nmt_moe.nn.init import init_weights
 from nmt_moe.nn.lstm import BidirectionalLSTM, ProjectedLSTM
-from nmt_moe.nn.residual import ResidualMoE, init_weights
+from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 

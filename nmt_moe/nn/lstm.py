@@ -1,6 +1,7 @@
 """LSTMs with a recurrent projection, time-first."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,25 @@ State = tuple[Tensor, Tensor]
 
 # Not a warning to a user: the path it announces is the faster one for these sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+
+
+@dataclass(frozen=True)
+class LSTMState:
+    """All LSTMs of a decoder or language model between two steps.
+
+    Attributes:
+        hidden: (B, layers, D), outputs.
+        cell: (B, layers, H).
+    """
+
+    hidden: Tensor
+    cell: Tensor
+
+    def reorder(self, new_order: Tensor) -> "LSTMState":
+        """Pick hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
+        return LSTMState(
+            self.hidden.index_select(0, new_order), self.cell.index_select(0, new_order)
+        )
 
 
 class ProjectedLSTM(nn.Module):

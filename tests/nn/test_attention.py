@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from nmt_moe.nn import ATTENTIONS, Attention, AttentionKeys
+from nmt_moe.nn import ATTENTIONS, AttentionKeys
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_scores_are_the_papers(kind):
     torch.manual_seed(0)
-    keys, attention = AttentionKeys(5, kind).double(), Attention(5, kind).double()
+    keys, attention = AttentionKeys(5, kind).double(), ATTENTIONS[kind](5).double()
     torch.nn.init.normal_(attention.scale)
     source, query = (torch.randn(2, n, 5, dtype=torch.float64) for n in (4, 3))
     padding = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
@@ -33,7 +33,7 @@ def test_scores_are_the_papers(kind):
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_gradients_agree_with_finite_differences(kind):
     torch.manual_seed(0)
-    keys, attention = AttentionKeys(3, kind).double(), Attention(3, kind).double()
+    keys, attention = AttentionKeys(3, kind).double(), ATTENTIONS[kind](3).double()
     source = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
     query = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
     padding = torch.tensor([[False, False, True]])

@@ -1,9 +1,9 @@
-"""What follows every layer: dropout, then the layer's input is added."""
+"""The MoE layer as the networks use it: sigmoid, dropout and residual around it."""
 
 from torch import Tensor, nn
 
 from nmt_moe.moe import MoEConfig, MoELayer, MoEStats
-from nmt_moe.parallel import ALONE, ExpertParallelGroup, init_uniform
+from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
 class ResidualMoE(nn.Module):
@@ -36,21 +36,3 @@ class ResidualMoE(nn.Module):
         flat_mask = None if padding_mask is None else padding_mask.reshape(-1)
         y, stats = self.moe(x.reshape(-1, x.shape[2]), flat_mask)
         return x + self.dropout(y.sigmoid()).view_as(x), stats
-
-
-def init_weights(module: nn.Module, init_range: float) -> None:
-    """Draw the weights of a network.
-
-    Matrices are uniform within `init_range`; gates, biases and vectors keep what their
-    module gave them, but that LSTM biases start at 0 and forget gates open (1).
-
-    Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.dim() > 1 and ".gate." not in name:
-            init_uniform(parameter, init_range)
-        elif "bias" in name:
-            nn.init.zeros_(parameter)
-            if "bias_ih" in name:
-                forget = slice(len(parameter) // 4, len(parameter) // 2)
-                nn.init.ones_(parameter.data[forget])

@@ -5,7 +5,7 @@ from typing import Dict, Optional
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
-from nmt_moe.nn import DecoderState
+from nmt_moe.nn import LSTMState
 
 
 class LSTMDecoder(FairseqIncrementalDecoder):
@@ -17,10 +17,10 @@ class LSTMDecoder(FairseqIncrementalDecoder):
         if state is not None:
             self._set_state(incremental_state, state.reorder(new_order))
 
-    def _get_state(self, incremental_state: Dict) -> Optional[DecoderState]:
+    def _get_state(self, incremental_state: Dict) -> Optional[LSTMState]:
         saved = self.get_incremental_state(incremental_state, "lstm")
-        return None if saved is None else DecoderState(saved["hidden"], saved["cell"])
+        return None if saved is None else LSTMState(saved["hidden"], saved["cell"])
 
-    def _set_state(self, incremental_state: Dict, state: DecoderState) -> None:
+    def _set_state(self, incremental_state: Dict, state: LSTMState) -> None:
         saved = {"hidden": state.hidden, "cell": state.cell}
         self.set_incremental_state(incremental_state, "lstm", saved)

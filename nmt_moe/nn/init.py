@@ -1,0 +1,23 @@
+"""Initial weights of the networks."""
+
+from torch import nn
+
+from nmt_moe.parallel import init_uniform
+
+
+def init_weights(module: nn.Module, init_range: float) -> None:
+    """Draw the weights of a network.
+
+    Matrices are uniform within `init_range`; gates, biases and vectors keep what their
+    module gave them, except that LSTM biases start at 0 and those of forget gates at 1.
+
+    Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1 and ".gate." not in name:
+            init_uniform(parameter, init_range)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+            if "bias_ih" in name:
+                forget = slice(len(parameter) // 4, len(parameter) // 2)
+                nn.init.ones_(parameter.data[forget])
