@@ -11,7 +11,6 @@ import importlib
 import click
 
 from nmt_moe import __version__
-from nmt_moe.cli._command import reported_errors
 
 # Name -> where its click command is, and its line in `nmt-moe --help`.
 COMMANDS = {
@@ -40,11 +39,6 @@ class LazyGroup(click.Group):
         """Write names and lines of the table."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run a command; mistakes end in one message."""
-        with reported_errors(ctx):
-            return super().invoke(ctx)
 
 
 @click.group("nmt-moe", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

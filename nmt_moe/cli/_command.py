@@ -1,18 +1,21 @@
-"""What all subcommands share: help that ends with examples, and the wording of mistakes."""
+"""What all subcommands share: help that ends with examples, lists of values, errors' wording."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import IO, Any
 
 import click
 
 
 class Command(click.Command):
-    """A command whose help ends with examples, printed as they are written."""
+    """A command whose help ends with examples, and whose mistakes end in one message.
+
+    With NMT_MOE_TRACEBACK=1 the exception itself passes.
+    """
 
     def __init__(self, *args: Any, examples: str = "", **options: Any) -> None:
         super().__init__(*args, **options)
@@ -26,6 +29,43 @@ class Command(click.Command):
                 for line in self.examples.strip().splitlines():
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse arguments; `--inputs a b` stands for `--inputs a --inputs b`."""
+        lists = {n for option in self.params if isinstance(option, List) for n in option.opts}
+        return super().parse_args(ctx, spread_lists(args, lists))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a ValueError or OSError becomes a message and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # nobody reads the output any more: click ends with status 1 and no message
+        except (ValueError, OSError) as error:
+            if os.environ.get("NMT_MOE_TRACEBACK") == "1":
+                raise
+            raise Mistake(ctx.command_path, str(error)) from error
+
+
+class List(click.Option):
+    """An option of one or more values, `--inputs a b c`, as argparse's `nargs="+"`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, multiple=True, **options)
+
+
+def spread_lists(args: list[str], names: set[str]) -> list[str]:
+    """Repeat each option of `names` before every value that follows it."""
+    spread: list[str] = []
+    name, is_first = "", True
+    for arg in args:
+        if arg.startswith("-") and not re.match(r"-(\.?\d|$)", arg):
+            name, is_first = (arg if arg in names else ""), True
+            spread.append(arg)
+        else:
+            spread += [arg] if is_first or not name else [name, arg]
+            is_first = False
+    return spread
+
 
 def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Command]:
     """Decorate a function as the subcommand `name`; its docstring is the help.
@@ -35,30 +75,18 @@ def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Co
     return click.command(name, cls=Command, examples=examples, **options)
 
 
+def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
+    """Decorate a command with an option of one or more values; the function gets a tuple."""
+    return click.option(*names, cls=List, **options)
+
+
 class Mistake(click.ClickException):
     """A mistake of the user, shown as one message that names the command."""
 
-    def __init__(self, command_name: str, message: str) -> None:
+    def __init__(self, command_path: str, message: str) -> None:
         super().__init__(message)
-        self.command_name = command_name
+        self.command_path = command_path
 
     def show(self, file: IO[str] | None = None) -> None:
         """Write the message to standard error."""
-        click.echo(f"{self.command_name}: error: {self.message}", file=file or sys.stderr)
-
-
-@contextmanager
-def reported_errors(ctx: click.Context) -> Iterator[None]:
-    """Turn a ValueError or OSError into a message and exit status 1.
-
-    With NMT_MOE_TRACEBACK=1 the exception itself passes.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # nobody reads the output any more: click ends with status 1 and no message
-    except (ValueError, OSError) as error:
-        if os.environ.get("NMT_MOE_TRACEBACK") == "1":
-            raise
-        name = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
-        raise Mistake(name, str(error)) from error
+        click.echo(f"{self.command_path}: error: {self.message}", file=file or sys.stderr)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from nmt_moe import cli
 from nmt_moe.cli import main
-from nmt_moe.cli._command import Command
+from nmt_moe.cli._command import Command, list_option, spread_lists
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -87,3 +87,16 @@ def test_a_reader_that_stops_early_ends_the_program_without_a_word(repository):
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=repository)
     assert result.stdout in ("0\n", "1\n")
     assert result.stderr == ""
+
+
+def test_a_list_option_takes_all_values_that_follow():
+    assert spread_lists(["--inputs", "a", "-1", "-", "--x", "b", "c"], {"--inputs"}) == [
+        *["--inputs", "a", "--inputs", "-1", "--inputs", "-", "--x", "b", "c"]
+    ]
+    seen = []
+    command = Command("x", params=[], callback=lambda inputs: seen.append(inputs))
+    list_option("--inputs", help="files")(command)
+    runner = CliRunner()
+    assert runner.invoke(command, ["--inputs", "a", "b", "--inputs=c"]).exit_code == 0
+    assert seen == [("a", "b", "c")]
+    assert "requires an argument" in runner.invoke(command, ["--inputs"]).stderr
