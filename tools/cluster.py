@@ -101,7 +101,7 @@ class Setup:
         check_divides("devices", self.devices, "`expert_parallel_size`", self.size)
         moe = self.moe
         if moe is not None:
-            name = "moe_groups" if moe.num_groups else "num_experts"
+            name = "num_groups" if moe.num_groups else "num_experts"
             value = moe.num_groups or moe.num_experts
             check_divides(name, value, "`expert_parallel_size`", self.size)
 

@@ -1,11 +1,10 @@
 """Options that the models share, and their translation to the core's configurations."""
 
-import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Dict, Optional, Type, TypeVar
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import register_model_architecture
@@ -16,24 +15,19 @@ from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_gr
 # LSTMs have no longest sentence; fairseq wants a number. What the task allows limits first.
 MAX_POSITIONS = 100_000
 
-# Options whose names differ from the core's fields.
-OPTION_OF_FIELD = {
-    "hidden_dim": "expert_hidden_dim",
-    "top_k": "moe_top_k",
-    "gate": "moe_gate",
-    "num_groups": "moe_groups",
-    "importance_weight": "importance_loss_weight",
-    "load_weight": "load_loss_weight",
-    "recompute": "expert_recompute",
-}
-
 GateChoice: Any = ChoiceEnum(GATES)
 RecomputeChoice: Any = ChoiceEnum(RECOMPUTE)
+
+Config = TypeVar("Config")
 
 
 @dataclass
 class MoEOptions(FairseqDataclass):
-    """Options of both models; defaults are those of the paper's single-pair translation."""
+    """Options of both models; defaults are those of the paper's single-pair translation.
+
+    Each option that a core configuration has too has the same name there, so that the core's
+    errors name it. Aliases are the spellings of version 0.1.0.
+    """
 
     model_dim: int = field(
         default=512, metadata={"help": "width of embeddings and of every layer's output"}
@@ -46,91 +40,97 @@ class MoEOptions(FairseqDataclass):
         default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
     )
     num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
-    moe_top_k: int = field(default=MoEConfig.top_k, metadata={"help": "experts each token goes to"})
-    expert_hidden_dim: int = field(default=2048, metadata={"help": "hidden width of an expert"})
-    expert_recompute: RecomputeChoice = field(
+    top_k: int = field(
+        default=MoEConfig.top_k,
+        metadata={"help": "experts of each token", "argparse_alias": "--moe-top-k"},
+    )
+    hidden_dim: int = field(
+        default=2048,
+        metadata={"help": "hidden width of an expert", "argparse_alias": "--expert-hidden-dim"},
+    )
+    recompute: RecomputeChoice = field(
         default=MoEConfig.recompute,
         metadata={
             "help": "compute experts' hidden activations again in the backward pass instead of "
-            "keeping them; auto: from --expert-hidden-dim 4096 on"
+            "keeping them; auto: if --hidden-dim is at least 4096",
+            "argparse_alias": "--expert-recompute",
         },
     )
-    moe_gate: GateChoice = field(
-        default=MoEConfig.gate, metadata={"help": "how tokens choose experts"}
+    gate: GateChoice = field(
+        default=MoEConfig.gate,
+        metadata={"help": "how tokens choose experts", "argparse_alias": "--moe-gate"},
     )
-    moe_groups: int = field(
+    num_groups: int = field(
         default=MoEConfig.num_groups,
-        metadata={"help": "groups of a hierarchical gate; 0 for a flat one"},
+        metadata={
+            "help": "groups of a hierarchical gate; 0 for a flat one",
+            "argparse_alias": "--moe-groups",
+        },
     )
-    importance_loss_weight: float = field(
-        default=MoEConfig.importance_weight, metadata={"help": "w_importance"}
+    importance_weight: float = field(
+        default=MoEConfig.importance_weight,
+        metadata={
+            "help": "weight of the importance loss (eq. 7)",
+            "argparse_alias": "--importance-loss-weight",
+        },
     )
-    load_loss_weight: float = field(default=MoEConfig.load_weight, metadata={"help": "w_load"})
+    load_weight: float = field(
+        default=MoEConfig.load_weight,
+        metadata={
+            "help": "weight of the load loss (eq. 11)",
+            "argparse_alias": "--load-loss-weight",
+        },
+    )
     expert_parallel_size: int = field(
         default=0,
         metadata={
             "help": "processes that share the experts among them; 1: each has all; 0: as many as "
-            "divide both the number of processes and that of experts (or --moe-groups)"
+            "divide both the number of processes and that of experts (or --num-groups)"
         },
     )
 
 
-def moe_config(options: Any) -> Optional[MoEConfig]:
-    """Translate the options, of a dataclass or of what omegaconf made of it, to the core's.
+def other_default(name: str, default: Any) -> Any:
+    """Return an option of `MoEOptions` with another default."""
+    return field(default=default, metadata=MoEOptions.__dataclass_fields__[name].metadata)
 
-    Returns:
-        The sizes of an MoE layer; None if the options leave it out.
+
+def to_core(kind: Type[Config], options: Any, **others: Any) -> Config:
+    """Build a core configuration of the options of the same names, and `others`.
 
     Raises:
-        ValueError: naming the field, its rule and its value.
+        ValueError: naming the option, its rule and its value.
     """
-    if options.dense:
-        return None
-    return MoEConfig(
-        model_dim=options.model_dim,
-        hidden_dim=options.expert_hidden_dim,
-        num_experts=options.num_experts,
-        top_k=options.moe_top_k,
-        gate=str(options.moe_gate),
-        num_groups=options.moe_groups,
-        importance_weight=options.importance_loss_weight,
-        load_weight=options.load_loss_weight,
-        # Checkpoints of 0.1.0 have no such option.
-        recompute=str(getattr(options, "expert_recompute", MoEConfig.recompute)),
-    )
+    values = {f.name: getattr(options, f.name) for f in fields(kind) if f.name not in others}
+    plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
+    return kind(**plain, **others)
+
+
+def moe_config(options: Any) -> Optional[MoEConfig]:
+    """Return the sizes of an MoE layer; None if the options leave it out.
+
+    Args:
+        options: A dataclass, or what omegaconf made of it.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    return None if options.dense else to_core(MoEConfig, options)
 
 
 def expert_parallel_group(options: Any, moe: Optional[MoEConfig]) -> ExpertParallelGroup:
     """Decide which process holds which experts; all processes must call.
 
     Args:
-        options: As of `moe_config`.
-        moe: What that made of them.
+        options: As in `moe_config`.
+        moe: The sizes of an MoE layer, if there is one.
 
     Raises:
         ValueError: naming the option, its rule and its value.
     """
     if moe is None:
         return ALONE
-    size = getattr(options, "expert_parallel_size", None)  # none in early checkpoints
-    with naming_options():
-        return make_expert_parallel_group(
-            moe.num_experts, moe.num_groups, 1 if size is None else size
-        )
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Reword the core's errors for the command line: `top_k` becomes `--moe-top-k`."""
-
-    def name_option(field_name: re.Match) -> str:
-        option = OPTION_OF_FIELD.get(field_name[1], field_name[1])
-        return f"`--{option.replace('_', '-')}`"
-
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub(r"`(\w+)`", name_option, str(error))) from error
+    return make_expert_parallel_group(moe.num_experts, moe.num_groups, options.expert_parallel_size)
 
 
 def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:

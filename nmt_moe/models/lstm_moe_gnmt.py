@@ -20,7 +20,7 @@ from nmt_moe.models._options import (
     MoEOptions,
     expert_parallel_group,
     moe_config,
-    naming_options,
+    to_core,
 )
 from nmt_moe.nn import (
     ATTENTIONS,
@@ -73,18 +73,7 @@ class LSTMMoEGNMTConfig(MoEOptions):
         Raises:
             ValueError: naming the option, its rule and its value.
         """
-        with naming_options():
-            return GNMTConfig(
-                model_dim=self.model_dim,
-                lstm_hidden_dim=self.lstm_hidden_dim,
-                encoder_layers=self.encoder_layers,
-                decoder_layers=self.decoder_layers,
-                attention=str(self.attention),
-                attention_wiring=str(self.attention_wiring),
-                dropout=self.dropout,
-                init_range=self.init_range,
-                moe=moe_config(self),
-            )
+        return to_core(GNMTConfig, self, moe=moe_config(self))
 
 
 @register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)

@@ -10,31 +10,31 @@ SMALL: Dict[str, Any] = {
     "model_dim": 256,
     "lstm_hidden_dim": 512,
     "num_experts": 8,
-    "moe_top_k": 2,
-    "expert_hidden_dim": 512,
+    "top_k": 2,
+    "hidden_dim": 512,
     "dropout": 0.2,
     "init_range": 0.08,
     "attention_wiring": "parallel",
 }
 # One network that every token takes instead of each MoE layer: dense, at equal operations.
-SMALL_DENSE = {**SMALL, "num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 1024}
+SMALL_DENSE = {**SMALL, "num_experts": 1, "top_k": 1, "hidden_dim": 1024}
 
 # The paper gives no number of groups for its hierarchies of 512 and 2048 experts. Here it is a
 # power of two near the square root of the number of experts, as in its language models, so that
 # both gates stay small.
-STRICT_GROUPS: Dict[str, Any] = {"moe_gate": "strictly_balanced", "moe_top_k": 2}
+STRICT_GROUPS: Dict[str, Any] = {"gate": "strictly_balanced", "top_k": 2}
 
 # Source: Shazeer et al. 2017, sections 5.3 and 5.4, Appendix E.
 PAPER: Dict[str, Dict[str, Any]] = {
     "lstm_gnmt": {"dense": True},
-    "lstm_moe_gnmt_512h": {"num_experts": 512, "moe_groups": 16, **STRICT_GROUPS},
-    "lstm_moe_gnmt_2048h": {"num_experts": 2048, "moe_groups": 32, **STRICT_GROUPS},
+    "lstm_moe_gnmt_512h": {"num_experts": 512, "num_groups": 16, **STRICT_GROUPS},
+    "lstm_moe_gnmt_2048h": {"num_experts": 2048, "num_groups": 32, **STRICT_GROUPS},
     "lstm_moe_gnmt_multilingual": {
         "num_experts": 512,
-        "moe_top_k": 2,
-        "expert_hidden_dim": 8192,
+        "top_k": 2,
+        "hidden_dim": 8192,
     },
-    "lstm_gnmt_multilingual": {"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 16384},
+    "lstm_gnmt_multilingual": {"num_experts": 1, "top_k": 1, "hidden_dim": 16384},
 }
 
 LAPTOP: Dict[str, Dict[str, Any]] = {

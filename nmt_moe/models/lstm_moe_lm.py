@@ -15,7 +15,8 @@ from nmt_moe.models._options import (
     MoEOptions,
     expert_parallel_group,
     moe_config,
-    naming_options,
+    other_default,
+    to_core,
 )
 from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
 
@@ -39,9 +40,9 @@ class LSTMMoELMConfig(MoEOptions):
     dropout: float = field(
         default=LSTMLMConfig.dropout, metadata={"help": "dropout on the output of every layer"}
     )
-    expert_hidden_dim: int = field(default=1024, metadata={"help": "hidden width of an expert"})
-    importance_loss_weight: float = field(default=0.1, metadata={"help": "w_importance"})
-    load_loss_weight: float = field(default=0.1, metadata={"help": "w_load"})
+    hidden_dim: int = other_default("hidden_dim", 1024)
+    importance_weight: float = other_default("importance_weight", 0.1)
+    load_weight: float = other_default("load_weight", 0.1)
 
     def to_config(self) -> LSTMLMConfig:
         """Translate to the core's configuration.
@@ -49,16 +50,7 @@ class LSTMMoELMConfig(MoEOptions):
         Raises:
             ValueError: naming the option, its rule and its value.
         """
-        with naming_options():
-            return LSTMLMConfig(
-                model_dim=self.model_dim,
-                lstm_hidden_dim=self.lstm_hidden_dim,
-                lstm_layers=self.lstm_layers,
-                expert_layers=self.expert_layers,
-                dropout=self.dropout,
-                init_range=self.init_range,
-                moe=moe_config(self),
-            )
+        return to_core(LSTMLMConfig, self, moe=moe_config(self))
 
 
 @register_model("lstm_moe_lm", dataclass=LSTMMoELMConfig)

@@ -6,7 +6,7 @@ from nmt_moe.models import lstm_moe_lm as lstm_moe_lm  # registered first
 from nmt_moe.models._options import register_sizes
 
 # Two of 16 groups, and two experts of each.
-GROUPS_OF_16: Dict[str, Any] = {"moe_groups": 16, "moe_top_k": 2}
+GROUPS_OF_16: Dict[str, Any] = {"num_groups": 16, "top_k": 2}
 
 # One-billion-word benchmark; all of width 512, two LSTMs of 512, experts of 1024, k = 4, dropout
 # 0.1, as far as a row does not say otherwise.
@@ -14,8 +14,8 @@ GROUPS_OF_16: Dict[str, Any] = {"moe_groups": 16, "moe_top_k": 2}
 TABLE_7: Dict[str, Dict[str, Any]] = {
     "lstm_lm_2048_512": {"dense": True, "lstm_layers": 1, "lstm_hidden_dim": 2048},
     "lstm_lm_4x512": {"dense": True, "lstm_layers": 4},
-    "lstm_moe_lm_1_wide": {"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 4096},
-    "lstm_moe_lm_1_deep": {"num_experts": 1, "moe_top_k": 1, "expert_layers": 4},
+    "lstm_moe_lm_1_wide": {"num_experts": 1, "top_k": 1, "hidden_dim": 4096},
+    "lstm_moe_lm_1_deep": {"num_experts": 1, "top_k": 1, "expert_layers": 4},
     "lstm_moe_lm_4": {"num_experts": 4},
     "lstm_moe_lm_32": {"num_experts": 32},
     "lstm_moe_lm_256": {"num_experts": 256},
@@ -26,7 +26,7 @@ TABLE_7: Dict[str, Dict[str, Any]] = {
         "model_dim": 1024,
         "lstm_hidden_dim": 1024,
         "num_experts": 1024,
-        "expert_hidden_dim": 2048,
+        "hidden_dim": 2048,
         **GROUPS_OF_16,
         "dropout": 0.3,
     },
@@ -34,7 +34,7 @@ TABLE_7: Dict[str, Dict[str, Any]] = {
         "model_dim": 1024,
         "lstm_hidden_dim": 4096,
         "num_experts": 256,
-        "expert_hidden_dim": 8192,
+        "hidden_dim": 8192,
         **GROUPS_OF_16,
         "dropout": 0.4,
     },
@@ -47,8 +47,8 @@ TABLE_8: Dict[str, Dict[str, Any]] = {
     **{
         f"lstm_moe_lm_100b_{experts}h": {
             "num_experts": experts,
-            "moe_groups": groups,
-            "moe_top_k": 2,
+            "num_groups": groups,
+            "top_k": 2,
         }
         for experts, groups in [
             (256, 32),

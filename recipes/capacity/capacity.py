@@ -32,18 +32,18 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
     many weights in one place. Of 256 experts a flat gate at this width would cost a quarter of all
     operations, so it has two levels, as the paper's MoE-256-h.
     """
-    experts = {"expert_hidden_dim": 2 * dim, "moe_top_k": 4}
+    experts = {"hidden_dim": 2 * dim, "top_k": 4}
     rows: dict[str, dict[str, Any]] = {
         "lstm_4": {"dense": True, "lstm_layers": 4},
-        "moe_1_wide": {"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 8 * dim},
+        "moe_1_wide": {"num_experts": 1, "top_k": 1, "hidden_dim": 8 * dim},
         "moe_1_deep": {
-            **{"num_experts": 1, "moe_top_k": 1, "expert_hidden_dim": 2 * dim},
+            **{"num_experts": 1, "top_k": 1, "hidden_dim": 2 * dim},
             "expert_layers": 4,
         },
         "moe_4": {"num_experts": 4, **experts},
         "moe_16": {"num_experts": 16, **experts},
         "moe_64": {"num_experts": 64, **experts},
-        "moe_256h": {"num_experts": 256, **experts, "moe_groups": 16, "moe_top_k": 2},
+        "moe_256h": {"num_experts": 256, **experts, "num_groups": 16, "top_k": 2},
     }
     return {
         name: {"model_dim": dim, "lstm_hidden_dim": dim, **options}

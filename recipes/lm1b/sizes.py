@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.networks import find_options
 
-WIDTHS = ("model_dim", "lstm_hidden_dim", "expert_hidden_dim")
+WIDTHS = ("model_dim", "lstm_hidden_dim", "hidden_dim")
 
 
 def narrow_sizes(model: str, divisor: int) -> dict[str, int]:

@@ -120,7 +120,7 @@ def test_from_the_archive_to_perplexity(tmp_path):
     ],
 )
 def test_a_slice_has_an_eighth_of_the_widths_of_its_model(model, widths):
-    names = ("model_dim", "lstm_hidden_dim", "expert_hidden_dim")
+    names = ("model_dim", "lstm_hidden_dim", "hidden_dim")
     assert sizes.narrow_sizes(model, 8) == dict(zip(names, widths, strict=True))
     whole = (8 * width for width in widths)
     assert sizes.narrow_sizes(model, 1) == dict(zip(names, whole, strict=True))

@@ -254,15 +254,15 @@ def test_a_loss_that_becomes_nan_stops_the_training_and_keeps_its_checkpoints(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--moe-top-k", 5], "`--moe-top-k` must be from 1 to 4, but is 5"),
-        (["--moe-top-k", 0], "`--moe-top-k` must be from 1 to 4, but is 0"),
-        (["--num-experts", 0], "`--num-experts` must be at least 1, but is 0"),
-        (["--expert-hidden-dim", 0], "`--expert-hidden-dim` must be at least 1, but is 0"),
-        (["--moe-groups", 3], "`--num-experts` must be a multiple of `--moe-groups`, 3, but is 4"),
-        (["--importance-loss-weight", -1], "`--importance-loss-weight` must be at least 0"),
-        (["--model-dim", 0], "`--model-dim` must be at least 1, but is 0"),
-        (["--encoder-layers", 2], "`--encoder-layers` must be at least 3, but is 2"),
-        (["--dropout", 1.5], "`--dropout` must be from 0.0 to 1.0, but is 1.5"),
+        (["--moe-top-k", 5], "`top_k` must be from 1 to 4, but is 5"),
+        (["--moe-top-k", 0], "`top_k` must be from 1 to 4, but is 0"),
+        (["--num-experts", 0], "`num_experts` must be at least 1, but is 0"),
+        (["--expert-hidden-dim", 0], "`hidden_dim` must be at least 1, but is 0"),
+        (["--moe-groups", 3], "`num_experts` must be a multiple of `num_groups`, 3, but is 4"),
+        (["--importance-loss-weight", -1], "`importance_weight` must be at least 0"),
+        (["--model-dim", 0], "`model_dim` must be at least 1, but is 0"),
+        (["--encoder-layers", 2], "`encoder_layers` must be at least 3, but is 2"),
+        (["--dropout", 1.5], "`dropout` must be from 0.0 to 1.0, but is 1.5"),
         (["--warmup-updates", -1], "`--warmup-updates` must be at least 0, but is -1"),
     ],
 )
@@ -300,5 +300,5 @@ def test_a_command_ends_in_one_message_and_not_in_a_traceback(data: Path, tmp_pa
     flags = ["--user-dir", PLUGIN, *TINY_MOE, "--moe-top-k", 5]
     done = run("train", data, *flags, cwd=tmp_path)
     assert done.status == 1
-    assert "fairseq-train: error: `--moe-top-k` must be from 1 to 4, but is 5." in done.text
+    assert "fairseq-train: error: `top_k` must be from 1 to 4, but is 5." in done.text
     assert "Traceback" not in done.text

@@ -240,7 +240,7 @@ def test_more_samples_than_words_are_refused(text_data: Path, tmp_path: Path):
 
 
 def test_more_experts_a_token_than_a_group_has_are_refused(text_data: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"`--moe-top-k` must be from 1 to 2, but is 3"):
+    with pytest.raises(ValueError, match="`top_k` must be from 1 to 2, but is 3"):
         train(text_data, tmp_path, "--moe-groups", 2, "--moe-top-k", 3)
 
 

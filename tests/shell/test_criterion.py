@@ -24,7 +24,7 @@ def make_criterion(smoothing: float = 0.1, sentence_avg: bool = False) -> nn.Mod
 
 
 def make_training_model(weight: float = 0.5, **options: object) -> nn.Module:
-    weights = {"importance_loss_weight": weight, "load_loss_weight": weight}
+    weights = {"importance_weight": weight, "load_weight": weight}
     return make_model(**weights, **options).train()
 
 

@@ -32,7 +32,7 @@ def all_classes(*_: object) -> ClassSample:
 
 @without_noise
 def test_the_loss_by_hand():
-    model = make_model(importance_loss_weight=0.5, load_loss_weight=0.5).train()
+    model = make_model(importance_weight=0.5, load_weight=0.5).train()
     loss, size, log = make_criterion()(model, SAMPLE)
     logits, extra = model(**SAMPLE["net_input"])
     target = SAMPLE["target"]
@@ -90,7 +90,7 @@ def reduce_metrics(logs: list[dict]) -> dict[str, float]:
 
 
 def test_perplexity_is_free_of_the_balance():
-    model = make_model(importance_loss_weight=9.0).train()
+    model = make_model(importance_weight=9.0).train()
     log = make_criterion()(model, SAMPLE)[2]
     values = reduce_metrics([log, log])
     bits = log["nll_loss"].item() / NUM_TOKENS / math.log(2)

@@ -33,7 +33,7 @@ def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
     if full.moe is not None and full.moe.num_experts > 4096:
         few = {"num_experts": full.moe.num_groups * 2}
     cells = 16 if full.lstm_hidden_dim > full.model_dim else 8
-    reduced = {"model_dim": 8, "lstm_hidden_dim": cells, "expert_hidden_dim": 4, **few}
+    reduced = {"model_dim": 8, "lstm_hidden_dim": cells, "hidden_dim": 4, **few}
     config = sizes_of(architecture, **reduced)
     assert config.to_config().lstm_layers == full.lstm_layers
     torch.manual_seed(1)
@@ -53,7 +53,7 @@ def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
 
 
 def test_4096_experts_in_16_groups_do_one_update_at_full_count():
-    config = sizes_of("lstm_moe_lm_4096h", model_dim=16, lstm_hidden_dim=16, expert_hidden_dim=8)
+    config = sizes_of("lstm_moe_lm_4096h", model_dim=16, lstm_hidden_dim=16, hidden_dim=8)
     torch.manual_seed(1)
     model = LSTMMoELM.build_model(config, make_task()).train()
     assert model.decoder.network.moe.moe.experts.weight_in.shape == (4096, 16, 8)
@@ -78,52 +78,41 @@ def test_the_rows_of_the_tables():
     assert (deep.expert_layers, deep.moe.hidden_dim) == (4, 1024)
 
 
-OTHER_NAMES = {
-    "hidden_dim": "expert_hidden_dim",
-    "top_k": "moe_top_k",
-    "gate": "moe_gate",
-    "num_groups": "moe_groups",
-    "importance_weight": "importance_loss_weight",
-    "load_weight": "load_loss_weight",
-    "recompute": "expert_recompute",
-}
 # The paper's for language models; the layer's own are those for translation.
-OTHER_DEFAULTS = {"importance_loss_weight": 0.1, "load_loss_weight": 0.1}
+OTHER_DEFAULTS = {"importance_weight": 0.1, "load_weight": 0.1}
 
 
 def test_options_have_the_names_and_defaults_of_the_core_and_reach_it():
     options = {f.name: f for f in dataclasses.fields(LSTMMoELMConfig) if f.name != "_name"}
     core = [f for f in dataclasses.fields(LSTMLMConfig) if f.name != "moe"]
     for f in [*core, *dataclasses.fields(MoEConfig)]:
-        name = OTHER_NAMES.get(f.name, f.name)
-        assert options[name].metadata["help"]
+        assert options[f.name].metadata["help"]
         if f.default is not dataclasses.MISSING:
-            assert options[name].default == OTHER_DEFAULTS.get(name, f.default), name
+            assert options[f.name].default == OTHER_DEFAULTS.get(f.name, f.default), f.name
     given = {
         "lstm_hidden_dim": 600,
         "lstm_layers": 3,
         "dropout": 0.7,
         "init_range": 0.2,
         "num_experts": 12,
-        "moe_top_k": 3,
-        "expert_hidden_dim": 7,
-        "moe_groups": 3,
-        "moe_gate": "strictly_balanced",
-        "importance_loss_weight": 0.5,
-        "load_loss_weight": 0.6,
-        "expert_recompute": "never",
+        "top_k": 3,
+        "hidden_dim": 7,
+        "num_groups": 3,
+        "gate": "strictly_balanced",
+        "importance_weight": 0.5,
+        "load_weight": 0.6,
+        "recompute": "never",
     }
     config = LSTMMoELMConfig(**given).to_config()
-    names = {option: field for field, option in OTHER_NAMES.items()}
     for name, value in given.items():
         owner = config if hasattr(config, name) else config.moe
-        assert getattr(owner, names.get(name, name)) == value, name
+        assert getattr(owner, name) == value, name
 
 
 def test_more_experts_a_token_than_a_group_has_are_refused_by_the_option():
-    with pytest.raises(ValueError, match=r"`--moe-top-k` must be from 1 to 2, but is 3"):
-        LSTMMoELMConfig(num_experts=8, moe_groups=4, moe_top_k=3).to_config()
-    with pytest.raises(ValueError, match=r"`--expert-layers` must be 1 .*`--num-experts` to 1"):
+    with pytest.raises(ValueError, match="`top_k` must be from 1 to 2, but is 3"):
+        LSTMMoELMConfig(num_experts=8, num_groups=4, top_k=3).to_config()
+    with pytest.raises(ValueError, match="`expert_layers` must be 1 .*`num_experts` to 1"):
         LSTMMoELMConfig(expert_layers=4).to_config()
 
 

@@ -8,6 +8,7 @@ import torch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
+from nmt_moe.models._early_options import rename_early_options
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig
 from tests.support.models import (
@@ -154,22 +155,10 @@ def test_weights_saved_before_dictionaries_were_compared_still_load():
     make_model().load_state_dict(early)
 
 
-OTHER_NAMES = {
-    "hidden_dim": "expert_hidden_dim",
-    "top_k": "moe_top_k",
-    "gate": "moe_gate",
-    "num_groups": "moe_groups",
-    "importance_weight": "importance_loss_weight",
-    "load_weight": "load_loss_weight",
-    "recompute": "expert_recompute",
-}
-
-
 def core_fields() -> list[tuple[str, dataclasses.Field, type]]:
-    """Give each field of the core's configurations under the option's name."""
-    network = [(f.name, f, GNMTConfig) for f in dataclasses.fields(GNMTConfig) if f.name != "moe"]
-    layer = dataclasses.fields(MoEConfig)
-    return network + [(OTHER_NAMES.get(f.name, f.name), f, MoEConfig) for f in layer]
+    """Return each field of the core's configurations with its name and owner."""
+    owners = (GNMTConfig, MoEConfig)
+    return [(f.name, f, o) for o in owners for f in dataclasses.fields(o) if f.name != "moe"]
 
 
 def test_options_have_the_names_and_defaults_of_the_core():
@@ -190,10 +179,10 @@ def another_value(name: str) -> object:
         return {
             "attention": "additive",
             "attention_wiring": "parallel",
-            "moe_gate": "softmax",
-            "expert_recompute": "always",
+            "gate": "softmax",
+            "recompute": "always",
         }[name]
-    if name == "moe_groups":
+    if name == "num_groups":
         return 4
     return default / 2 if isinstance(default, float) else default + 1
 
@@ -220,3 +209,22 @@ def test_a_checkpoint_holds_plain_data_only(checkpoint: Path):
     assert isinstance(state["cfg"], dict)
     assert state["cfg"]["model"]["num_experts"] == 4
     assert type(state["cfg"]["model"]) is dict
+
+
+def test_options_of_early_checkpoints_get_their_present_names():
+    early = {
+        "moe_top_k": 3,
+        "expert_hidden_dim": 7,
+        "moe_gate": "softmax",
+        "moe_groups": 0,
+        "importance_loss_weight": 0.5,
+        "load_loss_weight": 0.6,
+        "expert_recompute": "never",
+    }
+    rename_early_options(early)
+    config = LSTMMoEGNMTConfig(**early).to_config().moe
+    assert (config.top_k, config.hidden_dim, config.gate) == (3, 7, "softmax")
+    assert (config.importance_weight, config.load_weight) == (0.5, 0.6)
+    of_another_model = {"moe_top_k": 3}
+    rename_early_options(of_another_model)
+    assert of_another_model == {"moe_top_k": 3}

@@ -17,8 +17,8 @@ SIZES = {
     "model_dim": 12,
     "lstm_hidden_dim": 16,
     "num_experts": 4,
-    "moe_top_k": 2,
-    "expert_hidden_dim": 8,
+    "top_k": 2,
+    "hidden_dim": 8,
     "init_range": 0.4,
     "dropout": 0.0,
 }

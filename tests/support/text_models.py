@@ -31,7 +31,7 @@ class _Shorter:
 def make_model(seed: int = 1, task: Any = None, **options: Any) -> LSTMMoELM:
     """Build a model in evaluation mode whose gates have learned something."""
     torch.manual_seed(seed)
-    sizes = {**SMALL, "num_experts": 4, "moe_top_k": 2, "expert_hidden_dim": 8, "dropout": 0.0}
+    sizes = {**SMALL, "num_experts": 4, "top_k": 2, "hidden_dim": 8, "dropout": 0.0}
     config = LSTMMoELMConfig(**{**sizes, **options})
     model = LSTMMoELM.build_model(config, task or make_task()).eval()
     for name, parameter in model.named_parameters():

@@ -33,21 +33,21 @@ from tools.activations import Batch, distinct_classes, visits_per_token
 from tools.cluster import DEVICES, Setup, make_plan
 
 SENTENCES, LENGTH, VOCABULARY = 24, 8, 300
-SIZES = {"model_dim": 32, "lstm_hidden_dim": 48, "expert_hidden_dim": 64, "dropout": 0.1}
-GROUPS = {"num_experts": 32, "moe_groups": 8, "moe_top_k": 2}
+SIZES = {"model_dim": 32, "lstm_hidden_dim": 48, "hidden_dim": 64, "dropout": 0.1}
+GROUPS = {"num_experts": 32, "num_groups": 8, "top_k": 2}
 CASES: dict[str, dict[str, Any]] = {
-    "flat": {"num_experts": 8, "moe_top_k": 2},
+    "flat": {"num_experts": 8, "top_k": 2},
     "groups": {**GROUPS, "lm": True, "factored": True},
-    "sampled": {"num_experts": 8, "moe_top_k": 4, "draws": 64, "expert_recompute": "always"},
+    "sampled": {"num_experts": 8, "top_k": 4, "draws": 64, "recompute": "always"},
     "dense": {"dense": True},
-    "no projection": {"num_experts": 8, "moe_top_k": 2, "lstm_hidden_dim": 32},
-    "gnmt": {"num_experts": 8, "moe_top_k": 2, "gnmt": True},
+    "no projection": {"num_experts": 8, "top_k": 2, "lstm_hidden_dim": 32},
+    "gnmt": {"num_experts": 8, "top_k": 2, "gnmt": True},
     "gnmt parallel": {**GROUPS, "gnmt": True, "attention_wiring": "parallel"},
     "gnmt strict": {
         "num_experts": 8,
-        "moe_top_k": 2,
+        "top_k": 2,
         "gnmt": True,
-        "moe_gate": "strictly_balanced",
+        "gate": "strictly_balanced",
     },
 }
 TOLERANCE = 0.1
@@ -80,7 +80,7 @@ def measure_case(case: dict[str, Any]) -> dict[str, float]:
         model = LSTMMoELM.build_model(options, task)
         del sample["net_input"]["prev_output_tokens"]
         criterion = MoECrossEntropy(task, False, draws)
-    if options.moe_gate == "strictly_balanced":  # gates of 0 give each token experts far apart
+    if options.gate == "strictly_balanced":  # gates of 0 give each token experts far apart
         for name, parameter in model.named_parameters():
             if name.endswith("gate.gate_weight"):
                 torch.manual_seed(1)
