@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.compile_triton import compile_report
+
+from tests.support.compile_triton import compile_report
 
 PROGRAM = Path(__file__).parent.parent / "support" / "compile_experts.py"
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 from nmt_moe.kernels import _products, expert_ffn, reference
+from tests.support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 SHAPES = [  # (rows of each expert, dim, hidden)
     pytest.param([4, 6, 3, 5], 8, 16, id="the-usual-case"),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, poisoned_memory
 
 from nmt_moe.kernels import combine_rows, gather_rows, reference
 from nmt_moe.moe import DispatchPlan, plan_dispatch
+from tests.support.kernels import assert_same, leaf, poisoned_memory
 
 SHAPES = [  # (tokens, experts, per token, dim)
     pytest.param(9, 4, 2, 8, id="the-usual-case"),

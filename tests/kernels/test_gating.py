@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
 
 from nmt_moe.kernels import NOISE_FLOOR, noisy_top_k, reference
+from tests.support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
 
 blocks = importlib.import_module("nmt_moe.kernels._gating_blocks")
 

@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
 
 from nmt_moe.kernels import noisy_top_k
+from tests.support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
 
 pytest.importorskip("triton")
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 from nmt_moe.kernels import _products, grouped_gemm, reference
 from nmt_moe.kernels._backend import INTERPRETED
+from tests.support.kernels import assert_same, leaf, offsets_of, poisoned_memory
 
 SHAPES = [  # (rows of each expert, dim, out dim)
     pytest.param([3, 2], 16, 32, id="fewer-rows-than-a-block"),

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from support.dense_moe import dense_forward
 
 from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.parallel import is_expert
+from tests.support.dense_moe import dense_forward
 
 SHAPES = [  # (gate, groups, tokens, experts, per token, dim, hidden)
     pytest.param("noisy_top_k", 0, 7, 4, 2, 16, 8, id="the-usual-case"),

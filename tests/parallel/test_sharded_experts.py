@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.ranks import run_ranks
 from torch import Tensor, distributed, nn
 
 from nmt_moe.moe import MoEConfig, MoELayer
@@ -16,6 +15,7 @@ from nmt_moe.parallel import (
     make_expert_parallel_group,
     shard_group,
 )
+from tests.support.ranks import run_ranks
 
 DIM, EXPERTS = 6, 8
 FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)

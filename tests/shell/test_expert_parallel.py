@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.commands import call
-from support.ranks import run_ranks
-from support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
 
 from nmt_moe.checkpoints.expert_files import MANIFEST
 from nmt_moe.compat.expert_parallel import check_settings
+from tests.support.commands import call
+from tests.support.ranks import run_ranks
+from tests.support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
 
 # Five batches, so that one of two processes stands idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]

@@ -18,14 +18,14 @@ import pytest
 import torch
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
-from support.commands import PLUGIN, call
-from support.training import TINY_MOE, load
 from torch import distributed
 
 from nmt_moe import plugin
 from nmt_moe.checkpoints import expert_files
 from nmt_moe.checkpoints.expert_files import restore_experts
 from nmt_moe.compat.expert_parallel import moe_layers
+from tests.support.commands import PLUGIN, call
+from tests.support.training import TINY_MOE, load
 
 plugin.register()
 

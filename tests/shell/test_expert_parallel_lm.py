@@ -12,13 +12,13 @@ from unittest import mock
 import pytest
 import torch
 from fairseq.trainer import Trainer
-from support.commands import call
-from support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
-from support.ranks import run_ranks
-from support.training import copy_checkpoint, load, load_whole
 from torch import nn
 
 from nmt_moe.compat import expert_parallel
+from tests.support.commands import call
+from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
+from tests.support.ranks import run_ranks
+from tests.support.training import copy_checkpoint, load, load_whole
 
 LAST = "checkpoint_last.pt"
 FEW = ["--clip-norm", 0.5, "--no-epoch-checkpoints"]

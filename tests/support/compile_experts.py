@@ -6,9 +6,9 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from support.compile_triton import CAPABILITIES, compile_launch
 
 from nmt_moe.kernels._triton import combine_rows, gather_rows, grouped_gemm
+from tests.support.compile_triton import CAPABILITIES, compile_launch
 
 DIM, HIDDEN, EXPERTS = 512, 1024, 4
 # Rows of an average expert: small, middle and large blocks in bfloat16, the usual dtype.

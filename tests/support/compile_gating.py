@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from support.compile_triton import CAPABILITIES, compile_launch
 
 from nmt_moe.kernels._triton import gating
+from tests.support.compile_triton import CAPABILITIES, compile_launch
 
 # (experts, per token, noise): whole blocks of rows, of columns, and chunks of columns.
 CASES = [

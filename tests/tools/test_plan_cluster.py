@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
-from support.ranks import run_ranks
 from torch import Tensor, distributed, nn
+
+from tests.support.ranks import run_ranks
 
 pytest.importorskip("fairseq")
 
