@@ -7,49 +7,93 @@ says so, gives its reason, and has its own test. All replace names in fairseq's 
 commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
+from nmt_moe.compat.batches import (
+    keep_every_sentence,
+    name_sentences_longer_than_a_batch,
+    name_texts_that_are_skipped_whole,
+)
+from nmt_moe.compat.binarised_data import (
+    check_binarised_data_when_loaded,
+    drop_damaged_data_quietly,
+    write_digests_of_binarised_data,
+)
 from nmt_moe.compat.checkpoints import (
     allow_checkpoint_types,
     copy_checkpoints_whole,
     explain_unreadable_checkpoints,
     keep_numpy_out_of_checkpoints,
 )
-from nmt_moe.compat.corpora import (
-    keep_every_sentence,
-    name_bytes_that_are_not_utf8,
-    name_texts_that_are_skipped_whole,
-    name_uneven_corpora,
-)
+from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.expert_checkpoints import save_and_load_spread_experts
 from nmt_moe.compat.expert_parallel import spread_experts_over_processes
 from nmt_moe.compat.gnmt_search import add_gnmt_search
+from nmt_moe.compat.interactive import (
+    forget_translated_lines,
+    report_odd_lines,
+    skip_constraints_with_unknown_words,
+    skip_lines_that_are_too_long,
+    skip_unreadable_lines,
+    translate_blank_into_blank,
+)
+from nmt_moe.compat.lines import (
+    name_damaged_alignment_dictionaries,
+    read_lines_of_raw_data_by_one_rule,
+    read_lines_of_texts_by_one_rule,
+)
 from nmt_moe.compat.precision import let_half_precision_train_anywhere
+from nmt_moe.compat.preprocessing import (
+    check_texts_before_preprocessing,
+    warn_of_unknown_words_in_texts,
+)
 from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
-from nmt_moe.compat.texts import (
-    let_each_sentence_be_a_sample,
-    name_empty_texts,
-    name_endless_lines,
+from nmt_moe.compat.samples import let_each_sentence_be_a_sample, name_endless_lines
+from nmt_moe.compat.splits import (
+    accept_validation_sets_that_are_all_named,
+    name_folders_without_data,
+    name_missing_target_sides,
+    name_uneven_sides,
+    name_validation_sets_that_are_left_out,
 )
 
 __all__ = [
+    "accept_validation_sets_that_are_all_named",
     "add_gnmt_search",
     "allow_checkpoint_types",
+    "check_binarised_data_when_loaded",
+    "check_texts_before_preprocessing",
     "copy_checkpoints_whole",
+    "drop_damaged_data_quietly",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
+    "forget_translated_lines",
     "keep_every_sentence",
     "keep_numpy_out_of_checkpoints",
+    "keep_typed_marks_as_text",
     "let_each_sentence_be_a_sample",
     "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
-    "name_bytes_that_are_not_utf8",
-    "name_empty_texts",
+    "name_damaged_alignment_dictionaries",
+    "name_damaged_dictionaries",
     "name_endless_lines",
+    "name_folders_without_data",
+    "name_missing_target_sides",
+    "name_sentences_longer_than_a_batch",
     "name_texts_that_are_skipped_whole",
-    "name_uneven_corpora",
+    "name_uneven_sides",
+    "name_validation_sets_that_are_left_out",
     "prepare_processes_and_input",
+    "read_lines_of_raw_data_by_one_rule",
+    "read_lines_of_texts_by_one_rule",
+    "report_odd_lines",
     "save_and_load_spread_experts",
+    "skip_constraints_with_unknown_words",
+    "skip_lines_that_are_too_long",
+    "skip_unreadable_lines",
     "spread_experts_over_processes",
+    "translate_blank_into_blank",
+    "warn_of_unknown_words_in_texts",
+    "write_digests_of_binarised_data",
 ]
 
 allow_checkpoint_types()
@@ -58,11 +102,30 @@ keep_numpy_out_of_checkpoints()
 copy_checkpoints_whole()
 keep_every_sentence()
 name_texts_that_are_skipped_whole()
-name_bytes_that_are_not_utf8()
-name_uneven_corpora()
 let_each_sentence_be_a_sample()
-name_empty_texts()
 name_endless_lines()
+name_sentences_longer_than_a_batch()
+check_binarised_data_when_loaded()
+drop_damaged_data_quietly()
+write_digests_of_binarised_data()
+keep_typed_marks_as_text()
+name_damaged_dictionaries()
+name_damaged_alignment_dictionaries()
+read_lines_of_raw_data_by_one_rule()
+read_lines_of_texts_by_one_rule()
+check_texts_before_preprocessing()
+warn_of_unknown_words_in_texts()
+accept_validation_sets_that_are_all_named()
+name_folders_without_data()
+name_missing_target_sides()
+name_uneven_sides()
+name_validation_sets_that_are_left_out()
+skip_unreadable_lines()
+skip_lines_that_are_too_long()
+skip_constraints_with_unknown_words()
+report_odd_lines()
+forget_translated_lines()
+translate_blank_into_blank()
 let_half_precision_train_anywhere()
 let_torchrun_train_on_cpu()
 prepare_processes_and_input()

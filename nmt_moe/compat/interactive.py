@@ -6,21 +6,28 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from fairseq.tasks.translation import TranslationTask
 
-from nmt_moe.compat._replace import replace
+from nmt_moe.compat._replace import replace, replace_in_command
+from nmt_moe.compat.dictionaries import marks_of
+from nmt_moe.text.lines import BadLine, scan_lines
+
+# No sentence is as long; what is longer is not kept in memory.
+MAX_LINE_BYTES = 1 << 20
+PIECE_START = "\u2581"  # how sentencepiece writes the space before a piece
 
 
-def skip_bad_lines(namespace: dict[str, Any]) -> None:
-    """Replace the two readers of lines in the namespace of `fairseq_cli.interactive.main`.
+def skip_unreadable_lines() -> None:
+    """Read lines by the one rule, and go on after those that cannot be used.
 
-    Reason: a line that is not UTF-8, or longer than the model takes, ends the whole run. Other
-    commands' namespaces lack the two names. Under `python -m` the module is called `__main__`.
+    Reason: a line that is not UTF-8 ends the whole run.
     """
-    if "buffered_read" not in namespace or "make_batches" not in namespace:
-        return
-    owner = sys.modules[namespace["__name__"]]
-    replace(owner, "buffered_read", lambda _: buffered_read)
-    replace(owner, "make_batches", _batching)
+    replace_in_command("interactive", "buffered_read", _reading)
+    replace_in_command("interactive", "make_batches", _skipping_unread)
+
+
+def _reading(_: Callable) -> Callable:
+    return buffered_read
 
 
 class NumberedLines(list):
@@ -34,14 +41,33 @@ class NumberedLines(list):
         super().__init__()
         self.first_number = first_number
 
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """Yield index and text of each line that could be read."""
+        return ((index, line) for index, line in enumerate(self) if line is not None)
+
+    def report(self, index: int, what: str) -> None:
+        """Say what is odd about a line."""
+        report(self.first_number + index, what)
+
+
+def report(number: int, what: str) -> None:
+    """Print a message on one line of the input, counted from 1."""
+    print(f"fairseq-interactive: line {number} {what}", file=sys.stderr, flush=True)  # noqa: T201
+
 
 def buffered_read(input: str, buffer_size: int) -> Iterator[NumberedLines]:  # noqa: A002
     """Yield up to `buffer_size` lines at a time of the file `input`; '-' is standard input."""
-    stream = nullcontext(sys.stdin.buffer) if input == "-" else open(input, "rb")  # noqa: SIM115
-    with stream as raw_lines:
+    is_stdin = input == "-"
+    name = "standard input" if is_stdin else input
+    with nullcontext(sys.stdin.buffer) if is_stdin else open(input, "rb") as stream:
         lines = NumberedLines(1)
-        for number, raw_line in enumerate(raw_lines, start=1):
-            lines.append(_decode(raw_line, number))
+        found = scan_lines(stream, name, max_bytes=MAX_LINE_BYTES)
+        for number, line in enumerate(found, start=1):
+            if isinstance(line, BadLine):
+                report(number, f"{line.reason}: not translated")
+                lines.append(None)
+            else:
+                lines.append(line.strip())
             if len(lines) >= buffer_size:
                 yield lines
                 lines = NumberedLines(number + 1)
@@ -49,35 +75,37 @@ def buffered_read(input: str, buffer_size: int) -> Iterator[NumberedLines]:  # n
             yield lines
 
 
-def _decode(raw_line: bytes, number: int) -> str | None:
-    try:
-        return raw_line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{raw_line[error.start]:02x} at position {error.start + 1}"
-        _report(number, f"is not valid UTF-8 ({found}): not translated")
-        return None
+def _skipping_unread(make: Callable) -> Callable:
+    def make_batches(lines: NumberedLines, *args: Any) -> Iterator[Any]:
+        kept = [index for index, _ in lines.numbered()]
+        if kept:
+            for batch in make([lines[index] for index in kept], *args):
+                # An id is a line's index among all lines read, the bad ones counted.
+                yield batch._replace(ids=torch.tensor([kept[i] for i in batch.ids.tolist()]))
+
+    return make_batches
 
 
-def _batching(make: Callable) -> Callable:
+def skip_lines_that_are_too_long() -> None:
+    """Leave out a line that the model cannot take.
+
+    Reason: it ends the whole run.
+    """
+    replace_in_command("interactive", "make_batches", _skipping_long)
+
+
+def _skipping_long(make: Callable) -> Callable:
     def make_batches(
-        lines: list, cfg: Any, task: Any, max_positions: Any, encode_fn: Callable
+        lines: NumberedLines, cfg: Any, task: Any, max_positions: Any, encode_fn: Callable
     ) -> Iterator[Any]:
-        first_number = getattr(lines, "first_number", 1)
-        # Behind a tab stand the words that --constraints asks for.
-        source_of = (lambda line: line.split("\t")[0]) if cfg.generation.constraints else str
         longest = longest_source(max_positions, cfg.dataset.max_tokens)
-        kept = [
-            place
-            for place, line in enumerate(lines)
-            if line is not None
-            and fits(source_of(line), first_number + place, task, longest, encode_fn)
-        ]
-        if not kept:
-            return
-        kept_lines = [lines[place] for place in kept]
-        for batch in make(kept_lines, cfg, task, max_positions, encode_fn):
-            # An id is a line's place among all lines read, the bad ones counted.
-            yield batch._replace(ids=torch.tensor([kept[i] for i in batch.ids.tolist()]))
+        for index, line in lines.numbered():
+            length = len(encode(source_of(line, cfg), task, encode_fn))
+            if length > longest:
+                allowed = f"more than the {longest:.0f} allowed"
+                lines.report(index, f"has {length} tokens, {allowed}: not translated")
+                lines[index] = None
+        yield from make(lines, cfg, task, max_positions, encode_fn)
 
     return make_batches
 
@@ -92,22 +120,142 @@ def longest_source(max_positions: Any, max_tokens: int | None) -> float:
     return min(limits, default=float("inf"))
 
 
-def fits(line: str, number: int, task: Any, longest: float, encode_fn: Callable) -> bool:
-    """Report what is odd about a line; return whether it can be translated at all."""
-    if not line:
-        _report(number, "is empty: what the model makes of it means nothing")
-        return True
-    tokens, lengths = task.get_interactive_tokens_and_lengths([line], encode_fn)
-    length = int(lengths[0])
-    if length > longest:
-        _report(number, f"has {length} tokens, more than the {longest:.0f} allowed: not translated")
-        return False
-    dictionary = getattr(task, "source_dictionary", None)
-    unknown = int((tokens[0] == dictionary.unk()).sum()) if dictionary is not None else 0
-    if unknown:
-        _report(number, f"has tokens that are not in the dictionary: {unknown} of {length}")
-    return True
+def source_of(line: str, cfg: Any) -> str:
+    """Return a line without the constraints behind its tabs."""
+    return line.split("\t")[0] if cfg.generation.constraints else line
 
 
-def _report(number: int, what: str) -> None:
-    print(f"fairseq-interactive: line {number} {what}", file=sys.stderr, flush=True)  # noqa: T201
+def encode(line: str, task: Any, encode_fn: Callable) -> torch.Tensor:
+    """Return the tokens of a source line, marks counted."""
+    tokens, _ = task.get_interactive_tokens_and_lengths([line], encode_fn)
+    return tokens[0]
+
+
+def skip_constraints_with_unknown_words() -> None:
+    """Leave out a constraint that the model has no words for.
+
+    Reason: the unknown word itself is forced into the translation.
+    """
+    replace_in_command("interactive", "make_batches", _skipping_constraints)
+
+
+def _skipping_constraints(make: Callable) -> Callable:
+    def make_batches(
+        lines: NumberedLines, cfg: Any, task: Any, max_positions: Any, encode_fn: Callable
+    ) -> Iterator[Any]:
+        for index, line in lines.numbered() if cfg.generation.constraints else []:
+            source, *constraints = line.split("\t")
+            kept = []
+            for constraint in constraints:
+                reason = _find_unknown(encode_fn(constraint), task.target_dictionary)
+                if reason is None:
+                    kept.append(constraint)
+                else:
+                    lines.report(index, f"has the constraint '{constraint}' {reason}: left out")
+            lines[index] = "\t".join([source, *kept])
+        yield from make(lines, cfg, task, max_positions, encode_fn)
+
+    return make_batches
+
+
+def _find_unknown(constraint: str, dictionary: Any) -> str | None:
+    """Say why encoded words cannot be asked for; None if they can."""
+    words = constraint.split()
+    if not words:
+        return "without words"
+    known = set(dictionary.indices) - marks_of(dictionary) - {dictionary.unk_word}
+    unknown = [word for word in words if word not in known]
+    return f"with unknown words ({' '.join(unknown)})" if unknown else None
+
+
+def report_odd_lines() -> None:
+    """Say which lines have no words, unknown ones, or pieces that are cut again.
+
+    Reason: what the model makes of them means little, and looks like any other translation.
+    """
+    replace_in_command("interactive", "make_batches", _reporting)
+
+
+def _reporting(make: Callable) -> Callable:
+    def make_batches(
+        lines: NumberedLines, cfg: Any, task: Any, max_positions: Any, encode_fn: Callable
+    ) -> Iterator[Any]:
+        cuts_pieces = getattr(cfg.bpe, "_name", None) == "sentencepiece"
+        for index, line in lines.numbered():
+            source = source_of(line, cfg)
+            if not source:
+                lines.report(index, "is empty, and so is its translation")
+                continue
+            if cuts_pieces and PIECE_START in source:
+                lines.report(index, "has sentence pieces already, which --bpe cuts a second time")
+            tokens = encode(source, task, encode_fn)
+            unknown = int((tokens == task.source_dictionary.unk()).sum())
+            if unknown:
+                share = f"{unknown} of {len(tokens)}"
+                lines.report(index, f"has tokens that are not in the dictionary: {share}")
+        yield from make(lines, cfg, task, max_positions, encode_fn)
+
+    return make_batches
+
+
+def forget_translated_lines() -> None:
+    """Let memory be independent of how many lines were translated.
+
+    Reason: the task keeps an iterator for each buffer of lines.
+    """
+    replace_in_command("interactive", "make_batches", _forgetting)
+
+
+def _forgetting(make: Callable) -> Callable:
+    def make_batches(lines: Any, cfg: Any, task: Any, *args: Any) -> Iterator[Any]:
+        yield from make(lines, cfg, task, *args)
+        task.dataset_to_epoch_iter.clear()
+
+    return make_batches
+
+
+def translate_blank_into_blank() -> None:
+    """Let a source without words have a translation without words.
+
+    Reason: models make fluent sentences of nothing. Forced prefixes and constraints are kept.
+    """
+    replace(TranslationTask, "inference_step", _translating)
+
+
+def _translating(translate: Callable) -> Callable:
+    def inference_step(
+        task: Any,
+        generator: Any,
+        models: Any,
+        sample: dict[str, Any],
+        prefix_tokens: Any = None,
+        constraints: Any = None,
+    ) -> Any:
+        found = translate(task, generator, models, sample, prefix_tokens, constraints)
+        if prefix_tokens is not None:
+            return found
+        dictionary, tokens = task.source_dictionary, sample["net_input"]["src_tokens"]
+        marks = [dictionary.index(mark) for mark in marks_of(dictionary)]
+        is_blank = torch.isin(tokens, tokens.new_tensor(marks)).all(1)
+        if constraints is not None:  # (B, ...), the first column their number
+            is_blank &= constraints[:, 0] == 0
+        return [
+            [make_blank(hypotheses[0], task.target_dictionary.eos())] if blank else hypotheses
+            for blank, hypotheses in zip(is_blank.tolist(), found, strict=True)
+        ]
+
+    return inference_step
+
+
+def make_blank(hypothesis: dict[str, Any], eos: int) -> dict[str, Any]:
+    """Return a hypothesis of the end of sentence alone, in the form of another one."""
+    scores, attention = hypothesis["positional_scores"], hypothesis.get("attention")
+    alignment = hypothesis.get("alignment")
+    return {
+        **hypothesis,
+        "tokens": hypothesis["tokens"].new_tensor([eos]),
+        "score": scores.new_zeros(()),
+        "positional_scores": scores.new_zeros(1),
+        "attention": None if attention is None else attention[..., :1],
+        "alignment": None if alignment is None else alignment[:0],
+    }

@@ -9,9 +9,8 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 
 from nmt_moe.compat._replace import replace
-from nmt_moe.compat.corpora import cut_batches_anew_each_epoch
+from nmt_moe.compat.batches import cut_batches_again_each_epoch
 from nmt_moe.compat.expert_parallel import serve_after_scoring
-from nmt_moe.compat.interactive import skip_bad_lines
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def _inferring(infer: Callable) -> Callable:
 def prepare_processes_and_input() -> None:
     """Repair the plan of processes just before fairseq follows it.
 
-    Reason: see `mend_processes`, `serve_after_scoring` and `nmt_moe.compat.interactive`. All
+    Reason: see `mend_processes` and `serve_after_scoring`. All
     commands but fairseq-generate and fairseq-preprocess call `call_main`, which they look up in
     `distributed_utils`.
     """
@@ -54,8 +53,7 @@ def prepare_processes_and_input() -> None:
 def _calling(call: Callable) -> Callable:
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
         mend_processes(cfg)
-        cut_batches_anew_each_epoch(cfg)
-        skip_bad_lines(main.__globals__)
+        cut_batches_again_each_epoch(cfg)
         serve_after_scoring(main.__globals__)
         return call(cfg, main, **kwargs)
 

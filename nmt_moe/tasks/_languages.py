@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 from fairseq.data import Dictionary
 
@@ -127,14 +127,47 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
     return passes
 
 
-def load_shared_dictionary(folder: str, languages: Sequence[str]) -> Dictionary:
+class LanguagesDictionary(Dictionary):
+    """A dictionary with a token for each language, which no text may hold.
+
+    Attributes:
+        language_marks: The tokens; typed in a text, they are unknown words.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.language_marks: Set[str] = set()
+
+    def add_language(self, language: str, path: str) -> None:
+        """Add a language's token.
+
+        Args:
+            language: Its name.
+            path: What errors call the dictionary.
+
+        Raises:
+            ValueError: the token is a word of the texts.
+        """
+        token = language_token(language)
+        if token in self:
+            raise ValueError(
+                f"the dictionary `{path}` has the word `{token}`, which stands for the language "
+                f"'{language}' and cannot be a word of the texts. Remove it from them, and "
+                "binarise them again."
+            )
+        self.add_symbol(token)
+        self.language_marks.add(token)
+
+
+def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDictionary:
     """Load the one dictionary of all languages and add their tokens, in the languages' order.
 
     Raises:
         FileNotFoundError: naming the language whose dictionary is missing.
-        ValueError: naming two languages whose dictionaries differ.
+        ValueError: naming two languages whose dictionaries differ, or a language whose token is a
+            word of the texts.
     """
-    dictionaries: Dict[str, Dictionary] = {}
+    dictionaries: Dict[str, LanguagesDictionary] = {}
     for language in languages:
         path = os.path.join(folder, f"dict.{language}.txt")
         if not os.path.isfile(path):
@@ -142,7 +175,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> Dictionary:
                 f"`{path}` is missing: {folder} has no text of the language '{language}'. Binarise "
                 "each pair with fairseq-preprocess into that folder, or name other languages."
             )
-        dictionaries[language] = Dictionary.load(path)
+        dictionaries[language] = LanguagesDictionary.load(path)
     first = languages[0]
     for language, dictionary in dictionaries.items():
         if dictionary.symbols != dictionaries[first].symbols:
@@ -153,7 +186,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> Dictionary:
             )
     shared = dictionaries[first]
     for language in languages:
-        shared.add_symbol(language_token(language))
+        shared.add_language(language, os.path.join(folder, f"dict.{first}.txt"))
     return shared
 
 

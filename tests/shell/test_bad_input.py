@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_one_bad_line_costs_interactive_no_other_translation(data: Path, checkpo
     done = call("interactive", data, *flags, stdin=b"\n".join(lines) + b"\n")
     assert done.lines("H").keys() == {0, 1, 4, 5}
     for message in (
-        "line 2 is empty",
+        "line 2 is empty, and so is its translation",
         "line 3 has 5001 tokens, more than the 1024 allowed: not translated",
         "line 4 is not valid UTF-8",
         "line 5 has tokens that are not in the dictionary: 1 of 3",
@@ -137,11 +138,12 @@ def test_a_line_that_is_not_utf8_names_its_file_and_line(own_corpus: Path):
 # Files
 
 
-def test_sides_of_different_length_name_the_data_set(own_corpus: Path, tmp_path: Path):
+def test_sides_of_different_length_are_refused_before_anything_is_written(own_corpus: Path):
     write_lines(own_corpus / "train.bb", (own_corpus / "train.bb").read_text().splitlines()[:-1])
-    preprocess(own_corpus)
-    with pytest.raises(ValueError, match=r"data/train\.aa-bb\.\*` must have the same number"):
-        call("train", own_corpus / "data", *TINY_MOE, "--save-dir", tmp_path)
+    match = r"same number of lines, but `.*train\.aa` has 96 and `.*train\.bb` has 95"
+    with pytest.raises(ValueError, match=match):
+        preprocess(own_corpus)
+    assert not list((own_corpus / "data").glob("*.*t"))
 
 
 def test_a_missing_text_is_named(own_corpus: Path):
@@ -302,3 +304,57 @@ def test_a_command_ends_in_one_message_and_not_in_a_traceback(data: Path, tmp_pa
     assert done.status == 1
     assert "fairseq-train: error: `top_k` must be from 1 to 4, but is 5." in done.text
     assert "Traceback" not in done.text
+
+
+# fairseq-interactive
+
+
+def test_a_blank_source_has_a_blank_translation(own_corpus: Path, data: Path, checkpoint: Path):
+    flags = ["--path", checkpoint, *TRANSLATE, "--nbest", 2, "--print-alignment"]
+    done = call("interactive", data, *flags, "--buffer-size", 9, stdin=b"ba de\n \n\nki\n")
+    assert [number for number, row in done.lines("H").items() if row[-1] == ""] == [1, 2]
+    put(own_corpus, "test.aa", 3, "")
+    preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
+    assert call("generate", own_corpus / "data", *flags).lines("H")[2][-1] == ""
+
+
+def test_a_line_that_interactive_cannot_use_is_named_and_takes_no_memory(
+    data: Path, checkpoint: Path
+):
+    lines = [b"\xef\xbb\xbfba", b"ba\rde", b"ba \x00", b"ba " * 2_000_000, b"</s> ba", b"ki\r\n"]
+    done = call("interactive", data, "--path", checkpoint, *TRANSLATE, stdin=b"\n".join(lines))
+    assert {number: row[0] for number, row in done.lines("S").items()} == {
+        0: "ba",
+        4: "<unk> ba",
+        5: "ki",
+    }
+    for message in (
+        "`standard input` begins with a byte order mark",
+        "line 2 has a carriage return within it (byte 3): not translated",
+        "line 3 has the control character U+0000 within it (byte 4): not translated",
+        "line 4 has more than 1048576 bytes: not translated",
+        "line 5 has tokens that are not in the dictionary: 1 of 3",
+    ):
+        assert message in done.text
+
+
+def test_constraints_that_the_model_has_no_words_for_are_left_out(data: Path, checkpoint: Path):
+    flags = ["--path", checkpoint, *TRANSLATE, "--constraints"]
+    lines = b"ba de\tnew\tab\tab </s>\t<unk>\nba de\tab\n"
+    done = call("interactive", data, *flags, stdin=lines)
+    assert [row.split("\t")[1] for row in done.text.splitlines() if row[:2] == "C-"] == ["ab"] * 2
+    assert "<unk>" not in "".join(done.hypotheses())
+    assert "ab" in done.hypotheses()[1]
+    for constraint in ("new", "ab </s>", "<unk>"):
+        assert f"line 1 has the constraint '{constraint}' with unknown words" in done.text
+
+
+def test_memory_does_not_grow_with_the_lines_that_were_translated(data: Path, checkpoint: Path):
+    from fairseq.tasks.translation import TranslationTask
+
+    kept = []
+    with mock.patch.object(TranslationTask, "inference_step", autospec=True) as step:
+        step.side_effect = lambda task, *_, **__: kept.append(task.dataset_to_epoch_iter) or [[]]
+        call("interactive", data, "--path", checkpoint, *TRANSLATE, stdin=b"ba\n" * 5)
+    assert len(kept) == 5
+    assert not kept[0]

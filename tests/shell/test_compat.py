@@ -79,14 +79,14 @@ def count_updates(folder: Path, save_dir: str) -> int:
     return state["optimizer_history"][-1]["num_updates"]
 
 
-def write_data(monkeypatch, folder: Path, name: str, short_by: int = 0) -> None:
-    """Preprocess a corpus whose second side is the first in capitals, or lacks its last lines."""
+def write_data(monkeypatch, folder: Path, name: str, count: int = 30) -> None:
+    """Preprocess a corpus whose second side is the first in capitals."""
     text = folder / f"text-{name}"
     text.mkdir()
-    for split, count in [("train", 30), ("valid", 6)]:
-        lines = [" ".join("abcdef"[: 2 + i % 5]) for i in range(count)]
+    for split, length in [("train", count), ("valid", 6)]:
+        lines = [" ".join("abcdef"[: 2 + i % 5]) for i in range(length)]
         (text / f"{split}.aa").write_text("\n".join(lines) + "\n")
-        (text / f"{split}.bb").write_text("\n".join(lines[: count - short_by]).upper() + "\n")
+        (text / f"{split}.bb").write_text("\n".join(lines).upper() + "\n")
     arguments = ["-s", "aa", "-t", "bb", f"--trainpref={text}/train", f"--validpref={text}/valid"]
     run_here(monkeypatch, "preprocess", *arguments, f"--destdir={folder / name}")
 
@@ -250,7 +250,10 @@ def test_only_commands_of_fairseq_lose_their_traceback(monkeypatch):
 
 
 def test_sides_of_different_length_are_named(folder, monkeypatch):
-    write_data(monkeypatch, folder, "uneven", short_by=2)
+    write_data(monkeypatch, folder, "uneven")
+    write_data(monkeypatch, folder, "shorter", count=28)
+    for file in (folder / "shorter").glob("train.aa-bb.bb.*"):
+        shutil.copy(file, folder / "uneven")
     task = make_task(folder / "uneven")
     with pytest.raises(ValueError, match=r"uneven/train\.aa-bb\.\*` must have the same number"):
         task.load_dataset("train")
@@ -398,7 +401,7 @@ def test_a_bad_line_gets_a_message_and_all_others_their_translation(folder):
     sources = {fields[0]: fields[1] for fields in output if fields[0][:2] == "S-"}
     assert sources == {"S-0": "a b c", "S-1": "", "S-4": "a <unk>", "S-5": "f f"}
     for message in [
-        "line 2 is empty",
+        "line 2 is empty, and so is its translation",
         "line 3 is not valid UTF-8 (byte 0xff at position 3): not translated",
         "line 4 has 5001 tokens, more than the 1024 allowed: not translated",
         "line 5 has tokens that are not in the dictionary: 1 of 3",

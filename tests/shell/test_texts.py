@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fairseq.data import TokenBlockDataset, data_utils, token_block_dataset
+from fairseq.data import TokenBlockDataset, token_block_dataset
 from fairseq.tasks import language_modeling
 
 from nmt_moe import plugin
-from nmt_moe.compat import let_each_sentence_be_a_sample, name_empty_texts, name_endless_lines
-from nmt_moe.compat.texts import MOST_TOKENS, check_line_lengths
+from nmt_moe.compat import let_each_sentence_be_a_sample, name_endless_lines
+from nmt_moe.compat.samples import MOST_TOKENS, check_line_lengths
 
 plugin.register()
 
@@ -31,15 +31,12 @@ def test_a_numpy_that_has_the_name_is_left_alone(monkeypatch: pytest.MonkeyPatch
 def test_repairing_twice_repairs_once():
     before = (
         token_block_dataset.np,
-        data_utils.load_indexed_dataset,
         language_modeling.TokenBlockDataset,
     )
     let_each_sentence_be_a_sample()
-    name_empty_texts()
     name_endless_lines()
     assert before == (
         token_block_dataset.np,
-        data_utils.load_indexed_dataset,
         language_modeling.TokenBlockDataset,
     )
 

@@ -1,12 +1,11 @@
 """Cut a language model's text into samples, and name the text that cannot be cut."""
 
-import os
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fairseq.data import data_utils, token_block_dataset
+from fairseq.data import token_block_dataset
 from fairseq.tasks import language_modeling
 
 from nmt_moe.compat._replace import replace
@@ -31,27 +30,6 @@ class _NumpyWithLong:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
-
-
-def name_empty_texts() -> None:
-    """Name the data set that has no sentence at all.
-
-    Reason: it ends in "cannot mmap an empty file".
-    """
-    replace(data_utils, "load_indexed_dataset", _loading)
-
-
-def _loading(load: Callable) -> Callable:
-    def load_indexed_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
-        file = f"{path}.bin"
-        if os.path.isfile(file) and os.path.getsize(file) == 0:
-            raise ValueError(
-                f"`{file}` holds no sentence: the text that fairseq-preprocess read was empty. "
-                "Binarise one that has at least a line."
-            )
-        return load(path, *args, **kwargs)
-
-    return load_indexed_dataset
 
 
 def name_endless_lines() -> None:

@@ -1,0 +1,117 @@
+"""Cut a data set into batches: lose no sentence, and cut alike after a resume."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fairseq.data import data_utils
+from fairseq.tasks import FairseqTask
+
+from nmt_moe.compat._replace import replace
+
+
+def keep_every_sentence() -> None:
+    """Give the last sentences of a data set a batch of their own.
+
+    Reason: `batch_by_size` drops the last batch if its size is not a multiple of
+    --required-batch-size-multiple, 8 by default: fairseq-generate leaves out up to 7 sentences, or
+    a whole `--batch-size`, and scores the others without a word.
+    """
+    three = np.arange(3)
+    batches = data_utils.batch_by_size(three, lambda _: 1, required_batch_size_multiple=2)
+    if sum(map(len, batches)) < len(three):
+        replace(data_utils, "batch_by_size", _keeping)
+
+
+def _keeping(split: Callable) -> Callable:
+    def batch_by_size(indices: Any, *args: Any, **kw: Any) -> list[Any]:
+        indices = np.asarray(indices)
+        if len(indices) == 0:
+            return []
+        batches = split(indices, *args, **kw)
+        # Batches are consecutive pieces of the indices, so what is missing is the end.
+        rest = indices[sum(map(len, batches)) :]
+        # With fixed shapes, sentences are regrouped and none is dropped.
+        return [*batches, rest] if len(rest) else batches
+
+    return batch_by_size
+
+
+def name_sentences_longer_than_a_batch() -> None:
+    """Name the sentence that fits into no batch, and the options that allow it.
+
+    Reason: the assertion that ends the command names neither.
+    """
+    replace(data_utils, "batch_by_size", _naming)
+
+
+def _naming(split: Callable) -> Callable:
+    def batch_by_size(indices: Any, num_tokens_fn: Callable, *args: Any, **kw: Any) -> list[Any]:
+        try:
+            return split(indices, num_tokens_fn, *args, **kw)
+        except AssertionError as error:
+            if "max_tokens" not in str(error):
+                raise
+            longest = max(indices, key=num_tokens_fn)
+            raise ValueError(
+                f"sample #{longest} must have at most {kw.get('max_tokens')} tokens, as many as a "
+                f"batch, but has {num_tokens_fn(longest)}. Allow more with --max-tokens (when "
+                f"validating, --max-tokens-valid), or {_cut_into(kw.get('max_tokens'))}."
+            ) from error
+
+    return batch_by_size
+
+
+def _cut_into(tokens: Any) -> str:
+    """Advise blocks of a size; --tokens-per-sample too, whose default may well be larger."""
+    return (
+        "cut a language model's text into blocks that fit: --sample-break-mode none "
+        f"--tokens-per-sample {tokens}"
+    )
+
+
+def name_texts_that_are_skipped_whole() -> None:
+    """Name the data set none of whose samples fits, and the options that allow longer ones.
+
+    Reason: the error says that "the dataset is empty", or there is none and nothing is translated.
+    """
+    replace(FairseqTask, "filter_indices_by_size", _filtering)
+
+
+def _filtering(keep: Callable) -> Callable:
+    def filter_indices_by_size(
+        task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        kept = keep(task, indices, dataset, max_positions, *args, **kw)
+        # Data sets without a name are a few lines of fairseq-interactive.
+        split = next((name for name, known in task.datasets.items() if known is dataset), None)
+        if split is None or len(kept) or not len(indices):
+            return kept
+        longest = max(indices, key=lambda index: np.max(dataset.size(index)))
+        if isinstance(max_positions, tuple):
+            way_out = "--max-tokens, --max-source-positions and --max-target-positions"
+        else:
+            way_out = f"--max-tokens, or {_cut_into(max_positions)}"
+        raise ValueError(
+            f"`{split}` must have samples of at most {_spell(max_positions)} tokens, but all "
+            f"{len(indices)} are longer: the longest, #{longest} (counted from 0), has "
+            f"{_spell(dataset.size(longest))}. Allow more with {way_out}."
+        )
+
+    return filter_indices_by_size
+
+
+def _spell(tokens: Any) -> str:
+    """Write a number of tokens, or one for each side."""
+    if isinstance(tokens, tuple):
+        return f"{tokens[0]} source and {tokens[1]} target"
+    return str(tokens)
+
+
+def cut_batches_again_each_epoch(cfg: Any) -> None:
+    """Let a training that was resumed see the batches that it would have seen without the stop.
+
+    Reason: batches are cut with the random numbers of the current epoch, and then kept for all
+    later ones. So a run resumed in epoch 5 trains on other batches than one that never stopped.
+    """
+    cfg.dataset.update_epoch_batch_itr = True

@@ -1,0 +1,178 @@
+"""Binarised data: written with digests, compared with them and with the dictionary when loaded."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq.binarizer import FileBinarizer
+from fairseq.data import indexed_dataset
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.compat.preprocessing import MANY_UNKNOWN_PERCENT, warn_of_unknown_words
+
+CHECKED_AT_ONCE = 1 << 22
+WAY_OUT = "Binarise the text again with fairseq-preprocess."
+
+
+def write_digests_of_binarised_data() -> None:
+    """Let fairseq-preprocess write the SHA-256 of each `.bin` and `.idx` to a file `.sha256`.
+
+    Reason: damaged data are other sentences, and nothing notices. `sha256sum -c` reads the files.
+    """
+    replace(FileBinarizer, "multiprocess_dataset", _writing)
+
+
+def _writing(binarize: Callable) -> Callable:
+    def write_with_digests(
+        input_file: str, dataset_impl: str, binarizer: Any, output_prefix: str, **kwargs: Any
+    ) -> Any:
+        summary = binarize(input_file, dataset_impl, binarizer, output_prefix, **kwargs)
+        files = [Path(f"{output_prefix}.{kind}") for kind in ("bin", "idx")]
+        lines = [f"{compute_sha256(file)}  {file.name}\n" for file in files]
+        Path(f"{output_prefix}.sha256").write_text("".join(lines), encoding="utf-8")
+        return summary
+
+    return write_with_digests
+
+
+def compute_sha256(path: Path) -> str:
+    """Return a file's digest in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_binarised_data_when_loaded() -> None:
+    """Name the file of binarised data that is empty, damaged or of another dictionary.
+
+    Reason: an empty one ends in "cannot mmap an empty file", a cut one in a traceback in the middle
+    of an epoch, an unknown token in an IndexError of the embedding, and others in nothing at all.
+    """
+    replace(indexed_dataset, "make_dataset", _loading)
+
+
+def _loading(make: Callable) -> Callable:
+    def make_dataset(
+        path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Any = None
+    ) -> Any:
+        check_files(path)
+        try:
+            dataset = make(path, impl, fix_lua_indexing, dictionary)
+        except (AssertionError, ValueError) as error:
+            if impl != "mmap":
+                raise
+            raise ValueError(f"`{path}.idx` is damaged: {error}. {WAY_OUT}") from error
+        if isinstance(dataset, MMapIndexedDataset):
+            check_index(path, dataset)
+            if dictionary is not None:
+                check_tokens(path, dataset, dictionary)
+        return dataset
+
+    return make_dataset
+
+
+def drop_damaged_data_quietly() -> None:
+    """Print nothing when data are freed that could not be opened.
+
+    Reason: "Exception ignored in ... __del__" and a traceback follow the message.
+    """
+    for owner in (MMapIndexedDataset, MMapIndexedDataset.Index):
+        replace(owner, "__del__", _dropping)
+
+
+def _dropping(drop: Callable) -> Callable:
+    def __del__(data: Any) -> None:  # noqa: N807
+        if hasattr(data, "_bin_buffer_mmap"):
+            drop(data)
+
+    return __del__
+
+
+def check_files(path: str) -> None:
+    """Compare files with their digests, where fairseq-preprocess left them.
+
+    Args:
+        path: Of the data, without `.bin` and `.idx`.
+
+    Raises:
+        ValueError: naming the file that is empty or damaged.
+    """
+    if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
+        raise ValueError(
+            f"`{path}.bin` holds no sentence: the text that fairseq-preprocess read was empty. "
+            "Binarise one that has at least a line."
+        )
+    digests = Path(f"{path}.sha256")
+    if not digests.is_file():
+        return
+    for line in digests.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        file = digests.parent / os.path.basename(name)
+        if not file.is_file():
+            continue
+        status = file.stat()
+        if _compute_once(file, status.st_size, status.st_mtime_ns) != digest:
+            raise ValueError(
+                f"`{file}` is damaged: it is not the file that fairseq-preprocess wrote, whose "
+                f"digest is in `{digests}`. {WAY_OUT} If you have replaced it by another, remove "
+                f"`{digests.name}`."
+            )
+
+
+@lru_cache(maxsize=1024)
+def _compute_once(file: Path, size: int, mtime_ns: int) -> str:
+    return compute_sha256(file)
+
+
+def check_index(path: str, dataset: MMapIndexedDataset) -> None:
+    """Refuse data whose sentences are not where the index says.
+
+    Raises:
+        ValueError: naming the file and the first sentence that cannot be read, counted from 0.
+    """
+    sizes, starts = dataset.sizes.astype(np.int64), dataset._index._pointers
+    ends = np.cumsum(sizes) * np.dtype(dataset._index.dtype).itemsize
+    wanted = np.concatenate([[0], ends[:-1]])
+    file_size = os.path.getsize(f"{path}.bin")
+    bad = np.flatnonzero((sizes < 0) | (starts != wanted) | (ends > file_size))
+    if len(bad):
+        raise ValueError(
+            f"sentence #{bad[0]} of `{path}.bin` cannot be read: the file has {file_size} bytes, "
+            f"and `{path}.idx` expects {ends[-1]}. One of them is damaged. {WAY_OUT}"
+        )
+
+
+def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary) -> None:
+    """Refuse tokens that the dictionary does not have; warn if many are the unknown word.
+
+    Raises:
+        ValueError: naming the first sentence with such a token, counted from 0.
+    """
+    num_tokens = num_unknown = 0
+    for tokens in _chunks(dataset):
+        outside = np.flatnonzero((tokens < 0) | (tokens >= len(dictionary)))
+        if len(outside):
+            token = num_tokens + outside[0]
+            sentence = np.searchsorted(np.cumsum(dataset.sizes), token, side="right")
+            raise ValueError(
+                f"sentence #{sentence} of `{path}.bin` has the token {tokens[outside[0]]}, but the "
+                f"dictionary has {len(dictionary)} symbols: the data are damaged, or were "
+                f"binarised with another dictionary. {WAY_OUT}"
+            )
+        num_tokens += len(tokens)
+        num_unknown += int(np.count_nonzero(tokens == dictionary.unk()))
+    if num_unknown * 100 >= MANY_UNKNOWN_PERCENT * num_tokens:
+        warn_of_unknown_words(f"{path}.bin", num_unknown / num_tokens)
+
+
+def _chunks(dataset: MMapIndexedDataset) -> Iterator[np.ndarray]:
+    """Yield all tokens of a data set, some millions at a time."""
+    num_tokens = int(dataset.sizes.sum(dtype=np.int64))
+    all_tokens = np.frombuffer(dataset._bin_buffer, dataset._index.dtype, num_tokens)
+    for start in range(0, num_tokens, CHECKED_AT_ONCE):
+        yield all_tokens[start : start + CHECKED_AT_ONCE]

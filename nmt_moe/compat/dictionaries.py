@@ -1,0 +1,119 @@
+"""Dictionaries: name the damaged ones, and keep what users type apart from the model's marks."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq.data.dictionary import Dictionary
+from fairseq.file_io import PathManager
+from fairseq.tokenizer import tokenize_line
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.text.lines import read_lines
+
+logger = logging.getLogger(__name__)
+
+
+def name_damaged_dictionaries() -> None:
+    """Name file and line of a dictionary that is not one, or not a whole one.
+
+    Reason: it ends in tracebacks, of which most name neither.
+    """
+    replace(Dictionary, "add_from_file", _adding)
+
+
+def _adding(add: Callable) -> Callable:
+    def add_from_file(dictionary: Dictionary, file: Any) -> None:
+        if not isinstance(file, str):
+            add(dictionary, file)
+            return
+        size = len(dictionary)
+        # Earlier versions accepted texts whose words have control characters.
+        lines = read_lines(PathManager.get_local_path(file), allow_controls=True)
+        for number, line in enumerate(lines, start=1):
+            problem = _find_problem(line)
+            try:
+                if problem is None:
+                    add(dictionary, SimpleNamespace(readlines=lambda line=line: [line]))
+            except (RuntimeError, ValueError) as error:
+                problem = str(error)
+            if problem is not None:
+                raise ValueError(
+                    f"the dictionary `{file}`, line {number}: {problem} It is damaged or not a "
+                    "dictionary: copy it again, or let fairseq-preprocess write it."
+                )
+        if len(dictionary) == size:
+            raise ValueError(f"the dictionary `{file}` has no words. Copy it again.")
+
+    return add_from_file
+
+
+def _find_problem(line: str) -> str | None:
+    """Say what a row lacks, which must be a word and its count; fairseq checks the rest."""
+    word, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
+    if not word or not count.isdecimal():
+        return f"{_shorten(line)} is not a word and its count, such as `the 1061`."
+    return None
+
+
+def _shorten(line: str) -> str:
+    return repr(line if len(line) <= 80 else line[:77] + "...")
+
+
+def keep_typed_marks_as_text() -> None:
+    """Let `</s>`, `<s>` and `<pad>` in a text be unknown words, with a warning.
+
+    Reason: they are taken for the marks of a sentence's end, of its beginning and of padding. A
+    dictionary may name further marks as `language_marks`. Programs that write marks into their own
+    text (masked language models) are left alone: they encode it without `append_eos`.
+    """
+    replace(Dictionary, "encode_line", _encoding)
+
+
+def _encoding(encode: Callable) -> Callable:
+    def encode_line(
+        dictionary: Dictionary,
+        line: str,
+        line_tokenizer: Callable = tokenize_line,
+        add_if_not_exist: bool = True,
+        consumer: Callable | None = None,
+        append_eos: bool = True,
+        reverse_order: bool = False,
+    ) -> torch.IntTensor:
+        marks = marks_of(dictionary)
+
+        def tokenize(text: str) -> list[str]:
+            words = line_tokenizer(text)
+            for mark in marks.intersection(words):
+                _warn_of_typed_mark(mark)
+                # No dictionary has a word with a space.
+                unknown = dictionary.unk_word if add_if_not_exist else f"{mark} "
+                words = [unknown if word == mark else word for word in words]
+            return words
+
+        return encode(
+            dictionary,
+            line,
+            tokenize if append_eos else line_tokenizer,
+            add_if_not_exist,
+            consumer,
+            append_eos,
+            reverse_order,
+        )
+
+    return encode_line
+
+
+def marks_of(dictionary: Dictionary) -> set[str]:
+    """Return the symbols that no text may hold."""
+    special = {dictionary.bos_word, dictionary.pad_word, dictionary.eos_word}
+    return special | getattr(dictionary, "language_marks", set())
+
+
+@cache
+def _warn_of_typed_mark(mark: str) -> None:
+    """Warn once of each mark."""
+    logger.warning("the text has the word `%s`: it is read as an unknown word, not as a mark", mark)

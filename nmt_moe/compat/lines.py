@@ -1,0 +1,108 @@
+"""Read text as `nmt_moe.text.lines` does, wherever fairseq reads it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+from fairseq import binarizer, file_chunker_utils, utils
+from fairseq.data import dictionary
+from fairseq.data.indexed_dataset import IndexedRawTextDataset
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.text.lines import chunk_offsets, count_lines, read_lines
+
+
+def read_lines_of_texts_by_one_rule() -> None:
+    """Let fairseq-preprocess count lines as `wc -l` does, and name those that it cannot use.
+
+    Reason: a carriage return within a line ends it, so that all later pairs shift; a byte order
+    mark becomes part of a word; bytes that are not UTF-8 end in "negative seek position".
+    """
+    for module in (binarizer, dictionary, file_chunker_utils):
+        replace(module, "find_offsets", lambda _: find_offsets)
+        module.Chunker = read_chunk
+
+
+def find_offsets(filename: str, num_chunks: int) -> list[int]:
+    """Check all lines of a file; return where its chunks begin, and its size.
+
+    Raises:
+        ValueError: naming file, line and reason.
+    """
+    count_lines_once(filename)
+    return chunk_offsets(filename, num_chunks)
+
+
+@contextmanager
+def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterator[str]]:
+    """Give the lines between two of the offsets; to the end of the file if the last is not > 0."""
+    yield read_lines(path, start_offset, end_offset if end_offset > 0 else None)
+
+
+def count_lines_once(path: str) -> int:
+    """Return the number of lines; a file that has not changed is read only once.
+
+    Raises:
+        ValueError: as `nmt_moe.text.lines.read_lines`.
+    """
+    status = os.stat(path)
+    return _count_lines(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _count_lines(path: str, size: int, mtime_ns: int) -> int:
+    return count_lines(path)
+
+
+def read_lines_of_raw_data_by_one_rule() -> None:
+    """Let `--dataset-impl raw` find the sentences that fairseq-preprocess found.
+
+    Reason: the text is copied as it is and read again, with carriage returns as ends of lines.
+    """
+    replace(IndexedRawTextDataset, "read_data", lambda _: read_raw_data)
+
+
+def read_raw_data(
+    dataset: IndexedRawTextDataset, path: str, dictionary: dictionary.Dictionary
+) -> None:
+    """Fill a raw data set from its text."""
+    for line in read_lines(path):
+        dataset.lines.append(line)
+        tokens = dictionary.encode_line(
+            line,
+            add_if_not_exist=False,
+            append_eos=dataset.append_eos,
+            reverse_order=dataset.reverse_order,
+        )
+        dataset.tokens_list.append(tokens.long())
+    dataset.sizes = np.array([len(tokens) for tokens in dataset.tokens_list])
+
+
+def name_damaged_alignment_dictionaries() -> None:
+    """Name the line of the file of `--replace-unk` that is not a word and its translation.
+
+    Reason: it ends in an IndexError, and the file is read in the encoding of the machine.
+    """
+    replace(utils, "load_align_dict", lambda _: load_align_dict)
+
+
+def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
+    """Read what unknown words are replaced by: None for nothing, {} for the source's own words.
+
+    Raises:
+        ValueError: naming the line that is not two words.
+    """
+    if not replace_unk:
+        return None if replace_unk is None else {}
+    translations = {}
+    for number, line in enumerate(read_lines(replace_unk), start=1):
+        words = line.split()
+        if len(words) != 2:
+            raise ValueError(
+                f"`{replace_unk}`, line {number} must be a word and its translation, but has "
+                f"{len(words)} words."
+            )
+        translations[words[0]] = words[1]
+    return translations

@@ -1,0 +1,101 @@
+"""fairseq-preprocess: refuse texts that no training can use, and warn of unknown words."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fairseq import utils
+from fairseq.binarizer import BinarizeSummary, FileBinarizer
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.compat.lines import count_lines_once
+
+logger = logging.getLogger(__name__)
+
+# Pieces cover nearly all of a text; words that were cut otherwise do not.
+MANY_UNKNOWN_PERCENT = 3
+
+
+def check_texts_before_preprocessing() -> None:
+    """Refuse texts that are empty, uneven or malformed before the first file is written.
+
+    Reason: fairseq binarises them, and training fails later. Its `main` first imports the user's
+    module, with all arguments.
+    """
+    replace(utils, "import_user_module", _importing)
+
+
+def _importing(import_module: Callable) -> Callable:
+    def import_user_module(args: Any) -> None:
+        import_module(args)
+        if hasattr(args, "trainpref") and hasattr(args, "destdir"):
+            check_texts(args)
+
+    return import_user_module
+
+
+def check_texts(args: Any) -> None:
+    """Read all texts that fairseq-preprocess is to read.
+
+    Raises:
+        ValueError: naming the text that is empty, the sides that differ, or the line that is bad.
+        FileNotFoundError: naming the text that is missing.
+    """
+    for prefix in _prefixes(args):
+        sides = list(_sides(args, prefix))
+        counts = {path: count_lines_once(path) for path in sides}
+        for path, count in counts.items():
+            if count == 0:
+                raise ValueError(f"`{path}` is empty: a text must have at least one line.")
+        if len(set(counts.values())) > 1 and not args.dict_only:
+            listed = " and ".join(f"`{path}` has {count}" for path, count in counts.items())
+            raise ValueError(
+                f"the sides of a corpus must have the same number of lines, but {listed}. Find "
+                "the line that has no partner."
+            )
+
+
+def _prefixes(args: Any) -> Iterator[str]:
+    if args.trainpref:
+        yield args.trainpref
+    for prefixes in (args.validpref, args.testpref):
+        if prefixes and not args.dict_only:
+            yield from prefixes.split(",")
+
+
+def _sides(args: Any, prefix: str) -> Iterator[str]:
+    languages = [args.source_lang] if args.only_source else [args.source_lang, args.target_lang]
+    for language in languages:
+        yield f"{prefix}.{language}" if language else prefix
+    alignment = f"{prefix}.{args.align_suffix}"
+    if args.align_suffix and os.path.exists(alignment):
+        yield alignment
+
+
+def warn_of_unknown_words_in_texts() -> None:
+    """Warn of a text much of which the dictionary does not know.
+
+    Reason: a text whose pieces were forgotten is two thirds unknown, and trains all the same.
+    """
+    replace(FileBinarizer, "multiprocess_dataset", _binarizing)
+
+
+def _binarizing(binarize: Callable) -> Callable:
+    def multiprocess_dataset(input_file: str, *args: Any, **kwargs: Any) -> BinarizeSummary:
+        summary = binarize(input_file, *args, **kwargs)
+        if summary.num_tok and summary.num_replaced * 100 >= MANY_UNKNOWN_PERCENT * summary.num_tok:
+            warn_of_unknown_words(input_file, summary.num_replaced / summary.num_tok)
+        return summary
+
+    return multiprocess_dataset
+
+
+def warn_of_unknown_words(text: str, share: float) -> None:
+    """Say how much of a text is unknown, and the usual cause."""
+    logger.warning(
+        "%.1f%% of the tokens of `%s` are not in the dictionary. If it was made of sentence "
+        "pieces, cut the text into the same pieces first.",
+        100 * share,
+        text,
+    )

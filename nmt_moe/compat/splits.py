@@ -1,0 +1,111 @@
+"""Splits of a data set: name what is missing of them before the first update."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.data import data_utils
+from fairseq.tasks import translation
+
+from nmt_moe.compat._replace import replace
+
+
+def name_uneven_sides() -> None:
+    """Name the data set whose sides have different numbers of sentences.
+
+    Reason: fairseq-train's assertion names no file.
+    """
+    replace(translation, "load_langpair_dataset", _loading_pair)
+
+
+def _loading_pair(load: Callable) -> Callable:
+    def load_langpair_dataset(data_path: str, split: str, src: str, *args: Any, **kw: Any) -> Any:
+        try:
+            return load(data_path, split, src, *args, **kw)
+        except AssertionError as error:
+            if "same number of examples" not in str(error):
+                raise
+            # Positional as in fairseq: src_dict, then tgt.
+            target = kw["tgt"] if "tgt" in kw else args[1]
+            raise ValueError(
+                f"the two sides of `{data_path}/{split}.{src}-{target}.*` must have the same "
+                "number of sentences, but do not. Give fairseq-preprocess files of the same length."
+            ) from error
+
+    return load_langpair_dataset
+
+
+def name_missing_target_sides() -> None:
+    """Name the data set of a training that has no target side.
+
+    Reason: training fails somewhere in the model; validation does after a whole epoch. Commands
+    that translate need no target side: they name the checkpoint's task, as `task_cfg`.
+    """
+    replace(translation.TranslationTask, "load_dataset", _loading_split)
+
+
+def _loading_split(load: Callable) -> Callable:
+    def load_dataset(task: Any, split: str, *args: Any, **kwargs: Any) -> None:
+        load(task, split, *args, **kwargs)
+        is_training = split.startswith(("train", "valid")) and "task_cfg" not in kwargs
+        if is_training and getattr(task.datasets[split], "tgt", "not a pair") is None:
+            files = f"{task.cfg.data}/{split}.{task.cfg.source_lang}-{task.cfg.target_lang}"
+            raise FileNotFoundError(
+                f"`{files}.{task.cfg.target_lang}.bin` is missing: training and validation need "
+                "both sides. Binarise it with fairseq-preprocess."
+            )
+
+    return load_dataset
+
+
+def name_folders_without_data() -> None:
+    """Name the data folder that holds no binarised pair of languages.
+
+    Reason: "could not infer language pair" asks for languages, which do not help.
+    """
+    replace(data_utils, "infer_language_pair", _inferring)
+
+
+def _inferring(infer: Callable) -> Callable:
+    def infer_language_pair(path: str) -> Any:
+        languages = infer(path)
+        if None in languages:
+            raise ValueError(
+                f"`{path}` holds no binarised data, such as train.en-de.en.bin. Name the --destdir "
+                "of fairseq-preprocess; text must be binarised before it can be used."
+            )
+        return languages
+
+    return infer_language_pair
+
+
+def accept_validation_sets_that_are_all_named() -> None:
+    """Let `--valid-subset valid,valid1` name all that there are.
+
+    Reason: fairseq compares `valid1` with the names of files, such as `valid1.en-de.en`.
+    """
+    replace(data_utils, "_find_extra_valid_paths", _finding)
+
+
+def _finding(find: Callable) -> Callable:
+    def find_extra_valid_paths(dataset_path: str) -> set[str]:
+        return {file.split(".")[0] for file in find(dataset_path)}
+
+    return find_extra_valid_paths
+
+
+def name_validation_sets_that_are_left_out() -> None:
+    """End in one message where a validation set of the folder is not used.
+
+    Reason: the refusal is a traceback.
+    """
+    replace(data_utils, "raise_if_valid_subsets_unintentionally_ignored", _refusing)
+
+
+def _refusing(check: Callable) -> Callable:
+    def refuse_ignored_sets(cfg: Any) -> None:
+        try:
+            check(cfg)
+        except ValueError as error:
+            raise ValueError(f"{error} Or name all with --valid-subset.") from error
+
+    return refuse_ignored_sets
