@@ -25,8 +25,6 @@ from nmt_moe.compat.checkpoints import (
 )
 from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
 from nmt_moe.compat.errors import end_in_one_message
-from nmt_moe.compat.expert_checkpoints import save_and_load_spread_experts
-from nmt_moe.compat.expert_parallel import spread_experts_over_processes
 from nmt_moe.compat.gnmt_search import add_gnmt_search
 from nmt_moe.compat.interactive import (
     forget_translated_lines,
@@ -41,12 +39,12 @@ from nmt_moe.compat.lines import (
     read_lines_of_raw_data_by_one_rule,
     read_lines_of_texts_by_one_rule,
 )
-from nmt_moe.compat.precision import let_half_precision_train_anywhere
+from nmt_moe.compat.precision import fix_half_precision_flags, skip_overflowing_updates_on_cpu
 from nmt_moe.compat.preprocessing import (
     check_texts_before_preprocessing,
     warn_of_unknown_words_in_texts,
 )
-from nmt_moe.compat.processes import let_torchrun_train_on_cpu, prepare_processes_and_input
+from nmt_moe.compat.processes import fix_distributed_config, let_torchrun_train_on_cpu
 from nmt_moe.compat.samples import let_each_sentence_be_a_sample, name_endless_lines
 from nmt_moe.compat.splits import (
     accept_validation_sets_that_are_all_named,
@@ -66,12 +64,13 @@ __all__ = [
     "drop_damaged_data_quietly",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
+    "fix_distributed_config",
+    "fix_half_precision_flags",
     "forget_translated_lines",
     "keep_every_sentence",
     "keep_numpy_out_of_checkpoints",
     "keep_typed_marks_as_text",
     "let_each_sentence_be_a_sample",
-    "let_half_precision_train_anywhere",
     "let_torchrun_train_on_cpu",
     "name_damaged_alignment_dictionaries",
     "name_damaged_dictionaries",
@@ -82,15 +81,13 @@ __all__ = [
     "name_texts_that_are_skipped_whole",
     "name_uneven_sides",
     "name_validation_sets_that_are_left_out",
-    "prepare_processes_and_input",
     "read_lines_of_raw_data_by_one_rule",
     "read_lines_of_texts_by_one_rule",
     "report_odd_lines",
-    "save_and_load_spread_experts",
     "skip_constraints_with_unknown_words",
     "skip_lines_that_are_too_long",
+    "skip_overflowing_updates_on_cpu",
     "skip_unreadable_lines",
-    "spread_experts_over_processes",
     "translate_blank_into_blank",
     "warn_of_unknown_words_in_texts",
     "write_digests_of_binarised_data",
@@ -126,10 +123,9 @@ skip_constraints_with_unknown_words()
 report_odd_lines()
 forget_translated_lines()
 translate_blank_into_blank()
-let_half_precision_train_anywhere()
+fix_half_precision_flags()
+skip_overflowing_updates_on_cpu()
 let_torchrun_train_on_cpu()
-prepare_processes_and_input()
-spread_experts_over_processes()
-save_and_load_spread_experts()
+fix_distributed_config()
 add_gnmt_search()
 end_in_one_message()

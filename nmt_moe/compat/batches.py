@@ -106,12 +106,3 @@ def _spell(tokens: Any) -> str:
     if isinstance(tokens, tuple):
         return f"{tokens[0]} source and {tokens[1]} target"
     return str(tokens)
-
-
-def cut_batches_again_each_epoch(cfg: Any) -> None:
-    """Let a training that was resumed see the batches that it would have seen without the stop.
-
-    Reason: batches are cut with the random numbers of the current epoch, and then kept for all
-    later ones. So a run resumed in epoch 5 trains on other batches than one that never stopped.
-    """
-    cfg.dataset.update_epoch_batch_itr = True

@@ -20,7 +20,6 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from nmt_moe.compat._replace import replace
-from nmt_moe.compat.expert_checkpoints import complete
 
 # Plain holders of values, none of which runs code when it is loaded.
 IN_FILES = [argparse.Namespace]
@@ -119,7 +118,6 @@ def _reading(load: Callable) -> Callable:
             if isinstance(error, OSError) and error.filename is not None:
                 raise
             raise ValueError(describe_unreadable(path, error)) from error
-        complete(path, state)
         return state
 
     return load_checkpoint_to_cpu
@@ -196,9 +194,6 @@ def _building(build: Callable) -> Callable:
                 f"neither fairseq nor this plugin knows the model `{name}`. "
                 "Add the --user-dir of the plugin that it was trained with."
             )
-        if from_checkpoint and "expert_parallel_size" in cfg:
-            # For use, not for training: processes do not keep in step.
-            cfg.expert_parallel_size = 1
         return build(cfg, task, from_checkpoint)
 
     return build_model

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from fairseq import options
 from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
 
 from nmt_moe.compat._replace import replace
 
 
-def let_half_precision_train_anywhere() -> None:
-    """Mend the arguments of half precision after they are parsed.
+def fix_half_precision_flags() -> None:
+    """Correct the flags of half precision after they are parsed.
 
     Reason: `parse_args_and_arch` takes every --bf16 for a TPU, and --fp16 flattens gradients on the
     current CUDA device, which a CPU-only torch does not have. All commands look the function up in
@@ -31,13 +32,13 @@ def _parsing(parse: Callable) -> Callable:
                 raise
             message = "`--fp16` and `--bf16` (or `--tpu`) exclude each other. Choose one."
             raise ValueError(message) from error
-        mend_precision(result[0] if isinstance(result, tuple) else result)
+        fix_flags(result[0] if isinstance(result, tuple) else result)
         return result
 
     return parse_args_and_arch
 
 
-def mend_precision(args: Namespace) -> None:
+def fix_flags(args: Namespace) -> None:
     """Take bf16 for bf16, and keep fp16 gradients of a CPU apart."""
     if getattr(args, "bf16", False) and distributed_utils.xm is None:
         args.tpu = False
@@ -46,13 +47,16 @@ def mend_precision(args: Namespace) -> None:
         args.fp16_no_flatten_grads = True
 
 
-def overflowing_on_cpu(step: Callable) -> Callable:
+def skip_overflowing_updates_on_cpu() -> None:
     """Let an update of --fp16 overflow on a CPU: it is skipped, as on a GPU.
 
     Reason: the trainer then sets the gradient norm to `torch.tensor(0.0).cuda()`, which ends the
-    training where there is no CUDA device. For `Trainer.train_step`.
+    training where there is no CUDA device.
     """
+    replace(Trainer, "train_step", _overflowing)
 
+
+def _overflowing(step: Callable) -> Callable:
     def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.cuda or not self.cfg.common.fp16:
             return step(self, *args, **kwargs)

@@ -9,8 +9,6 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 
 from nmt_moe.compat._replace import replace
-from nmt_moe.compat.batches import cut_batches_again_each_epoch
-from nmt_moe.compat.expert_parallel import serve_after_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -40,45 +38,55 @@ def _inferring(infer: Callable) -> Callable:
     return infer_torch_distributed_launch_init
 
 
-def prepare_processes_and_input() -> None:
-    """Repair the plan of processes just before fairseq follows it.
+def fix_distributed_config() -> None:
+    """Correct the options of processes just before fairseq follows them.
 
-    Reason: see `mend_processes` and `serve_after_scoring`. All
-    commands but fairseq-generate and fairseq-preprocess call `call_main`, which they look up in
-    `distributed_utils`.
+    Reason: see the three functions below. All commands but fairseq-generate and fairseq-preprocess
+    call `call_main`, which they look up in `distributed_utils`.
     """
-    replace(distributed_utils, "call_main", _calling)
+    replace(distributed_utils, "call_main", _fixing)
 
 
-def _calling(call: Callable) -> Callable:
+def _fixing(call: Callable) -> Callable:
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
-        mend_processes(cfg)
-        cut_batches_again_each_epoch(cfg)
-        serve_after_scoring(main.__globals__)
+        plan = cfg.distributed_training
+        take_world_size_of_torchrun(plan)
+        if plan.distributed_world_size > 1:
+            check_processes_start(plan)
+            if cfg.common.cpu or not torch.cuda.is_available():
+                choose_backends_of_cpu(plan)
         return call(cfg, main, **kwargs)
 
     return call_main
 
 
-def mend_processes(cfg: Any) -> None:
-    """Make the processes of `cfg` ones that can work, or refuse.
+def is_under_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN)
 
-    - Under torchrun without --distributed-world-size, each process would train a model of its own,
-      all writing to the same folder: torchrun's world size is taken.
-    - On CPU, neither NCCL nor DistributedDataParallel with device ids works: gloo, legacy_ddp do.
+
+def take_world_size_of_torchrun(plan: Any) -> None:
+    """Take torchrun's world size where --distributed-world-size is not given.
+
+    Each process would train a model of its own, all writing to the same folder.
+    """
+    if (
+        is_under_torchrun()
+        and plan.distributed_init_method is None
+        and plan.distributed_world_size == 1
+    ):
+        plan.distributed_world_size = int(os.environ["WORLD_SIZE"])
+
+
+def check_processes_start(plan: Any) -> None:
+    """Reject processes that fairseq would never start.
 
     Raises:
         ValueError: fairseq would start one process per CUDA device, of which there is none, train
             nothing and report success.
     """
-    plan = cfg.distributed_training
-    under_torchrun = all(name in os.environ for name in TORCHRUN)
-    if under_torchrun and plan.distributed_init_method is None and plan.distributed_world_size == 1:
-        plan.distributed_world_size = int(os.environ["WORLD_SIZE"])
-    if plan.distributed_world_size <= 1:
-        return
     starts_itself = not plan.distributed_no_spawn and not (
-        under_torchrun and plan.distributed_init_method is None
+        is_under_torchrun() and plan.distributed_init_method is None
     )
     if starts_itself and torch.cuda.device_count() == 0 and "SLURM_JOB_ID" not in os.environ:
         size = plan.distributed_world_size
@@ -87,10 +95,13 @@ def mend_processes(cfg: Any) -> None:
             "is none, so nothing would be trained. Start the processes with torchrun: "
             f"torchrun --nproc-per-node {size} -m fairseq_cli.train ..., with the same arguments."
         )
-    if cfg.common.cpu or not torch.cuda.is_available():
-        _change(plan, "distributed_backend", "nccl", "gloo")
-        for backend in ("pytorch_ddp", "c10d"):
-            _change(plan, "ddp_backend", backend, "legacy_ddp")
+
+
+def choose_backends_of_cpu(plan: Any) -> None:
+    """Use gloo and legacy_ddp: neither NCCL nor DistributedDataParallel with device ids works."""
+    _change(plan, "distributed_backend", "nccl", "gloo")
+    for backend in ("pytorch_ddp", "c10d"):
+        _change(plan, "ddp_backend", backend, "legacy_ddp")
 
 
 def _change(plan: Any, name: str, unfit: str, fit: str) -> None:

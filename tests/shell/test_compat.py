@@ -16,18 +16,15 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.data import data_utils
+from fairseq.dataclass.configs import CommonConfig, DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
-from nmt_moe.compat import (
-    allow_checkpoint_types,
-    end_in_one_message,
-    explain_unreadable_checkpoints,
-    interactive,
-)
+from nmt_moe import compat, trainer
+from nmt_moe.compat import end_in_one_message, interactive
 from nmt_moe.compat.errors import explain, is_fairseq_command
-from nmt_moe.compat.precision import mend_precision
-from nmt_moe.compat.processes import TORCHRUN, mend_processes
+from nmt_moe.compat.precision import fix_flags
+from nmt_moe.compat.processes import TORCHRUN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -53,7 +50,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
     """Run `python -m ARGUMENTS` in the folder, with a plugin that does nothing but repair."""
     plugin = folder / "repairs"
     plugin.mkdir(exist_ok=True)
-    (plugin / "__init__.py").write_text("import nmt_moe.compat\n")
+    (plugin / "__init__.py").write_text("import nmt_moe.compat, nmt_moe.trainer\n")
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
     result = subprocess.run(
@@ -112,18 +109,36 @@ def load_with_fairseq(folder: Path, name: str, data: str = "bin") -> None:
     checkpoint_utils.load_model_ensemble_and_task([str(folder / name)], task=task)
 
 
+# All
+
+
+def host() -> dict[tuple[str, ...], int]:
+    """Return the identity of each name in fairseq's modules and classes, and of Python's hook."""
+    names: dict[tuple[str, ...], int] = {("hook",): id(sys.excepthook)}
+    for module in [m for name, m in sys.modules.items() if name.startswith("fairseq")]:
+        for name, value in vars(module).items():
+            names[module.__name__, name] = id(value)
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                names |= {(module.__name__, name, k): id(v) for k, v in vars(value).items()}
+    return names
+
+
+REPAIRS = [*(getattr(compat, name) for name in compat.__all__), trainer.install]
+
+
+@pytest.mark.parametrize("repair", REPAIRS, ids=lambda repair: repair.__name__)
+def test_repairing_twice_repairs_once(repair):
+    before, types = host(), set(torch.serialization.get_safe_globals())
+    repair()
+    assert host() == before
+    assert set(torch.serialization.get_safe_globals()) == types
+
+
 # Checkpoints
 
 
 def test_a_checkpoint_of_fairseq_loads_under_the_safe_loader(folder):
     load_with_fairseq(folder, "models/checkpoint_last.pt")
-
-
-def test_repairing_twice_repairs_once():
-    before = checkpoint_utils.load_checkpoint_to_cpu
-    explain_unreadable_checkpoints()
-    allow_checkpoint_types()
-    assert checkpoint_utils.load_checkpoint_to_cpu is before
 
 
 def damage(folder: Path, kind: str) -> str:
@@ -289,29 +304,21 @@ def test_fp16_and_bf16_together_are_refused(folder, monkeypatch):
 def test_bf16_is_no_tpu_unless_there_is_xla(monkeypatch):
     args = argparse.Namespace(bf16=True, tpu=True)
     monkeypatch.setattr(distributed_utils, "xm", object())
-    mend_precision(args)
+    fix_flags(args)
     assert args.tpu
     monkeypatch.setattr(distributed_utils, "xm", None)
-    mend_precision(args)
+    fix_flags(args)
     assert not args.tpu
 
 
 # Processes
 
 
-def make_plan(world_size: int = 1, **fields):
+def make_config(world_size: int = 1, **fields):
     """Return the part of fairseq's configuration that says which processes there are."""
-    plan = {
-        "distributed_world_size": world_size,
-        "distributed_rank": 0,
-        "distributed_init_method": None,
-        "distributed_no_spawn": False,
-        "distributed_backend": "nccl",
-        "ddp_backend": "pytorch_ddp",
-        "device_id": 0,
-        **fields,
-    }
-    return OmegaConf.create({"common": {"cpu": True}, "distributed_training": plan})
+    plan = DistributedTrainingConfig(distributed_world_size=world_size, **fields)
+    parts = {"common": CommonConfig(cpu=True), "distributed_training": plan}
+    return OmegaConf.create({name: OmegaConf.structured(part) for name, part in parts.items()})
 
 
 @pytest.fixture
@@ -332,39 +339,42 @@ def under_torchrun(monkeypatch, no_gpu):
         monkeypatch.setenv(name, value)
 
 
+def fix(cfg):
+    """Return a configuration as commands get it."""
+    distributed_utils.call_main(cfg, lambda cfg: None)
+    return cfg
+
+
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("init_method", [None, "tcp://localhost:12345"])
 def test_processes_that_would_never_start_are_refused(init_method):
     with pytest.raises(ValueError, match="nothing would be trained.*torchrun --nproc-per-node 2"):
-        mend_processes(make_plan(2, distributed_init_method=init_method))
+        fix(make_config(2, distributed_init_method=init_method))
 
 
 @pytest.mark.usefixtures("alone")
 def test_one_process_is_left_alone():
-    cfg = make_plan()
-    mend_processes(cfg)
-    assert cfg == make_plan()
+    assert fix(make_config()) == make_config()
 
 
 @pytest.mark.usefixtures("alone")
-def test_processes_started_by_hand_get_what_works_on_cpu():
+def test_processes_started_by_hand_get_what_works_on_cpu(monkeypatch):
+    monkeypatch.setattr(distributed_utils, "distributed_main", lambda *_: None)
     address = "tcp://localhost:12345"
-    cfg = make_plan(2, distributed_no_spawn=True, distributed_init_method=address)
-    mend_processes(cfg)
+    cfg = fix(make_config(2, distributed_no_spawn=True, distributed_init_method=address))
     assert cfg.distributed_training.distributed_backend == "gloo"
     assert cfg.distributed_training.ddp_backend == "legacy_ddp"
 
 
 @pytest.mark.usefixtures("under_torchrun")
-def test_the_world_size_of_torchrun_is_taken():
-    cfg = make_plan()
-    mend_processes(cfg)
-    assert cfg.distributed_training.distributed_world_size == 2
+def test_the_world_size_of_torchrun_is_taken(monkeypatch):
+    monkeypatch.setattr(distributed_utils, "distributed_main", lambda *_: None)
+    assert fix(make_config()).distributed_training.distributed_world_size == 2
 
 
 @pytest.mark.usefixtures("under_torchrun")
 def test_the_rank_of_torchrun_needs_no_device():
-    plan = make_plan(2).distributed_training
+    plan = make_config(2).distributed_training
     distributed_utils._infer_torch_distributed_launch_init(plan)
     assert (plan.distributed_rank, plan.distributed_world_size, plan.device_id) == (1, 2, 0)
     assert plan.distributed_no_spawn

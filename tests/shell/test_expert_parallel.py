@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nmt_moe.checkpoints.expert_files import MANIFEST
-from nmt_moe.compat.expert_parallel import check_settings
+from nmt_moe.trainer.settings import check_expert_parallel
 from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
@@ -193,6 +193,6 @@ def settings(**changes):
     ],
 )
 def test_what_does_not_go_with_spread_experts_is_refused(change, message):
-    check_settings(settings(), 4)
+    check_expert_parallel(settings(), 4)
     with pytest.raises(ValueError, match=message):
-        check_settings(settings(**change), 4)
+        check_expert_parallel(settings(**change), 4)

@@ -23,7 +23,7 @@ from torch import distributed
 from nmt_moe import plugin
 from nmt_moe.checkpoints import expert_files
 from nmt_moe.checkpoints.expert_files import restore_experts
-from nmt_moe.compat.expert_parallel import moe_layers
+from nmt_moe.trainer.experts import moe_layers
 from tests.support.commands import PLUGIN, call
 from tests.support.training import TINY_MOE, load
 

@@ -14,7 +14,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import nn
 
-from nmt_moe.compat import expert_parallel
+from nmt_moe.trainer import data_parallel
 from tests.support.commands import call
 from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
 from tests.support.ranks import run_ranks
@@ -81,7 +81,7 @@ def watch_parameters() -> Iterator[list[tuple[float, float]]]:
 @contextmanager
 def overflow_experts(is_here: bool) -> Iterator[None]:
     """Make one number of one expert's gradient infinite, on this process, in one update."""
-    average, calls = expert_parallel.average_shard_gradients, []
+    average, calls = data_parallel.average_shard_gradients, []
 
     def overflow_and_average(parameters: Iterator[nn.Parameter]) -> None:
         parameters = list(parameters)
@@ -91,7 +91,7 @@ def overflow_experts(is_here: bool) -> Iterator[None]:
             expert.grad.view(-1)[0] = math.inf
         average(parameters)
 
-    with mock.patch.object(expert_parallel, "average_shard_gradients", overflow_and_average):
+    with mock.patch.object(data_parallel, "average_shard_gradients", overflow_and_average):
         yield
 
 

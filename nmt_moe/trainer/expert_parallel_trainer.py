@@ -1,0 +1,200 @@
+"""The trainer of models whose experts may be spread over the processes of a training."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from nmt_moe.checkpoints.expert_files import (
+    MANIFEST,
+    PLACES,
+    remove_unused_files,
+    restore_experts,
+    save_experts,
+)
+from nmt_moe.moe import ShardedExperts
+from nmt_moe.parallel import shard_norm
+from nmt_moe.trainer.experts import (
+    cut_experts,
+    expert_group,
+    leave_out_experts,
+    moe_layers,
+    name_experts,
+    own_expert_state,
+    own_experts,
+)
+from nmt_moe.trainer.reading import reading_for_training
+from nmt_moe.trainer.settings import check_expert_parallel
+from nmt_moe.trainer.stand_in import StandIn
+
+logger = logging.getLogger(__name__)
+
+# Key in a checkpoint's extra state.
+NUM_PROCESSES = "num_processes"
+
+
+class ExpertParallelTrainer(Trainer):
+    """fairseq's trainer, which also trains a model whose experts are spread over its ranks.
+
+    What fairseq's would do with such a model: clip by the norm of all other parameters; flatten
+    --fp16's gradients, experts and others together; repeat a batch that did not fit into memory
+    while other ranks wait; and save rank 0's experts only. Here, each rank writes its own experts
+    into files beside the checkpoint, which has the rest and their digests. Any number of ranks
+    reads them, a training each rank its own, so that no rank needs memory for all.
+
+    Attributes:
+        group: The ranks that share the experts.
+    """
+
+    def __init__(
+        self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None
+    ) -> None:
+        self.group = expert_group(model)
+        if self.is_spread:
+            check_expert_parallel(cfg, self.group.size)
+            if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
+                logger.info("experts are spread over processes: using --fp16-no-flatten-grads")
+                cfg.common.fp16_no_flatten_grads = True
+            # Each rank reads its own experts.
+            cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        # Else batches are cut with the random numbers of the first epoch, and kept for all later
+        # ones: a run resumed in epoch 5 would train on other batches than one that never stopped.
+        cfg.dataset.update_epoch_batch_itr = True
+        super().__init__(cfg, task, model, criterion, quantizer)
+        self._stand_in = StandIn(model, criterion)
+        self._manifest: dict[str, Any] | None = None  # of the checkpoint that is being saved
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether experts are spread over ranks."""
+        return self.group.size > 1
+
+    # Updates
+
+    def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
+        sample, stands_in = super()._prepare_sample(sample, is_dummy)
+        if is_dummy:  # fairseq's call for the batch that is to stand in
+            return sample, stands_in
+        self._stand_in.switch(stands_in)
+        # In training, it counts for nothing already; validation also counts translations.
+        return sample, stands_in and not self.model.training
+
+    def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
+        """Make an update. Where ranks wait for each other, no batch can be left out."""
+        return super().train_step(samples, raise_oom or self.is_spread)
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        """Evaluate a batch."""
+        return super().valid_step(sample, raise_oom or self.is_spread)
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """Clip by the norm of all gradients, whichever rank has them."""
+        if not self.is_spread:
+            return super().clip_grad_norm(clip_norm)
+
+        def add_experts(dense_norm: Tensor) -> Tensor:
+            # In half precision, these are the fp32 copies, to which fairseq copies its mark.
+            gradients = [p.grad for p in self.optimizer.params if hasattr(p, "expert")]
+            return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
+
+        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=add_experts)
+
+    def _aggregate_logging_outputs(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            self._serve_others()
+        return super()._aggregate_logging_outputs(*args, **kwargs)
+
+    def _serve_others(self) -> None:
+        """Compute this rank's experts for others until all ranks have called this.
+
+        Translations of --eval-bleu end after other numbers of steps on each rank. All ranks encode
+        once; after that only the decoder's layer is called.
+        """
+        model = self.get_model()
+        for layer in moe_layers(getattr(model, "decoder", model)):
+            if isinstance(layer.experts, ShardedExperts):
+                layer.experts.serve()
+
+    # Checkpoints
+
+    @contextmanager
+    def saving_experts(self) -> Iterator[None]:
+        """Write this rank's experts, then let a checkpoint be saved without them.
+
+        All ranks must call. Files of experts that no checkpoint needs any more are deleted.
+        """
+        if self.cfg.checkpoint.no_save:
+            yield
+            return
+        folder = Path(self.cfg.checkpoint.save_dir)
+        if self.is_spread:
+            num_experts = next(moe_layers(self.get_model())).config.num_experts
+            own = own_experts(self.get_model()), self._own_expert_state()
+            self._manifest = save_experts(folder, num_experts, *own, self.group)
+        try:
+            yield
+        finally:
+            self._manifest = None
+        if self.is_data_parallel_master:
+            _remove_unused_files(folder)
+
+    def _own_expert_state(self) -> dict[int, dict[str, Tensor]]:
+        if self.cfg.checkpoint.no_save_optimizer_state:
+            return {}
+        return own_expert_state(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: all but the experts, if they are in files beside it."""
+        state = super().state_dict()
+        extra_state = state["extra_state"]
+        extra_state[NUM_PROCESSES] = self.data_parallel_world_size
+        names = name_experts(self.get_model(), self.optimizer.params)
+        if names:
+            extra_state[PLACES] = names
+        if self._manifest is not None:
+            state[MANIFEST] = self._manifest
+            leave_out_experts(state, own_experts(self.get_model()), self._own_expert_state())
+        return state
+
+    def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
+        """Write a checkpoint, unless other ranks have experts of it: after an error one rank saves.
+
+        Returns:
+            Its path; None if it was not written.
+        """
+        if self.is_spread and self._manifest is None:
+            logger.warning("not saving %s, as other processes have experts of it", filename)
+            return None
+        return super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """Load a checkpoint of any number of ranks, each rank its own experts."""
+        with reading_for_training(self._complete):
+            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        if extra_state is not None:
+            now = self.data_parallel_world_size
+            before = extra_state.get(NUM_PROCESSES, now)
+            iterator = extra_state["train_iterator"]
+            # fairseq counts batches of a rank. Rounded down, a few batches are seen twice.
+            iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * before // now
+        return extra_state
+
+    def _complete(self, path: Path, state: dict[str, Any]) -> None:
+        """Give a checkpoint that was read this rank's experts."""
+        num_experts = state.get(MANIFEST, {}).get("num_experts")
+        if num_experts is not None:
+            restore_experts(path, state, self.group.owned(num_experts))
+        elif self.is_spread:
+            cut_experts(state, name_experts(self.get_model(), self.optimizer.params), self.group)
+
+
+def _remove_unused_files(folder: Path) -> None:
+    try:
+        remove_unused_files(folder)
+    except ValueError as error:
+        logger.warning("%s", error)

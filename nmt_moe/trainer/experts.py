@@ -1,0 +1,92 @@
+"""The experts in a training's state: which parameters they are, and which rows are this rank's."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmt_moe.checkpoints.expert_files import ByName, ByPlace, rows_of
+from nmt_moe.moe import MoELayer
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, cut_shard, is_expert, shard_group
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
+    """Yield the MoE layers of a model."""
+    return (module for module in model.modules() if isinstance(module, MoELayer))
+
+
+def expert_group(model: nn.Module) -> ExpertParallelGroup:
+    """Return the ranks that the experts of a model are spread over."""
+    groups = (layer.group for layer in moe_layers(model) if layer.group.size > 1)
+    return next(groups, ALONE)
+
+
+def own_experts(model: nn.Module) -> ByName:
+    """Return this rank's experts by name: (L, ...) on the CPU."""
+    named = model.named_parameters()
+    return {name: p.detach().cpu() for name, p in named if shard_group(p) is not None}
+
+
+def own_expert_state(optimizer: Any) -> ByPlace:
+    """Return what the optimizer knows of this rank's experts, one row for each."""
+    states = optimizer.optimizer.state
+    return {
+        index: {name: value.cpu() for name, value in rows_of(states.get(p, {}), len(p)).items()}
+        for index, p in enumerate(optimizer.params)
+        if hasattr(p, "expert")
+    }
+
+
+def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
+    """Name the experts by their index among an optimizer's parameters.
+
+    Args:
+        model: The model.
+        parameters: Those of the optimizer, or copies of them. However it groups them, experts keep
+            their order.
+
+    Returns:
+        The names; {} where the optimizer has no parameter for each, as with flat gradients.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if is_expert(p)]
+    indexed = [(index, p) for index, p in enumerate(parameters) if is_expert(p)]
+    if [p.shape for _, p in named] != [p.shape for _, p in indexed]:
+        return {}
+    return {index: name for (name, _), (index, _) in zip(named, indexed, strict=True)}
+
+
+def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByPlace) -> None:
+    """Take experts out of a checkpoint whose files of experts have them.
+
+    Args:
+        state: The checkpoint; changed, but for the optimizer's own dictionaries.
+        model: Those of the model, by name.
+        optimizer: Their state, by index and name.
+    """
+    for name in model:
+        del state["model"][name]
+    saved = state.get("last_optimizer_state", {}).get("state", {})
+    for index, values in optimizer.items():
+        if index in saved:  # before the first update, and in plain SGD, there is no state
+            saved[index] = {k: v for k, v in saved[index].items() if k not in values}
+
+
+def cut_experts(
+    state: dict[str, Any], names: Mapping[int, str], group: ExpertParallelGroup
+) -> None:
+    """Keep of a checkpoint with all experts those of this rank.
+
+    Args:
+        state: The checkpoint; changed.
+        names: Of the experts, by their index in the optimizer's state.
+        group: The ranks that share them.
+    """
+    saved = state.get("last_optimizer_state", {}).get("state", {})
+    for index, name in names.items():
+        whole = state["model"].get(name)
+        if whole is None:  # another model: loading its parameters says so
+            continue
+        state["model"][name] = cut_shard(whole, group)
+        if index in saved:
+            rows = rows_of(saved[index], len(whole))
+            saved[index] |= {key: cut_shard(value, group) for key, value in rows.items()}

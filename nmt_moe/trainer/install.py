@@ -1,0 +1,45 @@
+"""Let fairseq use this package's classes, which it has no registry for."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fairseq import checkpoint_utils, models, trainer
+from fairseq.models import distributed_fairseq_model
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.trainer.data_parallel import ExpertParallelDataParallel
+from nmt_moe.trainer.expert_parallel_trainer import ExpertParallelTrainer
+from nmt_moe.trainer.reading import reading_all_experts
+
+
+def install() -> None:
+    """Put the trainer, its data parallelism, its saving and its reading in place."""
+    # fairseq-train imports the class before it loads a plugin; under `python -m`, it is __main__.
+    for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
+        if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
+            module.Trainer = ExpertParallelTrainer
+    distributed_fairseq_model.LegacyDistributedDataParallel = ExpertParallelDataParallel
+    replace(checkpoint_utils, "save_checkpoint", _saving)
+    replace(checkpoint_utils, "load_checkpoint_to_cpu", reading_all_experts)
+    replace(models, "build_model", _building)
+
+
+def _saving(save: Callable) -> Callable:
+    def save_checkpoint(
+        cfg: Any, trainer: ExpertParallelTrainer, epoch_itr: Any, val_loss: float | None
+    ) -> Any:
+        with trainer.saving_experts():
+            return save(cfg, trainer, epoch_itr, val_loss)
+
+    return save_checkpoint
+
+
+def _building(build: Callable) -> Callable:
+    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+        if from_checkpoint and "expert_parallel_size" in cfg:
+            # For use, not for training: each process has all experts, as they do not keep in step.
+            cfg.expert_parallel_size = 1
+        return build(cfg, task, from_checkpoint)
+
+    return build_model

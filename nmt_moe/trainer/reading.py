@@ -1,0 +1,43 @@
+"""Read checkpoints with their experts, which may be in files beside them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fairseq import checkpoint_utils
+
+from nmt_moe.checkpoints.expert_files import restore_experts
+
+
+def reading_all_experts(read: Callable) -> Callable:
+    """Make the reader of all commands, which need all experts and not their optimizer's state."""
+
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = read(path, *args, **kwargs)
+        restore_experts(Path(path), state, with_optimizer=False)
+        return state
+
+    return load_checkpoint_to_cpu
+
+
+@contextmanager
+def reading_for_training(complete: Callable[[Path, dict[str, Any]], None]) -> Iterator[None]:
+    """Let a trainer read checkpoints in its own way.
+
+    Args:
+        complete: Called with each checkpoint that is read, its experts still aside.
+    """
+    reader = checkpoint_utils.load_checkpoint_to_cpu
+    read = reader.__wrapped__
+
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = read(path, *args, **kwargs)
+        complete(Path(path), state)
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    try:
+        yield
+    finally:
+        checkpoint_utils.load_checkpoint_to_cpu = reader

@@ -1,0 +1,48 @@
+"""Batches that stand in for missing ones, so that all ranks make the same number of passes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nmt_moe.moe import MoELayer
+from nmt_moe.trainer.experts import moe_layers
+
+
+class StandIn:
+    """Let batches count for nothing: no token reaches an expert, a statistic, loss or log.
+
+    fairseq repeats an earlier batch on ranks that have none left, which any training in several
+    processes does; then it drops that rank's whole update from the sample size and the log, with
+    --update-freq also the batches that are its own, whose gradients stay in.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
+        self.model, self.criterion = model, criterion
+        self.handles: list[RemovableHandle] = []
+
+    def switch(self, is_on: bool) -> None:
+        """Let the batches from now on count for nothing, or count again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if is_on:
+            self.handles = [
+                layer.register_forward_pre_hook(_mask_tokens) for layer in moe_layers(self.model)
+            ]
+            self.handles.append(self.criterion.register_forward_hook(_count_nothing))
+
+
+def _mask_tokens(_: MoELayer, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Take every token for padding: (x, mask, ...)."""
+    x = arguments[0]
+    return x, torch.ones(len(x), dtype=torch.bool, device=x.device), *arguments[2:]
+
+
+def _count_nothing(
+    _: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, Any, dict[str, Any]]
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Make loss, sample size and log 0."""
+    loss, sample_size, log = output
+    return loss * 0, sample_size * 0, {key: value * 0 for key, value in log.items()}
