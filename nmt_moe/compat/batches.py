@@ -1,4 +1,4 @@
-"""Cut a data set into batches: lose no sentence, and cut alike after a resume."""
+"""Cut a data set into batches, and lose no sentence."""
 
 from collections.abc import Callable
 from typing import Any
