@@ -25,7 +25,6 @@ from nmt_moe.compat.checkpoints import (
 )
 from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
 from nmt_moe.compat.errors import end_in_one_message
-from nmt_moe.compat.gnmt_search import add_gnmt_search
 from nmt_moe.compat.interactive import (
     forget_translated_lines,
     report_odd_lines,
@@ -56,7 +55,6 @@ from nmt_moe.compat.splits import (
 
 __all__ = [
     "accept_validation_sets_that_are_all_named",
-    "add_gnmt_search",
     "allow_checkpoint_types",
     "check_binarised_data_when_loaded",
     "check_texts_before_preprocessing",
@@ -127,5 +125,4 @@ fix_half_precision_flags()
 skip_overflowing_updates_on_cpu()
 let_torchrun_train_on_cpu()
 fix_distributed_config()
-add_gnmt_search()
 end_in_one_message()

@@ -6,6 +6,7 @@ by itself is imported in both places.
 
 from nmt_moe import compat as compat
 from nmt_moe import criterions as criterions
+from nmt_moe import generation as generation
 from nmt_moe import optim as optim
 from nmt_moe import trainer as trainer
 from nmt_moe.models._early_options import accept_early_options

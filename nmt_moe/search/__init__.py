@@ -1,7 +1,10 @@
-"""Beam search's scores and pruning: tensors in, tensors out; knows no model."""
+"""Beam search with GNMT's scores and pruning: tensors in, tensors out; knows no model."""
 
+from nmt_moe.search.beam import BeamConfig, Step, StepState, beam_search
 from nmt_moe.search.config import SearchConfig
+from nmt_moe.search.finished import Hypothesis
 from nmt_moe.search.pruning import best_attainable, mask_tokens, within_margin
+from nmt_moe.search.restrictions import Restrictions
 from nmt_moe.search.scores import (
     COVERAGE_FLOOR,
     length_penalty,
@@ -11,7 +14,13 @@ from nmt_moe.search.scores import (
 
 __all__ = [
     "COVERAGE_FLOOR",
+    "BeamConfig",
+    "Hypothesis",
+    "Restrictions",
     "SearchConfig",
+    "Step",
+    "StepState",
+    "beam_search",
     "best_attainable",
     "length_penalty",
     "log_coverage",

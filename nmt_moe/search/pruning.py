@@ -31,7 +31,9 @@ def within_margin(scores: Tensor, best: Tensor | float, margin: float) -> Tensor
     return scores >= best - margin
 
 
-def best_attainable(log_probability: Tensor, next_penalty: float, last_penalty: float) -> Tensor:
+def best_attainable(
+    log_probability: Tensor, next_penalty: float, last_penalty: float | Tensor
+) -> Tensor:
     """Bound the normalised score of all hypotheses that begin with a given one.
 
     More tokens only lower the probability, coverage only lowers the score, and the length penalty
@@ -40,6 +42,6 @@ def best_attainable(log_probability: Tensor, next_penalty: float, last_penalty: 
     Args:
         log_probability: (N,) nats, at most 0.
         next_penalty: Length penalty of the shortest hypothesis that is still possible.
-        last_penalty: Length penalty of the longest.
+        last_penalty: Length penalty of the longest, of all or of each.
     """
     return torch.maximum(log_probability / next_penalty, log_probability / last_penalty)

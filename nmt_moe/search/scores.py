@@ -28,7 +28,7 @@ def length_penalty(length: float | Tensor, alpha: float) -> float | Tensor:
     return ((5.0 + length) / 6.0) ** alpha
 
 
-def log_coverage(attention: Tensor, source_words: Tensor) -> Tensor:
+def log_coverage(attention: Tensor | None, source_words: Tensor) -> Tensor:
     """Compute the sum over source words of log min(attention received, 1).
 
     Args:
@@ -39,8 +39,18 @@ def log_coverage(attention: Tensor, source_words: Tensor) -> Tensor:
         (N,) float32 or wider, nats, at most 0; `beta` times this is the coverage penalty. Each word
         contributes at least log `COVERAGE_FLOOR`.
 
+    Raises:
+        ValueError: the model gives no attention, or not over the source.
+
     Source: Wu et al. 2016, section 7.
     """
+    num_positions = source_words.shape[1]
+    if attention is None or attention.shape[1] != num_positions:
+        found = "none" if attention is None else f"over {attention.shape[1]} positions"
+        raise ValueError(
+            f"`--coverage-penalty-beta` needs attention over the {num_positions} source positions, "
+            f"but the model gives {found}. Leave it 0."
+        )
     wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
     logs = wide.clamp(min=COVERAGE_FLOOR, max=1.0).log()
     # Chosen, not multiplied: what stands at padding may be NaN.

@@ -10,7 +10,7 @@ from fairseq.search import BeamSearch
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks.fairseq_task import FairseqTask
 
-from nmt_moe.compat.gnmt_generator import GNMTGenerator
+from nmt_moe.generation.generator import GNMTGenerator
 from nmt_moe.search import SearchConfig
 from tests.support.enumeration import (
     BEAM,

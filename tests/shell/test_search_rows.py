@@ -1,20 +1,28 @@
 """What a search evaluates: each sentence's encoding once, and only hypotheses that go on."""
 
 import math
+import random
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fairseq.models import fconv as fairseq_fconv
+from fairseq.models.transformer import TransformerModel, transformer_legacy
 from fairseq.sequence_generator import SequenceGenerator
 
-from nmt_moe.compat.live_rows import LiveRowsEnsemble
+from nmt_moe.generation.ensemble import EnsembleState, EnsembleStep, RowEnsemble
+from nmt_moe.generation.generator import GNMTGenerator
+from nmt_moe.nn import WIRINGS
+from nmt_moe.search import SearchConfig
 from tests.support.enumeration import DICTIONARY, UNUSED
-from tests.support.models import make_tokens
-from tests.support.searching import make_models, scores, search
+from tests.support.models import make_dictionary, make_model, make_task, make_tokens
+from tests.support.searching import make_models, search
 
 SOURCES = ["cab", "abcdefghij", "j", "ab"]
 BEAM = 5
+SIDES = ("encoder", "decoder")
 OPTIONS = {"beam_size": BEAM, "max_len_b": 9}
 
 
@@ -72,8 +80,7 @@ def test_experts_see_all_hypotheses_of_a_step_at_once(find: Search):
     assert len(steps) == OPTIONS["max_len_b"] + 1
 
 
-@pytest.mark.parametrize("find", [search_as_fairseq, search_with_penalties])
-def test_finished_sentences_leave_the_batch(find: Search, monkeypatch: pytest.MonkeyPatch):
+def test_finished_sentences_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
     models = make_models()
     forward = models[0].decoder.forward
 
@@ -84,47 +91,136 @@ def test_finished_sentences_leave_the_batch(find: Search, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(models[0].decoder, "forward", forward_to_the_end)
     rows = count_rows(decoder_of(models[0]))
-    found = find(models, *SOURCES, beam_size=2, max_len_b=9)
-    # A sentence is finished when its last hypothesis ends.
+    found = search_with_penalties(models, *SOURCES, beam_size=2, max_len_b=9)
+    # A sentence is finished when its last hypothesis ends. At the first step it has one row.
     steps = [max(len(one["tokens"]) for one in hypotheses) for hypotheses in found]
-    assert rows == [2 * sum(step < last for last in steps) for step in range(max(steps))]
+    later = [2 * sum(step < last for last in steps) for step in range(1, max(steps))]
+    assert rows == [len(SOURCES), *later]
     assert len(set(steps)) > 1
 
 
-def test_pruned_hypotheses_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
-    alive = []
-    step = LiveRowsEnsemble.reorder_incremental_state
-
-    def noting(self: LiveRowsEnsemble, states: Any, new_order: torch.Tensor) -> None:
-        alive.append(int(self.read_alive().sum()))
-        step(self, states, new_order)
-
-    monkeypatch.setattr(LiveRowsEnsemble, "reorder_incremental_state", noting)
+def test_pruned_hypotheses_leave_the_batch():
     models = make_models()
     rows = count_rows(decoder_of(models[0]))
     search_with_pruning(models, *SOURCES, **OPTIONS)
-    # At the first step all rows of a sentence are equal.
-    assert rows == [len(SOURCES), *alive]
+    assert rows[0] == len(SOURCES)
     assert sum(rows) < BEAM * len(SOURCES) * len(rows) / 2
 
 
-@pytest.mark.parametrize("margin", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("ensemble", [1, 2])
-def test_leaving_dead_rows_out_changes_no_result(
-    margin: float, ensemble: int, monkeypatch: pytest.MonkeyPatch
-):
-    models = make_models(ensemble)
-    options = {"length_penalty_alpha": 0.2, "coverage_penalty_beta": 0.5, "beam_prune": margin}
-    rows = count_rows(decoder_of(models[0]))
-    found = search(models, *SOURCES, **options, **OPTIONS)
-    evaluated = sum(rows)
-    rows.clear()
-    # As of attention that takes its rows W by W.
-    monkeypatch.setattr(models[0].decoder.output, "beam_size", BEAM, raising=False)
-    whole = search(models, *SOURCES, **options, **OPTIONS)
-    assert evaluated < sum(rows)
-    assert set(rows) <= {BEAM * count for count in range(1, len(SOURCES) + 1)}
-    for one, other in zip(found, whole, strict=True):
-        assert scores(one) == pytest.approx(scores(other), abs=1e-4)
-        for mine, same in zip(one, other, strict=True):
-            torch.testing.assert_close(mine["attention"], same["attention"], atol=1e-4, rtol=0)
+def tokens_of(hypotheses: list[dict]) -> list[list[int]]:
+    return [one["tokens"].tolist() for one in hypotheses]
+
+
+def assert_same_hypotheses(
+    found: list[list[dict]], expected: list[list[dict]], attention: bool = True
+) -> None:
+    """Compare n-best lists: tokens exactly, numbers to 1e-5."""
+    for mine, others in zip(found, expected, strict=True):
+        assert [one["tokens"].tolist() for one in mine] == [
+            one["tokens"].tolist() for one in others
+        ]
+        for one, other in zip(mine, others, strict=True):
+            for name in ["score", "positional_scores"] + ["attention"] * attention:
+                torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_without_penalties_and_pruning_hypotheses_are_fairseqs_own(seed: int):
+    chance = random.Random(seed)
+    models = [
+        make_model(seed=10 * seed + number, attention_wiring=chance.choice(WIRINGS))
+        for number in range(chance.choice([1, 1, 2]))
+    ]
+    for model in models:
+        model.decoder.output.weight.data *= chance.choice([1, 4, 8])
+    letters = make_dictionary()
+    longest = chance.randint(3, 12)
+    options = {
+        "beam_size": chance.randint(1, 6),
+        "max_len_a": chance.choice([0, 0.5]),
+        "max_len_b": longest,
+        "min_len": chance.randint(1, 3),
+        "len_penalty": chance.choice([0.0, 0.6, 1.0, 1.3]),
+        "normalize_scores": chance.random() < 0.8,
+        "unk_penalty": chance.choice([0.0, 0.7, -0.5]),
+        "temperature": chance.choice([0.7, 1.0, 1.5]),
+    }
+    sources = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 9))) for _ in range(7)]
+    src_tokens, src_lengths = make_tokens(*sources, pad_left=chance.random() < 0.5)
+    sample = {"net_input": {"src_tokens": src_tokens, "src_lengths": src_lengths}}
+    prefixes = torch.randint(letters.nspecial, len(letters), (7, chance.randint(1, 3)))
+    for prefix in (None, prefixes):
+        mine = GNMTGenerator(models, letters, SearchConfig(), **options)
+        found = mine.generate(models, sample, prefix_tokens=prefix)
+        fairseqs = SequenceGenerator(models, letters, **options)
+        expected = fairseqs.generate(models, sample, prefix_tokens=prefix)
+        assert_same_hypotheses(found, expected)
+        assert all(len(one) == options["beam_size"] for one in found)
+
+
+def make_fairseqs(kind: str) -> Any:
+    """Give fairseq's Transformer or convolutional model, sharpened."""
+    torch.manual_seed(3)
+    task = make_task()
+    model: Any
+    if kind == "transformer":
+        sizes = {"embed_dim": 16, "ffn_embed_dim": 16, "layers": 2, "attention_heads": 2}
+        sides = {f"{side}_{name}": size for side in SIDES for name, size in sizes.items()}
+        args = Namespace(**sides, no_cross_attention=False)
+        transformer_legacy.base_architecture(args)
+        model = TransformerModel.build_model(args, task).eval()
+        model.decoder.output_projection.weight.data *= 6
+    else:
+        args = Namespace(encoder_layers="[(16, 3)]", decoder_layers="[(16, 3)]", dropout=0.0)
+        args.encoder_embed_dim = args.decoder_embed_dim = args.decoder_out_embed_dim = 16
+        args.max_source_positions = args.max_target_positions = 64
+        fairseq_fconv.base_architecture(args)
+        model = fairseq_fconv.FConvModel.build_model(args, task).eval()
+        model.decoder.fc3.weight_g.data *= 6
+        model.make_generation_fast_(beamable_mm_beam_size=BEAM)
+        model.decoder.need_attn = True
+    return model
+
+
+@pytest.mark.parametrize("kind", ["transformer", "fconv"])
+def test_fairseqs_own_models_find_the_same_in_any_rows(kind: str):
+    models = [make_fairseqs(kind)]
+    letters = make_dictionary()
+    options = {"beam_size": BEAM, "max_len_b": 9}
+    sources = ["cab", "abcdefghij", "j", "abda", "ii", "gfedcba"]
+    samples = []
+    for texts in (sources, *([one] for one in sources)):
+        src_tokens, src_lengths = make_tokens(*texts)
+        samples.append({"net_input": {"src_tokens": src_tokens, "src_lengths": src_lengths}})
+    expected = SequenceGenerator(models, letters, **options).generate(models, samples[0])
+    mine = GNMTGenerator(models, letters, SearchConfig(), **options)
+    assert_same_hypotheses(mine.generate(models, samples[0]), expected)
+    numbers = set()
+    for margin in (0.5, 1.0, 1.5):
+        pruning = GNMTGenerator(models, letters, SearchConfig(0.2, 0.0, margin), **options)
+        together = pruning.generate(models, samples[0])
+        numbers |= {len(one) for one in together}
+        for hypotheses, sample in zip(together, samples[1:], strict=True):
+            assert_same_hypotheses([hypotheses], pruning.generate(models, sample), attention=False)
+    assert len(numbers) > 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["transformer", "fconv"])
+def test_rows_keep_their_source_where_a_sentence_gains_as_many_as_another_loses(kind: str):
+    model = make_fairseqs(kind)
+    ensemble = RowEnsemble([model])
+    ensemble.set_decoder_beam_size(BEAM)
+    src_tokens, src_lengths = make_tokens("cabd", "abjdj")
+    net_input = {"src_tokens": src_tokens, "src_lengths": src_lengths}
+    step, sentence = EnsembleStep(), torch.arange(2)
+    state = EnsembleState(ensemble, ensemble.forward_encoder(net_input), [{}], sentence)
+    tokens = torch.full((2, 1), DICTIONARY.eos())
+    for rows in ([0, 0, 1], [0, 2, 2], [2, 1, 0], [1, 1, 2]):
+        log_probs, _, state = step(tokens, state)
+        whole = model(src_tokens[sentence], src_lengths[sentence], tokens)
+        expected = model.get_normalized_probs(whole, log_probs=True)[:, -1]
+        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+        state = state.reorder(torch.tensor(rows))
+        sentence, letters = sentence[rows], torch.arange(len(rows)).unsqueeze(1) + 5
+        tokens = torch.cat([tokens[rows], letters], dim=1)

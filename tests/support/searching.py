@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nmt_moe.compat.gnmt_generator import GNMTGenerator
+from nmt_moe.generation.generator import GNMTGenerator
 from nmt_moe.nn.attention import Attention
 from nmt_moe.search import SearchConfig
 from tests.support.enumeration import BEAM, DICTIONARY, LONGEST, UNUSED, wide_task

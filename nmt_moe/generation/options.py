@@ -127,6 +127,7 @@ def _building(build: Callable) -> Callable:
         prefix_allowed_tokens_fn: Callable | None = None,
     ) -> Any:
         config = read_config(args)
+        constrains = bool(getattr(args, "constraints", None))
         if config.is_on:
             if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
                 raise ValueError(
@@ -134,25 +135,31 @@ def _building(build: Callable) -> Callable:
                     "`--length-penalty-alpha`, `--coverage-penalty-beta` and `--beam-prune` have "
                     "no effect. Leave them 0."
                 )
-            seq_gen_cls = functools.partial(_generator_class(args), search_config=config)
             if config.coverage_penalty_beta:
                 _keep_attention(models)
-            if getattr(args, "print_alignment", None):
-                kind = {"print_alignment": args.print_alignment}
+            if not constrains:
+                seq_gen_cls = functools.partial(_generator_class(), search_config=config)
+                kind = {"print_alignment": getattr(args, "print_alignment", None)}
                 extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), **kind}
-        return build(
+        generator = build(
             task, models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         )
+        return _rescoring(generator, config) if config.is_on and constrains else generator
 
     return build_generator
 
 
-def _generator_class(args: Any) -> type:
-    # Imported late: only commands that search need it.
-    from nmt_moe.compat.gnmt_generator import GNMTGenerator, GNMTGeneratorWithAlignment
+# Imported late: only commands that search need them.
+def _generator_class() -> type:
+    from nmt_moe.generation.generator import GNMTGenerator
 
-    aligns = getattr(args, "print_alignment", None)
-    return GNMTGeneratorWithAlignment if aligns else GNMTGenerator
+    return GNMTGenerator
+
+
+def _rescoring(generator: Any, config: SearchConfig) -> Any:
+    from nmt_moe.generation.generator import RescoringGenerator
+
+    return RescoringGenerator(generator, config)
 
 
 def _keep_attention(models: Sequence[Any]) -> None:

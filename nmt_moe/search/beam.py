@@ -1,0 +1,253 @@
+"""Beam search: one loop over the hypotheses that are still alive.
+
+The model is a function: `step(tokens, state)` returns the log-probabilities of the next token, the
+attention paid while predicting it, and its new state, for R rows. A row is a live hypothesis. Rows
+of one sentence follow each other, best first. At the first step every sentence has one row; rows of
+finished sentences and of pruned hypotheses are never evaluated.
+
+With `SearchConfig` off the search is fairseq's: of a step's candidates, those among the W best that
+end are finished, the W best of the others go on, and a sentence is finished with W hypotheses or at
+its maximal length.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from nmt_moe.search.config import SearchConfig
+from nmt_moe.search.finished import FinishedHypotheses, Hypothesis
+from nmt_moe.search.pruning import best_attainable, mask_tokens, within_margin
+from nmt_moe.search.restrictions import Restrictions
+from nmt_moe.search.scores import length_penalty, log_coverage
+
+
+class StepState(Protocol):
+    """What a model keeps of each row between two steps."""
+
+    def reorder(self, rows: Tensor) -> Self:
+        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+
+
+StateT = TypeVar("StateT", bound=StepState)
+# ((R, T) int64 tokens so far, start included; state) -> ((R, V) log-probabilities, which the search
+# may overwrite; (R, S) attention over the source or None; state)
+Step = Callable[[Tensor, StateT], tuple[Tensor, Tensor | None, StateT]]
+
+
+@dataclass(frozen=True)
+class BeamConfig:
+    """Options of a beam search.
+
+    Attributes:
+        beam_size: W, hypotheses of a sentence that are followed, and that it is finished with.
+        length_exponent: Without penalties in `search`, scores are log P / length^this (fairseq's
+            `--lenpen`); 0 = log P itself. The end mark counts in the length.
+        search: GNMT's penalties, which replace that, and its pruning.
+
+    Raises:
+        ValueError: `beam_size` is below 1.
+    """
+
+    beam_size: int = 5
+    length_exponent: float = 1.0
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 1:
+            raise ValueError(f"`beam_size` must be at least 1, but is {self.beam_size}.")
+
+    def penalty(self, length: Any) -> Any:
+        """Return what the log-probability of a hypothesis of `length` tokens is divided by."""
+        if self.search.changes_scores:
+            return length_penalty(length, self.search.length_penalty_alpha)
+        return length**self.length_exponent
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The R hypotheses that a step evaluates.
+
+    Attributes:
+        sentence: (R,) int64, ascending.
+        rank: (R,) int64, 0 = the best of its sentence.
+        tokens: (R, T) int64, start included.
+        log_probs: (R,) float32, log-probability of the tokens.
+        received: (R, S) float32, attention summed over all steps; None where no score needs it.
+    """
+
+    sentence: Tensor
+    rank: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+    received: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The best continuations of each sentence: at most C = 2W, best first.
+
+    Attributes:
+        log_probs: (B, C) float32, of the whole hypothesis; -inf = no candidate.
+        tokens: (B, C) int64, the last token.
+        rows: (B, C) int64, the row that each continues.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    rows: Tensor
+
+
+@torch.no_grad()
+def beam_search(
+    step: Step,
+    state: StateT,
+    start: Tensor,
+    config: BeamConfig,
+    restrictions: Restrictions,
+    source_words: Tensor | None = None,
+) -> list[list[Hypothesis]]:
+    """Search for the best continuations of `start`.
+
+    Args:
+        step: The model.
+        state: Of one row for each sentence.
+        start: (B,) int64, the token before the first of each sentence.
+        config: Beam and scores.
+        restrictions: Which tokens may follow.
+        source_words: (B, S) bool, True = a word that coverage counts; for a coverage penalty.
+
+    Returns:
+        The hypotheses of each sentence, best first, at most W. Of equal scores, the one that ended
+        first comes first; of equal candidates of a step, that of the better row, then the smaller
+        token.
+
+    Raises:
+        ValueError: a sentence has no hypothesis, or the attention does not fit `source_words`.
+
+    Source: Wu et al. 2016, section 7, for scores and pruning.
+    """
+    sentence = torch.arange(len(start), device=start.device)
+    log_probs = torch.zeros(len(start), device=start.device)
+    rows = _Rows(sentence, torch.zeros_like(sentence), start.unsqueeze(1), log_probs)
+    finished = FinishedHypotheses(len(start), config.beam_size, config.search.beam_prune, start)
+    parents = sentence
+    while len(parents):
+        next_log_probs, attention, state = step(rows.tokens, state)
+        finished.record_step(parents, rows.tokens[:, -1], rows.log_probs, attention)
+        if config.search.coverage_penalty_beta:
+            rows = _add_attention(rows, attention)
+        restricted = restrictions.apply(next_log_probs.float(), rows.tokens, rows.sentence)
+        candidates = _find_candidates(restricted, rows, len(start), config)
+        _finish(candidates, rows, finished, config, restrictions.eos, source_words)
+        goes_on = _goes_on(candidates, rows, finished, config, restrictions)
+        rows, parents = _continue(candidates, rows, goes_on)
+        if len(parents):
+            state = state.reorder(parents)
+    return finished.collect(restrictions.eos)
+
+
+def _add_attention(rows: _Rows, attention: Tensor | None) -> _Rows:
+    if attention is None:
+        return rows
+    received = attention.float()
+    return replace(rows, received=received if rows.received is None else rows.received + received)
+
+
+def _find_candidates(
+    next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
+) -> _Candidates:
+    width = config.beam_size
+    # No row has more than W candidates that go on, and one that ends.
+    values, tokens = _best_tokens(next_log_probs, width + 1)
+    slots = rows.sentence, rows.rank
+    shape = num_sentences, width, values.shape[1]
+    local = values.new_full(shape, -torch.inf).index_put_(slots, values)
+    if config.search.beam_prune:
+        local = mask_tokens(local, local[:, :, 0].isfinite(), config.search.beam_prune)
+    so_far = values.new_zeros(shape[:2]).index_put_(slots, rows.log_probs)
+    totals = (so_far.unsqueeze(2) + local).flatten(1)
+    log_probs, order = totals.sort(dim=1, descending=True, stable=True)
+    order = order[:, : 2 * width]
+    all_tokens = tokens.new_zeros(shape).index_put_(slots, tokens).flatten(1)
+    numbers = torch.arange(len(values), device=values.device)
+    all_rows = tokens.new_zeros(shape[:2]).index_put_(slots, numbers)
+    return _Candidates(
+        log_probs[:, : 2 * width],
+        all_tokens.gather(1, order),
+        all_rows.gather(1, torch.div(order, shape[2], rounding_mode="floor")),
+    )
+
+
+def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the (R, count) best log-probabilities and tokens; of equal ones, smaller tokens."""
+    count = min(count, log_probs.shape[1])
+    # One more, to see whether the last has an equal.
+    values, tokens = log_probs.topk(min(count + 1, log_probs.shape[1]), dim=1)
+    is_tied = (values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()
+    tied = is_tied.any(dim=1).nonzero().squeeze(1)
+    if len(tied):  # topk promises no order for these
+        ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
+    return values[:, :count], tokens[:, :count]
+
+
+def _finish(
+    candidates: _Candidates,
+    rows: _Rows,
+    finished: FinishedHypotheses,
+    config: BeamConfig,
+    eos: int,
+    source_words: Tensor | None,
+) -> None:
+    """Score the hypotheses that end at this step: those among the W best candidates."""
+    first = slice(config.beam_size)
+    is_end = candidates.tokens[:, first].eq(eos) & candidates.log_probs[:, first].isfinite()
+    sentence, rank = is_end.nonzero(as_tuple=True)
+    if not len(sentence):
+        return
+    ending, log_probs = candidates.rows[sentence, rank], candidates.log_probs[sentence, rank]
+    scores = log_probs / config.penalty(rows.tokens.shape[1])
+    beta = config.search.coverage_penalty_beta
+    if beta:
+        assert source_words is not None
+        received = None if rows.received is None else rows.received[ending]
+        scores = scores + beta * log_coverage(received, source_words[sentence])
+    finished.add(sentence, ending, log_probs, scores)
+
+
+def _goes_on(
+    candidates: _Candidates,
+    rows: _Rows,
+    finished: FinishedHypotheses,
+    config: BeamConfig,
+    restrictions: Restrictions,
+) -> Tensor:
+    """Return (B, C) bool: the W best that do not end, unless nothing worth keeping can follow."""
+    goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.isfinite()
+    goes_on &= goes_on.cumsum(dim=1) <= config.beam_size
+    goes_on &= finished.is_open().unsqueeze(1)
+    margin = config.search.beam_prune
+    if margin:
+        shortest = config.penalty(rows.tokens.shape[1] + 1)
+        longest = config.penalty(restrictions.max_lengths + 1)
+        bound = best_attainable(candidates.log_probs, shortest, longest.unsqueeze(1))
+        goes_on &= within_margin(bound, finished.best.unsqueeze(1), margin)
+    return goes_on
+
+
+def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
+    """Return the rows of the next step, and which rows of this one they continue."""
+    sentence, place = goes_on.nonzero(as_tuple=True)
+    parents = candidates.rows[sentence, place]
+    tokens = candidates.tokens[sentence, place].unsqueeze(1)
+    new_rows = _Rows(
+        sentence,
+        goes_on.cumsum(dim=1)[sentence, place] - 1,
+        torch.cat([rows.tokens[parents], tokens], dim=1),
+        candidates.log_probs[sentence, place],
+        None if rows.received is None else rows.received[parents],
+    )
+    return new_rows, parents

@@ -1,0 +1,161 @@
+"""The hypotheses that a beam search has finished, and the record that they are read from.
+
+A step's rows are kept as they are evaluated, each with the row of the step before that it
+continues. A finished hypothesis is its last row; its tokens are read from there backwards, once, at
+the end. So nothing that grows with the length is moved when hypotheses change rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmt_moe.search.pruning import within_margin
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished hypothesis of T tokens, the end mark counted.
+
+    Attributes:
+        tokens: (T,) int64.
+        score: () float32, what hypotheses are ranked by.
+        positional_scores: (T,) float32, log-probability of each token, nats.
+        attention: (S, T), attention to each source position at each step, if the model gives it.
+    """
+
+    tokens: Tensor
+    score: Tensor
+    positional_scores: Tensor
+    attention: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    parents: Tensor  # (R,) rows of the step before
+    tokens: Tensor  # (R,) the last token of each row
+    log_probs: Tensor  # (R,) of each row before this step
+    attention: Tensor | None  # (R, S)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Hypotheses that ended at one step: all (N,), by sentence and then by rank."""
+
+    sentences: Tensor
+    steps: Tensor
+    rows: Tensor
+    log_probs: Tensor
+    scores: Tensor
+
+
+class FinishedHypotheses:
+    """Collect hypotheses of B sentences, at most `beam_size` of each.
+
+    Args:
+        num_sentences: B.
+        beam_size: W.
+        margin: Hypotheses that score more than this below the best of their sentence are dropped,
+            nats; 0 = none.
+        like: A tensor on the device of the search.
+
+    Attributes:
+        best: (B,) float32, the best score of each sentence so far; -inf = none yet.
+        count: (B,) int64, hypotheses of each sentence.
+    """
+
+    def __init__(self, num_sentences: int, beam_size: int, margin: float, like: Tensor) -> None:
+        self.beam_size = beam_size
+        self.margin = margin
+        self.best = torch.full((num_sentences,), -torch.inf, device=like.device)
+        self.count = torch.zeros(num_sentences, dtype=torch.int64, device=like.device)
+        self._steps: list[_Step] = []
+        self._ended: list[_Ended] = []
+
+    def record_step(
+        self, parents: Tensor, tokens: Tensor, log_probs: Tensor, attention: Tensor | None
+    ) -> None:
+        """Keep the (R,) rows of a step and their (R, S) attention."""
+        self._steps.append(_Step(parents, tokens, log_probs, attention))
+
+    def add(self, sentences: Tensor, rows: Tensor, log_probs: Tensor, scores: Tensor) -> None:
+        """Take in hypotheses that end at the step recorded last: all (N,), `sentences` ascending.
+
+        Args:
+            sentences: int64.
+            rows: int64, the rows that the end mark continues.
+            log_probs: Of the whole hypotheses.
+            scores: What they are ranked by.
+        """
+        self.best = self.best.scatter_reduce(0, sentences, scores, "amax")
+        is_kept = torch.ones_like(sentences, dtype=torch.bool)
+        if self.margin:
+            is_kept = within_margin(scores, self.best[sentences], self.margin)
+        kept_so_far = is_kept.cumsum(0)
+        first = torch.searchsorted(sentences, sentences)
+        number = kept_so_far - kept_so_far[first] + is_kept[first]  # within its sentence, from 1
+        is_kept &= self.count[sentences] + number <= self.beam_size
+        self.count = self.count.index_add(0, sentences, is_kept.long())
+        steps = torch.full_like(rows, len(self._steps) - 1)
+        fields = [field[is_kept] for field in (sentences, steps, rows, log_probs, scores)]
+        self._ended.append(_Ended(*fields))
+
+    def is_open(self) -> Tensor:
+        """Return (B,) bool: which sentences take more hypotheses."""
+        return self.count < self.beam_size
+
+    def collect(self, eos: int) -> list[list[Hypothesis]]:
+        """Read the hypotheses of each sentence, best first; of equal scores, the earlier first.
+
+        Raises:
+            ValueError: a sentence has none.
+        """
+        if not bool(self.count.all()):
+            raise ValueError(
+                f"sentence {int(self.count.argmin()) + 1} of the batch has no translation: no "
+                "token has a probability above 0. Either the model's output is not a number, or a "
+                "prefix or a restriction leaves no token."
+            )
+        names = _Ended.__dataclass_fields__
+        ended = _Ended(*(torch.cat([getattr(one, name) for one in self._ended]) for name in names))
+        tokens, positional_scores, attention = self._read_back(ended, eos)
+        found: list[list[Hypothesis]] = [[] for _ in range(len(self.count))]
+        order = ended.scores.sort(descending=True, stable=True).indices
+        is_near = ended.scores >= self.best[ended.sentences] - (self.margin or torch.inf)
+        order = order[is_near[order]]
+        ends = ended.steps[order] + 1
+        for index, sentence, length in zip(
+            order.tolist(), ended.sentences[order].tolist(), ends.tolist(), strict=True
+        ):
+            found[sentence].append(
+                Hypothesis(
+                    tokens[index, :length],
+                    ended.scores[index],
+                    positional_scores[index, :length],
+                    None if attention is None else attention[index, :length].t(),
+                )
+            )
+        return found
+
+    def _read_back(self, ended: _Ended, eos: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (N, T) tokens and log-probabilities and (N, T, S) attention, up to each end."""
+        number = torch.arange(len(ended.rows), device=ended.rows.device)
+        longest = int(ended.steps.max()) + 1
+        tokens = ended.rows.new_full((len(number), longest), eos)
+        totals = ended.scores.new_zeros(len(number), longest + 1)  # after each number of tokens
+        totals[number, ended.steps + 1] = ended.log_probs
+        all_attention: list[Tensor] = []
+        rows = torch.zeros_like(ended.rows)
+        for index in reversed(range(longest)):
+            step = self._steps[index]
+            # Those that ended before this step read row 0, which is not looked at.
+            rows = torch.where(ended.steps == index, ended.rows, rows)
+            has_begun = ended.steps >= index
+            totals[:, index] = torch.where(has_begun, step.log_probs[rows], totals[:, index])
+            if index:
+                tokens[:, index - 1] = torch.where(has_begun, step.tokens[rows], eos)
+            if step.attention is not None:
+                all_attention.append(step.attention[rows])
+            rows = step.parents[rows]
+        attention = torch.stack(all_attention[::-1], dim=1) if all_attention else None
+        return tokens, totals.diff(dim=1), attention

@@ -1,0 +1,102 @@
+"""Which tokens may follow: lengths, prefixes, marks, unknown words, repetitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Restrictions:
+    """What a search may choose.
+
+    Attributes:
+        eos: The end mark.
+        pad: The padding mark, which is never chosen.
+        max_lengths: (B,) int64, most tokens of each sentence's hypotheses before the end mark.
+        min_length: Fewest tokens before the end mark. A prefix may end earlier.
+        prefixes: (B, P) int64, tokens that each sentence's hypotheses begin with; `pad` = free.
+            They are taken whatever the other restrictions say, up to the maximal length.
+        suppressed: Tokens that are never chosen, such as other marks.
+        unk: The unknown word.
+        unk_penalty: What its log-probability is lowered by, nats; infinity = never chosen.
+        no_repeat_ngram_size: No hypothesis has the same this many tokens in a row twice; 0 = off.
+
+    Raises:
+        ValueError: `min_length` is above a maximal length.
+    """
+
+    eos: int
+    pad: int
+    max_lengths: Tensor
+    min_length: int = 1
+    prefixes: Tensor | None = None
+    suppressed: Sequence[int] = ()
+    unk: int = 0
+    unk_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.min_length > self._shortest_limit:
+            raise ValueError(
+                "`min_length` (--min-len) must be at most the maximal length (--max-len-a, "
+                f"--max-len-b) of {self._shortest_limit} tokens, but is {self.min_length}."
+            )
+
+    @cached_property
+    def _shortest_limit(self) -> int:
+        return int(self.max_lengths.min())
+
+    def apply(self, log_probs: Tensor, tokens: Tensor, sentence: Tensor) -> Tensor:
+        """Rule tokens out.
+
+        Args:
+            log_probs: (R, V) of the next token, changed in place; -inf = ruled out.
+            tokens: (R, T) int64 so far, start included.
+            sentence: (R,) int64, the sentence of each row.
+
+        Returns:
+            `log_probs`.
+        """
+        length = tokens.shape[1] - 1
+        log_probs[:, self.pad] = -torch.inf
+        if self.unk_penalty:
+            log_probs[:, self.unk] -= self.unk_penalty
+        forced = self._forced_tokens(length, sentence)
+        if forced is not None:
+            token = forced.clamp(min=0).unsqueeze(1)
+            its_log_prob = log_probs.gather(1, token)
+        if length < self.min_length:
+            log_probs[:, self.eos] = -torch.inf
+        if len(self.suppressed):
+            log_probs[:, list(self.suppressed)] = -torch.inf
+        if self.no_repeat_ngram_size:
+            _rule_out_repeats(log_probs, tokens[:, 1:], self.no_repeat_ngram_size)
+        if forced is not None:
+            is_forced = forced.ge(0).unsqueeze(1)
+            its_log_prob = torch.where(is_forced, its_log_prob, log_probs.gather(1, token))
+            log_probs.masked_fill_(is_forced, -torch.inf).scatter_(1, token, its_log_prob)
+        return log_probs
+
+    def _forced_tokens(self, length: int, sentence: Tensor) -> Tensor | None:
+        """Return (R,) the only token that each row may choose, -1 = any; None if all are free."""
+        forced = None
+        if self.prefixes is not None and length < self.prefixes.shape[1]:
+            forced = self.prefixes[sentence, length]
+            forced = forced.masked_fill(forced.eq(self.pad), -1)
+        if length >= self._shortest_limit:
+            forced = torch.full_like(sentence, -1) if forced is None else forced
+            forced = forced.masked_fill(self.max_lengths[sentence] <= length, self.eos)
+        return forced
+
+
+def _rule_out_repeats(log_probs: Tensor, tokens: Tensor, size: int) -> None:
+    """Rule out tokens that would end an n-gram of `size` that the (R, T) tokens have already."""
+    if tokens.shape[1] < size:
+        return
+    ngrams = tokens.unfold(1, size, 1)  # (R, T - size + 1, size)
+    last_words = tokens[:, tokens.shape[1] - size + 1 :]
+    row, place = (ngrams[:, :, :-1] == last_words.unsqueeze(1)).all(dim=2).nonzero(as_tuple=True)
+    log_probs[row, ngrams[row, place, -1]] = -torch.inf
