@@ -1,7 +1,5 @@
 """The few repairs fairseq needs on today's Python and torch, made when this package is imported.
 
-One addition, GNMT's search, is here too: fairseq has no registry for it.
-
 Each is a small function that acts only where a test of the installed versions or of the arguments
 says so, gives its reason, and has its own test. All replace names in fairseq's modules, which its
 commands look up when they run; none edits a file. Importing twice repairs once.
