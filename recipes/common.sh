@@ -1,6 +1,14 @@
 # Shared by every recipe; to be sourced, not run: `source recipes/common.sh`.
 # shellcheck shell=bash
 
+if [[ -z ${BASH_VERSINFO[0]:-} || ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -lt 44 ]]; then
+  echo "error: the recipes need bash 4.4 or newer, but this is ${BASH_VERSION:-another shell}. On macOS: brew install bash," \
+    "and run the script with that one: \$(brew --prefix)/bin/bash $0" >&2
+  exit 1
+fi
+# A failure inside $(...) ends the script too.
+shopt -s inherit_errexit
+
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # One thread for each process unless the caller says otherwise: more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -10,12 +18,13 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_T
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
 # Makes sorting and character handling the same on every machine.
 export LC_ALL=C.UTF-8 PYTHONUTF8=1
+export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 
 # fairseq drops the last batch of every pass whose size is no multiple of 8 (this option's default), and with it up to
 # 7 sentences of a test set.
 # shellcheck disable=SC2034
 EVERY_SENTENCE=(--required-batch-size-multiple 1)
-# What train_logged and tools/plot_runs.py read.
+# What train_logged and nmt-moe plot read.
 # shellcheck disable=SC2034
 LOG_FORMAT=(--log-format json)
 
@@ -26,8 +35,12 @@ die() {
   exit 1
 }
 
-# Print the comment block at the top of a recipe: its manual.
-print_manual() { awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$1"; }
+# manual_if_asked [ARGUMENT]: for -h or --help, print the comment block at the top of the script that was started, and end.
+manual_if_asked() {
+  [[ ${1:-} == -h || ${1:-} == --help ]] || return 0
+  awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$0"
+  exit
+}
 
 # use_environment: put the commands of the project's environment (fairseq-train, sacrebleu, ...) on PATH.
 # NMT_MOE_PYTHON=/path/to/python names an environment that has everything; otherwise tools/setup.sh makes .venv.
@@ -43,9 +56,16 @@ use_environment() {
   [[ -x $(dirname "$python")/fairseq-train ]] ||
     die "there is no fairseq-train beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to a complete one"
   PATH=$(dirname "$python"):$PATH
-  export PATH
-  export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+  # Scripts that are called by this one need no second look at the environment.
+  NMT_MOE_PYTHON=$python
+  export PATH NMT_MOE_PYTHON
 }
+
+# nmt-moe COMMAND...: the project's command, also where only its folder is there.
+nmt-moe() { python -m nmt_moe.cli "$@"; }
+
+# digest: sha256 of standard input.
+digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
 # begin_steps FOLDER [KEY]: the steps that follow leave their stamps in FOLDER/.steps; KEY ties them to earlier work.
 begin_steps() {
@@ -60,7 +80,7 @@ begin_steps() {
 run_step() {
   local name=$1 settings=$2 stamp=$STEPS_FOLDER/$1
   shift 2
-  STEP_KEY=$(printf '%s|%s|%s' "$STEP_KEY" "$name" "$settings" | sha256sum | cut -c1-64)
+  STEP_KEY=$(printf '%s|%s|%s' "$STEP_KEY" "$name" "$settings" | digest)
   if [[ -f $stamp && $(<"$stamp") == "$STEP_KEY" ]]; then
     say "$name: done before"
     return
@@ -96,10 +116,52 @@ require_choice() {
   die "$name must be one of: $*; but is '${!name}'"
 }
 
-# require_positive NAME: refuse a variable that is not a number above 0, such as 0.01 or 1e-2.
+# require_number NAME: refuse a variable that is not a decimal number of at least 0, such as 0.01 or 1e-2.
+require_number() {
+  [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]] || die "$1 must be a number of at least 0, but is '${!1}'"
+}
+
+# require_positive NAME: refuse a variable that is not a number above 0.
 require_positive() {
   [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ && ${!1%%[eE]*} =~ [1-9] ]] ||
     die "$1 must be a number above 0, but is '${!1}'"
+}
+
+# require_share NAME: refuse a variable that is not from 0 to below 1.
+require_share() { [[ ${!1} =~ ^(0|0?\.[0-9]+)$ ]] || die "$1 must be from 0 to below 1, but is '${!1}'"; }
+
+# check_settings: of the variables that recipes have in common, refuse those that are set to what they cannot be. Every
+# script calls it before it does anything.
+check_settings() {
+  local name
+  for name in UPDATES EPOCHS MAX_TOKENS VALID_TOKENS BATCH_WORDS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS GPUS NODES BEAM \
+    BATCH_SIZE DIM MODEL_DIM LSTM_HIDDEN_DIM ENCODER_LAYERS DECODER_LAYERS NUM_EXPERTS TOP_K EXPERT_HIDDEN_DIM TRAIN_SIZE \
+    TEST_SIZE VALID_LINES SAMPLE_PAIRS MAX_PIECES MAX_PAIRS SHARDS MIN_COUNT; do
+    [[ -z ${!name+set} ]] || require_whole "$name" 1
+  done
+  for name in SEED WARMUP_UPDATES HOLD_UPDATES SAMPLES NODE_RANK LINES; do
+    [[ -z ${!name+set} ]] || require_whole "$name" 0
+  done
+  [[ -z ${VOCAB_SIZE+set} ]] || require_whole VOCAB_SIZE 10
+  for name in LEARNING_RATE INIT_RANGE TEMPERATURE; do [[ -z ${!name+set} ]] || require_positive "$name"; done
+  for name in CLIP_NORM WEIGHT_DECAY IMPORTANCE_WEIGHT LOAD_WEIGHT SAMPLE_ALPHA LENPEN; do
+    [[ -z ${!name+set} ]] || require_number "$name"
+  done
+  for name in DROPOUT LABEL_SMOOTHING; do [[ -z ${!name+set} ]] || require_share "$name"; done
+  for name in EVALUATE AVERAGE_ONLY TIE_OUTPUT SLICE; do [[ -z ${!name+set} ]] || require_choice "$name" 0 1; done
+  [[ -z ${DEVICE+set} ]] || require_choice DEVICE auto cpu cuda
+  [[ -z ${AVERAGE+set} || -z ${UPDATES+set} || -z ${SAVE_INTERVAL+set} ]] || check_averaging
+}
+
+# check_averaging: the last AVERAGE checkpoints must exist, and the last of them be that of the last update.
+check_averaging() {
+  ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
+    die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+}
+
+# require_multiple: UPDATES must be a multiple of SAVE_INTERVAL, so that the last update has a checkpoint.
+require_multiple() {
+  ((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
 }
 
 # require_flags ARGUMENT...: refuse arguments that do not begin with a flag.
@@ -107,31 +169,43 @@ require_flags() {
   (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes flags of fairseq-train, which begin with -, not '$1'"
 }
 
-# hypotheses_of LOG: the detokenised translations in fairseq-generate's output, in the order of the test set.
-hypotheses_of() { grep '^D-' "$1" | sed 's/^D-//' | sort -n -k1,1 | cut -f3-; }
+# show_end LOG: the end of a log, on standard error.
+show_end() { tail -n 15 "$1" >&2; }
 
-# loss_of LOG: bits per token and how many tokens were scored, from fairseq-eval-lm's output, whose perplexity has only
-# two digits.
-loss_of() {
-  local found
-  found=$(sed -n -e 's/.*Evaluated \([0-9,]*\) tokens.*/tokens \1/p' -e 's/.*Loss (base 2): \([0-9.]*\).*/bits \1/p' "$1" |
-    tr -d , | awk '{ last[$1] = $2 } END { if (("bits" in last) && ("tokens" in last)) print last["bits"], last["tokens"] }')
-  [[ -n $found ]] || die "$1 holds no loss of fairseq-eval-lm; run evaluate.sh again"
-  printf '%s\n' "$found"
+# logged LOG COMMAND...: run with all output in LOG; show its end when the command fails.
+logged() {
+  local log=$1
+  shift
+  "$@" >"$log" 2>&1 || {
+    show_end "$log"
+    die "'$1' failed; the whole log is $log"
+  }
 }
 
-# logged COMMAND... with LOG set: run with all output in $LOG; show its end when the command fails.
-logged() {
-  if ! "$@" >"$LOG" 2>&1; then
-    tail -n 15 "$LOG" >&2
-    die "'$1' failed; the whole log is $LOG"
-  fi
+# quietly COMMAND...: run a command whose warnings are known; show them if it fails.
+quietly() {
+  local messages
+  messages=$(mktemp)
+  "$@" 2>"$messages" || {
+    show_end "$messages"
+    rm -f "$messages"
+    die "'$1' failed"
+  }
+  rm -f "$messages"
+}
+
+# translate_logged OUTPUT ARGUMENT...: translate with fairseq-generate, its log beside OUTPUT, the translations into OUTPUT.
+translate_logged() {
+  local output=$1
+  shift
+  logged "$output.log" fairseq-generate "$@" --user-dir "$REPOSITORY/nmt_moe" --num-workers 0 "${EVERY_SENTENCE[@]}" \
+    "${DEVICE_FLAGS[@]}"
+  nmt-moe hypotheses "$output.log" >"$output"
 }
 
 # set_device: turn DEVICE (auto, cpu or cuda) into DEVICE_FLAGS for fairseq; auto takes a GPU when there is one.
 # shellcheck disable=SC2034
 set_device() {
-  require_choice DEVICE auto cpu cuda
   DEVICE_FLAGS=()
   if [[ $DEVICE == cpu ]]; then DEVICE_FLAGS=(--cpu); fi
   if [[ $DEVICE == cuda ]]; then
@@ -145,19 +219,10 @@ set_device() {
 train_logged() {
   local log=$1
   shift
-  if ! "$@" 2>&1 | tee -a "$log" | awk '
-    function value(key, prefix) {
-      if (!match($0, "\"" prefix key "\": [^,}]+")) return ""
-      found = substr($0, RSTART, RLENGTH)
-      gsub(/.*: |"/, "", found)
-      return "  " key " " found
-    }
-    / \| train_inner \| \{/ { print "      " value("num_updates") value("ppl") value("wps") value("moe_cv_load") }
-    / \| valid \| \{/ { print "valid:" value("num_updates", "valid_") value("ppl", "valid_") }
-    { fflush() }'; then
-    tail -n 15 "$log" >&2
+  "$@" 2>&1 | tee -a "$log" | python "$REPOSITORY/recipes/logs.py" progress || {
+    show_end "$log"
     die "training failed; the whole log is $log. Run the same command again to go on from the last checkpoint."
-  fi
+  }
 }
 
 # keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS into FOLDER/settings; refuse others than those of the models or
@@ -169,6 +234,9 @@ keep_settings() {
     [[ -n $(find "$folder" \( -name '*.pt' -o -name 'done' \) -print -quit) ]]; then
     diff "$folder/settings" - <<<"$settings" >&2 || true
     die "$folder was trained with other settings or text (above: < then, > now). Choose another ${3:-RUN}, or remove it."
+  fi
+  if [[ -f $folder/settings && $(<"$folder/settings") != "$settings" && -s $folder/train.log ]]; then
+    mv "$folder/train.log" "$folder/train.$(date +%Y%m%d-%H%M%S).log" # of a training that had other settings
   fi
   printf '%s\n' "$settings" >"$folder/settings"
 }

@@ -17,7 +17,7 @@ fi
 bash "$ROOT/tools/setup.sh"
 if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
   python=$(command -v "$NMT_MOE_PYTHON")
-  "$python" "$ROOT/tools/check_environment.py" --extra demo --extra dev
+  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment --extra demo --extra dev
 else
   python=$ROOT/.venv/bin/python
 fi

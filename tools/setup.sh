@@ -61,11 +61,24 @@ find_python() {
   die "Python 3.11 or 3.12 is needed and not on PATH${refusals}. Install one, or name it: PYTHON=/path/to/python3.11"
 }
 
+# check_environment PYTHON FLAG...: name what it lacks of what the project needs, which is read in setup.cfg.
+check_environment() {
+  local python=$1 missing
+  shift
+  missing=$("$python" -c 'from importlib.util import find_spec as find
+print(*(name for name in ("click", "packaging") if find(name) is None))')
+  [[ -z $missing ]] || {
+    echo "$python lacks what its check itself needs: $missing, and probably more of setup.cfg's requirements" >&2
+    return 1
+  }
+  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment "$@" >/dev/null
+}
+
 # use_given PYTHON: check an environment that the user chose.
 use_given() {
   local python
   python=$(command -v "$1") || die "NMT_MOE_PYTHON=$1 is not a program"
-  "$python" "$ROOT/tools/check_environment.py" --extra demo ||
+  check_environment "$python" --extra demo ||
     die "NMT_MOE_PYTHON is used as it is: install what is missing, or unset it and let tools/setup.sh make .venv"
   say "using $python as it is"
 }
@@ -83,7 +96,7 @@ key_of_inputs() {
   ) | digest
 }
 
-environment_works() { "$VENV/bin/python" "$ROOT/tools/check_environment.py" --extra demo --extra dev "$@"; }
+environment_works() { check_environment "$VENV/bin/python" --extra demo --extra dev; }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
@@ -172,7 +185,7 @@ main() {
   # An inherited PYTHONPATH or PYTHONHOME must decide nothing here.
   unset PYTHONPATH PYTHONHOME
   if [[ -x $VENV/bin/python && -f $STAMPS/complete && $(<"$STAMPS/complete") == "$(key_of_inputs)" ]]; then
-    if environment_works --quick; then
+    if environment_works; then
       say "the environment is complete: $VENV"
       return
     fi

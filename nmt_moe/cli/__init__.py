@@ -11,6 +11,9 @@ import importlib
 import click
 
 from nmt_moe import __version__
+from nmt_moe.cli._command import Group, command, list_option
+
+__all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 
 # Name -> where its click command is, and its line in `nmt-moe --help`.
 COMMANDS = {
@@ -18,6 +21,24 @@ COMMANDS = {
         "nmt_moe.cli.check_environment:check_environment",
         "Check that this Python has everything nmt_moe needs.",
     ),
+    "check-parallel": (
+        "nmt_moe.cli.check_parallel:check_parallel",
+        "Check that texts have the same number of lines, none of them empty.",
+    ),
+    "hypotheses": (
+        "nmt_moe.cli.hypotheses:hypotheses",
+        "Take the translations out of fairseq-generate's output, in the order of the text.",
+    ),
+    "pieces": (
+        "nmt_moe.cli.pieces:pieces",
+        "Learn sentence pieces, cut text into them, join them again.",
+    ),
+    "plot": ("nmt_moe.cli.plot:plot", "Draw loss, perplexity and balance from training logs."),
+    "score": (
+        "nmt_moe.cli.score:score",
+        "Score a translation: BLEU of each kind, chrF, TER.",
+    ),
+    "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
 }
 
 

@@ -11,11 +11,8 @@ from typing import IO, Any
 import click
 
 
-class Command(click.Command):
-    """A command whose help ends with examples, and whose mistakes end in one message.
-
-    With NMT_MOE_TRACEBACK=1 the exception itself passes.
-    """
+class WithExamples(click.Command):
+    """A command or group whose help ends with examples."""
 
     def __init__(self, *args: Any, examples: str = "", **options: Any) -> None:
         super().__init__(*args, **options)
@@ -28,6 +25,17 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for line in self.examples.strip().splitlines():
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+class Group(WithExamples, click.Group):
+    """A command with subcommands."""
+
+
+class Command(WithExamples):
+    """A command whose mistakes end in one message.
+
+    With NMT_MOE_TRACEBACK=1 the exception itself passes.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse arguments; `--inputs a b` stands for `--inputs a --inputs b`."""

@@ -11,15 +11,19 @@ Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
+
+from nmt_moe.cli import Group, command
+from nmt_moe.scoring.logs import read_entries
+from nmt_moe.scoring.plots import make_figure
+from nmt_moe.text.lines import read_lines
 
 # The logs hold losses in bits.
 SPLITS = ("valid", "test")
@@ -61,9 +65,6 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-# Results
-
-
 @dataclass(frozen=True)
 class Result:
     """The end of one training: perplexity per token on the text for choosing and the unseen one."""
@@ -91,14 +92,9 @@ def read_result(log: Path) -> Result:
         ValueError: the training has not come to its end.
     """
     found: dict[str, float] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        text = line[line.find("{") :]
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            continue
+    for entry in read_entries(read_lines(log, allow_controls=True)):
         for split in SPLITS:
-            if isinstance(entry, dict) and f"{split}_nll_loss" in entry:
+            if f"{split}_nll_loss" in entry:
                 found[split] = 2 ** float(entry[f"{split}_nll_loss"])
     missing = [split for split in SPLITS if split not in found]
     if missing:
@@ -183,16 +179,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "drawing needs matplotlib, which is not installed: pip install 'nmt-moe[plot]', and "
-            "run again; nothing is trained twice"
-        ) from error
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(6.4, 4.4)
     axes = figure.subplots()
     has_gate = [row for row in rows if row.name not in ("lstm_4", "moe_1_wide", "moe_1_deep")]
     dense = [row for row in rows if row not in has_gate]
@@ -217,43 +204,39 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 # Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    flags = commands.add_parser("flags", help="print a model's flags of fairseq-train")
-    flags.add_argument("model")
-    flags.add_argument("--dim", type=int, required=True)
-    report = commands.add_parser("report", help="write table.md and capacity.png")
-    report.add_argument("--work", type=Path, required=True)
-    report.add_argument("--dim", type=int, required=True)
-    report.add_argument("--vocab-size", type=int, required=True)
-    return parser
+@click.group(cls=Group)
+def main() -> None:
+    """Models of growing capacity: their flags, their table and figure."""
 
 
-def execute(args: argparse.Namespace) -> None:
-    if args.command == "flags":
-        models = model_options(args.dim)
-        if args.model not in models:
-            raise ValueError(f"MODELS must be of {', '.join(models)}, but has '{args.model}'")
-        print(" ".join(as_flags(models[args.model])))
-    else:
-        rows = make_rows(collect(args.work), args.dim, args.vocab_size)
-        (args.work / "table.md").write_text(layout(rows), encoding="utf-8")
-        print(layout(rows), end="")
-        draw(rows, args.work / "capacity.png")
+DIM = click.option("--dim", type=int, required=True, help="Width of all layers.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
-    try:
-        execute(args)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+@command("flags", "capacity.py flags moe_16 --dim 64")
+@click.argument("model")
+@DIM
+def flags(model: str, dim: int) -> None:
+    """Print a model's flags of fairseq-train."""
+    models = model_options(dim)
+    if model not in models:
+        raise ValueError(f"MODELS must be of {', '.join(models)}, but has '{model}'")
+    print(" ".join(as_flags(models[model])))
 
+
+@command("report", "capacity.py report --work work --dim 64 --vocab-size 2000")
+@click.option("--work", type=Path, required=True, help="Folder of the runs.")
+@DIM
+@click.option("--vocab-size", type=int, required=True, help="Entries of the dictionary, and 4.")
+def report(work: Path, dim: int, vocab_size: int) -> None:
+    """Write table.md and capacity.png."""
+    rows = make_rows(collect(work), dim, vocab_size)
+    (work / "table.md").write_text(layout(rows), encoding="utf-8")
+    print(layout(rows), end="")
+    draw(rows, work / "capacity.png")
+
+
+main.add_command(flags)
+main.add_command(report)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,10 +13,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/capacity
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 TEXT_DIR=${TEXT_DIR:-}
 TRAIN=${TRAIN:-train.en}
@@ -32,30 +29,25 @@ split_text() {
 }
 
 learn_pieces() {
-  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --model "$WORK/spm.model" \
-    --dictionary "$WORK/dict.txt" "$WORK/text/train"
+  nmt-moe pieces train --vocab-size "$VOCAB_SIZE" --model "$WORK/spm.model" \
+    --dictionary "$WORK/dict.txt" --inputs "$WORK/text/train"
 }
 
 cut_texts() {
-  local split
   mkdir -p "$WORK/pieces"
-  for split in train valid test; do
-    python "$REPOSITORY/tools/pieces.py" encode --model "$WORK/spm.model" "$WORK/text/$split" >"$WORK/pieces/$split"
-  done
+  nmt-moe pieces encode --model "$WORK/spm.model" --inputs "$WORK/text"/{train,valid,test} \
+    --outputs "$WORK/pieces"/{train,valid,test}
 }
 
 binarise() {
   rm -rf "$WORK/data-bin"
-  LOG=$WORK/preprocess.log
-  logged fairseq-preprocess --only-source --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" \
+  logged "$WORK/preprocess.log" fairseq-preprocess --only-source --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" \
     --testpref "$WORK/pieces/test" --srcdict "$WORK/dict.txt" --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
 [[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder that holds the text, but is empty"
-require_whole VALID_LINES 1
-require_whole VOCAB_SIZE 10
-require_whole THREADS 1
+check_settings
 use_environment
 begin_steps "$WORK"
 run_step split "$TEXT_DIR $TRAIN $TEST $VALID_LINES" split_text

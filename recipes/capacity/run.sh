@@ -17,10 +17,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/capacity
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 MODELS=${MODELS:-lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h}
 DROPOUTS=${DROPOUTS:-0.0 0.1}
@@ -50,25 +47,25 @@ train_model() { # MODEL DROPOUT SEED
   flags=$(python "$HERE/capacity.py" flags "$1" --dim "$DIM")
   mkdir -p "$run"
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=$THREADS LOG=$run/train.log logged fairseq-train "$WORK/data-bin" \
+  OMP_NUM_THREADS=$THREADS logged "$run/train.log" fairseq-train "$WORK/data-bin" \
     --user-dir "$REPOSITORY/nmt_moe" --task language_modeling --sample-break-mode eos --arch lstm_moe_lm $flags \
     --dropout "$2" --init-range "$INIT_RANGE" --criterion moe_cross_entropy --optimizer adam \
     --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$UPDATES" --max-update "$UPDATES" \
     --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" --no-save \
     --valid-subset valid,test --validate-interval 1000000 "${LOG_FORMAT[@]}" --log-interval 50 "${DEVICE_FLAGS[@]}"
-  grep -o '"test_ppl": "[^"]*"' "$run/train.log" | tail -n 1
   touch "$run/done"
 }
 
 (($# == 0)) || die "run.sh takes no arguments but --help, not '$1'"
-for name in DIM UPDATES MAX_TOKENS WARMUP_UPDATES THREADS; do require_whole "$name" 1; done
-for name in $SEEDS; do [[ $name =~ ^[0-9]{1,9}$ ]] || die "SEEDS must be whole numbers, but has '$name'"; done
-for name in $DROPOUTS; do [[ $name =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUTS must be from 0 to below 1, but has '$name'"; done
+check_settings
+# shellcheck disable=SC2034
+for SEED in $SEEDS; do require_whole SEED 0; done
+# shellcheck disable=SC2034
+for DROPOUT in $DROPOUTS; do require_share DROPOUT; done
 [[ -n ${MODELS// /} && -n ${SEEDS// /} && -n ${DROPOUTS// /} ]] || die "MODELS, DROPOUTS and SEEDS must not be empty"
 use_environment
-NMT_MOE_PYTHON=$(command -v python)
-export NMT_MOE_PYTHON WORK
+export WORK
 set_device
 for model in $MODELS; do python "$HERE/capacity.py" flags "$model" --dim "$DIM" >/dev/null || exit 1; done
 bash "$HERE/prepare.sh"

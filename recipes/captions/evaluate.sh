@@ -11,10 +11,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/captions
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 RUN=${RUN:-${MODEL:-moe}-seed${SEED:-1}}
 WORK=${WORK:-$HERE/work}
@@ -24,20 +21,18 @@ DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 
 score() { # SUBSET
-  local found bits scored figures
-  LOG=$WORK/$RUN/$1.log
-  OMP_NUM_THREADS=$THREADS logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
+  local found bits scored figures log=$WORK/$RUN/$1.log
+  OMP_NUM_THREADS=$THREADS logged "$log" fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --path "$CHECKPOINT" --gen-subset "$1" --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 \
     "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-  found=$(loss_of "$LOG")
+  found=$(python "$REPOSITORY/recipes/logs.py" loss "$log")
   read -r bits scored <<<"$found"
   figures=$(python "$HERE/score.py" --bits "$bits" --scored "$scored" --pieces "$WORK/pieces/$1" --text "$WORK/text/$1")
   printf '%s, %s: %s\n' "$1" "$RUN" "$figures"
 }
 
 (($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
-require_whole MAX_TOKENS 1
-require_whole THREADS 1
+check_settings
 [[ -f $CHECKPOINT ]] ||
   die "$CHECKPOINT is missing: train it with 'RUN=$RUN bash recipes/captions/train.sh', or set RUN, WORK or CHECKPOINT"
 use_environment

@@ -13,10 +13,7 @@
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 export VOCAB_SIZE=${VOCAB_SIZE:-8000} WORK=${WORK:-$REPOSITORY/recipes/captions/work}
 exec bash "$REPOSITORY/recipes/capacity/prepare.sh" "$@"

@@ -1,19 +1,15 @@
 #!/usr/bin/env python3
-"""Turn the loss that fairseq-eval-lm logs into perplexities that do not hang on the vocabulary.
-
-    score.py --bits 4.39 --scored 90158 --pieces pieces/test --text text/test
-
-Prints perplexity per piece, per word and bits per character: one loss, that of all pieces and ends
-of sentence, spread over three counts. Only pieces count the ends of sentence.
-"""
+"""Turn the loss that fairseq-eval-lm logs into perplexities that do not hang on the vocabulary."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
+
+from nmt_moe.cli import command
+from nmt_moe.text.lines import read_lines
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,6 @@ class Score:
         )
 
 
-def read_lines(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [line.removesuffix("\n") for line in file]
-
-
 def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path) -> Score:
     """Spread a loss over a text of a sentence a line and over its pieces.
 
@@ -48,9 +39,9 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
     if num_scored != num_pieces:
         raise ValueError(
             f"`--scored` must be {num_pieces}, the pieces and ends of sentence of {pieces}, but is "
-            f"{num_scored}. Prepare the text again and score it anew."
+            f"{num_scored}. Prepare the text again and score it again."
         )
-    lines = read_lines(text)
+    lines = list(read_lines(text))
     return Score(
         bits=bits_per_piece * num_pieces,
         pieces=num_pieces,
@@ -59,22 +50,19 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bits", type=float, required=True, help="loss per piece, to base 2")
-    parser.add_argument("--scored", type=int, required=True, help="pieces, ends of sentence too")
-    parser.add_argument("--pieces", type=Path, required=True, help="the text as it was scored")
-    parser.add_argument("--text", type=Path, required=True, help="before it was cut into pieces")
-    args = parser.parse_args(arguments)
-    try:
-        print(score_text(args.bits, args.scored, args.pieces, args.text))
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+@command("score.py", "score.py --bits 4.39 --scored 90158 --pieces pieces/test --text text/test")
+@click.option("--bits", type=float, required=True, help="Loss per piece, to base 2.")
+@click.option("--scored", type=int, required=True, help="Pieces, ends of sentence too.")
+@click.option("--pieces", type=Path, required=True, help="The text as it was scored.")
+@click.option("--text", type=Path, required=True, help="Before it was cut into pieces.")
+def main(bits: float, scored: int, pieces: Path, text: Path) -> None:
+    """Print perplexity per piece, per word and bits per character.
+
+    One loss, that of all pieces and ends of sentence, is spread over three counts. Only pieces
+    count the ends of sentence.
+    """
+    print(score_text(bits, scored, pieces, text))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,10 +15,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/captions
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 MODEL=${MODEL:-moe}
 SEED=${SEED:-1}
@@ -75,19 +72,11 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
 }
 
 require_choice MODEL moe dense
-for name in UPDATES WARMUP_UPDATES MAX_TOKENS SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
-for name in SAMPLES SEED; do require_whole "$name" 0; done
-require_positive LEARNING_RATE
-require_choice EVALUATE 0 1
+check_settings
+require_multiple
 require_flags "$@"
-[[ $DROPOUT =~ ^0(\.[0-9]+)?$ ]] || die "DROPOUT must be from 0 to below 1, but is '$DROPOUT'"
-((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
-((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
-  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
 use_environment
-# prepare.sh and evaluate.sh need no second look at the environment.
-NMT_MOE_PYTHON=$(command -v python)
-export NMT_MOE_PYTHON WORK RUN DEVICE THREADS
+export WORK RUN DEVICE THREADS
 set_device
 set_model_flags
 bash "$HERE/prepare.sh"

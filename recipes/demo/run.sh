@@ -43,10 +43,7 @@ AVERAGE=${AVERAGE:-3}
 
 while (($#)); do
   case $1 in
-    -h | --help)
-      print_manual "${BASH_SOURCE[0]}"
-      exit
-      ;;
+    -h | --help) manual_if_asked "$1" ;;
     --)
       shift
       break
@@ -66,10 +63,7 @@ TRAIN_FLAGS=("$@")
 require_choice TARGET_LANG fr de
 require_whole UPDATES 1
 SAVE_INTERVAL=${SAVE_INTERVAL:-$(((10#$UPDATES + 14) / 15))}
-for name in TRAIN_SIZE TEST_SIZE VOCAB_SIZE MAX_TOKENS AVERAGE SAVE_INTERVAL BEAM; do require_whole "$name" 1; done
-require_whole SEED 0
-((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
-  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+check_settings
 
 make_corpus() {
   python "$HERE/make_corpus.py" "$WORK/corpus" --target-lang "$TARGET_LANG" --seed "$SEED" \
@@ -78,22 +72,19 @@ make_corpus() {
 }
 
 cut_into_pieces() {
-  local split language
-  python "$REPOSITORY/tools/pieces.py" train --type bpe --vocab-size "$VOCAB_SIZE" --at-most --model "$WORK/spm.model" \
-    --dictionary "$WORK/dict.txt" "$WORK/corpus"/train.{en,"$TARGET_LANG"}
+  local split
+  nmt-moe pieces train --model-type bpe --vocab-size "$VOCAB_SIZE" --no-hard-vocab-limit --model "$WORK/spm.model" \
+    --dictionary "$WORK/dict.txt" --inputs "$WORK/corpus"/train.{en,"$TARGET_LANG"}
   mkdir -p "$WORK/pieces"
   for split in train valid test; do
-    for language in en "$TARGET_LANG"; do
-      python "$REPOSITORY/tools/pieces.py" encode --model "$WORK/spm.model" "$WORK/corpus/$split.$language" \
-        >"$WORK/pieces/$split.$language"
-    done
+    nmt-moe pieces encode --model "$WORK/spm.model" --inputs "$WORK/corpus/$split".{en,"$TARGET_LANG"} \
+      --outputs "$WORK/pieces/$split".{en,"$TARGET_LANG"}
   done
 }
 
 binarise() {
   rm -rf "$WORK/data-bin"
-  LOG=$WORK/preprocess.log
-  logged fairseq-preprocess --source-lang en --target-lang "$TARGET_LANG" --srcdict "$WORK/dict.txt" \
+  logged "$WORK/preprocess.log" fairseq-preprocess --source-lang en --target-lang "$TARGET_LANG" --srcdict "$WORK/dict.txt" \
     --tgtdict "$WORK/dict.txt" --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" \
     --testpref "$WORK/pieces/test" --destdir "$WORK/data-bin"
 }
@@ -120,16 +111,14 @@ average() {
 }
 
 translate() {
-  LOG=$WORK/translate.log
-  logged fairseq-generate "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$WORK/average.pt" \
-    --gen-subset test --beam "$BEAM" --batch-size 128 --remove-bpe sentencepiece --num-workers 0 \
-    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-  hypotheses_of "$LOG" >"$WORK/translation.$TARGET_LANG"
-  python "$REPOSITORY/tools/check_parallel.py" --allow-empty "$WORK"/{corpus/test,translation}."$TARGET_LANG"
+  local output=$WORK/translation.$TARGET_LANG
+  translate_logged "$output" "$WORK/data-bin" --path "$WORK/average.pt" --gen-subset test --beam "$BEAM" \
+    --batch-size 128 --remove-bpe sentencepiece
+  nmt-moe check-parallel --allow-empty "$WORK/corpus/test.$TARGET_LANG" "$output"
 }
 
 score() {
-  sacrebleu "$WORK/corpus/test.$TARGET_LANG" -i "$WORK/translation.$TARGET_LANG" --metrics bleu chrf --format text \
+  quietly sacrebleu "$WORK/corpus/test.$TARGET_LANG" -i "$WORK/translation.$TARGET_LANG" --metrics bleu chrf --format text \
     >"$WORK/score.txt"
 }
 
@@ -144,7 +133,7 @@ set_device
 after_setup=$SECONDS
 begin_steps "$WORK"
 say "English to $TARGET_LANG in $WORK; the log of the training is $WORK/training/train.log"
-run_step corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(sha256sum <"$HERE/make_corpus.py")" make_corpus
+run_step corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(digest <"$HERE/make_corpus.py")" make_corpus
 run_step pieces "$VOCAB_SIZE" cut_into_pieces
 run_step binarise "" binarise
 run_step train "$UPDATES $MAX_TOKENS $LEARNING_RATE $MODEL_DIM $LSTM_HIDDEN_DIM $NUM_EXPERTS $TOP_K $EXPERT_HIDDEN_DIM

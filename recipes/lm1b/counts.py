@@ -1,10 +1,6 @@
 #!/usr/bin/env python3
 """Count sentences and words of train, valid and test, and compare with what is published.
 
-    counts.py --text work/full/text --published
-
-Writes `counts.tsv` beside the texts: part, sentences, words.
-
 The benchmark's README names 829,250,940 training tokens, a mark at each end of a sentence included,
 and the scored tokens of its held-out shards, of which sentences have one more than words. Without
 the marks of 30,301,028 sentences, 768,648,884 words are left, which others counted too.
@@ -15,11 +11,13 @@ README.corpus_generation; sentences: https://huggingface.co/datasets/lm1b.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
+
+from nmt_moe.cli import command
 
 PARTS = ("train", "valid", "test")
 
@@ -83,28 +81,19 @@ def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, 
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, required=True, help="folder of train, valid and test")
-    parser.add_argument(
-        "--published", action="store_true", help="refuse other counts than the benchmark's"
-    )
-    args = parser.parse_args(arguments)
-    try:
-        counts = {part: count(args.text / part) for part in PARTS}
-        for part, found in counts.items():
-            print(f"{part}: {found.sentences:,} sentences, {found.words:,} words")
-        if args.published:
-            check_published(counts, PUBLISHED)
-        rows = [f"{part}\t{found.sentences}\t{found.words}\n" for part, found in counts.items()]
-        (args.text / "counts.tsv").write_text("".join(rows), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+@command("counts.py", "counts.py --text work/full/text --published")
+@click.option("--text", type=Path, required=True, help="Folder of train, valid and test.")
+@click.option("--published", is_flag=True, help="Refuse other counts than the benchmark's.")
+def main(text: Path, published: bool) -> None:
+    """Count sentences and words into `counts.tsv` beside the texts."""
+    counts = {part: count(text / part) for part in PARTS}
+    for part, found in counts.items():
+        print(f"{part}: {found.sentences:,} sentences, {found.words:,} words")
+    if published:
+        check_published(counts, PUBLISHED)
+    rows = [f"{part}\t{found.sentences}\t{found.words}\n" for part, found in counts.items()]
+    (text / "counts.tsv").write_text("".join(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,10 +11,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/lm1b
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 SLICE=${SLICE:-0}
 require_choice SLICE 0 1
@@ -31,19 +28,19 @@ DEVICE=${DEVICE:-auto}
 
 (($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
 require_choice SUBSET test valid
-require_whole MAX_TOKENS 1
+check_settings
 [[ -f $CHECKPOINT ]] ||
   die "$CHECKPOINT is missing: train it with 'RUN=$RUN bash recipes/lm1b/train.sh', or set RUN, WORK or CHECKPOINT"
 use_environment
 set_device
-LOG=$WORK/$RUN/$SUBSET.log
-mkdir -p "$(dirname "$LOG")"
-logged fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$CHECKPOINT" --gen-subset "$SUBSET" \
+log=$WORK/$RUN/$SUBSET.log
+mkdir -p "$(dirname "$log")"
+logged "$log" fairseq-eval-lm "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --path "$CHECKPOINT" --gen-subset "$SUBSET" \
   --sample-break-mode eos --max-tokens "$MAX_TOKENS" --num-workers 0 "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-found=$(loss_of "$LOG")
+found=$(python "$REPOSITORY/recipes/logs.py" loss "$log")
 read -r loss tokens <<<"$found"
 expected=$(awk -v part="$SUBSET" '$1 == part { print $2 + $3 }' "$WORK/text/counts.tsv")
 [[ $tokens == "$expected" ]] ||
-  die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $LOG"
+  die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $log"
 printf '%s, %s: perplexity %s over %s words, ends of sentence included\n' "$SUBSET" "$RUN" \
   "$(awk "BEGIN { printf \"%.2f\", 2 ^ $loss }")" "$tokens" | tee "$WORK/$RUN/$SUBSET.txt"

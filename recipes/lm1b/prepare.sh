@@ -18,10 +18,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/lm1b
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 SLICE=${SLICE:-0}
 require_choice SLICE 0 1
@@ -57,8 +54,7 @@ count_texts() {
 
 binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
   rm -rf "$WORK/data-bin"
-  LOG=$WORK/preprocess.log
-  logged fairseq-preprocess --user-dir "$REPOSITORY/nmt_moe" --only-source --trainpref "$WORK/text/train" \
+  logged "$WORK/preprocess.log" fairseq-preprocess --user-dir "$REPOSITORY/nmt_moe" --only-source --trainpref "$WORK/text/train" \
     --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --thresholdsrc "$MIN_COUNT" --padding-factor 1 \
     --destdir "$WORK/data-bin" --workers "$THREADS"
 }
@@ -87,10 +83,7 @@ check_vocabulary() {
 }
 
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
-require_whole SHARDS 1
-require_whole LINES 0
-require_whole MIN_COUNT 1
-require_whole THREADS 1
+check_settings
 use_environment
 begin_steps "$WORK"
 run_step fetch "$SHARDS $LINES $LM1B_MIRROR $LM1B_SHA256" fetch_texts

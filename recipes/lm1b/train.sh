@@ -17,10 +17,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/lm1b
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 
 SLICE=${SLICE:-0}
 require_choice SLICE 0 1
@@ -95,14 +92,10 @@ train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
     --validate-interval-updates "$SAVE_INTERVAL" "${LOG_FORMAT[@]}" --log-interval 20 "${DEVICE_FLAGS[@]}" "$@"
 }
 
-for name in NODES BATCH_WORDS MAX_TOKENS EPOCHS WARMUP_UPDATES VALID_TOKENS SAVE_INTERVAL; do require_whole "$name" 1; done
-for name in SAMPLES NODE_RANK SEED; do require_whole "$name" 0; done
-require_positive LEARNING_RATE
-require_choice EVALUATE 0 1
+check_settings
 require_flags "$@"
 use_environment
-NMT_MOE_PYTHON=$(command -v python)
-export NMT_MOE_PYTHON SLICE WORK RUN DEVICE
+export SLICE WORK RUN DEVICE
 set_device
 set_sizes
 set_launcher

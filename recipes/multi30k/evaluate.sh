@@ -15,10 +15,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multi30k
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -29,38 +26,38 @@ BATCH_SIZE=${BATCH_SIZE:-64}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-2}
 
-# translate SUBSET SPLIT LENPEN: into $OUTPUT, as the model writes it and in the official tokenised form.
+# translate OUTPUT SUBSET SPLIT LENPEN: into OUTPUT, as the model writes it, and beside it in the official tokenised form.
 translate() {
-  LOG=$OUTPUT.log
-  OMP_NUM_THREADS=$THREADS logged fairseq-generate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
-    --path "$CHECKPOINTS" --gen-subset "$1" --beam "$BEAM" --lenpen "$3" --batch-size "$BATCH_SIZE" \
-    --remove-bpe sentencepiece --num-workers 0 "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-  hypotheses_of "$LOG" >"$OUTPUT"
-  python "$REPOSITORY/tools/check_parallel.py" --allow-empty "$OUTPUT" "$WORK_FOLDER/text/$2.$PAIR" >/dev/null
+  local output=$1
+  OMP_NUM_THREADS=$THREADS translate_logged "$output" "$WORK_FOLDER/data-bin" --path "$CHECKPOINTS" --gen-subset "$2" \
+    --beam "$BEAM" --lenpen "$4" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece
+  nmt-moe check-parallel --allow-empty "$output" "$WORK_FOLDER/text/$3.$PAIR" >/dev/null
   if [[ $CASE == lower ]]; then
-    cp "$OUTPUT" "$OUTPUT.lc.norm.tok"
+    cp "$output" "$output.lc.norm.tok"
   else
-    python "$HERE/moses_text.py" "$PAIR" <"$OUTPUT" >"$OUTPUT.lc.norm.tok"
+    python "$HERE/moses_text.py" "$PAIR" <"$output" >"$output.lc.norm.tok"
   fi
 }
 
-# The official file is tokenised already: sacrebleu must take it as it is, and --force says that this is meant.
-score_tokenised() { # SPLIT FORMAT-FLAG...
-  local split=$1
-  shift
-  sacrebleu "$WORK_FOLDER/text/$split.lc.norm.tok.$PAIR" -i "$OUTPUT.lc.norm.tok" --tokenize none --force "$@"
+# score_tokenised OUTPUT SPLIT FORMAT-FLAG...: the official file is tokenised already: sacrebleu must take it as it is, and
+# --force says that this is meant.
+score_tokenised() {
+  quietly sacrebleu "$WORK_FOLDER/text/$2.lc.norm.tok.$PAIR" -i "$1.lc.norm.tok" --tokenize none --force "${@:3}"
 }
 
-report() { # SPLIT
-  printf '%s, English to %s, %s, beam %s, length penalty %s\n' "$1" "$PAIR" "$RUN" "$BEAM" "$BEST"
-  printf '  lower-cased tokenised  %s\n' "$(score_tokenised "$1" --format text 2>/dev/null)"
+report() { # OUTPUT SPLIT LENPEN
+  local tokenised cased
+  tokenised=$(score_tokenised "$1" "$2" --format text)
+  printf '%s, English to %s, %s, beam %s, length penalty %s\n' "$2" "$PAIR" "$RUN" "$BEAM" "$3"
+  printf '  lower-cased tokenised  %s\n' "$tokenised"
   if [[ $CASE != lower ]]; then
-    sacrebleu "$WORK_FOLDER/text/$1.$PAIR" -i "$OUTPUT" --metrics bleu chrf --format text | sed 's/^/  cased  /'
+    cased=$(quietly sacrebleu "$WORK_FOLDER/text/$2.$PAIR" -i "$1" --metrics bleu chrf --format text)
+    printf '  cased  %s\n' "${cased//$'\n'/$'\n  cased  '}"
   fi
 }
 
-evaluate_pair() {
-  local lenpen score best_score=-1
+evaluate_pair() { # PAIR
+  local lenpen score best="" best_score=-1 file outputs
   PAIR=$1
   WORK_FOLDER=$(work_folder "$PAIR")
   RUN_FOLDER=$WORK_FOLDER/$RUN
@@ -69,28 +66,26 @@ evaluate_pair() {
     [[ -f $file ]] ||
       die "$file is missing: train it with 'RUN=$RUN bash recipes/multi30k/train.sh $PAIR', or set RUN or CHECKPOINT"
   done
-  mkdir -p "$RUN_FOLDER/translations"
+  outputs=$RUN_FOLDER/translations
+  mkdir -p "$outputs"
   for lenpen in $LENPENS; do
-    OUTPUT=$RUN_FOLDER/translations/val.lenpen$lenpen
-    translate valid val "$lenpen"
-    score=$(score_tokenised val --score-only --width 2 2>/dev/null)
+    translate "$outputs/val.lenpen$lenpen" valid val "$lenpen"
+    score=$(score_tokenised "$outputs/val.lenpen$lenpen" val --score-only --width 2)
     say "val, length penalty $lenpen: lower-cased tokenised BLEU $score"
     if awk "BEGIN { exit !($score > $best_score) }"; then
       best_score=$score
-      BEST=$lenpen
+      best=$lenpen
     fi
   done
-  OUTPUT=$RUN_FOLDER/translations/val.lenpen$BEST
-  report val | tee "$RUN_FOLDER/scores.txt"
-  OUTPUT=$RUN_FOLDER/translations/test_2016_flickr
-  translate test test_2016_flickr "$BEST"
-  report test_2016_flickr | tee -a "$RUN_FOLDER/scores.txt"
+  report "$outputs/val.lenpen$best" val "$best" | tee "$RUN_FOLDER/scores.txt"
+  translate "$outputs/test_2016_flickr" test test_2016_flickr "$best"
+  report "$outputs/test_2016_flickr" test_2016_flickr "$best" | tee -a "$RUN_FOLDER/scores.txt"
   say "translations and scores: $RUN_FOLDER"
 }
 
 parse_pairs "$@"
 ((${#FLAGS[@]} == 0)) || die "evaluate.sh takes no flags but --help, not '${FLAGS[0]}'"
-require_whole BEAM 1
+check_settings
 for name in $LENPENS; do [[ $name =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "LENPENS must be numbers, but has '$name'"; done
 use_environment
 set_device

@@ -19,10 +19,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multi30k
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -46,7 +43,7 @@ fetch_texts() { # one folder of raw text, one of the official lower-cased, token
     ${MULTI30K_DIR:+--folder "$MULTI30K_DIR"}
   for split in "${SPLITS[@]}"; do
     for kind in "" .lc.norm.tok; do
-      python "$REPOSITORY/tools/check_parallel.py" "$WORK_FOLDER/text/$split$kind".{en,"$PAIR"}
+      nmt-moe check-parallel "$WORK_FOLDER/text/$split$kind".{en,"$PAIR"}
     done
   done
 }
@@ -67,31 +64,25 @@ select_texts() { # the form of the text that is trained on
 }
 
 learn_pieces() {
-  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --type "$PIECE_TYPE" \
-    --model "$WORK_FOLDER/spm.model" --dictionary "$WORK_FOLDER/dict.txt" "$WORK_FOLDER"/selected/train.{en,"$PAIR"}
+  nmt-moe pieces train --vocab-size "$VOCAB_SIZE" --model-type "$PIECE_TYPE" \
+    --model "$WORK_FOLDER/spm.model" --dictionary "$WORK_FOLDER/dict.txt" --inputs "$WORK_FOLDER"/selected/train.{en,"$PAIR"}
 }
 
 cut_texts() { # only the training text is cut in several ways; the two sides are cut independently
-  local split language samples seed
+  local split samples
   mkdir -p "$WORK_FOLDER/pieces"
   for split in "${SPLITS[@]}"; do
     samples=0
     [[ $split == train ]] && samples=$SAMPLES
-    seed=0
-    for language in en "$PAIR"; do
-      seed=$((seed + 1))
-      python "$REPOSITORY/tools/pieces.py" encode --model "$WORK_FOLDER/spm.model" --samples "$samples" \
-        --alpha "$SAMPLE_ALPHA" --seed "$seed" "$WORK_FOLDER/selected/$split.$language" \
-        >"$WORK_FOLDER/pieces/$split.$language"
-    done
-    python "$REPOSITORY/tools/check_parallel.py" "$WORK_FOLDER/pieces/$split".{en,"$PAIR"}
+    nmt-moe pieces encode --model "$WORK_FOLDER/spm.model" --samples "$samples" --alpha "$SAMPLE_ALPHA" \
+      --inputs "$WORK_FOLDER/selected/$split".{en,"$PAIR"} --outputs "$WORK_FOLDER/pieces/$split".{en,"$PAIR"}
+    nmt-moe check-parallel "$WORK_FOLDER/pieces/$split".{en,"$PAIR"}
   done
 }
 
 binarise() {
   rm -rf "$WORK_FOLDER/data-bin"
-  LOG=$WORK_FOLDER/preprocess.log
-  logged fairseq-preprocess --source-lang en --target-lang "$PAIR" \
+  logged "$WORK_FOLDER/preprocess.log" fairseq-preprocess --source-lang en --target-lang "$PAIR" \
     --trainpref "$WORK_FOLDER/pieces/train" --validpref "$WORK_FOLDER/pieces/val" \
     --testpref "$WORK_FOLDER/pieces/test_2016_flickr" \
     --srcdict "$WORK_FOLDER/dict.txt" --tgtdict "$WORK_FOLDER/dict.txt" --destdir "$WORK_FOLDER/data-bin" \
@@ -103,7 +94,7 @@ prepare_pair() {
   WORK_FOLDER=$(work_folder "$PAIR")
   say "preparing English to $PAIR in $WORK_FOLDER"
   begin_steps "$WORK_FOLDER"
-  run_step fetch "$PAIR $MULTI30K_DIR $(sha256sum <"$SHA256SUMS")" fetch_texts
+  run_step fetch "$PAIR $MULTI30K_DIR $(digest <"$SHA256SUMS")" fetch_texts
   run_step select "$CASE" select_texts
   run_step learn-pieces "$VOCAB_SIZE $PIECE_TYPE" learn_pieces
   run_step cut "$SAMPLES $SAMPLE_ALPHA" cut_texts
@@ -114,9 +105,7 @@ prepare_pair() {
 
 parse_pairs "$@"
 ((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help, not '${FLAGS[0]}'"
-require_whole VOCAB_SIZE 10
-require_whole SAMPLES 0
-require_whole THREADS 1
+check_settings
 require_choice PIECE_TYPE unigram bpe
 [[ -f $SHA256SUMS ]] || die "SHA256SUMS=$SHA256SUMS is missing"
 use_environment

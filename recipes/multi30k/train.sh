@@ -14,10 +14,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multi30k
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -118,14 +115,10 @@ train_pair() {
 parse_pairs "$@"
 require_choice MODEL moe dense
 require_choice CHOOSE last best
-for name in UPDATES MAX_TOKENS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
-((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
-((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
-  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+check_settings
+require_multiple
 use_environment
-# prepare.sh and evaluate.sh need no second look at the environment.
-NMT_MOE_PYTHON=$(command -v python)
-export NMT_MOE_PYTHON CASE
+export CASE
 set_device
 set_model_flags
 # shellcheck disable=SC2153

@@ -12,10 +12,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multilingual
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -32,33 +29,31 @@ THREADS=${THREADS:-2}
 bleu_tokens() { if [[ $1 == ja ]]; then echo char; else echo 13a; fi; }
 
 measure_perplexity() { # one line a direction: DIRECTION PERPLEXITY
-  LOG=$RUN_FOLDER/validate.log
-  logged fairseq-validate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" \
-    --lang-pairs "$(IFS=,; printf '%s' "${SCORED[*]}")" --path "$CHECKPOINT" --valid-subset valid \
+  logged "$RUN_FOLDER/validate.log" fairseq-validate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
+    "${TASK_FLAGS[@]}" --lang-pairs "$(IFS=,; printf '%s' "${SCORED[*]}")" --path "$CHECKPOINT" --valid-subset valid \
     --max-tokens 4000 --skip-invalid-size-inputs-valid-test --num-workers 0 "${EVERY_SENTENCE[@]}" \
     --log-format json "${DEVICE_FLAGS[@]}"
-  grep -o '"valid_[a-z]*-[a-z]*_ppl": "[0-9.]*"' "$LOG" | sed -E 's/"valid_(.*)_ppl": "(.*)"/\1 \2/'
+  python "$REPOSITORY/recipes/logs.py" perplexities "$RUN_FOLDER/validate.log"
 }
 
 score_direction() { # DIRECTION: one line, BLEU and chrF
-  local source=${1%-*} target=${1#*-} pair output=$RUN_FOLDER/translations/test.$1
+  local source=${1%-*} target=${1#*-} pair reference scores output=$RUN_FOLDER/translations/test.$1
   if [[ $source == en ]]; then pair=$1; else pair=en-$source; fi
-  LOG=$output.log
-  logged fairseq-generate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" \
-    --lang-pairs "$LANG_PAIRS" --source-lang "$source" --target-lang "$target" --path "$CHECKPOINT" --gen-subset test \
-    --beam "$BEAM" --lenpen "$LENPEN" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece --num-workers 0 \
-    "${EVERY_SENTENCE[@]}" "${DEVICE_FLAGS[@]}"
-  hypotheses_of "$LOG" >"$output"
-  python "$REPOSITORY/tools/check_parallel.py" --allow-empty "$output" "$WORK_FOLDER/text/test.$pair.$target" >/dev/null
-  sacrebleu "$WORK_FOLDER/text/test.$pair.$target" -i "$output" --metrics bleu chrf \
-    --tokenize "$(bleu_tokens "$target")" --format json >"$output.scores.json"
-  sacrebleu "$WORK_FOLDER/text/test.$pair.$target" -i "$output" --metrics bleu chrf --score-only --width 2 \
-    --tokenize "$(bleu_tokens "$target")" --format text | tr '\n' ' '
+  reference=$WORK_FOLDER/text/test.$pair.$target
+  translate_logged "$output" "$WORK_FOLDER/data-bin" "${TASK_FLAGS[@]}" --lang-pairs "$LANG_PAIRS" \
+    --source-lang "$source" --target-lang "$target" --path "$CHECKPOINT" --gen-subset test --beam "$BEAM" \
+    --lenpen "$LENPEN" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece
+  nmt-moe check-parallel --allow-empty "$output" "$reference" >/dev/null
+  quietly sacrebleu "$reference" -i "$output" --metrics bleu chrf --tokenize "$(bleu_tokens "$target")" --format json \
+    >"$output.scores.json"
+  scores=$(quietly sacrebleu "$reference" -i "$output" --metrics bleu chrf --score-only --width 2 \
+    --tokenize "$(bleu_tokens "$target")" --format text)
+  printf '%s' "${scores//$'\n'/ }"
 }
 
 (($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'; its variables choose"
 require_choice MODEL moe dense single
-require_whole BEAM 1
+check_settings
 SCORED=("${DIRECTIONS[@]}")
 NAME=$MODEL
 if [[ $MODEL == single ]]; then

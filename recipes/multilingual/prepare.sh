@@ -15,10 +15,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multilingual
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -64,7 +61,7 @@ copy_texts() {
         # gzip -f passes a file on that is not gzipped. awk reads to the end, so that no pipe breaks.
         gzip -cdf "$path" | awk -v limit="$limit" 'NR <= limit' >"$WORK_FOLDER/text/$split.$pair.$side"
       done
-      python "$REPOSITORY/tools/check_parallel.py" "$WORK_FOLDER/text/$split.$pair".{en,"$language"}
+      nmt-moe check-parallel "$WORK_FOLDER/text/$split.$pair".{en,"$language"}
     done
   done
 }
@@ -73,29 +70,25 @@ learn_pieces() { # of each distinct line once: English is in every pair
   local language files=()
   cat "$WORK_FOLDER"/text/train.en-*.en | sort -u >"$WORK_FOLDER/unique.en"
   for language in $LANGUAGES; do files+=("$WORK_FOLDER/text/train.en-$language.$language"); done
-  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --model "$WORK_FOLDER/spm.model" \
-    --dictionary "$WORK_FOLDER/dict.txt" "$WORK_FOLDER/unique.en" "${files[@]}"
+  nmt-moe pieces train --vocab-size "$VOCAB_SIZE" --model "$WORK_FOLDER/spm.model" \
+    --dictionary "$WORK_FOLDER/dict.txt" --inputs "$WORK_FOLDER/unique.en" "${files[@]}"
 }
 
 cut_texts() {
-  local language side split
+  local language split names=()
   mkdir -p "$WORK_FOLDER/pieces"
   for language in $LANGUAGES; do
-    for split in "${SPLITS[@]}"; do
-      for side in en "$language"; do
-        python "$REPOSITORY/tools/pieces.py" encode --model "$WORK_FOLDER/spm.model" \
-          "$WORK_FOLDER/text/$split.en-$language.$side" >"$WORK_FOLDER/pieces/$split.en-$language.$side"
-      done
-    done
+    for split in "${SPLITS[@]}"; do names+=("$split.en-$language".{en,"$language"}); done
   done
+  nmt-moe pieces encode --model "$WORK_FOLDER/spm.model" --inputs "${names[@]/#/$WORK_FOLDER/text/}" \
+    --outputs "${names[@]/#/$WORK_FOLDER/pieces/}"
 }
 
 binarise() { # a pair's two directions read the same files
   local language
   rm -rf "$WORK_FOLDER/data-bin"
   for language in $LANGUAGES; do
-    LOG=$WORK_FOLDER/preprocess.$language.log
-    logged fairseq-preprocess --source-lang en --target-lang "$language" \
+    logged "$WORK_FOLDER/preprocess.$language.log" fairseq-preprocess --source-lang en --target-lang "$language" \
       --trainpref "$WORK_FOLDER/pieces/train.en-$language" --validpref "$WORK_FOLDER/pieces/valid.en-$language" \
       --testpref "$WORK_FOLDER/pieces/test.en-$language" --srcdict "$WORK_FOLDER/dict.txt" \
       --tgtdict "$WORK_FOLDER/dict.txt" --destdir "$WORK_FOLDER/data-bin" --workers "$THREADS"
@@ -103,9 +96,7 @@ binarise() { # a pair's two directions read the same files
 }
 
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; its variables choose"
-require_whole MAX_PAIRS 1
-require_whole VOCAB_SIZE 10
-require_whole THREADS 1
+check_settings
 [[ -n $FOLDER ]] || die "$FOLDER_NAME must name the folder with the texts of CORPUS=$CORPUS, but is not set"
 [[ -d $FOLDER ]] || die "$FOLDER_NAME=$FOLDER is not a folder"
 use_environment

@@ -18,10 +18,7 @@ set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 HERE=$REPOSITORY/recipes/multilingual
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
@@ -94,10 +91,8 @@ require_flags "$@"
 FLAGS=("$@")
 require_choice MODEL moe dense single
 require_choice MODEL_SIZE small paper
-for name in UPDATES MAX_TOKENS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS; do require_whole "$name" 1; done
-((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
-((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
-  die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
+check_settings
+require_multiple
 PAIR_FLAGS=(--lang-pairs "$LANG_PAIRS" --sampling-temperature "$TEMPERATURE" --oversampling "$OVERSAMPLING")
 NAME=$MODEL
 if [[ $MODEL == single ]]; then
@@ -108,11 +103,8 @@ elif [[ -n $DIRECTION ]]; then
   die "DIRECTION=$DIRECTION is for MODEL=single; MODEL=$MODEL trains all of ${DIRECTIONS[*]}"
 fi
 RUN=${RUN:-$NAME-seed$SEED}
-bash "$HERE/prepare.sh"
 use_environment
-# prepare.sh and evaluate.sh need no second look at the environment.
-NMT_MOE_PYTHON=$(command -v python)
-export NMT_MOE_PYTHON
+bash "$HERE/prepare.sh"
 set_device
 set_model_flags
 RUN_FOLDER=$WORK_FOLDER/$RUN

@@ -16,20 +16,17 @@ import argparse
 import gzip
 import hashlib
 import json
-import posixpath
 import re
 import sys
-import tarfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from recipes.downloads import BLOCK, bounded, damage_named, download, read_members
 
-from recipes.wmt14.download import BLOCK, addresses_of, download
-
+ADDRESS = "https://www.statmt.org"
 MANIFEST = Path(__file__).with_name("manifest.json")
+# On average, at most; real ones have about 130.
+MAX_LINE_BYTES = 1000
 SEGMENT = re.compile(rb"<seg[^>]*>(.*?)</seg>", re.IGNORECASE)
 
 
@@ -48,107 +45,88 @@ def find_part(manifest: dict, pair: str, name: str) -> dict:
     raise ValueError(f"the manifest has no corpus '{name}' of en-{pair}")
 
 
-def digests_of(path: Path) -> dict:
-    """Return size in bytes, md5 and sha256 of a file, read once."""
-    digests = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            for digest in digests.values():
-                digest.update(block)
-    return {"bytes": path.stat().st_size} | {k: d.hexdigest() for k, d in digests.items()}
+def addresses_of(name: str, entry: dict, mirror: str) -> list[str]:
+    """Return where to look for an archive, in this order; a mirror given replaces all others."""
+    if mirror:
+        return [f"{mirror.rstrip('/')}/{name}"]
+    return [f"{ADDRESS}/{name}", *entry.get("mirrors", [])]
 
 
-def reject(path: Path, reason: str, way_out: str = "") -> NoReturn:
-    """Move an archive out of the way, to NAME.bad, and raise ValueError with the reason."""
-    bad = path.with_name(path.name + ".bad")
-    path.rename(bad)
-    raise ValueError(
-        f"{path}: {reason}. It was moved to {bad.name}: run again to download it anew, or try "
-        f"another WMT14_MIRROR{way_out}."
-    )
-
-
-def verify(name: str, entry: dict, path: Path, records: Path) -> str:
-    """Compare an archive with the manifest and with the record of its first download.
-
-    Returns:
-        What it was checked by. The first time, a record is made; for want of a published digest
-        the archive is read to its end before.
+def read_records(path: Path) -> dict[str, str]:
+    """Return the sha256 of archives at their first download.
 
     Raises:
-        ValueError: it differs, or cannot be read; it is moved out of the way, to NAME.bad.
+        ValueError: the file is not a JSON object.
     """
-    found = digests_of(path)
-    recorded = json.loads(records.read_text(encoding="utf-8")) if records.exists() else {}
-    published = {key: entry[key] for key in ("bytes", "md5", "sha256") if key in entry}
-    for origin, expected in (("manifest", published), (str(records), recorded.get(name, {}))):
-        for key, value in expected.items():
-            if found[key] != value:
-                reject(
-                    path,
-                    f"{key} is {found[key]}, but must be {value} ({origin})",
-                    "" if origin == "manifest" else f"; to accept it, edit {records}",
-                )
-    how = " and ".join(key for key in ("sha256", "md5") if key in published)
-    if name in recorded:
-        return f"verified by {how or 'the record of its first download'}"
-    if not how:
-        # Nothing but the archive itself can tell a broken first download from a good one.
-        try:
-            for _ in read_members(path, set()):
-                raise AssertionError
-        except ValueError as error:
-            reject(path, str(error).partition(": ")[2])
-    recorded[name] = found
-    part = records.with_name(records.name + ".part")
-    part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-    part.rename(records)
-    return f"verified by {how}" if how else f"no digest is published: recorded {found['sha256']}"
+    if not path.exists():
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        records = None
+    if not isinstance(records, dict):
+        raise ValueError(f"{path}: not a JSON object of archives and digests. Remove it.")
+    return records
 
 
 def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
     """Return the path of a verified archive, downloaded unless it is there.
 
+    For want of a published digest, the first download is read to its end and recorded.
+
     Raises:
-        ValueError: see `download` and `verify`.
+        ValueError: no address has it as it must be; or it is not what was recorded.
     """
     # Archives of several years have the same name: the year stays in ours.
     path = downloads / name.replace("/", "-")
-    downloads.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        download(name, entry, path, mirror)
-    how = verify(name, entry, path, downloads / "recorded.json")
+    records = read_records(downloads / "recorded.json")
+    kind = next((kind for kind in ("sha256", "md5") if kind in entry), None)
+    digest = entry[kind] if kind else records.get(name)
+    if kind is None and digest is not None and not isinstance(digest, str):
+        digest = digest["sha256"]  # older records have size and md5 too
+    try:
+        download(
+            path,
+            addresses_of(name, entry, mirror),
+            f"{kind or 'sha256'}:{digest}" if digest else None,
+            entry.get("bytes"),
+        )
+    except ValueError as error:
+        if kind is None and digest is not None:
+            records_file = downloads / "recorded.json"
+            raise ValueError(f"{error} To accept another, edit {records_file}.") from None
+        raise
+    how = f"verified by {kind or 'the record of its first download'}"
+    if digest is None:
+        record(name, path, downloads / "recorded.json", records)
+        how = "no digest is published: recorded its sha256"
     print(f"{name}: {path.stat().st_size:,} bytes, {how}", flush=True)
     return path
 
 
-def read_members(archive: Path, names: set[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the named members of an archive; nothing is written, whatever the archive says.
+def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
+    """Add an archive's digest to the records, if it can be read to its end; else remove it.
 
     Raises:
-        ValueError: the archive is damaged, holds a member that leaves its folder or is a device, or
-            lacks a name.
+        ValueError: it cannot.
     """
-    missing = set(names)
+    # Nothing but the archive itself can tell a broken first download from a good one.
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                tarfile.data_filter(member, str(archive.parent))
-                name = posixpath.normpath(member.name)
-                if name in missing and member.isreg():
-                    missing.remove(name)
-                    yield name, tar.extractfile(member)
-                    if not missing:
-                        return
-    except tarfile.FilterError as error:
-        raise ValueError(f"{archive}: an unsafe archive: {error}") from None
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive}: not a complete archive ({error})") from None
-    if missing:
-        raise ValueError(f"{archive}: has no {', '.join(sorted(missing))}")
+        for _ in read_members(path, ()):
+            raise AssertionError
+    except ValueError as error:
+        path.unlink()
+        raise ValueError(f"{error}. It was removed: run again to download it again.") from None
+    digest = hashlib.sha256()
+    with path.open("rb") as archive:
+        while block := archive.read(BLOCK):
+            digest.update(block)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(records | {name: digest.hexdigest()}, indent=1) + "\n")
+    part.rename(file)
 
 
-def write_text(name: str, stream: BinaryIO, path: Path) -> int:
+def write_text(name: str, stream: BinaryIO, path: Path, max_bytes: int) -> int:
     """Write a member as plain text, one sentence a line, and return the number of lines.
 
     Of .sgm files the segments are written as sacrebleu writes them: white space joined, entities
@@ -158,14 +136,18 @@ def write_text(name: str, stream: BinaryIO, path: Path) -> int:
     if name.endswith(".gz"):
         stream = gzip.open(stream)  # noqa: SIM115 - its stream closes with the archive
     with path.open("wb") as file:
-        if name.endswith(".sgm"):
-            for segment in SEGMENT.findall(stream.read()):
-                file.write(b" ".join(segment.split()) + b"\n")
-                lines += 1
-        else:
-            for line in stream:
-                file.write(line.removesuffix(b"\n") + b"\n")
-                lines += 1
+        last = b"\n"
+        for block in bounded(stream, max_bytes, name):
+            file.write(block)
+            lines += block.count(b"\n")
+            last = block[-1:]
+        if last != b"\n":
+            file.write(b"\n")
+            lines += 1
+    if name.endswith(".sgm"):
+        segments = SEGMENT.findall(path.read_bytes())
+        path.write_bytes(b"".join(b" ".join(segment.split()) + b"\n" for segment in segments))
+        return len(segments)
     return lines
 
 
@@ -177,18 +159,17 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
     """
     target.mkdir(parents=True, exist_ok=True)
     languages = {part["source"]: "en", part["target"]: pair}
+    max_bytes = (1 << 20) + MAX_LINE_BYTES * part["lines"]
     lines = {}
-    for name, stream in read_members(archive, set(languages)):
+    for name, stream in read_members(archive, languages):
         path = target / f"{part['name']}.{languages[name]}.part"
-        try:
-            lines[name] = write_text(name, stream, path)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{archive}: not a complete archive: {name}: {error}") from None
+        with damage_named(archive):
+            lines[name] = write_text(name, stream, path, max_bytes)
     counts = ", ".join(f"{name} has {lines[name]:,}" for name in languages)
     if len(set(lines.values())) > 1:
         raise ValueError(f"{archive}: the sides must have equally many lines, but {counts}")
     (count,) = set(lines.values())
-    if count != part.get("lines", count):
+    if count != part["lines"]:
         raise ValueError(f"{archive}: must have {part['lines']:,} lines a side, but {counts}")
     for language in languages.values():
         path = target / f"{part['name']}.{language}"
@@ -247,7 +228,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     try:
         run(arguments)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

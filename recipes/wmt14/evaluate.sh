@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Translate newstest2014 with a trained model and score it: evaluate.sh [--dry-run] [FLAG-OF-FAIRSEQ-GENERATE...]
 #
-# The scores are those of tools/score.py, the paper's (tokenised, cased multi-bleu) first, each with its signature.
+# The scores are those of nmt-moe score, the paper's (tokenised, cased multi-bleu) first, each with its signature.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model, or several with colons between for an ensemble (RUN's checkpoint_best.pt)
 #   SUBSET      test (default: newstest2014) or valid (newstest2012 and newstest2013)
@@ -14,10 +14,7 @@
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if [[ ${2:-} == -h || ${2:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${2:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
@@ -61,8 +58,7 @@ check_files() {
 }
 
 require_choice SUBSET test valid
-require_choice DEVICE auto cpu cuda
-for name in BEAM BATCH_SIZE; do require_whole "$name" 1; done
+check_settings
 for name in LENGTH_PENALTY_ALPHA COVERAGE_PENALTY_BETA BEAM_PRUNE; do
   [[ -z ${!name} || ${!name} =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$name must be a number or empty, but is '${!name}'"
 done
@@ -71,7 +67,7 @@ if [[ $DRY_RUN == 1 ]]; then
   [[ $DEVICE != cpu ]] || DEVICE_FLAGS=(--cpu)
   set_command
   show_command "${COMMAND[@]}"
-  show_command python "$REPOSITORY/tools/score.py" "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en"
+  show_command nmt-moe score "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en"
   exit
 fi
 check_files
@@ -79,10 +75,9 @@ use_environment_unless_dry
 set_device
 set_command
 mkdir -p "$OUTPUT_FOLDER"
-LOG=$OUTPUT.log
-say "translating $SUBSET with $CHECKPOINTS, beam $BEAM; log: $LOG"
-logged "${COMMAND[@]}"
-hypotheses_of "$LOG" >"$OUTPUT"
-python "$REPOSITORY/tools/score.py" "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en" \
+say "translating $SUBSET with $CHECKPOINTS, beam $BEAM; log: $OUTPUT.log"
+logged "$OUTPUT.log" "${COMMAND[@]}"
+nmt-moe hypotheses "$OUTPUT.log" >"$OUTPUT"
+nmt-moe score "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en" \
   ${AGAINST:+--against "$AGAINST"} | tee "$OUTPUT.scores.txt"
 say "translation and scores: $OUTPUT, $OUTPUT.scores.txt"

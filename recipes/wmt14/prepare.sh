@@ -3,7 +3,7 @@
 #
 # Downloads and verifies the archives, takes the corpora out of them, cleans them, learns one 32,000-piece vocabulary
 # for both languages, cuts the text and writes fairseq's data-bin. Finished steps are skipped, a failed one is done
-# again, a broken download goes on where it broke, and a changed variable repeats what depends on it.
+# again, and a changed variable repeats what depends on it.
 #   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: these, UN 2000 and Giga-fren
 #   valid           newstest2012 and newstest2013, 6003 sentences
 #   test            newstest2014, the full set of 3003 sentences
@@ -26,10 +26,7 @@
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if [[ ${2:-} == -h || ${2:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${2:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
@@ -92,7 +89,7 @@ clean_evaluation_texts() { # nothing is left out; scores are against the text as
     for language in en "$PAIR"; do
       cat "${texts[@]/%/.$language}" >"$WORK/text/$split.reference.$language"
     done
-    python "$REPOSITORY/tools/check_parallel.py" "$WORK/text/$split".{en,"$PAIR",reference.en,"reference.$PAIR"}
+    nmt-moe check-parallel "$WORK/text/$split".{en,"$PAIR",reference.en,"reference.$PAIR"}
   done
 }
 
@@ -103,13 +100,13 @@ sample_text() { # every n-th pair, so that each corpus has its share
   for language in en "$PAIR"; do
     awk -v every="$every" 'NR % every == 0' "$WORK/text/train.$language" >"$WORK/text/sample.$language"
   done
-  python "$REPOSITORY/tools/check_parallel.py" "$WORK/text/sample".{en,"$PAIR"}
+  nmt-moe check-parallel "$WORK/text/sample".{en,"$PAIR"}
 }
 
 learn_pieces() {
-  python "$REPOSITORY/tools/pieces.py" train --vocab-size "$VOCAB_SIZE" --type "$PIECE_TYPE" \
+  nmt-moe pieces train --vocab-size "$VOCAB_SIZE" --model-type "$PIECE_TYPE" \
     --character-coverage "$COVERAGE" --model "$WORK/spm.model" --dictionary "$WORK/dict.txt" \
-    "$WORK/text/sample".{en,"$PAIR"}
+    --inputs "$WORK/text/sample".{en,"$PAIR"}
 }
 
 cut_texts() { # SPLIT FLAG...
@@ -127,28 +124,27 @@ cut_evaluation_texts() {
 }
 
 binarise() {
+  local log=$WORK/preprocess.log
   rm -rf "$WORK/data-bin"
-  LOG=$WORK/preprocess.log
-  logged fairseq-preprocess --source-lang en --target-lang "$PAIR" --trainpref "$WORK/pieces/train" \
+  logged "$log" fairseq-preprocess --source-lang en --target-lang "$PAIR" --trainpref "$WORK/pieces/train" \
     --validpref "$WORK/pieces/valid" --testpref "$WORK/pieces/test" --srcdict "$WORK/dict.txt" \
     --tgtdict "$WORK/dict.txt" --destdir "$WORK/data-bin" --workers "$THREADS"
-  check_binarised
+  check_binarised "$log"
 }
 
-check_binarised() { # fairseq's own count of each side against the lines it was given
+check_binarised() { # LOG: fairseq's own count of each side against the lines it was given
   local split language lines
   for split in train valid test; do
     for language in en "$PAIR"; do
       lines=$(wc -l <"$WORK/pieces/$split.$language")
-      grep -qF "$WORK/pieces/$split.$language: $lines sents," "$LOG" ||
-        die "$LOG does not say that $split.$language has $lines sentences: binarising went wrong"
+      grep -qF "$WORK/pieces/$split.$language: $lines sents," "$1" ||
+        die "$1 does not say that $split.$language has $lines sentences: binarising went wrong"
     done
   done
 }
 
 ((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help and --dry-run, not '${FLAGS[0]}'"
-for name in THREADS SAMPLE_PAIRS MAX_PIECES; do require_whole "$name" 1; done
-require_whole VOCAB_SIZE 10
+check_settings
 require_choice PIECE_TYPE bpe unigram
 require_choice NORMALIZE source both none
 [[ $MAX_RATIO =~ ^[1-9][0-9]*(\.[0-9]+)?$ ]] || die "MAX_RATIO must be a number of at least 1, but is '$MAX_RATIO'"

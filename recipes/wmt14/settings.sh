@@ -23,9 +23,6 @@ take_dry_run() {
 use_environment_unless_dry() {
   if [[ $DRY_RUN == 0 ]]; then
     use_environment
-    # The scripts that this one calls need no second look at it.
-    NMT_MOE_PYTHON=$(command -v python)
-    export NMT_MOE_PYTHON
   elif [[ -n ${NMT_MOE_PYTHON:-} ]]; then
     python() { "$NMT_MOE_PYTHON" "$@"; }
   elif ! command -v python >/dev/null; then

@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import sentencepiece
 from sacremoses import MosesPunctNormalizer
 
-from recipes.wmt14.download import show_progress
-from tools.pieces import load
+from nmt_moe.text.pieces import load
+from recipes.downloads import show_progress
 
 # Pairs a worker takes at once: about a tenth of a second of work.
 CHUNK = 1000

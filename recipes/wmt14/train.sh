@@ -16,10 +16,7 @@
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if [[ ${2:-} == -h || ${2:-} == --help ]]; then
-  print_manual "${BASH_SOURCE[0]}"
-  exit
-fi
+manual_if_asked "${2:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
@@ -30,6 +27,7 @@ WORDS_PER_GPU=16000
 MAX_TOKENS=${MAX_TOKENS:-16000}
 GPUS=${GPUS:-${SLURM_NTASKS:-1}}
 if [[ -n ${SLURM_NTASKS:-} ]]; then LAUNCH=${LAUNCH:-srun}; fi
+require_whole GPUS 1
 LAUNCH=${LAUNCH:-$( ((GPUS > 1)) && printf torchrun || printf plain)}
 
 # The paper says 2000 updates of linear warm-up and 8000 at the full rate, but neither the rate nor the number of
@@ -112,8 +110,7 @@ refuse_another_run() { # a training cannot go on with another network, batch or 
 require_choice MODEL moe32 moe512 moe2048 dense
 require_choice OPTIMIZER adam factored_adam
 require_choice LAUNCH plain torchrun srun
-require_choice DEVICE auto cpu cuda
-for name in GPUS MAX_TOKENS UPDATES SAVE_INTERVAL; do require_whole "$name" 1; done
+check_settings
 set_model_flags
 set_update_freq
 set_launcher

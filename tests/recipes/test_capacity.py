@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("fairseq")
 
@@ -73,7 +74,7 @@ def write_log(run_folder, valid_bits, test_bits):
     (run_folder / "done").touch()
 
 
-def test_table_and_figure_of_given_logs(tmp_path, capsys):
+def test_table_and_figure_of_given_logs(tmp_path):
     pytest.importorskip("matplotlib")
     runs = tmp_path / "runs"
     write_log(runs / "lstm_4/dropout-0.0/seed-1", 5, 4)
@@ -83,8 +84,9 @@ def test_table_and_figure_of_given_logs(tmp_path, capsys):
     (runs / "moe_16/dropout-0.0/seed-1").mkdir(parents=True)  # has not ended
     (runs / "moe_16/dropout-0.0/seed-1/train.log").touch()
     report = ["report", "--work", tmp_path, "--dim", 64, "--vocab-size", 2000]
-    assert capacity.main([str(word) for word in report]) == 0
-    table = capsys.readouterr().out.splitlines()
+    done = CliRunner().invoke(capacity.main, [str(word) for word in report])
+    assert done.exit_code == 0, done.output
+    table = done.stdout.splitlines()
     assert table[2:] == [
         "| lstm_4 | 131,072 | 132,096 | 0.0 | 1 | 32.00 | 16.00 |",
         "| moe_4 | 131,584 | 132,096 | 0.0 | 2 | 16.00 (16.00 to 16.00) | 6.00 (4.00 to 8.00) |",
@@ -163,8 +165,8 @@ def test_without_a_finished_training_there_is_no_report(tmp_path):
 REFUSALS = [
     pytest.param({"TEXT_DIR": ""}, "TEXT_DIR must name the folder that holds the text"),
     pytest.param({"MODELS": "moe_5"}, "MODELS must be of lstm_4, .*, but has 'moe_5'"),
-    pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUTS must be from 0 to below 1, but has '1'"),
-    pytest.param({"SEEDS": "a"}, "SEEDS must be whole numbers, but has 'a'"),
+    pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be from 0 to below 1, but is '1'"),
+    pytest.param({"SEEDS": "a"}, "SEED must be a whole number of at least 0, but is 'a'"),
     pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),
     pytest.param({"UPDATES": "0"}, "UPDATES must be a whole number of at least 1"),
 ]

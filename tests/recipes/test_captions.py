@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("fairseq")
 
@@ -75,20 +76,20 @@ def test_dense_costs_what_the_chosen_experts_cost(tmp_path):
     assert "test, dense-seed1: perplexity" in again.stdout
 
 
-def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path, capsys):
+def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
     # 6 pieces and 2 ends of sentence of 3 bits each are 24 bits: 2 ** (24 / 4) for each of 4 words,
     # and 24 / 15 for each of the 15 characters.
     (tmp_path / "pieces").write_text("▁ab ▁c dé\n▁new ▁word s\n")
     (tmp_path / "text").write_text("ab cdé\nnew words\n")
     files = [f"--{name}={tmp_path / name}" for name in ("pieces", "text")]
-    assert score.main(["--bits=3.0", "--scored=8", *files]) == 0
-    assert capsys.readouterr().out == (
+    done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=8", *files])
+    assert done.stdout == (
         "perplexity 8.00 per piece (8 with ends of sentence), 64.00 per word (4), "
         f"{24 / 15:.4f} bits per character (15)\n"
     )
     # The loss of another text.
-    assert score.main(["--bits=3.0", "--scored=1008", *files]) == 1
-    assert "`--scored` must be 8, the pieces and ends of" in capsys.readouterr().err
+    done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=1008", *files])
+    assert "`--scored` must be 8, the pieces and ends of" in done.stderr
 
 
 def test_an_empty_text_is_named(tmp_path):

@@ -1,9 +1,14 @@
 """What recipes share: reading the logs of fairseq, and the settings of a run."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from recipes import logs
 
 COMMON = Path(__file__).parents[2] / "recipes" / "common.sh"
 
@@ -11,22 +16,34 @@ COMMON = Path(__file__).parents[2] / "recipes" / "common.sh"
 def call(function, *arguments):
     script = f'set -euo pipefail; source "{COMMON}"; {function} "$@"'
     command = ["bash", "-c", script, "bash", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
 
 
-def test_loss_of_reads_the_last_result_of_a_log(tmp_path):
+def read_log(command, log):
+    return CliRunner().invoke(logs.main, [command, str(log)])
+
+
+def test_the_last_loss_of_a_log_is_read(tmp_path):
     log = tmp_path / "log"
     entries = "Evaluated 8 tokens in 0.1s\nLoss (base 2): 3.0000, Perplexity: 8.00\n"
     log.write_text(entries + "x | Evaluated 1,008 tokens in 1s\nx | Loss (base 2): 4.125, Perp")
-    assert call("loss_of", log).stdout == "4.125 1008\n"
+    assert read_log("loss", log).stdout == "4.125 1008\n"
 
 
-def test_loss_of_refuses_a_log_that_breaks_off(tmp_path):
+def test_a_log_that_breaks_off_is_refused(tmp_path):
     log = tmp_path / "log"
     log.write_text("Evaluated 8 tokens\n")
-    done = call("loss_of", log)
-    assert done.returncode == 1
-    assert f"error: {log} holds no loss of fairseq-eval-lm" in done.stderr
+    for command, what in (("loss", "loss of fairseq-eval-lm"), ("perplexities", "perplexity")):
+        done = read_log(command, log)
+        assert done.exit_code == 1
+        assert f"error: `{log}` holds no {what}" in done.stderr
+
+
+def test_perplexities_of_all_directions_are_read(tmp_path):
+    log = tmp_path / "log"
+    log.write_text('x | {"valid_ppl": "3", "valid_en-fr_ppl": "2.5", "valid_fr-en_ppl": "4"}\n')
+    assert read_log("perplexities", log).stdout == "en-fr 2.5\nfr-en 4\n"
 
 
 # As fairseq-train writes them with `--log-format json`.
@@ -84,3 +101,60 @@ def test_a_number_above_0_is_a_decimal_number():
         done = call(f"N='{value}'; require_positive N")
         assert f"error: N must be a number above 0, but is '{value}'" in done.stderr
         assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("SEED=x", "SEED must be a whole number of at least 0"),
+        ("SEED=", "SEED must be a whole number of at least 0"),
+        ("LEARNING_RATE=-1", "LEARNING_RATE must be a number above 0"),
+        ("UPDATES=0", "UPDATES must be a whole number of at least 1"),
+        ("CLIP_NORM=nan", "CLIP_NORM must be a number of at least 0"),
+        ("DROPOUT=1", "DROPOUT must be from 0 to below 1"),
+        ("DEVICE=tpu", "DEVICE must be one of: auto cpu cuda"),
+        ("UPDATES=4; AVERAGE=3; SAVE_INTERVAL=2", "AVERAGE x SAVE_INTERVAL = 6 must not exceed"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name(setting, message):
+    done = call(f"{setting}; check_settings")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_every_script_that_takes_settings_checks_them():
+    for script in COMMON.parent.glob("*/*.sh"):
+        text = script.read_text()
+        if "use_environment" in text and script.name != "settings.sh":
+            checked = text.index("\ncheck_settings\n")
+            for later in ("\nuse_environment\n", "\nuse_environment_unless_dry\n", 'prepare.sh"'):
+                assert checked < text.find(later, text.index("set -euo")) or later not in text, (
+                    script
+                )
+
+
+def test_a_log_of_other_settings_is_put_aside(tmp_path):
+    folder = tmp_path / "run"
+    call("keep_settings", folder, "rate 1")
+    (folder / "train.log").write_text("old\n")
+    call("keep_settings", folder, "rate 1")
+    assert (folder / "train.log").exists()
+    assert call("keep_settings", folder, "rate 2").returncode == 0
+    (aside,) = folder.glob("train*.log")
+    assert aside.name != "train.log"
+    assert aside.read_text() == "old\n"
+
+
+def test_an_old_bash_is_told_which_one_is_needed(tmp_path):
+    copy = tmp_path / "common.sh"
+    copy.write_text(COMMON.read_text().replace("BASH_VERSINFO", "FAKE"))
+    script = f'FAKE=(3 2); source "{copy}"; echo reached'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: the recipes need bash 4.4 or newer" in done.stderr
+    assert "brew install bash" in done.stderr
+
+
+def test_a_failure_within_a_substitution_ends_the_script():
+    done = call('f() { false; echo reached; }; x=$(f); echo "$x"')
+    assert (done.returncode, done.stdout) == (1, "")

@@ -127,15 +127,15 @@ def test_a_truncated_file_is_named(corpus, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     done = prepare(corpus, tmp_path)
     assert done.returncode == 1
-    assert "train.en.gz: not a complete gzip file" in done.stderr
+    assert "train.en.gz: not a complete archive" in done.stderr
 
 
 BAD_TEXTS = [
     pytest.param(
-        b"Ein Hund.\nEin \xffBus.\n" * 10, "train.de: line 2, byte 5: not UTF-8", id="no-utf-8"
+        b"Ein Hund.\nEin \xffBus.\n" * 10, "train.de`, line 2 is not valid UTF-8", id="no-utf-8"
     ),
-    pytest.param(b"Ein Hund.\n" * 19, "train.de has 19: line 20 is the first", id="shorter"),
-    pytest.param(b"Ein Hund.\n\n" * 10, "train.de: line 2 is empty", id="empty-line"),
+    pytest.param(b"Ein Hund.\n" * 19, "train.de` has 19: line 20 is the first", id="shorter"),
+    pytest.param(b"Ein Hund.\n\n" * 10, "train.de`, line 2 is empty", id="empty-line"),
 ]
 
 
@@ -154,6 +154,8 @@ REFUSALS = [
         "prepare.sh", ["de"], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"
     ),
     pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
+    pytest.param("train.sh", ["de"], {"SEED": "x"}, "SEED must be a whole number", id="seed"),
+    pytest.param("train.sh", ["de"], {"LEARNING_RATE": "0"}, "a number above 0", id="rate"),
     pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
     pytest.param(
         "train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"
@@ -188,48 +190,95 @@ def test_official_form_by_hand():
     assert tokenize("L'homme lit «Le Monde».") == "l&apos; homme lit &quot; le monde &quot; ."
 
 
-class RangeServer(http.server.BaseHTTPRequestHandler):
-    """Serves one text, and the end of it when asked for a range."""
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Gives one answer after the other, the last for ever."""
 
-    text = b"".join(b"line %d\n" % number for number in range(1000))
-    ranges: list = []
+    answers: list = []
 
     def do_GET(self):  # noqa: N802
-        asked = self.headers.get("Range")
-        self.ranges.append(asked)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        self.end_headers()
-        self.wfile.write(self.text[start:])
+        self.wfile.write(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
 
     def log_message(self, *_):
         pass
 
 
+def answer(body, status="200 OK", length=None):
+    length = len(body) if length is None else length
+    return f"HTTP/1.0 {status}\r\nContent-Length: {length}\r\n\r\n".encode() + body
+
+
 @pytest.fixture
 def server():
-    RangeServer.ranges = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
-def test_a_broken_download_is_continued(server, tmp_path):
-    name, text = "val.lc.norm.tok.en", RangeServer.text
-    (tmp_path / f"download.{name}.part").write_bytes(text[:300])
-    fetch.fetch(name, hashlib.sha256(text).hexdigest(), tmp_path, None, server)
-    assert (tmp_path / name).read_bytes() == text
-    assert RangeServer.ranges == ["bytes=300-"]
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+NAME, TEXT = "val.lc.norm.tok.en", b"line\n" * 1000
+BAD_ANSWERS = [
+    pytest.param(answer(b"<html>Log in</html>"), "sha256 of its text is", id="login-page"),
+    pytest.param(answer(TEXT[:300], length=5000), "could not be downloaded", id="cut"),
+    pytest.param(answer(b"", "416 Range Not Satisfiable"), "416", id="status-416"),
+    pytest.param(answer(b"", "503 Busy"), "503", id="busy"),
+    pytest.param(b"garbage\r\n\r\n", "could not be downloaded", id="garbage"),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab", "could not", id="chunk"
+    ),
+    pytest.param(answer(b"0" * (1 << 25)), "has more than 16,777,216 bytes", id="endless"),
+]
 
 
-def test_a_wrong_download_is_not_kept(server, tmp_path):
-    with pytest.raises(ValueError, match="the sha256 of its text is"):
-        fetch.fetch("val.lc.norm.tok.en", "0" * 64, tmp_path, None, server)
+@pytest.mark.parametrize(("bad", "message"), BAD_ANSWERS)
+def test_a_bad_download_is_named_not_kept_and_asked_again(server, tmp_path, bad, message):
+    Handler.answers = [bad, answer(TEXT)]
+    digest = hashlib.sha256(TEXT).hexdigest()
+    with pytest.raises(ValueError, match=message):
+        fetch.fetch(NAME, digest, tmp_path, None, server)
     assert list(tmp_path.iterdir()) == []
+    fetch.fetch(NAME, digest, tmp_path, None, server)
+    assert (tmp_path / NAME).read_bytes() == TEXT
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_an_unreachable_address_is_named_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match="set MULTI30K_DIR"):
-        fetch.fetch("val.lc.norm.tok.en", "0" * 64, tmp_path, None, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="(?s)http://127.0.0.1:9/.*name a folder or mirror"):
+        fetch.fetch(NAME, "0" * 64, tmp_path, None, "http://127.0.0.1:9")
+
+
+def test_a_target_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / f"download.{NAME}").mkdir()
+    with pytest.raises((ValueError, OSError), match="download.val"):
+        fetch.fetch(NAME, "0" * 64, tmp_path, None, "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("which", ["val", "test"])
+def test_an_evaluation_whose_scorer_fails_ends_with_its_message(tmp_path, which):
+    """A translation is there; sacrebleu fails at the first score, or in the last report."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    programs = {
+        "fairseq-generate": "printf 'D-0\\t-1\\tein Hund\\n'",
+        "fairseq-train": "",
+        "sacrebleu": """case "$*" in
+            *FAIL*) echo no memory >&2; exit 3 ;;
+            *--score-only*) echo 1 ;;
+        esac""",
+        "python": f'exec {sys.executable} "$@"',
+    }
+    programs["sacrebleu"] = programs["sacrebleu"].replace(
+        "FAIL", "--score-only" if which == "val" else "translations/test_2016_flickr*"
+    )
+    for name, body in programs.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    work = tmp_path / "work"
+    (work / "text").mkdir(parents=True)
+    for name in ("val.de", "test_2016_flickr.de"):
+        (work / "text" / name).write_text("ein Hund\n")
+    (work / "x.pt").touch()
+    variables = {"NMT_MOE_PYTHON": commands / "python", "LENPENS": "1.0", "DEVICE": "cpu"}
+    done = run("evaluate.sh", "de", WORK=work, CHECKPOINT=work / "x.pt", **variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no memory\nerror: 'sacrebleu' failed" in done.stderr
+    assert "BLEU \n" not in done.stdout

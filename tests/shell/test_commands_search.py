@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from nmt_moe.scoring.penalties import choose, read_nbest
 from nmt_moe.search import COVERAGE_FLOOR, length_penalty
 from tests.support.commands import PLUGIN, Output, call, run
 from tests.support.training import TINY_MOE, TRANSLATE
-from tools.sweep_penalties import choose, read_nbest
 
 GNMT = ["--length-penalty-alpha", 0.2, "--coverage-penalty-beta", 0.2]
 

@@ -4,10 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from tools import plot_runs as tool
+from nmt_moe.cli import main
+from nmt_moe.scoring import logs, plots
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["plot", *map(str, arguments)])
 
 
 def entry(**columns: float) -> str:
@@ -39,48 +45,44 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_entries_are_read_by_split_and_update():
-    run = tool.read_run("moe", LOG)
-    assert run.curve(["train_inner.nll_loss"]) == ([2, 4], [5.0, 4.0])
-    assert run.curve(["valid.ppl"]) == ([4], [22.6])
-    assert run.curve(["train.nll_loss"]) == ([4], [4.4])
-    assert run.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
+    read = logs.read_run("moe", LOG)
+    assert read.curve(["train_inner.nll_loss"]) == ([2, 4], [5.0, 4.0])
+    assert read.curve(["valid.ppl"]) == ([4], [22.6])
+    assert read.curve(["train.nll_loss"]) == ([4], [4.4])
+    assert read.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
     # The first column that was logged; none at all; a value that is not finite.
-    assert run.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
-    assert run.curve(["nothing"]) == ([], [])
-    assert "train.gnorm" not in run.columns
+    assert read.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
+    assert read.curve(["nothing"]) == ([], [])
+    assert "train.gnorm" not in read.columns
 
 
 def test_of_two_entries_for_one_update_the_later_counts():
-    run = tool.read_run("resumed", [*LOG, train(4, nll_loss=3.5), train(3, nll_loss=4.2)])
-    assert run.curve(["train_inner.nll_loss"]) == ([2, 3, 4], [5.0, 4.2, 3.5])
+    read = logs.read_run("resumed", [*LOG, train(4, nll_loss=3.5), train(3, nll_loss=4.2)])
+    assert read.curve(["train_inner.nll_loss"]) == ([2, 3, 4], [5.0, 4.2, 3.5])
 
 
 def test_runs_are_named_by_file_or_label(log: Path):
-    labels = [run.label for run in tool.read_runs([str(log), f"32 experts={log}"])]
+    labels = [one.label for one in logs.read_runs([str(log), f"32 experts={log}"])]
     assert labels == ["moe", "32 experts"]
 
 
 def test_a_file_name_may_have_an_equals_sign(tmp_path: Path):
     path = tmp_path / "lr=1.log"
     path.write_text("\n".join(LOG))
-    assert tool.read_runs([str(path)])[0].label == "lr=1"
+    assert logs.read_runs([str(path)])[0].label == "lr=1"
 
 
-def test_a_missing_file_and_one_without_entries_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     (tmp_path / "plain.log").write_text("nothing here\n")
-    output = str(tmp_path / "out.png")
-    assert tool.main(["--output", output, str(tmp_path / "absent.log")]) == 1
-    assert "absent.log: no such file" in capsys.readouterr().err
-    assert tool.main(["--output", output, str(tmp_path / "plain.log")]) == 1
-    message = f"{tmp_path}/plain.log: holds no entry of fairseq's `--log-format json`"
-    assert message in capsys.readouterr().err
+    flags = ["--output", tmp_path / "out.png"]
+    done = run(*flags, tmp_path / "absent.log")
+    assert done.exit_code == 1
+    assert "absent.log" in done.stderr
+    message = f"`{tmp_path}/plain.log` holds no entry of fairseq's `--log-format json`"
+    assert message in run(*flags, tmp_path / "plain.log").stderr
     # Also where a label is given.
-    assert tool.main(["--output", output, f"dense={tmp_path / 'plain.log'}"]) == 1
-    assert message in capsys.readouterr().err
-    assert tool.main(["--output", output, str(tmp_path)]) == 1
-    assert f"{tmp_path}: is a folder" in capsys.readouterr().err
+    assert message in run(*flags, f"dense={tmp_path / 'plain.log'}").stderr
+    assert str(tmp_path) in run(*flags, tmp_path).stderr
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
@@ -88,8 +90,8 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
     for path in paths:
         path.parent.mkdir()
         path.write_text("\n".join(LOG))
-    runs = tool.read_runs([*map(str, paths), f"mine={paths[0]}"])
-    assert [run.label for run in runs] == ["A/train.log", "B/train.log", "moe", "mine"]
+    runs = logs.read_runs([*map(str, paths), f"mine={paths[0]}"])
+    assert [one.label for one in runs] == ["A/train.log", "B/train.log", "moe", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -103,26 +105,22 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
     ],
 )
 def test_names_are_as_long_as_they_must_be(paths: list[str], names: list[str]):
-    assert list(tool.name_files([Path(path) for path in paths]).values()) == names
+    assert list(logs.name_files([Path(path) for path in paths]).values()) == names
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path):
     output = tmp_path / "nodir" / "out.png"
-    assert tool.main(["--output", str(output), str(tmp_path / "absent.log")]) == 1
-    message = capsys.readouterr().err
+    message = run("--output", output, tmp_path / "absent.log").stderr
     assert f"error: `--output` must be in a folder that exists, but is {output}." in message
     assert f"Make `{output.parent}` first." in message
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(
-    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for module in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    assert tool.main(["--output", str(tmp_path / "out.png"), str(log)]) == 1
-    assert "pip install 'nmt-moe[plot]'" in capsys.readouterr().err
+    assert "pip install 'nmt-moe[plot]'" in run("--output", tmp_path / "out.png", log).stderr
     assert not (tmp_path / "out.png").exists()
 
 
@@ -130,16 +128,15 @@ def test_without_matplotlib_the_message_says_how_to_get_it(
 def test_runs_are_drawn_also_where_one_lacks_columns(log: Path, tmp_path: Path):
     (tmp_path / "dense.log").write_text("\n".join([train(2, nll_loss=5.1), train(4, nll_loss=4.9)]))
     output = tmp_path / "out.png"
-    assert tool.main(["--output", str(output), str(log), f"dense={tmp_path / 'dense.log'}"]) == 0
+    assert run("--output", output, log, f"dense={tmp_path / 'dense.log'}").exit_code == 0
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_an_output_that_is_a_folder_ends_in_a_message(
-    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    assert tool.main(["--output", str(tmp_path), str(log)]) == 1
-    assert str(tmp_path) in capsys.readouterr().err
+def test_an_output_that_is_a_folder_ends_in_a_message(log: Path, tmp_path: Path):
+    done = run("--output", tmp_path, log)
+    assert done.exit_code == 1
+    assert str(tmp_path) in done.stderr
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
@@ -147,11 +144,11 @@ def test_a_training_loss_that_is_estimated_is_labelled_so():
     from matplotlib.figure import Figure
 
     marked = [train(2, nll_loss=5.0, sampled_softmax=500, moe_cv_load=0.5), LOG[3]]
-    runs = [tool.read_run("sampled", marked), tool.read_run("full", LOG)]
+    runs = [logs.read_run("sampled", marked), logs.read_run("full", LOG)]
     labels = []
-    for name, columns in tool.PANELS:
+    for name, columns in plots.PANELS:
         axes = Figure().subplots()
-        tool.draw_panel(axes, name, columns, runs)
+        plots.draw_panel(axes, name, columns, runs)
         labels.append(axes.get_legend_handles_labels()[1])
     loss, perplexity, _, load, _ = labels
     assert loss == ["sampled, training (estimate)", "sampled", "full"]

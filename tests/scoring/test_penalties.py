@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from tools import sweep_penalties as tool
+from nmt_moe.cli import main
+from nmt_moe.scoring import penalties as tool
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
@@ -32,6 +34,10 @@ NBEST = [
     *LONG,
     "2026-01-01 00:00:00 | INFO | fairseq_cli.generate | Translated 1 sentences",
 ]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -60,9 +66,8 @@ def test_the_penalties_decide_by_hand():
     assert tool.choose(hypotheses, 3.1, 0.0).length == 3
 
 
-def test_the_grid_is_printed_with_its_best(output: Path, capsys: pytest.CaptureFixture[str]):
-    assert tool.main([str(output), "--alphas", "0", "--betas", "0", "0.4"]) == 0
-    printed = capsys.readouterr().out.splitlines()
+def test_the_grid_is_printed_with_its_best(output: Path):
+    printed = run(output, "--alphas", 0, "--betas", 0, 0.4).stdout.splitlines()
     assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
     # Four of five words: precisions are 1, the brevity penalty is exp(1 - 5 / 4).
     assert printed[1].split() == ["0", f"{100 * math.exp(-0.25):.2f}", "100.00*"]
@@ -70,19 +75,16 @@ def test_the_grid_is_printed_with_its_best(output: Path, capsys: pytest.CaptureF
     assert "nrefs:1" in printed[3]
 
 
-def test_a_reference_file_replaces_the_printed_one(
-    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_reference_file_replaces_the_printed_one(output: Path, tmp_path: Path):
     reference = tmp_path / "reference"
     reference.write_text("one two three four\n")
     flags = ["--reference", str(reference), "--alphas", "0", "--betas", "0"]
-    assert tool.main([str(output), *flags]) == 0
-    assert "100.00*" in capsys.readouterr().out
+    assert "100.00*" in run(output, *flags).stdout
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 def test_the_grid_is_drawn(output: Path, tmp_path: Path):
-    assert tool.main([str(output), "--plot", str(tmp_path / "grid.png")]) == 0
+    assert run(output, "--plot", tmp_path / "grid.png").exit_code == 0
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -109,13 +111,18 @@ def test_output_that_lacks_something_is_refused(lines: list[str], message: str):
         (["--reference", "/nowhere"], "/nowhere"),
     ],
 )
-def test_bad_options_end_in_one_message(
-    output: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-):
-    assert tool.main([str(output), *flags]) == 1
-    assert message in capsys.readouterr().err
+def test_bad_options_end_in_one_message(output: Path, flags: list[str], message: str):
+    done = run(output, *flags)
+    assert done.exit_code == 1
+    assert message in done.stderr
 
 
 def test_a_reference_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="1 sentences have no reference, sentence 0 first"):
         tool.score_grid(tool.read_nbest(NBEST), {}, [0.0], [0.0])
+
+
+def test_translations_in_pieces_are_refused_with_the_flag_that_joins_them():
+    pieces = [line.replace("one two three", "▁one ▁two ▁th ree") for line in NBEST]
+    with pytest.raises(ValueError, match=r"are sentence pieces.*`--remove-bpe sentencepiece`"):
+        tool.read_nbest(pieces)

@@ -1,13 +1,13 @@
-"""Figures of tools/score.py by hand and as multi-bleu.perl prints them, and what it refuses."""
+"""Figures of `nmt-moe score` by hand and as multi-bleu.perl prints them, and what it refuses."""
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
+from click.testing import CliRunner
 
-from tools import score
+from nmt_moe.cli import main
+from nmt_moe.scoring import measures as lib
 
 # The two sentences on which public descriptions of BLEU (Papineni et al. 2002, NLTK) show it.
 GUIDE = [
@@ -26,8 +26,7 @@ CASED, LOWERED = 50.40, 50.92
 
 
 def run(*arguments):
-    command = [sys.executable, score.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return CliRunner().invoke(main, ["score", *map(str, arguments)])
 
 
 def write(path, lines):
@@ -36,11 +35,11 @@ def write(path, lines):
 
 
 def measures(language=None):
-    return {measure.name: measure for measure in score.make_measures(language)}
+    return {measure.name: measure for measure in lib.make_measures(language)}
 
 
 def test_multi_bleu_is_that_of_the_original_script():
-    found = score.score(measures()["multi-bleu"], GUIDE, GUIDE_REFERENCE)
+    found = lib.score(measures()["multi-bleu"], GUIDE, [GUIDE_REFERENCE])
     assert round(found["score"], 2) == CASED
     assert found["details"].startswith("77.4/58.6/44.4/32.0 (BP = 1.000 ratio = 1.069")
     assert "hyp_len = 31 ref_len = 29" in found["details"]
@@ -52,43 +51,43 @@ def test_multi_bleu_is_that_of_the_original_script():
 
 
 def test_lower_cased_multi_bleu_is_that_of_the_original_script():
-    found = score.score(measures()["multi-bleu-lowercase"], GUIDE, GUIDE_REFERENCE)
+    found = lib.score(measures()["multi-bleu-lowercase"], GUIDE, [GUIDE_REFERENCE])
     assert round(found["score"], 2) == LOWERED
     assert "|case:lc|" in found["signature"]
 
 
 def test_a_short_translation_pays_the_brevity_penalty_by_hand():
-    found = score.score(measures()["multi-bleu"], ["a b c d"], ["a b c d e"])
+    found = lib.score(measures()["multi-bleu"], ["a b c d"], [["a b c d e"]])
     # every n-gram is right: only exp(1 - 5/4) is left
     assert found["score"] == pytest.approx(100 * math.exp(-0.25))
 
 
 def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
-    assert score.score(measures()["multi-bleu"], ["a b c x"], ["a b c d"])["score"] == 0
+    assert lib.score(measures()["multi-bleu"], ["a b c x"], [["a b c d"]])["score"] == 0
 
 
 def test_a_space_that_is_no_ascii_joins_as_in_the_original_script():
     # multi-bleu.perl reads bytes: with a non-breaking space "a b" is one word of four.
-    found = score.score(measures()["multi-bleu"], ["a\u00a0b c d e"], ["a\u00a0b c d e"])
+    found = lib.score(measures()["multi-bleu"], ["a\u00a0b c d e"], [["a\u00a0b c d e"]])
     assert "hyp_len = 4 ref_len = 4" in found["details"]
 
 
 def test_plain_text_is_tokenised_as_moses_does():
-    tokenize, name = score.make_tokenizer("fr")
+    tokenize, name = lib.make_tokenizer("fr")
     assert tokenize("L'homme dit: «oui».") == "L&apos; homme dit : « oui » ."
     assert name.startswith("moses-fr, sacremoses ")
 
 
 def test_compounds_are_split_from_the_left_without_overlap():
-    assert score.split_compounds("a well-known man") == "a well ##AT##-##AT## known man"
+    assert lib.split_compounds("a well-known man") == "a well ##AT##-##AT## known man"
     # what perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g' gives
-    assert score.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
-    assert score.split_compounds("on - off") == "on - off"
+    assert lib.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
+    assert lib.split_compounds("on - off") == "on - off"
 
 
 def test_split_compounds_by_hand():
-    found = score.score(
-        measures()["multi-bleu-compound-split"], ["the co-op is open"], ["the co-op is shut"]
+    found = lib.score(
+        measures()["multi-bleu-compound-split"], ["the co-op is open"], [["the co-op is shut"]]
     )
     # the co @-@ op is open: 5/6, 4/5, 3/4, 2/3
     assert found["score"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
@@ -110,7 +109,7 @@ def texts(tmp_path):
 
 def test_all_figures_with_signatures_and_json(texts):
     done = run(texts["hyp"], texts["ref"], "--src", texts["src"], "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     found = {row["name"]: row for row in report["scores"]}
     assert list(found) == [
@@ -136,7 +135,7 @@ def test_all_figures_with_signatures_and_json(texts):
 
 def test_the_text_report_names_score_details_and_signature(texts):
     done = run(texts["hyp"], texts["ref"], "--lang", "en")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     first, second = done.stdout.splitlines()[:2]
     assert first.split()[0] == "multi-bleu"
     assert "BP = 1.000" in first
@@ -146,7 +145,7 @@ def test_the_text_report_names_score_details_and_signature(texts):
 def test_the_bootstrap_tells_a_worse_translation_and_equal_ones(texts):
     flags = ["--samples", "200", "--json"]
     done = run(texts["hyp"], texts["ref"], "--against", texts["other"], *flags)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     row = next(r for r in json.loads(done.stdout)["bootstrap"] if r["name"] == "sacrebleu-13a")
     assert row["score"] > row["other_score"] + row["interval"]
     assert row["p"] < 0.05
@@ -170,38 +169,76 @@ def test_tokenised_texts_get_the_figures_that_take_them_as_they_are(tmp_path):
 
 
 REFUSALS = [
-    pytest.param("hyp", b"one\ntwo\n", [], "hyp has 2", id="fewer-lines"),
-    pytest.param("ref", b"", [], "ref.en: the file has no lines", id="empty"),
-    pytest.param("hyp", b"\n" * 20, [], "hyp: all 20 lines are empty", id="nothing-in-it"),
-    pytest.param("hyp", b"\xff\n" * 20, [], "hyp: line 1, byte 1: not UTF-8", id="not-utf-8"),
-    pytest.param("src", b"one\n", [], "src has 1", id="source"),
-    pytest.param("other", b"one\n", [], "other has 1", id="second-translation"),
-    pytest.param("other", None, [], "other: no such file", id="missing"),
-    pytest.param("other", b"x\n" * 20, ["--samples", "0"], "--samples must be at", id="samples"),
+    pytest.param("hyp", b"one\ntwo\n", [], "hyp` has 2", id="fewer-lines"),
+    pytest.param("ref", b"", [], "ref.en` has no lines", id="empty"),
+    pytest.param("hyp", b"\n" * 20, [], "hyp`: all 20 lines are empty", id="nothing-in-it"),
+    pytest.param("hyp", b"\xff\n" * 20, [], "hyp`, line 1 is not valid UTF-8", id="not-utf-8"),
+    pytest.param("src", b"one\n", [], "src` has 1", id="source"),
+    pytest.param("other", b"one\n", [], "other` has 1", id="second-translation"),
+    pytest.param("other", None, [], "other", id="missing"),
+    pytest.param("other", b"x\n" * 20, ["--samples", "0"], "'--samples': 0 is not", id="samples"),
     pytest.param("other", b"x\n" * 20, ["--lang", "german"], "is 'german'", id="language"),
     pytest.param(
-        "other", b"x\n" * 20, ["--lang", "de", "--tokenized"], "leave one of", id="both-forms"
+        "other", b"x\n" * 20, ["--lang", "de", "--tokenized"], "leave one out", id="both-forms"
     ),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "flags", "message"), REFUSALS)
-def test_bad_input_is_refused_by_name(texts, name, content, flags, message, monkeypatch, capsys):
+def test_bad_input_is_refused_by_name(texts, name, content, flags, message):
     if content is None:
         texts[name].unlink()
     else:
         texts[name].write_bytes(content)
-    arguments = ["score.py", texts["hyp"], texts["ref"], "--src", texts["src"]]
-    arguments += ["--against", texts["other"], *flags]
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-    assert score.main() == 1
-    shown = capsys.readouterr()
-    assert shown.err.startswith("error: ")
-    assert message in shown.err
-    assert shown.out == ""
+    flags = ["--src", texts["src"], "--against", texts["other"], *flags]
+    done = run(texts["hyp"], texts["ref"], *flags)
+    assert done.exit_code != 0
+    assert message in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_reference_whose_name_has_no_language_needs_one(texts, tmp_path):
     done = run(texts["hyp"], write(tmp_path / "reference", ["a"] * 20))
-    assert done.returncode == 1
-    assert "--lang must be a language of two letters, but is 'reference'" in done.stderr
+    assert done.exit_code == 1
+    assert "`--lang` must be a language of two letters, but is 'reference'" in done.stderr
+
+
+def test_generates_log_is_refused_with_the_command_that_takes_the_translations_out(texts):
+    write(texts["hyp"], ["D-0\t-0.5\tone", "H-0\t-0.5\tone"])
+    assert "nmt-moe hypotheses" in run(texts["hyp"], texts["ref"]).stderr
+
+
+def test_the_best_of_several_references_counts(texts, tmp_path):
+    write(tmp_path / "hyp", ["a b c d", "e f g h"])
+    one = write(tmp_path / "one.en", ["a b c d", "x"])
+    two = write(tmp_path / "two.en", ["x", "e f g h"])
+    report = json.loads(run(tmp_path / "hyp", one, two, "--json").stdout)
+    assert report["scores"][0]["score"] == pytest.approx(100)
+    assert report["scores"][0]["signature"].startswith("nrefs:2|")
+
+
+@pytest.mark.parametrize("language", ["zh", "zh_CN", "zho", "zh-Hans"])
+def test_chinese_is_cut_by_its_own_tokens(tmp_path, language):
+    texts = [write(tmp_path / f"{name}.{language}", ["我喜欢猫。"]) for name in ("hyp", "ref")]
+    report = json.loads(run(*texts, "--json").stdout)
+    assert [row["name"] for row in report["scores"]] == ["sacrebleu-zh", "chrf", "ter"]
+    assert report["scores"][0]["score"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("language", "message"),
+    [
+        ("th", "`--tokenize char`"),
+        ("tha", "'th' is written without spaces"),
+        ("jpn", "pip install 'sacrebleu[ja]'"),
+        ("ko", "pip install 'sacrebleu[ko]'"),
+    ],
+)
+def test_a_language_without_its_tokeniser_is_refused_with_a_choice(
+    tmp_path, monkeypatch, language, message
+):
+    monkeypatch.setattr(lib.importlib.util, "find_spec", lambda name: None)
+    texts = [write(tmp_path / f"{name}.{language}", ["ฉันรักแมว"]) for name in ("hyp", "ref")]
+    assert message in run(*texts).stderr
+    report = json.loads(run(*texts, "--tokenize", "char", "--json").stdout)
+    assert "|tok:char|" in next(r for r in report["scores"] if "char" in r["name"])["signature"]

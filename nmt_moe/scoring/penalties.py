@@ -1,30 +1,16 @@
-#!/usr/bin/env python3
-r"""Find alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
-
-    fairseq-generate data-bin --user-dir nmt_moe --path model.pt --gen-subset valid \
-        --beam 8 --nbest 8 --print-alignment soft --remove-bpe sentencepiece > nbest.txt
-    sweep_penalties.py nbest.txt
-    sweep_penalties.py nbest.txt --reference valid.de --plot grid.png
+"""Alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
 
 Each point picks from every sentence's list the translation with the best
-log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam, they
-only rank what has ended; so with --nbest as large as --beam, and without --beam-prune, a point is
-what fairseq-generate gives with these penalties; alpha = beta = 0 is its --unnormalized. Of the
-output, log-probabilities are read from the P- lines (four decimals of a bit each token), attention
-from the A- lines (six decimals). The last source position is the end mark, which is no word.
-
-BLEU is sacrebleu's, of the D- lines, against the T- lines of the same file or --reference, which
-has a line for each sentence of the split: take the raw text for figures that are compared with
-others. Drawing needs matplotlib: pip install 'nmt-moe[plot]'.
+log P / ((5 + length) / 6)^alpha + beta * coverage. Of fairseq-generate's output, log-probabilities
+are read from the P- lines (four decimals of a bit each token), attention from the A- lines (six
+decimals). The last source position is the end mark, which is not a word.
 
 Source: Wu et al. 2016, section 7, eq. 14 and Table 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +18,8 @@ from pathlib import Path
 import torch
 from sacrebleu.metrics import BLEU
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from nmt_moe.search import SearchConfig, log_coverage, normalised_score  # noqa: E402
-from tools.printing import run  # noqa: E402
+from nmt_moe.scoring.plots import make_figure
+from nmt_moe.search import SearchConfig, log_coverage, normalised_score
 
 GRID = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 Grid = dict[tuple[float, float], float]
@@ -83,7 +67,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
             nbest.references[int(number)] = rest
             continue
         if kind == "D" and columns:
-            raise ValueError(missing_attention(columns["D"]))
+            raise ValueError(_missing_attention(columns["D"]))
         columns[kind] = f"{number}\t{rest}" if kind == "D" else rest
         if kind == "A":
             try:
@@ -95,13 +79,19 @@ def read_nbest(lines: Iterable[str]) -> NBest:
             nbest.hypotheses.setdefault(int(number), []).append(hypothesis)
             columns = {}
     if columns:
-        raise ValueError(missing_attention(columns.get("D", "?")))
+        raise ValueError(_missing_attention(columns.get("D", "?")))
     if not nbest.hypotheses:
         raise ValueError("no hypothesis (D-, P- and A- lines): is this fairseq-generate's output?")
+    texts = [one.text for several in nbest.hypotheses.values() for one in several]
+    if 2 * sum("▁" in text for text in texts) > len(texts):
+        raise ValueError(
+            "the translations (D- lines) are sentence pieces, on which BLEU is another figure. Run "
+            "fairseq-generate with `--remove-bpe sentencepiece`."
+        )
     return nbest
 
 
-def missing_attention(row: str) -> str:
+def _missing_attention(row: str) -> str:
     number = row.split("\t")[0]
     return (
         f"a hypothesis of sentence {number} has no attention (A- line). "
@@ -176,25 +166,18 @@ def format_grid(grid: Grid) -> str:
 
 
 def axes_of(grid: Grid) -> tuple[list[float], list[float]]:
+    """Return the alphas and the betas of a grid."""
     return sorted({alpha for alpha, _ in grid}), sorted({beta for _, beta in grid})
 
 
-def draw(grid: Grid, output: Path) -> None:
-    """Draw the grid as PNG.
+def draw_grid(grid: Grid, output: Path) -> None:
+    """Draw a grid as PNG.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "drawing needs matplotlib, which is not installed: pip install 'nmt-moe[plot]'"
-        ) from error
     alphas, betas = axes_of(grid)
-    figure = Figure(figsize=(1.6 + 0.8 * len(betas), 1.4 + 0.6 * len(alphas)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(1.6 + 0.8 * len(betas), 1.4 + 0.6 * len(alphas))
     axes = figure.subplots()
     image = axes.imshow([[grid[alpha, beta] for beta in betas] for alpha in alphas], aspect="auto")
     for row, alpha in enumerate(alphas):
@@ -220,49 +203,3 @@ def check_grid(alphas: Sequence[float], betas: Sequence[float]) -> None:
         SearchConfig(length_penalty_alpha=alpha)
     for beta in betas:
         SearchConfig(coverage_penalty_beta=beta)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("nbest", type=Path, help="output of fairseq-generate")
-    parser.add_argument("--reference", type=Path, metavar="FILE", help="default: the T- lines")
-    shown = " ".join(f"{value:g}" for value in GRID)
-    for name in ("--alphas", "--betas"):
-        parser.add_argument(
-            name, nargs="+", type=float, default=GRID, metavar="X", help=f"default: {shown}"
-        )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the grid as well")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
-    try:
-        check_grid(args.alphas, args.betas)
-        with open(args.nbest, encoding="utf-8", newline="\n") as lines:
-            nbest = read_nbest(lines)
-        references = nbest.references
-        if args.reference:
-            # Ends of lines as fairseq counts them: "\n" alone.
-            with open(args.reference, encoding="utf-8", newline="\n") as lines:
-                references = {number: line.rstrip("\n") for number, line in enumerate(lines)}
-        grid, signature = score_grid(nbest, references, args.alphas, args.betas)
-        if args.plot:
-            draw(grid, args.plot)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    best = max(grid, key=grid.__getitem__)
-    counts = [len(hypotheses) for hypotheses in nbest.hypotheses.values()]
-    print(format_grid(grid))
-    print(
-        f"{len(counts)} sentences, {min(counts)} to {max(counts)} hypotheses each; "
-        f"best: alpha {best[0]:g}, beta {best[1]:g}\n{signature}"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,0 +1,22 @@
+"""`nmt-moe check-parallel`: texts whose lines belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+from nmt_moe.text import parallel
+
+
+@command("check-parallel", "nmt-moe check-parallel train.en train.de")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--allow-empty", is_flag=True, help="Accept lines without text.")
+def check_parallel(files: tuple[Path, ...], allow_empty: bool) -> None:
+    """Check that FILES are UTF-8 and have the same number of lines, none of them empty.
+
+    Only the line feed ends a line, as in fairseq. A name that ends in .gz is read through gzip.
+    """
+    count = parallel.check_parallel(files, allow_empty)
+    click.echo(f"{count} lines: {' '.join(path.name for path in files)}")

@@ -1,0 +1,23 @@
+"""`nmt-moe hypotheses`: the translations in fairseq-generate's output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+from nmt_moe.scoring.logs import read_hypotheses
+from nmt_moe.text.lines import read_lines
+
+
+@command("hypotheses", "nmt-moe hypotheses generate.log > translation.de")
+@click.argument("log", type=click.Path(path_type=Path))
+def hypotheses(log: Path) -> None:
+    """Print the best translation of each sentence (D- lines of LOG) in the order of the text.
+
+    LOG is the output of fairseq-generate, run with --remove-bpe sentencepiece if the text is cut
+    into pieces.
+    """
+    for line in read_hypotheses(read_lines(log, allow_controls=True)):
+        click.echo(line)

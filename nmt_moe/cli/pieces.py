@@ -1,0 +1,217 @@
+"""`nmt-moe pieces`: sentence pieces of a text."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import click
+
+from nmt_moe.cli._command import Group, command, list_option
+from nmt_moe.text import pieces as lib
+from nmt_moe.text.lines import BadLine, read_lines, scan_lines
+
+logger = logging.getLogger(__name__)
+
+FILE = click.Path(path_type=Path)
+MODEL = click.option("--model", type=FILE, required=True, help="The sentencepiece model.")
+INPUTS = list_option(
+    "--inputs", "--input", type=FILE, default=["-"], help="Texts (default: standard input)."
+)
+OUTPUTS = list_option(
+    "--outputs",
+    "--output",
+    type=FILE,
+    default=["-"],
+    help="Files to write, one for each input (default: standard output).",
+)
+
+
+@click.group(
+    "pieces",
+    cls=Group,
+    examples="""
+nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \\
+    --inputs train.en train.de
+nmt-moe pieces encode --model spm.model --inputs train.en --outputs pieces/train.en
+nmt-moe pieces decode --model spm.model < translation.pieces > translation.de
+""",
+)
+def pieces() -> None:
+    """Learn a vocabulary of sentence pieces, cut text into them, and join them again."""
+
+
+@command(
+    "train",
+    """
+nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \\
+    --inputs train.en train.de
+""",
+)
+@list_option("--inputs", "--input", type=FILE, required=True, help="Texts, a sentence a line.")
+@click.option("--model", type=FILE, required=True, help="Model to write.")
+@click.option("--dictionary", type=FILE, required=True, help="fairseq dictionary to write.")
+@click.option("--vocab-size", type=int, required=True, help="Number of pieces.")
+@click.option(
+    "--model-type",
+    type=click.Choice(["unigram", "bpe"]),
+    default="unigram",
+    show_default=True,
+    help="Kind of model.",
+)
+@click.option(
+    "--hard-vocab-limit/--no-hard-vocab-limit",
+    default=True,
+    show_default=True,
+    help="Refuse a text that is too small for so many pieces, or learn fewer.",
+)
+@click.option(
+    "--character-coverage",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Share of the text's characters that get a piece.",
+)
+@click.option(
+    "--normalization",
+    type=click.Choice(lib.NORMALIZATIONS),
+    default="nmt_nfkc",
+    show_default=True,
+    help="What happens to all text before it is cut. The first two write ... for an ellipsis and "
+    "1/2 for its sign; nfc composes letters and their accents; identity changes nothing.",
+)
+@click.option(
+    "--max-sentence-length",
+    type=int,
+    default=lib.MAX_SENTENCE_BYTES,
+    show_default=True,
+    help="Leave out lines of more bytes.",
+)
+def train(
+    inputs: tuple[Path, ...],
+    model: Path,
+    dictionary: Path,
+    vocab_size: int,
+    model_type: str,
+    hard_vocab_limit: bool,
+    character_coverage: float,
+    normalization: str,
+    max_sentence_length: int,
+) -> None:
+    """Learn a vocabulary; write the model and its fairseq dictionary."""
+    done = lib.train(
+        inputs,
+        model,
+        dictionary,
+        vocab_size,
+        model_type=model_type,
+        hard_vocab_limit=hard_vocab_limit,
+        character_coverage=character_coverage,
+        normalization=normalization,
+        max_sentence_bytes=max_sentence_length,
+    )
+    click.echo(f"{done.num_pieces} pieces, {model_type}, normalization {normalization}")
+    for reason, count in done.left_out.items():
+        click.echo(f"left out of the training: {count} lines {reason}", err=True)
+
+
+@command(
+    "encode",
+    """
+nmt-moe pieces encode --model spm.model --inputs train.en train.de --outputs cut.en cut.de
+nmt-moe pieces encode --model spm.model --samples 2 < train.en > cut.en
+""",
+)
+@MODEL
+@INPUTS
+@OUTPUTS
+@click.option("--samples", type=int, default=0, help="Further passes, cut at random.")
+@click.option("--alpha", type=float, default=0.2, help="How much they prefer likely cuts (0.2).")
+@click.option("--seed", type=int, default=1, help="Of the first text; the next has the next (1).")
+def encode(
+    model: Path,
+    inputs: tuple[Path, ...],
+    outputs: tuple[Path, ...],
+    samples: int,
+    alpha: float,
+    seed: int,
+) -> None:
+    """Cut text into pieces.
+
+    With --samples the text is written again as often, each time cut differently at random (subword
+    regularisation, Kudo 2018; for unigram models): a model that sees them learns more from little
+    data. The same seed gives the same text, and the sides of a corpus stay parallel.
+    """
+    processor = lib.load(model)
+    for source, target, number in match(inputs, outputs):
+        lines = warn_of_pieces(read_text(source), source)
+        write_text(lib.encode(lines, processor, samples, alpha, seed + number), target)
+
+
+@command("decode", "nmt-moe pieces decode --model spm.model < translation.pieces > translation.de")
+@MODEL
+@INPUTS
+@OUTPUTS
+def decode(model: Path, inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> None:
+    """Join pieces to text."""
+    processor = lib.load(model)
+    for source, target, _ in match(inputs, outputs):
+        write_text(lib.decode(read_text(source), processor), target)
+
+
+for subcommand in (train, encode, decode):
+    pieces.add_command(subcommand)
+
+
+def match(inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> Iterator[tuple[Path, Path, int]]:
+    """Yield each input with its output and its number."""
+    if len(inputs) != len(outputs):
+        raise ValueError(
+            f"`--outputs` must name a file for each of the {len(inputs)} inputs, but names "
+            f"{len(outputs)}."
+        )
+    for number, (source, target) in enumerate(zip(inputs, outputs, strict=True)):
+        yield source, target, number
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, or of standard input for -."""
+    if str(path) != "-":
+        yield from read_lines(path)
+        return
+    for line in scan_lines(sys.stdin.buffer, "standard input"):
+        if isinstance(line, BadLine):
+            raise ValueError(f"standard input, line {line.number} {line.reason}. {line.advice}")
+        yield line
+
+
+def warn_of_pieces(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """Yield lines; warn at the end if most of the first 1000 are pieces already."""
+    first = list(itertools.islice(lines, 1000))
+    if 2 * sum("▁" in line for line in first) > len(first):
+        logger.warning("%s: most lines have ▁ already. Is this text cut into pieces twice?", path)
+    return itertools.chain(first, lines)
+
+
+def write_text(lines: Iterable[str], path: Path) -> None:
+    """Write lines to a file, which appears when it is whole, or to standard output for -."""
+    with open_output(path) as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[IO[str]]:
+    """Open a text file by way of a `.part` beside it, or standard output for -."""
+    if str(path) == "-":
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[attr-defined]
+        yield sys.stdout
+        return
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+    part.replace(path)

@@ -1,0 +1,61 @@
+"""`nmt-moe sweep`: alpha and beta of GNMT's search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command, list_option
+from nmt_moe.scoring import penalties as lib
+from nmt_moe.text.lines import read_lines
+
+FILE = click.Path(path_type=Path)
+VALUES = " ".join(f"{value:g}" for value in lib.GRID)
+
+
+@command(
+    "sweep",
+    """
+fairseq-generate data-bin --user-dir nmt_moe --path model.pt --gen-subset valid --beam 8 \\
+    --nbest 8 --print-alignment soft --remove-bpe sentencepiece > nbest.txt
+nmt-moe sweep nbest.txt
+nmt-moe sweep nbest.txt --reference valid.de --alphas 0 0.2 0.4 --plot grid.png
+""",
+)
+@click.argument("nbest", type=FILE)
+@click.option("--reference", type=FILE, help="Text of the split (default: the T- lines).")
+@list_option("--alphas", type=float, default=lib.GRID, help=f"Length penalties ({VALUES}).")
+@list_option("--betas", type=float, default=lib.GRID, help=f"Coverage penalties ({VALUES}).")
+@click.option("--plot", type=FILE, help="PNG to draw the grid into; needs matplotlib.")
+def sweep(
+    nbest: Path,
+    reference: Path | None,
+    alphas: tuple[float, ...],
+    betas: tuple[float, ...],
+    plot: Path | None,
+) -> None:
+    """Find alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
+
+    NBEST is the output of fairseq-generate. Each point ranks every sentence's list by
+    log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam,
+    they rank what has ended; so with --nbest as large as --beam, and without --beam-prune, a point
+    is what fairseq-generate gives with these penalties; alpha = beta = 0 is its --unnormalized.
+
+    BLEU is sacrebleu's, of the D- lines, against the T- lines of the same file or --reference,
+    which has a line for each sentence of the split: take the raw text for figures that are compared
+    with others.
+    """
+    lib.check_grid(alphas, betas)
+    found = lib.read_nbest(read_lines(nbest, allow_controls=True))
+    references = dict(enumerate(read_lines(reference))) if reference else found.references
+    grid, signature = lib.score_grid(found, references, alphas, betas)
+    if plot:
+        lib.draw_grid(grid, plot)
+    best = max(grid, key=grid.__getitem__)
+    counts = [len(hypotheses) for hypotheses in found.hypotheses.values()]
+    click.echo(lib.format_grid(grid))
+    click.echo(
+        f"{len(counts)} sentences, {min(counts)} to {max(counts)} hypotheses each; "
+        f"best: alpha {best[0]:g}, beta {best[1]:g}\n{signature}"
+    )

@@ -1,0 +1,1 @@
+"""Scores of translations, the logs they come from, and their drawings. Needs no fairseq."""

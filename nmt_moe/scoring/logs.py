@@ -1,0 +1,191 @@
+"""The one reader of fairseq's logs: training, validation, generation, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "valid", "test")
+TRAINING = ("train_inner", "train")  # within an epoch and at its end
+
+
+@dataclass
+class Run:
+    """The entries of one training.
+
+    Attributes:
+        label: Its name in a legend.
+        columns: For each column, such as `valid.ppl`, its value at each number of updates.
+    """
+
+    label: str
+    columns: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def curve(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
+        """Return the points of the first of `names` that was logged, by rising update."""
+        points = next((self.columns[name] for name in names if name in self.columns), {})
+        updates = sorted(points)
+        return updates, [points[update] for update in updates]
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the training loss is estimated from a sample of the classes."""
+        return any(f"{split}.sampled_softmax" in self.columns for split in TRAINING)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What fairseq-eval-lm found.
+
+    Attributes:
+        bits: Loss per token.
+        tokens: How many were scored, ends of sentence included.
+    """
+
+    bits: float
+    tokens: int
+
+
+def read_runs(names: Sequence[str]) -> list[Run]:
+    """Read each FILE or LABEL=FILE.
+
+    Raises:
+        ValueError: a file is not a log.
+        OSError: a file cannot be opened.
+    """
+    given = []
+    for name in names:
+        label, path = "", name
+        if not Path(name).exists():
+            label, _, path = name.rpartition("=")
+        given.append((label, Path(path)))
+    unnamed = name_files([file for label, file in given if not label])
+    return [read_file(label or unnamed[file], file) for label, file in given]
+
+
+def name_files(files: Sequence[Path]) -> dict[Path, str]:
+    """Name files by their stems, or by the shortest ends of their paths that differ."""
+    names = {file: file.stem for file in files}
+    parts = {file: Path(os.path.abspath(file)).parts for file in files}
+    for file, own in parts.items():
+        # One file that is written in two ways differs nowhere.
+        others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
+        if others:
+            end = 1
+            while any(other[-end:] == own[-end:] for other in others):
+                end += 1
+            names[file] = str(Path(*own[-end:]))
+    return names
+
+
+def read_file(label: str, file: Path) -> Run:
+    """Read one log.
+
+    Raises:
+        ValueError: it is not a log.
+        OSError: it cannot be opened.
+    """
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        run = read_run(label, lines)
+    if not run.columns:
+        raise ValueError(f"`{file}` holds no entry of fairseq's `--log-format json`")
+    return run
+
+
+def read_run(label: str, lines: Iterable[str]) -> Run:
+    """Collect the entries of a training's log; of two for one update the later counts."""
+    run = Run(label)
+    for entry in read_entries(lines):
+        split = split_of(entry)
+        prefix = "" if split == "train_inner" else f"{split}_"
+        update = as_number(entry.get(f"{prefix}num_updates"))
+        if update is None:
+            continue
+        for key, value in entry.items():
+            number = as_number(value)
+            if key.startswith(prefix) and number is not None:
+                points = run.columns.setdefault(f"{split}.{key[len(prefix) :]}", {})
+                points[int(update)] = number
+    return run
+
+
+def read_entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects that end lines, as `--log-format json` writes them."""
+    for line in lines:
+        try:
+            entry = json.loads(line[line.index('{"') :])
+        except ValueError:  # no brace, or not JSON after it
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def split_of(entry: dict[str, Any]) -> str:
+    """Return the split that an entry is of: train_inner within an epoch, else one of SPLITS."""
+    return next((name for name in SPLITS if f"{name}_num_updates" in entry), "train_inner")
+
+
+def as_number(value: Any) -> float | None:
+    """Read a number, which fairseq writes as text; None for anything else, or if not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def format_progress(entry: dict[str, Any]) -> str | None:
+    """Return one short line of a report within an epoch or of a validation; None for others."""
+    split = split_of(entry)
+    if split not in ("train_inner", "valid"):
+        return None
+    prefix = "" if split == "train_inner" else "valid_"
+    keys = ("num_updates", "ppl", *(("wps", "moe_cv_load") if not prefix else ()))
+    found = [f"  {key} {entry[prefix + key]}" for key in keys if prefix + key in entry]
+    if f"{prefix}num_updates" not in entry:
+        return None
+    return f"{'valid:' if prefix else '':6}{''.join(found)}"
+
+
+def read_loss(lines: Iterable[str]) -> Loss:
+    """Return the last result in fairseq-eval-lm's output, whose perplexity has two digits only.
+
+    Raises:
+        ValueError: there is none.
+    """
+    bits = tokens = None
+    for line in lines:
+        if found := re.search(r"Evaluated ([\d,]+) tokens", line):
+            tokens = int(found[1].replace(",", ""))
+        if found := re.search(r"Loss \(base 2\): ([\d.]+)", line):
+            bits = float(found[1])
+    if bits is None or tokens is None:
+        raise ValueError("holds no loss of fairseq-eval-lm: the evaluation did not end")
+    return Loss(bits, tokens)
+
+
+def read_hypotheses(lines: Iterable[str]) -> list[str]:
+    """Return the best translation of each sentence in fairseq-generate's output, in text order.
+
+    Raises:
+        ValueError: there is none, or a sentence is missing.
+    """
+    best: dict[int, str] = {}
+    for line in lines:
+        if found := re.match(r"D-(\d+)\t[^\t]*\t(.*)", line, re.DOTALL):
+            best.setdefault(int(found[1]), found[2])
+    if not best:
+        raise ValueError("there are no D- lines: is this the output of fairseq-generate?")
+    missing = next((number for number in range(max(best)) if number not in best), None)
+    if missing is not None:
+        raise ValueError(
+            f"sentence {missing} has no translation, but sentence {max(best)} has. Translate "
+            "again; `--required-batch-size-multiple 1` keeps the last batch."
+        )
+    return [best[number] for number in sorted(best)]

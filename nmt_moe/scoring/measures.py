@@ -1,0 +1,276 @@
+"""Measures of a translation: BLEU as each convention counts it, chrF and TER, with signatures.
+
+All figures come from sacrebleu; a measure only brings both texts into the form that its convention
+counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sacremoses
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric
+from sacrebleu.significance import PairedTest
+
+from nmt_moe.text.parallel import check_parallel, read_good_lines
+
+# Spaces to Python, letters to multi-bleu.perl, which reads bytes: a non-breaking space for one.
+WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
+# Source lengths in words at which a row of --src ends.
+LENGTH_ENDS = (10, 20, 30, 40, 50)
+# Languages by their other names, and sacrebleu's tokens of those that Moses and 13a cannot cut.
+LANGUAGE_NAMES = {"zho": "zh", "cmn": "zh", "yue": "zh", "jpn": "ja", "kor": "ko", "tha": "th"}
+LANGUAGE_NAMES |= {"khm": "km", "lao": "lo", "mya": "my"}
+TOKENS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+MECAB = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}
+WITHOUT_SPACES = ("zh", "ja", "th", "km", "lo", "my")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure: how both texts are brought into form, and sacrebleu's metric for that form.
+
+    note: what the metric's signature does not know.
+    """
+
+    name: str
+    prepare: Callable[[str], str]
+    make_metric: Callable[[], Metric]
+    note: str = ""
+
+    def prepare_text(self, lines: Sequence[str]) -> list[str]:
+        """Bring all lines into form."""
+        return [self.prepare(line) for line in lines]
+
+    def describe(self, signature: object) -> str:
+        """Return sacrebleu's signature with the note."""
+        return "|".join([f"{signature}", *filter(None, [self.note])])
+
+
+def keep(line: str) -> str:
+    """Return a line as it is."""
+    return line
+
+
+def split_compounds(line: str) -> str:
+    """Take hyphenated compounds of a tokenised line apart.
+
+    From left to right without overlap, so that the second hyphen of a-b-c stays, as in the Perl
+    one-liner that everybody used.
+    """
+    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
+
+
+def make_tokenizer(language: str | None) -> tuple[Callable[[str], str], str]:
+    """Return the function that tokenises a line, and its name for signatures.
+
+    language: of the texts; None if they are tokenised already.
+    """
+    if language is None:
+        return _keep_words, "as given"
+    moses = sacremoses.MosesTokenizer(lang=language)
+
+    def tokenize(line: str) -> str:
+        return _keep_words(moses.tokenize(line, return_str=True))
+
+    return tokenize, f"moses-{language}, sacremoses {sacremoses.__version__}"
+
+
+def _keep_words(line: str) -> str:
+    return WIDE_SPACE.sub(lambda found: chr(0xF0000 + ord(found[0])), line)
+
+
+def make_measures(language: str | None, tokens: str | None = None) -> list[Measure]:
+    """List the figures for texts in `language` (None: tokenised already, multi-bleu alone).
+
+    tokens: sacrebleu's tokeniser instead of that of the language.
+
+    Raises:
+        ValueError: the language has no tokeniser here; naming the ones to choose from.
+    """
+    chosen = choose_tokens(language, tokens)
+    plain = [
+        *(Measure(f"sacrebleu-{name}", keep, _bleu(name)) for name in chosen),
+        Measure("chrf", keep, CHRF),
+        Measure("ter", keep, TER),
+    ]
+    if language in WITHOUT_SPACES:
+        return plain  # Moses does not cut them
+    tokenize, name = make_tokenizer(language)
+    note = f"words:{name}"
+    measures = [
+        Measure("multi-bleu", tokenize, _multi_bleu(), note),
+        Measure("multi-bleu-lowercase", tokenize, _multi_bleu(lowercase=True), note),
+        Measure(
+            "multi-bleu-compound-split",
+            lambda line: split_compounds(tokenize(line)),
+            _multi_bleu(),
+            note + "|compounds:split, not comparable with GNMT's and the MoE paper's",
+        ),
+    ]
+    return measures if language is None else measures + plain
+
+
+def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
+    """Return sacrebleu's tokenisers for a language.
+
+    Raises:
+        ValueError: there is none, or its package is not installed.
+    """
+    if tokens is None:
+        if language in WITHOUT_SPACES and language not in TOKENS:
+            raise ValueError(
+                f"'{language}' is written without spaces and has no tokeniser here. Choose one of "
+                "sacrebleu's: `--tokenize char` or `--tokenize flores200`."
+            )
+        if language not in TOKENS:
+            return ("13a", "intl")
+        tokens = TOKENS[language]
+    package = MECAB.get(tokens)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"sacrebleu's tokeniser {tokens} is not installed. Install it: pip install "
+            f"'sacrebleu[{tokens[:2]}]'; or choose another: `--tokenize char`."
+        )
+    return (tokens,)
+
+
+def _bleu(tokens: str) -> Callable[[], Metric]:
+    return lambda: BLEU(tokenize=tokens)
+
+
+def _multi_bleu(lowercase: bool = False) -> Callable[[], Metric]:
+    # force: sacrebleu warns of tokenised text, which is what this figure is about.
+    return lambda: BLEU(tokenize="none", smooth_method="none", lowercase=lowercase, force=True)
+
+
+def score(measure: Measure, hypotheses: list[str], references: list[list[str]]) -> dict:
+    """Return a measure's name, its score in percent, details and signature.
+
+    references: one text or more, each of as many lines as `hypotheses`.
+    details: for BLEU the precisions, brevity penalty and lengths in words.
+    """
+    metric = measure.make_metric()
+    result = metric.corpus_score(
+        measure.prepare_text(hypotheses), [measure.prepare_text(text) for text in references]
+    )
+    return {
+        "name": measure.name,
+        "score": float(result.score),
+        "details": getattr(result, "_verbose", ""),
+        "signature": measure.describe(metric.get_signature()),
+    }
+
+
+def compare(
+    measure: Measure,
+    hypotheses: list[str],
+    others: list[str],
+    references: list[list[str]],
+    num_samples: int,
+) -> dict:
+    """Test by paired bootstrap (Koehn 2004, sacrebleu's) whether two translations differ.
+
+    Returns:
+        Both scores, each with the mean and the half width of its 95% interval over the resamples,
+        and p: how probable a difference of this size is between equally good translations.
+    """
+    systems = [
+        (name, measure.prepare_text(lines))
+        for name, lines in (("other", others), ("this", hypotheses))
+    ]
+    prepared = [measure.prepare_text(text) for text in references]
+    test = PairedTest(
+        systems, {"metric": measure.make_metric()}, prepared, test_type="bs", n_samples=num_samples
+    )
+    signatures, scores = test()
+    (key,) = signatures
+    other, this = scores[key]
+    # sacrebleu counts resamples that exceed the difference, and finds none if all are equal.
+    is_same = systems[0][1] == systems[1][1]
+    # float(): JSON does not take numpy's numbers.
+    return {
+        "name": measure.name,
+        "score": float(this.score),
+        "mean": float(this.mean),
+        "interval": float(this.ci),
+        "other_score": float(other.score),
+        "other_mean": float(other.mean),
+        "other_interval": float(other.ci),
+        "p": 1.0 if is_same else float(this.p_value),
+        "signature": measure.describe(signatures[key]),
+    }
+
+
+def score_by_source(
+    measure: Measure, hypotheses: list[str], references: list[list[str]], sources: list[str]
+) -> dict:
+    """Score by the length of the source in words, and count translations that repeat it."""
+    rows = []
+    start = 1
+    for end in (*LENGTH_ENDS, None):
+        chosen = [
+            i
+            for i, line in enumerate(sources)
+            if max(len(line.split()), 1) >= start and (end is None or len(line.split()) <= end)
+        ]
+        if chosen:
+            result = score(
+                measure,
+                [hypotheses[i] for i in chosen],
+                [[text[i] for i in chosen] for text in references],
+            )
+            words = f"{start}-{end}" if end else f"{start}-"
+            rows.append({"words": words, "sentences": len(chosen), "score": result["score"]})
+        start = (end or 0) + 1
+    copies = sum(hyp.strip() == src.strip() for hyp, src in zip(hypotheses, sources, strict=True))
+    return {"measure": measure.name, "rows": rows, "copies": copies}
+
+
+def read_texts(paths: Sequence[Path]) -> list[list[str]]:
+    """Read files of equally many lines; an empty translation is allowed.
+
+    Raises:
+        ValueError: a line cannot be read, or a file has no text, another length, or fairseq's log.
+        OSError: a file cannot be opened.
+    """
+    texts = [list(read_good_lines(path, allow_empty=True)) for path in paths]
+    for path, text in zip(paths, texts, strict=True):
+        if any(re.match(r"[DHS]-\d+\t", line) for line in text):
+            raise ValueError(
+                f"`{path}` is the output of fairseq-generate, not a translation. Take the D- lines "
+                f"in the text's order: nmt-moe hypotheses {path} > translation.txt"
+            )
+    check_parallel(paths, allow_empty=True)
+    for path, text in zip(paths, texts, strict=True):
+        if not any(line.strip() for line in text):
+            raise ValueError(
+                f"`{path}`: all {len(text)} lines are empty, there is nothing to score"
+            )
+    return texts
+
+
+def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> str | None:
+    """Return the language of the texts in two letters: `name`, or the ending of the reference's.
+
+    Raises:
+        ValueError: neither is a language.
+    """
+    if is_tokenized:
+        if name is not None:
+            raise ValueError(f"`--lang {name}` has no effect with `--tokenized`: leave one out.")
+        return None
+    name = name or reference.name.removesuffix(".gz").rpartition(".")[2]
+    language = re.split("[-_]", name)[0].lower()
+    language = LANGUAGE_NAMES.get(language, language)
+    if not re.fullmatch(r"[a-z]{2}", language):
+        raise ValueError(
+            f"`--lang` must be a language of two letters, but is '{name}' (taken from the name of "
+            "the reference when it is not given). Give --lang de, for example."
+        )
+    return language

@@ -1,0 +1,42 @@
+"""Texts whose lines belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nmt_moe.text.lines import read_lines
+
+
+def check_parallel(paths: Iterable[Path], allow_empty: bool = False) -> int:
+    """Return the number of lines that all files share.
+
+    Raises:
+        ValueError: a line is refused by `read_lines`, or is empty; a file has no lines; or two
+            files differ in length.
+        OSError: a file cannot be opened.
+    """
+    counts = {path: sum(1 for _ in read_good_lines(path, allow_empty)) for path in paths}
+    for path, count in counts.items():
+        if not count:
+            raise ValueError(f"`{path}` has no lines")
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"`{path}` has {count}" for path, count in counts.items())
+        raise ValueError(
+            f"the files must have the same number of lines, but {listed}: line "
+            f"{min(counts.values()) + 1} is the first without a partner. Find the pair that "
+            "shifted, or cut all files alike."
+        )
+    return next(iter(counts.values()))
+
+
+def read_good_lines(path: Path, allow_empty: bool = False) -> Iterator[str]:
+    """Yield the lines of a file.
+
+    Raises:
+        ValueError: a line is refused by `read_lines`, or is empty.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if not allow_empty and not line.strip():
+            raise ValueError(f"`{path}`, line {number} is empty. Remove it from every side.")
+        yield line

@@ -1,0 +1,238 @@
+"""Sentence pieces: a vocabulary with its fairseq dictionary, and text cut into its pieces."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import sentencepiece
+
+from nmt_moe.text.lines import read_lines
+
+NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
+# sentencepiece leaves out longer lines, and those that have the character it keeps for itself.
+MAX_SENTENCE_BYTES = 4192
+RESERVED = "\u2585"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a vocabulary was learnt from.
+
+    Attributes:
+        num_pieces: Entries of the dictionary.
+        left_out: Why lines were left out, and how many for each reason.
+    """
+
+    num_pieces: int
+    left_out: Counter[str]
+
+
+def train(
+    inputs: Sequence[Path],
+    model: Path,
+    dictionary: Path,
+    vocab_size: int,
+    *,
+    model_type: str = "unigram",
+    hard_vocab_limit: bool = True,
+    character_coverage: float = 1.0,
+    normalization: str = "nmt_nfkc",
+    max_sentence_bytes: int = MAX_SENTENCE_BYTES,
+) -> Training:
+    """Write a sentencepiece model and the dictionary of its pieces.
+
+    Args:
+        inputs: Texts of one sentence a line.
+        model: To write.
+        dictionary: To write, in fairseq's format.
+        vocab_size: Number of pieces, the three included that fairseq adds itself.
+        model_type: "unigram" or "bpe".
+        hard_vocab_limit: With less text than `vocab_size` pieces ask for, raise; else learn fewer.
+        character_coverage: Share of the text's characters that must be pieces; the rarest beyond it
+            become unknown.
+        normalization: What happens to text before it is cut, one of `NORMALIZATIONS`: NFKC with or
+            without sentencepiece's treatment of spaces, canonical composition only, or nothing.
+        max_sentence_bytes: Longer lines are left out.
+
+    Raises:
+        ValueError: a text has a line that cannot be read, or is too small for so many pieces.
+        OSError: a file cannot be opened.
+    """
+    left_out: Counter[str] = Counter()
+    failure: list[ValueError] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            for line in itertools.chain.from_iterable(map(read_lines, inputs)):
+                if len(line.encode()) > max_sentence_bytes:
+                    left_out[f"of more than {max_sentence_bytes} bytes"] += 1
+                elif RESERVED in line:
+                    left_out[f"with {RESERVED}, which sentencepiece keeps for itself"] += 1
+                else:
+                    yield line
+        except ValueError as error:
+            failure.append(error)
+            raise
+
+    for path in inputs:
+        path.open("rb").close()
+    part = model.with_name(model.name + ".part")
+    with TemporaryDirectory() as folder:
+        try:
+            with part.open("wb") as writer:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=sentences(),
+                    model_writer=writer,
+                    vocab_size=vocab_size,
+                    model_type=model_type,
+                    character_coverage=character_coverage,
+                    hard_vocab_limit=hard_vocab_limit,
+                    max_sentence_length=max_sentence_bytes,
+                    num_threads=1,
+                    minloglevel=2,
+                    **_normalization_flags(normalization, Path(folder)),
+                )
+        except RuntimeError as error:
+            part.unlink()
+            if failure:
+                raise failure[0] from None
+            # sentencepiece's message begins with its source file and the condition that failed.
+            reason = str(error).rpartition("] ")[2]
+            raise ValueError(
+                f"cannot learn `--vocab-size` {vocab_size} pieces from "
+                f"{', '.join(map(str, inputs))}: {reason}"
+            ) from None
+    part.replace(model)
+    processor = load(model)
+    special = {processor.unk_id(), processor.bos_id(), processor.eos_id()}
+    pieces = [processor.id_to_piece(i) for i in range(len(processor)) if i not in special]
+    # fairseq wants a count beside each entry; it matters only where a dictionary is cut.
+    dictionary.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    return Training(len(pieces), left_out)
+
+
+def load(model: Path) -> sentencepiece.SentencePieceProcessor:
+    """Load a sentencepiece model.
+
+    Raises:
+        ValueError: the file is not a whole model.
+        OSError: it cannot be opened.
+    """
+    content = model.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+        return processor
+    except RuntimeError:
+        raise ValueError(
+            f"`{model}` is not a whole sentencepiece model ({len(content)} bytes). Copy it again, "
+            "or learn it again with `nmt-moe pieces train`."
+        ) from None
+
+
+def encode(
+    lines: Iterable[str],
+    processor: sentencepiece.SentencePieceProcessor,
+    samples: int = 0,
+    alpha: float = 0.2,
+    seed: int = 1,
+) -> Iterator[str]:
+    """Yield lines as pieces; then `samples` more passes, cut at random.
+
+    alpha: how much likely cuts are preferred: 0 for not at all.
+
+    Source: Kudo 2018 (subword regularisation), section 3.
+    """
+    if samples:
+        lines = list(lines)
+    for line in lines:
+        yield " ".join(processor.encode(line, out_type=str))
+    sample = WordSampler(processor, alpha, seed)
+    for _ in range(samples):
+        for line in lines:
+            yield sample(line)
+
+
+def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
+    """Yield the text of lines of pieces."""
+    for line in lines:
+        yield processor.decode_pieces(line.split(" "))
+
+
+class WordSampler:
+    """Cuts words at random, a unigram model's likelier cuts more often.
+
+    sentencepiece's own sampling cannot be repeated: its seed does not reach its generator. A
+    unigram model cuts each word by itself, so drawing word by word is the same distribution.
+    """
+
+    def __init__(
+        self, processor: sentencepiece.SentencePieceProcessor, alpha: float, seed: int
+    ) -> None:
+        self.processor = processor
+        self.alpha = alpha
+        self.generator = random.Random(seed)
+        self.cuts: dict[str, tuple[list[str], list[float]]] = {}
+
+    def __call__(self, line: str) -> str:
+        """Draw a cut of every word of a line."""
+        # The pieces joined are the normalised line, each of its words behind a mark.
+        words = re.findall("▁[^▁]*|^[^▁]+", "".join(self.processor.encode(line, out_type=str)))
+        return " ".join(self.cut(word) for word in words)
+
+    def cut(self, word: str) -> str:
+        """Draw a cut of a word."""
+        if word not in self.cuts:
+            self.cuts[word] = self.find_cuts(word)
+        cuts, cumulative_weights = self.cuts[word]
+        return self.generator.choices(cuts, cum_weights=cumulative_weights)[0]
+
+    def find_cuts(self, word: str) -> tuple[list[str], list[float]]:
+        """Return the likeliest cuts of a word with the running sums of p ** alpha."""
+        plain = word.removeprefix("▁")
+        found = self.processor.nbest_encode(plain, nbest_size=64, out_type=str)
+        weights = [math.exp(self.alpha * self.log_probability(cut)) for cut in found]
+        return [" ".join(cut) for cut in found], list(itertools.accumulate(weights))
+
+    def log_probability(self, pieces: list[str]) -> float:
+        """Sum the unigram scores in nats; a piece outside the vocabulary counts nothing."""
+        return sum(self.processor.get_score(self.processor.piece_to_id(piece)) for piece in pieces)
+
+
+def _normalization_flags(name: str, folder: Path) -> dict[str, str]:
+    """Return sentencepiece's flags; it has no canonical composition, which is given as a table."""
+    if name != "nfc":
+        return {"normalization_rule_name": name}
+    rules = {
+        source: unicodedata.normalize("NFC", source)
+        for character in map(chr, range(0x110000))
+        if (parts := unicodedata.normalize("NFD", character)) != character
+        for source in (character, *_partly_composed(parts))
+    }
+    table = folder / "nfc.tsv"
+    table.write_text(
+        "".join(
+            "\t".join(" ".join(f"{ord(c):X}" for c in side) for side in rule) + "\n"
+            for rule in rules.items()
+            if rule[0] != rule[1]
+        )
+    )
+    return {"normalization_rule_tsv": str(table)}
+
+
+def _partly_composed(parts: str) -> Iterator[str]:
+    """Yield the ways to write a character as a composed beginning and marks in any order."""
+    for marks in itertools.permutations(parts[1:]):
+        spelled = parts[0] + "".join(marks)
+        if unicodedata.normalize("NFD", spelled) == parts:
+            for end in range(1, len(spelled) + 1):
+                yield unicodedata.normalize("NFC", spelled[:end]) + spelled[end:]

@@ -1,0 +1,125 @@
+"""Files from the network, and out of archives: verified, bounded, read to their end."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import posixpath
+import shutil
+import sys
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+BLOCK = 1 << 20
+DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
+
+
+def show_progress(iterable=None, **options):
+    """Show tqdm's bar: each second on a terminal, each half a minute in a log."""
+    from tqdm import tqdm  # not at the top: --dry-run needs the standard library alone
+
+    return tqdm(iterable, mininterval=1 if sys.stderr.isatty() else 30, **options)
+
+
+def download(
+    path: Path, addresses: Iterable[str], digest: str | None = None, size: int | None = None
+) -> Path:
+    """Return a file, fetched by pooch from the first address that has it; verified each time.
+
+    Args:
+        path: The file. It appears when it is whole; one that is there with another digest or size
+            is fetched again.
+        addresses: http, https or file addresses.
+        digest: Such as `sha256:...` or `md5:...`.
+        size: Bytes.
+
+    Raises:
+        ValueError: no address has it, naming each with the reason.
+    """
+    import pooch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if size is not None and path.is_file() and path.stat().st_size != size:
+        path.unlink()
+    failures = []
+    for address in addresses:
+        is_file = address.startswith("file:")
+        fetch = copy_file if is_file else pooch.HTTPDownloader(progressbar=True, timeout=60)
+        try:
+            pooch.retrieve(address, digest, path.name, path.parent, downloader=fetch)
+            if size is not None and path.stat().st_size != size:
+                found = path.stat().st_size
+                path.unlink()
+                raise ValueError(f"has {found} bytes, but must have {size}")
+        except Exception as error:  # requests, urllib3, http.client and pooch have their own
+            failures.append(f"{address}: {error}")
+        else:
+            return path
+    listed = "\n  ".join(failures)
+    raise ValueError(
+        f"{path.name} could not be downloaded:\n  {listed}\nRun again to try again, or name a "
+        "folder or mirror that has it (`--help` says how)."
+    )
+
+
+def copy_file(address: str, output: str, _: object) -> None:
+    """Fetch a file: address, as pooch's downloaders do."""
+    shutil.copyfile(urllib.request.url2pathname(address.removeprefix("file://")), output)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn the many errors of a damaged archive into one ValueError."""
+    try:
+        yield
+    except tarfile.FilterError as error:
+        raise ValueError(f"{path}: an unsafe archive: {error}") from None
+    except DAMAGE as error:
+        raise ValueError(f"{path}: not a complete archive ({error})") from None
+
+
+def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the named members of a tar archive; nothing is written, whatever the archive says.
+
+    The archive is read to its end, where its checksum is.
+
+    Raises:
+        ValueError: it is damaged, holds a member that leaves its folder or is a device or a link
+            out of it, or lacks a name.
+    """
+    missing = set(names)
+    opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
+    with archive.open("rb") as file:
+        start = file.read(2)
+    with damage_named(archive), opener.get(start, open)(archive, "rb") as packed:
+        with tarfile.open(fileobj=packed, mode="r|") as tar:
+            for member in tar:
+                tarfile.data_filter(member, str(archive.parent))
+                name = posixpath.normpath(member.name)
+                if name in missing and member.isreg():
+                    missing.remove(name)
+                    yield name, tar.extractfile(member)
+        # tarfile stops at its own end mark, before the checksum at gzip's end.
+        while packed.read(BLOCK):
+            pass
+    if missing:
+        raise ValueError(f"{archive}: has no {', '.join(sorted(missing))}")
+
+
+def bounded(stream: BinaryIO, limit: int, name: str) -> Iterator[bytes]:
+    """Yield the blocks of a stream that must end within `limit` bytes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    total = 0
+    while block := stream.read(BLOCK):
+        total += len(block)
+        if total > limit:
+            raise ValueError(f"{name}: has more than {limit:,} bytes, which the text cannot have")
+        yield block
