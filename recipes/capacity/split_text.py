@@ -6,13 +6,14 @@ Refused, with file and line: what is missing, empty, cut off, not UTF-8, or not 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import lzma
-import sys
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
+
+import click
+
+from nmt_moe.cli import command
 
 # A longer line is a text that was not cut into sentences.
 MAX_LINE_WORDS = 1000
@@ -86,25 +87,21 @@ def split_text(train: Path, test: Path, valid_lines: int, output: Path) -> dict[
     return {name: sum(len(line.split()) + 1 for line in lines) for name, lines in parts.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="where the text is")
-    parser.add_argument("--train", required=True, help="file in the folder, plain, .gz or .xz")
-    parser.add_argument("--test", required=True, help="another")
-    parser.add_argument("--valid-lines", type=int, required=True, help="last lines of --train")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    args = parser.parse_args(arguments)
-    try:
-        texts = (find_text(args.folder, name) for name in (args.train, args.test))
-        for name, words in split_text(*texts, args.valid_lines, args.output).items():
-            print(f"{name}: {words} words, ends of sentence included")
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+@command(
+    "split_text.py",
+    "split_text.py --folder text --train train.en --test val.en --valid-lines 5000 --output work",
+)
+@click.option("--folder", type=Path, required=True, help="Where the text is.")
+@click.option("--train", required=True, help="File in the folder, plain, .gz or .xz.")
+@click.option("--test", required=True, help="Another.")
+@click.option("--valid-lines", type=int, required=True, help="Last lines of --train.")
+@click.option("--output", type=Path, required=True, help="Folder to write.")
+def main(folder: Path, train: str, test: str, valid_lines: int, output: Path) -> None:
+    """Take a text of one sentence a line apart: train, valid (its end) and test (another file)."""
+    texts = (find_text(folder, name) for name in (train, test))
+    for name, words in split_text(*texts, valid_lines, output).items():
+        print(f"{name}: {words} words, ends of sentence included")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

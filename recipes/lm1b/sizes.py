@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
 """Print the widths of a language model, its own or an eighth of them, as flags of fairseq-train.
 
-    sizes.py lstm_moe_lm_32 --divide 8
-
 All three are divided, and the number of experts stays, so LSTMs and experts shrink alike in every
 model, to a 64th of their operations and weights. A gate shrinks to an eighth only.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
+import click
 
+from nmt_moe.cli import command
 from tools.networks import find_options
 
 WIDTHS = ("model_dim", "lstm_hidden_dim", "hidden_dim")
@@ -36,21 +33,14 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
     return {name: getattr(sizes, name) // divisor for name in WIDTHS}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="an architecture")
-    parser.add_argument("--divide", type=int, choices=(1, 8), default=1)
-    args = parser.parse_args(arguments)
-    try:
-        sizes = narrow_sizes(args.model, args.divide)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+@command("sizes.py", "sizes.py lstm_moe_lm_32 --divide 8")
+@click.argument("model")
+@click.option("--divide", type=click.Choice(["1", "8"]), default="1", help="By this number.")
+def main(model: str, divide: str) -> None:
+    """Print the widths of a language model as flags of fairseq-train."""
+    sizes = narrow_sizes(model, int(divide))
     print(" ".join(f"--{name.replace('_', '-')} {width}" for name, width in sizes.items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,9 +7,11 @@ the test set. Prints one row for each direction, as Table 5 of Shazeer et al. 20
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
+
+import click
+
+from nmt_moe.cli import command
 
 MODELS = ("single", "dense", "moe")
 HEADINGS = {"single": "single pair", "dense": "multilingual dense", "moe": "multilingual MoE"}
@@ -68,16 +70,13 @@ def difference(one: tuple | None, other: tuple | None) -> str:
     return f"{float(one[1]) - float(other[1]):+.2f}" if one and other else "-"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", type=Path, help="folder of the runs")
-    arguments = parser.parse_args()
-    try:
-        lines = make_table(arguments.work)
-    except ValueError as error:
-        sys.exit(f"table.py: error: {error}")
+@command("table.py", "table.py work")
+@click.argument("work", type=Path)
+def main(work: Path) -> None:
+    """Print the scores of all models in the folder WORK beside each other."""
+    lines = make_table(work)
     if len(lines) == 2:
-        sys.exit(f"table.py: error: no run in {arguments.work} was scored; run evaluate.sh")
+        raise ValueError(f"no run in {work} was scored; run evaluate.sh")
     print("Test BLEU (in brackets: perplexity on valid)\n")
     print("\n".join(lines))
 
