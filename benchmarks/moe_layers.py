@@ -143,10 +143,10 @@ class OwnHierarchicalLayer(OwnLayer):
     is_hierarchical = True
 
     def gate_weights(self) -> list[Tensor]:
-        return [self.moe.gate.primary.gate_weight, self.moe.gate.secondary_gate_weight]
+        return [self.moe.gate.primary.gate_weight, self.moe.gate.secondary.gate_weight]
 
     def noise_weights(self) -> list[Tensor]:
-        return [self.moe.gate.primary.noise_weight, self.moe.gate.secondary_noise_weight]
+        return [self.moe.gate.primary.noise_weight, self.moe.gate.secondary.noise_weight]
 
     def gates(self, x: Tensor) -> Tensor:
         primary, secondary = self.gate_weights()

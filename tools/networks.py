@@ -46,7 +46,7 @@ def active_share(name: str, config: LSTMLMConfig | GNMTConfig) -> float:
     moe = config.moe
     if moe is None or moe.gate == "softmax":
         return 1.0
-    if ".secondary_" in name:
+    if ".secondary." in name:
         return moe.top_k / moe.num_groups
     if ".experts." in name:
         return (moe.top_k**2 if moe.num_groups else moe.top_k) / moe.num_experts

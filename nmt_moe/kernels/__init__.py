@@ -1,32 +1,36 @@
 """Fast operations: torch (and, behind `_triton`, Triton) only.
 
-Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle;
-`row_groups` only reads offsets, for all of them.
+Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle.
 """
 
 from nmt_moe.kernels import reference
-from nmt_moe.kernels._backend import row_groups
+from nmt_moe.kernels._backend import is_on_host, row_groups
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
 from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
-from nmt_moe.kernels.gating import noisy_top_k
+from nmt_moe.kernels.gating import draw_seed, noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
+from nmt_moe.kernels.row_plan import RowPlan, plan_rows
 
 __all__ = [
     "NOISE_FLOOR",
     "Gating",
+    "RowPlan",
     "combine_rows",
+    "draw_seed",
     "expert_ffn",
     "factored_adam",
     "gate_logits",
     "gather_rows",
     "grouped_gemm",
     "mixture_ffn",
+    "is_on_host",
     "noisy_top_k",
+    "plan_rows",
     "reference",
     "row_groups",
 ]

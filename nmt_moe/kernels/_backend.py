@@ -1,4 +1,4 @@
-"""What operations ask about their tensors: who runs them, whether gradients follow, whose rows."""
+"""What operations ask about their tensors: which path runs them, whether gradients follow."""
 
 import importlib.util
 import os
@@ -7,8 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Triton's interpreter runs kernels on CPU tensors, slowly: for tests and debugging alone.
+# Triton's interpreter runs kernels on CPU tensors, slowly: only for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Types of devices whose tensors the host reads without waiting.
+HOST_DEVICES = frozenset({"cpu"})
 
 
 @cache
@@ -25,6 +27,11 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Return whether the host can read the values of `tensor` without waiting for a device."""
+    return tensor.device.type in HOST_DEVICES
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
     """Return whether a backward pass through an operation on `tensors` may come.
 
@@ -34,6 +41,10 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
-    """Give the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1])."""
+    """Return the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1]).
+
+    Rows of no group count as the last one's.
+    """
     rows = torch.arange(num_rows, device=row_offsets.device)
-    return torch.searchsorted(row_offsets, rows, right=True) - 1
+    groups = torch.searchsorted(row_offsets, rows, right=True) - 1
+    return groups.clamp_(max=len(row_offsets) - 2)

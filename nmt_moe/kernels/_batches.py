@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmt_moe.kernels.row_plan import RowPlan
+
 # Padded rows that an expert of a batch may have on average. They cost products, but below some
 # twenty rows an expert's time is that of reading its weights.
 SPARE_ROWS = 8
@@ -23,7 +25,7 @@ class Batch:
 
     Attributes:
         experts: C neighbours, all with rows.
-        rows: Where they are among the padded rows.
+        rows: Their padded rows.
         height: Rows of each expert, padding included.
     """
 
@@ -42,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PaddedPlan:
-    """A dispatch plan with room for padding.
+    """A row plan with room for padding.
 
     Padding repeats the last row of its expert, so that what is not finite stays with the experts
     that have it anyway; its gate is 0.
@@ -63,29 +65,23 @@ class PaddedPlan:
         return max((b.rows.stop - b.rows.start for b in self.batches), default=0)
 
 
-def plan_padding(row_token: Tensor, token_rows: Tensor, expert_offsets: Tensor) -> PaddedPlan:
-    """Choose which experts share a batch, and move a plan's rows apart accordingly.
-
-    Args:
-        row_token: (R,) int64. The token each row comes from; rows are sorted by expert.
-        token_rows: (N, K) int64. The rows of each token; R in empty slots.
-        expert_offsets: (E + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
-    """
-    counts = expert_offsets.diff()
+def plan_padding(plan: RowPlan) -> PaddedPlan:
+    """Choose which experts share a batch, and move a plan's rows apart accordingly."""
+    counts = plan.offsets.diff()
     batches = plan_batches(counts.tolist(), max(MIN_EXPERTS, torch.get_num_threads()))
-    num_rows, num_padded = len(row_token), batches[-1].rows.stop if batches else 0
+    num_rows, num_padded = len(plan.row_token), batches[-1].rows.stop if batches else 0
     if num_padded == num_rows:
-        return PaddedPlan(batches, row_token, token_rows)
+        return PaddedPlan(batches, plan.row_token, plan.token_rows)
     heights = torch.zeros_like(counts)
     for batch in batches:
         heights[batch.experts] = batch.height
     starts = heights.cumsum(0).sub_(heights)
     expert = torch.arange(len(counts)).repeat_interleave(heights)
-    place = torch.arange(num_padded).sub_(starts[expert])  # within its expert
-    row = expert_offsets[expert] + torch.minimum(place, counts[expert] - 1)
-    shift = (starts - expert_offsets[:-1]).repeat_interleave(counts)
+    index = torch.arange(num_padded).sub_(starts[expert])  # within its expert
+    row = plan.offsets[expert] + torch.minimum(index, counts[expert] - 1)
+    shift = (starts - plan.offsets[:-1]).repeat_interleave(counts)
     moved = torch.cat([torch.arange(num_rows) + shift, starts.new_tensor([num_padded])])
-    return PaddedPlan(batches, row_token[row], moved[token_rows])
+    return PaddedPlan(batches, plan.row_token[row], moved[plan.token_rows])
 
 
 def plan_batches(counts: list[int], most_experts: int) -> list[Batch]:

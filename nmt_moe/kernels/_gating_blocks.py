@@ -1,7 +1,7 @@
 """Noisy top-k gating on the CPU: blocks of rows that stay in the cache, and a backward by hand.
 
-Of the size (N, E) nothing is kept but the logits: the thresholds lie at known places of each row,
-so the k + 1 largest of a row, and the noise there, suffice to go back.
+Only the logits are kept in full size (N, E): the backward pass needs no more than the k + 1 largest
+of each row, which are the thresholds, and the noise there.
 """
 
 import math
@@ -74,15 +74,14 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     # by rising index, the candidates keep the order of their indices.
     by_run = scores.view(len(scores), width // RUN, RUN)
     runs = _largest_ids(by_run.amax(2), count).sort(dim=1).values
-    places = runs.unsqueeze(2).expand(-1, -1, RUN)
-    candidates = by_run.gather(1, places).flatten(1)
+    candidates = by_run.gather(1, runs.unsqueeze(2).expand(-1, -1, RUN)).flatten(1)
     best = _largest_ids(candidates, count)
     ids = runs.gather(1, best.div(RUN, rounding_mode="floor")) * RUN + best % RUN
     return candidates.gather(1, best), ids
 
 
 def _largest_ids(scores: Tensor, count: int) -> Tensor:
-    """Find the indices alone, of float32 scores.
+    """Find the indices of the largest, of float32 scores.
 
     A key holds the score's bits, arranged to compare as integers, above the index counted
     backwards: all differ, and plain vectorised maxima find them in order. NaN, of either sign,
@@ -96,9 +95,9 @@ def _largest_ids(scores: Tensor, count: int) -> Tensor:
     keys.bitwise_or_(torch.arange(last, -1, -1))
     lowest = torch.iinfo(torch.int64).min
     ids = keys.new_empty(len(scores), count)
-    for place in range(count):
+    for slot in range(count):
         index = keys.amax(1, keepdim=True).bitwise_and_(0xFFFFFFFF).neg_().add_(last)
-        ids[:, place : place + 1] = index
+        ids[:, slot : slot + 1] = index
         keys.scatter_(1, index, lowest)
     return ids
 
@@ -118,7 +117,7 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
         clean: (B, E).
         scale: (B, E).
         top: (B, K + 1). The largest noisy logits, falling.
-        ids: (B, K + 1) int64. Where they stand.
+        ids: (B, K + 1) int64. Their indices.
         out: (B, E). Written and returned.
     """
     chosen = ids[:, :-1]
@@ -129,7 +128,7 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
 
 
 def is_inside(top: Tensor) -> Tensor:
-    """Tell which of the K chosen are strictly above the (k+1)-th: (B, K) bool."""
+    """Return which of the K chosen are strictly above the (k+1)-th: (B, K) bool."""
     return top[:, :-1] > top[:, -1:]
 
 
@@ -170,12 +169,12 @@ class BlockedNoisyTopK(torch.autograd.Function):
                 for group, run in runs:
                     load[group].add_(twice[run].sum(0), alpha=0.5)
         gates, expert_ids = top[:, :top_k].softmax(1), ids[:, :top_k].contiguous()
-        places = expert_ids
+        bins = expert_ids
         if len(load) > 1:
-            places = expert_ids + row_groups(row_offsets, num_rows).unsqueeze(1) * num_experts
-        importance = _sum_at(places, gates, row_weight, load)
-        counts = places.flatten().bincount(minlength=load.numel()).view_as(load)
-        ctx.save_for_backward(clean, raw_scale, row_weight, gates, top, ids, drawn, places)
+            bins = expert_ids + row_groups(row_offsets, num_rows).unsqueeze(1) * num_experts
+        importance = _sum_by_expert(bins, gates, row_weight, load)
+        counts = bins.flatten().bincount(minlength=load.numel()).view_as(load)
+        ctx.save_for_backward(clean, raw_scale, row_weight, gates, top, ids, drawn, bins)
         ctx.smooth, ctx.bounds = smooth, bounds
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(expert_ids, counts)
@@ -194,19 +193,19 @@ class BlockedNoisyTopK(torch.autograd.Function):
         grad_load: Tensor | None,
         _grad_counts: None,
     ) -> tuple[Tensor | None, ...]:
-        clean, raw_scale, row_weight, gates, top, ids, drawn, places = ctx.saved_tensors
+        clean, raw_scale, row_weight, gates, top, ids, drawn, bins = ctx.saved_tensors
         top_k = gates.shape[1]
         grad_weight = None
         if grad_gates is None:
             grad_gates = torch.zeros_like(gates)
         if grad_importance is not None:
-            picked = grad_importance.reshape(-1).index_select(0, places.flatten()).view_as(gates)
+            picked = grad_importance.reshape(-1).index_select(0, bins.flatten()).view_as(gates)
             if row_weight is None:
                 grad_gates = grad_gates + picked
             else:
                 grad_gates = torch.addcmul(grad_gates, picked, row_weight.unsqueeze(1))
                 grad_weight = (picked * gates).sum(1)
-        # Of the softmax; for the largest noisy logits alone.
+        # Through the softmax, to the largest noisy logits.
         grad_top = torch.zeros_like(top)
         weighted = gates * grad_gates
         torch.addcmul(
@@ -270,10 +269,10 @@ def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def _sum_at(places: Tensor, gates: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:
+def _sum_by_expert(bins: Tensor, gates: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:
     """Add up gates by (group, expert), one after the other in float64."""
     if row_weight is not None:
         gates = gates * row_weight.unsqueeze(1)
     total = torch.zeros(like.numel(), dtype=torch.float64)
-    total.index_add_(0, places.flatten(), gates.double().flatten())
+    total.index_add_(0, bins.flatten(), gates.double().flatten())
     return total.to(like.dtype).view_as(like)

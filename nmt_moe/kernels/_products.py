@@ -38,14 +38,13 @@ class Products(Protocol):
 
 
 class LoopProducts:
-    """One `torch.mm` for each expert with rows, straight into its place. Waits for the offsets.
+    """One `torch.mm` for each expert with rows, written where it belongs.
 
     Attributes:
         runs: The experts that have rows, each with its slice.
     """
 
-    def __init__(self, expert_offsets: Tensor) -> None:
-        bounds = expert_offsets.tolist()
+    def __init__(self, bounds: list[int]) -> None:
         self._num_experts = len(bounds) - 1
         self.runs = [
             (expert, slice(start, end))
@@ -57,7 +56,10 @@ class LoopProducts:
         out = rows.new_empty(len(rows), weight.shape[2])
         # Split at once: beside a product of few rows each slicing is felt.
         sizes = [run.stop - run.start for _, run in self.runs]
-        parts = zip(self.runs, rows.split(sizes), out.split(sizes), strict=True)
+        spare = len(rows) - sum(sizes)  # rows of no expert
+        parts = zip(
+            self.runs, rows.split([*sizes, spare]), out.split([*sizes, spare]), strict=False
+        )
         for (expert, _), own_rows, own_out in parts:
             torch.mm(own_rows, weight[expert], out=own_out)
         return out.relu_() if relu else out
@@ -152,7 +154,7 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
         return TorchProducts(expert_offsets)
     if uses_triton(rows):
         return TritonProducts(expert_offsets, len(rows), rows.dtype)
-    return LoopProducts(expert_offsets)
+    return LoopProducts(expert_offsets.tolist())
 
 
 def choose_evaluation_products(
@@ -168,7 +170,7 @@ def choose_evaluation_products(
     """
     if loops_in_torch(rows, weight_in, weight_out):
         return TorchProducts(expert_offsets)
-    return LoopProducts(expert_offsets)
+    return LoopProducts(expert_offsets.tolist())
 
 
 def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Weigh the experts' answers by the gates and add them up per token."""
+"""Weigh the experts' outputs by the gates and add them up per token."""
 
 from typing import Any
 
@@ -7,49 +7,61 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels._backend import uses_triton
-from nmt_moe.kernels.gather_rows import sum_rows
+from nmt_moe.kernels.gather_rows import copy_tokens, sum_rows
+from nmt_moe.kernels.row_plan import RowPlan
 
 
-def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
-    """Compute y = sum over the token's K experts of gate times answer.
+def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
+    """Compute y = sum over a token's rows of gate times row.
 
     The sum runs in the order of K, so repeated runs agree bit for bit.
 
     Args:
-        rows: (R, D). Answers of the experts, in expert order.
-        gates: (N, K). Weights of the chosen experts, in the dtype of `rows`; 0 in empty slots.
-        row_token: (R,) int64. The token each row belongs to.
-        token_rows: (N, K) int64. The rows of each token; R in empty slots.
+        rows: (R, D).
+        gates: (N, K), in the dtype of `rows`; 0 in empty slots. None for a plain sum.
+        plan: The tokens of the rows.
 
     Returns:
         (N, D).
 
     Source: Shazeer et al. 2017, eq. 1.
     """
-    return _CombineRows.apply(rows, gates, row_token, token_rows)
+    if gates is None:
+        return _SumRows.apply(rows, plan)
+    return _CombineRows.apply(rows, gates, plan)
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rows, gates, row_token, token_rows)
-        return sum_rows(rows, token_rows, gates)
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: RowPlan) -> Tensor:
+        ctx.save_for_backward(rows, gates, plan.row_token, plan.token_rows)
+        return sum_rows(rows, plan.token_rows, gates)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, gates, row_token, token_rows = ctx.saved_tensors
         if uses_triton(rows):
             from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
 
-            return *combine_rows_backward(grad_y, rows, gates, token_rows), None, None
-        # One place more: empty slots write there.
+            return *combine_rows_backward(grad_y, rows, gates, token_rows), None
+        # One more element: empty slots write there.
         row_gate = rows.new_zeros(len(rows) + 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1)
         grad_rows = grad_y.index_select(0, row_token)
         row_dot = rows.new_zeros(len(rows) + 1)
         torch.sum(grad_rows * rows, 1, out=row_dot[:-1])
         grad_gates = row_dot.index_select(0, token_rows.reshape(-1)).view_as(gates)
-        return grad_rows.mul_(row_gate[:-1].unsqueeze(1)), grad_gates, None, None
+        return grad_rows.mul_(row_gate[:-1].unsqueeze(1)), grad_gates, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return sum_rows(rows, plan.token_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return copy_tokens(grad_y, ctx.plan.row_token), None

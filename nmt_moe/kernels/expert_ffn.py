@@ -19,11 +19,11 @@ def expert_ffn(
     expert_offsets: Tensor,
     recompute: bool = False,
 ) -> Tensor:
-    """Send each run of rows through its own expert.
+    """Run each expert on its rows.
 
     Grouped products over all experts (`grouped_gemm`), on CUDA with the ReLU and its gradient
     inside. The backward pass is written by hand so that every expert's weight gradient is one
-    product straight into its place. Layers call it where there is no faster `mixture_ffn`.
+    product, written where it belongs. Layers call it where there is no faster `mixture_ffn`.
 
     Args:
         rows: (R, D). Rows sorted by expert.
@@ -55,8 +55,8 @@ def expert_ffn(
 class _ExpertFFN(torch.autograd.Function):
     """All experts at once, one product after the other, so that the host never waits.
 
-    The gates are not applied here: `combine_rows` reads every answer anyway and multiplies for
-    nothing, and the gradient of the gates needs the answers without them.
+    The gates are not applied here: `combine_rows` reads every output anyway and multiplies
+    at no cost, and the gradient of the gates needs the outputs without them.
     """
 
     @staticmethod
@@ -75,17 +75,17 @@ class _ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_answers: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight_in, weight_out, hidden = ctx.saved_tensors
-        products, grad_answers = ctx.products, grad_answers.contiguous()
+        products, grad_outputs = ctx.products, grad_outputs.contiguous()
         if hidden is None:
             hidden = products.multiply(rows, weight_in, relu=True)
         needs_rows, needs_in, needs_out = ctx.needs_input_grad[:3]
         grad_rows = grad_in = grad_out = None
         if needs_out:
-            grad_out = products.weight_gradient(hidden, grad_answers)
+            grad_out = products.weight_gradient(hidden, grad_outputs)
         if needs_rows or needs_in:
-            grad_hidden = products.multiply_back(grad_answers, weight_out, mask=hidden)
+            grad_hidden = products.multiply_back(grad_outputs, weight_out, mask=hidden)
             grad_in = products.weight_gradient(rows, grad_hidden) if needs_in else None
             grad_rows = products.multiply_back(grad_hidden, weight_in) if needs_rows else None
         return grad_rows, grad_in, grad_out, None, None

@@ -112,7 +112,7 @@ def _update_weight(
 ) -> None:
     """Move the weights of a group of experts against their gradient."""
     count, rows, _ = scratch.shape
-    tiny = torch.finfo(row_mean.dtype).tiny  # in the place of a mean of 0: 0 / tiny is 0
+    tiny = torch.finfo(row_mean.dtype).tiny  # instead of a mean of 0: 0 / tiny is 0
     row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_()
     # (root, 1) times (root, eps) is the product of the roots, plus eps, in one pass.
     left = torch.stack([row_root, torch.ones_like(row_root)], 2)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
+from nmt_moe.kernels._backend import is_on_host
 from nmt_moe.kernels._products import LoopProducts
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
 
@@ -36,23 +37,24 @@ def gate_logits(
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    if row_offsets is not None and rows.is_cuda:  # no wait for the offsets
+    if row_offsets is not None and not is_on_host(rows):  # no wait for the offsets
         clean = grouped_gemm(rows, gate_weight, row_offsets)
         if noise_weight is None:
             return clean, None
         return clean, grouped_gemm(rows, noise_weight, row_offsets)
     if row_offsets is None:
         check_shape("gate_weight", gate_weight, (rows.shape[1], None), "(D, E)")
-        row_offsets = torch.tensor([0, len(rows)])
+        bounds = [0, len(rows)]
         gate_weight = gate_weight.unsqueeze(0)
         noise_weight = None if noise_weight is None else noise_weight.unsqueeze(0)
-    check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
-    check_shape(
-        "gate_weight", gate_weight, (len(row_offsets) - 1, rows.shape[1], None), "(G, D, E)"
-    )
+    else:
+        check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
+        shape = len(row_offsets) - 1, rows.shape[1], None
+        check_shape("gate_weight", gate_weight, shape, "(G, D, E)")
+        bounds = row_offsets.tolist()
     if noise_weight is not None:
         check_shape("noise_weight", noise_weight, gate_weight.shape, "(G, D, E)")
-    return _GateLogits.apply(rows, gate_weight, noise_weight, row_offsets)
+    return _GateLogits.apply(rows, gate_weight, noise_weight, bounds)
 
 
 class _GateLogits(torch.autograd.Function):
@@ -62,9 +64,9 @@ class _GateLogits(torch.autograd.Function):
         rows: Tensor,
         gate_weight: Tensor,
         noise_weight: Tensor | None,
-        row_offsets: Tensor,
+        bounds: list[int],
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.products = products = LoopProducts(row_offsets)
+        ctx.products = products = LoopProducts(bounds)
         ctx.save_for_backward(rows, gate_weight, noise_weight)
         ctx.set_materialize_grads(False)
         clean = products.multiply(rows, gate_weight)
@@ -84,8 +86,8 @@ class _GateLogits(torch.autograd.Function):
         if ctx.needs_input_grad[0] and needed:
             grad_rows = torch.empty_like(rows)
             for group, run in products.runs:
-                for place, (grad, weight) in enumerate(needed):
-                    grad_rows[run].addmm_(grad[run], weight[group].t(), beta=min(place, 1))
+                for index, (grad, weight) in enumerate(needed):
+                    grad_rows[run].addmm_(grad[run], weight[group].t(), beta=min(index, 1))
         grad_weights = [
             None if grad is None else products.weight_gradient(rows, grad.contiguous())
             for grad in grads

@@ -1,4 +1,4 @@
-"""Copy each token's vector to its rows in expert order; add them up again going back."""
+"""Copy each token's vector to its rows; add up their gradients in the backward pass."""
 
 from typing import Any
 
@@ -7,42 +7,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nmt_moe.kernels._backend import uses_triton
+from nmt_moe.kernels._backend import is_on_host, uses_triton
+from nmt_moe.kernels.row_plan import RowPlan
 
 
-def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
 
-    Each token owns at most K rows, so its gradient is a sum over K known places: no atomics and no
+    Each token owns at most K rows, so its gradient is a sum over K known rows: no atomics and no
     `index_add`, hence the same bits in every run.
 
     Args:
         x: (N, D). Vectors of the tokens.
-        row_token: (R,) int64. The token each row comes from.
-        token_rows: (N, K) int64. The rows of each token; the inverse of `row_token`. R where a
-            token has fewer than K.
+        plan: The tokens of the rows.
 
     Returns:
-        (R, D). `x[row_token]`.
+        (R, D). `x[plan.row_token]`.
     """
-    return _GatherRows.apply(x, row_token, token_rows)
+    return _GatherRows.apply(x, plan)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
-        ctx.save_for_backward(token_rows)
-        if uses_triton(x):
-            from nmt_moe.kernels._triton import gather_rows as kernels
-
-            return kernels.gather_rows(x, row_token)
-        return x.index_select(0, row_token)
+    def forward(ctx: Any, x: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return copy_tokens(x, plan.row_token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
-        (token_rows,) = ctx.saved_tensors
-        return sum_rows(grad_rows, token_rows), None, None
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(grad_rows, ctx.plan.token_rows), None
+
+
+def copy_tokens(x: Tensor, row_token: Tensor) -> Tensor:
+    """Return `x[row_token]`, (R, D)."""
+    if uses_triton(x):
+        from nmt_moe.kernels._triton import gather_rows as kernels
+
+        return kernels.gather_rows(x, row_token)
+    return x.index_select(0, row_token)
 
 
 def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -60,6 +63,6 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.sum_rows(rows, token_rows, weights)
-    if len(rows) < token_rows.numel():  # slots without a row refer to one of zeros
+    if len(rows) < token_rows.numel() or not is_on_host(rows):  # empty slots refer to one of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

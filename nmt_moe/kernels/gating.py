@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_range, check_shape
 from nmt_moe.kernels import reference
-from nmt_moe.kernels._backend import uses_triton
+from nmt_moe.kernels._backend import is_on_host, uses_triton
 from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
 from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
@@ -27,7 +27,7 @@ def noisy_top_k(
     """Keep the k largest of the noisy logits of each row, and softmax over what is kept.
 
     The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the chance
-    that expert i is among the k largest when its own noise alone is drawn anew; gradients pass
+    that expert i is among the k largest when only its own noise is drawn again; gradients pass
     through the thresholds it must beat. Sums run in a fixed order, so equal inputs (and equal
     states of torch's CPU generator, which governs the noise) give equal bits.
 
@@ -66,11 +66,11 @@ def noisy_top_k(
         return reference.noisy_top_k(clean, raw_scale, top_k, noise, row_offsets, row_weight)
     offsets = row_offsets
     if offsets is None:
-        offsets = torch.tensor([0, num_rows]) if clean.is_cpu else _all_rows(clean)
+        offsets = torch.tensor([0, num_rows]) if is_on_host(clean) else _all_rows(clean)
     gating = Gating(*run.apply(clean, raw_scale, noise, row_weight, offsets, top_k))
     if row_offsets is not None:
         return gating
-    return Gating(gating.gates, gating.expert_ids, *(sums[0] for sums in gating[2:]))
+    return gating.first_group()
 
 
 def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] | None:
@@ -78,16 +78,16 @@ def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] 
     fits = clean.shape[1] <= MAX_TRITON_EXPERTS and top_k < MAX_TRITON_TOP
     if uses_triton(clean) and clean.dtype == torch.float32 and fits and len(clean):
         return _TritonNoisyTopK
-    return BlockedNoisyTopK if clean.is_cpu else None
+    return BlockedNoisyTopK if is_on_host(clean) else None
 
 
 def draw_seed() -> int:
-    """Draw a seed from torch's CPU generator: no word to the device, hence no wait.
+    """Draw a seed from torch's CPU generator, without a host-device synchronisation.
 
     Returns:
         From 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled once.
     """
-    return int(torch.randint(2**62, 2**63 - 1, ()))
+    return int(torch.randint(2**62, 2**63 - 1, (), device="cpu"))
 
 
 class _TritonNoisyTopK(torch.autograd.Function):

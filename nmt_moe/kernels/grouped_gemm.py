@@ -13,8 +13,8 @@ from nmt_moe.kernels._products import choose_products
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
     """Multiply each run of rows by its expert's matrix.
 
-    On the CPU one product for each expert that has rows, forward and backward, each straight into
-    its place. On CUDA no host synchronisation: torch's grouped product where it is fast, else
+    On the CPU there is one product for each expert that has rows, forward and backward, without
+    copies. On CUDA there is no host synchronisation: torch's grouped product where it is fast, else
     Triton's, in float32 without TF32 unless `torch.backends.cuda.matmul.allow_tf32`.
 
     Args:

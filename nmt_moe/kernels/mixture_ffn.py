@@ -1,4 +1,4 @@
-"""The whole mixture where every expert is at hand: gather, experts and combine in one pass."""
+"""The mixture of all experts on this rank: gather, experts and combine in one pass."""
 
 from typing import Any
 
@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels import _memory
-from nmt_moe.kernels._backend import needs_gradient
+from nmt_moe.kernels._backend import is_on_host, needs_gradient
 from nmt_moe.kernels._batches import Batch, plan_padding
 from nmt_moe.kernels._products import choose_evaluation_products
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
-from nmt_moe.kernels.gather_rows import gather_rows
+from nmt_moe.kernels.gather_rows import gather_rows, sum_rows
+from nmt_moe.kernels.row_plan import RowPlan
 
 # Up to so many rows (in evaluation: a decoding step) the time is that of reading the weights, and
 # padding and its plan cost more than batched products save.
@@ -24,9 +25,7 @@ FEW_ROWS = 1024
 def mixture_ffn(
     x: Tensor,
     gates: Tensor,
-    row_token: Tensor,
-    token_rows: Tensor,
-    expert_offsets: Tensor,
+    plan: RowPlan,
     weight_in: Tensor,
     weight_out: Tensor,
     recompute: bool = False,
@@ -42,9 +41,7 @@ def mixture_ffn(
     Args:
         x: (N, D).
         gates: (N, K). Weights of the chosen experts, in the dtype of `x`; 0 in empty slots.
-        row_token: (R,) int64. The token each row comes from; rows are sorted by expert.
-        token_rows: (N, K) int64. The rows of each token; R in empty slots.
-        expert_offsets: (E + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
+        plan: The rows of each expert.
         weight_in: (E, D, H).
         weight_out: (E, H, D).
         recompute: Compute the hidden activations again in the backward pass, with the same
@@ -61,37 +58,25 @@ def mixture_ffn(
     num_experts, model_dim, hidden_dim = weight_in.shape
     check_shape("x", x, (None, model_dim), "(N, D)")
     check_shape("weight_out", weight_out, (num_experts, hidden_dim, model_dim), "(E, H, D)")
-    check_shape("expert_offsets", expert_offsets, (num_experts + 1,), "(E + 1,)")
-    if x.device.type == "cpu":
+    check_shape("plan.offsets", plan.offsets, (num_experts + 1,), "(E + 1,)")
+    if is_on_host(x):
         is_training = needs_gradient(x, gates, weight_in, weight_out)
-        if len(row_token) <= FEW_ROWS and not is_training:
-            return _mix_few(x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out)
+        if len(plan.row_token) <= FEW_ROWS and not is_training:
+            return _mix_few(x, gates, plan, weight_in, weight_out)
         keep = is_training and not recompute
-        return _MixtureFFN.apply(
-            x, gates, row_token, token_rows, expert_offsets, weight_in, weight_out, keep
-        )
-    rows = gather_rows(x, row_token, token_rows)
-    rows = expert_ffn(rows, weight_in, weight_out, expert_offsets, recompute)
-    return combine_rows(rows, gates, row_token, token_rows)
+        return _MixtureFFN.apply(x, gates, plan, weight_in, weight_out, keep)
+    rows = expert_ffn(gather_rows(x, plan), weight_in, weight_out, plan.offsets, recompute)
+    return combine_rows(rows, gates, plan)
 
 
 def _mix_few(
-    x: Tensor,
-    gates: Tensor,
-    row_token: Tensor,
-    token_rows: Tensor,
-    expert_offsets: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
+    x: Tensor, gates: Tensor, plan: RowPlan, weight_in: Tensor, weight_out: Tensor
 ) -> Tensor:
-    """Answer as `_MixtureFFN` does, but pad no rows and keep nothing."""
-    rows = x.index_select(0, row_token)
-    products = choose_evaluation_products(rows, weight_in, weight_out, expert_offsets)
+    """Compute what `_MixtureFFN` does, but pad no rows and keep nothing."""
+    rows = x.index_select(0, plan.row_token)
+    products = choose_evaluation_products(rows, weight_in, weight_out, plan.offsets)
     hidden = products.multiply(rows, weight_in, relu=True)
-    answers = products.multiply(hidden, weight_out)
-    if len(rows) < token_rows.numel():  # empty slots refer to a row of zeros
-        answers = torch.cat([answers, answers.new_zeros(1, answers.shape[1])])
-    return F.embedding_bag(token_rows, answers, mode="sum", per_sample_weights=gates)
+    return sum_rows(products.multiply(hidden, weight_out), plan.token_rows, gates)
 
 
 class _MixtureFFN(torch.autograd.Function):
@@ -100,51 +85,49 @@ class _MixtureFFN(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         gates: Tensor,
-        row_token: Tensor,
-        token_rows: Tensor,
-        expert_offsets: Tensor,
+        plan: RowPlan,
         weight_in: Tensor,
         weight_out: Tensor,
         keep: bool,
     ) -> Tensor:
-        plan = plan_padding(row_token, token_rows, expert_offsets)
-        num_rows, most = len(plan.row_token), plan.most_rows
+        padded = plan_padding(plan)
+        num_rows, most = len(padded.row_token), padded.most_rows
         model_dim, hidden_dim = weight_in.shape[1:]
         hidden = _memory.empty((num_rows if keep else most, hidden_dim), x)
-        answers = _empty_answers(num_rows, x)
+        outputs = _empty_rows(num_rows, x)
         scratch = x.new_empty(most, model_dim)
-        for batch in plan.batches:
-            tokens = plan.row_token[batch.rows]
+        for batch in padded.batches:
+            tokens = padded.row_token[batch.rows]
             rows = batch.view(torch.index_select(x, 0, tokens, out=scratch[: len(tokens)]))
             batch_hidden = batch.cut(hidden) if keep else batch.view(hidden[: len(tokens)])
             torch.bmm(rows, weight_in[batch.experts], out=batch_hidden).relu_()
-            torch.bmm(batch_hidden, weight_out[batch.experts], out=batch.cut(answers))
+            torch.bmm(batch_hidden, weight_out[batch.experts], out=batch.cut(outputs))
         ctx.save_for_backward(
             x,
             gates,
-            plan.row_token,
-            plan.token_rows,
+            padded.row_token,
+            padded.token_rows,
             weight_in,
             weight_out,
             hidden if keep else None,
         )
-        ctx.batches, ctx.most = plan.batches, most
-        return F.embedding_bag(plan.token_rows, answers, mode="sum", per_sample_weights=gates)
+        ctx.batches, ctx.most = padded.batches, most
+        return F.embedding_bag(padded.token_rows, outputs, mode="sum", per_sample_weights=gates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, row_token, token_rows, weight_in, weight_out, hidden = ctx.saved_tensors
         num_rows = len(row_token)
-        # Padding keeps 0; the place more is written to by empty slots.
+        # Padding keeps 0; empty slots write to the last element.
         row_gate = gates.new_zeros(num_rows + 1, 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1)
         grad_row_gate = torch.zeros_like(row_gate)
-        grad_rows = _empty_answers(num_rows, x)
+        grad_rows = _empty_rows(num_rows, x)
         grad_in, grad_out = (
             _memory.empty(weight.shape, weight) if is_needed else None
             for weight, is_needed in zip(
-                (weight_in, weight_out), ctx.needs_input_grad[5:7], strict=True
+                (weight_in, weight_out), ctx.needs_input_grad[3:5], strict=True
             )
         )
         _zero_unused(ctx.batches, grad_in, grad_out)
@@ -152,20 +135,20 @@ class _MixtureFFN(torch.autograd.Function):
         for batch in ctx.batches:
             own, tokens = batch.experts, row_token[batch.rows]
             flat = [t[: len(tokens)] for t in scratch]
-            rows, grad_answers, grad_hidden, product = map(batch.view, flat)
+            rows, grad_outputs, grad_hidden, product = map(batch.view, flat)
             torch.index_select(x, 0, tokens, out=flat[0])
             if hidden is None:
                 batch_hidden = torch.bmm(rows, weight_in[own]).relu_()
             else:
                 batch_hidden = batch.cut(hidden)
             torch.index_select(grad_y, 0, tokens, out=flat[1])
-            torch.bmm(grad_answers, weight_out[own].mT, out=grad_hidden)
+            torch.bmm(grad_outputs, weight_out[own].mT, out=grad_hidden)
             torch.mul(grad_hidden, batch_hidden, out=product)
             torch.sum(product, 2, keepdim=True, out=batch.cut(grad_row_gate))
             gate = batch.cut(row_gate)
-            grad_answers.mul_(gate)
+            grad_outputs.mul_(gate)
             if grad_out is not None:
-                torch.bmm(batch_hidden.mT, grad_answers, out=grad_out[own])
+                torch.bmm(batch_hidden.mT, grad_outputs, out=grad_out[own])
             torch.ops.aten.threshold_backward.grad_input(
                 grad_hidden.mul_(gate), batch_hidden, 0, grad_input=grad_hidden
             )
@@ -174,18 +157,18 @@ class _MixtureFFN(torch.autograd.Function):
             torch.bmm(grad_hidden, weight_in[own].mT, out=batch.cut(grad_rows))
         grad_x = F.embedding_bag(token_rows, grad_rows, mode="sum")
         grad_gates = grad_row_gate.view(-1)[token_rows]
-        return grad_x, grad_gates, None, None, None, grad_in, grad_out, None
+        return grad_x, grad_gates, None, grad_in, grad_out, None
 
 
-def _empty_answers(num_rows: int, x: Tensor) -> Tensor:
-    """Make room for (R, D) rows and a row of zeros, which empty slots refer to."""
-    answers = _memory.empty((num_rows + 1, x.shape[1]), x)
-    answers[-1].zero_()
-    return answers
+def _empty_rows(num_rows: int, x: Tensor) -> Tensor:
+    """Make (R + 1, D) rows to be written, and a last one of zeros, which empty slots refer to."""
+    rows = _memory.empty((num_rows + 1, x.shape[1]), x)
+    rows[-1].zero_()
+    return rows
 
 
 def _zero_unused(batches: list[Batch], *gradients: Tensor | None) -> None:
-    """Zero the gradients of experts without rows, a whole stretch of them at once."""
+    """Zero the gradients of experts without rows, neighbours at once."""
     for gradient in gradients:
         if gradient is None:
             continue

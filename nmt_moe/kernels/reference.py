@@ -6,21 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmt_moe.kernels.row_plan import RowPlan
+
 # Added to the noise's standard deviation, so that the load estimate divides by at least this. The
 # paper's eq. 4 has none; the authors' later code has this value.
 NOISE_FLOOR = 1e-2
 
 
+# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
 class Gating(NamedTuple):
-    """What a noisy top-k gate chose; sums are (G, E), one row for each group, where there are some.
+    """What a gate chose. Where rows are of several groups, sums are (G, E), one row for each group.
 
     Attributes:
-        gates: (N, K). Weights of the chosen experts, largest first; each row sums to 1.
-        expert_ids: (N, K) int64. Of equal logits the lowest ids come first.
-        importance: (E,). Sum of each expert's gates.
-        load: (E,). Sum of each expert's chances P(x, i) to be chosen, differentiable; the number of
-            rows that chose it without noise, and if all experts are chosen.
-        tokens_per_expert: (E,) int64. Rows that chose each expert.
+        gates: (N, K) float32 or wider. Weights of the chosen experts; 0 in an empty slot. Noisy
+            top-k gates put the largest first.
+        expert_ids: (N, K) int64. E in an empty slot: a token may have fewer than K experts. Of
+            equal logits the lowest ids come first.
+        importance: (E,). Sum of each expert's gates (eq. 6).
+        load: (E,). Of noisy gates in training, the sum of each expert's chances P(x, i) to be
+            chosen, differentiable (eqs. 8-10); else, and if all experts are chosen, their number of
+            tokens.
+        tokens_per_expert: (E,) int64. Tokens that chose each expert.
+        threshold_loss: Scalar that trains the thresholds of strictly balanced gates (eq. 20, the
+            mean over tokens); None with other gates.
+        num_rows: (token, expert) pairs, if the host knows them; else None.
     """
 
     gates: Tensor
@@ -28,6 +37,13 @@ class Gating(NamedTuple):
     importance: Tensor
     load: Tensor
     tokens_per_expert: Tensor
+    threshold_loss: Tensor | None = None
+    num_rows: int | None = None
+
+    def first_group(self) -> "Gating":
+        """Keep the sums of the first group of rows."""
+        sums = (values[0] for values in (self.importance, self.load, self.tokens_per_expert))
+        return Gating(self.gates, self.expert_ids, *sums, *self[5:])
 
 
 def noisy_top_k(
@@ -64,31 +80,24 @@ def noisy_top_k(
     return Gating(gates, expert_ids, sums(dense), sums(probs), sums(chosen).long())
 
 
-def gather_rows(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """Define `kernels.gather_rows`."""
-    del token_rows  # only the backward pass of the fast form reads it
-    return x[row_token]
+    return x[plan.row_token]
 
 
-def combine_rows(rows: Tensor, gates: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
+def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     """Define `kernels.combine_rows`."""
-    del row_token  # only the backward pass of the fast form reads it
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # row R is no row
-    return (padded[token_rows] * gates.unsqueeze(2)).sum(1)
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # what an empty slot refers to
+    token_rows = padded[plan.token_rows]
+    return (token_rows if gates is None else token_rows * gates.unsqueeze(2)).sum(1)
 
 
 def mixture_ffn(
-    x: Tensor,
-    gates: Tensor,
-    row_token: Tensor,
-    token_rows: Tensor,
-    expert_offsets: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
+    x: Tensor, gates: Tensor, plan: RowPlan, weight_in: Tensor, weight_out: Tensor
 ) -> Tensor:
     """Define `kernels.mixture_ffn`."""
-    rows = expert_ffn(x[row_token], weight_in, weight_out, expert_offsets)
-    return combine_rows(rows, gates, row_token, token_rows)
+    rows = expert_ffn(x[plan.row_token], weight_in, weight_out, plan.offsets)
+    return combine_rows(rows, gates, plan)
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:

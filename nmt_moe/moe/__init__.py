@@ -1,7 +1,6 @@
-"""The sparsely-gated mixture-of-experts layer of Shazeer et al. 2017; needs torch alone."""
+"""The sparsely-gated mixture-of-experts layer of Shazeer et al. 2017; needs only torch."""
 
 from nmt_moe.moe.config import GATES, RECOMPUTE, MoEConfig
-from nmt_moe.moe.dispatch import DispatchPlan, plan_dispatch
 from nmt_moe.moe.experts import Experts
 from nmt_moe.moe.gate import (
     NoisyTopKGate,
@@ -10,31 +9,20 @@ from nmt_moe.moe.gate import (
     batchwise_mask,
     batchwise_threshold_loss,
 )
-from nmt_moe.moe.gate_output import GateOutput
-from nmt_moe.moe.hierarchical_gate import (
-    HierarchicalGate,
-    HierarchicalNoisyTopKGate,
-    HierarchicalStrictlyBalancedGate,
-)
+from nmt_moe.moe.hierarchical_gate import HierarchicalGate
 from nmt_moe.moe.layer import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
-from nmt_moe.moe.sharded_experts import ShardedExperts
 from nmt_moe.moe.stats import MoEStats, balance_metrics, effective_experts
 
 __all__ = [
     "GATES",
     "RECOMPUTE",
-    "DispatchPlan",
     "Experts",
-    "GateOutput",
     "HierarchicalGate",
-    "HierarchicalNoisyTopKGate",
-    "HierarchicalStrictlyBalancedGate",
     "MoEConfig",
     "MoELayer",
     "MoEStats",
     "NoisyTopKGate",
-    "ShardedExperts",
     "SoftmaxGate",
     "StrictlyBalancedGate",
     "balance_metrics",
@@ -43,6 +31,5 @@ __all__ = [
     "effective_experts",
     "importance_loss",
     "load_loss",
-    "plan_dispatch",
     "squared_cv",
 ]

@@ -6,83 +6,96 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.kernels import mixture_ffn
+from nmt_moe.kernels import RowPlan, mixture_ffn
 from nmt_moe.moe.config import MoEConfig
-from nmt_moe.moe.dispatch import DispatchPlan
-from nmt_moe.parallel import (
-    ALONE,
-    ExpertParallelGroup,
-    init_uniform,
-    mark_expert,
-    mark_shard,
-)
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, cut_shard, mark_expert
 
 
 class Experts(nn.Module):
     """The experts of a layer that this rank holds, without biases.
 
     Attributes:
-        weight_in: (L, D, H), uniform within 1 / sqrt(D) at start.
-        weight_out: (L, H, D), uniform within 1 / sqrt(H) at start.
+        weight_in: (L, D, H), uniform within `init_range`, or within 1 / sqrt(D) if that is None.
+        weight_out: (L, H, D), uniform within `init_range`, or within 1 / sqrt(H) if that is None.
 
     Source: Shazeer et al. 2017, section 2 and Appendix C.1.
     """
 
-    def __init__(self, config: MoEConfig, group: ExpertParallelGroup = ALONE) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        group: ExpertParallelGroup = ALONE,
+        init_range: float | None = None,
+    ) -> None:
         super().__init__()
-        self.recompute = config.recomputes
-        num_local_experts = config.num_experts // group.size
-        self.weight_in = nn.Parameter(
-            torch.empty(num_local_experts, config.model_dim, config.hidden_dim)
-        )
-        self.weight_out = nn.Parameter(
-            torch.empty(num_local_experts, config.hidden_dim, config.model_dim)
-        )
-        self.group = group
+        self.num_experts, self.recompute = config.num_experts, config.recomputes
+        self.num_local_experts = config.num_experts // group.size
+        shape = self.num_local_experts, config.model_dim, config.hidden_dim
+        self.weight_in = nn.Parameter(torch.empty(shape))
+        self.weight_out = nn.Parameter(torch.empty(shape).mT.contiguous())
+        self.group, self.init_range = group, init_range
         self._mark()
-        for weight in (self.weight_in, self.weight_out):
-            init_uniform(weight, weight.shape[1] ** -0.5)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights.
+
+        Each expert has a seed of its own, drawn from torch's CPU generator. So its weights, and
+        what is drawn after them, do not depend on the number of ranks.
+        """
+        seeds = torch.randint(2**62, 2**63 - 1, (self.num_experts,), device="cpu")
+        if self.weight_in.is_meta:
+            return
+        generator = torch.Generator(self.weight_in.device)
+        weights = [
+            (weight, weight.shape[1] ** -0.5 if self.init_range is None else self.init_range)
+            for weight in (self.weight_in, self.weight_out)
+        ]
+        for expert, seed in enumerate(seeds[self.group.owned(self.num_experts)].tolist()):
+            generator.manual_seed(seed)
+            for weight, bound in weights:
+                weight[expert].uniform_(-bound, bound, generator=generator)
 
     def _mark(self) -> None:
-        """Mark the weights; where torch makes them anew, the marks are gone."""
+        """Mark the weights. Where torch creates them again, the marks are gone."""
         for weight in (self.weight_in, self.weight_out):
-            mark_expert(weight)
-            if self.group.size > 1:
-                mark_shard(weight, self.group)
+            mark_expert(weight, self.group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies
+    def __setstate__(self, state: dict[str, Any]) -> None:  # copies
         super().__setstate__(state)
         self._mark()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # of `to`, `to_empty`, `half`
+        super()._apply(fn, recurse)  # `to`, `to_empty`, `half`
         self._mark()
         return self
 
-    def forward(self, x: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
-        """Give each token the weighted sum of its experts' answers.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Cut this rank's experts out of the weights of all."""
+        for name in ("weight_in", "weight_out"):
+            whole = state_dict.get(f"{prefix}{name}")
+            if self.group.size > 1 and whole is not None and len(whole) == self.num_experts:
+                state_dict[f"{prefix}{name}"] = cut_shard(whole, self.group)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor, gates: Tensor, plan: RowPlan) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs.
 
         Args:
             x: (N, D).
-            gates: (N, K); 0 in empty slots.
-            plan: Which token goes to which expert.
+            gates: (N, K), in the dtype of `x`; 0 in empty slots.
+            plan: Which token goes to which of this rank's experts.
 
         Returns:
-            (N, D), under autocast in its dtype.
+            (N, D), in the dtype of `x`.
 
         Source: Shazeer et al. 2017, eq. 1.
         """
-        dtype = compute_dtype(x)
-        return mixture_ffn(
-            x.to(dtype),
-            gates.to(dtype),
-            plan.row_token,
-            plan.token_rows,
-            plan.expert_offsets,
-            self.weight_in.to(dtype),
-            self.weight_out.to(dtype),
-            self.recompute,
-        )
+        weights = self.weight_in.to(x.dtype), self.weight_out.to(x.dtype)
+        return mixture_ffn(x, gates, plan, *weights, recompute=self.recompute)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

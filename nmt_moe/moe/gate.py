@@ -1,7 +1,11 @@
-"""Flat gates: which experts a token goes to, and with what weight.
+"""Gates: which experts a token goes to, and with what weight.
 
 All compute logits, noise, softmax and load in float32 (or float64 for float64 tokens), whatever the
-model's dtype or autocast says.
+model's dtype or autocast says. All are called with the same arguments and return a `Gating`.
+
+Attributes that all gates have:
+    can_balance_load: Whether another load was possible, so that there is a load loss.
+    waits: Whether the host waits for the device, since the number of slots depends on the tokens.
 """
 
 import math
@@ -9,8 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.kernels import gate_logits, noisy_top_k, row_groups
-from nmt_moe.moe.gate_output import GateOutput
+from nmt_moe.kernels import Gating, gate_logits, noisy_top_k, row_groups
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
@@ -24,27 +27,24 @@ class SoftmaxGate(nn.Module):
     Source: Shazeer et al. 2017, eq. 2.
     """
 
+    can_balance_load = waits = False
+
     def __init__(self, model_dim: int, num_experts: int) -> None:
         super().__init__()
         self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
 
-    def forward(self, x: Tensor, noise: None = None) -> GateOutput:
-        """Weigh all experts: x (N, D). There is no noise."""
-        if noise is not None:
-            raise ValueError("`noise` must be None with the gate 'softmax', which draws none.")
+    def forward(self, x: Tensor, noise: None = None, row_offsets: Tensor | None = None) -> Gating:
+        """Weigh all experts; arguments as of `NoisyTopKGate`, without noise."""
         num_tokens, num_experts = len(x), self.gate_weight.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
             gates = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None)[0].softmax(dim=1)
         expert_ids = torch.arange(num_experts, device=x.device).expand(num_tokens, -1)
-        return GateOutput(
-            gates,
-            expert_ids,
-            num_rows=num_tokens * num_experts,
-            importance=gates.sum(0),
-            load=torch.full_like(gates[0:1].sum(0), num_tokens),
-            can_balance_load=False,
-        )
+        counts = torch.full_like(expert_ids[:1].sum(0), num_tokens)
+        if row_offsets is not None:
+            gates, expert_ids = empty_padding(gates, expert_ids, num_experts, row_offsets)
+            counts = row_offsets[1].expand(num_experts)
+        return Gating(gates, expert_ids, gates.sum(0), counts.to(gates.dtype), counts)
 
 
 class NoisyTopKGate(nn.Module):
@@ -52,84 +52,140 @@ class NoisyTopKGate(nn.Module):
 
     Both weights start at zero, so that noise alone balances the first batches (Appendix A).
 
+    Attributes:
+        gate_weight: (D, E), or (G, D, E) with `num_groups`.
+        noise_weight: The same.
+
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """
 
-    def __init__(self, model_dim: int, num_experts: int, top_k: int) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
-        self.noise_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
+    waits = False
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> GateOutput:
+    def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
+        """Make the gate.
+
+        Args:
+            model_dim: D.
+            num_experts: E.
+            top_k: K.
+            num_groups: G for one gate for each of G groups of rows; 0 for one gate.
+        """
+        super().__init__()
+        self.top_k, self.can_balance_load = top_k, top_k < num_experts
+        shape = weight_shape(model_dim, num_experts, num_groups)
+        self.gate_weight = nn.Parameter(torch.zeros(shape))
+        self.noise_weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None = None,
+        row_offsets: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Gating:
         """Choose the experts of each token.
 
         Args:
             x: (N, D).
             noise: (N, E) standard normal; drawn when None. Used in training only.
+            row_offsets: With groups (G + 1,) int64, group g owns rows [offsets[g],
+                offsets[g + 1]). Else (3,) int64 [0, number of tokens, N]: the rows after the
+                tokens are padding, of zeros. None where there is none.
+            row_weight: (N,). Weighs the gates of each row in `importance`; None for ones.
         """
         dtype = gate_dtype(x)
+        has_groups = self.gate_weight.dim() == 3
         with torch.autocast(x.device.type, enabled=False):
             clean, raw_scale = gate_logits(
                 x.to(dtype),
                 self.gate_weight.to(dtype),
                 self.noise_weight.to(dtype) if self.training else None,
+                row_offsets if has_groups else None,
             )
-            noise = None if noise is None else noise.to(dtype)
-            gating = noisy_top_k(clean, raw_scale, self.top_k, noise)
-        return GateOutput(
-            gating.gates,
-            gating.expert_ids,
-            num_rows=gating.expert_ids.numel(),
-            importance=gating.importance,
-            load=gating.load,
-            can_balance_load=self.top_k < clean.shape[1],
-        )
+            noise = None if noise is None or not self.training else noise.to(dtype)
+            gating = noisy_top_k(clean, raw_scale, self.top_k, noise, row_offsets, row_weight)
+        if has_groups or row_offsets is None:
+            return gating
+        gates, expert_ids = empty_padding(*gating[:2], clean.shape[1], row_offsets)
+        return gating.first_group()._replace(gates=gates, expert_ids=expert_ids)
 
 
 class StrictlyBalancedGate(nn.Module):
     """Give every expert the same number of tokens in training, by threshold in evaluation.
 
     Of N tokens each expert takes its best m = ceil(K N / E). Equal scores (as at the start, when
-    the weight is zero) go to expert i from token i m on, round the batch, so that the first batches
+    the weight is zero) go to expert i from token i m on, cyclically, so that the first batches
     spread evenly. The thresholds learn by `batchwise_threshold_loss`, averaged over tokens so that
-    its gradient does not grow with the batch; it leaves the gate's weight alone.
+    its gradient does not grow with the batch; it has no gradient for the gate's weight.
+
+    Attributes:
+        gate_weight: (D, E), or (G, D, E) with `num_groups`.
+        threshold: (E,) or (G, E).
 
     Source: Shazeer et al. 2017, Appendix F, eqs. 15-20.
     """
 
-    def __init__(self, model_dim: int, num_experts: int, top_k: int) -> None:
+    can_balance_load, waits = False, True
+
+    def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
+        """Make the gate; arguments as of `NoisyTopKGate`."""
         super().__init__()
         self.top_k = top_k
-        self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
+        shape = weight_shape(model_dim, num_experts, num_groups)
+        self.gate_weight = nn.Parameter(torch.zeros(shape))
         # What a gate of weight zero gives each expert.
-        self.threshold = nn.Parameter(torch.full((num_experts,), 1 / num_experts))
+        threshold_shape = *shape[:-2], num_experts
+        self.threshold = nn.Parameter(torch.full(threshold_shape, 1 / num_experts))
 
-    def forward(self, x: Tensor, noise: None = None) -> GateOutput:
-        """Choose the tokens of each expert: x (N, D). There is no noise."""
-        if noise is not None:
-            raise ValueError("`noise` must be None with the gate 'strictly_balanced'.")
+    def forward(
+        self,
+        x: Tensor,
+        noise: None = None,
+        row_offsets: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Gating:
+        """Choose the tokens of each expert; arguments as of `NoisyTopKGate`, without noise.
+
+        With groups, each is a batch of its own. There is no padding.
+        """
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
-            logits, _ = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None)
+            logits, _ = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None, row_offsets)
             probs, threshold = logits.detach().softmax(dim=1), self.threshold.to(dtype)
+            if row_offsets is not None:
+                # By indexing: the gradient of equal indices is then summed in a fixed order.
+                threshold = threshold[row_groups(row_offsets, len(x))]
             if self.training:
-                mask = batchwise_mask(probs, self.top_k)
+                mask = batchwise_mask(probs, self.top_k, row_offsets)
                 loss = batchwise_threshold_loss(probs, threshold, mask) / max(len(x), 1)
             else:
                 mask, loss = over_threshold(probs, threshold), probs.new_zeros(())
             masked = masked_softmax(logits, mask)
-        gates, expert_ids = to_slots(masked, mask)
-        counts = mask.sum(0)
-        return GateOutput(
-            gates,
-            expert_ids,
-            num_rows=int(counts.sum()),
-            importance=masked.sum(0),
-            load=counts.to(masked.dtype),
-            can_balance_load=False,
-            threshold_loss=loss,
-        )
+            weighted = masked if row_weight is None else row_weight.unsqueeze(1) * masked
+            importance, load = (
+                values.sum(0)
+                if row_offsets is None
+                else torch.segment_reduce(values, "sum", offsets=row_offsets)
+                for values in (weighted, mask.to(dtype))
+            )
+        # One wait for both numbers.
+        num_slots, num_rows = torch.stack([_most(mask), mask.sum()]).tolist()
+        gates, expert_ids = to_slots(masked, mask, max(num_slots, 1))
+        return Gating(gates, expert_ids, importance, load, load.long(), loss, num_rows)
+
+
+def weight_shape(model_dim: int, num_experts: int, num_groups: int) -> tuple[int, ...]:
+    """Return the shape of a gate's weight, or of those of several groups' gates."""
+    return (num_groups, model_dim, num_experts) if num_groups else (model_dim, num_experts)
+
+
+def empty_padding(
+    gates: Tensor, expert_ids: Tensor, num_experts: int, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take the experts (N, K) from rows that are padding, from row `row_offsets[1]` on."""
+    is_padding = torch.arange(len(gates), device=gates.device) >= row_offsets[1]
+    is_padding = is_padding.unsqueeze(1)
+    return gates.masked_fill(is_padding, 0.0), expert_ids.masked_fill(is_padding, num_experts)
 
 
 def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None) -> Tensor:
@@ -153,19 +209,19 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     chosen_per_expert = (top_k * sizes + num_experts - 1) // num_experts
     groups = row_groups(row_offsets, num_rows)
     first, size, chosen = row_offsets[groups], sizes[groups], chosen_per_expert[groups]
-    place = torch.arange(num_rows, device=probs.device) - first
+    index = torch.arange(num_rows, device=probs.device) - first  # within the group
     start = torch.arange(num_experts, device=probs.device) * chosen.unsqueeze(1)
     # Column i begins at its group's token i m.
-    token = first.unsqueeze(1) + (place.unsqueeze(1) + start) % size.unsqueeze(1)
+    token = first.unsqueeze(1) + (index.unsqueeze(1) + start) % size.unsqueeze(1)
     order = probs.detach().gather(0, token).sort(dim=0, descending=True, stable=True).indices
     if len(sizes) > 1:
         order = order.gather(0, groups[order].sort(dim=0, stable=True).indices)
-    is_best = (place < chosen).unsqueeze(1).expand_as(token)
+    is_best = (index < chosen).unsqueeze(1).expand_as(token)
     return torch.zeros_like(is_best).scatter(0, token.gather(0, order), is_best)
 
 
 def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Keep what is over its expert's threshold, and NaN, so that it shows in the gates.
+    """Keep what is over its expert's threshold; and NaN, so that it shows in the gates.
 
     Args:
         probs: (N, E). G_sigma.
@@ -180,9 +236,9 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for a token nobody takes.
+    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 without any expert.
 
-    As a softmax over the kept logits alone, since all kept G_sigma may be too small for their
+    Computed as a softmax over the kept logits, since all kept G_sigma may be too small for their
     dtype.
 
     Args:
@@ -212,17 +268,21 @@ def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> 
     return ((over.to(probs.dtype) - mask.to(probs.dtype)) * (probs - threshold)).sum()
 
 
-def to_slots(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """List each token's experts in as many slots as the busiest token has, at least one.
+def to_slots(dense: Tensor, mask: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """List each token's experts.
 
     Args:
         dense: (N, E). Gates, 0 where `mask` is False.
         mask: (N, E) bool.
+        num_slots: K, as many as the busiest token needs.
 
     Returns:
         (N, K) gates and (N, K) int64 ids by rising id; empty slots have the gate 0 and the id E.
     """
-    num_tokens, num_experts = mask.shape
-    num_slots = max(int(mask.sum(1).max()), 1) if num_tokens else 1
     ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-    return dense.gather(1, ids), ids.masked_fill(~mask.gather(1, ids), num_experts)
+    return dense.gather(1, ids), ids.masked_fill(~mask.gather(1, ids), mask.shape[1])
+
+
+def _most(mask: Tensor) -> Tensor:
+    """Return the largest number of experts of a token; 0 without tokens."""
+    return mask.sum(1).max() if len(mask) else mask.sum()

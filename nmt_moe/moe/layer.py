@@ -3,26 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.checks import check_finite, check_like, check_shape
+from nmt_moe.checks import check_like, check_shape
+from nmt_moe.kernels import Gating, is_on_host, plan_rows
 from nmt_moe.moe.config import MoEConfig
-from nmt_moe.moe.dispatch import plan_dispatch
-from nmt_moe.moe.experts import Experts
+from nmt_moe.moe.experts import Experts, compute_dtype
 from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate
-from nmt_moe.moe.hierarchical_gate import (
-    HierarchicalNoise,
-    HierarchicalNoisyTopKGate,
-    HierarchicalStrictlyBalancedGate,
-)
+from nmt_moe.moe.hierarchical_gate import HierarchicalGate, HierarchicalNoise
 from nmt_moe.moe.losses import importance_loss, load_loss
-from nmt_moe.moe.sharded_experts import ShardedExperts
+from nmt_moe.moe.padding import Unpadded, drop_padding
 from nmt_moe.moe.stats import MoEStats
-from nmt_moe.parallel import ALONE, ExpertParallelGroup, sum_over_ranks
+from nmt_moe.parallel import ALONE, ExpertParallelGroup, Route, make_exchange, sum_over_ranks
 
 Noise = Tensor | HierarchicalNoise
+Gate = SoftmaxGate | NoisyTopKGate | StrictlyBalancedGate | HierarchicalGate
 
 
 class MoELayer(nn.Module):
-    """Send each token to its top-k experts and add up their weighted answers.
+    """Send each token to its top-k experts and add up their weighted outputs.
 
     No token is dropped and no expert has a capacity. The sum over a token's experts runs in a
     fixed order, so equal inputs give equal bits.
@@ -35,6 +32,7 @@ class MoELayer(nn.Module):
         config: MoEConfig,
         name: str = "MoE layer",
         group: ExpertParallelGroup = ALONE,
+        init_range: float | None = None,
     ) -> None:
         """Make the layer.
 
@@ -43,29 +41,57 @@ class MoELayer(nn.Module):
             name: What errors call it.
             group: The ranks that share the experts. All of them must call the layer, and go
                 backward through it, the same number of times, with or without tokens.
+            init_range: Experts' weights are drawn uniformly within it; by default within
+                1 / sqrt(number of inputs).
+
+        Raises:
+            ValueError: if `config` is not a `MoEConfig`.
         """
         super().__init__()
+        if not isinstance(config, MoEConfig):
+            raise ValueError(
+                f"`config` must be a MoEConfig, but is a {type(config).__name__}. "
+                "Use `MoELayer(MoEConfig(model_dim=..., hidden_dim=..., num_experts=...))`."
+            )
         self.config = config
         self.name = name
         self.gate = build_gate(config)
-        self.experts = (Experts if group.size == 1 else ShardedExperts)(config, group)
+        self.exchange = make_exchange(config.num_experts, group)
+        self.experts = Experts(config, group, init_range)
         self.group = group
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the layer's sizes and choices."""
+        config = self.config
+        words = [
+            f"model_dim={config.model_dim}, hidden_dim={config.hidden_dim}",
+            f"num_experts={config.num_experts}, top_k={config.top_k}, gate={config.gate!r}",
+        ]
+        if config.num_groups:
+            words.append(f"num_groups={config.num_groups}")
+        if self.group.size > 1:
+            words.append(f"local_experts={self.experts.num_local_experts}")
+        return ", ".join(words)
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, MoEStats]:
         """Compute y = sum_i G(x)_i E_i(x).
 
+        In training on a GPU the host does not wait for the device (strictly balanced gates and
+        experts spread over ranks aside): tokens that are not finite are then left to
+        `MoEStats.check_finite`.
+
         Args:
             x: (N, D).
             padding_mask: (N,) bool, True = padding. Such rows of y are 0; they reach no expert,
                 no loss and no statistic.
             noise: (N, E) standard normal, to reproduce a pass; with groups, a tuple of (N, G) and
-                (N, E). Drawn when None. Of noisy gates, in training only.
+                (N, E). Drawn when None. Used only by noisy gates in training.
 
         Returns:
             y: (N, D), in the dtype of x.
-            stats: Balance and balance losses of this batch.
+            stats: Choice, balance and balance losses of this batch.
 
         Raises:
             ValueError: if a shape, dtype or device does not fit.
@@ -73,43 +99,67 @@ class MoELayer(nn.Module):
 
         Source: Shazeer et al. 2017, eq. 1.
         """
-        check_shape("x", x, (None, self.config.model_dim), "(N, D)")
         self._check_tensors(x, padding_mask, noise)
-        if padding_mask is None:
-            return self._forward_tokens(x, noise)
-        tokens = (~padding_mask).nonzero().squeeze(1)
+        rows = drop_padding(padding_mask, may_wait=self.gate.waits)
+        tokens = rows.take(x)
         if isinstance(noise, tuple):
-            noise = noise[0][tokens], noise[1][tokens]
+            noise = rows.take(noise[0]), rows.take(noise[1])
         elif noise is not None:
-            noise = noise[tokens]
-        y, stats = self._forward_tokens(x.index_select(0, tokens), noise)
-        # Token indices differ, so index_copy is deterministic.
-        return torch.zeros_like(x).index_copy(0, tokens, y), stats
+            noise = rows.take(noise)
 
-    def _forward_tokens(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, MoEStats]:
-        config = self.config
-        out = self.gate(x, noise)
-        # Whatever is not finite in a token or in a weight shows in its gates, hence here.
-        check_finite(f"the tokens or gate weights of the {self.name}", out.importance)
-        plan = plan_dispatch(out.expert_ids, config.num_experts, out.num_rows)
-        y = self.experts(x, out.gates, plan)
-        importance, load = out.importance, out.load
+        gating = self.gate(tokens, noise, rows.row_offsets)
+        stats = self._balance(gating, rows, len(x))
+        if is_on_host(x) or not self.training:
+            stats.check_finite()
+        route = self.exchange.route(gating.expert_ids, gating.num_rows)
+        y = self._mix(tokens, gating.gates, route)
+        return rows.put_back(y, len(x)), stats
+
+    def _mix(self, x: Tensor, gates: Tensor, route: Route) -> Tensor:
+        """Send tokens (N, D) to their experts and add up the outputs: (N, D)."""
+        dtype = compute_dtype(x)
+        arrivals = route.to_experts(x.to(dtype), gates.to(dtype))
+        plan = plan_rows(arrivals.expert_ids, self.experts.num_local_experts, arrivals.num_rows)
+        y = self.experts(arrivals.x, arrivals.gates, plan)
+        return route.to_tokens(y).to(x.dtype)
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        """Compute for the tokens of other ranks until all ranks of the group have called this.
+
+        For loops that need more passes on some ranks than on others, such as a search: a rank that
+        has finished its own calls this, and all ranks of the group return together.
+        """
+        weight = self.experts.weight_in
+        x, gates = weight.new_empty(0, self.config.model_dim), weight.new_empty(0, 1)
+        expert_ids = torch.empty(0, 1, dtype=torch.int64, device=x.device)
+        while not (route := self.exchange.route(expert_ids, is_done=True)).all_done:
+            self._mix(x, gates, route)
+
+    def _balance(self, gating: Gating, rows: Unpadded, num_rows: int) -> MoEStats:
+        """Compute the balance losses of what the gate chose."""
+        config, importance, load = self.config, gating.importance, gating.load
         if self.training:
             # A part of a batch is less even than the whole, so balance is judged over all ranks.
             importance, load = sum_over_ranks(torch.stack([importance, load]))
-        load_weight = config.load_weight if out.can_balance_load else 0.0
-        no_loss = out.importance.new_zeros(())
-        return y.to(x.dtype), MoEStats(
-            importance=out.importance,
-            load=out.load,
-            tokens_per_expert=plan.tokens_per_expert,
+        load_weight = config.load_weight if self.gate.can_balance_load else 0.0
+        return MoEStats(
+            gating,
+            rows,
+            num_rows,
             importance_loss=importance_loss(importance, config.importance_weight),
             load_loss=load_loss(load, load_weight),
-            threshold_loss=no_loss if out.threshold_loss is None else out.threshold_loss,
+            name=self.name,
         )
 
     def _check_tensors(self, x: Tensor, padding_mask: Tensor | None, noise: Noise | None) -> None:
-        """Refuse tensors that do not fit the weights or each other."""
+        """Reject tensors that do not fit the weights or each other."""
+        if x.dim() == 3:
+            raise ValueError(
+                f"`x` must have the shape (N, D) = (any, {self.config.model_dim}), but has "
+                f"{tuple(x.shape)}. Flatten it: `x.flatten(0, 1)`."
+            )
+        check_shape("x", x, (None, self.config.model_dim), "(N, D)")
         weight = self.experts.weight_in
         is_autocast = torch.is_autocast_enabled(weight.device.type)
         check_like("x", x, None if is_autocast else weight.dtype, weight.device)
@@ -120,7 +170,11 @@ class MoELayer(nn.Module):
             self._check_noise(noise, x)
 
     def _check_noise(self, noise: Noise, x: Tensor) -> None:
-        """Refuse noise of another form than the gate draws."""
+        """Reject noise of another form than the gate draws."""
+        if self.config.gate != "noisy_top_k":
+            raise ValueError(
+                f"`noise` must be None with the gate '{self.config.gate}', which draws none."
+            )
         num_groups, num_experts = self.config.num_groups, self.config.num_experts
         parts = noise if isinstance(noise, tuple) else (noise,)
         is_pair = isinstance(noise, tuple) and len(noise) == 2
@@ -137,13 +191,14 @@ class MoELayer(nn.Module):
             check_like("noise", part, None, x.device)
 
 
-def build_gate(config: MoEConfig) -> nn.Module:
+def build_gate(config: MoEConfig) -> Gate:
     """Make the gate that `config` names."""
-    if config.num_groups:
-        if config.gate == "noisy_top_k":
-            return HierarchicalNoisyTopKGate(config)
-        return HierarchicalStrictlyBalancedGate(config)
     if config.gate == "softmax":
         return SoftmaxGate(config.model_dim, config.num_experts)
     gate = NoisyTopKGate if config.gate == "noisy_top_k" else StrictlyBalancedGate
-    return gate(config.model_dim, config.num_experts, config.top_k)
+    if not config.num_groups:
+        return gate(config.model_dim, config.num_experts, config.top_k)
+    return HierarchicalGate(
+        primary=gate(config.model_dim, config.num_groups, config.top_k),
+        secondary=gate(config.model_dim, config.group_size, config.top_k, config.num_groups),
+    )

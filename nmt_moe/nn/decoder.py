@@ -56,7 +56,9 @@ class GNMTDecoder(nn.Module):
             self.attention = ATTENTIONS[config.attention](dim)
         self.moe: ResidualMoE | None = None
         if config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "decoder's MoE layer", group)
+            self.moe = ResidualMoE(
+                config.moe, config.dropout, "decoder's MoE layer", group, config.init_range
+            )
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(
             ProjectedLSTM(second_input if index == 0 else dim, hidden_dim, dim)

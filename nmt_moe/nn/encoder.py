@@ -66,7 +66,9 @@ class GNMTEncoder(nn.Module):
         self.bottom = BidirectionalLSTM(*sizes)
         self.moe: ResidualMoE | None = None
         if config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "encoder's MoE layer", group)
+            self.moe = ResidualMoE(
+                config.moe, config.dropout, "encoder's MoE layer", group, config.init_range
+            )
         self.layers = nn.ModuleList(ProjectedLSTM(*sizes) for _ in range(config.encoder_layers - 2))
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)

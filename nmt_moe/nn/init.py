@@ -2,20 +2,20 @@
 
 from torch import nn
 
-from nmt_moe.parallel import init_uniform
+from nmt_moe.parallel import is_expert
 
 
 def init_weights(module: nn.Module, init_range: float) -> None:
     """Draw the weights of a network.
 
-    Matrices are uniform within `init_range`; gates, biases and vectors keep what their
+    Matrices are uniform within `init_range`; experts, gates, biases and vectors keep what their
     module gave them, except that LSTM biases start at 0 and those of forget gates at 1.
 
     Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
     """
     for name, parameter in module.named_parameters():
-        if parameter.dim() > 1 and ".gate." not in name:
-            init_uniform(parameter, init_range)
+        if parameter.dim() > 1 and ".gate." not in name and not is_expert(parameter):
+            nn.init.uniform_(parameter, -init_range, init_range)
         elif "bias" in name:
             nn.init.zeros_(parameter)
             if "bias_ih" in name:

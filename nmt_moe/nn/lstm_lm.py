@@ -80,7 +80,9 @@ class LSTMLanguageModel(nn.Module):
                 dim, config.moe.hidden_dim, config.expert_layers, config.dropout
             )
         elif config.moe is not None:
-            self.moe = ResidualMoE(config.moe, config.dropout, "language model's MoE layer", group)
+            self.moe = ResidualMoE(
+                config.moe, config.dropout, "language model's MoE layer", group, config.init_range
+            )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
         self.embedding = embedding  # after init_weights: its owner has drawn it

@@ -18,9 +18,10 @@ class ResidualMoE(nn.Module):
         dropout: float,
         name: str,
         group: ExpertParallelGroup = ALONE,
+        init_range: float | None = None,
     ) -> None:
         super().__init__()
-        self.moe = MoELayer(config, name, group)
+        self.moe = MoELayer(config, name, group, init_range)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, MoEStats]:

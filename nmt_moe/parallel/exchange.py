@@ -1,79 +1,176 @@
-"""Rows travel to the ranks that own their experts, and answers back."""
+"""Tokens are sent to the ranks that hold their experts, and the experts' sums back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from nmt_moe.kernels import RowPlan, combine_rows, gather_rows, plan_rows
 from nmt_moe.parallel.groups import ExpertParallelGroup
 
 
-@dataclass(frozen=True)
-class Route:
-    """How many rows go where; made once for each pass through a layer.
+class Arrivals(NamedTuple):
+    """Tokens where their experts are.
 
     Attributes:
-        send_counts: P numbers, the rows this rank sends to each rank of its group.
-        recv_counts: P numbers, the rows it receives from each.
-        num_slots: The largest K of all ranks of the group.
-        all_done: Whether all ranks of the group said that they are done.
-        group: The ranks.
+        x: (M, D).
+        gates: (M, K); 0 in empty slots.
+        expert_ids: (M, K) int64, counted from this rank's first expert; L in an empty slot.
+        num_rows: The slots that are not empty, if known.
     """
 
-    send_counts: list[int]
-    recv_counts: list[int]
-    num_slots: int
+    x: Tensor
+    gates: Tensor
+    expert_ids: Tensor
+    num_rows: int | None
+
+
+@dataclass(frozen=True)
+class LocalRoute:
+    """Every expert is on this rank: tokens stay where they are."""
+
+    expert_ids: Tensor
+    num_rows: int | None
     all_done: bool
-    group: ExpertParallelGroup
 
-    def to_owners(self, rows: Tensor) -> Tensor:
-        """Send rows, sorted by destination, to the owners; differentiable.
+    def to_experts(self, x: Tensor, gates: Tensor) -> Arrivals:
+        """Send tokens (N, D), with their gates (N, K), to the ranks of their experts."""
+        return Arrivals(x, gates, self.expert_ids, self.num_rows)
 
-        All ranks of the group must call, and go backward, in the same order.
+    def to_tokens(self, y: Tensor) -> Tensor:
+        """Send the experts' sums (M, D) back and add them up for each token: (N, D)."""
+        return y
+
+
+class LocalExchange:
+    """The exchange of a rank that holds all experts: it does nothing."""
+
+    def route(
+        self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
+    ) -> LocalRoute:
+        """Find out which tokens go to which rank. All ranks of the group must call.
 
         Args:
-            rows: (sum of `send_counts`, ...).
-
-        Returns:
-            (sum of `recv_counts`, ...), sorted by sender, in each sender's order.
+            expert_ids: (N, K) int64; E in an empty slot.
+            num_rows: The slots that are not empty, if known.
+            is_done: This rank has no more tokens of its own and only computes for the others.
         """
-        return _AllToAll.apply(rows, self.send_counts, self.recv_counts, self.group.members)
-
-    def to_senders(self, rows: Tensor) -> Tensor:
-        """Send answers, in the order in which `to_owners` gave the rows, back; differentiable."""
-        return _AllToAll.apply(rows, self.recv_counts, self.send_counts, self.group.members)
+        return LocalRoute(expert_ids, num_rows, is_done)
 
 
-def plan_route(
-    send_counts: Tensor, num_slots: int, group: ExpertParallelGroup, is_done: bool = False
-) -> Route:
-    """Tell every rank of the group how many rows it will receive.
+@dataclass(frozen=True)
+class AllToAllRoute:
+    """How many tokens go from which rank to which.
 
-    All ranks of the group must call, with or without rows.
+    All ranks of the group must call each method, and go backward through it, in the same order.
+
+    Attributes:
+        plan: This rank's tokens sorted by the rank they are sent to, once for each rank.
+        expert_ids: (N, K) int64, global; E in an empty slot. K is the largest of all ranks.
+        send_counts: P numbers, the tokens this rank sends to each rank of its group.
+        recv_counts: P numbers, the tokens it receives from each.
+        all_done: Whether all ranks of the group said that they are done.
+        owned: The global ids of this rank's experts.
+        members: torch's process group.
+    """
+
+    plan: RowPlan
+    expert_ids: Tensor
+    send_counts: list[int]
+    recv_counts: list[int]
+    all_done: bool
+    owned: slice
+    members: Any
+
+    def to_experts(self, x: Tensor, gates: Tensor) -> Arrivals:
+        """Send each token once to each rank that has any of its experts."""
+        model_dim, spare = x.shape[1], self.expert_ids.shape[1] - gates.shape[1]
+        token_and_gates = torch.cat([x, F.pad(gates, (0, spare))], dim=1)
+        received = self._send(gather_rows(token_and_gates, self.plan))
+        ids = self._send(self.expert_ids.index_select(0, self.plan.row_token).int()).long()
+        is_here = (ids >= self.owned.start) & (ids < self.owned.stop)
+        local_ids = torch.where(is_here, ids - self.owned.start, self.owned.stop - self.owned.start)
+        own_gates = received[:, model_dim:].masked_fill(~is_here, 0.0)
+        # The counts of the route made the host wait already.
+        num_rows = int(is_here.sum())
+        return Arrivals(received[:, :model_dim].contiguous(), own_gates, local_ids, num_rows)
+
+    def to_tokens(self, y: Tensor) -> Tensor:
+        """Send the sums back to the ranks the tokens came from and add up those of each token."""
+        rows = _AllToAll.apply(y, self.recv_counts, self.send_counts, self.members)
+        return combine_rows(rows, None, self.plan)
+
+    def _send(self, rows: Tensor) -> Tensor:
+        return _AllToAll.apply(rows, self.send_counts, self.recv_counts, self.members)
+
+
+class AllToAllExchange:
+    """Each rank of the group holds its own experts.
+
+    A token is sent once to each rank that holds any of its experts, with its gates, and the rank
+    sends one row back: the weighted sum of its experts' outputs. So at most min(K, P) rows for each
+    token pass the network each way.
+
+    Source: Shazeer et al. 2017, section 3.1.
+    """
+
+    def __init__(self, num_experts: int, group: ExpertParallelGroup) -> None:
+        self.num_experts, self.group = num_experts, group
+
+    def route(
+        self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
+    ) -> AllToAllRoute:
+        """Tell every rank of the group how many tokens it will receive."""
+        group, num_slots = self.group, expert_ids.shape[1]
+        ranks = expert_ids.div(self.num_experts // group.size, rounding_mode="floor")
+        plan = plan_ranks(ranks, group.size)
+        send_counts = plan.offsets.diff()
+        columns = [torch.full_like(send_counts, number) for number in (num_slots, is_done)]
+        sent = torch.stack([send_counts, *columns], dim=1)
+        received = torch.empty_like(sent)
+        ones = [1] * group.size
+        distributed.all_to_all_single(received, sent, ones, ones, group=group.members)
+        recv_counts, all_slots, all_done = received.t().tolist()
+        # Gates that give each token as many experts as they like may have another K on each rank.
+        spare = max(all_slots) - num_slots
+        return AllToAllRoute(
+            plan,
+            F.pad(expert_ids, (0, spare), value=self.num_experts),
+            send_counts=send_counts.tolist(),
+            recv_counts=recv_counts,
+            all_done=all(all_done),
+            owned=group.owned(self.num_experts),
+            members=group.members,
+        )
+
+
+Exchange = LocalExchange | AllToAllExchange
+Route = LocalRoute | AllToAllRoute
+
+
+def make_exchange(num_experts: int, group: ExpertParallelGroup) -> Exchange:
+    """Return the exchange of `num_experts` experts spread over the ranks of `group`."""
+    return LocalExchange() if group.size == 1 else AllToAllExchange(num_experts, group)
+
+
+def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
+    """Plan one row for each rank that a token is sent to.
 
     Args:
-        send_counts: (P,) int64.
-        num_slots: K. Gates that give each token as many experts as they like may have another on
-            each rank.
-        group: The ranks.
-        is_done: This rank has no tokens of its own any more, and takes part for the others' sake.
-
-    Returns:
-        The route.
+        ranks: (N, K) int64. The rank of each slot's expert; P in an empty slot.
+        num_ranks: P.
     """
-    columns = [torch.full_like(send_counts, number) for number in (num_slots, is_done)]
-    sent = torch.stack([send_counts, *columns], dim=1)
-    received = torch.empty_like(sent)
-    ones = [1] * group.size
-    _exchange(received, sent, ones, ones, group.members)
-    recv_counts, all_slots, all_done = received.t().tolist()
-    return Route(send_counts.tolist(), recv_counts, max(all_slots), all(all_done), group)
+    ranks = ranks.sort(dim=1).values
+    is_repeated = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
+    ranks = ranks.masked_fill(is_repeated, num_ranks)
+    return plan_rows(ranks, num_ranks, int((ranks < num_ranks).sum()))
 
 
 class _AllToAll(torch.autograd.Function):
-    """Its backward pass is called also where there is not a single row, as peers wait for it."""
+    """Its backward pass is also called where there is not a single row, as peers wait for it."""
 
     @staticmethod
     def forward(
@@ -90,11 +187,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _send(rows: Tensor, send_counts: list[int], recv_counts: list[int], members: Any) -> Tensor:
     received = rows.new_empty(sum(recv_counts), *rows.shape[1:])
-    _exchange(received, rows.contiguous(), recv_counts, send_counts, members)
+    distributed.all_to_all_single(
+        received, rows.contiguous(), recv_counts, send_counts, group=members
+    )
     return received
-
-
-def _exchange(
-    received: Tensor, sent: Tensor, recv_counts: list[int], send_counts: list[int], members: Any
-) -> None:
-    distributed.all_to_all_single(received, sent, recv_counts, send_counts, group=members)

@@ -1,23 +1,83 @@
-"""Which parameters are experts."""
+"""Gradients of experts that are spread over ranks."""
 
-from torch.nn import Parameter
+from collections.abc import Iterable
 
-# fairseq's own name for the group a parameter is trained in: its composite optimizer reads the
-# attribute, and the fp32 copies of --fp16 and --bf16 inherit it. fairseq's `expert` would be too
-# strong a word here: it takes the gradient out of the clipping norm and of the sum over processes,
-# which is right only where each process has experts of its own.
-GROUP = "experts"
+import torch
+from torch import Tensor, distributed
+
+from nmt_moe.parallel.groups import ExpertParallelGroup
+from nmt_moe.parallel.marks import shard_group
 
 
-def mark_expert(parameter: Parameter) -> None:
-    """Mark a parameter whose last two dimensions are one matrix of an expert.
+def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
+    """Scale the gradients of shards as data parallelism scales those of the other parameters.
 
-    A parameter that torch makes anew (`copy.deepcopy`, `to_empty` after the meta device) is not
-    marked; the module that owns it marks it again.
+    The exchange has already summed them over the tokens of this rank's group; what is left is the
+    sum over replicas, and the division by the number of all ranks. All ranks must call, after
+    the last backward pass of an update, with parameters in the same order.
+
+    Args:
+        parameters: Those that are not shards are left as they are.
     """
-    parameter.param_group = GROUP  # type: ignore[attr-defined]
+    for parameter in parameters:
+        group = shard_group(parameter)
+        if group is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.div_(group.world_size)  # first, or float16 may overflow
+        if group.replicas is not None:
+            distributed.all_reduce(parameter.grad, group=group.replicas)
 
 
-def is_expert(parameter: Parameter) -> bool:
-    """Return whether `mark_expert` was called for the parameter."""
-    return getattr(parameter, "param_group", None) == GROUP
+def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tensor:
+    """Compute the norm of the gradients of all experts, whichever rank holds them.
+
+    All ranks of the group must call.
+
+    Args:
+        gradients: Of this rank's shards; at least one.
+        group: The ranks.
+
+    Returns:
+        A scalar, float32 or wider, equal on all ranks.
+    """
+    norms = [
+        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for grad in gradients
+    ]
+    square = torch.stack(norms).square().sum()
+    distributed.all_reduce(square, group=group.members)
+    return square.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients down, if their norm is larger than `max_norm`, to that norm.
+
+    Shards count with those of the other ranks, so the norm and the scale are those of one process
+    with all experts. All ranks must call, once gradients are averaged.
+
+    Args:
+        parameters: Dense ones and shards; those without a gradient are skipped.
+        max_norm: 0 for no limit.
+
+    Returns:
+        A scalar, the norm before.
+    """
+    groups, dense, shards = [], [], []
+    for parameter in parameters:
+        group, grad = shard_group(parameter), parameter.grad
+        if grad is None:
+            continue
+        if group is None:
+            dense.append(grad)
+        else:
+            groups.append(group)
+            shards.append(grad)
+    norm = torch.nn.utils.get_total_norm(dense)
+    if shards:
+        norm = torch.hypot(norm, shard_norm(shards, groups[0]).to(norm))
+    if max_norm > 0:
+        torch._foreach_mul_([*dense, *shards], (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm

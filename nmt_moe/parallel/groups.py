@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from nmt_moe.checks import check_divides, check_range
 
@@ -13,16 +13,16 @@ from nmt_moe.checks import check_divides, check_range
 class ExpertParallelGroup:
     """The ranks that together hold every expert once, as one of them sees it.
 
-    Ranks [g P, (g + 1) P) of the world are group g, and place p of each group holds the experts
-    [p L, (p + 1) L), L = E / P. Ranks at the same place of their groups are replicas: they hold
-    the same experts and average their gradients.
+    Ranks [g P, (g + 1) P) of the world are group g, and rank p of each group holds the experts
+    [p L, (p + 1) L), L = E / P. The same ranks of all groups are replicas: they hold the same
+    experts and average their gradients.
 
     Attributes:
         size: P; 1 where every rank holds all experts.
-        rank: This rank's place in its group.
+        rank: This rank within its group, from 0 to P - 1.
         num_replicas: Groups in the world.
         members: torch's process group of the P ranks; None if P is 1.
-        replicas: torch's process group of the ranks with the same experts; None if it is alone.
+        replicas: torch's process group of the ranks with the same experts; None if P is all.
 
     Source: Shazeer et al. 2017, section 3.1.
     """
@@ -44,7 +44,7 @@ class ExpertParallelGroup:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# Every expert is here: what a layer of one process has.
+# The group of a layer that holds all experts on this rank.
 ALONE = ExpertParallelGroup()
 
 
@@ -80,13 +80,18 @@ def make_expert_parallel_group(
     rank, num_replicas = distributed.get_rank(), world_size // size
     if num_replicas == 1:
         return ExpertParallelGroup(size, rank, 1, distributed.group.WORLD)
-    # Every rank takes part in making every group, its own or not.
+    # Every rank takes part in making every group, also those it does not belong to.
     members = [
         distributed.new_group(list(range(first, first + size)))
         for first in range(0, world_size, size)
     ]
     replicas = [
-        distributed.new_group(list(range(place, world_size, size))) for place in range(size)
+        distributed.new_group(list(range(member, world_size, size))) for member in range(size)
     ]
-    place = rank % size
-    return ExpertParallelGroup(size, place, num_replicas, members[rank // size], replicas[place])
+    member = rank % size
+    return ExpertParallelGroup(size, member, num_replicas, members[rank // size], replicas[member])
+
+
+def cut_shard(whole: Tensor, group: ExpertParallelGroup) -> Tensor:
+    """Return this rank's slice (L, ...) of a tensor (E, ...) of all experts."""
+    return whole[group.owned(len(whole))].clone()

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Add up a tensor over all ranks, with a gradient: every rank's own share of the sum's.
+    """Sum a tensor over all ranks; differentiable.
 
     All ranks of the default process group must call, and go backward through it, the same number of
     times. Without a process group, or with one rank, the tensor comes back as it is.

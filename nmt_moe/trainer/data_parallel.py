@@ -4,7 +4,7 @@ from typing import Any
 
 from fairseq.distributed import LegacyDistributedDataParallel
 
-from nmt_moe.parallel import average_shard_gradients
+from nmt_moe.parallel import average_shard_gradients, is_shard
 
 
 class ExpertParallelDataParallel(LegacyDistributedDataParallel):
@@ -17,7 +17,7 @@ class ExpertParallelDataParallel(LegacyDistributedDataParallel):
         super().__init__(*args, **kwargs)
         # The whole buffer is sent, so it must have no room for what does not go through it:
         # experts, and what is larger than it and sent by itself.
-        counts = [p.numel() for p in self.module.parameters() if not hasattr(p, "expert")]
+        counts = [p.numel() for p in self.module.parameters() if not is_shard(p)]
         used = sum(count for count in counts if count <= self.buffer_size)
         self.buffer_size = max(min(self.buffer_size, used), 1)
 

@@ -17,8 +17,7 @@ from nmt_moe.checkpoints.expert_files import (
     restore_experts,
     save_experts,
 )
-from nmt_moe.moe import ShardedExperts
-from nmt_moe.parallel import shard_norm
+from nmt_moe.parallel import is_shard, shard_norm
 from nmt_moe.trainer.experts import (
     cut_experts,
     expert_group,
@@ -99,7 +98,7 @@ class ExpertParallelTrainer(Trainer):
 
         def add_experts(dense_norm: Tensor) -> Tensor:
             # In half precision, these are the fp32 copies, to which fairseq copies its mark.
-            gradients = [p.grad for p in self.optimizer.params if hasattr(p, "expert")]
+            gradients = [p.grad for p in self.optimizer.params if is_shard(p)]
             return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
 
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=add_experts)
@@ -117,8 +116,7 @@ class ExpertParallelTrainer(Trainer):
         """
         model = self.get_model()
         for layer in moe_layers(getattr(model, "decoder", model)):
-            if isinstance(layer.experts, ShardedExperts):
-                layer.experts.serve()
+            layer.serve()
 
     # Checkpoints
 

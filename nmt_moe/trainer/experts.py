@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from nmt_moe.checkpoints.expert_files import ByName, ByPlace, rows_of
 from nmt_moe.moe import MoELayer
-from nmt_moe.parallel import ALONE, ExpertParallelGroup, cut_shard, is_expert, shard_group
+from nmt_moe.parallel import (
+    ALONE,
+    ExpertParallelGroup,
+    cut_shard,
+    is_expert,
+    is_shard,
+    shard_group,
+)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
@@ -33,7 +40,7 @@ def own_expert_state(optimizer: Any) -> ByPlace:
     return {
         index: {name: value.cpu() for name, value in rows_of(states.get(p, {}), len(p)).items()}
         for index, p in enumerate(optimizer.params)
-        if hasattr(p, "expert")
+        if is_shard(p)
     }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nmt_moe.kernels import _batches
+from nmt_moe.kernels import RowPlan
 from nmt_moe.kernels._batches import MOST_ROWS, SPARE_ROWS, plan_batches, plan_padding
 
 
@@ -32,18 +32,10 @@ def test_every_row_keeps_its_token_and_padding_repeats_its_expert():
     offsets = torch.tensor([0, *counts]).cumsum(0)
     row_token = torch.arange(sum(counts)) + 100  # one token a row, so that rows can be told apart
     token_rows = torch.cat([torch.arange(sum(counts)), torch.tensor([sum(counts)])]).view(-1, 1)
-    plan = plan_padding(row_token, token_rows, offsets)
+    plan = plan_padding(RowPlan(row_token, token_rows, offsets))
     assert plan.most_rows == 30
     expected = [100, 101, 101, 101, 101, 102, 103, 104, 105, 106]  # 2 and 5: five rows each
     expected += [107, 107, 107, 108, 109, 110, *range(111, 141)]  # 1 and 3: three; 30 alone
     assert plan.row_token.tolist() == expected
     assert torch.equal(plan.row_token[plan.token_rows[:-1, 0]], row_token)
     assert plan.token_rows[-1, 0] == len(plan.row_token)  # an empty slot stays one
-
-
-def test_a_plan_without_padding_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(_batches, "SPARE_ROWS", 0)
-    row_token, token_rows = torch.tensor([0, 1, 0]), torch.tensor([[0, 2], [1, 3]])
-    plan = plan_padding(row_token, token_rows, torch.tensor([0, 2, 3]))
-    assert plan.row_token is row_token
-    assert plan.token_rows is token_rows

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from nmt_moe.kernels import combine_rows, gather_rows, reference
-from nmt_moe.moe import DispatchPlan, plan_dispatch
+from nmt_moe.kernels import RowPlan, combine_rows, gather_rows, plan_rows, reference
 from tests.support.kernels import assert_same, leaf, poisoned_memory
 
 SHAPES = [  # (tokens, experts, per token, dim)
@@ -25,22 +24,22 @@ def dtype(request):
     return torch.float32
 
 
-def make_plan(tokens: int, experts: int, top_k: int, empty_slots: bool = False) -> DispatchPlan:
+def make_plan(tokens: int, experts: int, top_k: int, empty_slots: bool = False) -> RowPlan:
     torch.manual_seed(1)
     expert_ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
     if empty_slots:
         expert_ids[::3] = experts  # tokens without any expert
         expert_ids[1::3, -1] = experts
-    return plan_dispatch(expert_ids, experts, int((expert_ids < experts).sum()))
+    return plan_rows(expert_ids, experts)
 
 
 @pytest.mark.parametrize("empty_slots", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "dim"), SHAPES)
 def test_gather_rows(tokens, experts, top_k, dim, empty_slots, dtype):
     plan, x = make_plan(tokens, experts, top_k, empty_slots), leaf(tokens, dim, dtype=dtype)
-    expected = reference.gather_rows(x, plan.row_token, plan.token_rows)
+    expected = reference.gather_rows(x, plan)
     with poisoned_memory():
-        assert_same(gather_rows(x, plan.row_token, plan.token_rows), expected, {"x": x})
+        assert_same(gather_rows(x, plan), expected, {"x": x})
 
 
 @pytest.mark.parametrize("empty_slots", [False, True])
@@ -50,10 +49,10 @@ def test_combine_rows(tokens, experts, top_k, dim, empty_slots, dtype):
     rows = leaf(len(plan.row_token), dim, dtype=dtype)
     gates = torch.rand(tokens, top_k, dtype=dtype) * (plan.token_rows < len(rows))
     gates.requires_grad_()
-    expected = reference.combine_rows(rows, gates, plan.row_token, plan.token_rows)
-    with poisoned_memory():
-        ours = combine_rows(rows, gates, plan.row_token, plan.token_rows)
-        assert_same(ours, expected, {"rows": rows, "gates": gates})
+    for weights, leaves in ((gates, {"rows": rows, "gates": gates}), (None, {"rows": rows})):
+        expected = reference.combine_rows(rows, weights, plan)
+        with poisoned_memory():
+            assert_same(combine_rows(rows, weights, plan), expected, leaves)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -61,8 +60,8 @@ def test_sums_of_half_precision_run_in_float32(half, on_triton):
     plan = make_plan(12, 5, 3, empty_slots=True)
     rows, gates = leaf(len(plan.row_token), 20, dtype=half), leaf(12, 3, dtype=half)
     wide = [t.detach().float().requires_grad_() for t in (rows, gates)]
-    ours = combine_rows(rows, gates, plan.row_token, plan.token_rows)
-    theirs = reference.combine_rows(*wide, plan.row_token, plan.token_rows)
+    ours = combine_rows(rows, gates, plan)
+    theirs = reference.combine_rows(*wide, plan)
     grad = torch.randn_like(ours)
     pairs = {"y": (ours, theirs)}
     mine = torch.autograd.grad(ours, (rows, gates), grad)
@@ -82,8 +81,8 @@ def test_repeated_runs_agree_bit_for_bit(on_triton):
     x, grad = leaf(40, 33, dtype=torch.float32), torch.randn(40, 33)
 
     def run() -> list[torch.Tensor]:
-        y = combine_rows(rows, gates, plan.row_token, plan.token_rows)
-        copies = gather_rows(x, plan.row_token, plan.token_rows)
+        y = combine_rows(rows, gates, plan)
+        copies = gather_rows(x, plan)
         grads = torch.autograd.grad([y, copies], [rows, gates, x], [grad, rows.detach()])
         return [y, copies, *grads]
 
@@ -93,9 +92,9 @@ def test_repeated_runs_agree_bit_for_bit(on_triton):
 
 def test_an_expanded_gradient_is_taken(dtype):
     plan, x = make_plan(6, 3, 2), leaf(6, 4, dtype=dtype)
-    rows = gather_rows(x, plan.row_token, plan.token_rows)
+    rows = gather_rows(x, plan)
     ones = torch.ones(6, 2, dtype=dtype)
-    combine_rows(rows, ones, plan.row_token, plan.token_rows).sum().backward()
+    combine_rows(rows, ones, plan).sum().backward()
     torch.testing.assert_close(x.grad, torch.full((6, 4), 2.0, dtype=dtype))
 
 

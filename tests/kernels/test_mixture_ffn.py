@@ -5,8 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from nmt_moe.kernels import _memory, _products, mixture_ffn, reference
-from nmt_moe.moe import plan_dispatch
+from nmt_moe.kernels import _memory, _products, mixture_ffn, plan_rows, reference
 
 SHAPES = [  # (tokens, experts, per token, dim, hidden)
     pytest.param(9, 4, 2, 8, 16, id="the-usual-case"),
@@ -37,15 +36,14 @@ def draw(tokens, experts, top_k, dim, hidden, dtype=torch.float64):
 
 def call(function, leaves, plan, **options):
     x, gates, weight_in, weight_out = leaves
-    routing = plan.row_token, plan.token_rows, plan.expert_offsets
-    return function(x, gates, *routing, weight_in, weight_out, **options)
+    return function(x, gates, plan, weight_in, weight_out, **options)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
 def test_mixture_ffn(tokens, experts, top_k, dim, hidden, recompute):
     leaves, ids = draw(tokens, experts, top_k, dim, hidden)
-    plan = plan_dispatch(ids, experts)
+    plan = plan_rows(ids, experts)
     ours = call(mixture_ffn, leaves, plan, recompute=recompute)
     theirs = call(reference.mixture_ffn, leaves, plan)
     torch.testing.assert_close(ours, theirs)
@@ -61,7 +59,7 @@ def test_empty_slots_and_a_token_without_expert():
     ids[1, 1] = ids[2] = 3  # E marks an empty slot
     with torch.no_grad():
         leaves[1].masked_fill_(ids == 3, 0.0)
-    plan = plan_dispatch(ids, 3, num_rows=int((ids < 3).sum()))
+    plan = plan_rows(ids, 3)
     y = call(mixture_ffn, leaves, plan)
     expected = call(reference.mixture_ffn, leaves, plan)
     torch.testing.assert_close(y, expected)
@@ -76,7 +74,7 @@ def test_empty_slots_and_a_token_without_expert():
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
 def test_without_gradients(tokens, experts, top_k, dim, hidden, dtype):
     leaves, ids = draw(tokens, experts, top_k, dim, hidden, dtype)
-    plan = plan_dispatch(ids, experts)
+    plan = plan_rows(ids, experts)
     with torch.no_grad():
         y, again = (call(mixture_ffn, leaves, plan) for _ in range(2))
         expected = call(reference.mixture_ffn, leaves, plan)
@@ -90,7 +88,7 @@ def test_empty_slots_without_gradients_and_a_token_without_expert():
         ids[1, 1] = ids[2] = 3
         leaves = [leaf.detach() for leaf in leaves]
         leaves[1].masked_fill_(ids == 3, 0.0)
-        plan = plan_dispatch(ids, 3, num_rows=int((ids < 3).sum()))
+        plan = plan_rows(ids, 3)
         y = call(mixture_ffn, leaves, plan)
         torch.testing.assert_close(y, call(reference.mixture_ffn, leaves, plan))
         assert not y[2].any()
@@ -115,7 +113,7 @@ def test_who_multiplies_without_gradients_follows_from_the_operands():
 @pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch"])
 def test_all_ways_without_gradients_agree(changed, monkeypatch):
     leaves, ids = draw(40, 6, 3, 16, 24, torch.float32)
-    plan = plan_dispatch(ids, 6)
+    plan = plan_rows(ids, 6)
     with torch.no_grad():
         y = call(mixture_ffn, leaves, plan)
         if changed == "FEW_ROWS":
@@ -133,7 +131,7 @@ def test_hidden_activations_are_kept_for_gradients_alone(with_gradients, monkeyp
     )
     leaves, ids = draw(800, 8, 2, 4, 6)  # more than FEW_ROWS
     with torch.set_grad_enabled(with_gradients):
-        call(mixture_ffn, leaves, plan_dispatch(ids, 8))
+        call(mixture_ffn, leaves, plan_rows(ids, 8))
     most_rows = max(rows for rows, width in shapes if width == 6)
     assert (most_rows >= 1600) == with_gradients
 
@@ -141,7 +139,7 @@ def test_hidden_activations_are_kept_for_gradients_alone(with_gradients, monkeyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_dtypes_agree_with_float64(dtype):
     leaves, ids = draw(40, 5, 2, 16, 24, dtype)
-    plan = plan_dispatch(ids, 5)
+    plan = plan_rows(ids, 5)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     ours, theirs = call(mixture_ffn, leaves, plan), call(reference.mixture_ffn, wide, plan)
     grad = torch.randn_like(ours)
@@ -157,7 +155,7 @@ def test_narrow_dtypes_agree_with_float64(dtype):
 
 def test_repeated_runs_give_the_same_bits():
     leaves, ids = draw(300, 6, 3, 32, 48, torch.float32)
-    plan = plan_dispatch(ids, 6)
+    plan = plan_rows(ids, 6)
     runs = []
     for _ in range(2):
         y = call(mixture_ffn, leaves, plan)
@@ -168,7 +166,7 @@ def test_repeated_runs_give_the_same_bits():
 
 def test_kept_and_recomputed_activations_give_the_same_bits():
     leaves, ids = draw(300, 6, 3, 32, 48, torch.float32)
-    plan = plan_dispatch(ids, 6)
+    plan = plan_rows(ids, 6)
     kept, again = (
         torch.autograd.grad(call(mixture_ffn, leaves, plan, recompute=flag).sum(), leaves)
         for flag in (False, True)
@@ -179,14 +177,13 @@ def test_kept_and_recomputed_activations_give_the_same_bits():
 
 def test_shapes_that_do_not_fit_are_refused():
     (x, gates, weight_in, weight_out), ids = draw(4, 3, 2, 5, 6)
-    plan = plan_dispatch(ids, 3)
-    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    plan = plan_rows(ids, 3)
     with pytest.raises(ValueError, match=r"`x` must have the shape \(N, D\)"):
-        mixture_ffn(x[:, 1:], gates, *routing, weight_in, weight_out)
+        mixture_ffn(x[:, 1:], gates, plan, weight_in, weight_out)
     with pytest.raises(ValueError, match=r"`weight_out` must have the shape \(E, H, D\)"):
-        mixture_ffn(x, gates, *routing, weight_in, weight_out[:, 1:])
-    with pytest.raises(ValueError, match=r"`expert_offsets` must have the shape \(E \+ 1,\)"):
-        mixture_ffn(x, gates, *routing[:2], plan.expert_offsets[1:], weight_in, weight_out)
+        mixture_ffn(x, gates, plan, weight_in, weight_out[:, 1:])
+    with pytest.raises(ValueError, match=r"`plan.offsets` must have the shape \(E \+ 1,\)"):
+        mixture_ffn(x, gates, plan_rows(ids, 4), weight_in, weight_out)
 
 
 def test_offsets_beyond_two_to_the_31st_element():
@@ -195,9 +192,8 @@ def test_offsets_beyond_two_to_the_31st_element():
     weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
     weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
     weight_in[-1], weight_out[-1] = 0.5, 0.25
-    plan = plan_dispatch(torch.tensor([[experts - 1]]), experts)
-    routing = plan.row_token, plan.token_rows, plan.expert_offsets
+    plan = plan_rows(torch.tensor([[experts - 1]]), experts)
     x = torch.ones(1, dim, dtype=torch.bfloat16)
-    y = mixture_ffn(x, x[:, :1], *routing, weight_in, weight_out)
-    # Hidden activations are 1024 * 0.5 = 512, answers 512 * 512 * 0.25 = 2^16.
+    y = mixture_ffn(x, x[:, :1], plan, weight_in, weight_out)
+    # Hidden activations are 1024 * 0.5 = 512, outputs 512 * 512 * 0.25 = 2^16.
     assert y.eq(2.0**16).all()

@@ -1,5 +1,6 @@
 """Two levels of gates."""
 
+import pytest
 import torch
 
 from nmt_moe.moe import MoEConfig, MoELayer
@@ -14,21 +15,35 @@ def make(experts=12, groups=3, top_k=2, **options):
     return layer
 
 
-def test_parameters_are_named_and_shaped_by_level():
-    shapes = {name: tuple(p.shape) for name, p in make().gate.named_parameters()}
+def test_parameters_are_saved_and_shaped_by_level():
+    shapes = {name: tuple(p.shape) for name, p in make().gate.state_dict().items()}
     assert shapes == {
         "primary.gate_weight": (5, 3),
         "primary.noise_weight": (5, 3),
         "secondary_gate_weight": (3, 5, 4),
         "secondary_noise_weight": (3, 5, 4),
     }
-    shapes = {name for name, _ in make(gate="strictly_balanced").gate.named_parameters()}
-    assert shapes == {
+    strict = make(gate="strictly_balanced")
+    assert set(strict.gate.state_dict()) == {
         "primary.gate_weight",
         "primary.threshold",
         "secondary_gate_weight",
         "secondary_threshold",
     }
+
+
+@pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced"])
+def test_saved_gates_are_loaded_by_the_names_of_checkpoints(gate):
+    saved, layer = make(gate=gate).state_dict(), make(gate=gate)
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    layer.load_state_dict(saved)
+    loaded = layer.state_dict()
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
+    # Optimizer states are saved by the number of the parameter.
+    names = [name for name, _ in layer.gate.named_parameters()]
+    assert [name.partition(".")[0] for name in names] == ["secondary"] * 2 + ["primary"] * 2
 
 
 def test_products_of_gates_sum_to_one():

@@ -14,6 +14,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import nn
 
+from nmt_moe.parallel import is_shard
 from nmt_moe.trainer import data_parallel
 from tests.support.commands import call
 from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
@@ -70,7 +71,7 @@ def watch_parameters() -> Iterator[list[tuple[float, float]]]:
         result = step(self, *args, **kw)
         sums = {False: 0.0, True: 0.0}
         for parameter in self.model.parameters():
-            sums[hasattr(parameter, "expert")] += parameter.detach().double().abs().sum().item()
+            sums[is_shard(parameter)] += parameter.detach().double().abs().sum().item()
         seen.append((sums[False], sums[True]))
         return result
 
@@ -87,7 +88,7 @@ def overflow_experts(is_here: bool) -> Iterator[None]:
         parameters = list(parameters)
         calls.append(1)
         if is_here and len(calls) == OVERFLOW:
-            expert = next(p for p in parameters if hasattr(p, "expert"))
+            expert = next(p for p in parameters if is_shard(p))
             expert.grad.view(-1)[0] = math.inf
         average(parameters)
 

@@ -90,8 +90,8 @@ def _noisy_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
         for g in range(config.num_groups):
             secondary, probs = noisy_top_k(
                 x_t,
-                gate.secondary_gate_weight[g],
-                gate.secondary_noise_weight[g],
+                gate.secondary.gate_weight[g],
+                gate.secondary.noise_weight[g],
                 noise[1][t, g * size : (g + 1) * size],
                 top_k,
             )
@@ -119,7 +119,7 @@ def _strict_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
     for g in range(config.num_groups):
         tokens = group_mask[:, g].nonzero().flatten()
         secondary, mask, group_loss = strictly_balanced(
-            x[tokens], gate.secondary_gate_weight[g], gate.secondary_threshold[g], config.top_k
+            x[tokens], gate.secondary.gate_weight[g], gate.secondary.threshold[g], config.top_k
         )
         inner_loss = inner_loss + group_loss
         spread = primary[tokens, g].unsqueeze(1) * secondary

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from nmt_moe.kernels import Gating, noisy_top_k, reference
 
+# The tensors of every choice.
+FIELDS = Gating._fields[:5]
+
 SHAPES = [  # (rows, experts, per token, sizes of groups)
     pytest.param(7, 4, 2, None, id="the-usual-case"),
     pytest.param(33, 7, 3, None, id="nothing-is-a-power-of-two"),
@@ -46,10 +49,10 @@ def assert_is_the_definition(
     if not training:
         keywords["raw_scale"] = None
     ours, theirs = noisy_top_k(**keywords), reference.noisy_top_k(**keywords)
-    for name, one, other in zip(Gating._fields, ours, theirs, strict=True):
+    for name, one, other in zip(FIELDS, ours[:5], theirs[:5], strict=True):
         assert_close(name, one, other, **tolerance)
         assert one.requires_grad == other.requires_grad, name
-    smooth = [name for name in Gating._fields if getattr(ours, name).requires_grad]
+    smooth = [name for name in FIELDS if getattr(ours, name).requires_grad]
     leaves = {name: x for name, x in keywords.items() if name in inputs and name != "noise"}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     for fields in (smooth, ["gates"], ["importance"]) if one_by_one else (smooth,):

@@ -77,7 +77,7 @@ def multiply_rows(
         expert_offsets: (L + 1,) int64.
         tiles: Of `expert_offsets`.
         relu: Put a ReLU behind the product.
-        mask: (R, F). Where it is 0 or less the answer is 0: a ReLU's gradient, by its output.
+        mask: (R, F). Where it is 0 or less the result is 0: a ReLU's gradient, by its output.
 
     Returns:
         (R, F), in the dtype of `rows`.

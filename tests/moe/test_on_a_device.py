@@ -1,0 +1,133 @@
+"""The layer as it runs on a GPU, on CPU tensors: Triton interpreted, and no wait for the device."""
+
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nmt_moe
+from nmt_moe.kernels import _backend
+from nmt_moe.moe import MoEConfig, MoELayer
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not _backend.INTERPRETED, reason="kernels run on the GPU, not on CPU tensors"
+)
+
+aten = torch.ops.aten
+# What makes the host read values of a device; `Tensor.tolist` does so without a word to torch.
+READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
+OURS = str(Path(nmt_moe.__file__).parent)
+
+
+class CountWaits(TorchDispatchMode):
+    """List the lines of nmt_moe that read values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def note(self) -> None:
+        for frame in reversed(traceback.extract_stack()):
+            if "/triton/" in frame.filename:  # the interpreter's own
+                return
+            if frame.filename.startswith(OURS):
+                self.lines.append(f"{frame.filename}:{frame.lineno} {frame.line}")
+                return
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = args[1] if func.overloadpacket in (aten.index, aten.index_put) else ()
+        is_masked = any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        if func.overloadpacket in READING or is_masked:
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Take the paths of a device that the host would have to wait for."""
+
+    def take() -> None:
+        monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())
+        for name in ("gather_rows", "combine_rows", "_products", "gating"):
+            module = import_module(f"nmt_moe.kernels.{name}")
+            monkeypatch.setattr(module, "uses_triton", lambda tensor: True)
+        torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+
+    yield take
+    torch.use_deterministic_algorithms(False)
+
+
+GATES = [
+    pytest.param("noisy_top_k", 0, id="noisy"),
+    pytest.param("noisy_top_k", 4, id="noisy-groups"),
+    pytest.param("softmax", 0, id="softmax"),
+    pytest.param("strictly_balanced", 0, id="strict"),
+    pytest.param("strictly_balanced", 4, id="strict-groups"),
+]
+PADDING = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0], dtype=torch.bool)
+
+
+def run(layer, padding, noise):
+    """Give results and gradients of one pass, by name."""
+    torch.manual_seed(3)
+    x = torch.randn(11, 6)
+    if padding is not None:
+        x[padding] = float("nan")
+    x.requires_grad_()
+    layer.zero_grad()
+    y, stats = layer(x, padding, noise)
+    (y.square().sum() + stats.balance_loss).backward()
+    names = ("importance", "load", "tokens_per_expert", "expert_ids", "gates", "balance_loss")
+    found = {"y": y, "x": x.grad, **{name: getattr(stats, name) for name in names}}
+    return found | {name: weight.grad for name, weight in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("gate", "groups"), GATES)
+def test_a_device_computes_the_same_and_nobody_waits_for_it(
+    gate, groups, padded, as_on_a_device, monkeypatch
+):
+    torch.manual_seed(0)
+    layer = MoELayer(MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    padding, noise = PADDING if padded else None, None
+    if gate == "noisy_top_k":
+        noise = torch.randn(11, 8)
+        noise = (torch.randn(11, 4), noise) if groups else noise
+    expected = run(layer, padding, noise)
+    as_on_a_device()
+    waits, tolist = CountWaits(), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
+    with waits:
+        found = run(layer, padding, noise)
+    if gate == "strictly_balanced":  # it asks how many experts the busiest token has
+        assert waits.lines
+    else:
+        assert not waits.lines
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value,
+            expected[name],
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize(("gate", "groups"), GATES)
+def test_tokens_that_are_not_finite_are_found_later(gate, groups, as_on_a_device):
+    layer = MoELayer(MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups), "encoder's MoE layer")
+    as_on_a_device()
+    x = torch.randn(9, 6)
+    x[3, 2] = float("inf")
+    y, stats = layer(x)
+    assert y.isnan().any()
+    with pytest.raises(FloatingPointError, match="infinities or NaN in .* encoder's MoE layer"):
+        stats.check_finite()
+    with pytest.raises(FloatingPointError, match="infinities or NaN in .* encoder's MoE layer"):
+        layer.eval()(x)
