@@ -47,9 +47,18 @@ def add_balance(
     return loss
 
 
-def check_finite(loss: Tensor, sample: Dict[str, Any]) -> None:
-    """Stop at a loss that is NaN, before it reaches the parameters."""
+def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Dict[str, Any]) -> None:
+    """Stop at a loss that is NaN, before it reaches the parameters.
+
+    On a GPU, MoE layers leave it to this to find tokens that are not finite, which make the loss
+    NaN: the host reads the loss anyway.
+
+    Raises:
+        FloatingPointError: naming the first MoE layer with such tokens, else the sentences.
+    """
     if torch.isnan(loss.detach()).any():
+        for stats in extra.get("moe_stats", {}).values():
+            stats.check_finite()
         sentences = sample["id"].tolist()
         raise FloatingPointError(
             f"The loss is NaN in the batch of sentences {sentences[:8]}"

@@ -72,7 +72,7 @@ class MoECrossEntropy(FairseqCriterion):
         loss = nll.sum() if reduce else nll
         loss = add_balance(loss, sample_size, extra, logging_output, model.training)
         logging_output["loss"] = loss.data
-        check_finite(loss, sample)
+        check_finite(loss, sample, extra)
         return loss, sample_size, logging_output
 
     def _full(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:

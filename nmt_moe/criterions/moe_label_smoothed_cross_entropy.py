@@ -36,7 +36,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             logging_output["n_correct"], logging_output["total"] = n_correct.data, total.data
         loss = add_balance(loss, sample_size, net_output[1], logging_output, model.training)
         logging_output["loss"] = loss.data
-        check_finite(loss, sample)
+        check_finite(loss, sample, net_output[1])
         return loss, sample_size, logging_output
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmt_moe.criterions import MoELabelSmoothedCrossEntropy
+from nmt_moe.kernels import _backend
 from tests.support.models import make_model, make_sample, make_task
 
 SAMPLE = make_sample(["abc", "jihg", "e"], ["ffab", "cd", "jj"])
@@ -169,4 +170,12 @@ def test_a_loss_that_is_no_number_names_its_sentences():
     model = make_training_model()
     nn.init.constant_(model.decoder.output.weight, math.nan)
     with pytest.raises(FloatingPointError, match=r"loss is NaN .* sentences \[0, 1, 2\].*`--lr`"):
+        make_criterion()(model, SAMPLE)
+
+
+def test_a_layer_that_did_not_wait_for_its_device_is_named(monkeypatch):
+    monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())  # as on a GPU
+    model = make_training_model()
+    nn.init.constant_(model.encoder.network.moe.moe.gate.gate_weight, math.nan)
+    with pytest.raises(FloatingPointError, match="tokens or gate weights of the .*MoE layer"):
         make_criterion()(model, SAMPLE)
