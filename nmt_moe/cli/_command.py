@@ -58,7 +58,7 @@ class List(click.Option):
     """An option of one or more values, `--inputs a b c`, as argparse's `nargs="+"`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, multiple=True, **options)
+        super().__init__(*args, **{**options, "multiple": True})
 
 
 def spread_lists(args: list[str], names: set[str]) -> list[str]:

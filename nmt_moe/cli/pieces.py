@@ -208,7 +208,7 @@ def write_text(lines: Iterable[str], path: Path) -> None:
 def open_output(path: Path) -> Iterator[IO[str]]:
     """Open a text file by way of a `.part` beside it, or standard output for -."""
     if str(path) == "-":
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[attr-defined]
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
         yield sys.stdout
         return
     part = path.with_name(path.name + ".part")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import sacremoses
 from sacrebleu.metrics import BLEU, CHRF, TER
@@ -180,7 +181,7 @@ def compare(
         Both scores, each with the mean and the half width of its 95% interval over the resamples,
         and p: how probable a difference of this size is between equally good translations.
     """
-    systems = [
+    systems: list[tuple[str, Sequence[str]]] = [
         (name, measure.prepare_text(lines))
         for name, lines in (("other", others), ("this", hypotheses))
     ]
@@ -190,7 +191,7 @@ def compare(
     )
     signatures, scores = test()
     (key,) = signatures
-    other, this = scores[key]
+    other, this = cast(Any, scores[key])  # results, the names apart
     # sacrebleu counts resamples that exceed the difference, and finds none if all are equal.
     is_same = systems[0][1] == systems[1][1]
     # float(): JSON does not take numpy's numbers.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import sentencepiece
 
@@ -208,7 +209,7 @@ class WordSampler:
         return sum(self.processor.get_score(self.processor.piece_to_id(piece)) for piece in pieces)
 
 
-def _normalization_flags(name: str, folder: Path) -> dict[str, str]:
+def _normalization_flags(name: str, folder: Path) -> dict[str, Any]:
     """Return sentencepiece's flags; it has no canonical composition, which is given as a table."""
     if name != "nfc":
         return {"normalization_rule_name": name}
