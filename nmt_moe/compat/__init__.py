@@ -22,6 +22,7 @@ from nmt_moe.compat.checkpoints import (
     keep_numpy_out_of_checkpoints,
 )
 from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
+from nmt_moe.compat.diverse_beams import count_diverse_sentences_within_their_batch
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.interactive import (
     forget_translated_lines,
@@ -58,6 +59,7 @@ __all__ = [
     "check_texts_before_preprocessing",
     "copy_checkpoints_whole",
     "drop_damaged_data_quietly",
+    "count_diverse_sentences_within_their_batch",
     "end_in_one_message",
     "explain_unreadable_checkpoints",
     "fix_distributed_config",
@@ -123,4 +125,5 @@ fix_half_precision_flags()
 skip_overflowing_updates_on_cpu()
 let_torchrun_train_on_cpu()
 fix_distributed_config()
+count_diverse_sentences_within_their_batch()
 end_in_one_message()

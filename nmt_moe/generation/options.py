@@ -24,12 +24,20 @@ from typing import Any
 from fairseq import options
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.tasks.fairseq_task import FairseqTask
+from fairseq.tasks.translation import TranslationTask
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.generation.checks import (
+    apply_shards,
+    check_bleu_options,
+    check_generation,
+    check_pieces,
+    flag,
+)
 from nmt_moe.search import SearchConfig
 
 HELP = {
-    "length_penalty_alpha": "divide log P by ((5 + length) / 6)^alpha, in the place of --lenpen; "
+    "length_penalty_alpha": "divide log P by ((5 + length) / 6)^alpha, instead of --lenpen; "
     "GNMT: 0.2",
     "coverage_penalty_beta": "add beta times the sum over source words of log min(attention "
     "received, 1); GNMT: 0.2",
@@ -52,6 +60,7 @@ def add_gnmt_search() -> None:
     replace(options, "add_generation_args", _adding_options)
     replace(dataclass_utils, "override_module_args", _keeping_options)
     replace(FairseqTask, "build_generator", _building)
+    replace(TranslationTask, "build_model", check_bleu_options)
 
 
 def _adding_options(add: Callable) -> Callable:
@@ -59,7 +68,7 @@ def _adding_options(add: Callable) -> Callable:
         group = add(parser)
         for name in NAMES:
             text = f"{HELP[name]}; 0: off (default: 0)"
-            group.add_argument(_flag(name), type=float, default=0.0, metavar="X", help=text)
+            group.add_argument(flag(name), type=float, default=0.0, metavar="X", help=text)
         return group
 
     return add_generation_args
@@ -67,8 +76,11 @@ def _adding_options(add: Callable) -> Callable:
 
 def _keeping_options(make: Callable) -> Callable:
     def override_module_args(args: Namespace) -> tuple[list[str], list[str]]:
+        # Bad values are refused before any model is read.
+        config = read_config(args)
+        check_pieces(args)
+        apply_shards(args)
         overrides, deletes = make(args)
-        config = read_config(args)  # refuses bad values before any model is read
         set_names = [name for name in NAMES if getattr(config, name)]
         # ++: also where the configuration lacks the name.
         overrides += [f"++generation.{name}={getattr(config, name)!r}" for name in set_names]
@@ -81,8 +93,9 @@ def read_config(args: Any) -> SearchConfig:
     """Read the options of a namespace or configuration; those it lacks are off.
 
     Raises:
-        ValueError: a value is negative, infinite or NaN, or meets an option it does not go with.
+        ValueError: a value is out of range, or two options do not go together.
     """
+    check_generation(args)
     config = SearchConfig(**{name: float(getattr(args, name, None) or 0.0) for name in NAMES})
     if config.is_on:
         _check_together(config, args)
@@ -91,11 +104,11 @@ def read_config(args: Any) -> SearchConfig:
 
 def _check_together(config: SearchConfig, args: Any) -> None:
     on = [name for name in NAMES if getattr(config, name)]
-    wanted = _flag(on[0])
+    wanted = flag(on[0])
     for name, unset in OTHER_SEARCHES.items():
         if getattr(args, name, unset) not in (unset, None):
             raise ValueError(
-                f"`{wanted}` is for beam search, and `{_flag(name)}` is another way to choose or "
+                f"`{wanted}` is for beam search, and `{flag(name)}` is another way to choose or "
                 "score translations. Leave one of them out."
             )
     if config.beam_prune and getattr(args, "constraints", None):
@@ -111,10 +124,6 @@ def _check_together(config: SearchConfig, args: Any) -> None:
             raise ValueError(
                 f"`{wanted}` replaces `--lenpen`, which is {length_exponent}. Leave one out."
             )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _building(build: Callable) -> Callable:

@@ -1,0 +1,149 @@
+"""Refuse options of a search that fairseq ignores, or that end in a traceback of its own."""
+
+import difflib
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks.translation import TranslationTask
+
+from nmt_moe.checks import check_range
+from nmt_moe.search import SearchConfig
+
+# Least values of fairseq's options.
+LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "prefix_size": 0}
+LEAST |= {"no_repeat_ngram_size": 0}
+FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
+# Of these, decoding twice changes nothing.
+PLAIN_BPE = ("subword_nmt", "fastbpe")
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_generation(args: Any) -> None:
+    """Check options of a search, in any namespace; those it lacks are not looked at.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+
+    def read(name: str, default: Any = None) -> Any:
+        value = getattr(args, name, None)
+        return default if value is None else value
+
+    for name, least in LEAST.items():
+        check_range(flag(name), read(name, least), least)
+    for name in FINITE:
+        if not math.isfinite(read(name, 0.0)):
+            raise ValueError(f"`{flag(name)}` must be a finite number, but is {read(name)}.")
+    if math.isnan(read("unkpen", 0.0)):
+        raise ValueError("`--unkpen` must be a number, but is nan.")
+    if not 0.0 < read("temperature", 1.0) < math.inf:
+        raise ValueError(f"`--temperature` must be above 0, but is {read('temperature')}.")
+    beam, groups = read("beam", 5), read("diverse_beam_groups", -1)
+    if groups > 0 and beam % groups:
+        raise ValueError(
+            f"`--beam` must be a multiple of `--diverse-beam-groups` {groups}, but is {beam}."
+        )
+    _check_sampling(args, beam)
+
+
+def _check_sampling(args: Any, beam: int) -> None:
+    if not getattr(args, "sampling", None):
+        for name in ("sampling_topk", "sampling_topp"):
+            if (getattr(args, name, None) or -1) > 0:
+                raise ValueError(f"`{flag(name)}` has an effect only with `--sampling`.")
+    elif getattr(args, "nbest", beam) != beam:
+        raise ValueError(
+            f"`--nbest` must equal `--beam` {beam} with `--sampling`, but is {args.nbest}."
+        )
+
+
+def check_pieces(args: Any) -> None:
+    """Refuse to join pieces twice.
+
+    Raises:
+        ValueError: `--remove-bpe` beside a `--bpe` that would take the spaces of its result out.
+    """
+    bpe, removed = getattr(args, "bpe", None), getattr(args, "post_process", None)
+    if removed and bpe and bpe not in PLAIN_BPE:
+        raise ValueError(
+            f"`--remove-bpe {removed}` joins pieces that `--bpe {bpe}` joins again, which takes "
+            f"all spaces out. Leave `--remove-bpe` out: lines `D-` are without pieces."
+        )
+
+
+def apply_shards(args: Namespace) -> None:
+    """Let fairseq-generate translate one shard of its data, and refuse shards where none are cut.
+
+    Reason: fairseq-generate takes the shard from the options of processes, of which it has one.
+
+    Raises:
+        ValueError: the command does not cut its data, or has no such shard.
+    """
+    count, shard = getattr(args, "num_shards", 1) or 1, getattr(args, "shard_id", 0) or 0
+    if (count, shard) == (1, 0):
+        return
+    check_range("--num-shards", count, 1)
+    check_range("--shard-id", shard, 0, count - 1)
+    if hasattr(args, "context_window"):  # fairseq-eval-lm, which reads them itself
+        return
+    if not hasattr(args, "beam") or hasattr(args, "buffer_size"):
+        raise ValueError(
+            f"`--num-shards` is for fairseq-generate and fairseq-eval-lm, but is {count}. Leave it "
+            "out; this command does not cut its data into shards."
+        )
+    args.distributed_world_size, args.distributed_rank = count, shard
+
+
+def check_bleu_options(build: Callable) -> Callable:
+    """Check the two JSON options of `--eval-bleu` before the model is built.
+
+    Raises:
+        ValueError: naming the option and what is wrong with its value.
+    """
+
+    def build_model(task: TranslationTask, *args: Any, **kwargs: Any) -> Any:
+        if task.cfg.eval_bleu:
+            read_json("--eval-bleu-detok-args", task.cfg.eval_bleu_detok_args)
+            check_types("--eval-bleu-args", read_json("--eval-bleu-args", task.cfg.eval_bleu_args))
+        return build(task, *args, **kwargs)
+
+    return build_model
+
+
+def read_json(option: str, text: str | None) -> dict[str, Any]:
+    """Read an option that is a JSON object."""
+    try:
+        found = json.loads(text or "")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`{option}` must be a JSON object such as '{{\"beam\": 4}}', but is {text!r}: {error}."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"`{option}` must be a JSON object such as '{{\"beam\": 4}}': {text!r}.")
+    return found
+
+
+def check_types(option: str, values: dict[str, Any]) -> None:
+    """Check names and types of the options of a search."""
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(GenerationConfig)}
+    kinds |= dict.fromkeys(SearchConfig.__dataclass_fields__, float)
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"`{option}`: there is no option '{name}' of a search.{hint}")
+        kind = kinds[name]
+        allowed: Any = {int: int, float: (int, float), bool: bool}.get(kind, object)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind in (int, float)):
+            raise ValueError(
+                f"`{option}`: '{name}' must be of type {kind.__name__}, but is {value!r}."
+            )
