@@ -323,7 +323,8 @@ def _allowing_settings() -> Iterator[None]:
 def write_whole(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint or a file of experts, whole or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
+    unfinished.unlink(missing_ok=True)  # what a stopped save left, or a link to another file
+    with unfinished.open("xb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())  # the name must not reach the disk before the content

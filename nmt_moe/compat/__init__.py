@@ -5,6 +5,7 @@ says so, gives its reason, and has its own test. All replace names in fairseq's 
 commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
+from nmt_moe.compat.averages import copy_integers_into_averages
 from nmt_moe.compat.batches import (
     keep_every_sentence,
     name_sentences_longer_than_a_batch,
@@ -44,6 +45,13 @@ from nmt_moe.compat.preprocessing import (
 )
 from nmt_moe.compat.processes import fix_distributed_config, let_torchrun_train_on_cpu
 from nmt_moe.compat.samples import let_each_sentence_be_a_sample, name_endless_lines
+from nmt_moe.compat.saving import (
+    never_take_nan_for_best,
+    save_intervals_that_end_an_epoch,
+    stop_at_the_last_update,
+    try_the_save_folder,
+    write_checkpoints_whole,
+)
 from nmt_moe.compat.splits import (
     accept_validation_sets_that_are_all_named,
     name_folders_without_data,
@@ -51,6 +59,7 @@ from nmt_moe.compat.splits import (
     name_uneven_sides,
     name_validation_sets_that_are_left_out,
 )
+from nmt_moe.compat.stops import end_with_the_launcher, explain_stops
 
 __all__ = [
     "accept_validation_sets_that_are_all_named",
@@ -58,9 +67,12 @@ __all__ = [
     "check_binarised_data_when_loaded",
     "check_texts_before_preprocessing",
     "copy_checkpoints_whole",
+    "copy_integers_into_averages",
     "drop_damaged_data_quietly",
     "count_diverse_sentences_within_their_batch",
     "end_in_one_message",
+    "end_with_the_launcher",
+    "explain_stops",
     "explain_unreadable_checkpoints",
     "fix_distributed_config",
     "fix_half_precision_flags",
@@ -79,15 +91,20 @@ __all__ = [
     "name_texts_that_are_skipped_whole",
     "name_uneven_sides",
     "name_validation_sets_that_are_left_out",
+    "never_take_nan_for_best",
     "read_lines_of_raw_data_by_one_rule",
     "read_lines_of_texts_by_one_rule",
     "report_odd_lines",
+    "save_intervals_that_end_an_epoch",
     "skip_constraints_with_unknown_words",
     "skip_lines_that_are_too_long",
     "skip_overflowing_updates_on_cpu",
     "skip_unreadable_lines",
+    "stop_at_the_last_update",
     "translate_blank_into_blank",
+    "try_the_save_folder",
     "warn_of_unknown_words_in_texts",
+    "write_checkpoints_whole",
     "write_digests_of_binarised_data",
 ]
 
@@ -95,6 +112,11 @@ allow_checkpoint_types()
 explain_unreadable_checkpoints()
 keep_numpy_out_of_checkpoints()
 copy_checkpoints_whole()
+write_checkpoints_whole()
+try_the_save_folder()
+save_intervals_that_end_an_epoch()
+never_take_nan_for_best()
+stop_at_the_last_update()
 keep_every_sentence()
 name_texts_that_are_skipped_whole()
 let_each_sentence_be_a_sample()
@@ -126,4 +148,7 @@ skip_overflowing_updates_on_cpu()
 let_torchrun_train_on_cpu()
 fix_distributed_config()
 count_diverse_sentences_within_their_batch()
+end_with_the_launcher()
+explain_stops()
+copy_integers_into_averages()
 end_in_one_message()

@@ -90,6 +90,8 @@ def _copying(copy: Callable) -> Callable:
         if not overwrite or not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite)
         unfinished = f"{dst_path}.tmp"
+        if os.path.lexists(unfinished):  # what a stopped copy left, or a link to another file
+            os.remove(unfinished)
         is_copied = copy(src_path, unfinished, overwrite=True)
         PathManager.rename(unfinished, dst_path)
         return is_copied

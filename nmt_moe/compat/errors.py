@@ -1,13 +1,19 @@
 """End a fairseq command that its user can put right in one message instead of a traceback."""
 
 import os
+import re
 import sys
+import time
 import traceback
 from types import TracebackType
 
 from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
+# What gloo and torch's store say of a process that is gone.
+LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Broken pipe|recvValue failed")
+# An error that all ranks have is printed by the first: torchrun ends the others meanwhile.
+WAIT_FOR_FIRST_RANK = 3.0  # seconds
 
 
 def end_in_one_message() -> None:
@@ -22,7 +28,7 @@ def end_in_one_message() -> None:
 
 def is_fairseq_command() -> bool:
     """Tell whether this process is fairseq-train, -generate, ..., or `python -m fairseq_cli...`."""
-    return _program().startswith("fairseq-")
+    return command_name().startswith("fairseq-")
 
 
 def explain(error: BaseException) -> str | None:
@@ -32,6 +38,8 @@ def explain(error: BaseException) -> str | None:
     """
     raiser = _raiser(error)
     message = str(error).strip()
+    if isinstance(error, RuntimeError) and LOST_PEER.search(message):
+        return "another process of this training has ended; its own message says why"
     if not message:
         return None
     if isinstance(error, FileExistsError) and error.errno is None:
@@ -53,7 +61,8 @@ def _raiser(error: BaseException) -> str:
     return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
 
 
-def _program() -> str:
+def command_name() -> str:
+    """Return the name of the command that runs, such as fairseq-train."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name.startswith("fairseq_cli."):
         return "fairseq-" + spec.name.split(".")[-1].replace("_", "-")
@@ -75,8 +84,8 @@ def _print_error(
     if message is None:
         sys.__excepthook__(kind, error, trace)
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+        time.sleep(WAIT_FOR_FIRST_RANK)
     sys.stdout.flush()
-    print(  # noqa: T201 - the command's last word
-        f"{_program()}: error{_process()}: {message}\n({SHOW_TRACEBACK}=1 shows the traceback.)",
-        file=sys.stderr,
-    )
+    hint = f"({SHOW_TRACEBACK}=1 shows the traceback.)"
+    print(f"{command_name()}: error{_process()}: {message}\n{hint}", file=sys.stderr)  # noqa: T201

@@ -38,6 +38,8 @@ class MoECrossEntropy(FairseqCriterion):
     exact, and without it.
     """
 
+    adds_balance_losses = True
+
     def __init__(self, task: Any, sentence_avg: bool, sampled_softmax: int) -> None:
         super().__init__(task)
         self.sentence_avg, self.num_draws = sentence_avg, sampled_softmax

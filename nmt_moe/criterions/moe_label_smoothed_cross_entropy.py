@@ -18,6 +18,8 @@ from nmt_moe.criterions._balance import add_balance, check_finite, reduce_balanc
 class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """fairseq's label-smoothed cross-entropy, plus the balance losses of all MoE layers."""
 
+    adds_balance_losses = True
+
     def forward(
         self, model: nn.Module, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, int, Dict[str, Tensor]]:

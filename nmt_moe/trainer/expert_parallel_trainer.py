@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from nmt_moe.checkpoints.expert_files import (
     save_experts,
 )
 from nmt_moe.parallel import is_shard, shard_norm
+from nmt_moe.trainer.epoch import check_batches, describe_batches
 from nmt_moe.trainer.experts import (
     cut_experts,
     expert_group,
@@ -28,13 +30,18 @@ from nmt_moe.trainer.experts import (
     own_experts,
 )
 from nmt_moe.trainer.reading import reading_for_training
-from nmt_moe.trainer.settings import check_expert_parallel
+from nmt_moe.trainer.save_folder import FolderLock, remove_unfinished_files, warn_of_little_room
+from nmt_moe.trainer.settings import check_expert_parallel, check_training
 from nmt_moe.trainer.stand_in import StandIn
 
 logger = logging.getLogger(__name__)
 
-# Key in a checkpoint's extra state.
+# Keys in a checkpoint's extra state.
 NUM_PROCESSES = "num_processes"
+BATCHES = "train_batches"
+
+# A loss so many times the first one, which is about that of guessing, is warned of.
+MOST_GROWTH = 100
 
 
 class ExpertParallelTrainer(Trainer):
@@ -54,6 +61,7 @@ class ExpertParallelTrainer(Trainer):
         self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None
     ) -> None:
         self.group = expert_group(model)
+        check_training(cfg, model, criterion)
         if self.is_spread:
             check_expert_parallel(cfg, self.group.size)
             if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
@@ -67,6 +75,14 @@ class ExpertParallelTrainer(Trainer):
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
         self._manifest: dict[str, Any] | None = None  # of the checkpoint that is being saved
+        self._train_iterator: Any = None
+        self._resumed: tuple[int, dict[str, Any]] | None = None  # an epoch, and its batches
+        self._first_loss: float | None = None
+        if self.is_data_parallel_master and not cfg.checkpoint.no_save:
+            folder = Path(cfg.checkpoint.save_dir)
+            self._lock = FolderLock(folder)
+            remove_unfinished_files(folder)
+            warn_of_little_room(folder, model, not cfg.checkpoint.no_save_optimizer_state)
 
     @property
     def is_spread(self) -> bool:
@@ -85,7 +101,41 @@ class ExpertParallelTrainer(Trainer):
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
         """Make an update. Where ranks wait for each other, no batch can be left out."""
-        return super().train_step(samples, raise_oom or self.is_spread)
+        log = super().train_step(samples, raise_oom or self.is_spread)
+        if log and "loss" in log:
+            self._warn_of_growing_loss(float(log["loss"]))
+        return log
+
+    def _warn_of_growing_loss(self, loss: float) -> None:
+        """Warn once of a loss that has grown beyond all sense."""
+        if self._first_loss is None:
+            self._first_loss = loss
+        if loss > MOST_GROWTH * max(self._first_loss, 1.0) and "growth" not in self._warn_once:
+            self._warn_once.add("growth")
+            logger.warning(
+                "the loss was %.3g at first and is %.3g after %d updates: the training diverges. "
+                "Lower --lr, raise --warmup-updates or clip with --clip-norm.",
+                self._first_loss,
+                loss,
+                self.get_num_updates(),
+            )
+
+    def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        """Return the iterator over an epoch, which must have the batches it was saved with."""
+        iterator = super().get_train_iterator(epoch, *args, **kwargs)
+        if self._resumed is not None and epoch == self._resumed[0]:
+            check_batches(*self._resumed, describe_batches(iterator, self.cfg.dataset))
+        self._resumed, self._train_iterator = None, iterator
+        return iterator
+
+    def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any) -> Any:
+        """Return the iterator over a validation set, which must have targets."""
+        if getattr(self.task.dataset(subset), "tgt", True) is None:
+            raise ValueError(
+                f"the validation set `{subset}` must have a target side, but has none. Binarise "
+                "both sides with fairseq-preprocess, or train with --disable-validation."
+            )
+        return super().get_valid_iterator(subset, *args, **kwargs)
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
         """Evaluate a batch."""
@@ -151,6 +201,9 @@ class ExpertParallelTrainer(Trainer):
         state = super().state_dict()
         extra_state = state["extra_state"]
         extra_state[NUM_PROCESSES] = self.data_parallel_world_size
+        iterator = self._train_iterator
+        if iterator is not None and iterator.iterations_in_epoch and not iterator.end_of_epoch():
+            extra_state[BATCHES] = describe_batches(iterator, self.cfg.dataset)
         names = name_experts(self.get_model(), self.optimizer.params)
         if names:
             extra_state[PLACES] = names
@@ -171,7 +224,18 @@ class ExpertParallelTrainer(Trainer):
         return super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        """Load a checkpoint of any number of ranks, each rank its own experts."""
+        """Load a checkpoint of any number of ranks, each rank its own experts.
+
+        Raises:
+            ValueError: if --restore-file names no file.
+        """
+        settings = self.cfg.checkpoint
+        is_default = settings.restore_file == "checkpoint_last.pt"
+        if not is_default and not PathManager.isfile(filename):
+            raise ValueError(
+                f"`--restore-file` must name a checkpoint, but there is no file `{filename}`. "
+                "Leave it out to go on from checkpoint_last.pt, or start from nothing."
+            )
         with reading_for_training(self._complete):
             extra_state = super().load_checkpoint(filename, *args, **kwargs)
         if extra_state is not None:
@@ -180,10 +244,16 @@ class ExpertParallelTrainer(Trainer):
             iterator = extra_state["train_iterator"]
             # fairseq counts batches of a rank. Rounded down, a few batches are seen twice.
             iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * before // now
+            is_reset = settings.reset_dataloader or filename == settings.finetune_from_model
+            if iterator["iterations_in_epoch"] and not is_reset:
+                self._resumed = iterator["epoch"], extra_state[BATCHES]
         return extra_state
 
     def _complete(self, path: Path, state: dict[str, Any]) -> None:
-        """Give a checkpoint that was read this rank's experts."""
+        """Give a checkpoint that was read this rank's experts, and early ones what they lack."""
+        if state.get("cfg"):
+            settings = describe_batches(None, state["cfg"]["dataset"])
+            state["extra_state"].setdefault(BATCHES, settings)
         num_experts = state.get(MANIFEST, {}).get("num_experts")
         if num_experts is not None:
             restore_experts(path, state, self.group.owned(num_experts))

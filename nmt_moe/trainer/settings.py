@@ -1,6 +1,45 @@
 """Settings of a training that cannot work are rejected before its first update."""
 
+import logging
+import math
 from typing import Any
+
+from torch import nn
+
+from nmt_moe.trainer.experts import moe_layers
+
+logger = logging.getLogger(__name__)
+
+
+def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
+    """Reject settings with which no training can learn what it is meant to.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    settings = cfg.optimization
+    for option, values in (("--lr", settings.lr), ("--clip-norm", [settings.clip_norm])):
+        for value in values:
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{option}` must be a number from 0 on, but is {value}.")
+    layers = list(moe_layers(model))
+    weights = [(layer.config.importance_weight, layer.config.load_weight) for layer in layers]
+    if any(map(any, weights)) and not getattr(criterion, "adds_balance_losses", False):
+        raise ValueError(
+            "`--criterion` must be moe_label_smoothed_cross_entropy or, for language models, "
+            f"moe_cross_entropy, but is {cfg.criterion._name}, which drops the balance losses of "
+            "the model's MoE layers. Use one of those, or set both weights of the losses to 0."
+        )
+    for layer in layers:
+        config = layer.config
+        learns = config.gate == "softmax" or config.top_k > 1 or config.load_weight > 0
+        if not learns and not config.num_groups:
+            logger.warning(
+                "with one expert for each token (top_k is 1) the gate of the %s learns nothing but "
+                "from the load loss, whose weight is 0: each token's gate value is 1. Use more "
+                "experts for each token, or give the load loss a weight.",
+                layer.name,
+            )
 
 
 def check_expert_parallel(cfg: Any, size: int) -> None:

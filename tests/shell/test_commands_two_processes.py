@@ -61,3 +61,24 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches(data: Path,
     assert two["extra_state"]["val_loss"] == pytest.approx(one["extra_state"]["val_loss"], abs=2e-3)
     for name, parameter in one["model"].items():
         torch.testing.assert_close(two["model"][name], parameter, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.timeout(280)
+def test_accumulated_updates_with_an_uneven_end_are_those_of_one_process(
+    data: Path, tmp_path: Path
+):
+    # Seven batches: of the second update's two slots, one rank has the second empty.
+    seven = [*EXACT, "--batch-size", 14, "--required-batch-size-multiple", 1]
+    first, _ = train_in_two_processes(data, tmp_path, *seven, "--update-freq", 2)
+    accumulated = [*TINY_MOE, *UPDATES, *seven, "--update-freq", 4]
+    alone = call("train", data, *accumulated, "--save-dir", tmp_path / "one")
+    rows = [
+        [row for row in output.records() if "nll_loss" in row and "gnorm" in row]
+        for output in (first, alone)
+    ]
+    for key in ("loss", "gnorm", "wpb", "bsz"):
+        two, one = ([row[key] for row in records] for records in rows)
+        assert two == pytest.approx(one, rel=1e-3), key
+    two, one = (load(tmp_path / name / "checkpoint_last.pt") for name in ("ranks", "one"))
+    for name, parameter in one["model"].items():
+        torch.testing.assert_close(two["model"][name], parameter, atol=1e-5, rtol=1e-4, msg=name)

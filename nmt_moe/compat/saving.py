@@ -1,0 +1,172 @@
+"""Save whole checkpoints, each that was asked for, and take only real numbers for the best."""
+
+import errno
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+
+from nmt_moe.checkpoints.expert_files import write_whole
+from nmt_moe.compat._replace import replace, replace_in_command
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+PAUSE = 2.5  # seconds between two attempts, as in fairseq
+
+
+def write_checkpoints_whole() -> None:
+    """Give a checkpoint its name once it is whole, and say what failed if it cannot be.
+
+    Reason: after a write that failed half way, fairseq tries again behind the partial data, and
+    renames the file, which cannot be read.
+    """
+    replace(checkpoint_utils, "torch_persistent_save", _writing)
+
+
+def _writing(save: Callable) -> Callable:
+    def torch_persistent_save(content: Any, filename: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(filename):
+            save(content, filename, async_write)
+            return
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                write_whole(Path(filename), content)
+                return
+            except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+                Path(f"{filename}.tmp").unlink(missing_ok=True)
+                if attempt == ATTEMPTS:
+                    raise OSError(describe_failed_write(filename, error)) from error
+            time.sleep(PAUSE)
+
+    return torch_persistent_save
+
+
+def describe_failed_write(filename: str, error: Exception) -> str:
+    """Say why a checkpoint could not be written, what is whole, and what to do."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    free = shutil.disk_usage(os.path.dirname(filename) or ".").free
+    return (
+        f"`{filename}` could not be written: {reason} ({free / 1e6:.1f} MB are "
+        "free). Checkpoints written before are whole. Make room, then start the same command "
+        "again: it goes on from the last one."
+    )
+
+
+def try_the_save_folder() -> None:
+    """Write and rename a file in the save folder before a training starts.
+
+    Reason: fairseq's trial names no option, follows links and overwrites a file named `dummy`.
+    """
+    replace(checkpoint_utils, "verify_checkpoint_directory", _trying)
+
+
+def _trying(_: Callable) -> Callable:
+    def verify_checkpoint_directory(save_dir: str) -> None:
+        try:
+            os.makedirs(save_dir, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".trial-", dir=save_dir) as trial:
+                before, after = Path(trial, "before"), Path(trial, "after")
+                before.write_bytes(b"trial")
+                before.rename(after)
+        except OSError as error:
+            reason = error.strerror or os.strerror(error.errno or errno.EIO)
+            raise ValueError(
+                f"`--save-dir` must be a folder in which files can be written and renamed, but in "
+                f"`{save_dir}` they cannot: {reason}. Name another folder, or make room."
+            ) from error
+
+    return verify_checkpoint_directory
+
+
+def save_intervals_that_end_an_epoch() -> None:
+    """Write the checkpoint of --save-interval-updates also where an update ends its epoch.
+
+    Reason: fairseq leaves it to the checkpoint of the epoch, which --no-epoch-checkpoints and
+    --save-interval leave out.
+    """
+    replace(checkpoint_utils, "save_checkpoint", _saving_intervals)
+
+
+class _WithinEpoch:
+    """An iterator over an epoch that is not yet said to have ended."""
+
+    def __init__(self, epoch_itr: Any) -> None:
+        self._epoch_itr = epoch_itr
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoch_itr, name)
+
+    def end_of_epoch(self) -> bool:
+        return False
+
+
+def _saving_intervals(save: Callable) -> Callable:
+    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> Any:
+        interval = cfg.save_interval_updates
+        is_due = interval > 0 and trainer.get_num_updates() % interval == 0
+        has_own = not cfg.no_epoch_checkpoints and epoch_itr.epoch % cfg.save_interval == 0
+        if is_due and not has_own and epoch_itr.end_of_epoch():
+            epoch_itr = _WithinEpoch(epoch_itr)
+        return save(cfg, trainer, epoch_itr, val_loss)
+
+    return save_checkpoint
+
+
+def never_take_nan_for_best() -> None:
+    """Take only a finite metric for the best checkpoint, and any other for no improvement.
+
+    Reason: `min(nan, best)` is NaN, and nothing is better than that.
+    """
+    replace(checkpoint_utils, "save_checkpoint", _saving_finite)
+    replace_in_command("train", "should_stop_early", _stopping_early)
+
+
+def _saving_finite(save: Callable) -> Callable:
+    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> Any:
+        if val_loss is not None and not math.isfinite(val_loss):
+            logger.warning(
+                "`%s` of validation is %s: this checkpoint is not the best",
+                cfg.best_checkpoint_metric,
+                val_loss,
+            )
+            val_loss = None
+        return save(cfg, trainer, epoch_itr, val_loss)
+
+    return save_checkpoint
+
+
+def _stopping_early(decide: Callable) -> Callable:
+    def should_stop_early(cfg: Any, valid_loss: float | None) -> bool:
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            valid_loss = -math.inf if cfg.checkpoint.maximize_best_checkpoint_metric else math.inf
+        return decide(cfg, valid_loss)
+
+    return should_stop_early
+
+
+def stop_at_the_last_update() -> None:
+    """Make no update once there have been --max-update of them.
+
+    Reason: fairseq looks after each update only, so that each start makes one more.
+    """
+    replace_in_command("train", "train", _training)
+
+
+def _training(train: Callable) -> Callable:
+    def train_epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> tuple[list, bool]:
+        most, done = cfg.optimization.max_update, trainer.get_num_updates()
+        if most and done >= most:
+            logger.info("nothing to train: %d updates are done, --max-update is %d", done, most)
+            return [None], True
+        return train(cfg, trainer, task, epoch_itr)
+
+    return train_epoch

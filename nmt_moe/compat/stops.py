@@ -1,0 +1,91 @@
+"""End a training whose launcher is gone, and say what a stop leaves."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fairseq.distributed import utils as distributed_utils
+
+from nmt_moe.compat._replace import replace
+from nmt_moe.compat.errors import command_name
+from nmt_moe.compat.processes import is_under_torchrun
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WATCH_EVERY = 1.0  # seconds
+
+
+def end_with_the_launcher() -> None:
+    """End a rank once the torchrun that started it has ended.
+
+    Reason: killed by SIGKILL, it cannot end its ranks, which would train on beside its successor's.
+    """
+    replace(distributed_utils, "call_main", _watching_launcher)
+
+
+def _watching_launcher(call: Callable) -> Callable:
+    def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
+        if is_under_torchrun():
+            threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+        return call(cfg, main, **kwargs)
+
+    return call_main
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_EVERY)
+    _say(f"{command_name()}: the torchrun that started this process is gone: ending")
+    os._exit(1)
+
+
+def explain_stops() -> None:
+    """Say in one line, and on one rank, what Ctrl-C or SIGTERM leaves of a training.
+
+    Reason: there is a traceback, or nothing. A checkpoint has its name once it is whole, so that
+    the process may end at any moment.
+    """
+    replace(distributed_utils, "call_main", _explaining_stops)
+
+
+def _explaining_stops(call: Callable) -> Callable:
+    def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if command_name() == "fairseq-train" and is_main_thread:
+            _watch_signals(cfg.checkpoint.save_dir)
+        return call(cfg, main, **kwargs)
+
+    return call_main
+
+
+def _watch_signals(save_dir: str) -> None:
+    """Let a thread answer signals: the main one may be waiting for other ranks."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_end_at_signal, args=(read_end, save_dir), daemon=True).start()
+
+
+def _end_at_signal(read_end: int, save_dir: str) -> None:
+    number = 0
+    while number not in SIGNALS:
+        number = os.read(read_end, 1)[0]
+    if os.environ.get("RANK", "0") == "0":
+        last = os.path.join(save_dir, "checkpoint_last.pt")
+        left = (
+            f"`{last}` is whole: the same command goes on from it"
+            if os.path.exists(last)
+            else f"no `{last}` was written yet"
+        )
+        _say(f"{command_name()}: stopped by {signal.Signals(number).name}; {left}")
+    os._exit(128 + number)
+
+
+def _say(message: str) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last word

@@ -1,0 +1,52 @@
+"""The batches of an epoch that is resumed must be those that it started with."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from fairseq.data import EpochBatchIterator
+
+
+def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the batches of an epoch.
+
+    Args:
+        iterator: Over the epoch.
+        dataset: The settings of the data, to say in words what changed.
+    """
+    settings = {name: dataset[name] for name in ("batch_size", "max_tokens")}
+    if not isinstance(iterator, EpochBatchIterator):
+        return settings
+    digest = hashlib.sha256(str(iterator.seed).encode())
+    if iterator.grouped_shuffling:
+        digest.update(str(iterator.num_shards).encode())
+    for batch in iterator.frozen_batches:
+        digest.update(np.asarray([len(batch), *batch], dtype=np.int64).tobytes())
+    return {**settings, "digest": digest.hexdigest()}
+
+
+def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Reject the middle of an epoch whose batches are now cut in another way.
+
+    Sentences would be seen twice, and others not at all.
+
+    Raises:
+        ValueError: naming the settings that changed.
+    """
+    if "digest" in saved and "digest" in now:
+        is_same = saved["digest"] == now["digest"]
+    else:
+        is_same = all(saved[name] == now[name] for name in ("batch_size", "max_tokens"))
+    if is_same:
+        return
+    changed = [
+        f"`--{name.replace('_', '-')}` was {saved[name]} and is {now[name]}"
+        for name in ("batch_size", "max_tokens")
+        if saved[name] != now[name]
+    ]
+    reason = "; ".join(changed) or "the data or the seed is not the same"
+    raise ValueError(
+        f"the checkpoint is from the middle of epoch {epoch}, whose batches must be cut as before, "
+        f"or sentences are seen twice or not at all; but {reason}. Finish the epoch with the "
+        "settings of before, or count epochs from 1 again with --reset-dataloader."
+    )

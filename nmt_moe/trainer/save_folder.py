@@ -1,0 +1,68 @@
+"""The folder of a training's checkpoints: one training at a time, and room for its files."""
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import weakref
+from pathlib import Path
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".training.lock"
+
+
+class FolderLock:
+    """Keeps a second training out of a folder while this object and its process live.
+
+    The operating system drops the lock when the process ends, however it does, so that a file that
+    is left over locks nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Lock a folder.
+
+        Raises:
+            ValueError: naming the process that trains into it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.read(file, 200).decode(errors="replace") or "another process"
+            raise ValueError(
+                f"`--save-dir` must be a folder that no other training writes to, but {holder} "
+                f"trains into `{folder}`. Wait until it has ended, or name another folder."
+            ) from error
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Delete what saves that were stopped have left."""
+    for path in folder.glob("*.pt.tmp"):
+        path.unlink()
+
+
+def warn_of_little_room(folder: Path, model: nn.Module, with_optimizer: bool) -> None:
+    """Warn if the disk has no room for two checkpoints, the old one and the new one.
+
+    Args:
+        folder: Of the checkpoints.
+        model: The model.
+        with_optimizer: Whether they hold its state, of two more numbers a parameter, as Adam's.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed, free = 2 * size * (3 if with_optimizer else 1), shutil.disk_usage(folder).free
+    if free < needed:
+        logger.warning(
+            "`--save-dir` %s has %.1f MB free, but two checkpoints of this model may need %.1f MB",
+            folder,
+            free / 1e6,
+            needed / 1e6,
+        )

@@ -1,0 +1,344 @@
+"""What a training refuses, warns of and leaves; the trainer itself."""
+
+import copy
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+
+from nmt_moe import plugin
+from nmt_moe.compat import saving
+from nmt_moe.trainer import ExpertParallelTrainer
+from nmt_moe.trainer.save_folder import LOCK, FolderLock
+from tests.support.commands import PLUGIN, call
+from tests.support.training import TINY_DENSE, TINY_MOE, load, without_updates
+
+plugin.register()
+
+FEW = ["--no-epoch-checkpoints", "--max-update", 2]
+LAST = "checkpoint_last.pt"
+
+
+def num_updates(path: Path) -> int:
+    return load(path)["optimizer_history"][-1]["num_updates"]
+
+
+@pytest.fixture(scope="module")
+def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that stopped after 2 of an epoch's 6 updates."""
+    folder = tmp_path_factory.mktemp("within")
+    call("train", data, *TINY_MOE, *FEW, "--save-dir", folder)
+    return folder
+
+
+# Refused before the first update
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", -1], "`--lr` must be a number from 0 on, but is -1"),
+        (["--clip-norm", "nan"], "`--clip-norm` must be a number from 0 on, but is nan"),
+        (["--clip-norm", -1], "`--clip-norm` must be a number from 0 on, but is -1"),
+        (["--restore-file", "typo.pt"], "`--restore-file` must name .* no file `typo.pt`"),
+        (
+            ["--criterion", "label_smoothed_cross_entropy"],
+            "`--criterion` must be moe_label_smoothed.* but is label_smoothed_cross_entropy, which",
+        ),
+    ],
+)
+def test_what_cannot_train_is_refused(flags, message, data: Path, tmp_path: Path):
+    with without_updates(), pytest.raises(ValueError, match=message):
+        call("train", data, *TINY_MOE, *FEW, *flags, "--save-dir", tmp_path)
+
+
+def test_other_criterions_train_dense_models_and_those_without_balance(data: Path, tmp_path: Path):
+    plain = ["--criterion", "label_smoothed_cross_entropy", *FEW, "--save-dir"]
+    weights = ["--importance-weight", 0, "--load-weight", 0]
+    call("train", data, *TINY_DENSE, *plain, tmp_path / "dense")
+    call("train", data, *TINY_MOE, *weights, *plain, tmp_path / "moe")
+    assert num_updates(tmp_path / "moe" / LAST) == num_updates(tmp_path / "dense" / LAST) == 2
+
+
+def test_a_save_folder_that_cannot_be_written_to_is_named(data: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with without_updates(), pytest.raises(ValueError, match="`--save-dir` must be a folder in wh"):
+        call("train", data, *TINY_MOE, *FEW, "--save-dir", tmp_path / "file" / "below")
+
+
+def test_the_trial_of_a_save_folder_leaves_all_files_as_they_are(tmp_path: Path):
+    (tmp_path / "dummy").write_text("mine")
+    checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["dummy"]
+    assert (tmp_path / "dummy").read_text() == "mine"
+
+
+def test_a_validation_set_without_targets_is_refused():
+    trainer = ExpertParallelTrainer.__new__(ExpertParallelTrainer)
+    trainer.task = SimpleNamespace(dataset=lambda _: SimpleNamespace(tgt=None))
+    with pytest.raises(ValueError, match="validation set `valid` must have a target side"):
+        trainer.get_valid_iterator("valid")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from nmt_moe.trainer import ExpertParallelTrainer
+from nmt_moe.trainer.save_folder import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_training_into_a_folder_is_refused_while_the_first_lives(
+    data: Path, tmp_path: Path
+):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"locked\n"
+        match = rf"but process {holder.pid} on .* trains into `{tmp_path}`"
+        with without_updates(), pytest.raises(ValueError, match=match):
+            call("train", data, *TINY_MOE, *FEW, "--save-dir", tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / LOCK).exists()  # left over, it locks nothing
+    FolderLock(tmp_path)
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_the_middle_of_an_epoch_is_not_resumed_with_other_batches(
+    is_early, data: Path, within_epoch: Path, tmp_path: Path
+):
+    state = load(within_epoch / LAST)
+    if is_early:
+        del state["extra_state"]["train_batches"]
+    torch.save(state, tmp_path / LAST)
+    flags = [*TINY_MOE, *FEW, "--max-update", 3, "--save-dir", tmp_path]
+    match = "middle of epoch 1.*`--batch-size` was 16 and is 8"
+    with without_updates(), pytest.raises(ValueError, match=match):
+        call("train", data, *flags, "--batch-size", 8)
+    call("train", data, *flags)
+    assert num_updates(tmp_path / LAST) == 3
+
+
+def test_the_middle_of_an_epoch_is_not_resumed_with_another_seed(
+    data: Path, within_epoch: Path, tmp_path: Path
+):
+    torch.save(load(within_epoch / LAST), tmp_path / LAST)
+    flags = [*TINY_MOE, *FEW, "--max-update", 3, "--save-dir", tmp_path, "--seed", 4]
+    with without_updates(), pytest.raises(ValueError, match="the data or the seed is not the same"):
+        call("train", data, *flags)
+    call("train", data, *flags, "--reset-dataloader")
+
+
+def test_a_training_that_is_done_makes_no_update(data: Path, within_epoch: Path):
+    before = (within_epoch / LAST).read_bytes()
+    with without_updates():
+        done = call("train", data, *TINY_MOE, *FEW, "--save-dir", within_epoch)
+    assert "nothing to train: 2 updates are done, --max-update is 2" in done.text
+    assert (within_epoch / LAST).read_bytes() == before
+
+
+# Saved
+
+
+def test_a_save_that_falls_on_the_end_of_an_epoch_is_written(data: Path, tmp_path: Path):
+    flags = ["--save-interval-updates", 6, "--keep-interval-updates", 5, "--max-epoch", 2]
+    call("train", data, *TINY_MOE, *flags, "--no-epoch-checkpoints", "--save-dir", tmp_path)
+    states = {name: load(tmp_path / name) for name in ("checkpoint_1_6.pt", "checkpoint_2_12.pt")}
+    epochs = [state["extra_state"]["train_iterator"]["epoch"] for state in states.values()]
+    assert epochs == [2, 3]
+
+
+def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch):
+    path, save, calls = tmp_path / LAST, torch.save, []
+
+    def save_half(content, file) -> None:
+        calls.append(1)
+        if len(calls) <= failures:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_half)
+    monkeypatch.setattr(saving, "PAUSE", 0)
+    failures = 1
+    checkpoint_utils.torch_persistent_save({"whole": 1}, str(path))
+    assert torch.load(path) == {"whole": 1}
+    calls.clear()
+    failures = 9
+    match = f"`{path}` could not be written: No space left on device .*before are whole"
+    with pytest.raises(OSError, match=match):
+        checkpoint_utils.torch_persistent_save({"whole": 2}, str(path))
+    assert torch.load(path) == {"whole": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [LAST]
+
+
+def test_no_link_is_followed_when_a_checkpoint_is_written_or_copied(tmp_path: Path):
+    other, path, copied = (tmp_path / name for name in ("other", LAST, "checkpoint_best.pt"))
+    other.write_text("mine")
+    for target in (path, copied):
+        target.with_name(target.name + ".tmp").symlink_to(other)
+    checkpoint_utils.torch_persistent_save({"whole": 1}, str(path))
+    PathManager.copy(str(path), str(copied), overwrite=True)
+    assert other.read_text() == "mine"
+    assert torch.load(copied) == {"whole": 1}
+
+
+def test_a_nan_in_validation_is_never_the_best(data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
+    epoch = SimpleNamespace(epoch=1, end_of_epoch=lambda: True, state_dict=dict)
+    trainer = SimpleNamespace(
+        data_parallel_rank=0,
+        should_save_checkpoint_on_current_rank=True,
+        checkpoint_suffix="",
+        task=None,
+        get_num_updates=lambda: 6,
+        consolidate_optimizer=lambda: None,
+        saving_experts=nullcontext,
+        save_checkpoint=lambda path, state: Path(path).write_text(json.dumps(state)),
+    )
+    flags = {
+        "save_dir": str(tmp_path),
+        "no_save": False,
+        "maximize_best_checkpoint_metric": False,
+        "no_epoch_checkpoints": True,
+        "save_interval": 1,
+        "save_interval_updates": 0,
+        "keep_interval_updates": -1,
+        "keep_last_epochs": -1,
+        "keep_best_checkpoints": -1,
+        "no_last_checkpoints": False,
+        "write_checkpoints_asynchronously": False,
+        "best_checkpoint_metric": "loss",
+    }
+    for loss in (3.0, math.nan, 4.0):
+        checkpoint_utils.save_checkpoint(SimpleNamespace(**flags), trainer, epoch, loss)
+        assert checkpoint_utils.save_checkpoint.best == 3.0
+        assert '"val_loss": 3.0' in (tmp_path / "checkpoint_best.pt").read_text()
+
+
+# Warned of
+
+
+def test_a_gate_that_cannot_learn_is_said_at_the_start(data: Path, tmp_path: Path):
+    weights = ["--importance-weight", 0, "--load-weight", 0]
+    done = call("train", data, *TINY_MOE, *FEW, "--top-k", 1, *weights, "--save-dir", tmp_path)
+    assert "learns nothing" in done.text
+    done = call("train", data, *TINY_MOE, *FEW, *weights, "--save-dir", tmp_path / "two")
+    assert "learns nothing" not in done.text
+
+
+def test_a_loss_that_grows_beyond_all_sense_is_warned_of_once(data: Path, tmp_path: Path):
+    flags = ["--lr", 1e4, "--clip-norm", 0, "--no-save", "--warmup-updates", 0, "--max-update", 6]
+    done = call("train", data, *TINY_DENSE, *flags, "--save-dir", tmp_path)
+    assert len(re.findall("the training diverges", done.text)) == 1
+
+
+# Stopped
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN, *TINY_MOE]
+    command += ["--save-interval-updates", 1, "--no-epoch-checkpoints", "--save-dir", tmp_path]
+    with (tmp_path / "log").open("wb") as log:
+        training = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLUGIN.parent)},
+            cwd=tmp_path,
+        )
+    last = tmp_path / LAST
+    try:
+        while not last.exists():
+            assert training.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        training.send_signal(number)
+        assert training.wait(60) == 128 + number
+    finally:
+        training.kill()
+    text = (tmp_path / "log").read_text()
+    assert f"fairseq-train: stopped by {number.name}; `{last}` is whole" in text
+    assert "Traceback" not in text
+    assert num_updates(last) >= 1
+
+
+RANK = """
+import time
+from nmt_moe.compat import stops
+print("ready", flush=True)
+stops._watching_launcher(lambda cfg, main: main(cfg))(None, lambda _: time.sleep(300))
+"""
+LAUNCHER = """
+import os, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(rank.pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.timeout(280)
+def test_a_rank_ends_once_its_launcher_is_gone():
+    torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK],
+        stdout=subprocess.PIPE,
+        env={**os.environ, **torchrun, "PYTHONPATH": str(PLUGIN.parent)},
+    )
+    pid, ready = int(launcher.stdout.readline()), launcher.stdout.readline()
+    assert ready == b"ready\n"
+    launcher.kill()
+    launcher.wait()
+    # The pipe ends once the rank has ended too.
+    assert launcher.stdout.read() == b""
+    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()
+
+
+# Exponential moving average, which copies the model
+
+
+@pytest.mark.parametrize("flags", [TINY_MOE, TINY_DENSE], ids=["moe", "dense"])
+def test_a_moving_average_of_the_weights_is_kept(flags, data: Path, tmp_path: Path):
+    average = ["--store-ema", "--ema-decay", 0.5, "--ema-fp32"]
+    call("train", data, *flags, *FEW, *average, "--save-dir", tmp_path)
+    state = load(tmp_path / LAST)
+    averages = state["extra_state"]["ema"]
+    assert averages.keys() == state["model"].keys()
+    name = "decoder.output.weight"
+    assert not averages[name].equal(state["model"][name])
+    assert averages[name].dtype == torch.float32
+
+
+def test_a_model_in_training_can_be_copied(data: Path, tmp_path: Path, monkeypatch):
+    step, copies = Trainer.train_step, []
+
+    def copying_step(self, samples, raise_oom=False):
+        result = step(self, samples, raise_oom)
+        copies.append(copy.deepcopy(self.get_model()))
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", copying_step)
+    call("train", data, *TINY_MOE, *FEW, "--save-dir", tmp_path)
+    assert len(copies) == 2
