@@ -32,6 +32,7 @@ from benchmarks.architectures import make_dictionary, parse_training
 from nmt_moe.criterions.moe_label_smoothed_cross_entropy import MoELabelSmoothedCrossEntropy
 from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMTConfig
 from nmt_moe.nn import WIRINGS
+from nmt_moe.planning import Batch
 
 COLUMNS = [
     "model",
@@ -147,7 +148,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, d
     names = [f"{arch}/{wiring}" for arch in args.arch for wiring in args.attention_wiring]
     # First, while this process is small: those started by it need the room.
     peaks = {} if args.no_memory else measure_memory(names, args)
-    batch = products.Batch(args.sentences, args.length, args.length, args.vocab_size)
+    batch = Batch(args.sentences, args.length, args.vocab_size)
     pool = products.Pool(args.device)
     steps, jobs, bare = {}, {}, {}
     for name in names:
@@ -163,12 +164,12 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, d
             {
                 "model": name,
                 "parameters": steps[name].num_parameters,
-                "target_tokens": batch.sentences * batch.target_length,
+                "target_tokens": batch.tokens,
                 "flops": products.training_flops(bare[name]),
                 "step_seconds": whole.seconds,
                 "part_seconds": whole.parts,
                 "products_seconds": limit.seconds,
-                "tokens_per_second": batch.sentences * batch.target_length / whole.median,
+                "tokens_per_second": batch.tokens / whole.median,
                 "step_over_products": whole.median / limit.median,
                 "peak_bytes": peaks.get(name),
             }

@@ -17,6 +17,10 @@ __all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 
 # Name -> where its click command is, and its line in `nmt-moe --help`.
 COMMANDS = {
+    "card": (
+        "nmt_moe.cli.card:card",
+        "Print the operations, parameters and memory of architectures.",
+    ),
     "check-environment": (
         "nmt_moe.cli.check_environment:check_environment",
         "Check that this Python has everything nmt_moe needs.",
@@ -39,6 +43,10 @@ COMMANDS = {
         "Score a translation: BLEU of each kind, chrF, TER.",
     ),
     "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
+    "plan": (
+        "nmt_moe.cli.plan:plan",
+        "Predict memory, traffic and time of a training on a cluster.",
+    ),
 }
 
 

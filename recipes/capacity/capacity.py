@@ -141,7 +141,7 @@ def make_rows(
 ) -> list[Row]:
     """Put costs and perplexities of all trained models side by side."""
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
-    from tools.cost_card import make_card
+    from nmt_moe.planning import make_card
 
     logging.disable(logging.INFO)  # fairseq, imported just now, lets everyone talk
     rows = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import click
 
 from nmt_moe.cli import command
-from tools.networks import find_options
+from nmt_moe.planning import find_options
 
 WIDTHS = ("model_dim", "lstm_hidden_dim", "hidden_dim")
 

@@ -13,7 +13,7 @@
 #   THREADS for one training process on the processor (2)
 #   EVALUATE=0 stops after the averaging
 # Every other variable is at the top of the file. MODEL_SIZE=paper sets the paper's model: 512 experts of hidden width
-# 8192 in a network of width 512, which needs GPUs (tools/cost_card.py tells its memory).
+# 8192 in a network of width 512, which needs GPUs (nmt-moe card tells its memory).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

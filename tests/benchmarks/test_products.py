@@ -6,8 +6,9 @@ from benchmarks import products
 from nmt_moe.kernels import _batches
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder
+from nmt_moe.planning import Batch, Product
 
-BATCH = products.Batch(sentences=2, source_length=5, target_length=3, vocab_size=11)
+BATCH = Batch(sentences=2, length=5, vocab_size=11)
 
 
 def config(wiring="recurrent", attention="product", moe=True):
@@ -22,29 +23,30 @@ def config(wiring="recurrent", attention="product", moe=True):
 
 
 def test_flops_by_hand_of_the_recurrent_wiring():
-    # B = 2, S = 5, T = 3, V = 11, D = 4, LSTM hidden 8 (gates 32), experts 6 wide, 4 of them,
+    # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), experts 6 wide, 4 of them,
     # 2 taken. Multiplications and additions, so 2 each; forward, and two gradients, so 3 each.
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
-        # Three LSTMs over 10 source tokens, two over 6 target tokens, all from D to the gates.
-        "LSTM input": 6 * (3 * 10 + 2 * 6) * 4 * 32,
+        # Three LSTMs over 10 source tokens, two over 10 target tokens, all from D to the gates.
+        "LSTM input": 6 * 5 * 10 * 4 * 32,
         # The same from what recurs: D, or output and context, 2 D, in decoder LSTM 1.
-        "LSTM recurrent": 6 * (3 * 10 * 4 + 6 * 8 + 6 * 4) * 32,
-        "LSTM projection": 6 * (3 * 10 + 2 * 6) * 8 * 4,
-        # 16 tokens to 4 experts, once for the logits and once for the noise.
-        "MoE gate": 6 * 2 * 16 * 4 * 4,
-        # 32 rows up and down.
-        "MoE experts": 6 * 2 * 32 * 4 * 6,
-        # Keys of 10 tokens, queries of 6; each of the 6 meets 5 source tokens, twice.
-        "attention": 6 * ((10 + 6) * 4 * 4 + 2 * 6 * 5 * 4),
-        "softmax": 6 * 6 * 4 * 11,
+        "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
+        "LSTM projection": 6 * 5 * 10 * 8 * 4,
+        # 20 tokens to 4 experts, once for the logits and once for the noise.
+        "MoE gate": 6 * 2 * 20 * 4 * 4,
+        # 40 rows up and down.
+        "MoE experts": 6 * 2 * 40 * 4 * 6,
+        # Keys and queries of 10 tokens; each query meets 5 source tokens, twice.
+        "attention": 6 * (20 * 4 * 4 + 2 * 10 * 5 * 4),
+        "softmax": 6 * 10 * 4 * 11,
     }
 
 
 def test_the_wirings_differ_in_where_the_context_goes_and_not_in_operations():
     recurrent = products.flops_by_group(products.model_products(config(), BATCH))
     parallel = products.flops_by_group(products.model_products(config("parallel"), BATCH))
-    # 6 target tokens' contexts (D = 4) go to the 32 gates of LSTM 2 at once, not of LSTM 1 by step.
-    moved = 6 * 6 * 4 * 32
+    # 10 target tokens' contexts (D = 4) go to the 32 gates of LSTM 2 at once, not of LSTM 1 by
+    # step.
+    moved = 6 * 10 * 4 * 32
     recurrent["LSTM input"] += moved
     recurrent["LSTM recurrent"] -= moved
     assert parallel == recurrent
@@ -79,8 +81,8 @@ def counted_flops(sizes):
     embedding = nn.Embedding(11, sizes.model_dim)
     encoder, decoder = GNMTEncoder(sizes, embedding), GNMTDecoder(sizes, embedding)
     output = nn.Linear(sizes.model_dim, 11, bias=False)
-    source = torch.randint(11, (BATCH.sentences, BATCH.source_length))
-    target = torch.randint(11, (BATCH.sentences, BATCH.target_length))
+    source = torch.randint(11, (BATCH.sentences, BATCH.length))
+    target = torch.randint(11, (BATCH.sentences, BATCH.length))
     # torch leaves products that add to a tensor in place out of its count.
     in_place = {torch.ops.aten.addmm_: count_addmm}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -99,7 +101,7 @@ def test_the_bare_run_does_the_listed_operations():
 
 
 def test_stepwise_products_have_one_weight_gradient():
-    product = products.Product("LSTM recurrent", rows=2, inner=3, cols=4, steps=5)
+    product = Product("LSTM", "weight_hh_l0", rows=2, inner=3, cols=4, steps=5)
     calls = []
     bare = products.BareProducts([product], products.Pool("cpu"))
     bare._multiply = lambda left, right: calls.append((left.shape[1:], right.shape[1:]))

@@ -1,20 +1,20 @@
 """The cost card against the paper's tables, digit for digit, and against models that exist."""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from torch import nn
 
 pytest.importorskip("fairseq")
 
+from nmt_moe.cli import main
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, LSTMLanguageModel, LSTMLMConfig
-from tools import cost_card as tool
+from nmt_moe.planning import VOCABULARY, Card, find_configs, make_card
+from nmt_moe.planning.network import build_modules
 
 # Architecture, ops/timestep, parameters; in millions, as printed.
 # Source: Shazeer et al. 2017, Table 7.
@@ -45,10 +45,10 @@ TABLE_8 = [
 
 
 @pytest.fixture(scope="module")
-def cards() -> dict[str, tool.Card]:
+def cards() -> dict[str, Card]:
     return {
-        name: tool.make_card(name, config, tool.VOCABULARY[type(config)])
-        for name, config in tool.find_configs().items()
+        name: make_card(name, config, VOCABULARY[type(config)])
+        for name, config in find_configs().items()
     }
 
 
@@ -58,7 +58,7 @@ def in_millions(count: int) -> str:
 
 @pytest.mark.parametrize(("name", "ops", "params"), TABLE_7 + TABLE_8)
 def test_a_language_model_costs_what_the_paper_prints(
-    name: str, ops: str, params: str, cards: dict[str, tool.Card]
+    name: str, ops: str, params: str, cards: dict[str, Card]
 ):
     assert in_millions(cards[name].params) == params
     if name == "lstm_moe_lm_256":
@@ -79,7 +79,7 @@ TRANSLATION = [
 
 @pytest.mark.parametrize(("name", "ops", "params"), TRANSLATION)
 def test_translation_costs_what_the_paper_prints(
-    name: str, ops: int, params: str | None, cards: dict[str, tool.Card]
+    name: str, ops: int, params: str | None, cards: dict[str, Card]
 ):
     # Source: Shazeer et al. 2017, Tables 2-5; ops in millions, parameters in billions.
     card = cards[name]
@@ -93,7 +93,7 @@ def test_translation_costs_what_the_paper_prints(
 
 
 def test_the_bias_of_the_lstms_makes_the_last_digit_of_the_largest_model(
-    cards: dict[str, tool.Card],
+    cards: dict[str, Card],
 ):
     # Without, 4371.0; the paper prints 4371.1. One for each of 4 gates of 4096 cells, two LSTMs.
     card = cards["lstm_moe_lm_143m"]
@@ -105,7 +105,7 @@ def test_a_card_by_hand():
     # 10 symbols.
     moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=6, num_groups=3, top_k=2)
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=8, moe=moe)
-    card = tool.make_card("by hand", config, 10)
+    card = make_card("by hand", config, 10)
     lstms = 2 * (4 * 8 * (4 + 4) + 8 * 4)
     expert = 2 * 4 * 5
     primary, secondary = 2 * 4 * 3, 2 * 4 * 2
@@ -133,73 +133,73 @@ def test_the_total_is_that_of_a_model_that_exists(gate: str):
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=8, moe=moe)
     network = LSTMLanguageModel(config, nn.Embedding(10, 4))
     numbers = sum(parameter.numel() for parameter in network.parameters()) + 10 * 4
-    assert tool.make_card("small", config, 10).total == numbers
+    assert make_card("small", config, 10).total == numbers
 
 
 def test_a_translation_model_counts_attention_apart():
     config = GNMTConfig(model_dim=4, lstm_hidden_dim=8)
-    card = tool.make_card("dense", config, 10)
+    card = make_card("dense", config, 10)
     lstms = 5 * (4 * 8 * (4 + 4) + 8 * 4) + 4 * 8 * 4  # and the context
     assert card.parts["LSTM"] == lstms
-    assert card.parts["attention"] == 2 * 4 * 4 + 4  # U, W and V
+    assert card.parts["attention"] == 2 * 4 * 4  # U and W
     assert card.ops == lstms + 10 * 4
 
 
 def test_the_largest_model_takes_no_memory():
-    config = tool.find_configs()["lstm_moe_lm_100b_131072h"]
+    config = find_configs()["lstm_moe_lm_100b_131072h"]
     tracemalloc.start()
-    networks = tool.build_networks(config, 793_471)
+    networks = build_modules(config, 793_471)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert all(p.device == torch.device("meta") for n in networks for p in n.parameters())
     assert peak < 10_000_000
 
 
-def test_an_unknown_name_lists_the_close_ones(capsys: pytest.CaptureFixture):
-    assert tool.main(["--arch", "lstm_moe_lm_4096"]) == 1
-    message = capsys.readouterr().err
-    assert "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'" in message
-    assert "Close to it: lstm_moe_lm_4096h" in message
+def run(*flags: str) -> Result:
+    return CliRunner().invoke(main, ["card", *flags])
+
+
+def test_an_unknown_name_lists_the_close_ones():
+    result = run("--arch", "lstm_moe_lm_4096")
+    assert result.exit_code == 1
+    message = "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'"
+    assert f"{message}. Close to it: lstm_moe_lm_4096h" in result.stderr
     # Names are in lower case.
-    assert tool.main(["--arch", "LSTM_GNMT_"]) == 1
-    assert "but is 'LSTM_GNMT_'. Close to it: lstm_gnmt, " in capsys.readouterr().err
-    assert tool.main(["--arch", "LSTM"]) == 1
-    assert 0 < capsys.readouterr().err.partition("Close to it: ")[2].count("lstm") < 10
+    assert "'LSTM_GNMT_'. Close to it: lstm_gnmt, " in run("--arch", "LSTM_GNMT_").stderr
+    assert 0 < run("--arch", "LSTM").stderr.partition("Close to it: ")[2].count("lstm") < 10
 
 
-def test_a_name_that_is_like_none_lists_all(capsys: pytest.CaptureFixture):
-    assert tool.main(["--arch", "zzz", "--json"]) == 1
-    message = capsys.readouterr().err
-    listed = message.partition("but is 'zzz'. Known: ")[2].rstrip(".\n").split(", ")
-    assert listed == list(tool.find_configs())
+def test_a_name_that_is_like_none_lists_all():
+    result = run("--arch", "zzz", "--json")
+    assert result.exit_code == 1
+    listed = result.stderr.partition("but is 'zzz'. Known: ")[2].rstrip(".\n").split(", ")
+    assert listed == list(find_configs())
 
 
-def test_a_reader_that_stops_early_ends_it_without_a_traceback():
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, tool.__file__, "--all"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=240)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--all", "--vocab-size", "0"], "`--vocab-size` must be at least 1, but is 0"),
+        (["--all", "--arch", "lstm_gnmt"], "give either `--arch` or `--all`"),
+        ([], "give either `--arch` or `--all`"),
+    ],
+)
+def test_bad_input_is_refused(flags: list[str], message: str):
+    result = run(*flags)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
-def test_a_vocabulary_of_none_is_refused(capsys: pytest.CaptureFixture):
-    assert tool.main(["--all", "--vocab-size", "0"]) == 1
-    assert "`--vocab-size` must be at least 1, but is 0" in capsys.readouterr().err
-
-
-def test_json_holds_exact_numbers(capsys: pytest.CaptureFixture):
-    flags = ["--arch", "lstm_moe_lm_4", "lstm_gnmt", "--json", "--vocab-size", "1000"]
-    assert tool.main(flags) == 0
-    rows = json.loads(capsys.readouterr().out)
+def test_json_holds_exact_numbers():
+    result = run("--arch", "lstm_moe_lm_4", "lstm_gnmt", "--json", "--vocab-size", "1000")
+    rows = json.loads(result.stdout)
     assert [row["architecture"] for row in rows] == ["lstm_moe_lm_4", "lstm_gnmt"]
     assert rows[0]["ops"] == 2 * 2_097_152 + 4 * 1_048_576 + 2 * 512 * 4
     assert rows[0]["parts"]["softmax"] == 512 * 1000
 
 
-def test_the_table_has_every_architecture(capsys: pytest.CaptureFixture):
-    assert tool.main(["--all"]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
+def test_the_table_has_every_architecture():
+    header, *rows = run("--all").stdout.splitlines()
     assert header.split()[:3] == ["architecture", "ops", "M"]
     printed = {row.split()[0]: row.split()[1:3] for row in rows}
     for name, ops, params in TABLE_7 + TABLE_8:

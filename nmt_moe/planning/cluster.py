@@ -6,15 +6,11 @@ from dataclasses import dataclass, replace
 
 from nmt_moe.checks import check_divides, check_range
 from nmt_moe.moe import MoEConfig
-from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.parallel import ring_bytes
-from tools.activations import (
-    Batch,
-    count_activations,
-    experts_per_token,
-    visits_per_token,
-)
-from tools.networks import active_share, build_networks, factored_numbers, kind_of
+from nmt_moe.planning.architectures import NetworkConfig
+from nmt_moe.planning.batch import Batch
+from nmt_moe.planning.mixture import kept_by_mixture, ranks_per_token, rows_per_token
+from nmt_moe.planning.network import Network, count, describe
 
 # fairseq's legacy_ddp sums up gradients in a buffer of at most as many numbers; larger parameters
 # go by themselves.
@@ -89,7 +85,7 @@ class Setup:
         precision: "fp32"; "half", with copies in fp32; "memory-efficient" half, without.
     """
 
-    config: LSTMLMConfig | GNMTConfig
+    config: NetworkConfig
     batch: Batch
     devices: int = 1
     size: int = 1
@@ -113,9 +109,7 @@ class Setup:
     @property
     def num_moe_layers(self) -> int:
         """MoE layers whose experts can be spread."""
-        if self.moe is None or getattr(self.config, "expert_layers", 1) > 1:
-            return 0
-        return 1 if isinstance(self.config, LSTMLMConfig) else 2
+        return describe_setup(self).num_moe_layers
 
 
 @dataclass(frozen=True)
@@ -123,11 +117,11 @@ class Sizes:
     """Numbers of one device.
 
     Attributes:
-        dense: Parameters that are no experts.
+        dense: Parameters that are not experts.
         buffered: Of these, those that gradients' buffer has room for.
         experts: Parameters of its experts.
         factored: Rows and columns of its experts' matrices.
-        macs: Multiply-adds of the forward pass for a token, by part.
+        macs: Multiply-adds of the forward pass of a batch, by part.
         weights: Parameters that these read, by part.
     """
 
@@ -145,34 +139,53 @@ class Sizes:
 
 
 def count_sizes(setup: Setup) -> Sizes:
-    """Count parameters and products of one device's network."""
-    networks = build_networks(setup.config, setup.batch.vocab_size)
-    softmax = setup.batch.vocab_size * setup.config.model_dim
-    dense, experts = [softmax, softmax], 0
-    macs: dict[str, float] = {}
-    weights: dict[str, int] = {}
-    for network in networks:
-        for name, parameter in network.named_parameters():
-            if name.startswith("embedding."):
-                continue
-            is_spread = ".experts." in name
-            if is_spread:
-                experts += parameter.numel() // setup.size
-            else:
-                dense.append(parameter.numel())
-            kind = kind_of(name)
-            if kind in ("LSTM", "gates", "experts", "attention"):
-                share = parameter.numel() * active_share(name, setup.config)
-                macs[kind] = macs.get(kind, 0) + share
-                held = parameter.numel() // (setup.size if is_spread else 1)
-                weights[kind] = weights.get(kind, 0) + held
-    macs["softmax"], weights["softmax"] = softmax, softmax
-    if setup.batch.num_draws:
-        macs["softmax"] = setup.batch.num_draws * setup.config.model_dim  # at most
-        weights["softmax"] = setup.batch.num_draws * setup.config.model_dim
-    factored = sum(factored_numbers(network) for network in networks) // setup.size
-    buffered = sum(count for count in dense if count <= BUFFER_NUMBERS)
+    """Count the parameters and products of one device's network."""
+    network = describe_setup(setup)
+    width, batch = setup.config.model_dim, setup.batch
+    softmax = batch.vocab_size * width
+    dense = [softmax, softmax]
+    experts = factored = 0
+    weights: dict[str, int] = {"softmax": (batch.num_draws or batch.vocab_size) * width}
+    for weight in network.weights:
+        size = weight.size
+        if weight.is_expert:
+            size //= setup.size
+            experts += size
+            factored += weight.factored_size // setup.size
+        else:
+            dense.append(size)
+        if weight.is_matrix:
+            weights[weight.part] = weights.get(weight.part, 0) + size
+    macs = count(setup.config, replace(batch, num_draws=0)).macs
+    if batch.num_draws:
+        macs["softmax"] = batch.tokens * weights["softmax"]  # at most
+    buffered = sum(size for size in dense if size <= BUFFER_NUMBERS)
     return Sizes(sum(dense), buffered, experts, factored, macs, weights)
+
+
+def describe_setup(setup: Setup) -> Network:
+    """Describe the network of a setup; of its parameters, every batch tells the same."""
+    return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
+
+
+def count_activations(setup: Setup) -> tuple[dict[str, int], int]:
+    """Count what the forward pass of one batch keeps.
+
+    Returns:
+        Bytes kept by part, and the bytes of the softmax layer's largest temporaries.
+    """
+    batch = setup.batch
+    kept = count(setup.config, replace(batch, num_draws=0)).kept
+    if setup.moe is not None:
+        for part, size in kept_by_mixture(setup.moe, batch, setup.size).items():
+            kept[part] = kept.get(part, 0) + setup.num_moe_layers * size
+    workspace = 8.0 * batch.tokens * batch.vocab_size  # gradients of log-probabilities and logits
+    if batch.num_draws:
+        classes = batch.distinct_classes
+        rows = (classes + 2 * batch.tokens) * setup.config.model_dim * batch.number_bytes
+        kept["softmax"] = rows + batch.tokens * 5 * (classes + 1)
+        workspace = batch.tokens * 8 * classes
+    return {part: round(size) for part, size in kept.items()}, round(workspace)
 
 
 def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
@@ -183,7 +196,7 @@ def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
     if setup.factored:
         optimizer = 8 * sizes.dense + 4 * sizes.factored
     buffer = min(BUFFER_NUMBERS, sizes.buffered) * number if setup.devices > 1 else 0
-    activations, workspace = count_activations(setup.config, setup.batch, setup.size)
+    activations, workspace = count_activations(setup)
     return {
         "weights": (number + copies) * total,
         "gradients": (number + copies) * total,
@@ -207,9 +220,9 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
         return traffic
     if moe is not None and setup.num_moe_layers:
         tokens = setup.batch.tokens
-        slots, dim = experts_per_token(moe), moe.model_dim
+        slots, dim = rows_per_token(moe), moe.model_dim
         row = 2 * number * (dim + slots) + 2 * number * dim + 4 * slots
-        away = visits_per_token(moe, size) * (size - 1) / size
+        away = ranks_per_token(moe, size) * (size - 1) / size
         layer = tokens * away * row + 24 * (size - 1) * (size > 1)
         traffic["exchange"] = round(setup.num_moe_layers * layer)
         sums = 2 * (moe.num_experts + moe.num_groups)
@@ -236,7 +249,7 @@ def predict_time(
         passes = 3.0
         if part == "experts" and setup.moe is not None and setup.moe.recomputes:
             passes = 3.5  # the first of the two products once more
-        operations = passes * 2 * macs * setup.batch.tokens
+        operations = passes * 2 * macs
         reads = 2 * setup.batch.length + 1 if part == "LSTM" else 3
         moved = reads * sizes.weights[part] * number
         seconds[part] = max(operations / flops, moved / device.memory_bandwidth)
@@ -281,22 +294,14 @@ class Plan:
 
 
 def make_plan(setup: Setup, device: Device, utilisation: float) -> Plan:
-    """Predict all."""
+    """Predict memory, traffic and time."""
     sizes = count_sizes(setup)
     traffic = predict_traffic(setup, sizes)
     return Plan(
         memory=predict_memory(setup, sizes),
-        activations=count_activations(setup.config, setup.batch, setup.size)[0],
+        activations=count_activations(setup)[0],
         traffic=traffic,
         seconds=predict_time(setup, sizes, traffic, device, utilisation),
         parameters=(sizes.total, sizes.dense + sizes.experts * setup.size),
         capacity=FILLED * device.memory,
     )
-
-
-def halved_until_fits(setup: Setup, device: Device) -> Setup:
-    """Give a setup whose batch is halved until it fits, or holds a single sentence."""
-    while not make_plan(setup, device, 1.0).fits and setup.batch.sentences > 1:
-        smaller = replace(setup.batch, sentences=setup.batch.sentences // 2)
-        setup = replace(setup, batch=smaller)
-    return setup

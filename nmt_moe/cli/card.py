@@ -1,0 +1,90 @@
+"""`nmt-moe card`: what an architecture costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from nmt_moe.checks import check_range
+from nmt_moe.cli._command import command, list_option
+from nmt_moe.planning import VOCABULARY, Card, check_known, find_configs, make_card
+
+EXAMPLES = """
+nmt-moe card --all
+nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
+"""
+
+
+@command("card", EXAMPLES)
+@list_option("--arch", metavar="NAME...", help="These architectures.")
+@click.option("--all", "take_all", is_flag=True, help="All architectures of this project.")
+@click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
+@click.option("--vocab-size", type=int, help="Symbols [793471; translation 32000].")
+def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
+    r"""Print what an architecture costs: operations, parameters, memory. Nothing is allocated.
+
+    Columns, M for millions, GB for 1e9 bytes, all in float32:
+
+    \b
+    ops        multiply-adds of the forward pass for a token: LSTMs with their
+               projections, both matrices of each gate that is evaluated (with
+               groups: the primary and those of the k chosen groups), the experts
+               a token goes to. Biases and attention are left out. Language
+               models leave the softmax out, translation has it: so does the paper.
+    params     the weights of all of these, evaluated or not, and one bias for each
+               gate of an LSTM; without embedding and softmax
+    active     those of params that one token meets
+    total      all numbers that torch keeps: embedding, softmax, attention, and the
+               second bias that torch gives an LSTM included
+    weights, gradients, adam, factored
+               memory of total; of the two moments of Adam; of --optimizer
+               factored_adam, which keeps of each expert matrix a number for each
+               row and column. Activations come on top.
+
+    A translation model's token stands for one source and one target token.
+
+    Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
+    """
+    if take_all == bool(arch):
+        raise ValueError("give either `--arch` or `--all`")
+    if vocab_size is not None:
+        check_range("--vocab-size", vocab_size, 1)
+    configs = find_configs()
+    names = list(configs) if take_all else arch
+    check_known(names, list(configs))
+    cards = [
+        make_card(name, configs[name], vocab_size or VOCABULARY[type(configs[name])])
+        for name in names
+    ]
+    click.echo(
+        json.dumps([asdict(card) for card in cards], indent=1) if as_json else lay_out_cards(cards)
+    )
+
+
+def lay_out_cards(cards: Sequence[Card]) -> str:
+    """Return the cards as a table."""
+    columns = ["architecture", "ops M", "params M", "active M", "total M"]
+    columns += ["weights GB", "gradients GB", "adam GB", "factored GB"]
+    rows = [columns]
+    for card in cards:
+        counts = [card.ops, card.params, card.active, card.total]
+        sizes = [
+            card.weights_bytes,
+            card.gradients_bytes,
+            card.adam_bytes,
+            card.factored_adam_bytes,
+        ]
+        numbers = [f"{count / 1e6:.1f}" for count in counts]
+        rows.append([card.architecture, *numbers, *(f"{size / 1e9:.2f}" for size in sizes)])
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows
+    )

@@ -1,0 +1,254 @@
+"""`nmt-moe plan`: what a training step takes of each device of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import click
+
+from nmt_moe.checks import check_range
+from nmt_moe.cli._command import command
+from nmt_moe.cli.card import align
+from nmt_moe.nn import GNMTConfig
+from nmt_moe.planning import (
+    DEVICES,
+    FILLED,
+    VOCABULARY,
+    Batch,
+    Device,
+    NetworkConfig,
+    Plan,
+    Setup,
+    check_known,
+    find_options,
+    make_config,
+    make_plan,
+)
+from nmt_moe.planning.advice import advise, largest_size
+
+PRECISIONS = {
+    "fp32": "fp32",
+    "fp16": "half",
+    "bf16": "half",
+    "memory-efficient-fp16": "memory-efficient",
+    "memory-efficient-bf16": "memory-efficient",
+}
+PRESETS = "; ".join(f"{name}: {device.source}" for name, device in DEVICES.items())
+EXAMPLES = """
+nmt-moe plan --arch lstm_moe_lm_100b_131072h --devices 128 --optimizer factored_adam
+nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --json
+"""
+
+
+@command(
+    "plan",
+    EXAMPLES,
+    epilog=f"Devices. {PRESETS}.",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.option("--arch", required=True, metavar="NAME", help="Architecture of this project.")
+@click.option("--devices", default=1, show_default=True, help="Their number.")
+@click.option(
+    "--device", type=click.Choice(list(DEVICES)), default="a100", show_default=True, help="Preset."
+)
+@click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
+@click.option("--memory", type=float, metavar="GB", help="Of a device [preset].")
+@click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of its memory [preset].")
+@click.option("--bandwidth", type=float, metavar="GB/S", help="Of its link, one way [preset].")
+@click.option(
+    "--utilisation",
+    default=0.3,
+    show_default=True,
+    help="Share of the FLOP/s that products reach; in Table 8, 1.23 of 4.29 TFLOP/s.",
+)
+@click.option("--sentences", default=160, show_default=True, help="Of a batch on a device.")
+@click.option("--length", default=25, show_default=True, help="Tokens of a sentence, on each side.")
+@click.option("--vocab-size", default=0, help="Symbols [793471; translation 32000].")
+@click.option("--sampled-softmax", default=0, show_default=True, help="Draws, as of fairseq-train.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adam", "factored_adam"]),
+    default="adam",
+    show_default=True,
+    help="Its state is counted.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(list(PRECISIONS)),
+    default="fp32",
+    show_default=True,
+    help="Of weights and activations.",
+)
+@click.option(
+    "--expert-parallel-size",
+    default=0,
+    help="Devices that share the experts; 0: as many as divide both numbers.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
+@click.pass_context
+def plan(ctx: click.Context, **values: Any) -> None:
+    """Predict what a training step takes of each device of a cluster. Nothing is allocated.
+
+    Further options are those of the model, as of fairseq-train. Experts are spread over as many
+    devices as divide the number of devices and that of experts (or groups); everything else is on
+    every device.
+
+    Memory: weights, gradients and the optimizer's state are exact. Activations are what the forward
+    pass keeps, temporaries the gradients of the logits and legacy_ddp's buffer. The sum is an upper
+    bound: gradients come while activations go. A plan fits if it fills 90 %.
+
+    Traffic: bytes sent in a step: tokens to their experts and back (where all experts are equally
+    likely), sums for the balance losses, gradients summed up in a ring.
+
+    Time: of one batch and the update after it. Products take the longer of their operations (at
+    --utilisation of the device's FLOP/s) and of reading their weights; the optimizer is bound by
+    memory, traffic by the link. Nothing overlaps, and everything else is left out.
+
+    Bytes are tested against real processes. Times are a model: nothing was measured on a cluster.
+    """
+    args = argparse.Namespace(**values)
+    try:
+        known = find_options()
+        check_known([args.arch], list(known))
+        setup = make_setup(args, read_model_options(*known[args.arch], ctx.args))
+        device = make_device(args)
+    except ValueError as error:
+        named = re.sub(r"`(\w+)`", lambda name: f"`--{name[1].replace('_', '-')}`", str(error))
+        raise ValueError(named) from error
+    found = make_plan(setup, device, args.utilisation)
+    ways = [] if found.fits else advise(setup, device)
+    if args.as_json:
+        document = {
+            "architecture": args.arch,
+            "setup": asdict(setup),
+            "device": asdict(device),
+            **asdict(found),
+            "total_memory": found.total_memory,
+            "step_seconds": sum(found.seconds.values()),
+            "fits": found.fits,
+            "fits_with": ways,
+        }
+        click.echo(json.dumps(document, indent=1))
+    else:
+        click.echo(lay_out_plan(args.arch, setup, found, device, ways))
+
+
+def read_model_options(
+    options: Any, args: argparse.Namespace, given: Sequence[str]
+) -> NetworkConfig:
+    """Turn an architecture and the options that change it into the network's sizes."""
+    from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+    parser = argparse.ArgumentParser(
+        argument_default=argparse.SUPPRESS, prog="nmt-moe plan", allow_abbrev=False
+    )
+    gen_parser_from_dataclass(parser, options(), delete_default=True)
+    changed = vars(parser.parse_args(list(given)))
+    return make_config(options, argparse.Namespace(**{**vars(args), **changed}))
+
+
+def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
+    """Turn the options into a setup.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    check_range("--devices", args.devices, 1)
+    check_range("--sentences", args.sentences, 1)
+    check_range("--length", args.length, 1)
+    vocab_size = args.vocab_size or VOCABULARY[type(config)]
+    check_range("--vocab-size", vocab_size, 1)
+    check_range("--sampled-softmax", args.sampled_softmax, 0, vocab_size)
+    if args.sampled_softmax and isinstance(config, GNMTConfig):
+        raise ValueError(
+            f"`--sampled-softmax` must be 0 for a translation model, but is {args.sampled_softmax}."
+        )
+    precision = PRECISIONS[args.precision]
+    batch = Batch(
+        args.sentences,
+        args.length,
+        vocab_size,
+        args.sampled_softmax,
+        4 if precision == "fp32" else 2,
+        DEVICES[args.device].is_cpu,
+    )
+    size = args.expert_parallel_size
+    check_range("--expert-parallel-size", size, 0)
+    is_factored = args.optimizer == "factored_adam"
+    setup = Setup(config, batch, args.devices, 1, is_factored, precision)
+    if size == 0 or not setup.num_moe_layers:
+        size = largest_size(setup)
+    return replace(setup, size=size)
+
+
+def make_device(args: argparse.Namespace) -> Device:
+    """Return the preset with what the options change.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    device = DEVICES[args.device]
+    given = {
+        "memory": args.memory and args.memory * 1e9,
+        "memory_bandwidth": args.memory_bandwidth and args.memory_bandwidth * 1e9,
+        "bandwidth": args.bandwidth and args.bandwidth * 1e9,
+        "flops" if args.precision == "fp32" else "half_flops": args.tflops and args.tflops * 1e12,
+    }
+    for flag in ("memory", "memory_bandwidth", "bandwidth", "tflops", "utilisation"):
+        value = getattr(args, flag)
+        if value is not None and not value > 0:
+            raise ValueError(
+                f"`--{flag.replace('_', '-')}` must be greater than 0, but is {value}."
+            )
+    check_range("--utilisation", args.utilisation, 0, 1)
+    device = replace(device, **{name: value for name, value in given.items() if value})
+    if args.precision != "fp32" and not device.half_flops:
+        raise ValueError(
+            f"`--precision` must be fp32 on a {args.device}, whose FLOP/s in half precision are "
+            f"not known, but is {args.precision}. Give them with --tflops, or choose another "
+            "--device."
+        )
+    return device
+
+
+def in_bytes(count: float) -> str:
+    """Write a number of bytes in GB, or MB where it is small."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
+
+
+def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequence[str]) -> str:
+    """Return a plan as text."""
+    local, everywhere = plan.parameters
+    batch = setup.batch
+    lines = [
+        f"{name}: {everywhere / 1e6:.1f}M parameters, {local / 1e6:.1f}M of them on each of "
+        f"{setup.devices} devices; {setup.size} share the experts",
+        f"{batch.sentences} sentences of {batch.length} tokens a device, "
+        f"{batch.vocab_size} symbols",
+        "",
+    ]
+    rows = [["memory of a device", ""]]
+    rows += [[f"  {part}", in_bytes(count)] for part, count in plan.memory.items()]
+    rows += [["  all", in_bytes(plan.total_memory)]]
+    rows += [["activations", ""]]
+    rows += [[f"  {part}", in_bytes(count)] for part, count in plan.activations.items() if count]
+    rows += [["sent by a device in a step", ""]]
+    rows += [[f"  {part}", in_bytes(count)] for part, count in plan.traffic.items()]
+    rows += [["time of a step", ""]]
+    rows += [[f"  {part}", f"{seconds * 1e3:.1f} ms"] for part, seconds in plan.seconds.items()]
+    rows += [["  all", f"{sum(plan.seconds.values()) * 1e3:.1f} ms"]]
+    lines += [align(rows), ""]
+    limit = f"{FILLED:.0%} of {in_bytes(device.memory)}"
+    if plan.fits:
+        lines.append(f"It fits: {in_bytes(plan.total_memory)} of at most {limit}.")
+    else:
+        lines.append(f"It does not fit: {in_bytes(plan.total_memory)}, but at most {limit} may be.")
+        lines += [f"  It fits with {way}." for way in ways]
+        if not ways:
+            lines.append("  No change known here makes it fit: use devices with more memory.")
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""One description of a network, from its modules: cost cards, and plans for a cluster."""
+
+from nmt_moe.planning.architectures import (
+    VOCABULARY,
+    NetworkConfig,
+    check_known,
+    find_configs,
+    find_options,
+    make_config,
+)
+from nmt_moe.planning.batch import Batch
+from nmt_moe.planning.cluster import DEVICES, FILLED, Device, Plan, Setup, make_plan
+from nmt_moe.planning.cost_card import Card, make_card
+from nmt_moe.planning.network import Product, describe
+
+__all__ = [
+    "DEVICES",
+    "FILLED",
+    "VOCABULARY",
+    "Batch",
+    "Card",
+    "Device",
+    "NetworkConfig",
+    "Plan",
+    "Product",
+    "Setup",
+    "check_known",
+    "describe",
+    "find_configs",
+    "find_options",
+    "make_card",
+    "make_config",
+    "make_plan",
+]

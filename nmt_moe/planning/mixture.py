@@ -1,0 +1,80 @@
+"""What an MoE layer multiplies and keeps for the backward pass.
+
+Its operations are fused and read the values of tensors, so torch cannot report them from shapes
+alone; a test holds these statements against what torch saves and computes. Letters: N tokens of a
+side on a device, D model dim, H hidden width of an expert, E experts, G groups, K experts (or
+groups) a token.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from nmt_moe.moe import MoEConfig
+from nmt_moe.planning.batch import Batch
+
+
+def rows_per_token(moe: MoEConfig) -> int:
+    """Return how many experts a token goes to; with strict balance, on average."""
+    if moe.gate == "softmax":
+        return moe.num_experts
+    return moe.top_k**2 if moe.num_groups else moe.top_k
+
+
+def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int]:
+    """Return the rows that a gate's matrix multiplies, and the matrices that share them.
+
+    A matrix (D, E) sees all tokens; of (G, D, E / G), each token meets those of its K groups.
+    """
+    return (tokens, 1) if weight.dim() == 2 else (tokens * moe.top_k, len(weight))
+
+
+def ranks_per_token(moe: MoEConfig, size: int) -> float:
+    """Return how many of `size` ranks hold any of a token's experts, where all are equally likely.
+
+    A rank is missed if all choices fall on others: drawn without replacement, as gates do for a
+    token, of experts or (in a hierarchy, whose groups stay whole) of groups.
+    """
+    if moe.gate == "softmax":
+        return size
+    choices = moe.num_groups or moe.num_experts
+    others = choices - choices // size
+    if moe.gate == "strictly_balanced":  # each expert chooses its tokens
+        return size * (1 - (1 - moe.top_k / choices) ** (choices // size))
+    return size * (1 - math.comb(others, moe.top_k) / math.comb(choices, moe.top_k))
+
+
+def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]:
+    """Return the bytes that a layer keeps whose experts are spread over `size` ranks, by part."""
+    dim, rows, number = moe.model_dim, rows_per_token(moe), batch.number_bytes
+    # The tokens, and in half precision their copy in float32 for the gate; the answers are kept by
+    # the sigmoid that follows.
+    tokens = (number if number == 4 else number + 4) * dim
+    hidden = 0 if moe.recomputes else rows * moe.hidden_dim * number
+    if not batch.on_cpu:
+        hidden += 2 * rows * dim * number  # gathered tokens and answers, a row for each expert
+    exchange = 0.0
+    if size > 1:
+        slots = (8 + 8 + number + 1) * rows
+        exchange = ranks_per_token(moe, size) * (2 * dim * number + slots + 8)
+        exchange += (8 + number) * rows
+    return {
+        "gates": batch.tokens * _gate_bytes(moe),
+        "experts": batch.tokens * (tokens + hidden),
+        "exchange": batch.tokens * exchange,
+    }
+
+
+def _gate_bytes(moe: MoEConfig) -> float:
+    """Return the bytes of a token's gate: logits of both levels, always in fp32, and its choice."""
+    k, groups = moe.top_k, moe.num_groups
+    level = 17 if moe.gate == "strictly_balanced" else 8  # bytes for each logit, all tensors
+    if moe.gate == "softmax":
+        return 12 * moe.num_experts + 28 * moe.num_experts
+    if not groups:
+        return level * moe.num_experts + 16 * (k + 1) + 28 * k + 8
+    primary = level * groups + 16 * (k + 1) + 28 * k + 8
+    row = level * moe.num_experts / groups + 16 * (k + 1) + 12 * k + 4 + 4 * moe.model_dim
+    return primary + k * row + 20 * k**2 + 4
