@@ -25,7 +25,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.models import ARCH_MODEL_REGISTRY
 from torch import distributed
 
@@ -35,6 +34,7 @@ from benchmarks.traffic import measure_traffic
 from benchmarks.train_step import TrainingStep, make_sample
 from nmt_moe.models.lstm_moe_gnmt import LSTMMoEGNMTConfig
 from nmt_moe.parallel import clip_gradients, ring_bytes, shard_group
+from nmt_moe.trainer.data_parallel import ExpertParallelDataParallel
 
 COLUMNS = [
     "ranks",
@@ -69,7 +69,7 @@ class RankStep(TrainingStep):
         self.sample = make_sample(dictionary, own.sentences, args.length, self.device)
         self.parallel: Any = None
         if world_size > 1:
-            self.parallel = LegacyDistributedDataParallel(self.model, distributed.group.WORLD)
+            self.parallel = ExpertParallelDataParallel(self.model, distributed.group.WORLD)
         dense = sum(p.nbytes for p in self.model.parameters() if shard_group(p) is None)
         self.bytes_sent = {"exchange": 0, "dense": ring_bytes(dense, world_size)}
 

@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 pytest.importorskip("fairseq")
 
-from fairseq.distributed import LegacyDistributedDataParallel
+
 from fairseq.distributed import utils as distributed_utils
 from fairseq.optim.adam import Adam
 
@@ -34,6 +34,7 @@ from nmt_moe.planning import DEVICES, Batch, Setup, describe, find_options, make
 from nmt_moe.planning.batch import distinct_classes
 from nmt_moe.planning.mixture import ranks_per_token
 from nmt_moe.planning.network import count
+from nmt_moe.trainer.data_parallel import ExpertParallelDataParallel
 from nmt_moe.training import FactoredAdam
 
 SENTENCES, LENGTH, VOCABULARY = 24, 8, 300
@@ -90,7 +91,7 @@ def measure_case(case: dict[str, Any]) -> dict[str, float]:
                 torch.manual_seed(1)
                 nn.init.normal_(parameter)
     parameters = list(model.parameters())
-    parallel = LegacyDistributedDataParallel(model, distributed.group.WORLD)
+    parallel = ExpertParallelDataParallel(model, distributed.group.WORLD)
     optimizer = (FactoredAdam if is_factored else Adam)(parameters, lr=1e-3)
     payload = []
     reduce = distributed_utils.all_reduce
