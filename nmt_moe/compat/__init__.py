@@ -38,6 +38,10 @@ from nmt_moe.compat.lines import (
     read_lines_of_raw_data_by_one_rule,
     read_lines_of_texts_by_one_rule,
 )
+from nmt_moe.compat.options import (
+    let_validate_read_the_task_from_the_checkpoint,
+    suggest_close_names,
+)
 from nmt_moe.compat.precision import fix_half_precision_flags, skip_overflowing_updates_on_cpu
 from nmt_moe.compat.preprocessing import (
     check_texts_before_preprocessing,
@@ -82,6 +86,7 @@ __all__ = [
     "keep_typed_marks_as_text",
     "let_each_sentence_be_a_sample",
     "let_torchrun_train_on_cpu",
+    "let_validate_read_the_task_from_the_checkpoint",
     "name_damaged_alignment_dictionaries",
     "name_damaged_dictionaries",
     "name_endless_lines",
@@ -101,6 +106,7 @@ __all__ = [
     "skip_overflowing_updates_on_cpu",
     "skip_unreadable_lines",
     "stop_at_the_last_update",
+    "suggest_close_names",
     "translate_blank_into_blank",
     "try_the_save_folder",
     "warn_of_unknown_words_in_texts",
@@ -145,6 +151,8 @@ forget_translated_lines()
 translate_blank_into_blank()
 fix_half_precision_flags()
 skip_overflowing_updates_on_cpu()
+let_validate_read_the_task_from_the_checkpoint()
+suggest_close_names()
 let_torchrun_train_on_cpu()
 fix_distributed_config()
 count_diverse_sentences_within_their_batch()

@@ -49,6 +49,10 @@ def explain(error: BaseException) -> str | None:
         return message
     if isinstance(error, ValueError) and raiser == "nmt_moe":
         return message
+    if isinstance(error, AssertionError) and raiser == "fairseq_cli":
+        return message  # an option that a command cannot do without
+    if str(error) == "optimizer is required!":
+        return "`--optimizer` must be given, such as --optimizer adam."
     if type(error) is Exception and raiser in ("fairseq", "fairseq_cli"):
         reason = error.__cause__ or error.__context__
         return message if reason is None else f"{message}\nReason: {str(reason).strip()}"

@@ -15,6 +15,7 @@ class PairsDataset(LanguagePairDataset):
         pairs: Names, in the order of the sentences.
         passes: How often an epoch goes through each pair, in training; None elsewhere, where every
             sentence comes once, batches hold one pair each, and name it.
+        num_folders: Folders whose data the epochs take in turn; these data come once in so many.
     """
 
     # Every epoch draws its own sentences.
@@ -26,6 +27,7 @@ class PairsDataset(LanguagePairDataset):
         dictionary: Dictionary,
         passes: Optional[Dict[str, float]] = None,
         seed: int = 1,
+        num_folders: int = 1,
         **options: Any,
     ) -> None:
         """Put the pairs' own data sets end to end; `options` are LanguagePairDataset's."""
@@ -42,14 +44,15 @@ class PairsDataset(LanguagePairDataset):
             **options,
         )
         self.pairs = list(parts)
-        self.passes, self.seed, self.epoch = passes, seed, 1
+        self.passes, self.seed, self.num_folders, self.epoch = passes, seed, num_folders, 1
         self.part_sizes = [len(part) for part in parts.values()]
         self.starts = np.cumsum([0, *self.part_sizes])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose sentences are drawn."""
+        """Choose the epoch of the training whose sentences are drawn."""
         super().set_epoch(epoch)
-        self.epoch = epoch
+        # Of this folder's epochs, so that each goes on where the folder's last one ended.
+        self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
         """Give the indices of this epoch, sorted by length; some twice where a pair is repeated."""

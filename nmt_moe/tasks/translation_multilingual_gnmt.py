@@ -169,6 +169,7 @@ class MultilingualGNMTTask(TranslationTask):
             self.src_dict,
             passes,
             self.cfg.seed,
+            len(folders),
             left_pad_source=self.cfg.left_pad_source,
             left_pad_target=self.cfg.left_pad_target,
             shuffle=split != "test",
@@ -230,6 +231,7 @@ class MultilingualGNMTTask(TranslationTask):
             num_batches: Batches of an epoch on each rank.
         """
         epochs = self._count_epochs(num_batches)
+        own_epochs = epochs / dataset.num_folders
         assert dataset.passes is not None
         drawn = {
             pair: sentences_per_epoch(size, dataset.passes[pair])
@@ -244,7 +246,7 @@ class MultilingualGNMTTask(TranslationTask):
         ]
         for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True):
             passes = drawn[pair] / size
-            in_all = "open" if math.isinf(epochs) else f"{passes * epochs:.2f}"
+            in_all = "open" if math.isinf(epochs) else f"{passes * own_epochs:.2f}"
             lines.append(
                 f"  {pair:<8}{size:>11}{drawn[pair]:>11}{drawn[pair] / total:>8.1%}"
                 f"{passes:>14.2f}{in_all:>15}"

@@ -1,8 +1,12 @@
 """One update as pure functions."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
+from nmt_moe.training.pair_sampling import (
+    passes_per_epoch,
+    sentences_of_epoch,
+    sentences_per_epoch,
+)
 from nmt_moe.training.sampled_softmax import ClassSample, draw_classes, sampled_nll
-from nmt_moe.training.sampling import passes_per_epoch, sentences_of_epoch, sentences_per_epoch
 from nmt_moe.training.schedules import warmup_hold_inverse_sqrt
 
 __all__ = [

@@ -163,13 +163,16 @@ def preprocess(folder: Path, split: str, content: bytes) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_an_empty_text_is_named(split: str, tmp_path: Path):
-    data = preprocess(tmp_path, split, b"")
+    with pytest.raises(ValueError, match=rf"text/{split}` is empty"):
+        preprocess(tmp_path, split, b"")
+    data = preprocess(tmp_path, split, b"ba\n")
+    (data / f"{split}.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"data/{split}\.bin` holds no sentence"):
         train(data, tmp_path, "--max-epoch", 1)
 
 
 def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"text/train`, line 2: byte 0xff is not valid UTF-8"):
+    with pytest.raises(ValueError, match=r"text/train`, line 2 is not valid UTF-8"):
         preprocess(tmp_path, "train", b"w1 w2\nw3 \xff\n")
 
 
@@ -183,7 +186,7 @@ def test_the_readme_s_command_names_the_line_that_is_not_utf8(tmp_path: Path):
     (text / "train").write_bytes(b"w1 w2\nw3 \xff\n")
     done = run("preprocess", *words[1:], cwd=tmp_path)
     assert done.status == 1
-    assert "`text/train`, line 2: byte 0xff is not valid UTF-8" in done.text
+    assert "`text/train`, line 2 is not valid UTF-8" in done.text
     assert "Traceback" not in done.text
     (text / "train").write_bytes(b"w1 w2\nw3 w4\n")
     assert run("preprocess", *words[1:], cwd=tmp_path).status == 0

@@ -14,7 +14,6 @@ from tests.support.multilingual import (
     PAIRS,
     SIZES,
     TASK,
-    binarise,
     make_data,
     write_dictionary,
 )
@@ -105,6 +104,17 @@ def test_the_token_alone_decides_the_language(data: Path, trained: tuple[Path, O
         known = {LANGUAGES[target](word) for word in SOURCE_WORDS}
         assert len(words) >= 3
         assert sum(word in known for word in words) >= 0.8 * len(words)
+
+
+def test_a_token_that_is_typed_is_an_unknown_word(data: Path, trained: tuple[Path, Output]):
+    flags = [*TASK, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt", "-s", "aa", "-t", "bb"]
+    spoken = call("interactive", data, *flags, stdin=b"<2bb> ba\nba <2cc>\n\n")
+    assert [row[0] for _, row in sorted(spoken.lines("S").items())] == [
+        "<2bb> <unk> ba",
+        "<2bb> ba <unk>",
+        "<2bb>",
+    ]
+    assert spoken.hypotheses()[2] == ""
 
 
 def test_generate_translates_the_chosen_direction_in_order(
@@ -211,8 +221,7 @@ def test_training_that_cannot_be_is_refused_by_name(
 def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
     folder = shutil.copytree(data, tmp_path / "data")
     for language in ("aa", "cc"):
-        (tmp_path / f"train.aa-cc.{language}").write_text("")
-    binarise(tmp_path, folder, "aa-cc", write_dictionary(tmp_path / "dict.txt"), "train")
+        (folder / f"train.aa-cc.{language}.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="the pair 'aa-cc' cannot be used: .* no sentence"):
         train(folder, tmp_path / "model", 1)
 

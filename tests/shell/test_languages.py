@@ -87,7 +87,18 @@ def write_dictionaries(folder: Path, **languages: str) -> Path:
 
 def test_the_tokens_join_the_dictionary_in_the_languages_order(tmp_path: Path):
     folder = write_dictionaries(tmp_path, fr="aa", en="aa")
-    assert load_shared_dictionary(str(folder), ["fr", "en"]).symbols[-2:] == ["<2fr>", "<2en>"]
+    dictionary = load_shared_dictionary(str(folder), ["fr", "en"])
+    assert dictionary.symbols[-2:] == ["<2fr>", "<2en>"]
+    typed = dictionary.encode_line("<2fr> <2de>", add_if_not_exist=False)
+    assert typed.tolist() == [dictionary.unk(), dictionary.unk(), dictionary.eos()]
+
+
+def test_a_token_that_is_a_word_of_the_texts_is_refused(tmp_path: Path):
+    folder = write_dictionaries(tmp_path, fr="aa", en="aa")
+    for path in folder.iterdir():
+        path.write_text(path.read_text() + "<2fr> 3\n")
+    with pytest.raises(ValueError, match=r"dict\.fr\.txt` has the word `<2fr>`, which stands for"):
+        load_shared_dictionary(str(folder), ["fr", "en"])
 
 
 def test_different_dictionaries_are_refused_by_name(tmp_path: Path):

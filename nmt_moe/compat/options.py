@@ -1,0 +1,65 @@
+"""Options: the close name instead of all names, and the task that a checkpoint has."""
+
+import difflib
+import re
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from fairseq import options
+
+from nmt_moe.compat._replace import replace
+
+MANY_CHOICES = 12
+
+
+def let_validate_read_the_task_from_the_checkpoint() -> None:
+    """Let fairseq-validate run without `--task`.
+
+    Reason: it ends in `KeyError: None`. What is parsed is only where the data are; the task is
+    built from the checkpoint's own configuration.
+    """
+    replace(options, "parse_args_and_arch", _validating)
+
+
+def _validating(parse: Callable) -> Callable:
+    def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        # Other commands have a default; this one leaves out what is not given.
+        if parser.get_default("task") is None:
+            parser.set_defaults(task="translation")
+        return parse(parser, *args, **kwargs)
+
+    return parse_args_and_arch
+
+
+def suggest_close_names() -> None:
+    """Answer a name that is not known with the names that are most like it.
+
+    Reason: fairseq prints all options and some hundred architectures.
+    """
+    replace(options, "parse_args_and_arch", _suggesting)
+
+
+def _suggesting(parse: Callable) -> Callable:
+    def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        def end(message: str) -> NoReturn:
+            parser.exit(2, f"{parser.prog}: error: {shorten_choices(message)}\n")
+
+        vars(parser)["error"] = end
+        return parse(parser, *args, **kwargs)
+
+    return parse_args_and_arch
+
+
+def shorten_choices(message: str) -> str:
+    """Keep of argparse's many choices those that are close to what was given."""
+    found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
+    if found is None:
+        return message
+    start, name, listed = found.groups()
+    choices = [choice.strip(" '") for choice in listed.split(",")]
+    if len(choices) <= MANY_CHOICES:
+        return message
+    close = difflib.get_close_matches(name, choices, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all."
+    return f"{start}: {hint} Names of a plugin are known with its --user-dir."
