@@ -95,10 +95,10 @@ def read_config(args: Any) -> SearchConfig:
     Raises:
         ValueError: a value is out of range, or two options do not go together.
     """
-    check_generation(args)
     config = SearchConfig(**{name: float(getattr(args, name, None) or 0.0) for name in NAMES})
     if config.is_on:
         _check_together(config, args)
+    check_generation(args)
     return config
 
 
