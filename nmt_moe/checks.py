@@ -56,6 +56,19 @@ def check_divides(name: str, value: int, what: str, divisor: int) -> None:
         )
 
 
+def check_divisor(name: str, value: int, what: str, number: int) -> None:
+    """Reject a `value` that does not divide `number`.
+
+    Raises:
+        ValueError: naming both numbers and the values that would do.
+    """
+    check_whole(name, value, 1)
+    if number % value:
+        divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
+        ways = ", ".join(divisors[:-1]) + f" or {divisors[-1]}"
+        raise ValueError(f"`{name}` must divide {what}, {number}, but is {value}. Use {ways}.")
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
     """Refuse a tensor of another shape; `None` in `shape` stands for any size.
 

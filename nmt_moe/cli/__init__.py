@@ -17,6 +17,10 @@ __all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 
 # Name -> where its click command is, and its line in `nmt-moe --help`.
 COMMANDS = {
+    "average": (
+        "nmt_moe.cli.average:average",
+        "Average the parameters of several checkpoints of one training.",
+    ),
     "card": (
         "nmt_moe.cli.card:card",
         "Print the operations, parameters and memory of architectures.",
@@ -37,16 +41,20 @@ COMMANDS = {
         "nmt_moe.cli.pieces:pieces",
         "Learn sentence pieces, cut text into them, join them again.",
     ),
+    "plan": (
+        "nmt_moe.cli.plan:plan",
+        "Predict memory, traffic and time of a training on a cluster.",
+    ),
     "plot": ("nmt_moe.cli.plot:plot", "Draw loss, perplexity and balance from training logs."),
+    "reshape": (
+        "nmt_moe.cli.reshape:reshape",
+        "Verify a checkpoint, or merge or split its files of experts.",
+    ),
     "score": (
         "nmt_moe.cli.score:score",
         "Score a translation: BLEU of each kind, chrF, TER.",
     ),
     "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
-    "plan": (
-        "nmt_moe.cli.plan:plan",
-        "Predict memory, traffic and time of a training on a cluster.",
-    ),
 }
 
 

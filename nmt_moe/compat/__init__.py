@@ -17,11 +17,15 @@ from nmt_moe.compat.binarised_data import (
     write_digests_of_binarised_data,
 )
 from nmt_moe.compat.checkpoints import (
-    allow_checkpoint_types,
+    allow_configuration_in_broadcasts,
     copy_checkpoints_whole,
-    explain_unreadable_checkpoints,
+    explain_misfits,
+    ignore_unsafe_loading,
     keep_numpy_out_of_checkpoints,
+    read_checkpoints_safely,
+    refuse_untied_weights,
 )
+from nmt_moe.compat.configuration import evaluate_literals_only
 from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
 from nmt_moe.compat.diverse_beams import count_diverse_sentences_within_their_batch
 from nmt_moe.compat.errors import end_in_one_message
@@ -67,7 +71,7 @@ from nmt_moe.compat.stops import end_with_the_launcher, explain_stops
 
 __all__ = [
     "accept_validation_sets_that_are_all_named",
-    "allow_checkpoint_types",
+    "allow_configuration_in_broadcasts",
     "check_binarised_data_when_loaded",
     "check_texts_before_preprocessing",
     "copy_checkpoints_whole",
@@ -76,11 +80,13 @@ __all__ = [
     "count_diverse_sentences_within_their_batch",
     "end_in_one_message",
     "end_with_the_launcher",
+    "evaluate_literals_only",
+    "explain_misfits",
     "explain_stops",
-    "explain_unreadable_checkpoints",
     "fix_distributed_config",
     "fix_half_precision_flags",
     "forget_translated_lines",
+    "ignore_unsafe_loading",
     "keep_every_sentence",
     "keep_numpy_out_of_checkpoints",
     "keep_typed_marks_as_text",
@@ -99,6 +105,8 @@ __all__ = [
     "never_take_nan_for_best",
     "read_lines_of_raw_data_by_one_rule",
     "read_lines_of_texts_by_one_rule",
+    "read_checkpoints_safely",
+    "refuse_untied_weights",
     "report_odd_lines",
     "save_intervals_that_end_an_epoch",
     "skip_constraints_with_unknown_words",
@@ -114,8 +122,12 @@ __all__ = [
     "write_digests_of_binarised_data",
 ]
 
-allow_checkpoint_types()
-explain_unreadable_checkpoints()
+ignore_unsafe_loading()
+read_checkpoints_safely()
+evaluate_literals_only()
+allow_configuration_in_broadcasts()
+explain_misfits()
+refuse_untied_weights()
 keep_numpy_out_of_checkpoints()
 copy_checkpoints_whole()
 write_checkpoints_whole()

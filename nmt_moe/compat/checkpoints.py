@@ -1,36 +1,47 @@
-"""Read checkpoints with torch's safe loader, and say in one message why one cannot be read."""
+"""Read and write fairseq's checkpoints with this project's reader and writer."""
 
 import argparse
 import collections
+import logging
 import os
 import re
 import typing
-import zipfile
+from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, models
-from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import overwrite_args_by_name
+from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import metrics
-from omegaconf import DictConfig, ListConfig
+from fairseq.models import BaseFairseqModel
+from fairseq.trainer import Trainer
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from nmt_moe.checkpoints import copy_whole, read_checkpoint
 from nmt_moe.compat._replace import replace
+from nmt_moe.compat.configuration import secure_configuration
+
+logger = logging.getLogger(__name__)
+
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 # Plain holders of values, none of which runs code when it is loaded.
-IN_FILES = [argparse.Namespace]
 IN_BROADCASTS = [
+    argparse.Namespace,
     DictConfig,
     ListConfig,
     Metadata,
     ContainerMetadata,
     AnyNode,
     typing.Any,
-    _TensorPlaceholder,
+    distributed_utils._TensorPlaceholder,
     dict,
     list,
     int,
@@ -38,15 +49,83 @@ IN_BROADCASTS = [
 ]
 
 
-def allow_checkpoint_types() -> None:
-    """Allow the types of fairseq's checkpoints in torch's safe loader.
+def read_checkpoints_safely() -> None:
+    """Let all commands read checkpoints with `nmt_moe.checkpoints`.
 
-    Reason: since torch 2.6, `torch.load` refuses all types it does not know, so that fairseq could
-    not read its own checkpoints: models without a dataclass store an `argparse.Namespace`, and when
-    several processes resume, rank 0 sends the others the configuration through the same loader.
+    Reasons: since torch 2.6, `torch.load` refuses all types it does not know, so that fairseq could
+    not read its own checkpoints; changed bytes among the weights are not noticed at all; a
+    truncated file ends in one of six exceptions, and none names it.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([*IN_FILES, *IN_BROADCASTS])
+    replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
+    replace(checkpoint_utils, "load_ema_from_checkpoint", _reading_ema)
+
+
+def _reading(_: Callable) -> Callable:
+    def load_checkpoint_to_cpu(
+        path: str, arg_overrides: dict[str, Any] | None = None, load_on_all_ranks: bool = False
+    ) -> dict[str, Any]:
+        state = read_checkpoint(Path(path))
+        secure_configuration(Path(path), state)
+        try:
+            state = _upgrade(state, arg_overrides or {})
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"`{path}` is not a whole fairseq checkpoint: its settings or the state of its "
+                f"training are incomplete ({type(error).__name__}: {error}). Name another one."
+            ) from error
+        return state
+
+    return load_checkpoint_to_cpu
+
+
+def _upgrade(state: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Apply overrides, and let fairseq bring the form of older versions up to date."""
+    if state.get("args") is not None:
+        vars(state["args"]).update(overrides)
+    if state.get("cfg") is not None:
+        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+        overwrite_args_by_name(state["cfg"], overrides)
+    return checkpoint_utils._upgrade_state_dict(state)
+
+
+def _reading_ema(_: Callable) -> Callable:
+    def load_ema_from_checkpoint(fpath: str) -> dict[str, Any]:
+        state = read_checkpoint(Path(fpath))
+        ema = (state.get("extra_state") or {}).get("ema")
+        if not ema:
+            raise ValueError(f"`{fpath}` has no averages of weights: train with --store-ema.")
+        state["model"] = {
+            name: value.float() if value.dtype == torch.float16 else value.clone()
+            for name, value in ema.items()
+        }
+        return state
+
+    return load_ema_from_checkpoint
+
+
+def ignore_unsafe_loading() -> None:
+    """Remove the environment variable that makes torch execute what a file says.
+
+    Reason: fairseq does not ask for torch's safe loader, so the variable switches it off.
+    """
+    if os.environ.pop(UNSAFE, None):
+        logger.warning("%s is ignored: it would let files execute code", UNSAFE)
+
+
+def allow_configuration_in_broadcasts() -> None:
+    """Let rank 0 send a checkpoint to the others when several processes resume.
+
+    Reason: it does so through `torch.load`, whose safe loader refuses types of the configuration.
+    """
+    replace(distributed_utils, "broadcast_object", _broadcasting)
+
+
+def _broadcasting(broadcast: Callable) -> Callable:
+    def broadcast_object(*args: Any, **kwargs: Any) -> Any:
+        with torch.serialization.safe_globals(IN_BROADCASTS):
+            return broadcast(*args, **kwargs)
+
+    return broadcast_object
 
 
 def keep_numpy_out_of_checkpoints() -> None:
@@ -79,83 +158,29 @@ def to_plain(value: Any) -> Any:
 def copy_checkpoints_whole() -> None:
     """Let the copy of a checkpoint take its name once it is whole.
 
-    Reason: fairseq writes one file so, but copies it to `checkpoint_last.pt` and others in place,
-    and a process that is killed meanwhile leaves half of it, and nothing to go on from.
+    Reason: fairseq copies to `checkpoint_last.pt` and others in place, and a process that is killed
+    meanwhile leaves half of one, and nothing to go on from.
     """
     replace(PathManager, "copy", _copying)
 
 
 def _copying(copy: Callable) -> Callable:
-    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+    def copy_checkpoint(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
         if not overwrite or not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite)
-        unfinished = f"{dst_path}.tmp"
-        if os.path.lexists(unfinished):  # what a stopped copy left, or a link to another file
-            os.remove(unfinished)
-        is_copied = copy(src_path, unfinished, overwrite=True)
-        PathManager.rename(unfinished, dst_path)
-        return is_copied
+        copy_whole(Path(src_path), Path(dst_path))
+        return True
 
-    return copy_whole
+    return copy_checkpoint
 
 
-def explain_unreadable_checkpoints() -> None:
-    """Name the file, and the way out, when a checkpoint is damaged or does not fit.
+def explain_misfits() -> None:
+    """Say in one line that a checkpoint is of another model, and what to do.
 
-    Reason: a truncated file ends in one of six exceptions of torch or pickle, and none names it;
-    changed bytes among the weights are not noticed at all.
+    Reason: fairseq prints a line for each parameter, and does not name the file.
     """
-    replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
     replace(checkpoint_utils, "load_model_ensemble_and_task", _fitting)
-    replace(models, "build_model", _building)
-
-
-def _reading(load: Callable) -> Callable:
-    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            check_digests(path)
-            state = load(path, *args, **kwargs)
-        except Exception as error:
-            # Of all these exceptions only those of the file system name the file themselves.
-            if isinstance(error, OSError) and error.filename is not None:
-                raise
-            raise ValueError(describe_unreadable(path, error)) from error
-        return state
-
-    return load_checkpoint_to_cpu
-
-
-def check_digests(path: str) -> None:
-    """Compare a checkpoint's parts with the digests that torch stored beside them.
-
-    torch itself does not, and would load damaged weights without a word.
-
-    Raises:
-        ValueError: a part is damaged.
-    """
-    if not zipfile.is_zipfile(path):  # the form of checkpoints before torch 1.6 has no digests
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"its part {damaged} is damaged")
-
-
-def describe_unreadable(path: str, error: Exception) -> str:
-    """Say why the checkpoint at `path` could not be read, and what to do."""
-    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
-    if found:
-        return (
-            f"the checkpoint `{path}` holds a Python object of type `{found[1]}`, which is not "
-            "loaded, because unpickling it could run code. This plugin's checkpoints hold no such "
-            "object: take another file, or save it again without that object."
-        )
-    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-    return (
-        f"`{path}` ({os.path.getsize(path)} bytes) is not a whole fairseq checkpoint: it is "
-        f"truncated, corrupted or another kind of file ({reason}). "
-        "Copy it again, or name another checkpoint of its folder."
-    )
+    replace(Trainer, "load_checkpoint", _resuming)
 
 
 def _fitting(load: Callable) -> Callable:
@@ -171,14 +196,30 @@ def _fitting(load: Callable) -> Callable:
     return load_model_ensemble_and_task
 
 
-def describe_misfit(filenames: list[str], error: Exception) -> str | None:
+def _resuming(load: Callable) -> Callable:
+    def load_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, filename, *args, **kwargs)
+        except Exception as error:
+            reason = error.__context__
+            message = describe_misfit([filename], reason) if reason is not None else None
+            if message is None:
+                raise
+            raise ValueError(
+                f"{message} To train a new model, name another `--save-dir`."
+            ) from error
+
+    return load_checkpoint
+
+
+def describe_misfit(filenames: list[str], error: BaseException) -> str | None:
     """Say why the parameters that were read fit no model; None if the reason is another."""
     files = ", ".join(f"`{name}`" for name in filenames)
     text = str(error)
     if "loading state_dict" in text:
         sizes = re.findall(r"size mismatch for ([^:]+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", text)
         different = [f"{name} is ({old}), not ({new})" for name, old, new in sizes[:3]]
-        reason = "; ".join(different) or text.splitlines()[-1].strip()
+        reason = "; ".join(different) or text.splitlines()[-1].strip()[:300]
         return (
             f"the checkpoint {files} does not fit the model that was built for it ({reason}). "
             "If embeddings differ, the data folder has other dictionaries than that of training."
@@ -186,16 +227,31 @@ def describe_misfit(filenames: list[str], error: Exception) -> str | None:
     return None
 
 
-def _building(build: Callable) -> Callable:
-    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
-        name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
-        known = {*models.ARCH_MODEL_REGISTRY, *models.MODEL_DATACLASS_REGISTRY}
-        # fairseq itself fails at wording its message: "KeyError: '_name'".
-        if name and name not in known:
-            raise ValueError(
-                f"neither fairseq nor this plugin knows the model `{name}`. "
-                "Add the --user-dir of the plugin that it was trained with."
-            )
-        return build(cfg, task, from_checkpoint)
+def refuse_untied_weights() -> None:
+    """Reject a checkpoint that has two values for what is one parameter in the model.
 
-    return build_model
+    Reason: the last one loaded would silently replace the other, for example the embeddings of a
+    model that was trained without `--share-decoder-input-output-embed`.
+    """
+    replace(BaseFairseqModel, "load_state_dict", _loading)
+
+
+def _loading(load: Callable) -> Callable:
+    def load_state_dict(
+        self: BaseFairseqModel, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        names_of = defaultdict(list)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in state_dict:
+                names_of[id(parameter)].append(name)
+        for first, *others in names_of.values():
+            for other in others:
+                if not torch.equal(state_dict[first], state_dict[other]):
+                    raise ValueError(
+                        f"the checkpoint has two values for `{first}` and `{other}`, which are "
+                        "one parameter in this model. Train or load it without sharing them, as "
+                        "the checkpoint was (`--share-decoder-input-output-embed` and the like)."
+                    )
+        return load(self, state_dict, *args, **kwargs)
+
+    return load_state_dict

@@ -11,9 +11,9 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from nmt_moe.checkpoints.expert_files import (
+from nmt_moe.checkpoints import (
+    EXPERT_NAMES,
     MANIFEST,
-    PLACES,
     remove_unused_files,
     restore_experts,
     save_experts,
@@ -206,7 +206,7 @@ class ExpertParallelTrainer(Trainer):
             extra_state[BATCHES] = describe_batches(iterator, self.cfg.dataset)
         names = name_experts(self.get_model(), self.optimizer.params)
         if names:
-            extra_state[PLACES] = names
+            extra_state[EXPERT_NAMES] = names
         if self._manifest is not None:
             state[MANIFEST] = self._manifest
             leave_out_experts(state, own_experts(self.get_model()), self._own_expert_state())

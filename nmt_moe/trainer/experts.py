@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmt_moe.checkpoints.expert_files import ByName, ByPlace, rows_of
+from nmt_moe.checkpoints import ByIndex, ByName, rows_of
 from nmt_moe.moe import MoELayer
 from nmt_moe.parallel import (
     ALONE,
@@ -34,7 +34,7 @@ def own_experts(model: nn.Module) -> ByName:
     return {name: p.detach().cpu() for name, p in named if shard_group(p) is not None}
 
 
-def own_expert_state(optimizer: Any) -> ByPlace:
+def own_expert_state(optimizer: Any) -> ByIndex:
     """Return what the optimizer knows of this rank's experts, one row for each."""
     states = optimizer.optimizer.state
     return {
@@ -62,7 +62,7 @@ def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
     return {index: name for (name, _), (index, _) in zip(named, indexed, strict=True)}
 
 
-def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByPlace) -> None:
+def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) -> None:
     """Take experts out of a checkpoint whose files of experts have them.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fairseq import checkpoint_utils
 
-from nmt_moe.checkpoints.expert_files import restore_experts
+from nmt_moe.checkpoints import restore_experts
 
 
 def reading_all_experts(read: Callable) -> Callable:

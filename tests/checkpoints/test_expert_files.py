@@ -1,21 +1,26 @@
 """Files of experts: what is written comes back, and what is wrong is named."""
 
 import argparse
+import hashlib
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nmt_moe.checkpoints.expert_files import (
+from nmt_moe.checkpoints import (
+    EXPERT_NAMES,
     MANIFEST,
-    PLACES,
-    make_manifest,
+    load_checkpoint,
     read_checkpoint,
     remove_unused_files,
     restore_experts,
-    split_checkpoint,
-    write_expert_file,
     write_whole,
 )
+from nmt_moe.checkpoints.expert_files import write_expert_file
+from nmt_moe.checkpoints.manifest import make_manifest
+from nmt_moe.checkpoints.reshape import split_checkpoint
 
 EXPERTS = 6
 NAME = "moe.weight_in"
@@ -25,7 +30,7 @@ def whole_state():
     generator = torch.Generator().manual_seed(1)
     return {
         "model": {"embed": torch.ones(3), NAME: torch.randn(EXPERTS, 2, 4, generator=generator)},
-        "extra_state": {PLACES: {1: NAME}},
+        "extra_state": {EXPERT_NAMES: {1: NAME}},
         "last_optimizer_state": {
             "state": {
                 0: {"step": 3, "exp_avg": torch.zeros(3)},
@@ -109,7 +114,7 @@ def test_a_file_of_another_save_is_named(path, tmp_path):
 def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message):
     state = read(path)
     files = state[MANIFEST]["files"]
-    state[MANIFEST]["files"] = [files[place] for place in kept]
+    state[MANIFEST]["files"] = [files[index] for index in kept]
     with pytest.raises(ValueError, match=message):
         restore_experts(path, state)
 
@@ -138,13 +143,93 @@ def test_only_files_that_no_checkpoint_needs_are_deleted(path):
     assert set(folder.glob("experts-*")) == used
 
 
-def test_nothing_is_deleted_beside_a_checkpoint_that_cannot_be_read(path):
-    (path.parent / "checkpoint_best.pt").write_bytes(b"damaged")
+def test_files_that_a_damaged_checkpoint_names_are_kept_and_others_are_deleted(path):
+    used = set(path.parent.glob("experts-*"))
+    path.write_bytes(path.read_bytes()[:-100])
     write_expert_file(path.parent, "unused", slice(0, 6), {}, {})
-    before = set(path.parent.iterdir())
-    with pytest.raises(ValueError, match=r"`.*checkpoint_best.pt` cannot be read"):
-        remove_unused_files(path.parent)
-    assert set(path.parent.iterdir()) == before
+    remove_unused_files(path.parent)
+    assert set(path.parent.glob("experts-*")) == used
+
+
+def test_an_unfinished_file_is_created_anew_and_no_link_is_followed(path, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("precious")
+    path.with_name(f"{path.name}.tmp").symlink_to(other)
+    write_whole(path, {"model": {}})
+    assert other.read_text() == "precious"
+    assert read_checkpoint(path) == {"model": {}}
+
+
+def rewrite(path, change):
+    """Change the content of the second file of experts, and its entry in the manifest with it."""
+    state = read(path)
+    entry = state[MANIFEST]["files"][1]
+    part = path.parent / entry["name"]
+    content = torch.load(part, weights_only=True)
+    change(content, entry, state)
+    torch.save(content, part)
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    entry.update(bytes=part.stat().st_size, sha256=digest)
+    torch.save(state, path)
+
+
+CHANGES = {
+    "one row for two experts": lambda part, *_: part["model"].update({NAME: torch.ones(1, 2, 4)}),
+    "too many rows": lambda part, *_: part["model"].update({NAME: torch.ones(3, 2, 4)}),
+    "a tensor is missing": lambda part, *_: part["model"].clear(),
+    "another dtype": lambda part, *_: part["model"].update({NAME: torch.ones(2, 2, 4).half()}),
+    "another shape": lambda part, *_: part["model"].update({NAME: torch.ones(2, 4, 2)}),
+    "a dense name": lambda part, *_: part["model"].update(embed=torch.ones(2)),
+    "no optimizer state": lambda part, *_: part.update(optimizer=None),
+    "another range": lambda part, *_: part.update(start=0),
+    "NaN": lambda part, *_: part["model"][NAME].fill_(torch.nan),
+    "NaN in the optimizer": lambda part, *_: part["optimizer"][1]["exp_avg"].fill_(torch.nan),
+    "an empty range": lambda _, entry, __: entry.update(stop=entry["start"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_file_that_does_not_hold_its_experts_is_refused_though_its_digest_fits(path, change):
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=r"checkpoint_last\.pt|experts-"):
+        load_checkpoint(path)
+
+
+def test_an_unchanged_file_with_a_new_digest_is_accepted(path):
+    rewrite(path, lambda *_: None)
+    assert torch.equal(load_checkpoint(path)["model"][NAME], whole_state()["model"][NAME])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("\0"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=9,
+)
+
+
+@given(
+    manifest=JSON
+    | st.fixed_dictionaries(
+        {
+            "save_id": st.just("1f") | JSON,
+            "num_experts": st.sampled_from([0, 6, 10**12, -1]) | JSON,
+            "files": JSON | st.lists(st.dictionaries(st.sampled_from(["name", "start"]), JSON)),
+        }
+    )
+)
+def test_a_malformed_manifest_is_named_and_nothing_else_is_raised(manifest):
+    state = {**whole_state(), MANIFEST: manifest}
+    if manifest is None:
+        return
+    with pytest.raises(ValueError, match="checkpoint"):
+        restore_experts(Path("checkpoint.pt"), state)
+
+
+def test_a_manifest_of_a_million_files_is_refused_at_once(path):
+    state = read(path)
+    state[MANIFEST]["files"] *= 400_000
+    with pytest.raises(ValueError, match="more files of experts than its 6 experts"):
+        restore_experts(path, state)
 
 
 def test_a_write_that_is_cut_off_leaves_the_old_file(path, monkeypatch):
@@ -171,8 +256,8 @@ def test_files_are_sorted_by_their_experts(tmp_path):
 
 def test_a_checkpoint_that_names_no_experts_is_not_split(tmp_path):
     state = whole_state()
-    del state["extra_state"][PLACES]
+    del state["extra_state"][EXPERT_NAMES]
     with pytest.raises(ValueError, match="does not say which of its parameters are experts"):
         split_checkpoint(state, tmp_path / "checkpoint.pt", 2)
-    with pytest.raises(ValueError, match="`num_experts` must be a multiple of `--files`, 4"):
+    with pytest.raises(ValueError, match="`--files` must .*6.*but is 4"):
         split_checkpoint(whole_state(), tmp_path / "checkpoint.pt", 4)

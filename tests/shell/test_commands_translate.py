@@ -1,12 +1,11 @@
 """fairseq-generate and fairseq-interactive with what people ask of them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.commands import REPOSITORY, Output, call
+from nmt_moe.checkpoints.average import average_checkpoints
+from tests.support.commands import Output, call
 from tests.support.training import TINY_MOE, TRANSLATE, load
 
 
@@ -63,10 +62,8 @@ def test_an_ensemble_averages_its_models(data: Path, checkpoint: Path, other_che
 def test_an_average_of_checkpoints_translates(
     data: Path, checkpoint: Path, other_checkpoint: Path, tmp_path: Path
 ):
-    tool = REPOSITORY / "tools" / "average_checkpoints.py"
     output = tmp_path / "average.pt"
-    command = [sys.executable, tool, "--output", output, checkpoint, other_checkpoint]
-    subprocess.run(command, check=True, capture_output=True)
+    average_checkpoints([checkpoint, other_checkpoint], output)
     one, other, mean = (load(path)["model"] for path in (checkpoint, other_checkpoint, output))
     name = "decoder.output.weight"
     assert mean[name].allclose((one[name] + other[name]) / 2)

@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_named(folder, kind):
 
 def test_a_torch_file_that_is_no_checkpoint_is_named(folder):
     torch.save({"weights": torch.ones(3)}, folder / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt` .* is not a whole fairseq checkpoint"):
+    with pytest.raises(ValueError, match=r"other\.pt: has no `model`"):
         load_with_fairseq(folder, "other.pt")
 
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(folder):
 
 
 def test_a_missing_checkpoint_keeps_its_own_message(folder):
-    with pytest.raises(OSError, match=r"Model file not found: .*none\.pt"):
+    with pytest.raises(OSError, match=r"none\.pt: no such file|Model file not found: .*none\.pt"):
         load_with_fairseq(folder, "none.pt")
 
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_an_unknown_model_asks_for_its_plugin(folder):
     state = torch.load(folder / "models/checkpoint_last.pt")
     state["cfg"]["model"] = {"_name": "of_another_plugin"}
     torch.save(state, folder / "unknown.pt")
-    with pytest.raises(ValueError, match=r"the model `of_another_plugin`\. Add the --user-dir"):
+    with pytest.raises(ValueError, match=r"the model `of_another_plugin`, .*Add the --user-dir"):
         load_with_fairseq(folder, "unknown.pt")
 
 

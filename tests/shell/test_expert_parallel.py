@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nmt_moe.checkpoints.expert_files import MANIFEST
+from nmt_moe.checkpoints import MANIFEST
 from nmt_moe.trainer.settings import check_expert_parallel
 from tests.support.commands import call
 from tests.support.ranks import run_ranks

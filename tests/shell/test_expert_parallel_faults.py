@@ -21,8 +21,7 @@ from fairseq.trainer import Trainer
 from torch import distributed
 
 from nmt_moe import plugin
-from nmt_moe.checkpoints import expert_files
-from nmt_moe.checkpoints.expert_files import restore_experts
+from nmt_moe.checkpoints import expert_files, restore_experts
 from nmt_moe.trainer.experts import moe_layers
 from tests.support.commands import PLUGIN, call
 from tests.support.training import TINY_MOE, load

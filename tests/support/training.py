@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from nmt_moe.checkpoints.expert_files import MANIFEST, restore_experts
+from nmt_moe.checkpoints import MANIFEST, restore_experts
 
 SIZES = ["--model-dim", 16, "--lstm-hidden-dim", 24, "--init-range", 0.3, "--dropout", 0.1]
 EXPERTS = ["--num-experts", 4, "--moe-top-k", 2, "--expert-hidden-dim", 16]

@@ -1,0 +1,128 @@
+"""Average the parameters of several checkpoints of one training."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nmt_moe.checkpoints.files import check_output, write_whole
+from nmt_moe.checkpoints.reader import count_updates, load_checkpoint
+
+BY_EPOCH = re.compile(r"checkpoint(\d+)\.pt")
+BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
+# fairseq: the metric's name, its value with three digits, and a random digit for equal values.
+BY_SCORE = re.compile(r"checkpoint\.best_.+?_(-?\d+\.\d+)\.pt")
+
+
+def find_numbered(
+    folder: Path, pattern: re.Pattern[str], count: int, upper_bound: int | None = None
+) -> list[Path]:
+    """Find the `count` newest checkpoints whose names have a number, oldest first.
+
+    Args:
+        folder: Where they are.
+        pattern: `BY_EPOCH` or `BY_UPDATE`.
+        count: How many.
+        upper_bound: The largest number to take.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    found = _numbered(folder, pattern)
+    return _take([p for n, p in found if upper_bound is None or n <= upper_bound], folder, count)
+
+
+def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[Path]:
+    """Find the `count` newest checkpoints of epochs and updates, by updates, oldest first.
+
+    Args:
+        folder: Where they are.
+        count: How many.
+        upper_bound: The largest number of updates to take.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    by_updates = {count_updates(path): path for _, path in _numbered(folder, BY_EPOCH)}
+    by_updates |= {int(updates): path for updates, path in _numbered(folder, BY_UPDATE)}
+    found = [by_updates[n] for n in sorted(by_updates) if upper_bound is None or n <= upper_bound]
+    return _take(found, folder, count)
+
+
+def find_best(folder: Path, count: int) -> list[Path]:
+    """Find the `count` best checkpoints of those that `--keep-best-checkpoints` left, best last.
+
+    Whether a larger metric is better is in their configuration.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    found = [path for _, path in _numbered(folder, BY_SCORE)]
+    if found and not _is_larger_better(found[0]):
+        found.reverse()
+    return _take(found, folder, count)
+
+
+def _is_larger_better(path: Path) -> bool:
+    settings = (load_checkpoint(path, with_optimizer=False).get("cfg") or {}).get("checkpoint")
+    return bool((settings or {}).get("maximize_best_checkpoint_metric"))
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((float(match[1]), path) for match, path in matches if match)
+
+
+def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
+    if len(found) < count:
+        raise ValueError(
+            f"{folder} has {len(found)} checkpoints of that kind, but {count} were asked for"
+        )
+    return found[-count:]
+
+
+def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
+    """Average each parameter over the checkpoints, in float64; integers are those of the last.
+
+    Raises:
+        ValueError: two checkpoints differ in the names, shapes or dtypes of their parameters.
+    """
+    sums: dict[str, Tensor] = {}
+    layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for path in paths:
+        parameters = load_checkpoint(path, with_optimizer=False)["model"]
+        found = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+        layout = layout or found
+        if found != layout:
+            raise ValueError(
+                f"{path}: its parameters have other names, shapes or dtypes than those of "
+                f"{paths[0]}"
+            )
+        for name, value in parameters.items():
+            if value.is_floating_point() and name in sums:
+                sums[name] += value  # in float64
+            else:
+                sums[name] = value.double() if value.is_floating_point() else value
+    return {
+        name: (value / len(paths)).to(layout[name][1]) if value.is_floating_point() else value
+        for name, value in sums.items()
+    }
+
+
+def average_checkpoints(paths: list[Path], output: Path, is_overwritten: bool = False) -> None:
+    """Write the averaged checkpoint; the rest is that of the last, less the optimizer's state.
+
+    It translates, but training cannot go on from it.
+
+    Raises:
+        ValueError: if a checkpoint cannot be read, they differ, or the output exists.
+    """
+    check_output(output, is_overwritten)
+    averaged = average_parameters(paths)
+    state = load_checkpoint(paths[-1], with_optimizer=False)
+    state["model"] = averaged
+    state.pop("last_optimizer_state", None)
+    write_whole(output, state)

@@ -1,0 +1,249 @@
+"""Read and write files in torch's format: nothing is executed, and everything is checked."""
+
+import argparse
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+# A file's own description of its tensors: about 200 bytes each.
+MAX_PICKLE_BYTES = 64 * 2**20
+# Values in nested containers, tensors counted as one.
+MAX_VALUES = 4_000_000
+MAX_DEPTH = 64
+
+COPY_AGAIN = "Copy it again, or name another checkpoint of its folder."
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as one short printable line."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_file(path: Path, is_header_only: bool = False) -> Any:
+    """Read a file that `torch.save` wrote.
+
+    Sizes are compared with the file's before anything is allocated, every part with its CRC.
+
+    Args:
+        path: The file.
+        is_header_only: Map tensors from the file and check neither CRCs nor values: for those who
+            want the rest.
+
+    Returns:
+        What was saved; tensors are on the CPU.
+
+    Raises:
+        ValueError: naming the file, if it is missing or damaged, or holds an object that could run
+            code, or tensors that are not plain.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        # One open file from the check to the load: another may take its name meanwhile.
+        with path.open("rb") as file:
+            is_archive = _check_archive(file, with_digests=not is_header_only)
+            file.seek(0)
+            source = path if is_header_only and is_archive else file
+            with _allowing_settings():
+                content = torch.load(
+                    source, map_location="cpu", weights_only=True, mmap=source is path
+                )
+        _check_values(content)
+    except Exception as error:  # a hostile pickle raises anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of the file system, which names the file itself
+        raise ValueError(_describe(path, error)) from None
+    return content
+
+
+def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
+    """Check sizes and CRCs of a zip's parts; return False if it is not one.
+
+    torch itself compares no CRC, and would load damaged weights without a word.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    if not zipfile.is_zipfile(file):  # files before torch 1.6 have no CRCs
+        return False
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is compressed, which torch never does")
+        if sum(part.file_size for part in parts) > size:
+            raise ValueError("its parts claim more bytes than it has")
+        if len({part.filename for part in parts}) < len(parts):
+            raise ValueError("two of its parts have one name")
+        for part in parts:
+            if part.filename.endswith("/data.pkl") and part.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its part {shown(part.filename)} has {part.file_size} bytes")
+        damaged = archive.testzip() if with_digests else None
+    if damaged is not None:
+        raise ValueError(f"its part {shown(damaged)} is damaged")
+    return True
+
+
+def _check_values(content: Any) -> None:
+    """Reject containers that expand without end, and tensors larger than what holds them."""
+    stack, count = [(content, 0)], 0
+    while stack:
+        value, depth = stack.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError("its containers are nested too deeply or hold too many values")
+        if isinstance(value, Tensor):
+            _check_tensor(value)
+        elif isinstance(value, Mapping):
+            stack.extend((item, depth + 1) for pair in value.items() for item in pair)
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack.extend((item, depth + 1) for item in value)
+        elif isinstance(value, argparse.Namespace):
+            stack.append((vars(value), depth + 1))
+
+
+def _check_tensor(value: Tensor) -> None:
+    is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
+    if not is_plain or value.device.type != "cpu":
+        raise ValueError("it holds a tensor that is sparse, quantized, nested or without values")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor {tuple(value.shape)} has fewer values than its shape")
+
+
+def check_finite_values(path: Path, tensors: Any, name: str) -> None:
+    """Reject NaN and infinities in a nest of containers.
+
+    Args:
+        path: The file they are from.
+        tensors: A tensor, or containers of them and of other values.
+        name: What to call it.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    if isinstance(tensors, Mapping):
+        for key, value in tensors.items():
+            check_finite_values(path, value, f"{name}[{shown(key)}]")
+    elif isinstance(tensors, list | tuple):
+        for index, value in enumerate(tensors):
+            check_finite_values(path, value, f"{name}[{index}]")
+    elif (
+        isinstance(tensors, Tensor)
+        and tensors.is_floating_point()
+        and not torch.isfinite(tensors).all()
+    ):
+        raise ValueError(f"`{path}` has NaN or infinities in {name}. {COPY_AGAIN}")
+
+
+def _describe(path: Path, error: Exception) -> str:
+    """Say why a file could not be read, and what to do, without torch's advice to trust it."""
+    text = str(error)
+    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text)
+    if found:
+        return (
+            f"the checkpoint `{path}` holds a Python object of type {shown(found[1])}, which is "
+            "not loaded, because unpickling it could run code. This plugin's checkpoints hold no "
+            "such object: take another file, or save it again without that object."
+        )
+    reason = (
+        text.rpartition("WeightsUnpickler error: ")[2].strip() or "without a reason"
+    ).splitlines()[0]
+    if "weights_only" in reason:  # torch's advice to switch its safe loader off
+        reason = "another kind of archive"
+    cause = f"{type(error).__name__}: {shown(reason)[1:-1]}"
+    return (
+        f"`{path}` ({path.stat().st_size} bytes) is not a whole fairseq checkpoint: it is "
+        f"truncated, corrupted or another kind of file ({cause}). "
+        f"{COPY_AGAIN}"
+    )
+
+
+@contextmanager
+def _allowing_settings() -> Iterator[None]:
+    """Let torch's safe loader take an argparse.Namespace and nothing else.
+
+    It holds the settings of models without a dataclass, and is plain data.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(before)
+
+
+def check_output(path: Path, is_overwritten: bool) -> None:
+    """Reject an output that exists, unless it may be overwritten.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if os.path.lexists(path) and not is_overwritten:
+        raise ValueError(f"`{path}` exists. Name another output, or add `--overwrite`.")
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write a file with `torch.save`, whole or not at all.
+
+    Raises:
+        OSError: naming the file and the reason, for example a full disk; the file that had the
+            name before is untouched.
+    """
+    with _replacing(path) as file:
+        torch.save(content, file)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file, whole or not at all.
+
+    Raises:
+        OSError: naming the file and the reason; the file that had the name before is untouched.
+    """
+    with source.open("rb") as old, _replacing(path) as file:
+        shutil.copyfileobj(old, file, 2**20)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open an unfinished file that takes the name `path` once it is written to the disk."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with create_exclusively(unfinished) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):  # of a folder that cannot be written, say
+            unfinished.unlink(missing_ok=True)
+        raise _failed_write(path, error) from error
+
+
+def create_exclusively(path: Path) -> BinaryIO:
+    """Open a new file for writing; what had its name is removed, and no link is followed."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def _failed_write(path: Path, error: BaseException) -> OSError:
+    """Return one error for a failed write; torch hides the system's behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+    kept = "The file that has this name is untouched." if path.exists() else "It was not written."
+    return OSError(
+        f"cannot write `{path}`: {reason.splitlines()[0]}. {kept} "
+        "Make room, or name another folder."
+    )

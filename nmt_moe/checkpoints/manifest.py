@@ -1,0 +1,139 @@
+"""The manifest of a checkpoint whose experts are in files beside it.
+
+A checkpoint `checkpoint_last.pt` without its experts has a manifest under the key `expert_files`:
+
+    {"save_id": "1f0c...", "num_experts": 8, "files": [
+        {"name": "experts-1f0c...-0-4.pt", "save_id": "1f0c...", "start": 0, "stop": 4,
+         "bytes": 81920, "sha256": "..."},
+        {"name": "experts-1f0c...-4-8.pt", "start": 4, "stop": 8, ...}]}
+
+Names are never used twice, and the checkpoint is written last. So its copies share the files, and
+until it is whole the checkpoint before it has all of its own.
+"""
+
+import argparse
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nmt_moe.checkpoints.files import COPY_AGAIN, shown
+
+MANIFEST = "expert_files"
+# Key in a checkpoint's extra state: names of experts by their index in the optimizer's state.
+EXPERT_NAMES = "expert_places"
+PREFIX = "experts-"
+SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_EXPERTS = 2**20
+
+
+def new_save_id() -> str:
+    """Draw what names one save; not from torch's generator, which training owns."""
+    return secrets.token_hex(8)
+
+
+def expert_file_name(save_id: str, owned: slice) -> str:
+    """Return the name of the file with experts `owned` (global ids) of a save."""
+    return f"{PREFIX}{save_id}-{owned.start}-{owned.stop}.pt"
+
+
+def make_manifest(save_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Combine what the writers of all files returned."""
+    files = sorted(entries, key=lambda entry: entry["start"])
+    return {"save_id": save_id, "num_experts": files[-1]["stop"], "files": files}
+
+
+def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
+    """Reject a manifest that is malformed or whose files do not hold each expert once.
+
+    Args:
+        path: The checkpoint.
+        state: Its content, with a manifest.
+
+    Raises:
+        ValueError: naming the checkpoint and what is wrong.
+    """
+    manifest = state[MANIFEST]
+    try:
+        _check_fields(manifest)
+        _check_coverage(manifest)
+        _check_configuration(manifest["num_experts"], state)
+    except ValueError as error:
+        raise ValueError(f"`{path}` {error}. {COPY_AGAIN}") from None
+
+
+def _check_fields(manifest: Any) -> None:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
+        raise ValueError(f"has a manifest of experts that is malformed: {shown(manifest)}")
+    save_id, num_experts = manifest.get("save_id"), manifest.get("num_experts")
+    if not _is_text(save_id, SAVE_ID):
+        raise ValueError(f"has a manifest of experts with the save id {shown(save_id)}")
+    if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
+        raise ValueError(f"has a manifest of {shown(num_experts)} experts")
+    if len(manifest["files"]) > num_experts:
+        raise ValueError(f"has more files of experts than its {num_experts} experts")
+    for entry in manifest["files"]:
+        if not isinstance(entry, dict) or not all(
+            _is_count(entry.get(key)) for key in ("start", "stop", "bytes")
+        ):
+            raise ValueError(f"has a malformed file of experts in its manifest: {shown(entry)}")
+        owned = slice(entry["start"], entry["stop"])
+        if entry.get("name") != expert_file_name(save_id, owned) or owned.start >= owned.stop:
+            raise ValueError(f"has a file of experts with the name {shown(entry.get('name'))}")
+        if not _is_text(entry.get("sha256"), SHA256):
+            raise ValueError(f"has a file of experts with the sha256 {shown(entry.get('sha256'))}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _check_coverage(manifest: Mapping[str, Any]) -> None:
+    end = 0
+    for entry in manifest["files"]:
+        if entry["start"] != end:
+            first, last = sorted((entry["start"], end))
+            fault = "in no file" if entry["start"] > end else "in more than one file"
+            raise ValueError(f"has experts {first} to {last - 1} {fault}")
+        end = entry["stop"]
+    if end < manifest["num_experts"]:
+        raise ValueError(f"has experts from {end} on in no file")
+    if end > manifest["num_experts"]:
+        raise ValueError(f"has files of {end} experts, but a manifest of {manifest['num_experts']}")
+
+
+def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
+    configuration = state.get("cfg")
+    model = configuration.get("model") if isinstance(configuration, dict) else None
+    settings = vars(model) if isinstance(model, argparse.Namespace) else model
+    expected = settings.get("num_experts") if isinstance(settings, dict) else None
+    if expected is not None and expected != num_experts:
+        raise ValueError(
+            f"has files of {num_experts} experts, but a configuration of {shown(expected)}"
+        )
+
+
+def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
+    """Return the names of parameters of experts by their index in the optimizer's state.
+
+    Returns:
+        {} for a checkpoint that does not say: it has none, or is of an older version.
+
+    Raises:
+        ValueError: naming the checkpoint, if the entry is malformed.
+    """
+    extra = state.get("extra_state")
+    names = extra.get(EXPERT_NAMES) if isinstance(extra, dict) else None
+    if names is None:
+        return {}
+    if not isinstance(names, dict) or not all(
+        _is_count(index) and isinstance(name, str) for index, name in names.items()
+    ):
+        raise ValueError(f"`{path}` names its experts as {shown(names)}. {COPY_AGAIN}")
+    return names

@@ -1,0 +1,61 @@
+"""The one reader of checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nmt_moe.checkpoints.expert_files import restore_experts
+from nmt_moe.checkpoints.files import COPY_AGAIN, check_finite_values, read_file, shown
+from nmt_moe.checkpoints.manifest import MANIFEST, check_manifest
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read and check a checkpoint without the files of experts beside it.
+
+    Nothing in it is executed. Sizes are bounded by the file's, CRCs compared, parameters plain
+    and finite, and a manifest complete.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not a checkpoint of fairseq.
+    """
+    state = read_file(path)
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(f"{path}: has no `model`, so it is not a checkpoint of fairseq")
+    for name, value in model.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"`{path}` has {shown(name)} as a parameter. {COPY_AGAIN}")
+    check_finite_values(path, model, "model")
+    check_finite_values(path, state.get("last_optimizer_state"), "last_optimizer_state")
+    if state.get(MANIFEST) is not None:
+        check_manifest(path, state)
+    return state
+
+
+def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
+    """Read and check a checkpoint with all its experts.
+
+    Args:
+        path: The checkpoint; files of experts are read from its folder.
+        with_optimizer: Also the optimizer's state of experts in files.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged or does not hold what it should.
+    """
+    state = read_checkpoint(path)
+    restore_experts(path, state, with_optimizer=with_optimizer)
+    return state
+
+
+def count_updates(path: Path) -> int:
+    """Return how many updates a checkpoint has had, from its header.
+
+    Raises:
+        ValueError: if the file cannot be read or does not say.
+    """
+    state = read_file(path, is_header_only=True)
+    try:
+        return int(state["optimizer_history"][-1]["num_updates"])
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"`{path}` does not say how many updates it has had.") from None

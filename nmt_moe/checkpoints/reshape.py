@@ -1,0 +1,73 @@
+"""Merge a checkpoint with its files of experts into one, or split it into other files."""
+
+from pathlib import Path
+from typing import Any
+
+from nmt_moe.checkpoints.expert_files import ByIndex, rows_of, write_expert_file
+from nmt_moe.checkpoints.files import check_output, write_whole
+from nmt_moe.checkpoints.manifest import MANIFEST, expert_names, make_manifest, new_save_id
+from nmt_moe.checkpoints.reader import load_checkpoint
+from nmt_moe.checks import check_divisor
+
+
+def merge(path: Path, output: Path, is_overwritten: bool = False) -> None:
+    """Write a checkpoint, with its experts and their optimizer's state, as one file.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, or the output exists.
+    """
+    check_output(output, is_overwritten)
+    write_whole(output, load_checkpoint(path))
+
+
+def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False) -> None:
+    """Write a checkpoint with its experts in `num_files` files beside it.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, has no experts, or a number that `num_files`
+            does not divide, or the output exists.
+    """
+    check_output(output, is_overwritten)
+    state = load_checkpoint(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    split_checkpoint(state, output, num_files)
+
+
+def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
+    """Write a checkpoint that has its experts as one with files of experts.
+
+    Args:
+        state: The checkpoint; changed.
+        path: What to write; the files are written to its folder.
+        num_files: Files; a divisor of the number of experts.
+
+    Raises:
+        ValueError: if it does not say which of its parameters are experts, or `num_files` does not
+            divide their number.
+    """
+    names = expert_names(path, state)
+    if not names:
+        raise ValueError(
+            "the checkpoint does not say which of its parameters are experts: it has none, or was "
+            "trained with --fp16's flat gradients or an older version. Train it one update further."
+        )
+    num_experts = len(state["model"][next(iter(names.values()))])
+    check_divisor("--files", num_files, "`num_experts`", num_experts)
+    save_id, share = new_save_id(), num_experts // num_files
+    model = {name: state["model"].pop(name) for name in names.values()}
+    optimizer: ByIndex = {}
+    states = (state.get("last_optimizer_state") or {}).get("state", {})
+    for index in names:
+        rows = rows_of(states.get(index, {}), num_experts)
+        optimizer[index] = {name: states[index].pop(name) for name in rows}
+    entries = []
+    for start in range(0, num_experts, share):
+        owned = slice(start, start + share)
+        parts = {name: value[owned].clone() for name, value in model.items()}
+        of_optimizer = {
+            index: {name: value[owned].clone() for name, value in values.items()}
+            for index, values in optimizer.items()
+        }
+        entries.append(write_expert_file(path.parent, save_id, owned, parts, of_optimizer))
+    state[MANIFEST] = make_manifest(save_id, entries)
+    write_whole(path, state)

@@ -1,0 +1,80 @@
+"""`nmt-moe reshape`: checkpoints whose experts are in files beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+
+
+@command(
+    "reshape",
+    """
+nmt-moe reshape verify checkpoints/checkpoint_best.pt
+nmt-moe reshape merge checkpoints/checkpoint_best.pt --output whole.pt
+nmt-moe reshape split whole.pt --files 8 --output parts/checkpoint_last.pt
+""",
+)
+@click.argument("action", type=click.Choice(["verify", "merge", "split"]))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.")
+@click.option("--files", type=int, help="For `split`: files of experts to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+def reshape(
+    action: str, checkpoint: Path, output: Path | None, files: int | None, overwrite: bool
+) -> None:
+    r"""Verify, merge or split a checkpoint.
+
+    Training on several processes (`--expert-parallel-size`) writes experts to files beside the
+    checkpoint, and every command reads them: this is for copying, and for machines with other
+    amounts of memory.
+
+    \b
+    verify: read all of it, and check that it fits the model of its configuration.
+    merge: write one ordinary checkpoint.
+    split: write its experts into `--files` files. It takes a checkpoint of either kind.
+
+    Optimizer states are kept.
+    """
+    from nmt_moe.checkpoints import reshape as library
+
+    if action == "verify":
+        click.echo(f"{checkpoint}: {verify(checkpoint)}")
+        return
+    if output is None or (files is None) != (action == "merge"):
+        needed = "only `--output`" if action == "merge" else "`--output` and `--files`"
+        raise ValueError(f"`{action}` needs {needed}")
+    if files is None:
+        library.merge(checkpoint, output, overwrite)
+        click.echo(f"{output}: {checkpoint} in one file")
+    else:
+        library.split(checkpoint, output, files, overwrite)
+        click.echo(f"{output}: {checkpoint} with its experts in {files} files")
+
+
+def verify(path: Path) -> str:
+    """Read a checkpoint with all its files, and compare it with its model.
+
+    Returns:
+        What it has.
+
+    Raises:
+        ValueError: naming what is missing, damaged or does not fit.
+    """
+    from nmt_moe import plugin
+    from nmt_moe.checkpoints import MANIFEST, read_checkpoint, restore_experts
+    from nmt_moe.models._fit import check_fits_its_model
+
+    state = read_checkpoint(path)
+    manifest = state.get(MANIFEST)
+    restore_experts(path, state)
+    plugin.register()
+    model = check_fits_its_model(str(path))
+    fits = f"fits `{model}`" if model else "not compared with its model, which is fairseq's"
+    if manifest is None:
+        return f"whole, in one file, {fits}"
+    size = sum(entry["bytes"] for entry in manifest["files"]) / 1e6
+    count = len(manifest["files"])
+    return f"whole, {manifest['num_experts']} experts in {count} files ({size:.1f} MB), {fits}"
