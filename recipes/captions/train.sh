@@ -88,6 +88,5 @@ keep_settings "$RUN_FOLDER" "$settings"
 say "training $MODEL, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_model "$@"
 grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true
-python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" --last "$AVERAGE" \
-  --output "$RUN_FOLDER/average.pt"
+nmt-moe average --inputs "$RUN_FOLDER" --last "$AVERAGE" --output "$RUN_FOLDER/average.pt" --overwrite
 [[ $EVALUATE == 0 ]] || bash "$HERE/evaluate.sh"

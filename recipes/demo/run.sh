@@ -106,8 +106,7 @@ train() {
 }
 
 average() {
-  python "$REPOSITORY/tools/average_checkpoints.py" --folder "$WORK/training" --last "$AVERAGE" \
-    --output "$WORK/average.pt"
+  nmt-moe average --inputs "$WORK/training" --last "$AVERAGE" --output "$WORK/average.pt" --overwrite
 }
 
 translate() {

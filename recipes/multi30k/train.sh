@@ -107,8 +107,9 @@ train_pair() {
   say "training $MODEL, English to $PAIR, $UPDATES updates; log: $RUN_FOLDER/train.log"
   [[ $AVERAGE_ONLY == 1 ]] || train_model
   grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true
-  python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" "--$CHOOSE" "$AVERAGE" \
-    --output "$RUN_FOLDER/average.pt"
+  local chosen=--last
+  [[ $CHOOSE == last ]] || chosen=--num-best-checkpoints
+  nmt-moe average --inputs "$RUN_FOLDER" "$chosen" "$AVERAGE" --output "$RUN_FOLDER/average.pt" --overwrite
   [[ $EVALUATE == 0 ]] || RUN=$RUN DEVICE=$DEVICE THREADS=$THREADS bash "$HERE/evaluate.sh" "$PAIR"
 }
 

@@ -115,6 +115,5 @@ keep_settings "$RUN_FOLDER" "$settings"
 say "training $NAME, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_model
 awk 'shown && !/^  / { exit } sub(/.*sampling: /, "sampling: ") { shown = 1 } shown' "$RUN_FOLDER/train.log"
-python "$REPOSITORY/tools/average_checkpoints.py" --folder "$RUN_FOLDER" --last "$AVERAGE" \
-  --output "$RUN_FOLDER/average.pt"
+nmt-moe average --inputs "$RUN_FOLDER" --last "$AVERAGE" --output "$RUN_FOLDER/average.pt" --overwrite
 [[ $EVALUATE == 0 ]] || MODEL=$MODEL DIRECTION=$DIRECTION RUN=$RUN bash "$HERE/evaluate.sh"
