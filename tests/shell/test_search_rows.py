@@ -86,7 +86,7 @@ def test_finished_sentences_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
 
     def forward_to_the_end(*args: Any, **options: Any) -> tuple:
         logits, extra = forward(*args, **options)
-        logits[..., DICTIONARY.eos()] += 1.0  # so that some sentences end early
+        logits[..., DICTIONARY.eos()] += 4.0  # so that some sentences end early
         return logits, extra
 
     monkeypatch.setattr(models[0].decoder, "forward", forward_to_the_end)
