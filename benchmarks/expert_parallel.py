@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time a training step with the experts spread over processes: how much of it is exchange?
 
-    python benchmarks/expert_parallel.py --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
+    python -m benchmarks.expert_parallel --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
 
 Each number of ranks has processes of its own, which talk over gloo on the loopback. They take
 turns; meanwhile the others wait idly. All divide the same number of sentences among them, and each
@@ -19,10 +18,7 @@ import statistics
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Time an MoE layer against the bare matrix products of its experts, and against other libraries.
 
-    python benchmarks/moe_layer.py --list
-    python benchmarks/moe_layer.py --check --peers all
-    python benchmarks/moe_layer.py --peers all --grid paper --threads 2 --json paper.json
-    python benchmarks/moe_layer.py --shape 4096,512,1024,32,4 --peers deepspeed_dropless
-    python benchmarks/moe_layer.py --grid scaling --json scaling.json --plot scaling.png
-    python benchmarks/moe_layer.py --render paper.json
+    python -m benchmarks.moe_layer --list
+    python -m benchmarks.moe_layer --check --peers all
+    python -m benchmarks.moe_layer --peers all --grid paper --threads 2 --json paper.json
+    python -m benchmarks.moe_layer --shape 4096,512,1024,32,4 --peers deepspeed_dropless
+    python -m benchmarks.moe_layer --grid scaling --json scaling.json --plot scaling.png
+    python -m benchmarks.moe_layer --render paper.json
 
 Modes: "forward" in evaluation, without gradients; "fwd+bwd" in training with fresh gradients of
 tokens and weights; "step" with the optimizer; "gate" is the forward and backward pass of nmt_moe's
@@ -25,8 +24,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import moe_gating, timing
 from benchmarks.moe_check import check_all

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import moe_gating, timing
@@ -23,7 +22,6 @@ from benchmarks.moe_limits import LIMITS
 from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import BARE, Point
 
-WORKER = Path(__file__).resolve().parent / "moe_worker.py"
 # A turn repeats a short job until about so many seconds are measured, so often at most.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
 # Imports, the first kernels on a GPU, and filling the weights.
@@ -93,13 +91,14 @@ class Process:
         }
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(settings)],
+            [sys.executable, "-m", "benchmarks.moe_worker", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             bufsize=1,
             env=environment,
+            cwd=timing.REPOSITORY,
         )
 
     def call(self, command: str, within: float, **arguments: Any) -> Any:

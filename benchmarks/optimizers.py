@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time an update of expert weights: the factored Adam and the others a user could pick.
 
 The weights are one (E, D, H) and one (E, H, D) tensor, as a layer of E experts has them, with a
@@ -9,9 +8,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.nn import Parameter

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time the loss of a softmax layer, in full and by importance sampling, forward and backward.
 
 One step: the logits, the loss, and the gradients of features and weight; for the sampled one also
@@ -8,9 +7,6 @@ the draw. Both make a gradient of the weight's full size, as optimizers want it.
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

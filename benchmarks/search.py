@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time searches of fairseq-generate on one trained model: fairseq's own and GNMT's.
 
-    python benchmarks/search.py --checkpoint average.pt --data data-bin --subset valid --threads 1
+    python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
 Compared are fairseq's own search ("stock", all options off), GNMT's penalties, its pruning alone,
 and both, with GNMT's values. Timed is what fairseq-generate times: its task's generator on batches
@@ -19,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sacrebleu
 import torch

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+# Processes that programs here start run in it, so that they find these modules.
+REPOSITORY = Path(__file__).resolve().parent.parent
 # A competitor runs once, and may return the seconds of its parts.
 Job = Callable[[], Mapping[str, float] | None]
 

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time a training step, and hold it against the bare matrix products it must do.
 
-    python benchmarks/train_step.py --threads 2 --sentences 64 --length 25 --rounds 7
+    python -m benchmarks.train_step --threads 2 --sentences 64 --length 25 --rounds 7
 
 A step is forward pass, loss, backward pass and Adam, on random sentences of one length, with the
 model, the criterion and the Adam that fairseq-train would take. All models, and the products of
@@ -15,11 +14,8 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from fairseq.data import Dictionary
@@ -120,11 +116,11 @@ def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, int]
     peaks = {}
     for name in names:
         timing.say(f"memory: {name}")
-        command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", name]
+        command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", name]
         for flag in ("sentences", "length", "vocab_size", "threads", "device", "seed"):
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         command.append(f"--model-flags={args.model_flags}")
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=timing.REPOSITORY)
         peaks[name] = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     return peaks
 

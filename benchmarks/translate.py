@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time fairseq-generate with lstm_moe_gnmt_small, and with fairseq's own lstm of the same widths.
 
-    python benchmarks/translate.py --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
+    python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
 Timed is what fairseq-generate times: its task's generator on batches of its own iterator; with
 --command also the whole command, from start to end. The models have random parameters, so every
@@ -25,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from fairseq import options, tasks, utils
 from fairseq.data import indexed_dataset
@@ -38,7 +35,6 @@ from benchmarks import timing
 from benchmarks.architectures import make_dictionary, parse_training, quiet
 from nmt_moe.nn import WIRINGS
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 COLUMNS = ["model", "parameters", "sentences/s", "ms / step", "spread", "time / lstm's"]
 PEER = "lstm"
 
@@ -149,7 +145,7 @@ def command_job(
     save_checkpoint(path, config, model)
     line = [sys.executable, "-m", "fairseq_cli.generate"]
     line += generation_line(path.parent, path, args)
-    line += ["--user-dir", str(REPOSITORY / "nmt_moe")]
+    line += ["--user-dir", str(timing.REPOSITORY / "nmt_moe")]
 
     def run() -> None:
         done = subprocess.run(
