@@ -6,9 +6,11 @@ import torch
 from fairseq import metrics
 from torch import Tensor
 
-from nmt_moe.moe import MoEStats, balance_metrics
+from nmt_moe.moe import MoEStats, balance_metrics, gate_entropy, gate_margin
 
-STATS = ("importance", "load")
+# Summed over the tokens of an update, and over its batches and ranks.
+STATS = ("importance", "load", "tokens_per_expert")
+GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 
 
 def add_balance(
@@ -40,6 +42,8 @@ def add_balance(
     for name, stats in all_stats.items():
         for key in STATS:
             logging_output[f"{name}_moe_{key}"] = getattr(stats, key).detach()
+        for key, function in GATE_STATS.items():
+            logging_output[f"{name}_moe_{key}"] = function(stats.gates.detach()).sum()
     if is_training and all_stats:
         balance_loss = torch.stack([s.balance_loss for s in all_stats.values()]).sum()
         loss = loss + sample_size * balance_loss
@@ -68,7 +72,10 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Dict[str, Any]) ->
 
 
 def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log the columns of Table 6 from the summed outputs of all batches and ranks of one update."""
+    """Log the columns of Table 6, and what the gates did, from all outputs of one update.
+
+    Those are the logging outputs of all its batches and ranks.
+    """
     sample_size = sum(log["sample_size"] for log in logging_outputs)
     if "balance_loss" in logging_outputs[0]:
         total = sum(log["balance_loss"] for log in logging_outputs)
@@ -77,15 +84,29 @@ def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
     layers = [key[: -len(suffix)] for key in logging_outputs[0] if key.endswith(suffix)]
     if not layers:
         return
-    rows = [
-        balance_metrics(
-            *(sum(log[f"{layer}_moe_{key}"] for log in logging_outputs) for key in STATS)
-        )
-        for layer in layers
-    ]
+    rows = [layer_metrics(layer, logging_outputs) for layer in layers]
     for layer, row in zip(layers, rows, strict=False):
         for key, value in row.items():
             metrics.log_scalar(f"{layer}_moe_{key}", value, sample_size, round=3)
     for key in rows[0]:
         mean = sum(row[key] for row in rows) / len(rows)
         metrics.log_scalar(f"moe_{key}", mean, sample_size, round=3)
+
+
+def layer_metrics(layer: str, logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    """Compute a layer's columns from the logging outputs of one update.
+
+    Returns:
+        Those of `balance_metrics`; the mean `gate_entropy` (nats) and `gate_margin` of a token; the
+        mean `rows_per_expert`, and the number of `idle_experts`, which had no row.
+    """
+    importance, load, rows, *gate_sums = (
+        sum(log[f"{layer}_moe_{key}"] for log in logging_outputs) for key in (*STATS, *GATE_STATS)
+    )
+    tokens = importance.sum().clamp_min(1e-9)  # the gates of a token sum to 1
+    return {
+        **balance_metrics(importance, load),
+        **{key: value / tokens for key, value in zip(GATE_STATS, gate_sums, strict=True)},
+        "rows_per_expert": rows.double().mean(),
+        "idle_experts": (rows == 0).sum(),
+    }

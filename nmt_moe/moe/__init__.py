@@ -12,6 +12,13 @@ from nmt_moe.moe.gate import (
 from nmt_moe.moe.hierarchical_gate import HierarchicalGate
 from nmt_moe.moe.layer import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
+from nmt_moe.moe.routing import (
+    expert_outputs,
+    gate_entropy,
+    gate_margin,
+    output_similarity,
+    routing_saturation,
+)
 from nmt_moe.moe.stats import MoEStats, balance_metrics, effective_experts
 
 __all__ = [
@@ -29,7 +36,12 @@ __all__ = [
     "batchwise_mask",
     "batchwise_threshold_loss",
     "effective_experts",
+    "expert_outputs",
+    "gate_entropy",
+    "gate_margin",
     "importance_loss",
     "load_loss",
+    "output_similarity",
+    "routing_saturation",
     "squared_cv",
 ]

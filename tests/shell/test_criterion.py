@@ -112,13 +112,18 @@ def reduce_metrics(logs: list[dict]) -> dict[str, float]:
 
 def make_log(encoder: list[float], decoder: list[float], **values: float) -> dict:
     layers = {"encoder": encoder, "decoder": decoder}
-    kinds = ("importance", "load")
+    kinds = ("importance", "load", "tokens_per_expert")
     vectors = {
         f"{name}_moe_{kind}": torch.tensor(vector)
         for name, vector in layers.items()
         for kind in kinds
     }
-    return {"loss": 4.0, "nll_loss": 3.0, "ntokens": 10, "sample_size": 10, **vectors, **values}
+    sums = {"gate_entropy": 2.0, "gate_margin": 1.0}
+    of_gates = {
+        f"{name}_moe_{kind}": torch.tensor(value) for name in layers for kind, value in sums.items()
+    }
+    sizes = {"loss": 4.0, "nll_loss": 3.0, "ntokens": 10, "sample_size": 10}
+    return {**sizes, **vectors, **of_gates, **values}
 
 
 def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
@@ -133,6 +138,26 @@ def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
     assert values["encoder_moe_max_load"] == pytest.approx(1.0)
     assert values["decoder_moe_max_load"] == pytest.approx(1.5)
     assert values["moe_max_load"] == pytest.approx(1.25)
+
+
+def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_update_by_hand():
+    # 8 and 4 tokens; the sums over them are 2 and 2, 1 and 1.
+    values = reduce_metrics([make_log([2.0, 6.0], [4.0, 0.0]), make_log([4.0, 0.0], [4.0, 0.0])])
+    assert values["encoder_moe_gate_entropy"] == pytest.approx(4 / 12, abs=1e-3)
+    assert values["encoder_moe_gate_margin"] == pytest.approx(2 / 12, abs=1e-3)
+    assert values["decoder_moe_gate_entropy"] == pytest.approx(4 / 8)
+    assert values["encoder_moe_rows_per_expert"] == 6
+    assert values["encoder_moe_idle_experts"] == 0
+    assert values["decoder_moe_idle_experts"] == 1
+    assert values["moe_idle_experts"] == pytest.approx(0.5)
+
+
+def test_young_gates_have_nearly_the_entropy_of_even_weights():
+    model = make_training_model()
+    _, _, log = make_criterion()(model, SAMPLE)
+    values = reduce_metrics([log])
+    assert 0 < values["encoder_moe_gate_entropy"] <= math.log(2)
+    assert 0 <= values["encoder_moe_gate_margin"] < 1
 
 
 def test_the_balance_loss_of_several_batches_is_weighted_by_their_size():
