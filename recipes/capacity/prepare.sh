@@ -4,8 +4,8 @@
 # Takes a text of one sentence a line apart into train, valid and test, learns sentencepiece's vocabulary on train, and
 # writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   TEXT_DIR     the folder that holds the text (no default)
-#   TRAIN, TEST  its files, plain, .gz or .xz, without that ending (train.en, val.en)
-#   VALID_LINES  last lines of TRAIN, kept back to choose the dropout on (5000); TEST chooses nothing
+#   TRAIN, TEST  its files, plain, .gz or .xz, without that ending (train.en, val.en); TRAIN may name several
+#   VALID        another, to choose the dropout on; empty (default): the last VALID_LINES of TRAIN (5000). TEST chooses nothing
 #   VOCAB_SIZE   pieces of the vocabulary (2000)
 #   WORK         folder to write (recipes/capacity/work)
 #   THREADS      processes for binarising (1)
@@ -18,13 +18,16 @@ manual_if_asked "${1:-}"
 TEXT_DIR=${TEXT_DIR:-}
 TRAIN=${TRAIN:-train.en}
 TEST=${TEST:-val.en}
+VALID=${VALID:-}
 VALID_LINES=${VALID_LINES:-5000}
 VOCAB_SIZE=${VOCAB_SIZE:-2000}
 WORK=${WORK:-$HERE/work}
 THREADS=${THREADS:-1}
 
 split_text() {
-  python "$HERE/split_text.py" --folder "$TEXT_DIR" --train "$TRAIN" --test "$TEST" \
+  local name trains=()
+  for name in $TRAIN; do trains+=(--train "$name"); done
+  python "$HERE/split_text.py" --folder "$TEXT_DIR" "${trains[@]}" --test "$TEST" --valid "$VALID" \
     --valid-lines "$VALID_LINES" --output "$WORK/text"
 }
 
@@ -50,7 +53,7 @@ binarise() {
 check_settings
 use_environment
 begin_steps "$WORK"
-run_step split "$TEXT_DIR $TRAIN $TEST $VALID_LINES" split_text
+run_step split "$TEXT_DIR $TRAIN $TEST $VALID $VALID_LINES" split_text
 run_step learn-pieces "$VOCAB_SIZE" learn_pieces
 run_step cut "" cut_texts
 run_step binarise "" binarise

@@ -2,13 +2,17 @@
 # Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
 #
 # Prepares the text first (prepare.sh and its variables), trains every model at every dropout with every seed, one after
-# the other, and writes WORK/table.md and WORK/capacity.png: the perplexity of test at the dropout that is best on
-# valid. What is trained is not trained again, so seeds, dropouts and models can be added later. Variables:
-#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"
+# the other, and writes WORK/table.md, WORK/capacity.png (the perplexity of test at the dropout that is best on valid)
+# and WORK/updates.png (that of valid as training goes on). What is trained is not trained again, so seeds, dropouts and
+# models can be added later; a training that was interrupted goes on from its last checkpoint. Variables:
+#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"; there is moe_1024h too
 #   DROPOUTS   to choose from, for each model by itself ("0.0 0.1")
 #   SEEDS      of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
 #   UPDATES    of each training (2000)
+#   SAVE_INTERVAL  updates between checkpoints, at which the perplexity of valid and test is taken too (500)
+#   BREAK_MODE     what a sample is: eos (default), a line; none, a run of BLOCK_SIZE pieces (64) across lines, as paragraphs
+#                  of a book are better trained on
 #   WORK       folder to write (recipes/capacity/work); another DIM, UPDATES or text needs another
 #   DEVICE     auto (default: a GPU when there is one), cpu or cuda
 #   THREADS    for one training process on the processor (1)
@@ -32,11 +36,13 @@ UPDATES=${UPDATES:-2000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-100}
 LEARNING_RATE=${LEARNING_RATE:-0.01}
 CLIP_NORM=${CLIP_NORM:-5.0}
+SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+BREAK_MODE=${BREAK_MODE:-eos}
+BLOCK_SIZE=${BLOCK_SIZE:-64}
 WORK=${WORK:-$HERE/work}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 
-# Perplexity is taken once, after the last update, of valid and test; it is in the log.
 train_model() { # MODEL DROPOUT SEED
   local run=$WORK/runs/$1/dropout-$2/seed-$3 flags
   if [[ -f $run/done ]]; then
@@ -47,18 +53,23 @@ train_model() { # MODEL DROPOUT SEED
   flags=$(python "$HERE/capacity.py" flags "$1" --dim "$DIM")
   mkdir -p "$run"
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=$THREADS logged "$run/train.log" fairseq-train "$WORK/data-bin" \
-    --user-dir "$REPOSITORY/nmt_moe" --task language_modeling --sample-break-mode eos --arch lstm_moe_lm $flags \
+  OMP_NUM_THREADS=$THREADS train_logged "$run/train.log" fairseq-train "$WORK/data-bin" \
+    --user-dir "$REPOSITORY/nmt_moe" --task language_modeling "${SAMPLES[@]}" --arch lstm_moe_lm $flags \
     --dropout "$2" --init-range "$INIT_RANGE" --criterion moe_cross_entropy --optimizer adam \
     --adam-betas '(0.9, 0.98)' --clip-norm "$CLIP_NORM" --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$UPDATES" --max-update "$UPDATES" \
-    --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" --no-save \
+    --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" \
+    --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates 1 --no-epoch-checkpoints \
     --valid-subset valid,test --validate-interval 1000000 "${LOG_FORMAT[@]}" --log-interval 50 "${DEVICE_FLAGS[@]}"
   touch "$run/done"
 }
 
 (($# == 0)) || die "run.sh takes no arguments but --help, not '$1'"
 check_settings
+require_whole BLOCK_SIZE 1
+require_choice BREAK_MODE eos none
+SAMPLES=(--sample-break-mode "$BREAK_MODE")
+[[ $BREAK_MODE == eos ]] || SAMPLES+=(--tokens-per-sample "$BLOCK_SIZE")
 # shellcheck disable=SC2034
 for SEED in $SEEDS; do require_whole SEED 0; done
 # shellcheck disable=SC2034
@@ -69,7 +80,8 @@ export WORK
 set_device
 for model in $MODELS; do python "$HERE/capacity.py" flags "$model" --dim "$DIM" >/dev/null || exit 1; done
 bash "$HERE/prepare.sh"
-settings="text $(<"$WORK/prepared"), DIM $DIM, $INIT_RANGE, $MAX_TOKENS x $UPDATES, $WARMUP_UPDATES $LEARNING_RATE $CLIP_NORM"
+settings="text $(<"$WORK/prepared"), DIM $DIM, $INIT_RANGE, $MAX_TOKENS x $UPDATES, $WARMUP_UPDATES $LEARNING_RATE $CLIP_NORM, \
+${SAMPLES[*]}"
 keep_settings "$WORK" "$settings" WORK
 for seed in $SEEDS; do
   for dropout in $DROPOUTS; do
@@ -77,4 +89,4 @@ for seed in $SEEDS; do
   done
 done
 python "$HERE/capacity.py" report --work "$WORK" --dim "$DIM" --vocab-size "$(($(wc -l <"$WORK/dict.txt") + 4))"
-say "table and figure: $WORK/table.md $WORK/capacity.png"
+say "table and figures: $WORK/table.md $WORK/capacity.png $WORK/updates.png"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Take a text of one sentence a line apart: `train`, `valid` (its end) and `test` (another file).
+"""Write `train`, `valid` and `test` of texts of one sentence or paragraph a line.
 
 Refused, with file and line: what is missing, empty, cut off, not UTF-8, or not cut into sentences.
 """
@@ -9,14 +9,15 @@ from __future__ import annotations
 import gzip
 import lzma
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from nmt_moe.cli import command
 
-# A longer line is a text that was not cut into sentences.
-MAX_LINE_WORDS = 1000
+# A longer line is a text that was not cut into sentences or paragraphs.
+MAX_LINE_WORDS = 3000
 
 
 def find_text(folder: Path, name: str) -> Path:
@@ -65,8 +66,10 @@ def read_sentences(path: Path) -> list[str]:
     return sentences
 
 
-def split_text(train: Path, test: Path, valid_lines: int, output: Path) -> dict[str, int]:
-    """Write `train`, `valid` and `test`; valid is the end of the training text.
+def split_text(
+    trains: Sequence[Path], valid: Path | None, test: Path, valid_lines: int, output: Path
+) -> dict[str, int]:
+    """Write `train`, `valid` and `test`; without `valid`, it is the end of the training text.
 
     Returns:
         Words and ends of sentence of each.
@@ -74,13 +77,17 @@ def split_text(train: Path, test: Path, valid_lines: int, output: Path) -> dict[
     Raises:
         ValueError: a text cannot be used, or nothing would be left to train on.
     """
-    sentences, unseen = read_sentences(train), read_sentences(test)
-    if len(sentences) <= valid_lines:
-        raise ValueError(
-            f"{train}: must have more than VALID_LINES = {valid_lines} lines, but has "
-            f"{len(sentences)}. Set VALID_LINES lower."
-        )
-    parts = {"train": sentences[:-valid_lines], "valid": sentences[-valid_lines:], "test": unseen}
+    sentences = [line for path in trains for line in read_sentences(path)]
+    if valid is None:
+        if len(sentences) <= valid_lines:
+            raise ValueError(
+                f"{trains[-1]}: must have more than VALID_LINES = {valid_lines} lines, but has "
+                f"{len(sentences)}. Set VALID_LINES lower, or VALID to another file."
+            )
+        sentences, chosen = sentences[:-valid_lines], sentences[-valid_lines:]
+    else:
+        chosen = read_sentences(valid)
+    parts = {"train": sentences, "valid": chosen, "test": read_sentences(test)}
     output.mkdir(parents=True, exist_ok=True)
     for name, lines in parts.items():
         (output / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -92,14 +99,22 @@ def split_text(train: Path, test: Path, valid_lines: int, output: Path) -> dict[
     "split_text.py --folder text --train train.en --test val.en --valid-lines 5000 --output work",
 )
 @click.option("--folder", type=Path, required=True, help="Where the text is.")
-@click.option("--train", required=True, help="File in the folder, plain, .gz or .xz.")
+@click.option(
+    "--train", multiple=True, required=True, help="File in the folder, plain, .gz or .xz; several."
+)
+@click.option("--valid", default="", help="Another; empty: the last lines of the last --train.")
 @click.option("--test", required=True, help="Another.")
-@click.option("--valid-lines", type=int, required=True, help="Last lines of --train.")
+@click.option("--valid-lines", type=int, required=True, help="Without --valid: how many lines.")
 @click.option("--output", type=Path, required=True, help="Folder to write.")
-def main(folder: Path, train: str, test: str, valid_lines: int, output: Path) -> None:
-    """Take a text of one sentence a line apart: train, valid (its end) and test (another file)."""
-    texts = (find_text(folder, name) for name in (train, test))
-    for name, words in split_text(*texts, valid_lines, output).items():
+def main(
+    folder: Path, train: Sequence[str], valid: str, test: str, valid_lines: int, output: Path
+) -> None:
+    """Write train, valid and test of texts of one sentence or paragraph a line."""
+    trains = [find_text(folder, name) for name in train]
+    chosen = find_text(folder, valid) if valid else None
+    for name, words in split_text(
+        trains, chosen, find_text(folder, test), valid_lines, output
+    ).items():
         print(f"{name}: {words} words, ends of sentence included")
 
 

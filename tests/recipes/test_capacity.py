@@ -33,13 +33,15 @@ def run(script, **variables):
 def test_all_models_cost_the_same_and_hold_more_and_more():
     # By hand at D = 64: an LSTM has 8 x 64 x 64 = 32,768 weights, an expert 2 x 64 x 128 = 16,384.
     # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072; gates come on top,
-    # 2 x 64 for each expert of a flat one, and 2 x 64 x 16 x (1 + 2) in two levels. LSTMs have 4 x
+    # 2 x 64 for each expert of a flat one, and 2 x 64 x 16 x (1 + 2) in two levels
+    # (32 x 32 of 1024). LSTMs have 4 x
     # 64 biases.
     found = {
         name: {"0.0": {"seed-1": capacity.Result(2.0, 2.0)}} for name in capacity.model_options(64)
     }
     rows = capacity.make_rows(found, 64, 2000)
     gates = {"moe_4": 512, "moe_16": 2048, "moe_64": 8192, "moe_256h": 6144}
+    gates["moe_1024h"] = 2 * 64 * 32 * (1 + 2)
     assert {row.name: row.ops for row in rows if row.name != "moe_1_wide"} == {
         name: 131_072 + gates.get(name, 0) for name in found if name != "moe_1_wide"
     }
@@ -68,7 +70,10 @@ def test_dropout_is_chosen_on_the_seeds_that_all_have():
 
 def write_log(run_folder, valid_bits, test_bits):
     run_folder.mkdir(parents=True)
-    entries = [{"valid_nll_loss": str(valid_bits)}, {"test_nll_loss": str(test_bits)}]
+    entries = [
+        {f"{split}_nll_loss": str(bits), f"{split}_num_updates": "2"}
+        for split, bits in (("valid", valid_bits), ("test", test_bits))
+    ]
     text = "".join(f"2026-01-01 | INFO | x | {json.dumps(entry)}\n" for entry in entries)
     (run_folder / "train.log").write_text("noise {\n" + text)
     (run_folder / "done").touch()
@@ -92,20 +97,29 @@ def test_table_and_figure_of_given_logs(tmp_path):
         "| moe_4 | 131,584 | 132,096 | 0.0 | 2 | 16.00 (16.00 to 16.00) | 6.00 (4.00 to 8.00) |",
     ]
     assert (tmp_path / "table.md").read_text().splitlines() == table
-    assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("capacity.png", "updates.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_from_text_to_table(tmp_path):
+@pytest.mark.parametrize("mode", ["eos", "none"])
+def test_from_text_to_table(tmp_path, mode):
     pytest.importorskip("matplotlib")
     variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": tmp_path / "work"}
+    variables |= {"BREAK_MODE": mode, "BLOCK_SIZE": "8"}
     done = run("run.sh", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "work/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| moe_16"]
-    assert (tmp_path / "work/capacity.png").is_file()
+    assert (tmp_path / "work/updates.png").is_file()
     # What is trained is not trained again, and another width needs another folder.
     again = run("run.sh", **variables)
     assert again.stdout.count("seed 1: done before") == 1
+    # One that was interrupted goes on from its last checkpoint.
+    trained = tmp_path / "work/runs/moe_16/dropout-0.1/seed-1"
+    (trained / "done").unlink()
+    again = run("run.sh", **variables)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Loaded checkpoint" in (trained / "train.log").read_text()
     other = run("run.sh", **variables, UPDATES=3)
     assert other.returncode == 1
     assert "was trained with other settings or text" in other.stderr
@@ -114,10 +128,23 @@ def test_from_text_to_table(tmp_path):
 def test_valid_is_the_end_of_train_and_blank_lines_are_left_out(tmp_path):
     (tmp_path / "train").write_bytes(b"a b\n\nc\n d  e \nf\n")
     (tmp_path / "test").write_bytes(b"g\n")
-    words = split_text.split_text(tmp_path / "train", tmp_path / "test", 2, tmp_path / "out")
+    words = split_text.split_text(
+        [tmp_path / "train"], None, tmp_path / "test", 2, tmp_path / "out"
+    )
     assert words == {"train": 5, "valid": 5, "test": 2}
     texts = [(tmp_path / "out" / name).read_text() for name in words]
     assert texts == ["a b\nc\n", "d e\nf\n", "g\n"]
+
+
+def test_several_texts_are_trained_on_and_valid_may_be_a_text_of_its_own(tmp_path):
+    texts = {name: tmp_path / name for name in ("one", "two", "valid", "test")}
+    for name, path in texts.items():
+        path.write_text(f"{name}\n")
+    one, two, valid, test = texts.values()
+    words = split_text.split_text([one, two], valid, test, 5000, tmp_path / "out")
+    assert words == {"train": 4, "valid": 2, "test": 2}
+    written = [(tmp_path / "out" / name).read_text() for name in words]
+    assert written == ["one\ntwo\n", "valid\n", "test\n"]
 
 
 BAD_TEXTS = [
@@ -125,7 +152,7 @@ BAD_TEXTS = [
     pytest.param(b"\n \n", "the text is empty", id="blank"),
     pytest.param(b"a\nb \xff\n", "line 2, byte 3: not UTF-8", id="no-utf-8"),
     pytest.param(
-        b"a\n" + b"b " * 5000, "line 2 must have at most 1000 words, but has 5000", id="endless"
+        b"a\n" + b"b " * 5000, "line 2 must have at most 3000 words, but has 5000", id="endless"
     ),
 ]
 
@@ -154,7 +181,7 @@ def test_a_text_that_is_cut_off_or_missing_is_named(tmp_path):
 def test_a_text_shorter_than_valid_is_refused(tmp_path):
     (tmp_path / "text").write_bytes(b"a\nb\n")
     with pytest.raises(ValueError, match="more than VALID_LINES = 2 lines, but has 2"):
-        split_text.split_text(tmp_path / "text", tmp_path / "text", 2, tmp_path / "out")
+        split_text.split_text([tmp_path / "text"], None, tmp_path / "text", 2, tmp_path / "out")
 
 
 def test_without_a_finished_training_there_is_no_report(tmp_path):
@@ -168,6 +195,7 @@ REFUSALS = [
     pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be from 0 to below 1, but is '1'"),
     pytest.param({"SEEDS": "a"}, "SEED must be a whole number of at least 0, but is 'a'"),
     pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),
+    pytest.param({"BREAK_MODE": "line"}, "BREAK_MODE must be one of: eos none; but is 'line'"),
     pytest.param({"UPDATES": "0"}, "UPDATES must be a whole number of at least 1"),
 ]
 
