@@ -8,11 +8,12 @@ from nmt_moe.checkpoints.expert_files import (
     rows_of,
     save_experts,
 )
-from nmt_moe.checkpoints.files import copy_whole, write_whole
+from nmt_moe.checkpoints.files import ATTEMPTS, copy_whole, write_whole
 from nmt_moe.checkpoints.manifest import EXPERT_NAMES, MANIFEST
 from nmt_moe.checkpoints.reader import count_updates, load_checkpoint, read_checkpoint
 
 __all__ = [
+    "ATTEMPTS",
     "EXPERT_NAMES",
     "MANIFEST",
     "ByIndex",

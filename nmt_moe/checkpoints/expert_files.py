@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nmt_moe.checkpoints.files import COPY_AGAIN, check_finite_values, read_file, shown, write_whole
+from nmt_moe.checkpoints.files import (
+    ATTEMPTS,
+    COPY_AGAIN,
+    check_finite_values,
+    read_file,
+    shown,
+    write_whole,
+)
 from nmt_moe.checkpoints.manifest import (
     MANIFEST,
     PREFIX,
@@ -80,7 +87,7 @@ def write_expert_file(
     """
     path = folder / expert_file_name(save_id, owned)
     header = {"save_id": save_id, "start": owned.start, "stop": owned.stop}
-    write_whole(path, {**header, "model": model, "optimizer": optimizer})
+    write_whole(path, {**header, "model": model, "optimizer": optimizer}, ATTEMPTS)
     return {
         "name": path.name,
         **header,

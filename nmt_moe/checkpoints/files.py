@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,10 @@ MAX_PICKLE_BYTES = 64 * 2**20
 # Values in nested containers, tensors counted as one.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
+
+# A training does not end because a disk is full, or a network away, for a moment.
+ATTEMPTS = 3
+PAUSE = 2.5  # seconds between two attempts
 
 COPY_AGAIN = "Copy it again, or name another checkpoint of its folder."
 
@@ -95,15 +100,20 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
 
 def _check_values(content: Any) -> None:
     """Reject containers that expand without end, and tensors larger than what holds them."""
-    stack, count = [(content, 0)], 0
-    while stack:
-        value, depth = stack.pop()
-        count += 1
-        if count > MAX_VALUES or depth > MAX_DEPTH:
+    for count, (value, depth) in enumerate(_walk(content)):
+        if count >= MAX_VALUES or depth > MAX_DEPTH:
             raise ValueError("its containers are nested too deeply or hold too many values")
         if isinstance(value, Tensor):
             _check_tensor(value)
-        elif isinstance(value, Mapping):
+
+
+def _walk(content: Any) -> Iterator[tuple[Any, int]]:
+    """Yield a value and all in it, each with its depth in containers."""
+    stack = [(content, 0)]
+    while stack:
+        value, depth = stack.pop()
+        yield value, depth
+        if isinstance(value, Mapping):
             stack.extend((item, depth + 1) for pair in value.items() for item in pair)
         elif isinstance(value, list | tuple | set | frozenset):
             stack.extend((item, depth + 1) for item in value)
@@ -192,15 +202,28 @@ def check_output(path: Path, is_overwritten: bool) -> None:
         raise ValueError(f"`{path}` exists. Name another output, or add `--overwrite`.")
 
 
-def write_whole(path: Path, content: Any) -> None:
+def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
     """Write a file with `torch.save`, whole or not at all.
+
+    Args:
+        path: The file.
+        content: What to save.
+        attempts: How often to try, `PAUSE` apart; each attempt starts with an empty file.
 
     Raises:
         OSError: naming the file and the reason, for example a full disk; the file that had the
             name before is untouched.
     """
-    with _replacing(path) as file:
-        torch.save(content, file)
+    for attempt in range(1, attempts + 1):
+        try:
+            with _replacing(path) as file:
+                torch.save(content, file)
+            return
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            if attempt == attempts:
+                size = sum(value.nbytes for value, _ in _walk(content) if isinstance(value, Tensor))
+                raise _failed_write(path, error, size) from error
+        time.sleep(PAUSE)
 
 
 def copy_whole(source: Path, path: Path) -> None:
@@ -209,8 +232,12 @@ def copy_whole(source: Path, path: Path) -> None:
     Raises:
         OSError: naming the file and the reason; the file that had the name before is untouched.
     """
-    with source.open("rb") as old, _replacing(path) as file:
-        shutil.copyfileobj(old, file, 2**20)
+    with source.open("rb") as old:
+        try:
+            with _replacing(path) as file:
+                shutil.copyfileobj(old, file, 2**20)
+        except OSError as error:
+            raise _failed_write(path, error, source.stat().st_size) from error
 
 
 @contextmanager
@@ -223,10 +250,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError):
         with suppress(OSError):  # of a folder that cannot be written, say
             unfinished.unlink(missing_ok=True)
-        raise _failed_write(path, error) from error
+        raise
 
 
 def create_exclusively(path: Path) -> BinaryIO:
@@ -236,14 +263,18 @@ def create_exclusively(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def _failed_write(path: Path, error: BaseException) -> OSError:
+def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
     """Return one error for a failed write; torch hides the system's behind one of its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
-    kept = "The file that has this name is untouched." if path.exists() else "It was not written."
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free"
+    except OSError:
+        free = "its folder cannot be opened"
     return OSError(
-        f"cannot write `{path}`: {reason.splitlines()[0]}. {kept} "
-        "Make room, or name another folder."
+        f"cannot write `{path}`: {reason.splitlines()[0]}. It needs {size / 1e6:.1f} MB, and "
+        f"{free}. All files written before are whole. Make room, or name another folder, and "
+        "start the same command again: a training goes on from its last checkpoint."
     )

@@ -4,9 +4,7 @@ import errno
 import logging
 import math
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,10 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
-from nmt_moe.checkpoints.expert_files import write_whole
+from nmt_moe.checkpoints import ATTEMPTS, write_whole
 from nmt_moe.compat._replace import replace, replace_in_command
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = 3
-PAUSE = 2.5  # seconds between two attempts, as in fairseq
 
 
 def write_checkpoints_whole() -> None:
@@ -36,29 +31,10 @@ def _writing(save: Callable) -> Callable:
     def torch_persistent_save(content: Any, filename: str, async_write: bool = False) -> None:
         if async_write or not PathManager.supports_rename(filename):
             save(content, filename, async_write)
-            return
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                write_whole(Path(filename), content)
-                return
-            except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-                Path(f"{filename}.tmp").unlink(missing_ok=True)
-                if attempt == ATTEMPTS:
-                    raise OSError(describe_failed_write(filename, error)) from error
-            time.sleep(PAUSE)
+        else:
+            write_whole(Path(filename), content, ATTEMPTS)
 
     return torch_persistent_save
-
-
-def describe_failed_write(filename: str, error: Exception) -> str:
-    """Say why a checkpoint could not be written, what is whole, and what to do."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    free = shutil.disk_usage(os.path.dirname(filename) or ".").free
-    return (
-        f"`{filename}` could not be written: {reason} ({free / 1e6:.1f} MB are "
-        "free). Checkpoints written before are whole. Make room, then start the same command "
-        "again: it goes on from the last one."
-    )
 
 
 def try_the_save_folder() -> None:

@@ -20,7 +20,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from nmt_moe import plugin
-from nmt_moe.compat import saving
+from nmt_moe.checkpoints import files
 from nmt_moe.trainer import ExpertParallelTrainer
 from nmt_moe.trainer.save_folder import LOCK, FolderLock
 from tests.support.commands import PLUGIN, call
@@ -180,15 +180,16 @@ def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch)
         save(content, file)
 
     monkeypatch.setattr(torch, "save", save_half)
-    monkeypatch.setattr(saving, "PAUSE", 0)
+    monkeypatch.setattr(files, "PAUSE", 0)
     failures = 1
     checkpoint_utils.torch_persistent_save({"whole": 1}, str(path))
     assert torch.load(path) == {"whole": 1}
     calls.clear()
     failures = 9
-    match = f"`{path}` could not be written: No space left on device .*before are whole"
+    match = f"cannot write `{path}`: No space left on device. It needs 4.0 MB, and .* MB are free"
     with pytest.raises(OSError, match=match):
-        checkpoint_utils.torch_persistent_save({"whole": 2}, str(path))
+        checkpoint_utils.torch_persistent_save({"whole": torch.zeros(1_000_000)}, str(path))
+    assert len(calls) == files.ATTEMPTS
     assert torch.load(path) == {"whole": 1}
     assert [file.name for file in tmp_path.iterdir()] == [LAST]
 
