@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nmt_moe.checkpoints.files import (
@@ -30,6 +31,10 @@ from nmt_moe.parallel import (
     gather_from_ranks,
     is_first_replica,
 )
+
+# Weights of trainings in half precision: fairseq saves them as float32, files of experts did not.
+HALVES = {torch.float16, torch.bfloat16}
+PRECISIONS = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
 ByName = dict[str, Tensor]
 ByIndex = dict[int, ByName]
@@ -132,7 +137,8 @@ def _fill(
 ) -> None:
     """Add the experts `owned` (global ids) to `target`, out of the values of several files."""
     for name, first in parts[0].items():
-        target[name] = first.new_empty(owned.stop - owned.start, *first.shape[1:])
+        dtype = torch.float32 if first.dtype in HALVES else first.dtype
+        target[name] = first.new_empty(owned.stop - owned.start, *first.shape[1:], dtype=dtype)
         for values, entry in zip(parts, entries, strict=True):
             start, stop = max(owned.start, entry["start"]), min(owned.stop, entry["stop"])
             target[name][start - owned.start : stop - owned.start] = values[name][
@@ -197,6 +203,7 @@ def _check_content(
     if not isinstance(states, dict):
         raise ValueError(f"`{path}` has an optimizer's state {shown(states)}. {COPY_AGAIN}")
     dtypes = {value.dtype for value in state["model"].values()}
+    dtypes |= HALVES if _is_in_half_precision(state) else set()
     for entry, part in zip(entries, parts, strict=True):
         try:
             _check_part(part, entry, parts[0], names)
@@ -216,6 +223,12 @@ def _check_content(
             ) from None
         for key in ("model", "optimizer"):
             check_finite_values(path.parent / entry["name"], part[key], key)
+
+
+def _is_in_half_precision(state: Mapping[str, Any]) -> bool:
+    cfg = state.get("cfg")
+    common = cfg.get("common") if isinstance(cfg, Mapping) else None
+    return isinstance(common, Mapping) and any(common.get(name) for name in PRECISIONS)
 
 
 def _check_part(

@@ -29,6 +29,13 @@ from nmt_moe.trainer.experts import (
     own_expert_state,
     own_experts,
 )
+from nmt_moe.trainer.precision import (
+    keeping_loaded,
+    master_weights,
+    scaler_state,
+    set_master_weights,
+    set_scaler_state,
+)
 from nmt_moe.trainer.reading import reading_for_training
 from nmt_moe.trainer.save_folder import FolderLock, remove_unfinished_files, warn_of_little_room
 from nmt_moe.trainer.settings import check_expert_parallel, check_training
@@ -39,6 +46,7 @@ logger = logging.getLogger(__name__)
 # Keys in a checkpoint's extra state.
 NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
+SCALER = "loss_scaler"
 
 # A loss so many times the first one, which is about that of guessing, is warned of.
 MOST_GROWTH = 100
@@ -182,7 +190,8 @@ class ExpertParallelTrainer(Trainer):
         folder = Path(self.cfg.checkpoint.save_dir)
         if self.is_spread:
             num_experts = next(moe_layers(self.get_model())).config.num_experts
-            own = own_experts(self.get_model()), self._own_expert_state()
+            model = self.get_model()
+            own = own_experts(model, self._masters()), self._own_expert_state()
             self._manifest = save_experts(folder, num_experts, *own, self.group)
         try:
             yield
@@ -190,6 +199,9 @@ class ExpertParallelTrainer(Trainer):
             self._manifest = None
         if self.is_data_parallel_master:
             _remove_unused_files(folder)
+
+    def _masters(self) -> dict[str, Tensor]:
+        return master_weights(self.get_model(), self.optimizer)
 
     def _own_expert_state(self) -> dict[int, dict[str, Tensor]]:
         if self.cfg.checkpoint.no_save_optimizer_state:
@@ -199,7 +211,10 @@ class ExpertParallelTrainer(Trainer):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: all but the experts, if they are in files beside it."""
         state = super().state_dict()
+        masters = self._masters()
+        state["model"].update(masters)
         extra_state = state["extra_state"]
+        extra_state[SCALER] = scaler_state(self.optimizer)
         extra_state[NUM_PROCESSES] = self.data_parallel_world_size
         iterator = self._train_iterator
         if iterator is not None and iterator.iterations_in_epoch and not iterator.end_of_epoch():
@@ -209,7 +224,8 @@ class ExpertParallelTrainer(Trainer):
             extra_state[EXPERT_NAMES] = names
         if self._manifest is not None:
             state[MANIFEST] = self._manifest
-            leave_out_experts(state, own_experts(self.get_model()), self._own_expert_state())
+            own = own_experts(self.get_model(), masters), self._own_expert_state()
+            leave_out_experts(state, *own)
         return state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
@@ -223,7 +239,9 @@ class ExpertParallelTrainer(Trainer):
             return None
         return super().save_checkpoint(filename, extra_state)
 
-    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    def load_checkpoint(
+        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+    ) -> dict[str, Any] | None:
         """Load a checkpoint of any number of ranks, each rank its own experts.
 
         Raises:
@@ -236,9 +254,13 @@ class ExpertParallelTrainer(Trainer):
                 f"`--restore-file` must name a checkpoint, but there is no file `{filename}`. "
                 "Leave it out to go on from checkpoint_last.pt, or start from nothing."
             )
-        with reading_for_training(self._complete):
-            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        model = self.get_model()
+        with reading_for_training(self._complete), keeping_loaded(model) as loaded:
+            extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         if extra_state is not None:
+            set_master_weights(model, self.optimizer, loaded)
+            if not reset_optimizer:
+                set_scaler_state(self.optimizer, extra_state.get(SCALER, {}))
             now = self.data_parallel_world_size
             before = extra_state.get(NUM_PROCESSES, now)
             iterator = extra_state["train_iterator"]

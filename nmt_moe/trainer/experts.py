@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fairseq.utils import move_to_cpu
 from torch import Tensor, nn
 
 from nmt_moe.checkpoints import ByIndex, ByName, rows_of
@@ -28,17 +29,26 @@ def expert_group(model: nn.Module) -> ExpertParallelGroup:
     return next(groups, ALONE)
 
 
-def own_experts(model: nn.Module) -> ByName:
-    """Return this rank's experts by name: (L, ...) on the CPU."""
+def own_experts(model: nn.Module, masters: ByName) -> ByName:
+    """Return this rank's experts by name, as checkpoints hold weights.
+
+    Args:
+        model: The model.
+        masters: float32 weights by name that are trained in the place of the model's own.
+
+    Returns:
+        (L, ...) on the CPU.
+    """
     named = model.named_parameters()
-    return {name: p.detach().cpu() for name, p in named if shard_group(p) is not None}
+    own = {name: masters.get(name, p) for name, p in named if shard_group(p) is not None}
+    return move_to_cpu({name: value.detach() for name, value in own.items()})
 
 
 def own_expert_state(optimizer: Any) -> ByIndex:
     """Return what the optimizer knows of this rank's experts, one row for each."""
     states = optimizer.optimizer.state
     return {
-        index: {name: value.cpu() for name, value in rows_of(states.get(p, {}), len(p)).items()}
+        index: move_to_cpu(rows_of(states.get(p, {}), len(p)))
         for index, p in enumerate(optimizer.params)
         if is_shard(p)
     }

@@ -200,6 +200,24 @@ def test_an_unchanged_file_with_a_new_digest_is_accepted(path):
     assert torch.equal(load_checkpoint(path)["model"][NAME], whole_state()["model"][NAME])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "memory_efficient_fp16"])
+def test_experts_in_half_precision_are_those_of_a_training_in_it(path, precision):
+    state = read(path)
+    for entry in state[MANIFEST]["files"]:
+        part = path.parent / entry["name"]
+        content = torch.load(part, weights_only=True)
+        content["model"][NAME] = content["model"][NAME].half()
+        torch.save(content, part)
+        digest = hashlib.sha256(part.read_bytes()).hexdigest()
+        entry.update(bytes=part.stat().st_size, sha256=digest)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="is torch.float16, like no other parameter"):
+        load_checkpoint(path)
+    torch.save({**state, "cfg": {"common": {precision: True}}}, path)
+    expected = whole_state()["model"][NAME].half().float()  # fairseq has float32 in checkpoints
+    assert torch.equal(load_checkpoint(path)["model"][NAME], expected)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("\0"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),

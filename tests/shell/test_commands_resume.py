@@ -2,9 +2,12 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from nmt_moe.trainer.precision import master_weights, set_master_weights
 from tests.support.commands import call
 from tests.support.training import TINY_MOE, assert_same_bits, load
 
@@ -56,17 +59,37 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
 
 
-@pytest.mark.parametrize("precision", ["--memory-efficient-bf16", "--memory-efficient-fp16"])
-def test_weights_of_half_precision_alone_resume_bit_for_bit(
-    data: Path, tmp_path: Path, precision: str
-):
-    # With --bf16 and --fp16 a copy in float32 is trained, which fairseq does not save.
-    train(data, tmp_path / "unbroken", 2, precision)
-    for epochs in (1, 2):
-        train(data, tmp_path / "resumed", epochs, precision)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bf16"],
+        ["--fp16", "--fp16-scale-window", 5],  # the scale changes between the resume and the end
+        ["--memory-efficient-bf16"],
+        ["--memory-efficient-fp16", "--fp16-scale-window", 5],
+        ["--fp16", "--optimizer", "factored_adam"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
+    # --bf16 and --fp16 train copies of the weights in float32, which are what is saved.
+    train(data, tmp_path / "unbroken", 2, "--save-interval-updates", 8, *flags)
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "unbroken/checkpoint_2_8.pt", tmp_path / "resumed/checkpoint_last.pt")
+    train(data, tmp_path / "resumed", 2, *flags)
     one, two = (load(tmp_path / name / "checkpoint_last.pt") for name in ("unbroken", "resumed"))
     assert_same_bits(one["model"], two["model"])
     assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
+    assert one["extra_state"]["loss_scaler"] == two["extra_state"]["loss_scaler"]
+
+
+def test_flat_copies_of_half_precision_are_saved_by_their_names():
+    model = torch.nn.Linear(3, 2).half()
+    flat = torch.arange(8.0) / 3
+    optimizer = SimpleNamespace(fp16_params=list(model.parameters()), fp32_params={0: flat})
+    expected = {"weight": flat[:6].view(2, 3), "bias": flat[6:]}
+    assert_same_bits(expected, master_weights(model, optimizer))
+    set_master_weights(model, optimizer, {"weight": torch.ones(2, 3) / 7, "bias": flat[6:]})
+    assert flat.equal(torch.tensor([1 / 7] * 6 + [2.0, 7 / 3]))
 
 
 def test_the_bits_depend_on_the_seed(data: Path, unbroken: Path, tmp_path: Path):

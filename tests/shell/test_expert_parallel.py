@@ -6,12 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
 from nmt_moe.checkpoints import MANIFEST
 from nmt_moe.trainer.settings import check_expert_parallel
 from tests.support.commands import call
 from tests.support.ranks import run_ranks
-from tests.support.training import TINY_MOE, TRANSLATE, copy_checkpoint, load, load_whole
+from tests.support.training import (
+    TINY_MOE,
+    TRANSLATE,
+    assert_same_bits,
+    copy_checkpoint,
+    load,
+    load_whole,
+)
 
 # Five batches, so that one of two processes stands idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
@@ -41,8 +49,13 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
         train(f"noisy{size}", *UNEVEN, *split, *BLEU)
         train(f"groups{size}", *UNEVEN, *split, "--moe-groups", 2)
         train(f"factored{size}", *UNEVEN, *split, "--optimizer", "factored_adam")
-        train(f"bf16-{size}", *UNEVEN, *split, "--bf16")
+        train(f"bf16-{size}", *UNEVEN, *split, "--bf16", "--save-interval-updates", 4)
         train(f"fp16-{size}", *UNEVEN, *split, "--memory-efficient-fp16", "--update-freq", 2)
+    if rank == 0:
+        (folder / "bf16-resumed").mkdir()
+        copy_checkpoint(folder / "bf16-2/checkpoint_2_4.pt", folder / "bf16-resumed")
+    distributed.barrier()
+    train("bf16-resumed", *UNEVEN, "--bf16")
 
 
 def resume_on_four(rank: int, data: Path, folder: Path) -> None:
@@ -78,10 +91,7 @@ def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> No
     one, other = load_whole(expected), load_whole(actual)
     assert one["model"].keys() == other["model"].keys()
     for name, value in one["model"].items():
-        # fairseq saves half precision as float32, files of experts as it is.
-        torch.testing.assert_close(
-            other["model"][name], value, **tolerance, check_dtype=False, msg=name
-        )
+        torch.testing.assert_close(other["model"][name], value, **tolerance, msg=name)
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
     for place, values in states[0].items():
@@ -154,6 +164,15 @@ def test_half_precision_learns_what_copies_do_but_for_rounding(two_processes, ki
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
     assert_same_training(copies, spread, atol=0.05, rtol=0.05)
+
+
+def test_spread_experts_in_half_precision_resume_bit_for_bit(two_processes):
+    name = "checkpoint_last.pt"
+    one, two = (load_whole(two_processes / f"bf16-{kind}" / name) for kind in ("2", "resumed"))
+    assert_same_bits(one["model"], two["model"])
+    assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
+    weight = one["model"]["decoder.network.moe.moe.experts.weight_in"]
+    assert not weight.equal(weight.bfloat16().float())
 
 
 def settings(**changes):
