@@ -26,7 +26,11 @@ from nmt_moe.compat.checkpoints import (
     refuse_untied_weights,
 )
 from nmt_moe.compat.configuration import evaluate_literals_only
-from nmt_moe.compat.dictionaries import keep_typed_marks_as_text, name_damaged_dictionaries
+from nmt_moe.compat.dictionaries import (
+    keep_typed_marks_as_text,
+    name_damaged_dictionaries,
+    name_damaged_sentencepiece_models,
+)
 from nmt_moe.compat.diverse_beams import count_diverse_sentences_within_their_batch
 from nmt_moe.compat.errors import end_in_one_message
 from nmt_moe.compat.interactive import (
@@ -95,6 +99,7 @@ __all__ = [
     "let_validate_read_the_task_from_the_checkpoint",
     "name_damaged_alignment_dictionaries",
     "name_damaged_dictionaries",
+    "name_damaged_sentencepiece_models",
     "name_endless_lines",
     "name_folders_without_data",
     "name_missing_target_sides",
@@ -145,6 +150,7 @@ drop_damaged_data_quietly()
 write_digests_of_binarised_data()
 keep_typed_marks_as_text()
 name_damaged_dictionaries()
+name_damaged_sentencepiece_models()
 name_damaged_alignment_dictionaries()
 read_lines_of_raw_data_by_one_rule()
 read_lines_of_texts_by_one_rule()

@@ -3,15 +3,19 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fairseq import file_utils
 from fairseq.data.dictionary import Dictionary
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from fairseq.file_io import PathManager
 from fairseq.tokenizer import tokenize_line
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.text import pieces
 from nmt_moe.text.lines import read_lines
 
 logger = logging.getLogger(__name__)
@@ -61,6 +65,25 @@ def _find_problem(line: str) -> str | None:
 
 def _shorten(line: str) -> str:
     return repr(line if len(line) <= 80 else line[:77] + "...")
+
+
+def name_damaged_sentencepiece_models() -> None:
+    """Name the file of `--sentencepiece-model` that is damaged.
+
+    Reason: the error is one of sentencepiece's own code, which names no file.
+    """
+    replace(SentencepieceBPE, "__init__", _loading)
+
+
+def _loading(initialise: Callable) -> Callable:
+    def __init__(self: SentencepieceBPE, cfg: Any) -> None:  # noqa: N807
+        try:
+            initialise(self, cfg)
+        except RuntimeError:
+            pieces.load(Path(file_utils.cached_path(cfg.sentencepiece_model)))
+            raise
+
+    return __init__
 
 
 def keep_typed_marks_as_text() -> None:

@@ -1,5 +1,6 @@
 """The WMT14 recipes on a tiny mirror of the same layout, whole and spoilt."""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -358,6 +359,20 @@ def test_a_text_that_is_too_large_for_its_lines_is_refused(mirror):
     part = archives.find_part(archives.read_manifest(mirror / "manifest.json"), "fr", "giga-fren")
     with pytest.raises(ValueError, match="has more than 1,073,576 bytes"):
         archives.extract(part, "fr", mirror / "x.tar", mirror.parent / "raw")
+
+
+def test_a_disk_that_was_full_while_extracting_leaves_nothing_in_the_way(mirror, monkeypatch):
+    def fill_disk(stream, limit, name):
+        yield stream.read(5)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(archives, "bounded", fill_disk)
+        with pytest.raises(OSError, match="No space left"):
+            extract(mirror, "news-commentary-v9")
+    assert not list(mirror.parent.glob("raw/*.fr"))
+    extract(mirror, "news-commentary-v9")
+    assert len((mirror.parent / "raw/news-commentary-v9.fr").read_bytes().splitlines()) == 25
 
 
 def test_prepare_stops_at_a_bad_archive_and_goes_on_from_there(mirror):

@@ -177,6 +177,14 @@ def test_a_dictionary_is_read_as_it_was_written(tmp_path: Path):
     assert dictionary.symbols[4:] == ["ba", "a\u00a0b", "ba"]
 
 
+def test_a_damaged_sentencepiece_model_is_named(data: Path, checkpoint: Path, tmp_path: Path):
+    (tmp_path / "spm.model").write_bytes(b"no model")
+    flags = ["--path", checkpoint, "--cpu", "--bpe", "sentencepiece"]
+    flags += ["--sentencepiece-model", tmp_path / "spm.model"]
+    with pytest.raises(ValueError, match=r"spm\.model` is not a whole sentencepiece model"):
+        call("interactive", data, *flags, stdin=b"ba\n")
+
+
 def test_a_damaged_dictionary_of_replacements_is_named(tmp_path: Path):
     path = tmp_path / "alignment.txt"
     path.write_text("ba ab\nde\n")
