@@ -225,16 +225,16 @@ JSON = st.recursive(
 )
 
 
-@given(
-    manifest=JSON
-    | st.fixed_dictionaries(
-        {
-            "save_id": st.just("1f") | JSON,
-            "num_experts": st.sampled_from([0, 6, 10**12, -1]) | JSON,
-            "files": JSON | st.lists(st.dictionaries(st.sampled_from(["name", "start"]), JSON)),
-        }
-    )
+MANIFESTS = JSON | st.fixed_dictionaries(
+    {
+        "save_id": st.just("1f") | JSON,
+        "num_experts": st.sampled_from([0, 6, 10**12, -1]) | JSON,
+        "files": JSON | st.lists(st.dictionaries(st.sampled_from(["name", "start"]), JSON)),
+    }
 )
+
+
+@given(manifest=MANIFESTS)
 def test_a_malformed_manifest_is_named_and_nothing_else_is_raised(manifest):
     state = {**whole_state(), MANIFEST: manifest}
     if manifest is None:

@@ -1,0 +1,98 @@
+"""Whenever a process is killed, the checkpoint before is whole, and a resume loses nothing."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmt_moe.checkpoints import load_checkpoint, remove_unused_files
+from nmt_moe.checkpoints.reshape import split_checkpoint
+from tests.checkpoints.test_expert_files import NAME, whole_state
+from tests.support.commands import PLUGIN, call
+from tests.support.corpus import preprocess_flags, write_corpus
+from tests.support.training import TINY_MOE, assert_same_bits, load
+
+LAST = "checkpoint_last.pt"
+
+
+def save_for_ever(folder: Path, first: int) -> None:
+    """Save one checkpoint after the other, with its number in the weights and in the experts."""
+    torch.set_num_threads(1)
+    for number in range(first, first + 100_000):
+        state = whole_state()
+        state["model"]["embed"].fill_(number)
+        state["model"][NAME].fill_(number)
+        split_checkpoint(state, folder / LAST, 3)
+        remove_unused_files(folder)
+
+
+@pytest.mark.parametrize("rounds", [8, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_save_that_is_killed_leaves_a_whole_checkpoint(rounds: int, tmp_path: Path):
+    chance, number, path = random.Random(rounds), 0, tmp_path / LAST
+    context = multiprocessing.get_context("fork")
+    for _ in range(rounds):
+        saver = context.Process(target=save_for_ever, args=(tmp_path, number))
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        saver.start()
+        while not path.exists() or path.stat().st_mtime_ns == before:
+            assert saver.is_alive()
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.1)
+        saver.kill()
+        saver.join()
+        assert saver.exitcode == -signal.SIGKILL
+        weights = load_checkpoint(path)["model"]
+        values = {*weights["embed"].flatten().tolist(), *weights[NAME].flatten().tolist()}
+        assert len(values) == 1
+        assert values.pop() >= number
+        number += 1000
+    remove_unused_files(tmp_path)
+    assert len(list(tmp_path.glob("experts-*"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_training_that_is_killed_again_and_again_ends_in_the_bits_of_an_unbroken_one(
+    tmp_path: Path,
+):
+    data = tmp_path / "data"
+    call("preprocess", *preprocess_flags(write_corpus(tmp_path / "corpus"), data))
+    flags = [*TINY_MOE, "--save-interval-updates", 1, "--keep-interval-updates", 3]
+    flags += ["--no-epoch-checkpoints", "--max-update", 60]
+    call("train", data, *flags, "--save-dir", tmp_path / "unbroken")
+    killed, chance = tmp_path / "killed", random.Random(1)
+    command = [sys.executable, "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN]
+    command += [*flags, "--save-dir", killed]
+    kills = 0
+    while True:
+        training = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLUGIN.parent)},
+        )
+        before = (killed / LAST).stat().st_mtime_ns if (killed / LAST).exists() else 0
+        while training.poll() is None:
+            last = killed / LAST
+            if last.exists() and last.stat().st_mtime_ns != before:
+                time.sleep(chance.random() * 0.5)
+                training.kill()
+                training.wait()
+            time.sleep(0.005)
+        for path in killed.glob("*.pt"):
+            load(path)
+        if training.returncode == 0:
+            break
+        assert training.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills > 3
+    one, two = (load(folder / LAST) for folder in (tmp_path / "unbroken", killed))
+    assert_same_bits(one["model"], two["model"])
+    assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
