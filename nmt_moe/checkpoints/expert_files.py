@@ -241,7 +241,8 @@ def _check_part(
     for key in ("start", "stop"):
         if part.get(key) != entry[key]:
             raise ValueError(f"its {key} is {shown(part.get(key))}, not {entry[key]}")
-    model, optimizer = part.get("model"), part.get("optimizer")
+    model: Any = part.get("model")
+    optimizer: Any = part.get("optimizer")
     count = entry["stop"] - entry["start"]
     _check_tensors(model, count)
     expected = set(names.values()) or first["model"].keys()

@@ -67,7 +67,8 @@ def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
 def _check_fields(manifest: Any) -> None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise ValueError(f"has a manifest of experts that is malformed: {shown(manifest)}")
-    save_id, num_experts = manifest.get("save_id"), manifest.get("num_experts")
+    save_id: Any = manifest.get("save_id")
+    num_experts: Any = manifest.get("num_experts")
     if not _is_text(save_id, SAVE_ID):
         raise ValueError(f"has a manifest of experts with the save id {shown(save_id)}")
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:

@@ -26,6 +26,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"`{path}` has {shown(name)} as a parameter. {COPY_AGAIN}")
+    if not isinstance(state.get("last_optimizer_state"), dict | None):
+        raise ValueError(f"`{path}` has an optimizer's state that is not a table. {COPY_AGAIN}")
     check_finite_values(path, model, "model")
     check_finite_values(path, state.get("last_optimizer_state"), "last_optimizer_state")
     if state.get(MANIFEST) is not None:

@@ -271,8 +271,8 @@ def _drop_files(path: Path, settings: Any) -> None:
                 dropped[key] = table[key]
                 table[key] = False if isinstance(table[key], bool) else None
     for group in ("bpe", "tokenizer"):
-        table = settings.get(group) if isinstance(settings, dict) else None
-        if isinstance(table, dict) and FILE_OPTIONS & table.keys() & dropped.keys():
+        of_group = settings.get(group) if isinstance(settings, dict) else None
+        if isinstance(of_group, dict) and FILE_OPTIONS & of_group.keys() & dropped.keys():
             settings[group] = None  # it is nothing without its file
     if dropped:
         logger.debug("files that the configuration of %s names are not opened: %s", path, dropped)

@@ -42,8 +42,11 @@ class Gating(NamedTuple):
 
     def first_group(self) -> "Gating":
         """Keep the sums of the first group of rows."""
-        sums = (values[0] for values in (self.importance, self.load, self.tokens_per_expert))
-        return Gating(self.gates, self.expert_ids, *sums, *self[5:])
+        return self._replace(
+            importance=self.importance[0],
+            load=self.load[0],
+            tokens_per_expert=self.tokens_per_expert[0],
+        )
 
 
 def noisy_top_k(

@@ -22,11 +22,17 @@ def check_fits_its_model(path: str) -> str | None:
         ValueError: naming the parameters that are missing, unexpected or of another shape.
     """
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
-    cfg = state["cfg"].model
+    cfg: Any = (state.get("cfg") or {}).get("model")
+    if not getattr(cfg, "_name", None):
+        raise ValueError(f"`{path}` has no configuration of a model. Name another checkpoint.")
     found = models.ARCH_MODEL_REGISTRY.get(cfg._name) or models.MODEL_REGISTRY[cfg._name]
     if not found.__module__.startswith("nmt_moe."):
         return None
     have = {name: tuple(value.shape) for name, value in state["model"].items()}
+    for key in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
+        # Each layer has parameters: a claim of millions must not cost hours to refute.
+        if getattr(cfg, key, 0) > len(have):
+            raise ValueError(f"`{path}` has {len(have)} parameters, but `{key}` {cfg[key]}.")
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
     with torch.device("meta"):

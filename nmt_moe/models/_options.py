@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, Dict, Optional, Type, TypeVar
+from typing import Any, Dict, Optional, TypeVar
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import register_model_architecture
@@ -95,13 +95,14 @@ def other_default(name: str, default: Any) -> Any:
     return field(default=default, metadata=MoEOptions.__dataclass_fields__[name].metadata)
 
 
-def to_core(kind: Type[Config], options: Any, **others: Any) -> Config:
+def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
     """Build a core configuration of the options of the same names, and `others`.
 
     Raises:
         ValueError: naming the option, its rule and its value.
     """
-    values = {f.name: getattr(options, f.name) for f in fields(kind) if f.name not in others}
+    names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
+    values = {name: getattr(options, name) for name in names}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
 

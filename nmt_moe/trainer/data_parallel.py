@@ -13,6 +13,8 @@ class ExpertParallelDataParallel(LegacyDistributedDataParallel):
     They would be too large by a factor of the number of ranks.
     """
 
+    buffer_size: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # The whole buffer is sent, so it must have no room for what does not go through it:

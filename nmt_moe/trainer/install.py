@@ -18,7 +18,7 @@ def install() -> None:
     # fairseq-train imports the class before it loads a plugin; under `python -m`, it is __main__.
     for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
         if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
-            module.Trainer = ExpertParallelTrainer
+            vars(module)["Trainer"] = ExpertParallelTrainer
     distributed_fairseq_model.LegacyDistributedDataParallel = ExpertParallelDataParallel
     replace(checkpoint_utils, "save_checkpoint", _saving)
     replace(checkpoint_utils, "load_checkpoint_to_cpu", reading_all_experts)

@@ -12,6 +12,7 @@ import torch
 from fairseq import checkpoint_utils, models, options, tasks, utils
 from fairseq.registry import REGISTRIES
 
+from nmt_moe.cli.reshape import verify
 from nmt_moe.compat import ignore_unsafe_loading
 from nmt_moe.compat.configuration import evaluate_literal
 from tests.support.commands import call
@@ -91,6 +92,39 @@ def test_what_could_execute_is_refused_by_name(groups, message, checkpoint: Path
     path = changed(checkpoint, tmp_path / "hostile.pt", **groups)
     with pytest.raises(ValueError, match=message):
         checkpoint_utils.load_checkpoint_to_cpu(path)
+
+
+def test_a_checkpoint_is_whole_only_if_it_fits_its_model(checkpoint: Path, tmp_path: Path):
+    assert "fits `lstm_moe_gnmt`" in verify(checkpoint)
+    name = "decoder.output.weight"
+
+    def drop(state):
+        del state["model"][name]
+
+    def cut(state):
+        state["model"][name] = state["model"][name][:, 1:]
+
+    def claim(state):
+        state["cfg"]["model"]["encoder_layers"] = 10**9
+
+    def forget(state):
+        del state["cfg"]
+
+    def spoil(state):
+        state["last_optimizer_state"] = [1]
+
+    for change, message in [
+        (drop, rf"{name} is missing"),
+        (cut, rf"{name} is \("),
+        (claim, "`encoder_layers` 1000000000"),
+        (forget, "no configuration of a model"),
+        (spoil, "not a table"),
+    ]:
+        state = torch.load(checkpoint, weights_only=False)
+        change(state)
+        torch.save(state, tmp_path / "changed.pt")
+        with pytest.raises(ValueError, match=message):
+            verify(tmp_path / "changed.pt")
 
 
 def test_files_that_a_configuration_names_are_not_opened(checkpoint: Path, tmp_path: Path):
