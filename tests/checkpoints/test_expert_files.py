@@ -68,6 +68,15 @@ def test_split_and_restored_is_what_it_was(path):
     assert NAME not in read(path)["model"]
 
 
+@pytest.mark.parametrize("states", [{}, {1: {"step": 3}}], ids=["before any update", "plain SGD"])
+def test_experts_whose_optimizer_knows_nothing_of_them_come_back(states, tmp_path):
+    state = whole_state()
+    state["last_optimizer_state"]["state"] = states
+    split_checkpoint(state, tmp_path / "checkpoint_last.pt", 3)
+    found = restored(tmp_path / "checkpoint_last.pt")
+    assert torch.equal(found["model"][NAME], whole_state()["model"][NAME])
+
+
 @pytest.mark.parametrize("owned", [slice(0, 3), slice(1, 5), slice(5, 6)])
 def test_any_range_comes_from_the_files_that_have_it(path, owned):
     state = restored(path, owned=owned)

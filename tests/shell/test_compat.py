@@ -244,6 +244,11 @@ def raised(error: Exception, module: str) -> Exception:
         ),
         (Exception("Sample #3 is invalid"), "fairseq.tasks", "Sample #3 is invalid"),
         (Exception("a bug"), "somewhere", None),
+        (
+            RuntimeError("sendBytes failed: Broken pipe"),
+            "torch.distributed",
+            "another process of this training has ended; its own message says why",
+        ),
         (AssertionError("ours"), "nmt_moe.moe", None),
         (ValueError(), "nmt_moe.moe", None),
     ],

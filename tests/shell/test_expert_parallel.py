@@ -9,6 +9,8 @@ import torch
 from torch import distributed
 
 from nmt_moe.checkpoints import MANIFEST
+from nmt_moe.parallel import ExpertParallelGroup, mark_expert
+from nmt_moe.trainer.experts import own_expert_state
 from nmt_moe.trainer.settings import check_expert_parallel
 from tests.support.commands import call
 from tests.support.ranks import run_ranks
@@ -173,6 +175,16 @@ def test_spread_experts_in_half_precision_resume_bit_for_bit(two_processes):
     assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])
     weight = one["model"]["decoder.network.moe.moe.experts.weight_in"]
     assert not weight.equal(weight.bfloat16().float())
+
+
+def test_experts_can_be_saved_before_their_optimizer_knows_them():
+    weight = torch.nn.Parameter(torch.ones(2, 3, 4))
+    mark_expert(weight, ExpertParallelGroup(size=2))
+    inner = SimpleNamespace(state={})
+    optimizer = SimpleNamespace(params=[torch.nn.Parameter(torch.ones(3)), weight], optimizer=inner)
+    assert own_expert_state(optimizer) == {1: {}}
+    inner.state[weight] = {"step": 1, "exp_avg": torch.zeros(2, 3, 4)}
+    assert own_expert_state(optimizer)[1].keys() == {"exp_avg"}
 
 
 def settings(**changes):

@@ -137,6 +137,22 @@ def test_thousands_of_hostile_manifests_are_refused():
     often(given(manifest=expert_files.MANIFESTS)(check.hypothesis.inner_test))()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_named(value: float, tmp_path: Path):
+    tensors = {
+        r"model\['embed'\]": lambda state: state["model"]["embed"],
+        r"last_optimizer_state.*\[0\].*'exp_avg'": lambda state: state["last_optimizer_state"][
+            "state"
+        ][0]["exp_avg"],
+    }
+    for name, find in tensors.items():
+        state = expert_files.whole_state()
+        find(state)[1] = value
+        torch.save(state, tmp_path / LAST)
+        with pytest.raises(ValueError, match=rf"{LAST}` has NaN or infinities in {name}"):
+            read_checkpoint(tmp_path / LAST)
+
+
 def test_containers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("nmt_moe.checkpoints.files.MAX_VALUES", 1000)
     nest: Any = {}
