@@ -215,7 +215,7 @@ def test_training_that_cannot_be_is_refused_by_name(
 ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(data, tmp_path, 1, *flags)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):

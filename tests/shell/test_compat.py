@@ -185,7 +185,7 @@ def test_a_missing_checkpoint_keeps_its_own_message(folder):
 
 
 def test_a_checkpoint_of_an_unknown_model_asks_for_its_plugin(folder):
-    state = torch.load(folder / "models/checkpoint_last.pt")
+    state = torch.load(folder / "models/checkpoint_last.pt", weights_only=False)
     state["cfg"]["model"] = {"_name": "of_another_plugin"}
     torch.save(state, folder / "unknown.pt")
     with pytest.raises(ValueError, match=r"the model `of_another_plugin`, .*Add the --user-dir"):

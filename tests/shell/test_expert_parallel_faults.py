@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -188,12 +188,12 @@ def test_a_copy_that_is_cut_short_leaves_the_old_checkpoint(tmp_path: Path, monk
     old.write_text("old")
     new.write_text("new")
 
-    def copy_half(source: str, destination: str) -> None:
-        Path(destination).write_text("n")
+    def copy_half(source: BinaryIO, destination: BinaryIO, length: int) -> None:
+        destination.write(source.read(1))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as cut:
-        cut.setattr(shutil, "copyfile", copy_half)
+        cut.setattr(shutil, "copyfileobj", copy_half)
         with pytest.raises(KeyboardInterrupt):
             PathManager.copy(str(new), str(old), overwrite=True)
     assert old.read_text() == "old"
