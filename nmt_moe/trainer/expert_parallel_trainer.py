@@ -90,6 +90,7 @@ class ExpertParallelTrainer(Trainer):
             folder = Path(cfg.checkpoint.save_dir)
             self._lock = FolderLock(folder)
             remove_unfinished_files(folder)
+            remove_unused_files(folder)  # what a failed save has left
             warn_of_little_room(folder, model, not cfg.checkpoint.no_save_optimizer_state)
 
     @property
@@ -198,7 +199,7 @@ class ExpertParallelTrainer(Trainer):
         finally:
             self._manifest = None
         if self.is_data_parallel_master:
-            _remove_unused_files(folder)
+            remove_unused_files(folder)
 
     def _masters(self) -> dict[str, Tensor]:
         return master_weights(self.get_model(), self.optimizer)
@@ -281,10 +282,3 @@ class ExpertParallelTrainer(Trainer):
             restore_experts(path, state, self.group.owned(num_experts))
         elif self.is_spread:
             cut_experts(state, name_experts(self.get_model(), self.optimizer.params), self.group)
-
-
-def _remove_unused_files(folder: Path) -> None:
-    try:
-        remove_unused_files(folder)
-    except ValueError as error:
-        logger.warning("%s", error)

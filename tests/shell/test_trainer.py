@@ -194,6 +194,15 @@ def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == [LAST]
 
 
+def test_a_training_removes_what_failed_saves_have_left(data: Path, tmp_path: Path):
+    left = [tmp_path / name for name in ("checkpoint_last.pt.tmp", "experts-0a-0-4.pt")]
+    for path in left:
+        path.write_bytes(b"half")
+    call("train", data, *TINY_MOE, "--max-update", 1, "--save-dir", tmp_path)
+    assert not any(path.exists() for path in left)
+    assert (tmp_path / LAST).exists()
+
+
 def test_no_link_is_followed_when_a_checkpoint_is_written_or_copied(tmp_path: Path):
     other, path, copied = (tmp_path / name for name in ("other", LAST, "checkpoint_best.pt"))
     other.write_text("mine")
