@@ -1,5 +1,6 @@
 """What all criterions add to their loss and log: the balance of MoE layers."""
 
+import functools
 from typing import Any, Dict, List
 
 import torch
@@ -13,10 +14,18 @@ STATS = ("importance", "load", "tokens_per_expert")
 GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 
 
+def moe_stats(extra: Any) -> Dict[str, MoEStats]:
+    """Return the statistics of all MoE layers from a model's second output.
+
+    Models of fairseq's give anything there: None, a tensor, a dictionary without them.
+    """
+    return extra.get("moe_stats", {}) if isinstance(extra, dict) else {}
+
+
 def add_balance(
     loss: Tensor,
     sample_size: int,
-    extra: Dict[str, Any],
+    extra: Any,
     logging_output: Dict[str, Any],
     is_training: bool,
 ) -> Tensor:
@@ -38,7 +47,7 @@ def add_balance(
 
     Source: Shazeer et al. 2017, section 4 and Appendix A.
     """
-    all_stats: Dict[str, MoEStats] = extra.get("moe_stats", {})
+    all_stats = moe_stats(extra)
     for name, stats in all_stats.items():
         for key in STATS:
             logging_output[f"{name}_moe_{key}"] = getattr(stats, key).detach()
@@ -51,7 +60,7 @@ def add_balance(
     return loss
 
 
-def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Dict[str, Any]) -> None:
+def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
     """Stop at a loss that is NaN, before it reaches the parameters.
 
     On a GPU, MoE layers leave it to this to find tokens that are not finite, which make the loss
@@ -61,7 +70,7 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Dict[str, Any]) ->
         FloatingPointError: naming the first MoE layer with such tokens, else the sentences.
     """
     if torch.isnan(loss.detach()).any():
-        for stats in extra.get("moe_stats", {}).values():
+        for stats in moe_stats(extra).values():
             stats.check_finite()
         sentences = sample["id"].tolist()
         raise FloatingPointError(
@@ -72,36 +81,53 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Dict[str, Any]) ->
 
 
 def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log the columns of Table 6, and what the gates did, from all outputs of one update.
+    """Log the columns of Table 6, and what the gates did, from the outputs of batches and ranks.
 
-    Those are the logging outputs of all its batches and ranks.
+    Those of training are means over updates, whose balance the losses train. Those of evaluation
+    are of all tokens together: a mean over batches would grow as batches get smaller.
     """
     sample_size = sum(log["sample_size"] for log in logging_outputs)
-    if "balance_loss" in logging_outputs[0]:
+    is_training = "balance_loss" in logging_outputs[0]
+    if is_training:
         total = sum(log["balance_loss"] for log in logging_outputs)
         metrics.log_scalar("balance_loss", total / sample_size, sample_size, round=4)
     suffix = f"_moe_{STATS[0]}"
     layers = [key[: -len(suffix)] for key in logging_outputs[0] if key.endswith(suffix)]
     if not layers:
         return
-    rows = [layer_metrics(layer, logging_outputs) for layer in layers]
-    for layer, row in zip(layers, rows, strict=False):
-        for key, value in row.items():
-            metrics.log_scalar(f"{layer}_moe_{key}", value, sample_size, round=3)
-    for key in rows[0]:
-        mean = sum(row[key] for row in rows) / len(rows)
-        metrics.log_scalar(f"moe_{key}", mean, sample_size, round=3)
+    sums = {
+        f"{layer}_moe_{key}": sum(log[f"{layer}_moe_{key}"] for log in logging_outputs)
+        for layer in layers
+        for key in (*STATS, *GATE_STATS)
+    }
+    if is_training:
+        for column, value in balance_columns(layers, sums).items():
+            metrics.log_scalar(column, value, sample_size, round=3)
+        return
+    for name, value in sums.items():
+        metrics.log_scalar(f"_{name}", value.double().cpu().numpy())
+    for column in balance_columns(layers, sums):
+        metrics.log_derived(column, functools.partial(_column_of_all, column, layers, list(sums)))
 
 
-def layer_metrics(layer: str, logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    """Compute a layer's columns from the logging outputs of one update.
+def balance_columns(layers: List[str], sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Compute all columns of all layers from sums, then the layers' means, `moe_cv_load` etc."""
+    rows = {layer: layer_metrics(layer, sums) for layer in layers}
+    columns = {f"{layer}_moe_{key}": row[key] for layer, row in rows.items() for key in row}
+    for key in rows[layers[0]]:
+        columns[f"moe_{key}"] = sum(row[key] for row in rows.values()) / len(rows)
+    return columns
+
+
+def layer_metrics(layer: str, sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Compute a layer's columns from sums over all tokens of an update or of an evaluation.
 
     Returns:
         Those of `balance_metrics`; the mean `gate_entropy` (nats) and `gate_margin` of a token; the
         mean `rows_per_expert`, and the number of `idle_experts`, which had no row.
     """
     importance, load, rows, *gate_sums = (
-        sum(log[f"{layer}_moe_{key}"] for log in logging_outputs) for key in (*STATS, *GATE_STATS)
+        sums[f"{layer}_moe_{key}"] for key in (*STATS, *GATE_STATS)
     )
     tokens = importance.sum().clamp_min(1e-9)  # the gates of a token sum to 1
     return {
@@ -110,3 +136,9 @@ def layer_metrics(layer: str, logging_outputs: List[Dict[str, Any]]) -> Dict[str
         "rows_per_expert": rows.double().mean(),
         "idle_experts": (rows == 0).sum(),
     }
+
+
+def _column_of_all(column: str, layers: List[str], names: List[str], meters: Any) -> float:
+    """Compute one column from the sums that are logged."""
+    sums = {name: torch.as_tensor(meters[f"_{name}"].sum) for name in names}
+    return round(balance_columns(layers, sums)[column].item(), 3)

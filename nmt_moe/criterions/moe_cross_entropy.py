@@ -29,6 +29,19 @@ class MoECrossEntropyConfig(FairseqDataclass):
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
+def _check_plain_softmax(model: nn.Module) -> None:
+    """Refuse a model whose output is not yet logits.
+
+    Raises:
+        ValueError: naming the options.
+    """
+    if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
+        raise ValueError(
+            "`--criterion` must be adaptive_loss with `--adaptive-softmax-cutoff`, but is "
+            "moe_cross_entropy, which needs the logits of all symbols. Leave the cut-offs out."
+        )
+
+
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
 class MoECrossEntropy(FairseqCriterion):
     """Cross-entropy of all words, ends of sentences included, plus the balance losses.
@@ -48,6 +61,9 @@ class MoECrossEntropy(FairseqCriterion):
         # sentence and then the unknown word stand right before the words, and are frequent; the
         # two before them, beginning and padding, are never a target, and so the rarest.
         self.first_class = dictionary.eos()
+        self.begin = dictionary.bos()
+        settings = getattr(task, "args", None)  # of a language model
+        self.adds_begin = bool(getattr(settings, "add_bos_token", False))
         if not 0 <= sampled_softmax <= len(dictionary):
             raise ValueError(
                 f"`--sampled-softmax` must be from 0 to {len(dictionary)}, the size of the "
@@ -59,18 +75,21 @@ class MoECrossEntropy(FairseqCriterion):
         self, model: nn.Module, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, int, Dict[str, Tensor]]:
         """Compute the loss of a batch, its sample size and what to log."""
+        _check_plain_softmax(model)
         is_sampled = model.training and self.num_draws > 0
         nll, extra = self._sampled(model, sample) if is_sampled else self._full(model, sample)
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        num_sentences = sample["target"].size(0)
+        num_tokens = sample["ntokens"] - (num_sentences if self.adds_begin else 0)
+        sample_size = num_sentences if self.sentence_avg else num_tokens
         logging_output = {
             "nll_loss": nll.detach().sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
+            "ntokens": num_tokens,
+            "nsentences": num_sentences,
             "sample_size": sample_size,
         }
         if is_sampled:
             # Summed over batches and ranks like all columns, so the constant has to have a weight.
-            logging_output["sampled_softmax"] = self.num_draws * sample["ntokens"]
+            logging_output["sampled_softmax"] = self.num_draws * num_tokens
         loss = nll.sum() if reduce else nll
         loss = add_balance(loss, sample_size, extra, logging_output, model.training)
         logging_output["loss"] = loss.data
@@ -80,7 +99,7 @@ class MoECrossEntropy(FairseqCriterion):
     def _full(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
         """Give the (N,) negative log-likelihoods of all targets, and the model's second output."""
         logits, extra = model(**sample["net_input"])
-        is_token = sample["target"].ne(self.padding_idx)
+        is_token = self._is_token(sample["target"])
         target = sample["target"][is_token]
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
@@ -94,9 +113,18 @@ class MoECrossEntropy(FairseqCriterion):
             )
         features, extra = model(**sample["net_input"], features_only=True)
         weight = output.weight
-        is_token = sample["target"].ne(self.padding_idx)
+        is_token = self._is_token(sample["target"])
         classes = draw_classes(self.num_draws, len(weight), self.first_class, weight.device)
         return sampled_nll(features[is_token], weight, sample["target"][is_token], classes), extra
+
+    def _is_token(self, target: Tensor) -> Tensor:
+        """Tell (B, T) which targets are words or ends of sentences.
+
+        With --add-bos-token fairseq makes the begin mark a target too, which is certain. As in
+        fairseq-eval-lm, it counts for nothing.
+        """
+        is_token = target.ne(self.padding_idx)
+        return is_token & target.ne(self.begin) if self.adds_begin else is_token
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:

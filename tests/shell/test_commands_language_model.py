@@ -9,7 +9,14 @@ import pytest
 
 from tests.support.commands import PLUGIN, REPOSITORY, Output, call, run
 from tests.support.corpus import write_lines
-from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
+from tests.support.language_model import (
+    EVALUATE,
+    TEXT,
+    TINY_LM,
+    UPDATES,
+    preprocess_flags,
+    write_text,
+)
 from tests.support.training import assert_same_bits, load, without_updates
 
 BALANCE_KEYS = {
@@ -104,6 +111,32 @@ def test_eval_lm_gives_the_perplexity_of_validation_over_all_words_and_ends(
         tokens,
         pytest.approx(perplexity, rel=1e-3),
     )
+
+
+@pytest.mark.parametrize("draws", [0, 8])
+def test_a_begin_mark_in_front_of_each_row_is_no_target(
+    text_data: Path, tmp_path: Path, draws: int
+):
+    begin = ["--add-bos-token", "--sampled-softmax", draws]
+    train(text_data, tmp_path, *begin, "--max-epoch", 2, "--no-epoch-checkpoints")
+    flags = ["--gen-subset", "valid", "--sample-break-mode", "eos", "--add-bos-token"]
+    _, perplexity = evaluate(text_data, tmp_path / "checkpoint_last.pt", *flags)
+    bits = records(tmp_path, "valid_nll_loss")[-1]["valid_nll_loss"]
+    assert math.log2(perplexity) == pytest.approx(bits, abs=2e-3)
+
+
+def test_fairseqs_own_model_trains_with_the_criterion(text_data: Path, tmp_path: Path):
+    widths = [f"--decoder-{name}=16" for name in ("embed-dim", "hidden-size", "out-embed-dim")]
+    few = [*TEXT, *UPDATES, "--max-update", 1, "--no-save", "--save-dir", tmp_path]
+    assert "valid_ppl" in call("train", text_data, "--arch", "lstm_lm", *widths, *few).text
+
+
+def test_an_adaptive_softmax_has_a_criterion_of_its_own(text_data: Path, tmp_path: Path):
+    widths = [f"--decoder-{name}=16" for name in ("embed-dim", "ffn-embed-dim")]
+    flags = [*widths, "--decoder-layers", 1, "--decoder-attention-heads", 2]
+    flags += [*TEXT, *UPDATES, "--adaptive-softmax-cutoff", 8, "--save-dir", tmp_path]
+    with pytest.raises(ValueError, match="`--criterion` must be adaptive_loss with"):
+        call("train", text_data, "--arch", "transformer_lm", *flags)
 
 
 def test_the_state_is_kept_between_sentences_of_a_block_and_reset_between_rows(

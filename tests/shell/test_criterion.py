@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmt_moe.criterions import MoELabelSmoothedCrossEntropy
+from nmt_moe.criterions._balance import add_balance, check_finite
 from nmt_moe.kernels import _backend
+from tests.support.commands import call
 from tests.support.models import make_model, make_sample, make_task
+from tests.support.training import UPDATES
 
+WIDTHS = ("embed-dim", "hidden-size")
 SAMPLE = make_sample(["abc", "jihg", "e"], ["ffab", "cd", "jj"])
 TWICE = make_sample(["abc", "jihg", "e"] * 2, ["ffab", "cd", "jj"] * 2)
 # Noise is the one thing by which two equal halves of a batch would differ.
@@ -160,6 +165,23 @@ def test_young_gates_have_nearly_the_entropy_of_even_weights():
     assert 0 <= values["encoder_moe_gate_margin"] < 1
 
 
+def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
+    # As above, but reduced batch by batch, as validation does while it runs.
+    logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
+    with metrics.aggregate(new_root=True) as aggregator:
+        for log in logs:
+            MoELabelSmoothedCrossEntropy.reduce_metrics([log])
+    values = aggregator.get_smoothed_values()
+    assert values == pytest.approx(reduce_metrics(logs))
+    assert values["encoder_moe_cv_load"] == 0.0
+    assert values["moe_cv_load"] == 0.25
+    # In training, each update counts by itself: the mean of 0.5 and 0.5.
+    with metrics.aggregate(new_root=True) as aggregator:
+        for log in logs:
+            MoELabelSmoothedCrossEntropy.reduce_metrics([{**log, "balance_loss": 1.0}])
+    assert aggregator.get_smoothed_values()["encoder_moe_cv_load"] == 0.5
+
+
 def test_the_balance_loss_of_several_batches_is_weighted_by_their_size():
     # 0.2 for each of 10 and 0.5 for each of 30: (2 + 15) / 40.
     logs = [
@@ -189,6 +211,31 @@ def test_a_dense_model_logs_no_balance():
     _, _, log = make_criterion()(make_training_model(dense=True), SAMPLE)
     assert not [key for key in log if "moe" in key or "balance" in key]
     assert "ppl" in reduce_metrics([log])
+
+
+@pytest.mark.parametrize("extra", [None, torch.zeros(2), [None], {"inner_states": []}])
+def test_what_other_models_give_beside_their_output_is_left_alone(extra: object):
+    loss = torch.ones(())
+    log = {"sample_size": 3}
+    assert add_balance(loss, 3, extra, log, is_training=True) == loss
+    assert log == {"sample_size": 3}
+    with pytest.raises(FloatingPointError, match="The loss is NaN"):
+        check_finite(loss * math.nan, {"id": torch.arange(3)}, extra)
+
+
+@pytest.mark.parametrize("architecture", ["lstm", "fconv"])
+def test_fairseqs_own_models_train_with_the_criterion(
+    architecture: str, data: Path, tmp_path: Path
+):
+    widths = [f"--{side}-{name}=16" for side in ("encoder", "decoder") for name in WIDTHS]
+    flags = {
+        "lstm": [*widths, "--decoder-out-embed-dim", 16],
+        "fconv": [f"--{side}-layers=[(16, 3)]" for side in ("encoder", "decoder")],
+    }
+    common = ["--arch", architecture, *UPDATES, "--max-update", 1, "--no-save"]
+    done = call("train", data, *common, *flags[architecture], "--save-dir", tmp_path)
+    assert "valid_ppl" in done.text
+    assert "moe" not in done.records()[-1]
 
 
 def test_a_loss_that_is_no_number_names_its_sentences():
