@@ -46,7 +46,9 @@ from nmt_moe.compat.lines import (
     read_lines_of_raw_data_by_one_rule,
     read_lines_of_texts_by_one_rule,
 )
+from nmt_moe.compat.model_kinds import refuse_models_of_another_task, warn_of_other_directions
 from nmt_moe.compat.options import (
+    drop_warnings_of_libraries,
     let_validate_read_the_task_from_the_checkpoint,
     suggest_close_names,
 )
@@ -58,6 +60,7 @@ from nmt_moe.compat.preprocessing import (
 from nmt_moe.compat.processes import fix_distributed_config, let_torchrun_train_on_cpu
 from nmt_moe.compat.samples import let_each_sentence_be_a_sample, name_endless_lines
 from nmt_moe.compat.saving import (
+    name_metrics_that_are_not_computed,
     never_take_nan_for_best,
     save_intervals_that_end_an_epoch,
     stop_at_the_last_update,
@@ -81,6 +84,7 @@ __all__ = [
     "copy_checkpoints_whole",
     "copy_integers_into_averages",
     "drop_damaged_data_quietly",
+    "drop_warnings_of_libraries",
     "count_diverse_sentences_within_their_batch",
     "end_in_one_message",
     "end_with_the_launcher",
@@ -102,6 +106,7 @@ __all__ = [
     "name_damaged_sentencepiece_models",
     "name_endless_lines",
     "name_folders_without_data",
+    "name_metrics_that_are_not_computed",
     "name_missing_target_sides",
     "name_sentences_longer_than_a_batch",
     "name_texts_that_are_skipped_whole",
@@ -111,6 +116,7 @@ __all__ = [
     "read_lines_of_raw_data_by_one_rule",
     "read_lines_of_texts_by_one_rule",
     "read_checkpoints_safely",
+    "refuse_models_of_another_task",
     "refuse_untied_weights",
     "report_odd_lines",
     "save_intervals_that_end_an_epoch",
@@ -122,6 +128,7 @@ __all__ = [
     "suggest_close_names",
     "translate_blank_into_blank",
     "try_the_save_folder",
+    "warn_of_other_directions",
     "warn_of_unknown_words_in_texts",
     "write_checkpoints_whole",
     "write_digests_of_binarised_data",
@@ -133,6 +140,8 @@ evaluate_literals_only()
 allow_configuration_in_broadcasts()
 explain_misfits()
 refuse_untied_weights()
+refuse_models_of_another_task()
+warn_of_other_directions()
 keep_numpy_out_of_checkpoints()
 copy_checkpoints_whole()
 write_checkpoints_whole()
@@ -140,6 +149,7 @@ try_the_save_folder()
 save_intervals_that_end_an_epoch()
 never_take_nan_for_best()
 stop_at_the_last_update()
+name_metrics_that_are_not_computed()
 keep_every_sentence()
 name_texts_that_are_skipped_whole()
 let_each_sentence_be_a_sample()
@@ -171,6 +181,7 @@ fix_half_precision_flags()
 skip_overflowing_updates_on_cpu()
 let_validate_read_the_task_from_the_checkpoint()
 suggest_close_names()
+drop_warnings_of_libraries()
 let_torchrun_train_on_cpu()
 fix_distributed_config()
 count_diverse_sentences_within_their_batch()

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -9,8 +10,15 @@ from typing import Any, NoReturn
 from fairseq import options
 
 from nmt_moe.compat._replace import replace
+from nmt_moe.compat.errors import is_fairseq_command
 
 MANY_CHOICES = 12
+# Beginnings of warnings, of hydra, of torch's data loader and of its mixed precision.
+OF_LIBRARIES = (
+    r"\s*'config' is validated against ConfigStore schema",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+    r"`torch\.cuda\.amp\.",
+)
 
 
 def let_validate_read_the_task_from_the_checkpoint() -> None:
@@ -63,3 +71,14 @@ def shorten_choices(message: str) -> str:
     close = difflib.get_close_matches(name, choices, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all."
     return f"{start}: {hint} Names of a plugin are known with its --user-dir."
+
+
+def drop_warnings_of_libraries() -> None:
+    """Drop warnings of how fairseq calls hydra and torch, at each start of fairseq's commands.
+
+    Reason: users can change none of it, and twenty lines hide those that are for them.
+    """
+    if is_fairseq_command():
+        warnings.filterwarnings("ignore", module=r"hydra\b")
+        for message in OF_LIBRARIES:
+            warnings.filterwarnings("ignore", message)

@@ -5,12 +5,14 @@ import logging
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.logging import metrics
 
 from nmt_moe.checkpoints import ATTEMPTS, write_whole
 from nmt_moe.compat._replace import replace, replace_in_command
@@ -146,3 +148,50 @@ def _training(train: Callable) -> Callable:
         return train(cfg, trainer, task, epoch_itr)
 
     return train_epoch
+
+
+def name_metrics_that_are_not_computed() -> None:
+    """Name a `--best-checkpoint-metric` that validation does not compute, before the first update.
+
+    Reason: it ends in a KeyError after a whole epoch, of which nothing is saved.
+    """
+    replace_in_command("train", "train", _choosing_metric)
+
+
+def _choosing_metric(train: Callable) -> Callable:
+    checked: weakref.WeakSet = weakref.WeakSet()
+
+    def train_epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> tuple[list, bool]:
+        # Any validation computes the loss.
+        metric = cfg.checkpoint.best_checkpoint_metric
+        if metric != "loss" and not cfg.dataset.disable_validation and trainer not in checked:
+            checked.add(trainer)
+            check_best_metric(metric, trainer, cfg.dataset.valid_subset.split(",")[0])
+        return train(cfg, trainer, task, epoch_itr)
+
+    return train_epoch
+
+
+def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
+    """Validate one batch, and look for a metric among what that computes.
+
+    Raises:
+        ValueError: naming all there are.
+    """
+    with metrics.aggregate(new_root=True) as found:
+        batches = trainer.get_valid_iterator(subset).next_epoch_itr(
+            shuffle=False, set_dataset_epoch=False
+        )
+        trainer.valid_step(next(iter(batches)))
+    names = [name for name in found if not name.startswith("_")]
+    # A batch is of one pair of languages.
+    pairs = [str(pair) for pair in getattr(trainer.task, "evaluated_pairs", ())]
+    for name in list(names):
+        pair, _, column = name.partition("_")
+        if pair in pairs:
+            names += [f"{other}_{column}" for other in pairs]
+    if metric not in names:
+        raise ValueError(
+            f"`--best-checkpoint-metric` must be one of {', '.join(sorted(set(names)))}, but is "
+            f"{metric}, which validation does not compute. BLEU needs --eval-bleu."
+        )

@@ -3,15 +3,18 @@
 import difflib
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.modules import FairseqDropout
 from fairseq.tasks.translation import TranslationTask
+from torch import nn
 
-from nmt_moe.checks import check_range
+from nmt_moe.checks import check_choice, check_range
 from nmt_moe.search import SearchConfig
 
 # Least values of fairseq's options.
@@ -20,6 +23,29 @@ LEAST |= {"no_repeat_ngram_size": 0}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
 # Of these, decoding twice changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
+# What fairseq can take out of translations.
+REMOVABLE = ("sentencepiece", "wordpiece", "letter", "silence", "_EOW", "subword_nmt", "@@ ")
+REMOVABLE += ("@@", "none")
+# fairseq-eval-lm adds up the losses of a word's pieces, which it knows by their end.
+REMOVABLE_OF_LM = ("subword_nmt", "@@ ")
+
+
+def check_evaluation(args: Any) -> None:
+    """Check what fairseq-eval-lm alone takes; of other commands, nothing is looked at.
+
+    Raises:
+        ValueError: naming the option, its rule and its value.
+    """
+    if not hasattr(args, "context_window"):
+        return
+    block = getattr(args, "tokens_per_sample", None)
+    highest = None if block is None else block - 1
+    check_range("--context-window", args.context_window, 0, highest)
+    if args.path and ":" in args.path and not os.path.exists(args.path):
+        raise ValueError(
+            f"`--path` must name one checkpoint, but is {args.path}. fairseq-eval-lm takes no "
+            "ensemble."
+        )
 
 
 def flag(name: str) -> str:
@@ -67,17 +93,51 @@ def _check_sampling(args: Any, beam: int) -> None:
 
 
 def check_pieces(args: Any) -> None:
-    """Refuse to join pieces twice.
+    """Refuse to join pieces twice, or pieces of an unknown kind.
 
     Raises:
-        ValueError: `--remove-bpe` beside a `--bpe` that would take the spaces of its result out.
+        ValueError: `--remove-bpe` is unknown, or beside a `--bpe` that would take the spaces of
+            its result out.
     """
     bpe, removed = getattr(args, "bpe", None), getattr(args, "post_process", None)
+    if removed is not None:
+        is_lm = hasattr(args, "context_window")
+        check_choice("--remove-bpe", removed, REMOVABLE_OF_LM if is_lm else REMOVABLE)
     if removed and bpe and bpe not in PLAIN_BPE:
         raise ValueError(
             f"`--remove-bpe {removed}` joins pieces that `--bpe {bpe}` joins again, which takes "
             f"all spaces out. Leave `--remove-bpe` out: lines `D-` are without pieces."
         )
+
+
+def check_retained_dropout(prepare: Callable) -> Callable:
+    """Refuse `--retain-dropout` for a model whose dropout it does not reach.
+
+    Reason: fairseq reaches only its own modules, by their names, and ignores all else.
+
+    Raises:
+        ValueError: naming the options and the modules there are.
+    """
+
+    def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
+        wanted = cfg.generation.retain_dropout_modules
+        if cfg.generation.retain_dropout:
+            modules = [part for part in model.modules() if isinstance(part, FairseqDropout)]
+            names = sorted({part.module_name for part in modules if part.module_name})
+            missing = set(wanted or ()) - set(names)
+            if not modules or missing:
+                raise ValueError(
+                    f"`--retain-dropout` must reach dropout of a {type(model).__name__}, which has "
+                    f"{', '.join(names) or 'none that it reaches'}, but asks for "
+                    f"{', '.join(sorted(missing)) or 'all'}. Leave it out."
+                )
+        elif wanted:
+            raise ValueError(
+                "`--retain-dropout-modules` has an effect only with `--retain-dropout`."
+            )
+        return prepare(model, cfg)
+
+    return prepare_for_inference
 
 
 def apply_shards(args: Namespace) -> None:
@@ -104,7 +164,7 @@ def apply_shards(args: Namespace) -> None:
 
 
 def check_bleu_options(build: Callable) -> Callable:
-    """Check the two JSON options of `--eval-bleu` before the model is built.
+    """Check the options of `--eval-bleu` before the model is built.
 
     Raises:
         ValueError: naming the option and what is wrong with its value.
@@ -112,6 +172,8 @@ def check_bleu_options(build: Callable) -> Callable:
 
     def build_model(task: TranslationTask, *args: Any, **kwargs: Any) -> Any:
         if task.cfg.eval_bleu:
+            if task.cfg.eval_bleu_remove_bpe is not None:
+                check_choice("--eval-bleu-remove-bpe", task.cfg.eval_bleu_remove_bpe, REMOVABLE)
             read_json("--eval-bleu-detok-args", task.cfg.eval_bleu_detok_args)
             check_types("--eval-bleu-args", read_json("--eval-bleu-args", task.cfg.eval_bleu_args))
         return build(task, *args, **kwargs)

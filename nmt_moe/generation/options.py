@@ -23,6 +23,7 @@ from typing import Any
 
 from fairseq import options
 from fairseq.dataclass import utils as dataclass_utils
+from fairseq.models import BaseFairseqModel
 from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq.tasks.translation import TranslationTask
 
@@ -30,8 +31,10 @@ from nmt_moe.compat._replace import replace
 from nmt_moe.generation.checks import (
     apply_shards,
     check_bleu_options,
+    check_evaluation,
     check_generation,
     check_pieces,
+    check_retained_dropout,
     flag,
 )
 from nmt_moe.search import SearchConfig
@@ -61,6 +64,7 @@ def add_gnmt_search() -> None:
     replace(dataclass_utils, "override_module_args", _keeping_options)
     replace(FairseqTask, "build_generator", _building)
     replace(TranslationTask, "build_model", check_bleu_options)
+    replace(BaseFairseqModel, "prepare_for_inference_", check_retained_dropout)
 
 
 def _adding_options(add: Callable) -> Callable:
@@ -79,6 +83,7 @@ def _keeping_options(make: Callable) -> Callable:
         # Bad values are refused before any model is read.
         config = read_config(args)
         check_pieces(args)
+        check_evaluation(args)
         apply_shards(args)
         overrides, deletes = make(args)
         set_names = [name for name in NAMES if getattr(config, name)]

@@ -82,6 +82,9 @@ class MoELayer(nn.Module):
         experts spread over ranks aside): tokens that are not finite are then left to
         `MoEStats.check_finite`.
 
+        `torch.compile` leaves the layer out, as its shapes depend on the choice of experts: a model
+        is compiled around it, and cannot be with `fullgraph=True` or `torch.export`.
+
         Args:
             x: (N, D).
             padding_mask: (N,) bool, True = padding. Such rows of y are 0; they reach no expert,
@@ -99,6 +102,13 @@ class MoELayer(nn.Module):
 
         Source: Shazeer et al. 2017, eq. 1.
         """
+        if torch.compiler.is_compiling():
+            return _compute_uncompiled(self, x, padding_mask, noise)
+        return self._compute(x, padding_mask, noise)
+
+    def _compute(
+        self, x: Tensor, padding_mask: Tensor | None, noise: Noise | None
+    ) -> tuple[Tensor, MoEStats]:
         self._check_tensors(x, padding_mask, noise)
         rows = drop_padding(padding_mask, may_wait=self.gate.waits)
         tokens = rows.take(x)
@@ -189,6 +199,14 @@ class MoELayer(nn.Module):
         check_shape("noise", parts[-1], (len(x), num_experts), "(N, E)")
         for part in parts:
             check_like("noise", part, None, x.device)
+
+
+# `torch.compiler.disable` without importing the compiler here, which takes seconds.
+@torch._disable_dynamo
+def _compute_uncompiled(
+    layer: MoELayer, x: Tensor, padding_mask: Tensor | None, noise: Noise | None
+) -> tuple[Tensor, MoEStats]:
+    return layer._compute(x, padding_mask, noise)
 
 
 def build_gate(config: MoEConfig) -> Gate:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -10,11 +11,12 @@ import sacrebleu
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.tasks import register_task, translation
+from fairseq.tasks import FairseqTask, register_task, translation
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
 from nmt_moe.checks import check_range
+from nmt_moe.compat._replace import replace
 from nmt_moe.tasks._languages import (
     Pair,
     check_language,
@@ -151,6 +153,12 @@ class MultilingualGNMTTask(TranslationTask):
             raise ValueError(
                 "`--source-lang` and `--target-lang` must be left out in training, but name "
                 f"'{self.direction}'. --lang-pairs {self.direction} trains that pair alone."
+            )
+        if not self.evaluated_pairs and self.cfg.langs:
+            raise ValueError(
+                "`--source-lang` and `--target-lang` must name the direction to translate, such as "
+                f"-s {self.languages[0]} -t {self.languages[-1]}, but are missing. To train, name "
+                "the directions with --lang-pairs."
             )
         if not self.evaluated_pairs:
             parse_pairs("")  # says what is missing
@@ -334,6 +342,23 @@ class MultilingualGNMTTask(TranslationTask):
             tokens.int().cpu(), self.cfg.eval_bleu_remove_bpe, unk_string=unknown
         )
         return self.tokenizer.decode(text) if self.tokenizer else text
+
+
+def _refusing_languages(load: Callable) -> Callable:
+    def load_state_dict(task: FairseqTask, state_dict: Dict[str, Any]) -> None:
+        if not isinstance(task, MultilingualGNMTTask) and "languages" in state_dict:
+            raise ValueError(
+                "the checkpoint is of a multilingual model. Add --task "
+                f"translation_multilingual_gnmt --langs {','.join(state_dict['languages'])} and "
+                "the direction, --source-lang and --target-lang."
+            )
+        load(task, state_dict)
+
+    return load_state_dict
+
+
+# Without the task, the dictionary lacks the languages' tokens, and seems to be another one.
+replace(FairseqTask, "load_state_dict", _refusing_languages)
 
 
 def read_direction(cfg: MultilingualGNMTConfig, languages: Sequence[str]) -> Optional[Pair]:

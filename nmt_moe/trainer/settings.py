@@ -6,9 +6,44 @@ from typing import Any
 
 from torch import nn
 
+from nmt_moe.checks import check_range
 from nmt_moe.trainer.experts import moe_layers
 
 logger = logging.getLogger(__name__)
+
+
+# Least and largest values: (group of settings, option) by fairseq's names.
+RANGES = {
+    ("criterion", "label_smoothing"): (0, 1),
+    ("optimizer", "weight_decay"): (0, None),
+    ("optimization", "max_epoch"): (0, None),
+    ("optimization", "max_update"): (0, None),
+    ("dataset", "num_workers"): (0, None),
+    ("dataset", "max_tokens"): (1, None),
+    ("dataset", "batch_size"): (1, None),
+    ("dataset", "max_tokens_valid"): (1, None),
+    ("dataset", "batch_size_valid"): (1, None),
+    ("dataset", "validate_interval"): (1, None),
+    ("dataset", "validate_interval_updates"): (0, None),
+    ("checkpoint", "save_interval"): (1, None),
+    ("checkpoint", "save_interval_updates"): (0, None),
+    ("common", "log_interval"): (1, None),
+    ("ema", "ema_decay"): (0, 1),
+}
+
+
+def check_numbers(cfg: Any) -> None:
+    """Reject numbers out of their range, which fairseq computes with or divides by.
+
+    Raises:
+        ValueError: naming the option, its range and its value.
+    """
+    for (group, name), bounds in RANGES.items():
+        value = getattr(cfg.get(group), name, None)
+        if value is not None:
+            check_range(f"--{name.replace('_', '-')}", value, *bounds)
+    for value in cfg.optimization.update_freq:
+        check_range("--update-freq", value, 1)
 
 
 def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
@@ -22,6 +57,7 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
         for value in values:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{option}` must be a number from 0 on, but is {value}.")
+    check_numbers(cfg)
     layers = list(moe_layers(model))
     weights = [(layer.config.importance_weight, layer.config.load_weight) for layer in layers]
     if any(map(any, weights)) and not getattr(criterion, "adds_balance_losses", False):

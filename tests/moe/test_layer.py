@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.parallel import is_expert
@@ -338,6 +339,29 @@ def test_compiled_layers_answer_alike_for_any_number_of_tokens(groups):
             found.append([y, *(weight.grad for weight in layer.parameters())])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_model_is_compiled_around_its_layer_whatever_the_number_of_tokens():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.moe = MoELayer(MoEConfig(6, 5, 8, 2))
+
+        def forward(self, x):
+            y, stats = self.moe(self.before(x).relu())
+            return self.after(x + y), stats.balance_loss
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    block = Block().eval()
+    compiled = torch.compile(block, backend="eager")
+    for tokens in (6, 7, 9):
+        x = torch.randn(tokens, 6)
+        torch.testing.assert_close(compiled(x), block(x))
+    # What is before the layer and after it, for 6 tokens and for any number.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert len(torch._dynamo.utils.counters["graph_break"]) == 1
 
 
 def test_statistics_show_the_experts_of_each_token():

@@ -247,6 +247,15 @@ def test_translation_that_cannot_be_is_refused_by_name(
         call("generate", data, *flags)
 
 
+def test_a_task_or_direction_that_is_missing_is_named(data: Path, trained: tuple[Path, Output]):
+    flags = ["--path", trained[0] / "checkpoint_last.pt", *TRANSLATE, "--batch-size", 8]
+    with pytest.raises(ValueError, match="Add --task translation_multilingual_gnmt --langs aa,bb"):
+        call("generate", data, *flags, "-s", "aa", "-t", "bb")
+    task = ["--task", "translation_multilingual_gnmt", "--langs", "aa,bb,cc"]
+    with pytest.raises(ValueError, match="`--source-lang` and `--target-lang` must name the dire"):
+        call("generate", data, *flags, *task)
+
+
 def test_another_dictionary_is_refused_with_its_first_other_symbol(
     data: Path, trained: tuple[Path, Output], tmp_path: Path
 ):

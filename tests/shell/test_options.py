@@ -1,6 +1,7 @@
 """The repairs of how fairseq reads options."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from nmt_moe.compat.errors import explain
 from nmt_moe.compat.options import shorten_choices
 from tests.support.commands import PLUGIN, call, run
+from tests.support.training import TINY_MOE
 
 TRAINED_BY = ["--criterion", "moe_label_smoothed_cross_entropy"]
 
@@ -23,6 +25,17 @@ def test_validate_reads_the_task_from_the_checkpoint(data: Path, checkpoint: Pat
     ]
     losses = [line.split("| loss ")[1].split(" |")[0] for line in lines]
     assert losses[0] == losses[1]
+
+
+def test_a_start_is_free_of_warnings_of_libraries(data: Path, tmp_path: Path):
+    flags = [*TINY_MOE, "--max-update", 1, "--no-save", "--best-checkpoint-metric", "bleu"]
+    done = run("train", data, "--user-dir", PLUGIN, *flags, cwd=tmp_path)
+    assert "Warning" not in done.text
+    # The names of all that validation computes, before the first update.
+    message = "error: `--best-checkpoint-metric` must be one of .*loss.*ppl.*, but is bleu, which"
+    assert re.search(message, done.text)
+    assert "begin validation on" not in done.text
+    assert done.status == 1
 
 
 def test_a_misspelt_architecture_is_answered_with_the_close_ones(data: Path, tmp_path: Path):

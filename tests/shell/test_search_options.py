@@ -3,12 +3,21 @@
 import json
 import math
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fairseq.modules import FairseqDropout
+from torch import nn
 
-from nmt_moe.generation.checks import check_bleu_options, check_generation, check_pieces
+from nmt_moe.generation.checks import (
+    check_bleu_options,
+    check_evaluation,
+    check_generation,
+    check_pieces,
+    check_retained_dropout,
+)
 from tests.support.commands import call
 from tests.support.training import TINY_MOE, TRANSLATE, without_updates
 
@@ -59,6 +68,62 @@ def test_pieces_are_joined_once(bpe: str | None, removed: str | None, is_good: b
 
 
 @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"post_process": "sentencpiece"}, "`--remove-bpe` must be one of 'sentencepiece', .* but"),
+        (
+            {"post_process": "sentencepiece", "context_window": 0},
+            "`--remove-bpe` must be one of 'subword_nmt', '@@ ', but is 'sentencepiece'",
+        ),
+    ],
+)
+def test_pieces_of_an_unknown_kind_are_refused(args: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        check_pieces(Namespace(**args))
+
+
+@pytest.mark.parametrize(
+    ("window", "path", "message"),
+    [
+        (64, "a.pt", "`--context-window` must be from 0 to 63, but is 64"),
+        (-1, "a.pt", "`--context-window` must be from 0 to 63, but is -1"),
+        (0, "a.pt:b.pt", "`--path` must name one checkpoint, but is a.pt:b.pt"),
+        (63, "a.pt", None),
+    ],
+)
+def test_what_eval_lm_alone_takes_is_checked(window: int, path: str, message: str | None):
+    args = Namespace(context_window=window, tokens_per_sample=64, path=path)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_evaluation(args)
+    check_evaluation(Namespace(path=path))  # other commands have ensembles
+
+
+class Block(nn.Module):
+    """A model with one dropout of fairseq's, of a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = FairseqDropout(0.1, "Block")
+
+
+@pytest.mark.parametrize(
+    ("model", "retain", "modules", "message"),
+    [
+        (nn.Dropout(0.1), True, None, "must reach dropout of a Dropout, which has none that it re"),
+        (Block(), True, ["Typo"], "of a Block, which has Block, but asks for Typo"),
+        (Block(), False, ["Block"], "`--retain-dropout-modules` has an effect only with"),
+        (Block(), True, ["Block"], None),
+        (Block(), True, None, None),
+        (nn.Dropout(0.1), False, None, None),
+    ],
+)
+def test_dropout_that_cannot_be_retained_is_refused(model, retain, modules, message):
+    options = Namespace(retain_dropout=retain, retain_dropout_modules=modules)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_retained_dropout(lambda *_: None)(model, Namespace(generation=options))
+
+
+@pytest.mark.parametrize(
     ("option", "text", "message"),
     [
         ("eval_bleu_args", "{beam:5}", r"`--eval-bleu-args` must be a JSON object.*\{beam:5\}"),
@@ -67,11 +132,13 @@ def test_pieces_are_joined_once(bpe: str | None, removed: str | None, is_good: b
         ("eval_bleu_args", '{"beam": true}', "'beam' must be of type int, but is True"),
         ("eval_bleu_args", '{"bean": 5}', "no option 'bean' of a search. Did you mean 'beam'"),
         ("eval_bleu_args", '{"beam_prune": "x"}', "'beam_prune' must be of type float"),
+        ("eval_bleu_remove_bpe", "bpe", "`--eval-bleu-remove-bpe` must be one of .* but is 'bpe'"),
         ("eval_bleu_detok_args", "moses", "`--eval-bleu-detok-args` must be a JSON object"),
     ],
 )
 def test_bad_json_of_bleu_is_refused(option: str, text: str, message: str):
     cfg = Namespace(eval_bleu=True, eval_bleu_args="{}", eval_bleu_detok_args="{}")
+    cfg.eval_bleu_remove_bpe = None
     setattr(cfg, option, text)
     with pytest.raises(ValueError, match=message):
         check_bleu_options(lambda task: None)(Namespace(cfg=cfg))

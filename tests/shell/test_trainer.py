@@ -53,6 +53,12 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--lr", -1], "`--lr` must be a number from 0 on, but is -1"),
         (["--clip-norm", "nan"], "`--clip-norm` must be a number from 0 on, but is nan"),
         (["--clip-norm", -1], "`--clip-norm` must be a number from 0 on, but is -1"),
+        (["--label-smoothing", 1.5], "`--label-smoothing` must be from 0 to 1, but is 1.5"),
+        (["--update-freq", 0], "`--update-freq` must be at least 1, but is 0"),
+        (["--log-interval", 0], "`--log-interval` must be at least 1, but is 0"),
+        (["--validate-interval", 0], "`--validate-interval` must be at least 1, but is 0"),
+        (["--batch-size", -1], "`--batch-size` must be at least 1, but is -1"),
+        (["--weight-decay", -1], "`--weight-decay` must be at least 0, but is -1"),
         (["--restore-file", "typo.pt"], "`--restore-file` must name .* no file `typo.pt`"),
         (
             ["--criterion", "label_smoothed_cross_entropy"],
