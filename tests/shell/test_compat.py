@@ -21,8 +21,8 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
 from nmt_moe import compat, trainer
-from nmt_moe.compat import end_in_one_message, interactive
-from nmt_moe.compat.errors import explain, is_fairseq_command
+from nmt_moe.compat import interactive
+from nmt_moe.compat.errors import end_in_one_message, explain, is_fairseq_command
 from nmt_moe.compat.precision import fix_flags
 from nmt_moe.compat.processes import TORCHRUN
 
@@ -123,7 +123,7 @@ def host() -> dict[tuple[str, ...], int]:
     return names
 
 
-REPAIRS = [*(getattr(compat, name) for name in compat.__all__), trainer.install]
+REPAIRS = [*compat.REPAIRS, trainer.install]
 
 
 @pytest.mark.parametrize("repair", REPAIRS, ids=lambda repair: repair.__name__)

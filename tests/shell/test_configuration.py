@@ -13,7 +13,7 @@ from fairseq import checkpoint_utils, models, options, tasks, utils
 from fairseq.registry import REGISTRIES
 
 from nmt_moe.cli.reshape import verify
-from nmt_moe.compat import ignore_unsafe_loading
+from nmt_moe.compat.checkpoints import ignore_unsafe_loading
 from nmt_moe.compat.configuration import evaluate_literal
 from tests.support.commands import call
 

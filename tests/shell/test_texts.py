@@ -9,8 +9,12 @@ from fairseq.data import TokenBlockDataset, token_block_dataset
 from fairseq.tasks import language_modeling
 
 from nmt_moe import plugin
-from nmt_moe.compat import let_each_sentence_be_a_sample, name_endless_lines
-from nmt_moe.compat.samples import MOST_TOKENS, check_line_lengths
+from nmt_moe.compat.samples import (
+    MOST_TOKENS,
+    check_line_lengths,
+    let_each_sentence_be_a_sample,
+    name_endless_lines,
+)
 
 plugin.register()
 
