@@ -24,8 +24,10 @@ FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
 # Of these, decoding twice changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
 # What fairseq can take out of translations.
-REMOVABLE = ("sentencepiece", "wordpiece", "letter", "silence", "_EOW", "subword_nmt", "@@ ")
-REMOVABLE += ("@@", "none")
+REMOVABLE = (
+    *("sentencepiece", "wordpiece", "letter", "silence", "_EOW", "subword_nmt", "@@ ", "@@"),
+    "none",
+)
 # fairseq-eval-lm adds up the losses of a word's pieces, which it knows by their end.
 REMOVABLE_OF_LM = ("subword_nmt", "@@ ")
 
