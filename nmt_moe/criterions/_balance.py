@@ -115,7 +115,7 @@ def balance_columns(layers: List[str], sums: Dict[str, Tensor]) -> Dict[str, Ten
     rows = {layer: layer_metrics(layer, sums) for layer in layers}
     columns = {f"{layer}_moe_{key}": row[key] for layer, row in rows.items() for key in row}
     for key in rows[layers[0]]:
-        columns[f"moe_{key}"] = torch.stack([row[key] for row in rows.values()]).mean()
+        columns[f"moe_{key}"] = torch.stack([row[key] for row in rows.values()]).double().mean()
     return columns
 
 

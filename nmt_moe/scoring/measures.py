@@ -141,6 +141,19 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
     return (tokens,)
 
 
+def validation_tokens(language: str) -> str:
+    """Return sacrebleu's tokeniser for BLEU of a validation: one that needs no other package.
+
+    language: such as `ja`, `jpn` or `zh_CN`. Those written without spaces are compared by
+    characters.
+    """
+    name = re.split("[-_]", language.lower())[0]
+    name = LANGUAGE_NAMES.get(name, name)
+    if name == "zh":
+        return "zh"
+    return "char" if name in WITHOUT_SPACES else "13a"
+
+
 def _bleu(tokens: str) -> Callable[[], Metric]:
     return lambda: BLEU(tokenize=tokens)
 

@@ -17,6 +17,7 @@ from omegaconf import II
 
 from nmt_moe.checks import check_range
 from nmt_moe.compat._replace import replace
+from nmt_moe.scoring.measures import validation_tokens
 from nmt_moe.tasks._languages import (
     Pair,
     check_language,
@@ -33,9 +34,6 @@ from nmt_moe.tasks._pairs import PairsDataset
 from nmt_moe.training import passes_per_epoch, sentences_per_epoch
 
 logger = logging.getLogger(__name__)
-
-# Languages written without spaces: sacrebleu's default tokens would be whole sentences.
-BLEU_TOKENS = {"ja": "char", "zh": "zh"}
 
 
 @dataclass
@@ -332,7 +330,7 @@ class MultilingualGNMTTask(TranslationTask):
             for target in sample["target"]
         ]
         language = self.evaluated_pairs[sample["pair"]].target
-        tokenize = BLEU_TOKENS.get(language, "13a")
+        tokenize = validation_tokens(language)
         if self.cfg.eval_tokenized_bleu:
             tokenize = "none"
         return sacrebleu.corpus_bleu(hypotheses, [references], tokenize=tokenize)

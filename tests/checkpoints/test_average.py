@@ -74,9 +74,9 @@ def test_the_last_are_found_by_updates_whatever_their_names(tmp_path):
 def test_the_best_are_found_by_their_score(tmp_path, is_larger_better, best):
     cfg = {"checkpoint": {"maximize_best_checkpoint_metric": is_larger_better}}
     for score in ("3.2100", "10.0001", "2.9000"):
-        save(tmp_path / f"checkpoint.best_loss_{score}.pt", [0.0], cfg=cfg)
+        save(tmp_path / f"checkpoint.best_aa-bb_bleu_{score}.pt", [0.0], cfg=cfg)
     found = [path.name for path in tool.find_best(tmp_path, 2)]
-    assert found == [f"checkpoint.best_loss_{score}.pt" for score in best]
+    assert found == [f"checkpoint.best_aa-bb_bleu_{score}.pt" for score in best]
 
 
 def test_too_few_checkpoints_are_refused(tmp_path):

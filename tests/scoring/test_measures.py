@@ -242,3 +242,18 @@ def test_a_language_without_its_tokeniser_is_refused_with_a_choice(
     assert message in run(*texts).stderr
     report = json.loads(run(*texts, "--tokenize", "char", "--json").stdout)
     assert "|tok:char|" in next(r for r in report["scores"] if "char" in r["name"])["signature"]
+
+
+@pytest.mark.parametrize(
+    ("language", "tokens"),
+    [
+        ("ja", "char"),
+        ("jpn", "char"),
+        ("th", "char"),
+        ("zh_CN", "zh"),
+        ("zho", "zh"),
+        ("de", "13a"),
+    ],
+)
+def test_validation_compares_what_has_no_spaces_by_characters(language, tokens):
+    assert lib.validation_tokens(language) == tokens
