@@ -16,6 +16,8 @@ from nmt_moe.compat.processes import is_under_torchrun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WATCH_EVERY = 1.0  # seconds
+# Read as early as can be: a launcher may end while its ranks still start.
+LAUNCHER = os.getppid()
 
 
 def end_with_the_launcher() -> None:
@@ -29,7 +31,7 @@ def end_with_the_launcher() -> None:
 def _watching_launcher(call: Callable) -> Callable:
     def call_main(cfg: Any, main: Callable, **kwargs: Any) -> Any:
         if is_under_torchrun():
-            threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=_end_after, args=(LAUNCHER,), daemon=True).start()
         return call(cfg, main, **kwargs)
 
     return call_main
