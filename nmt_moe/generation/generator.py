@@ -150,7 +150,7 @@ class RescoringGenerator:
     def generate(
         self, models: Any, sample: dict[str, Any], **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
-        """Generate, score anew and sort."""
+        """Generate, score again and sort."""
         found = self.generator.generate(models, sample, **kwargs)
         words = None
         if self.search_config.coverage_penalty_beta:

@@ -2,7 +2,7 @@
 
 Every fresh page costs a fault and a fill with zeros: for the gradient of many experts with few
 tokens each, as much time as the products that compute it. torch returns large CPU blocks to the
-system as soon as they are free, so each training step would pay anew.
+system as soon as they are free, so each training step would pay again.
 """
 
 import math

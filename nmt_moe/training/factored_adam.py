@@ -79,7 +79,7 @@ class FactoredAdam(torch.optim.Optimizer):
         """Do one update of all parameters that have a gradient.
 
         Args:
-            closure: Computes the loss anew, with its gradients.
+            closure: Computes the loss again, with its gradients.
 
         Returns:
             The closure's loss.
