@@ -1,6 +1,5 @@
 """Files of experts beside a checkpoint: each holds a range of them, and their optimizer's state."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from nmt_moe.parallel import (
     gather_from_ranks,
     is_first_replica,
 )
+from nmt_moe.text.digests import compute_sha256
 
 # Weights of trainings in half precision: fairseq saves them as float32, files of experts did not.
 HALVES = {torch.float16, torch.bfloat16}
@@ -97,7 +97,7 @@ def write_expert_file(
         "name": path.name,
         **header,
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": compute_sha256(path),
     }
 
 
@@ -167,7 +167,7 @@ def read_expert_file(
     way_out = "Copy it again from the training's folder, or name another checkpoint."
     if not part.is_file():
         raise ValueError(f"`{part}` is missing: it holds {experts}. {way_out}")
-    is_whole = part.stat().st_size == entry["bytes"] and _sha256(part) == entry["sha256"]
+    is_whole = part.stat().st_size == entry["bytes"] and compute_sha256(part) == entry["sha256"]
     try:
         content = read_file(part, is_header_only=True)
     except ValueError:
@@ -318,8 +318,3 @@ def _files_used_by(path: Path, names: set[str]) -> set[str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         content = path.read_bytes()
         return {name for name in names if name.encode() in content}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

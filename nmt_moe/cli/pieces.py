@@ -83,7 +83,8 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     default="nmt_nfkc",
     show_default=True,
     help="What happens to all text before it is cut. The first two write ... for an ellipsis and "
-    "1/2 for its sign; nfc composes letters and their accents; identity changes nothing.",
+    "1/2 for its sign; nfc composes letters and their accents; identity changes nothing. With all, "
+    "white space is a space.",
 )
 @click.option(
     "--max-sentence-length",

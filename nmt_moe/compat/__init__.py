@@ -58,6 +58,7 @@ REPAIRS = (
     dictionaries.keep_typed_marks_as_text,
     dictionaries.name_damaged_dictionaries,
     dictionaries.name_damaged_sentencepiece_models,
+    dictionaries.cut_text_at_white_space_of_any_kind,
     lines.name_damaged_alignment_dictionaries,
     lines.read_lines_of_raw_data_by_one_rule,
     lines.read_lines_of_texts_by_one_rule,

@@ -1,9 +1,7 @@
 """Binarised data: written with digests, compared with them and with the dictionary when loaded."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from nmt_moe.compat._replace import replace
 from nmt_moe.compat.preprocessing import MANY_UNKNOWN_PERCENT, warn_of_unknown_words
+from nmt_moe.text.digests import check_digests, write_digests
 
 CHECKED_AT_ONCE = 1 << 22
 WAY_OUT = "Binarise the text again with fairseq-preprocess."
 
 
 def write_digests_of_binarised_data() -> None:
-    """Let fairseq-preprocess write the SHA-256 of each `.bin` and `.idx` to a file `.sha256`.
+    """Let fairseq-preprocess write the SHA-256 of each `.bin`, `.idx` and dictionary to `.sha256`.
 
     Reason: damaged data are other sentences, and nothing notices. `sha256sum -c` reads the files.
     """
@@ -34,17 +33,15 @@ def _writing(binarize: Callable) -> Callable:
     ) -> Any:
         summary = binarize(input_file, dataset_impl, binarizer, output_prefix, **kwargs)
         files = [Path(f"{output_prefix}.{kind}") for kind in ("bin", "idx")]
-        lines = [f"{compute_sha256(file)}  {file.name}\n" for file in files]
-        Path(f"{output_prefix}.sha256").write_text("".join(lines), encoding="utf-8")
+        # Numbers mean nothing without their words: `dict.en.txt` for `train.en-de.en`.
+        _, *language = files[0].stem.rsplit(".", 1)
+        dictionary = files[0].with_name(".".join(["dict", *language, "txt"]))
+        write_digests(
+            Path(f"{output_prefix}.sha256"), [*files, *filter(Path.is_file, [dictionary])]
+        )
         return summary
 
     return write_with_digests
-
-
-def compute_sha256(path: Path) -> str:
-    """Return a file's digest in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_binarised_data_when_loaded() -> None:
@@ -107,26 +104,7 @@ def check_files(path: str) -> None:
             f"`{path}.bin` holds no sentence: the text that fairseq-preprocess read was empty. "
             "Binarise one that has at least a line."
         )
-    digests = Path(f"{path}.sha256")
-    if not digests.is_file():
-        return
-    for line in digests.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        file = digests.parent / os.path.basename(name)
-        if not file.is_file():
-            continue
-        status = file.stat()
-        if _compute_once(file, status.st_size, status.st_mtime_ns) != digest:
-            raise ValueError(
-                f"`{file}` is damaged: it is not the file that fairseq-preprocess wrote, whose "
-                f"digest is in `{digests}`. {WAY_OUT} If you have replaced it by another, remove "
-                f"`{digests.name}`."
-            )
-
-
-@lru_cache(maxsize=1024)
-def _compute_once(file: Path, size: int, mtime_ns: int) -> str:
-    return compute_sha256(file)
+    check_digests(Path(f"{path}.sha256"), "fairseq-preprocess", WAY_OUT)
 
 
 def check_index(path: str, dataset: MMapIndexedDataset) -> None:

@@ -70,18 +70,31 @@ def _shorten(line: str) -> str:
 def name_damaged_sentencepiece_models() -> None:
     """Name the file of `--sentencepiece-model` that is damaged.
 
-    Reason: the error is one of sentencepiece's own code, which names no file.
+    Reason: the error is one of sentencepiece's own code, which names no file; or there is none, and
+    text is cut into other pieces.
     """
     replace(SentencepieceBPE, "__init__", _loading)
 
 
+def cut_text_at_white_space_of_any_kind() -> None:
+    """Let `--bpe sentencepiece` cut text as `nmt-moe pieces encode` does.
+
+    Reason: fairseq drops white space that is within pieces, and joins two words to one.
+    """
+    replace(SentencepieceBPE, "encode", _cutting)
+
+
+def _cutting(encode: Callable) -> Callable:
+    def encode_with_plain_spaces(self: SentencepieceBPE, x: str) -> str:
+        return encode(self, pieces.with_plain_spaces(x))
+
+    return encode_with_plain_spaces
+
+
 def _loading(initialise: Callable) -> Callable:
     def __init__(self: SentencepieceBPE, cfg: Any) -> None:  # noqa: N807
-        try:
-            initialise(self, cfg)
-        except RuntimeError:
-            pieces.load(Path(file_utils.cached_path(cfg.sentencepiece_model)))
-            raise
+        pieces.load(Path(file_utils.cached_path(cfg.sentencepiece_model)))
+        initialise(self, cfg)
 
     return __init__
 

@@ -16,12 +16,15 @@ from typing import Any
 
 import sentencepiece
 
+from nmt_moe.text.digests import check_digests, write_digests
 from nmt_moe.text.lines import read_lines
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
 # sentencepiece leaves out longer lines, and those that have the character it keeps for itself.
 MAX_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"
+# fairseq takes text apart at each of these, so that no piece may hold any.
+WHITE_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def train(
     normalization: str = "nmt_nfkc",
     max_sentence_bytes: int = MAX_SENTENCE_BYTES,
 ) -> Training:
-    """Write a sentencepiece model and the dictionary of its pieces.
+    """Write a sentencepiece model, its digest beside it, and the dictionary of its pieces.
 
     Args:
         inputs: Texts of one sentence a line.
@@ -61,7 +64,8 @@ def train(
         character_coverage: Share of the text's characters that must be pieces; the rarest beyond it
             become unknown.
         normalization: What happens to text before it is cut, one of `NORMALIZATIONS`: NFKC with or
-            without sentencepiece's treatment of spaces, canonical composition only, or nothing.
+            without sentencepiece's treatment of spaces, canonical composition only, or nothing but
+            that all white space is a space.
         max_sentence_bytes: Longer lines are left out.
 
     Raises:
@@ -79,7 +83,7 @@ def train(
                 elif RESERVED in line:
                     left_out[f"with {RESERVED}, which sentencepiece keeps for itself"] += 1
                 else:
-                    yield line
+                    yield with_plain_spaces(line)
         except ValueError as error:
             failure.append(error)
             raise
@@ -112,22 +116,31 @@ def train(
                 f"cannot learn `--vocab-size` {vocab_size} pieces from "
                 f"{', '.join(map(str, inputs))}: {reason}"
             ) from None
+    digests = digests_of(model)
+    digests.unlink(missing_ok=True)  # of an earlier model
     part.replace(model)
     processor = load(model)
     special = {processor.unk_id(), processor.bos_id(), processor.eos_id()}
     pieces = [processor.id_to_piece(i) for i in range(len(processor)) if i not in special]
     # fairseq wants a count beside each entry; it matters only where a dictionary is cut.
     dictionary.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    write_digests(digests, [model])
     return Training(len(pieces), left_out)
+
+
+def digests_of(model: Path) -> Path:
+    """Return the file with a model's digest: one flipped bit is another vocabulary."""
+    return model.with_name(f"{model.name}.sha256")
 
 
 def load(model: Path) -> sentencepiece.SentencePieceProcessor:
     """Load a sentencepiece model.
 
     Raises:
-        ValueError: the file is not a whole model.
+        ValueError: the file is not a whole model, or not the one whose digest is beside it.
         OSError: it cannot be opened.
     """
+    check_digests(digests_of(model), "`nmt-moe pieces train`", "Copy it again, or learn it again.")
     content = model.read_bytes()
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -149,10 +162,13 @@ def encode(
 ) -> Iterator[str]:
     """Yield lines as pieces; then `samples` more passes, cut at random.
 
+    White space of any kind counts as a space.
+
     alpha: how much likely cuts are preferred: 0 for not at all.
 
     Source: Kudo 2018 (subword regularisation), section 3.
     """
+    lines = map(with_plain_spaces, lines)
     if samples:
         lines = list(lines)
     for line in lines:
@@ -161,6 +177,11 @@ def encode(
     for _ in range(samples):
         for line in lines:
             yield sample(line)
+
+
+def with_plain_spaces(line: str) -> str:
+    """Return a line with a space for each character that is white space."""
+    return WHITE_SPACE.sub(" ", line)
 
 
 def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:

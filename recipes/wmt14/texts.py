@@ -224,7 +224,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     try:
         run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -7,10 +7,12 @@ import pytest
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary, data_utils
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq.data.indexed_dataset import make_dataset
 
 from nmt_moe import plugin
 from nmt_moe.compat import dictionaries
+from nmt_moe.text import pieces
 from tests.support.commands import call
 from tests.support.corpus import preprocess_flags, write_corpus
 
@@ -183,6 +185,17 @@ def test_a_damaged_sentencepiece_model_is_named(data: Path, checkpoint: Path, tm
     flags += ["--sentencepiece-model", tmp_path / "spm.model"]
     with pytest.raises(ValueError, match=r"spm\.model` is not a whole sentencepiece model"):
         call("interactive", data, *flags, stdin=b"ba\n")
+    (tmp_path / "spm.model.sha256").write_text(f"{'0' * 64}  spm.model\n")
+    with pytest.raises(ValueError, match=r"spm\.model` is damaged: it is not the file that"):
+        call("interactive", data, *flags, stdin=b"ba\n")
+
+
+def test_fairseqs_pieces_are_those_of_our_command(corpus: Path, tmp_path: Path):
+    model, flags = tmp_path / "spm.model", {"normalization": "identity", "hard_vocab_limit": False}
+    pieces.train([corpus / "train.aa"], model, tmp_path / "dict.txt", 40, **flags)
+    bpe = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))
+    for line in ("ba\u2028de", "ba\xa0 de\tki", " ba"):
+        assert [bpe.encode(line)] == list(pieces.encode([line], pieces.load(model)))
 
 
 def test_a_damaged_dictionary_of_replacements_is_named(tmp_path: Path):
@@ -211,10 +224,10 @@ def load_train(data: Path, num_words: int | None = None) -> torch.utils.data.Dat
     return data_utils.load_indexed_dataset(str(data / "train.aa-bb.aa"), dictionary)
 
 
-@pytest.mark.parametrize("kind", ["bin", "idx"])
-def test_a_flipped_bit_of_binarised_data_is_noticed(own_data: Path, kind: str):
+@pytest.mark.parametrize("name", ["train.aa-bb.aa.bin", "train.aa-bb.aa.idx", "dict.aa.txt"])
+def test_a_flipped_bit_of_binarised_data_is_noticed(own_data: Path, name: str):
     load_train(own_data)
-    path = own_data / f"train.aa-bb.aa.{kind}"
+    path = own_data / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

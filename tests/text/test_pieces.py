@@ -1,5 +1,7 @@
+import hashlib
 import itertools
 import math
+import os
 import random
 import unicodedata
 
@@ -196,10 +198,48 @@ def test_a_missing_file_or_folder_is_named(text, tmp_path):
         pieces.load(tmp_path / "absent.model")
 
 
+ODD_SPACES = "\t\v\f\x85\xa0\u2028\u3000"
+
+
+@pytest.mark.parametrize("name", pieces.NORMALIZATIONS)
+def test_no_piece_holds_white_space_or_a_mark_of_fairseq(text, tmp_path, name):
+    lines = [f"a{space}<pad> <s>b</s> <unk>" for space in ODD_SPACES] * 40
+    text.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    flags = {"normalization": name, "model_type": "bpe", "hard_vocab_limit": False}
+    pieces.train([text], tmp_path / "m", tmp_path / "d", 200, **flags)
+    rows = (tmp_path / "d").read_text(encoding="utf-8").split("\n")[:-1]
+    learnt = {row.removesuffix(" 1") for row in rows}
+    assert "pad" in learnt
+    assert not {"<pad>", "<s>", "</s>", "<unk>"} & {piece.strip("▁") for piece in learnt}
+    assert not any(piece.split() != [piece] for piece in learnt)
+    for line in encode(text, tmp_path / "m"):
+        assert join(line) == "a <pad> <s>b</s> <unk>"
+
+
+def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
+    content, digests = model.read_bytes(), model.with_name("spm.model.sha256")
+    match = r"spm\.model` is damaged: .* `nmt-moe pieces train` wrote"
+    assert digests.read_text() == f"{hashlib.sha256(content).hexdigest()}  spm.model\n"
+    for place in range(0, len(content), len(content) // 20):
+        model.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        os.utime(model, (place, place))  # as a copy of another time
+        with pytest.raises(ValueError, match=match):
+            pieces.load(model)
+    model.write_bytes(content)
+    pieces.load(model)
+    # Learnt again, or of another program: no digest, no comparison.
+    pieces.train([text], model, model.with_name("dict.txt"), 44)
+    pieces.load(model)
+    digests.unlink()
+    model.write_bytes(content)
+    pieces.load(model)
+
+
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])
 def test_a_model_that_is_cut_off_is_one_message(model, text, share):
     content = model.read_bytes()
     model.write_bytes(content[: int(len(content) * share)])
+    model.with_name("spm.model.sha256").unlink()
     done = run("encode", "--model", model, "--input", text)
     assert done.exit_code == 1
     assert "is not a whole sentencepiece model" in done.stderr

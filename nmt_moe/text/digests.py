@@ -1,0 +1,51 @@
+"""SHA-256 of files, beside them in the form that `sha256sum -c` reads."""
+
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+
+def compute_sha256(path: Path) -> str:
+    """Return a file's digest in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(digests: Path, files: Iterable[Path]) -> None:
+    """Write the digests of files, which are in the folder of `digests`."""
+    lines = [f"{compute_sha256(file)}  {file.name}\n" for file in files]
+    digests.write_text("".join(lines), encoding="utf-8")
+
+
+def check_digests(digests: Path, writer: str, way_out: str) -> None:
+    """Compare files with their digests, where both are there; unchanged files are read once.
+
+    Args:
+        digests: What `write_digests` wrote.
+        writer: The program that wrote the files, for errors.
+        way_out: How to get whole ones, for errors.
+
+    Raises:
+        ValueError: naming the file that is another one.
+    """
+    if not digests.is_file():
+        return
+    # Whatever the bytes: damage of the digests themselves is a digest that differs.
+    for line in digests.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        file = digests.parent / Path(name).name
+        if not file.is_file():
+            continue
+        status = file.stat()
+        if _compute_once(file, status.st_size, status.st_mtime_ns) != digest:
+            raise ValueError(
+                f"`{file}` is damaged: it is not the file that {writer} wrote, whose digest is in "
+                f"`{digests}`. {way_out} If you have replaced it by another, remove "
+                f"`{digests.name}`."
+            )
+
+
+@lru_cache(maxsize=1024)
+def _compute_once(file: Path, size: int, mtime_ns: int) -> str:
+    return compute_sha256(file)
