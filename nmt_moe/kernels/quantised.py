@@ -1,0 +1,182 @@
+"""Products with weights packed for inference: float32, bfloat16 or int8.
+
+int8 is symmetric: a weight's row has one scale, and so has a row of activations, found when it
+comes. Rows never share a scale, so what a row gives does not depend on the rows beside it.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmt_moe.checks import check_choice, check_shape
+
+DTYPES = ("float32", "bfloat16", "int8")
+WEIGHT_LEVELS = 127
+# FBGEMM takes unsigned activations and a zero point. Without the instructions that add products of
+# bytes in 32 bits (VNNI), it adds pairs of them in 16 bits, saturating: 2 * 127 * 127 still fits.
+WIDE_LEVELS, NARROW_LEVELS = 127, 63
+# Divides rows of zeros without a NaN.
+SMALLEST_SCALE = 1e-30
+
+Product = Callable[[Tensor], Tensor]
+_engine_lock = threading.Lock()
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to 255 levels, symmetric around zero.
+
+    Args:
+        weight: (..., O, I), of floating point: one matrix, or one for each expert.
+
+    Returns:
+        (..., O, I) int8 from -127 to 127, and (..., O) float32 scales: their product is the
+        nearest to `weight`. A row of zeros has the scale 0.
+
+    Raises:
+        ValueError: if a weight is infinite or NaN.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=-1) / WEIGHT_LEVELS
+    if not torch.isfinite(scale).all():
+        raise ValueError("`weight` must be finite, but has infinities or NaN.")
+    levels = weight / scale.clamp_min(SMALLEST_SCALE).unsqueeze(-1)
+    return levels.round_().to(torch.int8), scale
+
+
+class PackedLinear:
+    """y = x W^T + b, with W packed once for the processor at hand, at the first call.
+
+    Attributes:
+        shape: (O, I) of W.
+        dtype: "float32", "bfloat16" or "int8": of the weights; activations come and go in float32.
+    """
+
+    def __init__(
+        self, shape: torch.Size, dtype: str, make: Callable[[], Product], bias: Tensor | None
+    ) -> None:
+        """Use `pack` or `from_int8`."""
+        self.shape, self.dtype, self._bias = shape, dtype, bias
+        self._make: Callable[[], Product] | None = make
+        self._product: Product
+
+    @classmethod
+    def pack(
+        cls, weight: Tensor, bias: Tensor | None = None, dtype: str = "float32"
+    ) -> "PackedLinear":
+        """Pack a matrix, in another precision if asked for.
+
+        Args:
+            weight: (O, I), of floating point.
+            bias: (O,) float32.
+            dtype: "float32", "bfloat16" or "int8".
+
+        Raises:
+            ValueError: if the shapes or the dtype are not these.
+        """
+        check_choice("dtype", dtype, DTYPES)
+        _check_matrix(weight, bias)
+        if dtype == "int8":
+            return cls.from_int8(*quantise_rows(weight), bias)
+        make = _pack_float32 if dtype == "float32" else _pack_bfloat16
+        weight = weight.detach()
+        return cls(weight.shape, dtype, lambda: make(weight), bias)
+
+    @classmethod
+    def from_int8(cls, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> "PackedLinear":
+        """Pack what `quantise_rows` returned.
+
+        Args:
+            weight: (O, I) int8, -128 excluded.
+            scale: (O,) float32.
+            bias: (O,) float32.
+
+        Raises:
+            ValueError: if the shapes are not these.
+        """
+        _check_matrix(weight, bias)
+        check_shape("scale", scale, (len(weight),), "(O,)")
+        make = _pack_int8 if has_fbgemm() else _pack_dequantised
+        return cls(weight.shape, "int8", lambda: make(weight, scale), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply: (..., I) float32 to (..., O) float32."""
+        make = self._make
+        if make is not None:
+            self._product, self._make = make(), None  # the raw weights can go
+        y = self._product(x)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+def _check_matrix(weight: Tensor, bias: Tensor | None) -> None:
+    check_shape("weight", weight, (None, None), "(O, I)")
+    if bias is not None:
+        check_shape("bias", bias, (len(weight),), "(O,)")
+
+
+@cache
+def has_fbgemm() -> bool:
+    """Return whether torch has FBGEMM, hence int8 and half-precision weights on x86."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@cache
+def activation_levels() -> int:
+    """Return the largest quantised activation with which FBGEMM's sums are exact here."""
+    weight = torch.full((8, 64), WEIGHT_LEVELS, dtype=torch.int8)
+    packed = _fbgemm_pack(weight, torch.ones(8))
+    levels = float(WIDE_LEVELS)
+    y = _fbgemm_multiply(torch.full((1, 64), levels), 1.0, WIDE_LEVELS + 1, packed)
+    return WIDE_LEVELS if (y == levels * WEIGHT_LEVELS * 64).all() else NARROW_LEVELS
+
+
+def _pack_float32(weight: Tensor) -> Product:
+    weight = weight.float()
+    return lambda x: F.linear(x, weight)
+
+
+def _pack_bfloat16(weight: Tensor) -> Product:
+    """Keep the weights in 16 bits; without FBGEMM the activations are rounded as well."""
+    weight = weight.bfloat16()
+    if not has_fbgemm():
+        return lambda x: F.linear(x.bfloat16(), weight).float()
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+def _pack_dequantised(weight: Tensor, scale: Tensor) -> Product:
+    """Undo the quantisation once, where there are no int8 products."""
+    return _pack_float32(weight * scale.unsqueeze(1))
+
+
+def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
+    packed, levels = _fbgemm_pack(weight, scale), activation_levels()
+    step, zero_point = 1 / levels, levels + 1
+
+    def multiply(x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+        largest.clamp_(min=SMALLEST_SCALE)
+        return _fbgemm_multiply(x / largest, step, zero_point, packed).mul_(largest)
+
+    return multiply
+
+
+# The call rounds x / step to integers, multiplies in int8, adds up in int32, and scales back.
+_fbgemm_multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+
+def _fbgemm_pack(weight: Tensor, scale: Tensor) -> object:
+    with warnings.catch_warnings(), _engine_lock:
+        warnings.filterwarnings("ignore", "torch.quantize|.*quantized", UserWarning)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            zero_points = torch.zeros(len(scale), dtype=torch.int64)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scale, zero_points, 0)
+            return torch.ops.quantized.linear_prepack(quantised, None)
+        finally:
+            torch.backends.quantized.engine = engine
