@@ -11,3 +11,12 @@ LSTMs stay time-first: (S, B, D).
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import what opens a trained model when it is asked for: it needs torch."""
+    if name in ("Translator", "LanguageModel"):
+        from nmt_moe import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module `nmt_moe` has no attribute `{name}`")

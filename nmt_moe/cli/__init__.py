@@ -33,6 +33,10 @@ COMMANDS = {
         "nmt_moe.cli.check_parallel:check_parallel",
         "Check that texts have the same number of lines, none of them empty.",
     ),
+    "export": (
+        "nmt_moe.cli.export:export",
+        "Write a checkpoint as a folder that translates without fairseq.",
+    ),
     "hypotheses": (
         "nmt_moe.cli.hypotheses:hypotheses",
         "Take the translations out of fairseq-generate's output, in the order of the text.",
@@ -55,6 +59,8 @@ COMMANDS = {
         "Score a translation: BLEU of each kind, chrF, TER.",
     ),
     "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
+    "translate": ("nmt_moe.cli.translate:translate", "Translate text with an exported model."),
+    "verify": ("nmt_moe.cli.verify:verify", "Check that an exported model is whole."),
 }
 
 

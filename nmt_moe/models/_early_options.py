@@ -7,18 +7,8 @@ from typing import Any, Dict
 from fairseq import checkpoint_utils
 from omegaconf import open_dict
 
+from nmt_moe.checkpoints.network import EARLY_NAMES
 from nmt_moe.compat._replace import replace
-from nmt_moe.models._options import MoEOptions
-
-
-def early_names() -> Dict[str, str]:
-    """Return each option's early name, which its alias on the command line keeps, and its name."""
-    aliases = {
-        option.metadata["argparse_alias"]: name
-        for name, option in MoEOptions.__dataclass_fields__.items()
-        if "argparse_alias" in option.metadata
-    }
-    return {alias.lstrip("-").replace("-", "_"): name for alias, name in aliases.items()}
 
 
 def rename_early_options(model: Any) -> None:
@@ -27,12 +17,11 @@ def rename_early_options(model: Any) -> None:
     fairseq drops options that the model does not know, so that early ones would silently become
     the defaults. The options of other models are left as they are.
     """
-    names = early_names()
     if isinstance(model, Namespace):
         model = vars(model)
-    if not names.keys() <= (model or {}).keys():
+    if not EARLY_NAMES.keys() <= (model or {}).keys():
         return
-    for early, name in names.items():
+    for early, name in EARLY_NAMES.items():
         model[name] = model.pop(early)
 
 

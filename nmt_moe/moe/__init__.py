@@ -10,7 +10,7 @@ from nmt_moe.moe.gate import (
     batchwise_threshold_loss,
 )
 from nmt_moe.moe.hierarchical_gate import HierarchicalGate
-from nmt_moe.moe.layer import MoELayer
+from nmt_moe.moe.layer import MoELayer, build_gate
 from nmt_moe.moe.losses import importance_loss, load_loss, squared_cv
 from nmt_moe.moe.routing import (
     expert_outputs,
@@ -35,6 +35,7 @@ __all__ = [
     "balance_metrics",
     "batchwise_mask",
     "batchwise_threshold_loss",
+    "build_gate",
     "effective_experts",
     "expert_outputs",
     "gate_entropy",

@@ -1,0 +1,94 @@
+"""The networks that checkpoints of this package hold: kind, sizes, parameters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from nmt_moe.checkpoints.files import shown
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import GNMTConfig, LSTMLMConfig
+
+Config = TypeVar("Config")
+
+# Options of version 0.1.0 and their names since.
+EARLY_NAMES = {
+    "moe_top_k": "top_k",
+    "expert_hidden_dim": "hidden_dim",
+    "expert_recompute": "recompute",
+    "moe_gate": "gate",
+    "moe_groups": "num_groups",
+    "importance_loss_weight": "importance_weight",
+    "load_loss_weight": "load_weight",
+}
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """A network as a checkpoint describes it.
+
+    Attributes:
+        architecture: Its name in fairseq, such as `lstm_moe_gnmt_small`.
+        config: `GNMTConfig` of a translation model, `LSTMLMConfig` of a language model.
+        parameters: By the names that `nmt_moe.nn` gives them, behind `encoder.` or `decoder.`;
+            without the wrapper's `network.`.
+    """
+
+    architecture: str
+    config: GNMTConfig | LSTMLMConfig
+    parameters: dict[str, Tensor]
+
+
+def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
+    """Read what a checkpoint says of its network.
+
+    Args:
+        path: What errors call it.
+        state: Its content, with all experts.
+
+    Raises:
+        ValueError: it holds another kind of model, or a configuration that cannot be built.
+    """
+    cfg = state.get("cfg")
+    options = _as_dict(cfg.get("model")) if isinstance(cfg, Mapping) else {}
+    architecture = options.get("_name") or options.get("arch")
+    for early, name in EARLY_NAMES.items():
+        if early in options:
+            options[name] = options.pop(early)
+    parameters = {
+        name.replace(".network.", ".", 1): value
+        for name, value in state["model"].items()
+        if not name.endswith("dictionary_check.digest")
+    }
+    kind: type[GNMTConfig | LSTMLMConfig] = (
+        GNMTConfig if "encoder_layers" in options else LSTMLMConfig
+    )
+    needed = {field.name for field in fields(kind)} - {"moe"}
+    if not isinstance(architecture, str) or not needed <= options.keys():
+        raise ValueError(
+            f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe's. Name "
+            "a checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or a "
+            "relative of theirs."
+        )
+    try:
+        moe = None if options.get("dense") else _pick(MoEConfig, options)
+        config = _pick(kind, options, moe=moe)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` has a configuration that cannot be built: {error}") from error
+    return SavedNetwork(architecture, config, parameters)
+
+
+def _as_dict(options: Any) -> dict[str, Any]:
+    if isinstance(options, argparse.Namespace):
+        return dict(vars(options))
+    return dict(options) if isinstance(options, Mapping) else {}
+
+
+def _pick(kind: type[Config], options: Mapping[str, Any], **others: Any) -> Config:
+    names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
+    return kind(**{name: options[name] for name in names if name in options}, **others)

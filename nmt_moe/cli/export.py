@@ -1,0 +1,85 @@
+"""`nmt-moe export`: a checkpoint as a folder that needs neither fairseq nor its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+
+PATH = click.Path(path_type=Path)
+
+
+@command(
+    "export",
+    """
+nmt-moe export checkpoints/checkpoint_best.pt --data data-bin --pieces spm.model --output en-de
+nmt-moe export average.pt --data data-bin --pieces spm.model --output en-de-int8 --dtype int8
+nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-model
+""",
+)
+@click.argument("checkpoint", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Folder that fairseq-preprocess wrote.")
+@click.option("--pieces", type=PATH, help="sentencepiece model; left out: words between spaces.")
+@click.option("--target-pieces", type=PATH, help="Model of the target, if it has its own.")
+@click.option("--output", type=PATH, required=True, help="Folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights: int8 takes a quarter of the room and is faster.",
+)
+@click.option("--source-lang", help="If neither the checkpoint nor its data say.")
+@click.option("--target-lang", help="Likewise.")
+@click.option("--lowercase", is_flag=True, help="Lower-case source text, as in training.")
+@click.option(
+    "--normalize-punctuation", is_flag=True, help="Moses' normalisation of source text, likewise."
+)
+@click.option("--beam", type=int, help="Default beam of the bundle.  [default: 5]")
+@click.option("--lenpen", type=float, help="Default length exponent, as fairseq's.  [default: 1]")
+@click.option("--length-penalty-alpha", type=float, help="Default of GNMT's length penalty.")
+@click.option("--coverage-penalty-beta", type=float, help="Default of GNMT's coverage penalty.")
+@click.option("--beam-prune", type=float, help="Default of GNMT's pruning, nats.")
+@click.option("--scores", type=PATH, help="Text for the model card, such as sacrebleu's output.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
+def export(
+    checkpoint: Path,
+    data: Path,
+    pieces: Path | None,
+    target_pieces: Path | None,
+    output: Path,
+    dtype: str,
+    source_lang: str | None,
+    target_lang: str | None,
+    lowercase: bool,
+    normalize_punctuation: bool,
+    scores: Path | None,
+    overwrite: bool,
+    **search: float | None,
+) -> None:
+    """Write CHECKPOINT as a bundle: a folder for `nmt-moe translate` and `nmt_moe.Translator`.
+
+    CHECKPOINT may be of one or several processes, averaged or not, of one direction or many, or a
+    language model. The bundle has weights, vocabulary, pieces, text pipeline, search defaults and a
+    model card, and a sha256 of every file.
+    """
+    from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline
+    from nmt_moe.inference import export as write_bundle
+
+    names = {"beam": "beam_size", "lenpen": "length_exponent"}
+    given = {names.get(name, name): value for name, value in search.items() if value is not None}
+    languages = tuple(name for name in (source_lang, target_lang) if name is not None)
+    if target_pieces is not None and pieces is None:
+        raise ValueError("`--target-pieces` needs `--pieces`, the model of the source.")
+    description = Description(
+        languages,
+        TextPipeline(lowercase, normalize_punctuation),
+        SearchDefaults(**given),  # type: ignore[arg-type]
+        "" if scores is None else scores.read_text(encoding="utf-8"),
+    )
+    summary = write_bundle(
+        checkpoint, data, Pieces(pieces, target_pieces), output, dtype, description, overwrite
+    )
+    click.echo(f"{output}: {summary}")

@@ -1,0 +1,179 @@
+"""`nmt-moe translate`: raw text in, raw text out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from nmt_moe.cli._command import command
+
+if TYPE_CHECKING:
+    from nmt_moe.inference import Translation
+
+PATH = click.Path(path_type=Path)
+
+
+@command(
+    "translate",
+    """
+nmt-moe translate en-de < text.en > text.de
+nmt-moe translate en-de text.en more.en --output text.de
+echo 'A dog runs.' | nmt-moe translate en-de --nbest 3 --beam 8
+nmt-moe translate many --target-lang fr --jsonl --experts < text.en > text.jsonl
+nmt-moe translate en-de --ensemble en-de-seed2 < text.en
+""",
+)
+@click.argument("folder", type=PATH)
+@click.argument("files", type=PATH, nargs=-1)
+@click.option(
+    "--output",
+    type=PATH,
+    help="File to write when all is translated; else standard output, as translations come.",
+)
+@click.option("--target-lang", help="Language to translate into, for a model of several.")
+@click.option("--ensemble", type=PATH, multiple=True, help="One more bundle, to be averaged with.")
+@click.option("--beam", type=int, help="Hypotheses that are followed; else the bundle's default.")
+@click.option("--nbest", type=int, help="Print so many of each line: line, score, text, with tabs.")
+@click.option("--length-penalty-alpha", type=float, help="GNMT's length penalty; 0: off.")
+@click.option("--coverage-penalty-beta", type=float, help="GNMT's coverage penalty; 0: off.")
+@click.option("--beam-prune", type=float, help="GNMT's pruning, nats; 0: off.")
+@click.option("--batch-tokens", type=int, help="Source pieces that are translated at once.")
+@click.option(
+    "--jsonl",
+    is_flag=True,
+    help="Print a JSON object for each line: text, scores, pieces, alignment.",
+)
+@click.option("--experts", is_flag=True, help="With --jsonl: the experts and gates of each piece.")
+@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Show a bar on standard error.  [default: for files, if it is a terminal]",
+)
+def translate(
+    folder: Path,
+    files: tuple[Path, ...],
+    output: Path | None,
+    target_lang: str | None,
+    ensemble: tuple[Path, ...],
+    beam: int | None,
+    nbest: int | None,
+    jsonl: bool,
+    experts: bool,
+    threads: int | None,
+    progress: bool | None,
+    **options: float | None,
+) -> None:
+    """Translate FILES, or standard input, with the bundle FOLDER: one line out for each line in.
+
+    Blank lines stay blank. A line that is not text (invalid UTF-8, control characters) is left
+    blank and named at the end, with status 1; all others are translated.
+    """
+    import torch
+
+    from nmt_moe.checks import check_whole
+    from nmt_moe.inference.translator import Translator
+
+    if experts and not jsonl:
+        raise ValueError("`--experts` needs `--jsonl`.")
+    if jsonl and nbest is None:
+        nbest = 1
+    if threads is not None:
+        check_whole("--threads", threads, 1)
+        torch.set_num_threads(threads)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {"num_hypotheses": nbest or 1, "with_experts": experts}
+    if beam is not None:
+        given["beam_size"] = beam
+    translator = Translator.load([folder, *ensemble])
+    write = _jsonl if jsonl else _text if nbest is None else _nbest
+    is_shown = progress if progress is not None else bool(files) and sys.stderr.isatty()
+    with _writing(output) as file:
+        faults = _translate(translator, files, file, write, target_lang, is_shown, given)
+    if faults:
+        raise ValueError(f"{' '.join(faults)} All other lines were translated.")
+
+
+Write = Callable[[int, "Translation | None"], str]
+
+
+def _translate(
+    translator: Any,
+    files: tuple[Path, ...],
+    file: TextIO,
+    write: Write,
+    target_lang: str | None,
+    is_shown: bool,
+    options: dict[str, Any],
+) -> list[str]:
+    """Translate all inputs; return sentences that name the bad lines."""
+    from nmt_moe.inference.files import count_ends, describe_faults, scan_stream, show_progress
+    from nmt_moe.text.lines import BadLine, open_bytes
+
+    faults, number = [], 0
+    for source in files or (None,):
+        bad: list[BadLine] = []
+        with ExitStack() as stack:
+            stream = sys.stdin.buffer if source is None else stack.enter_context(open_bytes(source))
+            name = "standard input" if source is None else str(source)
+            lines, read_ahead = scan_stream(stream, name)
+            total = None if source is None else count_ends(source)
+            shown = show_progress(lines, total, is_shown)
+            results = translator.translate_lines(
+                shown, target_lang, read_ahead=read_ahead, **options
+            )
+            for result in results:
+                number += 1
+                if isinstance(result, BadLine):
+                    bad.append(result)
+                file.write(write(number, None if isinstance(result, BadLine) else result))
+                if read_ahead == 1:
+                    file.flush()
+        if bad:
+            faults.append(f"{name}: {describe_faults(bad)}")
+    return faults
+
+
+def _text(number: int, result: Translation | None) -> str:
+    return ("" if result is None else result.text) + "\n"
+
+
+def _nbest(number: int, result: Translation | None) -> str:
+    if result is None:
+        return f"{number}\t\t\n"
+    scores = [result.score]
+    if len(result.sentences) == 1:
+        scores = [one.score for one in result.sentences[0].hypotheses]
+    elif result.sentences:
+        ranks = range(len(result.hypotheses))
+        scores = [sum(s.hypotheses[rank].score for s in result.sentences) for rank in ranks]
+    pairs = zip(scores, result.hypotheses, strict=True)
+    return "".join(f"{number}\t{score:.4f}\t{text}\n" for score, text in pairs)
+
+
+def _jsonl(number: int, result: Translation | None) -> str:
+    content = {"line": number, **({"text": None} if result is None else result.to_dict())}
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _writing(output: Path | None) -> Iterator[TextIO]:
+    """Open the output: standard output, or a file that appears when it is whole."""
+    if output is None:
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    part = output.with_name(output.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,21 @@
+"""`nmt-moe verify`: whether a bundle is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+
+
+@command("verify", "nmt-moe verify en-de")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Read the bundle FOLDER, and compare every file and every expert with its sha256.
+
+    A checkpoint of a training is verified by `nmt-moe reshape verify`.
+    """
+    from nmt_moe.inference import verify_bundle
+
+    click.echo(f"{folder}: {verify_bundle(folder)}")

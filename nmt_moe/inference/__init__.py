@@ -1,0 +1,33 @@
+"""From a trained checkpoint to a translator: bundles, and programs that open them.
+
+Needs torch, sentencepiece and safetensors; no fairseq.
+"""
+
+from nmt_moe.inference.bundle import DTYPES, BundleConfig, SearchDefaults, TextPipeline
+from nmt_moe.inference.export import Description, Pieces, export
+from nmt_moe.inference.files import translate_file
+from nmt_moe.inference.language_model import LanguageModel, LineScore, total_score
+from nmt_moe.inference.opening import Bundle, open_bundle, verify_bundle
+from nmt_moe.inference.results import Hypothesis, Sentence, Translation
+from nmt_moe.inference.translator import Translator
+
+__all__ = [
+    "DTYPES",
+    "Bundle",
+    "BundleConfig",
+    "Description",
+    "Hypothesis",
+    "LanguageModel",
+    "LineScore",
+    "Pieces",
+    "SearchDefaults",
+    "Sentence",
+    "TextPipeline",
+    "Translation",
+    "Translator",
+    "export",
+    "open_bundle",
+    "total_score",
+    "translate_file",
+    "verify_bundle",
+]

@@ -1,0 +1,257 @@
+"""A bundle: a trained model as a folder that needs neither fairseq nor its data.
+
+    config.json               format, network, languages, text pipeline, search defaults
+    vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
+    source.model, target.model  sentencepiece models; `pieces.model` where both sides share one
+    model.safetensors         all weights but those of experts
+    experts.encoder.safetensors, experts.decoder.safetensors
+                              experts, and the sha256 of each, so that only those are read that a
+                              sentence is sent to
+    README.md                 the model card
+    SHA256SUMS                of all files above, for `nmt-moe verify` and `sha256sum --check`
+
+Nothing in it is executed: JSON, safetensors, and sentencepiece's own format, whose parts are
+numbers and text. Weights are mapped from their files, not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nmt_moe.checks import check_choice, check_range, check_whole
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import GNMTConfig, LSTMLMConfig
+
+FORMAT = "nmt_moe bundle"
+VERSION = 1
+CONFIG, VOCABULARY, WEIGHTS, CARD, SUMS = (
+    "config.json",
+    "vocabulary.json",
+    "model.safetensors",
+    "README.md",
+    "SHA256SUMS",
+)
+DTYPES = ("float32", "bfloat16", "int8")
+KINDS = {"translation": GNMTConfig, "language_model": LSTMLMConfig}
+# Larger ones are not what they claim to be.
+MAX_BYTES = {CONFIG: 2**20, VOCABULARY: 2**28, SUMS: 2**20}
+ROW = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
+
+EXPORT_AGAIN = "Copy the folder again, or export the model again with `nmt-moe export`."
+
+
+@dataclass(frozen=True)
+class SearchDefaults:
+    """What `translate` does unless it is told otherwise; names as of `BeamConfig`.
+
+    Attributes:
+        max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces, the end
+            mark counted.
+    """
+
+    beam_size: int = 5
+    length_exponent: float = 1.0
+    length_penalty_alpha: float = 0.0
+    coverage_penalty_beta: float = 0.0
+    beam_prune: float = 0.0
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+
+    def __post_init__(self) -> None:
+        check_whole("beam_size", self.beam_size, 1, 1000)
+        check_range("max_len_a", self.max_len_a, 0.0, 100.0)
+        check_whole("max_len_b", self.max_len_b, 1, 100_000)
+
+
+@dataclass(frozen=True)
+class TextPipeline:
+    """What happens to a source text before it is cut into pieces, as in training.
+
+    Attributes:
+        lowercase: It is lower-cased.
+        normalize_punctuation: Moses' normalisation of punctuation.
+        max_source_pieces: Longer texts are split into sentences, and longer sentences cut.
+    """
+
+    lowercase: bool = False
+    normalize_punctuation: bool = False
+    max_source_pieces: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("lowercase", "normalize_punctuation"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, but is {getattr(self, name)!r}.")
+        check_whole("max_source_pieces", self.max_source_pieces, 8, 100_000)
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """The content of `config.json`.
+
+    Attributes:
+        kind: "translation" or "language_model".
+        architecture: Its name in fairseq.
+        dtype: In which weights are stored, one of `DTYPES`.
+        network: Sizes.
+        languages: Names of the languages: [source, target] of one direction, all of a multilingual
+            model, whose marks `<2xx>` the vocabulary has; may be empty.
+        directions: Of a multilingual model, those that were trained, such as "en-fr"; else empty.
+        text: Before pieces.
+        search: Defaults.
+        has_pieces: Whether there are sentencepiece models; without, text is words between spaces.
+        shared_weights: Weights that are stored once, by their other names.
+    """
+
+    kind: str
+    architecture: str
+    dtype: str
+    network: GNMTConfig | LSTMLMConfig
+    languages: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
+    text: TextPipeline = field(default_factory=TextPipeline)
+    search: SearchDefaults = field(default_factory=SearchDefaults)
+    has_pieces: bool = True
+    shared_weights: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, tuple(KINDS))
+        check_choice("dtype", self.dtype, DTYPES)
+        for name in ("languages", "directions"):
+            if not all(isinstance(value, str) for value in getattr(self, name)):
+                raise ValueError(f"`{name}` must be a list of names.")
+        if not all(isinstance(value, str) for value in self.shared_weights.values()):
+            raise ValueError("`shared_weights` must be a table of names.")
+
+    @property
+    def is_multilingual(self) -> bool:
+        """Whether a mark in front of the source names the target language."""
+        return bool(self.directions)
+
+    def to_json(self) -> str:
+        """Return the text of `config.json`."""
+        content = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_config(path: Path, content: bytes) -> BundleConfig:
+    """Read `config.json`.
+
+    Raises:
+        ValueError: it is not that of a bundle, of a newer format, or has values that cannot be.
+    """
+    try:
+        table = json.loads(content)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is not JSON: {error}. {EXPORT_AGAIN}") from None
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        raise ValueError(
+            f"`{path}` is not the configuration of a bundle: `format` is not '{FORMAT}'. Name a "
+            "folder that `nmt-moe export` wrote."
+        )
+    version = table.pop("format_version", None)
+    if version != VERSION:
+        raise ValueError(
+            f"`{path}` has the format version {version!r}, but this version of nmt_moe reads "
+            f"{VERSION}. Install a newer one, or export the model again."
+        )
+    del table["format"]
+    try:
+        check_choice("kind", str(table.get("kind")), tuple(KINDS))
+        network = _table(table, "network")
+        moe = network.pop("moe", None)
+        moe = None if moe is None else MoEConfig(**moe)
+        table["network"] = KINDS[table["kind"]](**network, moe=moe)
+        table["text"] = TextPipeline(**_table(table, "text"))
+        table["search"] = SearchDefaults(**_table(table, "search"))
+        table["languages"] = tuple(table.get("languages") or ())
+        table["directions"] = tuple(table.get("directions") or ())
+        return BundleConfig(**table)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` cannot be used: {error}. {EXPORT_AGAIN}") from None
+
+
+def _table(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a table, but is {str(value)[:40]!r}")
+    return dict(value)
+
+
+def read_small(folder: Path, name: str) -> bytes:
+    """Read a small file of a bundle.
+
+    Raises:
+        ValueError: it is missing, or larger than it may be.
+    """
+    path = folder / name
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"`{folder}` {what}. Name a folder that `nmt-moe export` wrote.")
+    if not path.is_file():
+        advice = "Name a folder that `nmt-moe export` wrote." if name == CONFIG else EXPORT_AGAIN
+        raise ValueError(f"`{folder}` has no `{name}`, so it is not a whole bundle. {advice}")
+    size = path.stat().st_size
+    if size > MAX_BYTES.get(name, 2**30):
+        raise ValueError(f"`{path}` has {size} bytes, more than it can have. {EXPORT_AGAIN}")
+    return path.read_bytes()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read `SHA256SUMS`.
+
+    Returns:
+        The sha256 of each file, in hexadecimal.
+
+    Raises:
+        ValueError: it is missing or malformed, or names a file that is missing.
+    """
+    path = folder / SUMS
+    sums = {}
+    for row in read_small(folder, SUMS).decode("utf-8", "replace").splitlines():
+        found = ROW.fullmatch(row)
+        if found is None:
+            raise ValueError(f"`{path}` has the row {row[:80]!r}. {EXPORT_AGAIN}")
+        sums[found[2]] = found[1]
+        if not (folder / found[2]).is_file():
+            raise ValueError(f"`{folder}` has no `{found[2]}`. {EXPORT_AGAIN}")
+    for name in (CONFIG, VOCABULARY, WEIGHTS):
+        if name not in sums:
+            raise ValueError(f"`{path}` does not list `{name}`. {EXPORT_AGAIN}")
+    return sums
+
+
+def check_content(folder: Path, name: str, sums: Mapping[str, str], content: bytes) -> None:
+    """Reject the content of a file whose sha256 is another.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    _compare(folder / name, sums, hashlib.sha256(content).hexdigest())
+
+
+def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    """Reject a file whose sha256 is another.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    _compare(folder / name, sums, sha256_of(folder / name))
+
+
+def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
+    if path.name not in sums:
+        raise ValueError(f"`{path.parent / SUMS}` does not list `{path.name}`. {EXPORT_AGAIN}")
+    if sums[path.name] != digest:
+        raise ValueError(f"`{path}` was altered: its sha256 is not that in {SUMS}. {EXPORT_AGAIN}")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

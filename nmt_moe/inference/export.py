@@ -1,0 +1,326 @@
+"""Turn a checkpoint of a training into a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nmt_moe.checkpoints import load_checkpoint
+from nmt_moe.checkpoints.files import check_output
+from nmt_moe.checkpoints.network import SavedNetwork, read_network
+from nmt_moe.checks import check_choice
+from nmt_moe.inference.bundle import (
+    CARD,
+    CONFIG,
+    DTYPES,
+    SUMS,
+    VOCABULARY,
+    WEIGHTS,
+    BundleConfig,
+    SearchDefaults,
+    TextPipeline,
+    sha256_of,
+)
+from nmt_moe.inference.card import Origin, write_card
+from nmt_moe.inference.opening import (
+    JOINT_PIECES,
+    check_pieces,
+    language_mark,
+    load_pieces,
+    verify_bundle,
+)
+from nmt_moe.inference.weights import (
+    DIGEST,
+    EXPERTS_IN,
+    SCALE,
+    UNUSED,
+    expert_digest,
+    experts_file,
+    is_product,
+)
+from nmt_moe.kernels.quantised import quantise_rows
+from nmt_moe.nn import GNMTConfig
+from nmt_moe.text.vocabulary import Vocabulary, find_dictionary, read_symbols
+
+ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The sentencepiece models of a training.
+
+    Attributes:
+        source: Of the source, or of both sides.
+        target: Of the target, if it has one of its own.
+    """
+
+    source: Path | None = None
+    target: Path | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a bundle says of itself beside its weights.
+
+    Attributes:
+        languages: [source, target] where the checkpoint and its data do not say.
+        text: What happens to source text before pieces.
+        search: Defaults of the search.
+        scores: Text for the model card.
+    """
+
+    languages: tuple[str, ...] = ()
+    text: TextPipeline = field(default_factory=TextPipeline)
+    search: SearchDefaults = field(default_factory=SearchDefaults)
+    scores: str = ""
+
+
+def export(
+    checkpoint: Path,
+    data: Path,
+    pieces: Pieces,
+    output: Path,
+    dtype: str = "float32",
+    description: Description | None = None,
+    is_overwritten: bool = False,
+) -> str:
+    """Write a bundle.
+
+    Args:
+        checkpoint: Of one or several processes, averaged or not.
+        data: The folder of binarised data that it was trained on.
+        pieces: The models that cut its texts.
+        output: The folder to write; it appears when it is whole.
+        dtype: Of the weights, one of `DTYPES`.
+        description: What else to say.
+        is_overwritten: Replace an output that exists.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: naming what is missing or does not fit together.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    check_output(output, is_overwritten)
+    if (
+        is_overwritten
+        and output.is_dir()
+        and not (output / CONFIG).is_file()
+        and any(output.iterdir())
+    ):
+        raise ValueError(f"`{output}` is a folder that is not a bundle. Name another output.")
+    description = description or Description()
+    state = load_checkpoint(checkpoint, with_optimizer=False)
+    network = read_network(checkpoint, state)
+    languages, directions = _find_languages(state, data, network, description.languages)
+    vocabularies = _find_vocabularies(state, data, network, languages, directions)
+    _check_sizes(checkpoint, network, vocabularies)
+    _check_digests(checkpoint, state, vocabularies)
+    shared = _find_shared(network.parameters)
+    config = BundleConfig(
+        kind="translation" if isinstance(network.config, GNMTConfig) else "language_model",
+        architecture=network.architecture,
+        dtype=dtype,
+        network=network.config,
+        languages=languages,
+        directions=directions,
+        text=description.text,
+        search=description.search,
+        has_pieces=pieces.source is not None,
+        shared_weights=shared,
+    )
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _write_pieces(part, pieces, vocabularies, config)
+        _write_weights(part, config, network.parameters)
+        (part / CONFIG).write_text(config.to_json(), encoding="utf-8")
+        table = {side: vocabulary.symbols for side, vocabulary in vocabularies.items()}
+        if len(table) == 2 and table["source"] == table["target"]:
+            table = {"shared": table["source"]}
+        content = json.dumps(table, ensure_ascii=False, indent=0)
+        (part / VOCABULARY).write_text(content, encoding="utf-8")
+        origin = Origin(checkpoint, data, state, description.scores)
+        (part / CARD).write_text(write_card(config, origin, vocabularies), encoding="utf-8")
+        names = sorted(path.name for path in part.iterdir())
+        rows = [f"{sha256_of(part / name)}  {name}\n" for name in names]
+        (part / SUMS).write_text("".join(rows), encoding="utf-8")
+        summary = verify_bundle(part)
+        if output.is_dir():
+            shutil.rmtree(output)
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return summary
+
+
+def _find_languages(
+    state: Mapping[str, Any], data: Path, network: SavedNetwork, given: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the languages, and the directions of a multilingual model."""
+    task = state.get("task_state") or {}
+    if "languages" in task:
+        if given:
+            raise ValueError(
+                "`--source-lang` and `--target-lang` must be left out for a multilingual model, "
+                f"which names its languages itself: {', '.join(task['languages'])}."
+            )
+        return tuple(task["languages"]), tuple(task.get("pairs") or ())
+    if not isinstance(network.config, GNMTConfig):
+        return given[:1], ()
+    cfg: Any = state.get("cfg") or {}
+    options = cfg.get("task") or {}
+    options = options if isinstance(options, dict) else vars(options)
+    if given:
+        return given, ()
+    if options.get("source_lang") and options.get("target_lang"):
+        return (options["source_lang"], options["target_lang"]), ()
+    found = {path.name.split(".")[1] for path in data.glob("train*.*-*.*.idx")}
+    if len(found) != 1:
+        raise ValueError(
+            f"the checkpoint does not say its languages, and `{data}` has training text of "
+            f"{len(found)} pairs. Add --source-lang and --target-lang."
+        )
+    source, _, target = found.pop().partition("-")
+    return (source, target), ()
+
+
+def _find_vocabularies(
+    state: Mapping[str, Any],
+    data: Path,
+    network: SavedNetwork,
+    languages: tuple[str, ...],
+    directions: tuple[str, ...],
+) -> dict[str, Vocabulary]:
+    if not data.is_dir():
+        raise ValueError(f"`{data}` is not a folder. Name the one that fairseq-preprocess wrote.")
+    if directions:
+        symbols = state["task_state"]["symbols"]
+        own = read_symbols(find_dictionary(data, languages[0]))
+        if symbols[: len(own)] != own:
+            raise ValueError(
+                f"the dictionary of `{data}` is not the one that the checkpoint was trained with. "
+                "Name the folder of its training."
+            )
+        vocabulary = Vocabulary(symbols, [language_mark(name) for name in languages])
+        return {"source": vocabulary, "target": vocabulary}
+    if not isinstance(network.config, GNMTConfig):
+        return {"target": Vocabulary(read_symbols(find_dictionary(data, None)))}
+    source, target = languages
+    return {
+        "source": Vocabulary(read_symbols(find_dictionary(data, source))),
+        "target": Vocabulary(read_symbols(find_dictionary(data, target))),
+    }
+
+
+def _check_sizes(path: Path, network: SavedNetwork, vocabularies: dict[str, Vocabulary]) -> None:
+    rows = {"source": "encoder.embedding.weight", "target": "decoder.embedding.weight"}
+    for side, vocabulary in vocabularies.items():
+        weight = network.parameters.get(rows[side])
+        have = None if weight is None else len(weight)
+        if have != len(vocabulary):
+            raise ValueError(
+                f"`{path}` has {have} {side} symbols, but the {side} dictionary has "
+                f"{len(vocabulary)}. Name the `--data` that the model was trained on."
+            )
+
+
+def _check_digests(
+    path: Path, state: Mapping[str, Any], vocabularies: dict[str, Vocabulary]
+) -> None:
+    """Reject a dictionary with other symbols than that of the training; early ones kept none."""
+    sides = {"source": "encoder", "target": "decoder"}
+    for side, vocabulary in vocabularies.items():
+        digest = state["model"].get(f"{sides[side]}.dictionary_check.digest")
+        symbols = "\n".join(vocabulary.symbols).encode()
+        number = int.from_bytes(hashlib.sha256(symbols).digest()[:8], "little", signed=True)
+        if digest is not None and int(digest) != number:
+            raise ValueError(
+                f"the {side} dictionary is not the one that `{path}` was trained with, though it "
+                "has the same size. Name the `--data` that the model was trained on."
+            )
+
+
+def _find_shared(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the tables that equal an earlier one, each with its name."""
+    names = ("encoder.embedding.weight", "decoder.embedding.weight", "decoder.output.weight")
+    there = [name for name in names if name in parameters]
+    shared = {}
+    for number, name in enumerate(there):
+        for earlier in there[:number]:
+            if earlier not in shared and torch.equal(parameters[name], parameters[earlier]):
+                shared[name] = earlier
+                break
+    return shared
+
+
+def _write_pieces(
+    folder: Path, pieces: Pieces, vocabularies: dict[str, Vocabulary], config: BundleConfig
+) -> None:
+    if pieces.source is None:
+        return
+    target = pieces.target or pieces.source
+    files = {"source": pieces.source, "target": target}
+    contents = {side: files[side].read_bytes() for side in vocabularies}
+    advice = "Name the model that cut the texts of the training, with `--pieces`."
+    for side, content in contents.items():
+        processor = load_pieces(content, str(files[side]))
+        check_pieces(processor, vocabularies[side], str(files[side]), advice)
+    if len(set(contents.values())) == 1:
+        contents = {JOINT_PIECES.removesuffix(".model"): contents["target"]}
+    for side, content in contents.items():
+        (folder / f"{side}.model").write_bytes(content)
+
+
+def _write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tensor]) -> None:
+    experts: dict[str, dict[str, Tensor]] = {}
+    dense: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        side, _, rest = name.partition(".moe.moe.experts.")
+        if rest:
+            # A row for each output, as products are computed with them.
+            experts.setdefault(side, {})[rest] = value.float().mT
+        elif name not in config.shared_weights and UNUSED not in name:
+            dense |= _store(name, value.float(), config.dtype)
+    _save(folder / WEIGHTS, dense)
+    for side, values in experts.items():
+        stored: dict[str, Tensor] = {}
+        for name, value in values.items():
+            stored |= _store(name, value, config.dtype)
+        numbers = range(len(stored[EXPERTS_IN]))
+        digests = [list(expert_digest(expert, stored)) for expert in numbers]
+        _save(
+            folder / experts_file(side),
+            {**stored, DIGEST: torch.tensor(digests, dtype=torch.uint8)},
+        )
+
+
+def _store(name: str, value: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return a weight as the bundle stores it, with its scales."""
+    if not is_product(name, value) or dtype == "float32":
+        return {name: value.contiguous()}
+    if dtype == "bfloat16":
+        return {name: value.bfloat16().contiguous()}
+    quantised, scale = quantise_rows(value.contiguous())
+    return {name: quantised, name + SCALE: scale}
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whose tensors begin at a multiple of `ALIGNMENT` bytes."""
+    save_file(tensors, path, {"format": "pt"})
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    # One more entry of the header costs 9 characters: ,"pad":""
+    padding = " " * ((-start - 9) % ALIGNMENT)
+    save_file(tensors, path, {"format": "pt", "pad": padding})

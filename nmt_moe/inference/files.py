@@ -1,0 +1,92 @@
+"""Translate files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from nmt_moe.inference.translator import READ_AHEAD, Translator
+from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
+
+
+def translate_file(
+    translator: Translator,
+    source: Path | str,
+    output: Path | str,
+    target_lang: str | None = None,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> int:
+    """Translate a file of one text a line; gzip if its name ends in `.gz`.
+
+    Args:
+        translator: What translates.
+        source: To read. It is not held in memory.
+        output: To write, one line for each; it appears when it is whole.
+        target_lang: As of `Translator.translate`.
+        progress: Show a bar on standard error.
+        options: Further options of `Translator.translate`.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        ValueError: naming the lines that could not be translated. The output is whole even so; it
+            has blank lines for them.
+        OSError: a file cannot be opened or written.
+    """
+    output = Path(output)
+    part = output.with_name(output.name + ".part")
+    faults: list[BadLine] = []
+    count = 0
+    try:
+        with open_bytes(source) as stream, part.open("w", encoding="utf-8", newline="\n") as file:
+            lines = scan_lines(stream, os.fspath(source))
+            shown = show_progress(lines, count_ends(source), progress)
+            for result in translator.translate_lines(shown, target_lang, **options):
+                count += 1
+                if isinstance(result, BadLine):
+                    faults.append(result)
+                file.write("\n" if isinstance(result, BadLine) else result.text + "\n")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    if faults:
+        raise ValueError(
+            f"`{source}`: {describe_faults(faults)} `{output}` has blank lines for them, and the "
+            "translations of all others."
+        )
+    return count
+
+
+def show_progress(
+    lines: Iterable[str | BadLine], total: int | None, is_shown: bool
+) -> Iterator[str | BadLine]:
+    """Yield lines, with a bar on standard error."""
+    yield from tqdm(lines, total=total, unit=" lines", disable=not is_shown, smoothing=0.1)
+
+
+def count_ends(source: Path | str) -> int | None:
+    """Return the number of lines of a plain file, for a bar; None of a gzip file."""
+    if os.fspath(source).endswith(".gz"):
+        return None
+    with open(source, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
+
+
+def describe_faults(faults: list[BadLine], most: int = 10) -> str:
+    """Return sentences that name bad lines."""
+    named = [f"line {one.number} {one.reason}. {one.advice}" for one in faults[:most]]
+    more = len(faults) - len(named)
+    return " ".join([*named, f"So have {more} more."] if more else named)
+
+
+def scan_stream(stream: BinaryIO, name: str) -> tuple[Iterator[str | BadLine], int]:
+    """Return the lines of standard input, and how many to read ahead: one from a terminal."""
+    is_terminal = stream.isatty()
+    return scan_lines(stream, name), 1 if is_terminal else READ_AHEAD

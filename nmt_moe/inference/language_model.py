@@ -1,0 +1,213 @@
+"""The probability of text, and text drawn from a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from nmt_moe.checks import check_range, check_whole
+from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.networks import LanguageNetwork
+from nmt_moe.inference.opening import Bundle, open_bundle
+from nmt_moe.inference.searching import make_batches
+from nmt_moe.inference.text import SourceText, TargetText, find_fault
+from nmt_moe.text.vocabulary import BOS, EOS, PAD, UNK
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class LineScore:
+    """How likely a model finds a line; the end of the line is counted everywhere.
+
+    Attributes:
+        log_prob: Of the line, nats.
+        pieces: Its pieces.
+        log_probs: Of each piece and of the end, nats.
+        num_words: Runs of characters between white space.
+        num_characters: Of the line.
+        num_unknown: Pieces that are not in the vocabulary; they make a line seem likelier.
+    """
+
+    log_prob: float
+    pieces: list[str]
+    log_probs: list[float]
+    num_words: int
+    num_characters: int
+    num_unknown: int
+
+    @property
+    def perplexity_per_piece(self) -> float:
+        """Perplexity over pieces and the end."""
+        return _perplexity(self.log_prob, len(self.log_probs))
+
+    @property
+    def perplexity_per_word(self) -> float:
+        """Perplexity over words and the end."""
+        return _perplexity(self.log_prob, self.num_words + 1)
+
+    @property
+    def perplexity_per_character(self) -> float:
+        """Perplexity over characters and the end."""
+        return _perplexity(self.log_prob, self.num_characters + 1)
+
+    @property
+    def bits_per_character(self) -> float:
+        """Loss in bits over characters and the end."""
+        return -self.log_prob / math.log(2) / (self.num_characters + 1)
+
+
+def _perplexity(log_prob: float, count: int) -> float:
+    try:
+        return math.exp(-log_prob / count)
+    except OverflowError:
+        return math.inf
+
+
+def total_score(scores: Sequence[LineScore]) -> LineScore:
+    """Return the score of a text of several lines, without the pieces' own.
+
+    Its perplexities are those of the text: each line's end is counted.
+    """
+    ends = len(scores) - 1
+    return LineScore(
+        sum(one.log_prob for one in scores),
+        [piece for one in scores for piece in one.pieces],
+        [value for one in scores for value in one.log_probs],
+        sum(one.num_words for one in scores) + ends,
+        sum(one.num_characters for one in scores) + ends,
+        sum(one.num_unknown for one in scores),
+    )
+
+
+class LanguageModel:
+    """Score and draw lines of text with a bundle. Make one with `LanguageModel.load`.
+
+    Every line starts from a zero state, as a sentence does in training with
+    `--sample-break-mode eos`.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        assert isinstance(bundle.network, LanguageNetwork)
+        self._network = bundle.network
+        self._vocabulary = bundle.vocabularies["target"]
+        processor = bundle.processors["target"]
+        language = bundle.config.languages[0] if bundle.config.languages else None
+        self._source_text = SourceText(bundle.config.text, processor, language)
+        self._target_text = TargetText(processor)
+        self.defaults: SearchDefaults = bundle.config.search
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Open a bundle.
+
+        Raises:
+            ValueError: naming the file that is missing, altered or of a newer format.
+        """
+        return cls(open_bundle(folder, "language_model"))
+
+    @torch.inference_mode()
+    def score(
+        self, lines: str | Sequence[str], *, batch_tokens: int = BATCH_TOKENS
+    ) -> list[LineScore]:
+        """Return the probability of each line.
+
+        Args:
+            lines: Any number, without line ends; one string stands for a list of one. A line
+                without words is the probability of an empty line.
+            batch_tokens: Pieces that are read at once, padding included.
+
+        Raises:
+            ValueError: naming a line that holds a line end, control characters or half a surrogate
+                pair.
+        """
+        lines = [lines] if isinstance(lines, str) else list(lines)
+        for number, line in enumerate(lines, start=1):
+            fault = "has a line end within it" if "\n" in line else find_fault(line)
+            if fault is not None:
+                raise ValueError(f"line {number} {fault}. Remove it, and score again.")
+        check_whole("batch_tokens", batch_tokens, 1)
+        pieces = [self._source_text.pieces(line) for line in lines]
+        numbers = [self._vocabulary.numbers(own) for own in pieces]
+        results: dict[int, list[float]] = {}
+        for batch in make_batches([[EOS, *own] for own in numbers], batch_tokens):
+            results.update(zip(batch, self._score([numbers[n] for n in batch]), strict=True))
+        return [
+            LineScore(
+                math.fsum(results[n]),
+                pieces[n],
+                results[n],
+                len(line.split()),
+                len(line),
+                numbers[n].count(UNK),
+            )
+            for n, line in enumerate(lines)
+        ]
+
+    def _score(self, sentences: list[list[int]]) -> list[list[float]]:
+        lengths = [len(sentence) + 1 for sentence in sentences]
+        steps = lengths[0]
+        read = [[EOS, *s] + [PAD] * (steps - len(s) - 1) for s in sentences]
+        outputs = self._network.num_outputs
+        known = [[word if word < outputs else UNK for word in s] for s in sentences]
+        follow = [[*s, EOS] + [PAD] * (steps - len(s) - 1) for s in known]
+        log_probs = self._network.score(torch.tensor(read).t(), lengths, torch.tensor(follow).t())
+        rows = log_probs.t().tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        num_samples: int = 1,
+        prefix: str = "",
+        *,
+        temperature: float = 1.0,
+        max_pieces: int = 200,
+        seed: int = 1,
+    ) -> list[str]:
+        """Draw lines.
+
+        Args:
+            num_samples: How many.
+            prefix: What each begins with.
+            temperature: What logits are divided by; lower ones draw likelier pieces.
+            max_pieces: Longer lines are cut.
+            seed: Of the draws. Equal seeds give equal lines.
+
+        Raises:
+            ValueError: naming the option that is out of range.
+        """
+        check_whole("num_samples", num_samples, 1)
+        check_whole("max_pieces", max_pieces, 1)
+        check_range("temperature", temperature, 1e-3, 1e3)
+        fault = "has a line end within it" if "\n" in prefix else find_fault(prefix)
+        if fault is not None:
+            raise ValueError(f"`prefix` {fault}. Remove it.")
+        generator = torch.Generator().manual_seed(seed)
+        begun = self._source_text.pieces(prefix)
+        given = [EOS, *self._vocabulary.numbers(begun)]
+        states = self._network.start(num_samples)
+        for token in given:
+            tokens = torch.full((num_samples,), token)
+            log_probs, states = self._network.step(tokens, states)
+        drawn = torch.full((num_samples, max_pieces), EOS)
+        is_open = torch.ones(num_samples, dtype=torch.bool)
+        for step in range(max_pieces):
+            log_probs[:, [BOS, PAD, UNK]] = -torch.inf
+            probs = (log_probs / temperature).softmax(dim=1)
+            tokens = probs.multinomial(1, generator=generator).squeeze(1)
+            drawn[is_open, step] = tokens[is_open]
+            is_open &= tokens != EOS
+            if not is_open.any():
+                break
+            log_probs, states = self._network.step(tokens, states)
+        return [self._target_text.join([*begun, *self._words(row)]) for row in drawn.tolist()]
+
+    def _words(self, row: list[int]) -> list[str]:
+        length = row.index(EOS) if EOS in row else len(row)
+        return [self._vocabulary.symbols[token] for token in row[:length]]

@@ -1,0 +1,183 @@
+"""The layers of the networks without gradients, dropout or statistics, over a bundle's weights.
+
+Each computes what its namesake in `nmt_moe.nn` computes in evaluation; the tests compare them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmt_moe.inference.weights import ExpertWeights, Weights
+from nmt_moe.kernels.lstm_step import lstm_step
+from nmt_moe.kernels.packed_mixture import packed_mixture_ffn
+from nmt_moe.moe import MoEConfig, build_gate
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Trace:
+    """The experts that tokens were sent to, layer by layer, in the order of the calls.
+
+    Attributes:
+        expert_ids: (N, K) int64 of each call; E in empty slots.
+        gates: (N, K) float32 of each call.
+    """
+
+    expert_ids: list[Tensor]
+    gates: list[Tensor]
+
+
+class LSTM:
+    """An LSTM, projected if it has such weights.
+
+    Source: Sak et al. 2014 (without peepholes).
+    """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        part = f"{name}.lstm."
+        bias = weights[f"{part}bias_ih_l0"] + weights[f"{part}bias_hh_l0"]
+        self.of_input = weights.linear(f"{part}weight_ih_l0", bias)
+        self.of_hidden = weights.linear(f"{part}weight_hh_l0")
+        projection = f"{part}weight_hr_l0"
+        self.projection = weights.linear(projection) if projection in weights else None
+        self.cell_dim = len(bias) // 4
+        self.output_dim = weights[f"{part}weight_hh_l0"].shape[1]
+
+    def start(self, num_rows: int) -> State:
+        """Return the state before the first step."""
+        return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
+
+    def step(self, x: Tensor, state: State) -> State:
+        """Take a step: (R, I) and the state give the new state, whose first part is the output."""
+        return self._update(self.of_input(x), state)
+
+    def run(self, x: Tensor, lengths: list[int]) -> Tensor:
+        """Run over whole sentences.
+
+        Args:
+            x: (S, B, I).
+            lengths: Of each sentence, never rising.
+
+        Returns:
+            (S, B, O); 0 at padded positions.
+        """
+        gates = self.of_input(x)
+        outputs = x.new_zeros(*x.shape[:2], self.output_dim)
+        hidden, cell = self.start(x.shape[1])
+        num_rows = x.shape[1]
+        for step, gates_t in enumerate(gates.unbind(0)):
+            while lengths[num_rows - 1] <= step:
+                num_rows -= 1
+            state = hidden[:num_rows], cell[:num_rows]
+            hidden, cell = self._update(gates_t[:num_rows], state)
+            outputs[step, :num_rows] = hidden
+        return outputs
+
+    def _update(self, gates: Tensor, state: State) -> State:
+        return lstm_step(gates + self.of_hidden(state[0]), state[1], self.projection)
+
+
+class BidirectionalLSTM:
+    """Two LSTMs, one from each end of the sentence, outputs summed."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.forwards = LSTM(weights, f"{name}.forwards")
+        self.backwards = LSTM(weights, f"{name}.backwards")
+
+    def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
+        """Run over whole sentences: arguments as of `LSTM.run`.
+
+        turn: (S, B) int64, from `turned_positions`.
+        """
+        index = turn.unsqueeze(2)
+        backwards = self.backwards.run(torch.take_along_dim(x, index, dim=0), lengths)
+        return self.forwards.run(x, lengths) + torch.take_along_dim(backwards, index, dim=0)
+
+
+class MoE:
+    """An MoE layer with its sigmoid and residual.
+
+    Source: Shazeer et al. 2017, eq. 1, Appendices C.1 and E.
+    """
+
+    def __init__(
+        self, weights: Weights, folder: Path, side: str, config: MoEConfig, dtype: str
+    ) -> None:
+        self.config = config
+        self.gate = build_gate(config).eval().requires_grad_(False)
+        prefix = f"{side}.moe.moe.gate."
+        state = self.gate.state_dict()
+        names = [name for name in state if f"{prefix}{name}" in weights]
+        self.gate.load_state_dict(
+            {name: weights[prefix + name] for name in names}, strict=False, assign=True
+        )
+        self.experts = ExpertWeights(folder, side, config, dtype)
+
+    def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
+        """Compute (N, D) of (N, D)."""
+        gating = self.gate(x)
+        if trace is not None:
+            trace.expert_ids.append(gating.expert_ids)
+            trace.gates.append(gating.gates)
+        experts = self.experts
+        y = packed_mixture_ffn(
+            x, gating.gates, gating.expert_ids, experts.weight_in, experts.weight_out
+        )
+        return x + y.sigmoid_()
+
+
+class DeepExpert:
+    """One expert of several hidden layers in the place of an MoE layer.
+
+    Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
+    """
+
+    def __init__(self, weights: Weights, side: str, num_layers: int) -> None:
+        names = [f"{side}.moe.products.{layer}.weight" for layer in range(num_layers + 1)]
+        self.products = [weights.linear(name) for name in names]
+
+    def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
+        """Compute (N, D) of (N, D)."""
+        *inner, last = self.products
+        y = x
+        for product in inner:
+            y = F.relu(product(y))
+        return x + last(y).sigmoid_()
+
+
+class Attention:
+    """The attention, both forms; queries are of a step.
+
+    Source: Shazeer et al. 2017, Appendix G.
+    """
+
+    def __init__(self, weights: Weights, name: str, kind: str) -> None:
+        self.projection = weights.linear(f"{name}.projection.weight")
+        self.scale = weights[f"{name}.scale"]
+        self.is_product = kind == "product"
+
+    def __call__(self, query: Tensor, keys: Tensor, source: Tensor, bias: Tensor) -> State:
+        """Attend from (B, W, D) queries.
+
+        Args:
+            query: (B, W, D).
+            keys: (B, S, D).
+            source: (B, S, D).
+            bias: (B, 1, S), 0 or, for padding, -inf.
+
+        Returns:
+            (B, W, D) context and (B, W, S) weights.
+        """
+        projected = self.projection(query)
+        if self.is_product:
+            scores = torch.baddbmm(bias, projected.tanh_().mul_(self.scale), keys.transpose(1, 2))
+        else:
+            scores = torch.tanh(projected.unsqueeze(2) + keys.unsqueeze(1)) @ self.scale + bias
+        weights = scores.softmax(dim=2)
+        return torch.bmm(weights, source), weights

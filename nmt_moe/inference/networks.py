@@ -1,0 +1,307 @@
+"""The networks of a bundle: an encoder and a decoder, or a language model, a step at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nmt_moe.inference.layers import (
+    LSTM,
+    Attention,
+    BidirectionalLSTM,
+    DeepExpert,
+    MoE,
+    State,
+    Trace,
+)
+from nmt_moe.inference.weights import Weights
+from nmt_moe.kernels.lstm_step import lstm_step
+from nmt_moe.kernels.quantised import PackedLinear
+from nmt_moe.nn import GNMTConfig, LSTMLMConfig
+from nmt_moe.nn.lstm import turned_positions
+
+# Finished sentences are dropped from the encoder's outputs, which costs a copy of the others, once
+# so many are finished.
+DROPPED_AT = 0.3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder needs of B encoded sentences.
+
+    Attributes:
+        source: (B, S, D), the encoder's outputs; 0 at padding.
+        keys: (B, S, D), the attention's part that depends on the source alone.
+        bias: (B, 1, S), 0 or, for padding, -inf.
+    """
+
+    source: Tensor
+    keys: Tensor
+    bias: Tensor
+
+    def pick(self, sentences: Tensor) -> Memory:
+        """Return the memory of some sentences: (B',) int64."""
+        return Memory(self.source[sentences], self.keys[sentences], self.bias[sentences])
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What the decoder keeps of R rows; those of a sentence follow each other.
+
+    Attributes:
+        memory: Of sentences, in the rows' order.
+        sentence: (R,) int64, the row of `memory` of each.
+        layers: The state of each LSTM.
+    """
+
+    memory: Memory
+    sentence: Tensor
+    layers: list[State]
+
+    def reorder(self, rows: Tensor) -> Self:
+        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+        sentence, memory = self.sentence[rows], self.memory
+        layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
+        live, inverse = sentence.unique_consecutive(return_inverse=True)
+        if len(live) <= (1 - DROPPED_AT) * len(memory.source):
+            memory, sentence = memory.pick(live), inverse
+        return replace(self, memory=memory, sentence=sentence, layers=layers)
+
+
+class TranslationNetwork:
+    """A GNMT-style encoder and decoder with its softmax layer.
+
+    Source: Shazeer et al. 2017, Appendix E; `nmt_moe.nn.GNMTEncoder`, `GNMTDecoder`.
+    """
+
+    def __init__(self, folder: Path, weights: Weights) -> None:
+        config = weights.config.network
+        assert isinstance(config, GNMTConfig)
+        moe, dtype = config.moe, weights.config.dtype
+        self.source_embedding = weights.embedding("encoder.embedding.weight")
+        self.encoder_bottom = BidirectionalLSTM(weights, "encoder.bottom")
+        self.encoder_moe = None if moe is None else MoE(weights, folder, "encoder", moe, dtype)
+        numbers = range(config.encoder_layers - 2)
+        self.encoder_layers = [LSTM(weights, f"encoder.layers.{number}") for number in numbers]
+        self.attention_keys = weights.linear("encoder.attention_keys.projection.weight")
+        self.is_product = config.attention == "product"
+
+        self.target_embedding = weights.embedding("decoder.embedding.weight")
+        self.is_recurrent = config.attention_wiring == "recurrent"
+        attention = "decoder.bottom.attention" if self.is_recurrent else "decoder.attention"
+        self.attention = Attention(weights, attention, config.attention)
+        self.decoder_bottom = (
+            _AttentiveLSTM(weights, "decoder.bottom")
+            if self.is_recurrent
+            else LSTM(weights, "decoder.bottom")
+        )
+        self.decoder_moe = None if moe is None else MoE(weights, folder, "decoder", moe, dtype)
+        numbers = range(config.decoder_layers - 1)
+        self.decoder_layers = [LSTM(weights, f"decoder.layers.{number}") for number in numbers]
+        self.output = weights.linear("decoder.output.weight")
+
+    def encode(self, sentences: list[list[int]], pad: int, trace: Trace | None = None) -> Memory:
+        """Encode B sentences of at least one token.
+
+        Args:
+            sentences: Numbers of the tokens.
+            pad: What fills shorter sentences up; never read.
+            trace: Gets the experts of all tokens, one sentence after the other.
+        """
+        order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
+        lengths = [len(sentences[number]) for number in order]
+        steps = lengths[0]
+        tokens = torch.tensor([sentences[n] + [pad] * (steps - len(sentences[n])) for n in order])
+        is_token = torch.arange(steps).unsqueeze(1) < torch.tensor(lengths)  # (S, B)
+        x = self.source_embedding(tokens.t())
+        turn = turned_positions(torch.tensor(lengths), steps)
+        x = x + self.encoder_bottom.run(x, lengths, turn)
+        if self.encoder_moe is not None:
+            is_full = lengths[-1] == steps
+            flat = x.flatten(0, 1) if is_full else x[is_token]
+            y = self.encoder_moe(flat, trace)
+            x = y.view_as(x) if is_full else torch.zeros_like(x).index_put_((is_token,), y)
+            if trace is not None:
+                _sort_trace(trace, is_token, order)
+        for layer in self.encoder_layers:
+            x = x + layer.run(x, lengths)
+        x = x * is_token.unsqueeze(2)
+        source = x.transpose(0, 1)[torch.tensor(order).argsort()].contiguous()
+        keys = self.attention_keys(source)
+        bias = torch.zeros(source.shape[:2]).masked_fill_(~is_token.t(), -torch.inf)
+        bias = bias[torch.tensor(order).argsort()].unsqueeze(1)
+        return Memory(source, keys.tanh_() if self.is_product else keys, bias)
+
+    def start(self, memory: Memory) -> DecoderState:
+        """Return the state of one row for each sentence."""
+        num_rows = len(memory.source)
+        layers = [self.decoder_bottom, *self.decoder_layers]
+        states = [layer.start(num_rows) for layer in layers]
+        return DecoderState(memory, torch.arange(num_rows), states)
+
+    def step(
+        self, tokens: Tensor, state: DecoderState, trace: Trace | None = None
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """Predict the next token: the `step` of `beam_search`.
+
+        Args:
+            tokens: (R, T) int64, of which the last is read.
+            state: After the tokens before.
+            trace: Gets the experts of the last tokens.
+
+        Returns:
+            (R, V) log-probabilities, (R, S) attention, and the state.
+        """
+        layers = list(state.layers)
+        slots = _Slots(state.sentence, len(state.memory.source))
+        x = self.target_embedding(tokens[:, -1])
+        if isinstance(self.decoder_bottom, _AttentiveLSTM):
+            context, attention = self._attend(layers[0][0], state.memory, slots)
+            layers[0] = self.decoder_bottom.step(x, context, layers[0])
+        else:
+            layers[0] = self.decoder_bottom.step(x, layers[0])
+            context, attention = self._attend(layers[0][0], state.memory, slots)
+        x = x + layers[0][0]
+        if self.decoder_moe is not None:
+            x = self.decoder_moe(x, trace)
+        for number, layer in enumerate(self.decoder_layers, start=1):
+            takes_context = number == 1 and not self.is_recurrent
+            wide = torch.cat([x, context], dim=1) if takes_context else x
+            layers[number] = layer.step(wide, layers[number])
+            x = x + layers[number][0]
+        log_probs = self.output(x).log_softmax(dim=1)
+        return log_probs, attention, replace(state, layers=layers)
+
+    def _attend(self, query: Tensor, memory: Memory, slots: _Slots) -> State:
+        spread = slots.spread(query)
+        context, attention = self.attention(spread, memory.keys, memory.source, memory.bias)
+        return slots.collect(context), slots.collect(attention)
+
+
+def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
+    """Bring the last call's tokens, step by step of sorted sentences, into the sentences' order."""
+    number = torch.zeros(is_token.shape, dtype=torch.int64)
+    number[is_token] = torch.arange(int(is_token.sum()))
+    columns = torch.tensor(order).argsort()
+    by_sentence = number.t()[columns][is_token.t()[columns]]
+    trace.expert_ids[-1] = trace.expert_ids[-1][by_sentence]
+    trace.gates[-1] = trace.gates[-1][by_sentence]
+
+
+class _AttentiveLSTM:
+    """An LSTM that takes in a context too: `nmt_moe.nn.attentive_lstm`."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.of_input = weights.linear(f"{name}.weight_x", weights[f"{name}.bias_ih"])
+        self.of_recurrent = weights.linear(f"{name}.weight_recurrent")
+        projection = f"{name}.projection.weight"
+        self.projection: PackedLinear | None = None
+        if projection in weights:
+            self.projection = weights.linear(projection)
+        self.cell_dim = len(weights[f"{name}.bias_ih"]) // 4
+        self.output_dim = weights[f"{name}.weight_recurrent"].shape[1] // 2
+
+    def start(self, num_rows: int) -> State:
+        """Return the state before the first step."""
+        return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
+
+    def step(self, x: Tensor, context: Tensor, state: State) -> State:
+        """Take a step: (R, D), (R, D) and the state give the new state."""
+        recurrent = torch.cat([context, state[0]], dim=1)
+        gates = self.of_input(x) + self.of_recurrent(recurrent)
+        return lstm_step(gates, state[1], self.projection)
+
+
+class _Slots:
+    """Rows in slots, as many for each sentence, so that its keys are read once for all its rows.
+
+    Args:
+        sentence: (R,) int64, ascending.
+        num_sentences: B.
+    """
+
+    def __init__(self, sentence: Tensor, num_sentences: int) -> None:
+        counts = sentence.bincount(minlength=num_sentences)
+        self.num_sentences, self.width = num_sentences, int(counts.max())
+        self.index: Tensor | None = None
+        if num_sentences * self.width != len(sentence):
+            first = counts.cumsum(0) - counts
+            rank = torch.arange(len(sentence)) - first[sentence]
+            self.index = sentence * self.width + rank
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Give (R, D) rows as (B, W, D); 0 in empty slots."""
+        if self.index is None:
+            return rows.view(self.num_sentences, self.width, -1)
+        slots = rows.new_zeros(self.num_sentences * self.width, rows.shape[1])
+        return slots.index_copy_(0, self.index, rows).view(self.num_sentences, self.width, -1)
+
+    def collect(self, slots: Tensor) -> Tensor:
+        """Give (B, W, D) as (R, D) rows."""
+        flat = slots.flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
+
+
+class LanguageNetwork:
+    """The language model with its softmax layer.
+
+    Source: Shazeer et al. 2017, Appendix C.1; `nmt_moe.nn.LSTMLanguageModel`.
+    """
+
+    def __init__(self, folder: Path, weights: Weights) -> None:
+        config = weights.config.network
+        assert isinstance(config, LSTMLMConfig)
+        self.embedding = weights.embedding("decoder.embedding.weight")
+        self.layers = [LSTM(weights, f"decoder.layers.{n}") for n in range(config.lstm_layers)]
+        self.moe: MoE | DeepExpert | None = None
+        if config.moe is not None and config.expert_layers > 1:
+            self.moe = DeepExpert(weights, "decoder", config.expert_layers)
+        elif config.moe is not None:
+            self.moe = MoE(weights, folder, "decoder", config.moe, weights.config.dtype)
+        self.output = weights.linear("decoder.output.weight")
+        # Fewer than the vocabulary has, if the rarest words are read but never predicted.
+        self.num_outputs = len(weights["decoder.output.weight"])
+
+    def start(self, num_rows: int) -> list[State]:
+        """Return the state before the first token."""
+        return [layer.start(num_rows) for layer in self.layers]
+
+    def step(
+        self, tokens: Tensor, states: list[State], trace: Trace | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """Predict the next token: (R,) int64 and states to (R, V) log-probabilities and states."""
+        x, new_states = self.embedding(tokens), []
+        for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if index == 1 and self.moe is not None:
+                x = self.moe(x, trace)
+            new_states.append(layer.step(x, state))
+            x = x + new_states[-1][0]
+        return self.output(x).log_softmax(dim=1), new_states
+
+    def score(
+        self, tokens: Tensor, lengths: list[int], targets: Tensor, trace: Trace | None = None
+    ) -> Tensor:
+        """Return the log-probability of each target.
+
+        Args:
+            tokens: (T, B) int64, what is read.
+            lengths: Of each row, never rising.
+            targets: (T, B) int64, what follows.
+            trace: Gets the experts of the tokens.
+
+        Returns:
+            (T, B) float32, nats; 0 at padding.
+        """
+        is_token = torch.arange(len(tokens)).unsqueeze(1) < torch.tensor(lengths)
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if index == 1 and self.moe is not None:
+                x = torch.zeros_like(x).index_put_((is_token,), self.moe(x[is_token], trace))
+            x = x + layer.run(x, lengths)
+        log_probs = self.output(x[is_token]).log_softmax(dim=1)
+        chosen = log_probs.gather(1, targets[is_token].unsqueeze(1)).squeeze(1)
+        return torch.zeros(tokens.shape).index_put_((is_token,), chosen)

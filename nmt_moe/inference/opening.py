@@ -1,0 +1,204 @@
+"""Open a bundle, and verify one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+
+from nmt_moe.inference.bundle import (
+    CONFIG,
+    EXPORT_AGAIN,
+    VOCABULARY,
+    BundleConfig,
+    check_content,
+    check_file,
+    parse_config,
+    read_small,
+    read_sums,
+)
+from nmt_moe.inference.networks import LanguageNetwork, TranslationNetwork
+from nmt_moe.inference.weights import ExpertWeights, Weights
+from nmt_moe.nn import GNMTConfig
+from nmt_moe.text.vocabulary import MARKS, Vocabulary
+
+Processor = sentencepiece.SentencePieceProcessor
+
+SIDES = {"translation": ("source", "target"), "language_model": ("target",)}
+JOINT_PIECES = "pieces.model"
+
+
+def language_mark(language: str) -> str:
+    """Return the symbol that asks for a target language at the start of the source.
+
+    Source: Johnson et al. 2017, section 3.
+    """
+    return f"<2{language}>"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle.
+
+    Attributes:
+        folder: Where it is.
+        config: Its configuration.
+        vocabularies: Of "source" and "target"; a language model has the second alone.
+        processors: Of the same sides; None where text is words between spaces.
+        network: Over weights that are mapped from the files.
+    """
+
+    folder: Path
+    config: BundleConfig
+    vocabularies: dict[str, Vocabulary]
+    processors: dict[str, Processor | None]
+    network: TranslationNetwork | LanguageNetwork
+
+
+def open_bundle(folder: Path | str, kind: str) -> Bundle:
+    """Open a bundle.
+
+    All files are compared with their sha256 but those of experts, each of which is compared before
+    its first use.
+
+    Args:
+        folder: That `nmt-moe export` wrote.
+        kind: "translation" or "language_model".
+
+    Raises:
+        ValueError: naming what is missing, altered, newer, of another kind, or does not fit.
+    """
+    folder = Path(folder)
+    content = read_small(folder, CONFIG)
+    config = parse_config(folder / CONFIG, content)
+    if config.kind != kind:
+        names = {"translation": "Translator", "language_model": "LanguageModel"}
+        raise ValueError(
+            f"`{folder}` is for `nmt_moe.{names[config.kind]}`, not for `nmt_moe.{names[kind]}`."
+        )
+    sums = read_sums(folder)
+    check_content(folder, CONFIG, sums, content)
+    vocabularies = _read_vocabularies(folder, config, sums)
+    processors = {
+        side: _read_pieces(folder, config, side, vocabularies[side], sums) for side in vocabularies
+    }
+    sizes = {"decoder": len(vocabularies["target"])}
+    if "source" in vocabularies:
+        sizes |= {"encoder": len(vocabularies["source"]), "output": len(vocabularies["target"])}
+    with torch.no_grad():
+        weights = Weights(folder, config, sizes, sums)
+        network = (
+            TranslationNetwork(folder, weights)
+            if kind == "translation"
+            else LanguageNetwork(folder, weights)
+        )
+    return Bundle(folder, config, vocabularies, processors, network)
+
+
+def verify_bundle(folder: Path | str) -> str:
+    """Read a whole bundle, and compare every file and every expert with its digest.
+
+    Returns:
+        What it has, in words.
+
+    Raises:
+        ValueError: naming what is missing, altered or does not fit.
+    """
+    folder = Path(folder)
+    config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
+    sums = read_sums(folder)
+    for name in sums:
+        check_file(folder, name, sums)
+    open_bundle(folder, config.kind)
+    size = sum((folder / name).stat().st_size for name in sums)
+    moe = config.network.moe
+    experts = "" if moe is None else f", {moe.num_experts} experts a layer"
+    if moe is not None:
+        for side in _expert_sides(config):
+            experts_of_side = ExpertWeights(folder, side, moe, config.dtype)
+            for expert in range(moe.num_experts):
+                experts_of_side.check(expert)
+    return (
+        f"whole: {config.kind.replace('_', ' ')} `{config.architecture}`, {config.dtype}{experts}, "
+        f"{len(sums)} files, {size / 1e6:.1f} MB"
+    )
+
+
+def _expert_sides(config: BundleConfig) -> list[str]:
+    if isinstance(config.network, GNMTConfig):
+        return ["encoder", "decoder"]
+    return ["decoder"] if config.network.expert_layers == 1 else []
+
+
+def _read_vocabularies(
+    folder: Path, config: BundleConfig, sums: dict[str, str]
+) -> dict[str, Vocabulary]:
+    path, content = folder / VOCABULARY, read_small(folder, VOCABULARY)
+    check_content(folder, VOCABULARY, sums, content)
+    table = json.loads(content)
+    marks = [language_mark(name) for name in config.languages] if config.is_multilingual else []
+    vocabularies = {}
+    for side in SIDES[config.kind]:
+        symbols: Any = table.get(side, table.get("shared")) if isinstance(table, dict) else None
+        is_list = isinstance(symbols, list) and all(isinstance(s, str) for s in symbols)
+        if not is_list or tuple(symbols[: len(MARKS)]) != MARKS:
+            raise ValueError(f"`{path}` has no list of {side} symbols. {EXPORT_AGAIN}")
+        missing = [mark for mark in marks if mark not in symbols]
+        if missing:
+            raise ValueError(f"`{path}` lacks the mark `{missing[0]}`. {EXPORT_AGAIN}")
+        vocabularies[side] = Vocabulary(symbols, marks)
+    return vocabularies
+
+
+def _read_pieces(
+    folder: Path, config: BundleConfig, side: str, vocabulary: Vocabulary, sums: dict[str, str]
+) -> Processor | None:
+    if not config.has_pieces:
+        return None
+    name = JOINT_PIECES if JOINT_PIECES in sums else f"{side}.model"
+    content = read_small(folder, name)
+    check_content(folder, name, sums, content)
+    processor = load_pieces(content, str(folder / name))
+    check_pieces(processor, vocabulary, str(folder / name), EXPORT_AGAIN)
+    return processor
+
+
+def load_pieces(content: bytes, name: str) -> Processor:
+    """Load a sentencepiece model.
+
+    Raises:
+        ValueError: it is not a whole one.
+    """
+    processor = Processor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        raise ValueError(f"`{name}` is not a whole sentencepiece model. {EXPORT_AGAIN}") from None
+    return processor
+
+
+# Of a vocabulary's words, so many may be no pieces of the model: texts have runs of characters that
+# no piece has.
+FOREIGN_SHARE = 0.05
+
+
+def check_pieces(processor: Processor, vocabulary: Vocabulary, name: str, advice: str) -> None:
+    """Reject a sentencepiece model that is not the one of a vocabulary.
+
+    Raises:
+        ValueError: too many of the vocabulary's words are not pieces of the model.
+    """
+    pieces = {processor.id_to_piece(number) for number in range(len(processor))}
+    own = set(MARKS) | set(vocabulary.language_marks)
+    words = {s for s in vocabulary.symbols if not s.startswith("madeupword")} - own
+    # Single characters may be unknown to the model.
+    foreign = sorted(w for w in words - pieces if len(w.removeprefix("▁")) > 1)
+    if len(foreign) > FOREIGN_SHARE * len(words):
+        raise ValueError(
+            f"`{name}` does not fit the vocabulary: {len(foreign)} of its {len(words)} words are "
+            f"not pieces of the model, {foreign[0]!r} for instance. {advice}"
+        )

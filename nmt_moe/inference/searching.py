@@ -1,0 +1,155 @@
+"""Sentences of pieces to hypotheses: batches, beam search, ensembles, experts of each piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nmt_moe.inference.layers import Trace
+from nmt_moe.inference.networks import DecoderState, TranslationNetwork
+from nmt_moe.inference.results import Experts
+from nmt_moe.search import BeamConfig, Hypothesis, Restrictions, beam_search
+from nmt_moe.text.vocabulary import EOS, PAD, UNK
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a translation may be: a S + b pieces for S source pieces, the end mark counted."""
+
+    a: float
+    b: int
+
+    def of(self, source: Sequence[int]) -> int:
+        """Return the most pieces without the end mark, for a source with its end mark."""
+        return int(self.a * len(source) + self.b)
+
+
+@dataclass(frozen=True)
+class EnsembleState:
+    """The states of several networks."""
+
+    states: list[DecoderState]
+
+    def reorder(self, rows: Tensor) -> Self:
+        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+        return replace(self, states=[state.reorder(rows) for state in self.states])
+
+
+class Ensemble:
+    """Networks whose probabilities are averaged; one of them is itself."""
+
+    def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
+        self.networks = list(networks)
+
+    def start(self, sentences: list[list[int]]) -> EnsembleState:
+        """Encode sentences."""
+        return EnsembleState([one.start(one.encode(sentences, PAD)) for one in self.networks])
+
+    def step(self, tokens: Tensor, state: EnsembleState) -> tuple[Tensor, Tensor, EnsembleState]:
+        """Predict the next token: the `step` of `beam_search`."""
+        results = [
+            one.step(tokens, own) for one, own in zip(self.networks, state.states, strict=True)
+        ]
+        log_probs, attention, states = zip(*results, strict=True)
+        if len(results) == 1:
+            return log_probs[0], attention[0], EnsembleState(list(states))
+        mean = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(results))
+        return mean, torch.stack(attention).mean(dim=0), EnsembleState(list(states))
+
+
+def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the numbers of sentences of about the same length, the longest first.
+
+    Args:
+        sentences: To be put into batches.
+        batch_tokens: Of a batch at most, padding included; a longer sentence is a batch of its own.
+    """
+    order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
+    batch: list[int] = []
+    for number in order:
+        longest = len(sentences[batch[0]]) if batch else 0
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def search(
+    ensemble: Ensemble,
+    sentences: list[list[int]],
+    config: BeamConfig,
+    limits: Limits,
+    num_words: Sequence[int],
+) -> list[list[Hypothesis]]:
+    """Translate a batch.
+
+    Args:
+        ensemble: Of networks.
+        sentences: Numbers of the source, with language mark and end mark.
+        config: Of the search.
+        limits: Of the hypotheses' lengths.
+        num_words: Of each source, positions that coverage counts: all but the end mark.
+    """
+    state = ensemble.start(sentences)
+    start = torch.full((len(sentences),), EOS)
+    restrictions = Restrictions(
+        eos=EOS,
+        pad=PAD,
+        max_lengths=torch.tensor([limits.of(sentence) for sentence in sentences]),
+        unk=UNK,
+    )
+    words = None
+    if config.search.coverage_penalty_beta:
+        width = max(map(len, sentences))
+        words = torch.arange(width) < torch.tensor(num_words).unsqueeze(1)
+    return beam_search(ensemble.step, state, start, config, restrictions, words)
+
+
+def trace_experts(
+    network: TranslationNetwork, sentences: list[list[int]], targets: list[list[int]]
+) -> tuple[list[Experts], list[Experts]]:
+    """Return the experts of every source token and of every target token but the end marks.
+
+    Args:
+        network: Whose experts.
+        sentences: Sources with their end marks.
+        targets: A translation of each, without end mark.
+
+    Returns:
+        Of each sentence: the experts of its source tokens, of its target tokens. The experts of a
+        target token are those that wrote it: its predecessor's vector went through them.
+    """
+    of_source, of_target = Trace([], []), Trace([], [])
+    state = network.start(network.encode(sentences, PAD, of_source))
+    longest = max(map(len, targets))
+    previous = torch.tensor([[EOS, *t] + [PAD] * (longest - len(t)) for t in targets])
+    for step in range(longest):
+        _, _, state = network.step(previous[:, : step + 1], state, of_target)
+    if not of_source.expert_ids:
+        return [[[] for _ in s] for s in sentences], [[[] for _ in t] for t in targets]
+    flat = _list_experts(of_source.expert_ids[0], of_source.gates[0])
+    sources, first = [], 0
+    for sentence in sentences:
+        sources.append(flat[first : first + len(sentence)])
+        first += len(sentence)
+    steps = [
+        _list_experts(ids, gates)
+        for ids, gates in zip(of_target.expert_ids, of_target.gates, strict=True)
+    ]
+    written = [
+        [steps[step][row] for step in range(len(target))] for row, target in enumerate(targets)
+    ]
+    return sources, written
+
+
+def _list_experts(expert_ids: Tensor, gates: Tensor) -> Experts:
+    order = gates.argsort(dim=1, descending=True, stable=True)
+    rows = zip(expert_ids.gather(1, order).tolist(), gates.gather(1, order).tolist(), strict=True)
+    return [[(e, g) for e, g in zip(ids, own, strict=True) if g > 0] for ids, own in rows]

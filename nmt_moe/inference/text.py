@@ -1,0 +1,121 @@
+"""Raw text to pieces and back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sentencepiece
+
+from nmt_moe.inference.bundle import TextPipeline
+from nmt_moe.text.lines import CONTROLS, MAX_LINE_BYTES
+
+# Languages that are written without spaces between sentences.
+UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
+
+
+def find_fault(text: str) -> str | None:
+    """Say why a text cannot be translated; None if it can.
+
+    The rule is that of lines in files: see `nmt_moe.text.lines`.
+    """
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return f"has half of a surrogate pair, U+{code:04X}, at character {error.start + 1}"
+    found = CONTROLS.search(content.replace(b"\r\n", b"\n"))
+    if found is not None:
+        return f"has the control character U+{found[0][0]:04X}"
+    if len(content) > MAX_LINE_BYTES:
+        return f"has more than {MAX_LINE_BYTES} bytes"
+    return None
+
+
+@dataclass
+class SourceText:
+    """Turns source text into pieces, as in training.
+
+    Attributes:
+        pipeline: What is done before.
+        processor: Cuts into pieces; None for words between spaces.
+        language: Of the text, if known: for its sentences' ends and its punctuation.
+    """
+
+    pipeline: TextPipeline
+    processor: sentencepiece.SentencePieceProcessor | None
+    language: str | None = None
+
+    def split(self, line: str) -> list[list[str]]:
+        """Return the pieces of each sentence of a line; one sentence if the line is short enough.
+
+        A sentence that is too long is cut between words, or, without spaces, between pieces. None
+        of a line without text.
+        """
+        pieces = self.pieces(line)
+        most = self.pipeline.max_source_pieces
+        if len(pieces) <= most:
+            return [pieces] if pieces else []
+        parts: list[list[str]] = []
+        for sentence in self._sentences(line):
+            parts += cut_pieces(self.pieces(sentence), most)
+        return parts
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the pieces of a text."""
+        if self.pipeline.lowercase:
+            text = text.lower()
+        if self.pipeline.normalize_punctuation:
+            text = self._normalizer.normalize(text)
+        if self.processor is None:
+            return text.split()
+        return self.processor.encode(text, out_type=str)
+
+    def _sentences(self, line: str) -> list[str]:
+        import sentencex  # late: of use for long lines only
+
+        return [found.strip() for found in sentencex.segment(self.language or "en", line)]
+
+    @cached_property
+    def _normalizer(self) -> Any:
+        from sacremoses import MosesPunctNormalizer
+
+        return MosesPunctNormalizer(lang=self.language or "en")
+
+
+@dataclass
+class TargetText:
+    """Turns pieces into text.
+
+    Attributes:
+        processor: Of the pieces; None for words between spaces.
+        separator: Between sentences of one text.
+    """
+
+    processor: sentencepiece.SentencePieceProcessor | None
+    separator: str = field(default=" ")
+
+    def join(self, pieces: list[str]) -> str:
+        """Return the text of one sentence's pieces."""
+        if self.processor is None:
+            return " ".join(pieces)
+        # `decode_pieces` would turn unknown pieces into marks of its own.
+        return "".join(pieces).replace("▁", " ").strip()
+
+
+def separator_of(language: str | None) -> str:
+    """Return what stands between two sentences of a language."""
+    return "" if language is not None and re.split("[_-]", language)[0] in UNSPACED else " "
+
+
+def cut_pieces(pieces: list[str], most: int) -> list[list[str]]:
+    """Cut a sentence into parts of at most `most` pieces, between words where there are any."""
+    parts = []
+    while len(pieces) > most:
+        starts = (n for n in range(most, most // 2, -1) if pieces[n].startswith("▁"))
+        cut = next(starts, most)
+        parts.append(pieces[:cut])
+        pieces = pieces[cut:]
+    return [*parts, pieces] if pieces else parts

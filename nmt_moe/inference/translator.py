@@ -1,0 +1,339 @@
+"""Raw text in one language to raw text in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from nmt_moe.checks import check_whole
+from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.networks import TranslationNetwork
+from nmt_moe.inference.opening import Bundle, language_mark, open_bundle
+from nmt_moe.inference.results import Hypothesis, Sentence, Translation
+from nmt_moe.inference.searching import Ensemble, Limits, make_batches, search, trace_experts
+from nmt_moe.inference.text import SourceText, TargetText, find_fault, separator_of
+from nmt_moe.search import BeamConfig, SearchConfig
+from nmt_moe.search import Hypothesis as Found
+from nmt_moe.text.lines import BadLine
+from nmt_moe.text.vocabulary import EOS
+
+# Source pieces of a batch, padding included: more rows a product are faster, and take memory.
+BATCH_TOKENS = 1024
+# Lines that are read before they are sorted into batches.
+READ_AHEAD = 2048
+
+
+@dataclass(frozen=True)
+class _Options:
+    config: BeamConfig
+    limits: Limits
+    num_hypotheses: int
+    batch_tokens: int
+    target_lang: str | None
+    with_experts: bool
+
+
+class Translator:
+    """Translate text with a bundle, or with several as an ensemble.
+
+    Make one with `Translator.load`. Nothing in it depends on how texts are put into batches, but
+    for the last bits of scores.
+
+    Attributes:
+        languages: Target languages of a multilingual model; else the target's name, if known.
+        defaults: Of the search, from the first bundle.
+    """
+
+    def __init__(self, bundles: Sequence[Bundle]) -> None:
+        first = bundles[0]
+        for bundle in bundles[1:]:
+            _check_same(first, bundle)
+        self._config = first.config
+        self._vocabularies, self._processors = first.vocabularies, first.processors
+        self._networks = [
+            bundle.network for bundle in bundles if isinstance(bundle.network, TranslationNetwork)
+        ]
+        self._ensemble = Ensemble(self._networks)
+        self.defaults: SearchDefaults = first.config.search
+        names = first.config.languages
+        self.languages = names if first.config.is_multilingual else names[1:]
+        source = None if first.config.is_multilingual or not names else names[0]
+        self._source_text = SourceText(first.config.text, first.processors["source"], source)
+
+    @classmethod
+    def load(cls, folder: Path | str | Sequence[Path | str]) -> Self:
+        """Open a bundle, or several whose probabilities are averaged.
+
+        Args:
+            folder: That `nmt-moe export` wrote; a list of folders for an ensemble.
+
+        Raises:
+            ValueError: naming the file that is missing, altered or of a newer format, or how two
+                bundles of an ensemble differ.
+        """
+        folders = [folder] if isinstance(folder, str | Path) else list(folder)
+        if not folders:
+            raise ValueError("`folder` must name at least one bundle, but is empty.")
+        return cls([open_bundle(one, "translation") for one in folders])
+
+    @torch.inference_mode()
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        target_lang: str | None = None,
+        *,
+        beam_size: int | None = None,
+        num_hypotheses: int = 1,
+        length_penalty_alpha: float | None = None,
+        coverage_penalty_beta: float | None = None,
+        beam_prune: float | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        with_experts: bool = False,
+    ) -> list[Translation]:
+        """Translate texts.
+
+        A text may have several lines, which stay lines; a blank one stays blank. A line of more
+        pieces than the bundle's `max_source_pieces` is split into sentences. Language marks and
+        other marks that are typed in a text are text.
+
+        Args:
+            texts: Any number; one string stands for a list of one.
+            target_lang: Of a multilingual model, one of `languages`.
+            beam_size: Hypotheses of a sentence that are followed; None, here and below, for the
+                bundle's own default.
+            num_hypotheses: Of each sentence to return, at most `beam_size`.
+            length_penalty_alpha: GNMT's length normalisation; 0 = off.
+            coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
+            beam_prune: GNMT's pruning, nats; 0 = off.
+            batch_tokens: Source pieces that are translated at once, padding included.
+            with_experts: Also return the experts of each piece, of the first bundle.
+
+        Returns:
+            A translation of each text, in their order.
+
+        Raises:
+            ValueError: naming a text that holds control characters or half a surrogate pair, a
+                language that the model does not know, or an option that is out of range.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise ValueError(f"text {number} must be a string, but is {type(text).__name__}.")
+            fault = find_fault(text)
+            if fault is not None:
+                raise ValueError(f"text {number} {fault}. Remove it, and translate again.")
+        return self._translate(
+            texts,
+            self._read_options(
+                target_lang,
+                beam_size,
+                num_hypotheses,
+                length_penalty_alpha,
+                coverage_penalty_beta,
+                beam_prune,
+                batch_tokens,
+                with_experts,
+            ),
+        )
+
+    def translate_lines(
+        self,
+        lines: Iterable[str | BadLine],
+        target_lang: str | None = None,
+        *,
+        read_ahead: int = READ_AHEAD,
+        **options: int | float | bool | None,
+    ) -> Iterator[Translation | BadLine]:
+        """Translate lines as they come: a bad line is passed on, the others are translated.
+
+        Args:
+            lines: For example of `nmt_moe.text.lines.scan_lines`.
+            target_lang: As of `translate`, like the other options.
+            read_ahead: Lines that are read before the first is translated.
+            options: Further options of `translate`.
+
+        Yields:
+            The translation of each line, or the line that cannot be translated.
+        """
+        check_whole("read_ahead", read_ahead, 1)
+        self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
+        source = iter(lines)
+        while chunk := list(islice(source, read_ahead)):
+            good = [line for line in chunk if isinstance(line, str)]
+            translated = iter(self.translate(good, target_lang, **options))  # type: ignore[arg-type]
+            for line in chunk:
+                yield next(translated) if isinstance(line, str) else line
+
+    def _read_options(
+        self,
+        target_lang: str | None,
+        beam_size: int | None,
+        num_hypotheses: int,
+        alpha: float | None,
+        beta: float | None,
+        prune: float | None,
+        batch_tokens: int,
+        with_experts: bool,
+    ) -> _Options:
+        given = {
+            "beam_size": beam_size,
+            "length_penalty_alpha": alpha,
+            "coverage_penalty_beta": beta,
+            "beam_prune": prune,
+        }
+        set_values = {name: value for name, value in given.items() if value is not None}
+        for name, value in set_values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"`{name}` must be a number, but is {value!r}.")
+        defaults = replace(self.defaults, **set_values)  # type: ignore[arg-type]
+        check_whole("num_hypotheses", num_hypotheses, 1, defaults.beam_size)
+        check_whole("batch_tokens", batch_tokens, 1)
+        penalties = SearchConfig(
+            float(defaults.length_penalty_alpha),
+            float(defaults.coverage_penalty_beta),
+            float(defaults.beam_prune),
+        )
+        return _Options(
+            BeamConfig(defaults.beam_size, defaults.length_exponent, penalties),
+            Limits(defaults.max_len_a, defaults.max_len_b),
+            num_hypotheses,
+            batch_tokens,
+            self._check_language(target_lang),
+            with_experts,
+        )
+
+    def _check_language(self, target_lang: str | None) -> str | None:
+        config = self._config
+        if config.is_multilingual and target_lang is None:
+            raise ValueError(
+                f"`target_lang` must be one of {', '.join(self.languages)}, but is missing."
+            )
+        if target_lang is not None and target_lang not in self.languages:
+            known = ", ".join(self.languages) or "not named in the bundle: leave it out"
+            raise ValueError(f"`target_lang` must be one of {known}, but is '{target_lang}'.")
+        return target_lang
+
+    def _translate(self, texts: list[str], options: _Options) -> list[Translation]:
+        lines = [text.split("\n") for text in texts]
+        cut = [[self._source_text.split(line.removesuffix("\r")) for line in of] for of in lines]
+        flat = [pieces for of_text in cut for of_line in of_text for pieces in of_line]
+        sentences = iter(self._translate_pieces(flat, options))
+        target = TargetText(self._processors["target"], separator_of(self._target_of(options)))
+        results = []
+        for of_text in cut:
+            by_line = [[next(sentences) for _ in of_line] for of_line in of_text]
+            results.append(_join(by_line, target.separator, options.num_hypotheses))
+        return results
+
+    def _target_of(self, options: _Options) -> str | None:
+        return options.target_lang or (self.languages[0] if self.languages else None)
+
+    def _translate_pieces(self, cut: list[list[str]], options: _Options) -> list[Sentence]:
+        vocabulary = self._vocabularies["source"]
+        mark = []
+        if self._config.is_multilingual:
+            assert options.target_lang is not None
+            mark = [vocabulary.mark(language_mark(options.target_lang))]
+        sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]
+        results: dict[int, Sentence] = {}
+        for batch in make_batches(sources, options.batch_tokens):
+            own = [sources[number] for number in batch]
+            words = [len(source) - 1 for source in own]
+            found = search(self._ensemble, own, options.config, options.limits, words)
+            best = [hypotheses[: options.num_hypotheses] for hypotheses in found]
+            made = self._describe(own, [cut[number] for number in batch], best, len(mark), options)
+            results.update(zip(batch, made, strict=True))
+        return [results[number] for number in range(len(cut))]
+
+    def _describe(
+        self,
+        sources: list[list[int]],
+        cut: list[list[str]],
+        found: list[list[Found]],
+        num_marks: int,
+        options: _Options,
+    ) -> list[Sentence]:
+        """Turn what a search found into results, whose source positions leave marks out."""
+        symbols = self._vocabularies["target"].symbols
+        target = TargetText(self._processors["target"])
+        sentences = []
+        for pieces, of_sentence in zip(cut, found, strict=True):
+            part = slice(num_marks, num_marks + len(pieces))
+            hypotheses = []
+            for one in of_sentence:
+                words = [symbols[token] for token in one.tokens[:-1].tolist()]
+                assert one.attention is not None
+                attention = one.attention[part, : len(words)].t().contiguous()
+                hypotheses.append(
+                    Hypothesis(
+                        target.join(words),
+                        float(one.score),
+                        words,
+                        one.positional_scores.tolist(),
+                        attention.argmax(dim=1).tolist() if words else [],
+                        attention,
+                    )
+                )
+            sentences.append(Sentence(pieces, hypotheses))
+        if options.with_experts:
+            return self._add_experts(sentences, sources, found, num_marks)
+        return sentences
+
+    def _add_experts(
+        self,
+        sentences: list[Sentence],
+        sources: list[list[int]],
+        found: list[list[Found]],
+        num_marks: int,
+    ) -> list[Sentence]:
+        repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
+        targets = [one.tokens[:-1].tolist() for own in found for one in own]
+        of_source, of_target = trace_experts(self._networks[0], repeated, targets)
+        results, first = [], 0
+        for sentence, own in zip(sentences, found, strict=True):
+            written = of_target[first : first + len(own)]
+            hypotheses = [
+                replace(one, experts=experts)
+                for one, experts in zip(sentence.hypotheses, written, strict=True)
+            ]
+            read = of_source[first][num_marks : num_marks + len(sentence.pieces)]
+            results.append(replace(sentence, hypotheses=hypotheses, experts=read))
+            first += len(own)
+        return results
+
+
+def _join(by_line: list[list[Sentence]], separator: str, num_hypotheses: int) -> Translation:
+    """Join the sentences of each line, and the lines of a text."""
+    sentences = [sentence for of_line in by_line for sentence in of_line]
+    count = min([len(one.hypotheses) for one in sentences], default=1)
+    texts = [
+        "\n".join(
+            separator.join(
+                sentence.hypotheses[rank].text for sentence in of_line if sentence.hypotheses
+            )
+            for of_line in by_line
+        )
+        for rank in range(min(count, num_hypotheses))
+    ]
+    score = sum(sentence.hypotheses[0].score for sentence in sentences)
+    return Translation(texts[0], score, texts, sentences)
+
+
+def _check_same(first: Bundle, other: Bundle) -> None:
+    """Reject bundles that cannot be one ensemble."""
+    pairs: dict[str, list[Any]] = {
+        "vocabulary": [{s: v.symbols for s, v in b.vocabularies.items()} for b in (first, other)],
+        "languages": [bundle.config.languages for bundle in (first, other)],
+        "text pipeline": [bundle.config.text for bundle in (first, other)],
+    }
+    for what, (one, two) in pairs.items():
+        if one != two:
+            raise ValueError(
+                f"`{first.folder}` and `{other.folder}` cannot be an ensemble: they differ in "
+                f"their {what}. Name models that were trained on the same data."
+            )

@@ -1,0 +1,235 @@
+"""The weights of a bundle, mapped from its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nmt_moe.inference.bundle import EXPORT_AGAIN, WEIGHTS, BundleConfig, check_file
+from nmt_moe.kernels.packed_mixture import PackedExperts
+from nmt_moe.kernels.quantised import PackedLinear
+from nmt_moe.moe import MoEConfig
+from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder, LSTMLanguageModel
+
+SCALE = ".scale"
+# Experts are stored as products are computed with them, a row for each output.
+EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
+DIGEST = "sha256"
+# Training alone reads it.
+UNUSED = "noise_weight"
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def experts_file(side: str) -> str:
+    """Return the name of the file of the experts of the encoder or the decoder."""
+    return f"experts.{side}.safetensors"
+
+
+def is_product(name: str, value: Tensor) -> bool:
+    """Whether a weight is one that products are computed with, and is stored in the bundle's dtype.
+
+    Gates are not: a rounded gate chooses other experts.
+    """
+    return value.dim() > 1 and ".gate." not in name
+
+
+def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all weights but experts', from the networks themselves.
+
+    Args:
+        config: Of the bundle.
+        sizes: Rows of the embedding of each side, "encoder" and "decoder", and "output".
+    """
+    network: Any = config.network
+    with torch.device("meta"):
+        if isinstance(network, GNMTConfig):
+            modules: dict[str, nn.Module] = {
+                "encoder": GNMTEncoder(network, _embedding(sizes["encoder"], network.model_dim)),
+                "decoder": GNMTDecoder(network, _embedding(sizes["decoder"], network.model_dim)),
+            }
+        else:
+            embedding = _embedding(sizes["decoder"], network.model_dim)
+            modules = {"decoder": LSTMLanguageModel(network, embedding)}
+    shapes = {
+        f"{side}.{name}": tuple(value.shape)
+        for side, module in modules.items()
+        for name, value in module.state_dict().items()
+        if UNUSED not in name and ".experts." not in name
+    }
+    shapes["decoder.output.weight"] = (sizes["output"], network.model_dim)
+    return shapes
+
+
+def _embedding(size: int, dim: int) -> nn.Embedding:
+    return nn.Embedding(size, dim)
+
+
+class Weights:
+    """The weights of a bundle but those of experts, checked against its configuration.
+
+    Args:
+        folder: Of the bundle.
+        config: Its configuration.
+        sizes: As of `expected_shapes`; "output" may be left out, and is then read from the file.
+        sums: The sha256 of each file.
+
+    Raises:
+        ValueError: naming the file that is altered, or the weight that does not fit.
+    """
+
+    def __init__(
+        self, folder: Path, config: BundleConfig, sizes: dict[str, int], sums: dict[str, str]
+    ) -> None:
+        self.path, self.config = folder / WEIGHTS, config
+        check_file(folder, WEIGHTS, sums)
+        self._tensors = map_file(self.path)
+        self._check(sizes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self.config.shared_weights.get(name, name)]
+
+    def __contains__(self, name: str) -> bool:
+        return self.config.shared_weights.get(name, name) in self._tensors
+
+    def linear(self, name: str, bias: Tensor | None = None) -> PackedLinear:
+        """Return the product with a weight (O, I)."""
+        weight = self[name]
+        if weight.dtype == torch.int8:
+            return PackedLinear.from_int8(weight, self[self._scale_of(name)], bias)
+        return PackedLinear.pack(weight, bias, self.config.dtype)
+
+    def embedding(self, name: str) -> Embedding:
+        """Return the embedding (V, D)."""
+        weight = self[name]
+        is_int8 = weight.dtype == torch.int8
+        return Embedding(weight, self[self._scale_of(name)] if is_int8 else None)
+
+    def _scale_of(self, name: str) -> str:
+        return self.config.shared_weights.get(name, name) + SCALE
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        network: Any = self.config.network
+        for name in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
+            # Each layer has weights: a claim of millions must not cost hours to refute.
+            if getattr(network, name, 0) > len(self._tensors):
+                self._reject(f"it has {len(self._tensors)} weights, but `{name}` is not less")
+        output = "decoder.output.weight"
+        if output not in self:
+            self._reject(f"`{output}` is missing")
+        have = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        want = expected_shapes(self.config, {"output": len(self[output]), **sizes})
+        for name, shape in want.items():
+            stored = self.config.shared_weights.get(name, name)
+            if stored not in have:
+                self._reject(f"`{stored}` is missing")
+            if have[stored] != shape:
+                self._reject(f"`{stored}` is {have[stored]}, not {shape}")
+            value = self._tensors[stored]
+            dtype = STORED[self.config.dtype] if is_product(stored, value) else torch.float32
+            if value.dtype != dtype:
+                self._reject(f"`{stored}` is {value.dtype}, not {dtype}")
+            if dtype == torch.int8 and have.get(stored + SCALE) != shape[:1]:
+                self._reject(f"`{stored + SCALE}` is {have.get(stored + SCALE)}, not {shape[:1]}")
+        known = {self.config.shared_weights.get(name, name) for name in want}
+        unknown = have.keys() - known - {name + SCALE for name in known}
+        if unknown:
+            self._reject(f"`{min(unknown)}` is not a weight of it")
+
+    def _reject(self, fault: str) -> None:
+        raise ValueError(f"`{self.path}` does not fit its configuration: {fault}. {EXPORT_AGAIN}")
+
+
+class Embedding:
+    """Rows of a table (V, D) that may be in bfloat16 or int8, in float32."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        self.weight, self.scale = weight, scale
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Return (..., D) float32 rows of (...) int64 numbers."""
+        rows = self.weight[numbers].float()
+        return rows if self.scale is None else rows * self.scale[numbers].unsqueeze(-1)
+
+
+class ExpertWeights:
+    """The experts of one layer, mapped from their file; each is checked before its first use.
+
+    Attributes:
+        weight_in: (E, H, D), packed an expert at a time.
+        weight_out: (E, D, H).
+
+    Raises:
+        ValueError: the file is missing, or what it holds does not fit the configuration.
+    """
+
+    def __init__(self, folder: Path, side: str, moe: MoEConfig, dtype: str) -> None:
+        self.path, self.dtype = folder / experts_file(side), dtype
+        if not self.path.is_file():
+            raise ValueError(f"`{folder}` has no `{self.path.name}`. {EXPORT_AGAIN}")
+        self._tensors = map_file(self.path)
+        sizes = moe.num_experts, moe.hidden_dim, moe.model_dim
+        shape_out = sizes[0], sizes[2], sizes[1]
+        want: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            EXPERTS_IN: (sizes, STORED[dtype]),
+            EXPERTS_OUT: (shape_out, STORED[dtype]),
+            DIGEST: ((sizes[0], 32), torch.uint8),
+        }
+        if dtype == "int8":
+            want[EXPERTS_IN + SCALE] = sizes[:2], torch.float32
+            want[EXPERTS_OUT + SCALE] = shape_out[:2], torch.float32
+        have = {name: (tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
+        if have != want:
+            raise ValueError(
+                f"`{self.path}` does not hold the experts of its configuration: it has {have}, not "
+                f"{want}. {EXPORT_AGAIN}"
+            )
+        self.weight_in = PackedExperts(torch.Size(sizes), partial(self._pack, EXPERTS_IN))
+        self.weight_out = PackedExperts(torch.Size(shape_out), partial(self._pack, EXPERTS_OUT))
+
+    def check(self, expert: int) -> None:
+        """Compare an expert with its digest.
+
+        Raises:
+            ValueError: its weights were altered.
+        """
+        digest = expert_digest(expert, self._tensors)
+        if digest != bytes(self._tensors[DIGEST][expert].tolist()):
+            raise ValueError(f"`{self.path}`: expert {expert} was altered. {EXPORT_AGAIN}")
+
+    def _pack(self, name: str, expert: int) -> PackedLinear:
+        if name == EXPERTS_IN:  # which is used first
+            self.check(expert)
+        weight = self._tensors[name][expert]
+        if weight.dtype == torch.int8:
+            return PackedLinear.from_int8(weight, self._tensors[name + SCALE][expert])
+        return PackedLinear.pack(weight, dtype=self.dtype)
+
+
+def expert_digest(expert: int, tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the sha256 of one expert's weights and scales, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors.keys() - {DIGEST}):
+        digest.update(tensors[name][expert].contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a safetensors file; nothing is read but its header.
+
+    Raises:
+        ValueError: the file is truncated or is not one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"`{path}` is not a whole safetensors file: {error}. {EXPORT_AGAIN}"
+        ) from None

@@ -1,0 +1,88 @@
+"""fairseq's dictionaries as lists of symbols, and text as their numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nmt_moe.text.lines import read_lines
+
+# What fairseq puts before the words of every dictionary.
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+MARKS = ("<s>", "<pad>", "</s>", "<unk>")
+OVERWRITE = " #fairseq:overwrite"
+
+
+class Vocabulary:
+    """The symbols of one side of a model, in the order of its embedding.
+
+    Text never becomes a mark: a piece that is spelled as one is an unknown word.
+
+    Args:
+        symbols: All of them, fairseq's four marks first.
+        language_marks: Further symbols that no text may hold.
+    """
+
+    def __init__(self, symbols: Sequence[str], language_marks: Sequence[str] = ()) -> None:
+        self.symbols, self.language_marks = list(symbols), tuple(language_marks)
+        self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+        for mark in (*MARKS, *language_marks):
+            self._numbers[mark] = UNK
+        self._marks = {mark: self.symbols.index(mark) for mark in language_marks}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def numbers(self, pieces: Iterable[str]) -> list[int]:
+        """Return the number of each piece; that of `<unk>` for what is not a word of this side."""
+        return [self._numbers.get(piece, UNK) for piece in pieces]
+
+    def mark(self, name: str) -> int:
+        """Return the number of a language's mark."""
+        return self._marks[name]
+
+
+def read_symbols(path: str | os.PathLike[str]) -> list[str]:
+    """Read a dictionary that fairseq wrote: a word and its count a line.
+
+    Returns:
+        All symbols in fairseq's order: its four marks, then the words.
+
+    Raises:
+        ValueError: naming file and line, if a row is malformed or a word comes twice.
+        OSError: the file cannot be opened.
+    """
+    symbols = list(MARKS)
+    seen = set(symbols)
+    for number, line in enumerate(read_lines(path, allow_controls=True), start=1):
+        row = line.rstrip()
+        is_again = row.endswith(OVERWRITE)
+        word, _, count = row.removesuffix(OVERWRITE).rpartition(" ")
+        if not word or not count.isdecimal() or (word in seen and not is_again):
+            fault = "has a word that came before" if word in seen else "is not a word and its count"
+            raise ValueError(
+                f"the dictionary `{path}`, line {number} {fault}: {line[:80]!r}. It is damaged or "
+                "not a dictionary: copy it again, or let fairseq-preprocess write it."
+            )
+        symbols.append(word)
+        seen.add(word)
+    if len(symbols) == len(MARKS):
+        raise ValueError(f"the dictionary `{path}` has no words. Copy it again.")
+    return symbols
+
+
+def find_dictionary(folder: Path, language: str | None) -> Path:
+    """Return the dictionary of a language in a folder of binarised data; `dict.txt` without one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = folder / ("dict.txt" if language is None else f"dict.{language}.txt")
+    if not path.is_file():
+        there = ", ".join(sorted(found.name for found in folder.glob("dict*.txt"))) or "none"
+        raise ValueError(
+            f"`{path}` is missing; dictionaries in `{folder}`: {there}. Name the folder that "
+            "fairseq-preprocess wrote, in which the model was trained."
+        )
+    return path
