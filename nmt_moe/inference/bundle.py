@@ -27,6 +27,7 @@ from typing import Any
 from nmt_moe.checks import check_choice, check_range, check_whole
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
+from nmt_moe.text.digests import compute_sha256
 
 FORMAT = "nmt_moe bundle"
 VERSION = 1
@@ -241,7 +242,7 @@ def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
     Raises:
         ValueError: naming the file.
     """
-    _compare(folder / name, sums, sha256_of(folder / name))
+    _compare(folder / name, sums, compute_sha256(folder / name))
 
 
 def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
@@ -249,9 +250,3 @@ def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
         raise ValueError(f"`{path.parent / SUMS}` does not list `{path.name}`. {EXPORT_AGAIN}")
     if sums[path.name] != digest:
         raise ValueError(f"`{path}` was altered: its sha256 is not that in {SUMS}. {EXPORT_AGAIN}")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nmt_moe import __version__
-from nmt_moe.inference.bundle import BundleConfig, sha256_of
+from nmt_moe.inference.bundle import BundleConfig
+from nmt_moe.text.digests import compute_sha256
 from nmt_moe.text.vocabulary import Vocabulary
 
 # Groups of a checkpoint's configuration that are options of one registered class each, and the
@@ -61,7 +62,7 @@ def write_card(config: BundleConfig, origin: Origin, vocabularies: Mapping[str, 
         ("symbols", ", ".join(f"{side} {len(own)}" for side, own in vocabularies.items())),
         ("updates", str(_count_updates(origin.state))),
         ("seed", str(_option(origin.state, "common", "seed"))),
-        ("checkpoint", f"`{origin.checkpoint.name}`, sha256 `{sha256_of(origin.checkpoint)}`"),
+        ("checkpoint", f"`{origin.checkpoint.name}`, sha256 `{compute_sha256(origin.checkpoint)}`"),
         (
             "exported with",
             f"nmt_moe {__version__}{_commit()}, torch {torch.__version__}, "
@@ -137,7 +138,7 @@ def _option(state: Mapping[str, Any], group: str, name: str) -> Any:
 
 def _files(origin: Origin) -> list[tuple[str, int, str]]:
     paths = sorted(path for path in origin.data.iterdir() if path.suffix in (".txt", ".bin"))
-    return [(path.name, path.stat().st_size, sha256_of(path)) for path in paths]
+    return [(path.name, path.stat().st_size, compute_sha256(path)) for path in paths]
 
 
 def _command(origin: Origin) -> str:

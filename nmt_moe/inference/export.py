@@ -28,7 +28,6 @@ from nmt_moe.inference.bundle import (
     BundleConfig,
     SearchDefaults,
     TextPipeline,
-    sha256_of,
 )
 from nmt_moe.inference.card import Origin, write_card
 from nmt_moe.inference.opening import (
@@ -47,8 +46,9 @@ from nmt_moe.inference.weights import (
     experts_file,
     is_product,
 )
-from nmt_moe.kernels.quantised import quantise_rows
+from nmt_moe.kernels import quantise_rows
 from nmt_moe.nn import GNMTConfig
+from nmt_moe.text.digests import write_digests
 from nmt_moe.text.vocabulary import Vocabulary, find_dictionary, read_symbols
 
 ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
@@ -154,8 +154,7 @@ def export(
         origin = Origin(checkpoint, data, state, description.scores)
         (part / CARD).write_text(write_card(config, origin, vocabularies), encoding="utf-8")
         names = sorted(path.name for path in part.iterdir())
-        rows = [f"{sha256_of(part / name)}  {name}\n" for name in names]
-        (part / SUMS).write_text("".join(rows), encoding="utf-8")
+        write_digests(part / SUMS, [part / name for name in names])
         summary = verify_bundle(part)
         if output.is_dir():
             shutil.rmtree(output)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmt_moe.inference.weights import ExpertWeights, Weights
-from nmt_moe.kernels.lstm_step import lstm_step
-from nmt_moe.kernels.packed_mixture import packed_mixture_ffn
+from nmt_moe.kernels import lstm_step, packed_mixture_ffn
 from nmt_moe.moe import MoEConfig, build_gate
 
 State = tuple[Tensor, Tensor]

@@ -19,8 +19,7 @@ from nmt_moe.inference.layers import (
     Trace,
 )
 from nmt_moe.inference.weights import Weights
-from nmt_moe.kernels.lstm_step import lstm_step
-from nmt_moe.kernels.quantised import PackedLinear
+from nmt_moe.kernels import PackedLinear, lstm_step
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 

@@ -11,6 +11,7 @@ import sentencepiece
 
 from nmt_moe.inference.bundle import TextPipeline
 from nmt_moe.text.lines import CONTROLS, MAX_LINE_BYTES
+from nmt_moe.text.pieces import with_plain_spaces
 
 # Languages that are written without spaces between sentences.
 UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
@@ -71,7 +72,7 @@ class SourceText:
             text = self._normalizer.normalize(text)
         if self.processor is None:
             return text.split()
-        return self.processor.encode(text, out_type=str)
+        return self.processor.encode(with_plain_spaces(text), out_type=str)
 
     def _sentences(self, line: str) -> list[str]:
         import sentencex  # late: of use for long lines only

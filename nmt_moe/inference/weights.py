@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nmt_moe.inference.bundle import EXPORT_AGAIN, WEIGHTS, BundleConfig, check_file
-from nmt_moe.kernels.packed_mixture import PackedExperts
-from nmt_moe.kernels.quantised import PackedLinear
+from nmt_moe.kernels import PackedExperts, PackedLinear
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder, LSTMLanguageModel
 

@@ -38,7 +38,7 @@ def make_data(folder: Path, *languages: str) -> tuple[Path, Path]:
     data, model = folder / "data", folder / "spm.model"
     data.mkdir(parents=True)
     names = [f"dict.{language}.txt" for language in languages] or ["dict.txt"]
-    pieces.train([write_text(folder / "text")], model, data / names[0], 34)
+    pieces.train([write_text(folder / "text")], model, data / names[0], 30)
     for name in names[1:]:
         (data / name).write_text((data / names[0]).read_text())
     return data, model
