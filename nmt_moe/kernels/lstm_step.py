@@ -54,7 +54,7 @@ def lstm_sequence(
     outputs = []
     for gates in gates_of_x.unbind(0):
         if hidden is not None:  # else the product is zero
-            gates = gates.add_(recurrent(hidden))
+            gates = recurrent(hidden, gates)
         hidden, cell = lstm_step(gates, cell, projection)
         outputs.append(hidden)
     if hidden is None:

@@ -23,7 +23,16 @@ WIDE_LEVELS, NARROW_LEVELS = 127, 63
 # Divides rows of zeros without a NaN.
 SMALLEST_SCALE = 1e-30
 
-Product = Callable[[Tensor], Tensor]
+# Chosen by `benchmarks/inference_products.py`; its table is in `benchmarks/results/inference.md`.
+# From so many weights on, oneDNN's product with weights in its own layout is faster than BLAS, for
+# more than one row. One row is a vector times a matrix, read fastest when its rows are inputs.
+PACKED_FROM = 1 << 19
+# From so many weights on, less to read pays for the calls that quantise activations or round to
+# half precision.
+NARROW_FROM = 1 << 18
+
+# (R, I) rows, and what is added: (O,), (R, O) or None; gives (R, O).
+Product = Callable[[Tensor, Tensor | None], Tensor]
 _engine_lock = threading.Lock()
 
 
@@ -82,7 +91,8 @@ class PackedLinear:
         _check_matrix(weight, bias)
         if dtype == "int8":
             return cls.from_int8(*quantise_rows(weight), bias)
-        make = _pack_float32 if dtype == "float32" else _pack_bfloat16
+        make: Callable[[Tensor], Product]
+        make = _Float32Product if dtype == "float32" else _pack_bfloat16
         weight = weight.detach()
         return cls(weight.shape, dtype, lambda: make(weight), bias)
 
@@ -100,16 +110,27 @@ class PackedLinear:
         """
         _check_matrix(weight, bias)
         check_shape("scale", scale, (len(weight),), "(O,)")
-        make = _pack_int8 if has_fbgemm() else _pack_dequantised
-        return cls(weight.shape, "int8", lambda: make(weight, scale), bias)
+        return cls(weight.shape, "int8", lambda: _pack_int8(weight, scale), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Multiply: (..., I) float32 to (..., O) float32."""
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: (..., I) float32.
+            addend: (..., O) float32, added to the product; not with a bias.
+
+        Returns:
+            (..., O) float32.
+        """
         make = self._make
         if make is not None:
-            self._product, self._make = make(), None  # the raw weights can go
-        y = self._product(x)
-        return y if self._bias is None else y.add_(self._bias)
+            self._product, self._make = make(), None
+        addend = self._bias if addend is None else addend
+        if x.dim() == 2:
+            return self._product(x, addend)
+        if addend is not None and addend.dim() > 1:
+            addend = addend.reshape(-1, addend.shape[-1])
+        return self._product(x.reshape(-1, x.shape[-1]), addend).view(*x.shape[:-1], -1)
 
 
 def _check_matrix(weight: Tensor, bias: Tensor | None) -> None:
@@ -134,33 +155,64 @@ def activation_levels() -> int:
     return WIDE_LEVELS if (y == levels * WEIGHT_LEVELS * 64).all() else NARROW_LEVELS
 
 
-def _pack_float32(weight: Tensor) -> Product:
-    weight = weight.float()
-    return lambda x: F.linear(x, weight)
+class _Float32Product:
+    """BLAS or oneDNN, by the sizes; weights are brought into the layout of each when it comes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.float()
+        self._uses_onednn = weight.numel() >= PACKED_FROM and torch.backends.mkldnn.is_available()
+        self._transposed: Tensor | None = None
+        self._packed: Tensor | None = None
+
+    def __call__(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        if len(x) > 1 and self._uses_onednn:
+            return self._multiply_packed(x, addend)
+        if self._transposed is None:
+            self._transposed = self._weight.t().contiguous()
+        if addend is None:
+            return torch.mm(x, self._transposed)
+        return torch.addmm(addend, x, self._transposed)
+
+    def _multiply_packed(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous())
+        if addend is None or addend.dim() == 1:
+            return _onednn_linear(x, self._packed, addend, "none", [], "")
+        return _onednn_linear.binary(x, addend, self._packed, None, "add")
+
+
+_onednn_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def _pack_bfloat16(weight: Tensor) -> Product:
     """Keep the weights in 16 bits; without FBGEMM the activations are rounded as well."""
-    weight = weight.bfloat16()
+    fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
+    if weight.numel() < NARROW_FROM or (has_fbgemm() and not fits_half):
+        return _Float32Product(weight.bfloat16())
     if not has_fbgemm():
-        return lambda x: F.linear(x.bfloat16(), weight).float()
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        rounded = weight.bfloat16()
+        return lambda x, addend: _add(F.linear(x.bfloat16(), rounded).float(), addend)
+    # FBGEMM's half precision keeps every bit of a bfloat16 from 2**-14 to 2**15.
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.bfloat16().float(), None)
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return lambda x, addend: _add(multiply(x, packed), addend)
 
 
-def _pack_dequantised(weight: Tensor, scale: Tensor) -> Product:
-    """Undo the quantisation once, where there are no int8 products."""
-    return _pack_float32(weight * scale.unsqueeze(1))
+def _add(y: Tensor, addend: Tensor | None) -> Tensor:
+    return y if addend is None else y.add_(addend)
 
 
 def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
+    if weight.numel() < NARROW_FROM or not has_fbgemm():
+        return _Float32Product(weight * scale.unsqueeze(1))
     packed, levels = _fbgemm_pack(weight, scale), activation_levels()
     step, zero_point = 1 / levels, levels + 1
 
-    def multiply(x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+    def multiply(x: Tensor, addend: Tensor | None) -> Tensor:
+        largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
         largest.clamp_(min=SMALLEST_SCALE)
-        return _fbgemm_multiply(x / largest, step, zero_point, packed).mul_(largest)
+        y = _fbgemm_multiply(x / largest, step, zero_point, packed)
+        return y.mul_(largest) if addend is None else torch.addcmul(addend, y, largest)
 
     return multiply
 

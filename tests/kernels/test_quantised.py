@@ -9,12 +9,15 @@ SHAPES = [  # (rows, inputs, outputs)
     pytest.param(5, 512, 2048, id="a-beam"),
     pytest.param(1, 64, 32, id="one-row"),
     pytest.param(70, 33, 7, id="nothing-is-a-power-of-two"),
-    pytest.param(0, 16, 8, id="no-rows"),
+    pytest.param(0, 512, 1024, id="no-rows"),
 ]
 
 
 @pytest.fixture(params=["fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
+    """Take the products of large matrices for all, with FBGEMM and as if it were not there."""
+    for name in ("PACKED_FROM", "NARROW_FROM"):
+        monkeypatch.setattr(quantised, name, 0)
     if request.param == "fallback":
         monkeypatch.setattr(quantised, "has_fbgemm", lambda: False)
     elif not quantised.has_fbgemm():
@@ -89,6 +92,35 @@ def test_floating_point_weights(rows, inputs, outputs, dtype, rtol, with_and_wit
     assert y.dtype == torch.float32
     expected = x.double() @ weight.double().t() + bias
     assert (y - expected).abs().max().item() <= rtol * (inputs**0.5) if rows else y.shape[0] == 0
+
+
+@pytest.mark.parametrize("dtype", quantised.DTYPES)
+def test_small_matrices_are_multiplied_in_float32(dtype):
+    x, weight, bias = draw(6, 16, 8)
+    if dtype == "int8":
+        levels, scale = quantise_rows(weight)
+        expected = x @ (levels * scale[:, None]).t() + bias
+    else:
+        expected = x @ weight.to(getattr(torch, dtype)).float().t() + bias
+    torch.testing.assert_close(PackedLinear.pack(weight, bias, dtype)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", quantised.DTYPES)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_an_addend_takes_the_place_of_a_bias(dtype, rows, with_and_without_fbgemm):
+    x, weight, bias = draw(rows, 16, 8)
+    packed, addend = PackedLinear.pack(weight, dtype=dtype), torch.randn(rows, 8)
+    product = packed(x)
+    torch.testing.assert_close(packed(x, addend), product + addend)
+    torch.testing.assert_close(packed(x, bias), product + bias)
+    stacked = packed(x.view(rows, 1, 16), addend.view(rows, 1, 8))
+    torch.testing.assert_close(stacked[:, 0], product + addend)
+
+
+def test_weights_beyond_half_precision_are_kept(with_and_without_fbgemm):
+    weight = torch.tensor([[1e6, 0.0]] * 8)
+    y = PackedLinear.pack(weight, dtype="bfloat16")(torch.ones(2, 2))
+    torch.testing.assert_close(y, torch.full((2, 8), 1e6), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
