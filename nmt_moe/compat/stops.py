@@ -40,8 +40,7 @@ def _watching_launcher(call: Callable) -> Callable:
 def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_EVERY)
-    _say(f"{command_name()}: the torchrun that started this process is gone: ending")
-    os._exit(1)
+    _end(1, f"{command_name()}: the torchrun that started this process is gone: ending")
 
 
 def explain_stops() -> None:
@@ -77,17 +76,21 @@ def _end_at_signal(read_end: int, save_dir: str) -> None:
     number = 0
     while number not in SIGNALS:
         number = os.read(read_end, 1)[0]
-    if os.environ.get("RANK", "0") == "0":
-        last = os.path.join(save_dir, "checkpoint_last.pt")
-        left = (
-            f"`{last}` is whole: the same command goes on from it"
-            if os.path.exists(last)
-            else f"no `{last}` was written yet"
-        )
-        _say(f"{command_name()}: stopped by {signal.Signals(number).name}; {left}")
-    os._exit(128 + number)
+    last = os.path.join(save_dir, "checkpoint_last.pt")
+    left = (
+        f"`{last}` is whole: the same command goes on from it"
+        if os.path.exists(last)
+        else f"no `{last}` was written yet"
+    )
+    said = f"{command_name()}: stopped by {signal.Signals(number).name}; {left}"
+    _end(128 + number, said if os.environ.get("RANK", "0") == "0" else None)
 
 
-def _say(message: str) -> None:
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last word
+def _end(status: int, message: str | None) -> None:
+    try:
+        sys.stdout.flush()
+        if message is not None:
+            print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last word
+    finally:
+        # Also when nobody reads the output: Ctrl-C ends the `tee` of `fairseq-train | tee` as well.
+        os._exit(status)

@@ -301,6 +301,37 @@ def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, t
     assert num_updates(last) >= 1
 
 
+STOPPABLE = """
+import sys, time
+from types import SimpleNamespace
+from nmt_moe.compat import stops
+sys.argv[0] = "fairseq-train"
+def main(cfg):
+    print("ready", flush=True)
+    time.sleep(300)
+cfg = SimpleNamespace(checkpoint=SimpleNamespace(save_dir="."))
+stops._explaining_stops(lambda cfg, main: main(cfg))(cfg, main)
+"""
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_a_training_whose_output_has_no_reader_any_more(number):
+    training = subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(PLUGIN.parent)},
+    )
+    try:
+        assert b"ready\n" in training.stdout  # lines of imports before it
+        training.stdout.close()
+        training.send_signal(number)
+        assert training.wait(60) == 128 + number
+    finally:
+        training.kill()
+
+
 RANK = """
 import time
 from nmt_moe.compat import stops
