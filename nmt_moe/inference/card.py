@@ -27,10 +27,21 @@ CLASSES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr-scheduler",
 }
-# Options of other groups that change what is learnt.
+# Options of other groups that change what is learnt. Those of tasks are flags that turn off what is
+# on, which a list of values cannot tell.
 GENERAL = {
+    "task": (
+        "source_lang",
+        "target_lang",
+        "lang_pairs",
+        "langs",
+        "sampling_temperature",
+        "oversampling",
+        "sample_break_mode",
+        "tokens_per_sample",
+    ),
     "common": ("seed", "fp16", "bf16"),
-    "dataset": ("max_tokens", "batch_size", "train_subset"),
+    "dataset": ("max_tokens", "batch_size"),
     "optimization": ("max_epoch", "max_update", "clip_norm", "update_freq", "lr"),
 }
 
@@ -148,7 +159,8 @@ def _command(origin: Origin) -> str:
         if options.get("_name"):
             words += [f"--{option}", str(options["_name"])]
         hidden = {"_name", "data", "seed", "max_epoch", "max_update", "update_freq", "lr"}
-        words += _flags({name: v for name, v in options.items() if name not in hidden})
+        if group != "task":
+            words += _flags({name: v for name, v in options.items() if name not in hidden})
     for group, names in GENERAL.items():
         options = _group(origin.state, group)
         words += _flags({name: options[name] for name in names if name in options})

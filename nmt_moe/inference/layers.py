@@ -14,9 +14,14 @@ from torch.nn import functional as F
 
 from nmt_moe.inference.weights import ExpertWeights, Weights
 from nmt_moe.kernels import lstm_step, packed_mixture_ffn
-from nmt_moe.moe import MoEConfig, build_gate
+from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
+
+# Up to so many gate logits are sorted whole, which is then the cheapest way to the largest.
+FEW_LOGITS = 1 << 14
+# A step of a search of one sentence has so few rows.
+FEW_ROWS = 8
 
 
 @dataclass
@@ -79,7 +84,7 @@ class LSTM:
         return outputs
 
     def _update(self, gates: Tensor, state: State) -> State:
-        return lstm_step(gates + self.of_hidden(state[0]), state[1], self.projection)
+        return lstm_step(self.of_hidden(state[0], gates), state[1], self.projection)
 
 
 class BidirectionalLSTM:
@@ -120,15 +125,39 @@ class MoE:
 
     def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
         """Compute (N, D) of (N, D)."""
-        gating = self.gate(x)
+        gates, expert_ids = self._choose(x)
         if trace is not None:
-            trace.expert_ids.append(gating.expert_ids)
-            trace.gates.append(gating.gates)
+            trace.expert_ids.append(expert_ids)
+            trace.gates.append(gates)
         experts = self.experts
-        y = packed_mixture_ffn(
-            x, gating.gates, gating.expert_ids, experts.weight_in, experts.weight_out
-        )
+        if len(x) <= FEW_ROWS and experts.is_small and expert_ids.numel() >= experts.num_experts:
+            y = self._mix_all(x, gates, expert_ids)
+        else:
+            y = packed_mixture_ffn(x, gates, expert_ids, experts.weight_in, experts.weight_out)
         return x + y.sigmoid_()
+
+    def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
+        """Multiply a few tokens by all experts at once, most of which they need anyway."""
+        into, out = self.experts.joined
+        all_gates = x.new_zeros(len(x), self.experts.num_experts + 1)
+        all_gates.scatter_(1, expert_ids, gates)
+        hidden = into(x).relu_().view(len(x), self.experts.num_experts, -1)
+        hidden.mul_(all_gates[:, :-1].unsqueeze(2))
+        return out(hidden.flatten(1))
+
+    def _choose(self, x: Tensor) -> State:
+        """Return (N, K) gates and experts."""
+        num_logits = len(x) * self.config.num_experts
+        if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
+            gating = self.gate(x)
+            return gating.gates, gating.expert_ids
+        # The gate of a training also counts and weighs its choice, which costs more than to choose.
+        logits = x @ self.gate.gate_weight
+        values, ids = logits.sort(
+            dim=1, descending=True, stable=True
+        )  # equal ones: lowest id first
+        top_k = self.config.top_k
+        return values[:, :top_k].softmax(dim=1), ids[:, :top_k]
 
 
 class DeepExpert:

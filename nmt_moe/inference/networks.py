@@ -211,7 +211,7 @@ class _AttentiveLSTM:
     def step(self, x: Tensor, context: Tensor, state: State) -> State:
         """Take a step: (R, D), (R, D) and the state give the new state."""
         recurrent = torch.cat([context, state[0]], dim=1)
-        gates = self.of_input(x) + self.of_recurrent(recurrent)
+        gates = self.of_recurrent(recurrent, self.of_input(x))
         return lstm_step(gates, state[1], self.projection)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Training alone reads it.
 UNUSED = "noise_weight"
+# Elements of a layer's first matrices: up to 2 MB in float32, which stay in the cache.
+SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -67,7 +69,8 @@ def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tu
 
 
 def _embedding(size: int, dim: int) -> nn.Embedding:
-    return nn.Embedding(size, dim)
+    # Drawing weights that are not there would import torch's compiler, which takes seconds.
+    return nn.Embedding(size, dim, _weight=torch.empty(size, dim))
 
 
 class Weights:
@@ -169,7 +172,11 @@ class ExpertWeights:
     """
 
     def __init__(self, folder: Path, side: str, moe: MoEConfig, dtype: str) -> None:
-        self.path, self.dtype = folder / experts_file(side), dtype
+        self.path, self.dtype, self.num_experts = (
+            folder / experts_file(side),
+            dtype,
+            moe.num_experts,
+        )
         if not self.path.is_file():
             raise ValueError(f"`{folder}` has no `{self.path.name}`. {EXPORT_AGAIN}")
         self._tensors = map_file(self.path)
@@ -191,6 +198,27 @@ class ExpertWeights:
             )
         self.weight_in = PackedExperts(torch.Size(sizes), partial(self._pack, EXPERTS_IN))
         self.weight_out = PackedExperts(torch.Size(shape_out), partial(self._pack, EXPERTS_OUT))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether to read all experts costs less than to call one after the other."""
+        return self._tensors[EXPERTS_IN].numel() <= SMALL_LAYER
+
+    @cached_property
+    def joined(self) -> tuple[PackedLinear, PackedLinear]:
+        """All experts as one product (E H, D), and one (D, E H) of what it gives."""
+        for expert in range(self.num_experts):
+            self.check(expert)
+        parts = [self._dequantised(name) for name in (EXPERTS_IN, EXPERTS_OUT)]
+        return (
+            PackedLinear.pack(parts[0].flatten(0, 1)),
+            PackedLinear.pack(parts[1].transpose(0, 1).flatten(1)),
+        )
+
+    def _dequantised(self, name: str) -> Tensor:
+        weight = self._tensors[name].float()
+        scale = self._tensors.get(name + SCALE)
+        return weight if scale is None else weight * scale.unsqueeze(2)
 
     def check(self, expert: int) -> None:
         """Compare an expert with its digest.
