@@ -64,6 +64,12 @@ use_environment() {
 # nmt-moe COMMAND...: the project's command, also where only its folder is there.
 nmt-moe() { python -m nmt_moe.cli "$@"; }
 
+# export_bundle CHECKPOINT FOLDER ARGUMENT...: write a model as a bundle, which needs neither fairseq nor its data.
+export_bundle() {
+  nmt-moe export "$1" --output "$2" --overwrite "${@:3}" >/dev/null
+  say "exported: $2"
+}
+
 # digest: sha256 of standard input.
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 

@@ -61,6 +61,7 @@ train_model() { # MODEL DROPOUT SEED
     --max-tokens "$MAX_TOKENS" --seed "$3" --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$run" \
     --save-interval-updates "$SAVE_INTERVAL" --keep-interval-updates 1 --no-epoch-checkpoints \
     --valid-subset valid,test --validate-interval 1000000 "${LOG_FORMAT[@]}" --log-interval 50 "${DEVICE_FLAGS[@]}"
+  export_bundle "$run/checkpoint_last.pt" "$run/bundle" --data "$WORK/data-bin" --pieces "$WORK/spm.model"
   touch "$run/done"
 }
 

@@ -39,3 +39,5 @@ use_environment
 set_device
 mkdir -p "$WORK/$RUN"
 for subset in valid test; do score "$subset"; done | tee "$WORK/$RUN/scores.txt"
+export_bundle "$CHECKPOINT" "$WORK/$RUN/bundle" --data "$WORK/data-bin" --pieces "$WORK/spm.model" \
+  --scores "$WORK/$RUN/scores.txt"

@@ -121,6 +121,11 @@ score() {
     >"$WORK/score.txt"
 }
 
+export_translator() {
+  export_bundle "$WORK/average.pt" "$WORK/bundle" --data "$WORK/data-bin" --pieces "$WORK/spm.model" --beam "$BEAM" \
+    --scores "$WORK/score.txt"
+}
+
 show_translations() {
   printf '\nTen of the %s test sentences, none of them in the training text:\n' "$TEST_SIZE"
   paste -d '\n' "$WORK/corpus/test.en" "$WORK/translation.$TARGET_LANG" | sed -n 1,20p |
@@ -140,8 +145,13 @@ run_step train "$UPDATES $MAX_TOKENS $LEARNING_RATE $MODEL_DIM $LSTM_HIDDEN_DIM 
 run_step average "" average
 run_step translate "$BEAM" translate
 run_step score "" score
+run_step export "" export_translator
 show_translations
 printf '\n'
 cat "$WORK/score.txt"
+text='the shop opens at half past six in the evening'
+printf '\nThe trained model is a folder. It translates your own text, here after source .venv/bin/activate, or anywhere after\n'
+printf "pip install . (no fairseq, no compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
+  "$(nmt-moe translate "$WORK/bundle" <<<"$text")"
 printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"
 say "done in $((SECONDS - after_setup)) s after set-up"

@@ -44,3 +44,4 @@ expected=$(awk -v part="$SUBSET" '$1 == part { print $2 + $3 }' "$WORK/text/coun
   die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $log"
 printf '%s, %s: perplexity %s over %s words, ends of sentence included\n' "$SUBSET" "$RUN" \
   "$(awk "BEGIN { printf \"%.2f\", 2 ^ $loss }")" "$tokens" | tee "$WORK/$RUN/$SUBSET.txt"
+export_bundle "$CHECKPOINT" "$WORK/$RUN/bundle" --data "$WORK/data-bin" --scores "$WORK/$RUN/$SUBSET.txt"

@@ -8,7 +8,8 @@
 #   BEAM         hypotheses kept (5)
 #   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"): larger ones prefer longer translations
 #   DEVICE, THREADS, CASE, WORK as in train.sh
-# Two scores, each with sacrebleu's signature:
+# Then writes the model as a bundle, RUN/bundle, for nmt-moe translate (not an ensemble, and not with CASE=lower, whose
+# text is tokenised). Two scores, each with sacrebleu's signature:
 #   lower-cased tokenised BLEU: translations brought to the form of the official lc.norm.tok file and compared with it;
 #   cased BLEU (13a) and chrF against the raw text (not with CASE=lower).
 set -euo pipefail
@@ -56,6 +57,13 @@ report() { # OUTPUT SPLIT LENPEN
   fi
 }
 
+export_translator() { # LENPEN
+  local flags=()
+  [[ $CASE == cased ]] || flags=(--lowercase)
+  export_bundle "$CHECKPOINTS" "$RUN_FOLDER/bundle" --data "$WORK_FOLDER/data-bin" --pieces "$WORK_FOLDER/spm.model" \
+    --beam "$BEAM" --lenpen "$1" --scores "$RUN_FOLDER/scores.txt" "${flags[@]}"
+}
+
 evaluate_pair() { # PAIR
   local lenpen score best="" best_score=-1 file outputs
   PAIR=$1
@@ -81,6 +89,7 @@ evaluate_pair() { # PAIR
   translate "$outputs/test_2016_flickr" test test_2016_flickr "$best"
   report "$outputs/test_2016_flickr" test_2016_flickr "$best" | tee -a "$RUN_FOLDER/scores.txt"
   say "translations and scores: $RUN_FOLDER"
+  [[ $CHECKPOINTS == *:* || $CASE == lower ]] || export_translator "$best"
 }
 
 parse_pairs "$@"

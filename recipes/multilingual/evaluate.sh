@@ -5,7 +5,7 @@
 #   CHECKPOINT   the model (RUN's average.pt)
 #   BEAM         hypotheses kept (5)
 #   LENPEN       length penalty (1.0)
-# Perplexity on valid, then BLEU and chrF of the test set by sacrebleu, cased, on raw text: 13a tokens, for Japanese
+# RUN/bundle is the model for nmt-moe translate. Perplexity on valid, then BLEU and chrF of the test set by sacrebleu, cased, on raw text: 13a tokens, for Japanese
 # characters. WORK/table.md has a row for each direction and a column for each MODEL: of several runs of one, that
 # which was scored last.
 set -euo pipefail
@@ -82,3 +82,5 @@ for direction in "${SCORED[@]}"; do
 done
 mv "$unfinished" "$RUN_FOLDER/scores.tsv"
 python "$HERE/table.py" "$WORK_FOLDER" | tee "$WORK_FOLDER/table.md"
+export_bundle "$CHECKPOINT" "$RUN_FOLDER/bundle" --data "$WORK_FOLDER/data-bin" --pieces "$WORK_FOLDER/spm.model" \
+  --beam "$BEAM" --lenpen "$LENPEN" --scores "$RUN_FOLDER/scores.tsv"

@@ -45,6 +45,17 @@ set_command() {
   COMMAND+=("${FLAGS[@]}")
 }
 
+export_translator() { # for nmt-moe translate; not an ensemble
+  local name flag flags=()
+  [[ ${NORMALIZE:-source} == none ]] || flags=(--normalize-punctuation)
+  for name in LENGTH_PENALTY_ALPHA COVERAGE_PENALTY_BETA BEAM_PRUNE; do
+    flag=${name,,}
+    [[ -z ${!name} ]] || flags+=("--${flag//_/-}" "${!name}")
+  done
+  export_bundle "$CHECKPOINTS" "$WORK/$RUN/bundle" --data "$WORK/data-bin" --pieces "$WORK/spm.model" --beam "$BEAM" \
+    --scores "$OUTPUT.scores.txt" "${flags[@]}"
+}
+
 check_files() {
   local file
   for file in ${CHECKPOINTS//:/ }; do
@@ -81,3 +92,4 @@ nmt-moe hypotheses "$OUTPUT.log" >"$OUTPUT"
 nmt-moe score "$OUTPUT" "$REFERENCE.$PAIR" --src "$REFERENCE.en" \
   ${AGAINST:+--against "$AGAINST"} | tee "$OUTPUT.scores.txt"
 say "translation and scores: $OUTPUT, $OUTPUT.scores.txt"
+[[ $CHECKPOINTS == *:* || $SUBSET == valid ]] || export_translator
