@@ -1,18 +1,20 @@
 """The wording of every error: name, rule, value, way out."""
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    """Refuse a number outside `[low, high]`, and NaN.
+    """Refuse a number outside `[low, high]`, NaN, and what is not a number.
 
     Raises:
         ValueError: naming the option, the bounds and the value.
     """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"`{name}` must be a number, but is {value!r}.")
     if high is None:
         if not value >= low:
             raise ValueError(f"`{name}` must be at least {low}, but is {value}.")

@@ -2,11 +2,18 @@
 
 from dataclasses import dataclass
 
-from nmt_moe.checks import check_choice, check_range
+from nmt_moe.checks import check_choice, check_range, check_whole
 from nmt_moe.moe import MoEConfig
 from nmt_moe.nn.attention import ATTENTIONS
 
 WIRINGS = ("recurrent", "parallel")
+
+
+def _check_moe_dim(model_dim: int, moe: MoEConfig | None) -> None:
+    if moe is not None and moe.model_dim != model_dim:
+        raise ValueError(
+            f"`moe.model_dim` must be the network's {model_dim}, but is {moe.model_dim}."
+        )
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,16 @@ class GNMTConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        check_range("model_dim", self.model_dim, 1)
-        check_range("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
+        check_whole("model_dim", self.model_dim, 1)
+        check_whole("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
         # The MoE lies between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
-        check_range("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
-        check_range("decoder_layers", self.decoder_layers, 2)
+        check_whole("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
+        check_whole("decoder_layers", self.decoder_layers, 2)
         check_choice("attention", self.attention, tuple(ATTENTIONS))
         check_choice("attention_wiring", self.attention_wiring, WIRINGS)
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_range("init_range", self.init_range, 0.0)
+        _check_moe_dim(self.model_dim, self.moe)
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,10 @@ class LSTMLMConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        check_range("model_dim", self.model_dim, 1)
-        check_range("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
-        check_range("lstm_layers", self.lstm_layers, 1 if self.moe is None else 2)
-        check_range("expert_layers", self.expert_layers, 1)
+        check_whole("model_dim", self.model_dim, 1)
+        check_whole("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
+        check_whole("lstm_layers", self.lstm_layers, 1 if self.moe is None else 2)
+        check_whole("expert_layers", self.expert_layers, 1)
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_range("init_range", self.init_range, 0.0)
         if self.expert_layers > 1 and (self.moe is None or self.moe.num_experts > 1):
@@ -95,3 +103,4 @@ class LSTMLMConfig:
                 f"`expert_layers` must be 1 with {experts} experts, but is {self.expert_layers}. "
                 "Set `num_experts` to 1: only a single expert can be deeper."
             )
+        _check_moe_dim(self.model_dim, self.moe)
