@@ -66,6 +66,9 @@ class SearchDefaults:
 
     def __post_init__(self) -> None:
         check_whole("beam_size", self.beam_size, 1, 1000)
+        check_range("length_exponent", self.length_exponent, -100.0, 100.0)
+        for name in ("length_penalty_alpha", "coverage_penalty_beta", "beam_prune"):
+            check_range(name, getattr(self, name), 0.0, 1e6)
         check_range("max_len_a", self.max_len_a, 0.0, 100.0)
         check_whole("max_len_b", self.max_len_b, 1, 100_000)
 
@@ -86,8 +89,7 @@ class TextPipeline:
 
     def __post_init__(self) -> None:
         for name in ("lowercase", "normalize_punctuation"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, but is {getattr(self, name)!r}.")
+            _check_bool(name, getattr(self, name))
         check_whole("max_source_pieces", self.max_source_pieces, 8, 100_000)
 
 
@@ -123,9 +125,9 @@ class BundleConfig:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(KINDS))
         check_choice("dtype", self.dtype, DTYPES)
-        for name in ("languages", "directions"):
-            if not all(isinstance(value, str) for value in getattr(self, name)):
-                raise ValueError(f"`{name}` must be a list of names.")
+        _check_bool("has_pieces", self.has_pieces)
+        if not isinstance(self.architecture, str):
+            raise ValueError(f"`architecture` must be a name, but is {self.architecture!r}.")
         if not all(isinstance(value, str) for value in self.shared_weights.values()):
             raise ValueError("`shared_weights` must be a table of names.")
 
@@ -138,6 +140,11 @@ class BundleConfig:
         """Return the text of `config.json`."""
         content = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
 
 
 def parse_config(path: Path, content: bytes) -> BundleConfig:
@@ -156,7 +163,7 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
             "folder that `nmt-moe export` wrote."
         )
     version = table.pop("format_version", None)
-    if version != VERSION:
+    if version != VERSION or isinstance(version, bool):
         raise ValueError(
             f"`{path}` has the format version {version!r}, but this version of nmt_moe reads "
             f"{VERSION}. Install a newer one, or export the model again."
@@ -170,11 +177,21 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
         table["network"] = KINDS[table["kind"]](**network, moe=moe)
         table["text"] = TextPipeline(**_table(table, "text"))
         table["search"] = SearchDefaults(**_table(table, "search"))
-        table["languages"] = tuple(table.get("languages") or ())
-        table["directions"] = tuple(table.get("directions") or ())
+        for name in ("languages", "directions"):
+            table[name] = _names(table, name)
+        table["shared_weights"] = _table(table, "shared_weights")
         return BundleConfig(**table)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{path}` cannot be used: {error}. {EXPORT_AGAIN}") from None
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has the configuration of a bundle, of whatever version."""
+    try:
+        table = json.loads(read_small(folder, CONFIG))
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(table, dict) and table.get("format") == FORMAT
 
 
 def _table(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -182,6 +199,13 @@ def _table(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a table, but is {str(value)[:40]!r}")
     return dict(value)
+
+
+def _names(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = content.get(name)
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"`{name}` must be a list of names, but is {str(value)[:40]!r}")
+    return tuple(value)
 
 
 def read_small(folder: Path, name: str) -> bytes:
@@ -214,7 +238,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS
     sums = {}
-    for row in read_small(folder, SUMS).decode("utf-8", "replace").splitlines():
+    for row in read_small(folder, SUMS).decode("utf-8", "replace").removesuffix("\n").split("\n"):
         found = ROW.fullmatch(row)
         if found is None:
             raise ValueError(f"`{path}` has the row {row[:80]!r}. {EXPORT_AGAIN}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from nmt_moe.inference.bundle import (
     CONFIG,
     EXPORT_AGAIN,
+    SUMS,
     VOCABULARY,
     BundleConfig,
     check_content,
@@ -22,7 +24,7 @@ from nmt_moe.inference.bundle import (
     read_sums,
 )
 from nmt_moe.inference.networks import LanguageNetwork, TranslationNetwork
-from nmt_moe.inference.weights import ExpertWeights, Weights
+from nmt_moe.inference.weights import ExpertWeights, Weights, experts_file
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.text.vocabulary import MARKS, Vocabulary
 
@@ -80,7 +82,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
         raise ValueError(
             f"`{folder}` is for `nmt_moe.{names[config.kind]}`, not for `nmt_moe.{names[kind]}`."
         )
-    sums = read_sums(folder)
+    sums = _read_sums(folder, config)
     check_content(folder, CONFIG, sums, content)
     vocabularies = _read_vocabularies(folder, config, sums)
     processors = {
@@ -110,25 +112,35 @@ def verify_bundle(folder: Path | str) -> str:
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
-    sums = read_sums(folder)
+    sums = _read_sums(folder, config)
     for name in sums:
         check_file(folder, name, sums)
     open_bundle(folder, config.kind)
     size = sum((folder / name).stat().st_size for name in sums)
     moe = config.network.moe
     experts = "" if moe is None else f", {moe.num_experts} experts a layer"
-    if moe is not None:
-        for side in _expert_sides(config):
-            experts_of_side = ExpertWeights(folder, side, moe, config.dtype)
-            for expert in range(moe.num_experts):
-                experts_of_side.check(expert)
+    for side in _expert_sides(config):
+        assert moe is not None
+        experts_of_side = ExpertWeights(folder, side, moe, config.dtype)
+        for expert in range(moe.num_experts):
+            experts_of_side.check(expert)
     return (
         f"whole: {config.kind.replace('_', ' ')} `{config.architecture}`, {config.dtype}{experts}, "
         f"{len(sums)} files, {size / 1e6:.1f} MB"
     )
 
 
+def _read_sums(folder: Path, config: BundleConfig) -> dict[str, str]:
+    sums = read_sums(folder)
+    for name in map(experts_file, _expert_sides(config)):
+        if name not in sums:
+            raise ValueError(f"`{folder / SUMS}` does not list `{name}`. {EXPORT_AGAIN}")
+    return sums
+
+
 def _expert_sides(config: BundleConfig) -> list[str]:
+    if config.network.moe is None:
+        return []
     if isinstance(config.network, GNMTConfig):
         return ["encoder", "decoder"]
     return ["decoder"] if config.network.expert_layers == 1 else []
@@ -139,12 +151,15 @@ def _read_vocabularies(
 ) -> dict[str, Vocabulary]:
     path, content = folder / VOCABULARY, read_small(folder, VOCABULARY)
     check_content(folder, VOCABULARY, sums, content)
-    table = json.loads(content)
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is not JSON: {error}. {EXPORT_AGAIN}") from None
     marks = [language_mark(name) for name in config.languages] if config.is_multilingual else []
     vocabularies = {}
     for side in SIDES[config.kind]:
         symbols: Any = table.get(side, table.get("shared")) if isinstance(table, dict) else None
-        is_list = isinstance(symbols, list) and all(isinstance(s, str) for s in symbols)
+        is_list = isinstance(symbols, list) and all(map(_is_symbol, symbols))
         if not is_list or tuple(symbols[: len(MARKS)]) != MARKS:
             raise ValueError(f"`{path}` has no list of {side} symbols. {EXPORT_AGAIN}")
         missing = [mark for mark in marks if mark not in symbols]
@@ -152,6 +167,11 @@ def _read_vocabularies(
             raise ValueError(f"`{path}` lacks the mark `{missing[0]}`. {EXPORT_AGAIN}")
         vocabularies[side] = Vocabulary(symbols, marks)
     return vocabularies
+
+
+def _is_symbol(value: Any) -> bool:
+    """Whether a value is text that can be written as a part of a line."""
+    return isinstance(value, str) and re.search("[\n\ud800-\udfff]", value) is None
 
 
 def _read_pieces(
@@ -162,12 +182,12 @@ def _read_pieces(
     name = JOINT_PIECES if JOINT_PIECES in sums else f"{side}.model"
     content = read_small(folder, name)
     check_content(folder, name, sums, content)
-    processor = load_pieces(content, str(folder / name))
+    processor = load_pieces(content, str(folder / name), EXPORT_AGAIN)
     check_pieces(processor, vocabulary, str(folder / name), EXPORT_AGAIN)
     return processor
 
 
-def load_pieces(content: bytes, name: str) -> Processor:
+def load_pieces(content: bytes, name: str, advice: str) -> Processor:
     """Load a sentencepiece model.
 
     Raises:
@@ -177,7 +197,7 @@ def load_pieces(content: bytes, name: str) -> Processor:
     try:
         processor.LoadFromSerializedProto(content)
     except RuntimeError:
-        raise ValueError(f"`{name}` is not a whole sentencepiece model. {EXPORT_AGAIN}") from None
+        raise ValueError(f"`{name}` is not a whole sentencepiece model. {advice}") from None
     return processor
 
 

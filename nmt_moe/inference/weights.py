@@ -92,6 +92,7 @@ class Weights:
         self.path, self.config = folder / WEIGHTS, config
         check_file(folder, WEIGHTS, sums)
         self._tensors = map_file(self.path)
+        self._check_claims()
         self._check(sizes)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -116,15 +117,20 @@ class Weights:
     def _scale_of(self, name: str) -> str:
         return self.config.shared_weights.get(name, name) + SCALE
 
-    def _check(self, sizes: dict[str, int]) -> None:
+    def _check_claims(self) -> None:
+        """Reject sizes that need more weights than there are, before anything is made of them."""
         network: Any = self.config.network
         for name in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
-            # Each layer has weights: a claim of millions must not cost hours to refute.
             if getattr(network, name, 0) > len(self._tensors):
                 self._reject(f"it has {len(self._tensors)} weights, but `{name}` is not less")
+        gates = sum(value.numel() for name, value in self._tensors.items() if ".gate." in name)
+        if network.moe is not None and network.moe.num_experts > max(gates, 1):
+            self._reject(f"it has no gates for {network.moe.num_experts} experts")
+
+    def _check(self, sizes: dict[str, int]) -> None:
         output = "decoder.output.weight"
-        if output not in self:
-            self._reject(f"`{output}` is missing")
+        if output not in self or self[output].dim() != 2:
+            self._reject(f"`{output}` is missing or is not a matrix")
         have = {name: tuple(value.shape) for name, value in self._tensors.items()}
         want = expected_shapes(self.config, {"output": len(self[output]), **sizes})
         for name, shape in want.items():
@@ -191,11 +197,12 @@ class ExpertWeights:
             want[EXPERTS_IN + SCALE] = sizes[:2], torch.float32
             want[EXPERTS_OUT + SCALE] = shape_out[:2], torch.float32
         have = {name: (tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
-        if have != want:
-            raise ValueError(
-                f"`{self.path}` does not hold the experts of its configuration: it has {have}, not "
-                f"{want}. {EXPORT_AGAIN}"
-            )
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise ValueError(
+                    f"`{self.path}` does not hold the experts of its configuration: "
+                    f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
+                )
         self.weight_in = PackedExperts(torch.Size(sizes), partial(self._pack, EXPERTS_IN))
         self.weight_out = PackedExperts(torch.Size(shape_out), partial(self._pack, EXPERTS_OUT))
 
