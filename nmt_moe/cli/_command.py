@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import click
 
@@ -86,6 +86,17 @@ def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Co
 def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
     """Decorate a command with an option of one or more values; the function gets a tuple."""
     return click.option(*names, cls=List, **options)
+
+
+def standard_input() -> BinaryIO:
+    """Return the bytes of standard input.
+
+    Raises:
+        ValueError: it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed. Name a file, or pipe text into the command.")
+    return sys.stdin.buffer
 
 
 class Mistake(click.ClickException):

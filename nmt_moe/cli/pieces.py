@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import click
 
-from nmt_moe.cli._command import Group, command, list_option
+from nmt_moe.cli._command import Group, command, list_option, standard_input
 from nmt_moe.text import pieces as lib
-from nmt_moe.text.lines import BadLine, read_lines, scan_lines
+from nmt_moe.text.lines import BadLine, open_output, read_lines, scan_lines
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +182,7 @@ def read_text(path: Path) -> Iterator[str]:
     if str(path) != "-":
         yield from read_lines(path)
         return
-    for line in scan_lines(sys.stdin.buffer, "standard input"):
+    for line in scan_lines(standard_input(), "standard input"):
         if isinstance(line, BadLine):
             raise ValueError(f"standard input, line {line.number} {line.reason}. {line.advice}")
         yield line
@@ -201,18 +198,5 @@ def warn_of_pieces(lines: Iterable[str], path: Path) -> Iterator[str]:
 
 def write_text(lines: Iterable[str], path: Path) -> None:
     """Write lines to a file, which appears when it is whole, or to standard output for -."""
-    with open_output(path) as file:
+    with open_output(None if str(path) == "-" else path) as file:
         file.writelines(line + "\n" for line in lines)
-
-
-@contextmanager
-def open_output(path: Path) -> Iterator[IO[str]]:
-    """Open a text file by way of a `.part` beside it, or standard output for -."""
-    if str(path) == "-":
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
-        yield sys.stdout
-        return
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        yield file
-    part.replace(path)

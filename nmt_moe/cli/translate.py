@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from nmt_moe.cli._command import command
+from nmt_moe.cli._command import command, standard_input
+from nmt_moe.text.lines import BadLine, open_bytes, open_output
 
 if TYPE_CHECKING:
     from nmt_moe.inference import Translation
 
 PATH = click.Path(path_type=Path)
+# More are a mistake that ends the process.
+MAX_THREADS = 1024
 
 
 @command(
@@ -80,12 +83,15 @@ def translate(
     from nmt_moe.checks import check_whole
     from nmt_moe.inference.translator import Translator
 
+    for file in files:
+        if not file.exists() or file.is_dir():
+            raise ValueError(f"`{file}` is not a file. Name files of one text a line.")
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")
-    if jsonl and nbest is None:
-        nbest = 1
+    if nbest is not None:
+        check_whole("--nbest", nbest, 1)
     if threads is not None:
-        check_whole("--threads", threads, 1)
+        check_whole("--threads", threads, 1, MAX_THREADS)
         torch.set_num_threads(threads)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {"num_hypotheses": nbest or 1, "with_experts": experts}
@@ -94,8 +100,8 @@ def translate(
     translator = Translator.load([folder, *ensemble])
     write = _jsonl if jsonl else _text if nbest is None else _nbest
     is_shown = progress if progress is not None else bool(files) and sys.stderr.isatty()
-    with _writing(output) as file:
-        faults = _translate(translator, files, file, write, target_lang, is_shown, given)
+    with open_output(output) as stream:
+        faults = _translate(translator, files, stream, write, target_lang, is_shown, given)
     if faults:
         raise ValueError(f"{' '.join(faults)} All other lines were translated.")
 
@@ -114,13 +120,12 @@ def _translate(
 ) -> list[str]:
     """Translate all inputs; return sentences that name the bad lines."""
     from nmt_moe.inference.files import count_ends, describe_faults, scan_stream, show_progress
-    from nmt_moe.text.lines import BadLine, open_bytes
 
     faults, number = [], 0
     for source in files or (None,):
         bad: list[BadLine] = []
         with ExitStack() as stack:
-            stream = sys.stdin.buffer if source is None else stack.enter_context(open_bytes(source))
+            stream = standard_input() if source is None else stack.enter_context(open_bytes(source))
             name = "standard input" if source is None else str(source)
             lines, read_ahead = scan_stream(stream, name)
             total = None if source is None else count_ends(source)
@@ -160,20 +165,3 @@ def _nbest(number: int, result: Translation | None) -> str:
 def _jsonl(number: int, result: Translation | None) -> str:
     content = {"line": number, **({"text": None} if result is None else result.to_dict())}
     return json.dumps(content, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _writing(output: Path | None) -> Iterator[TextIO]:
-    """Open the output: standard output, or a file that appears when it is whole."""
-    if output is None:
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    part = output.with_name(output.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)

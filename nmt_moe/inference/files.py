@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from nmt_moe.inference.translator import READ_AHEAD, Translator
-from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
+from nmt_moe.text.lines import BadLine, open_bytes, open_output, scan_lines
 
 
 def translate_file(
@@ -40,22 +40,16 @@ def translate_file(
             has blank lines for them.
         OSError: a file cannot be opened or written.
     """
-    output = Path(output)
-    part = output.with_name(output.name + ".part")
     faults: list[BadLine] = []
     count = 0
-    try:
-        with open_bytes(source) as stream, part.open("w", encoding="utf-8", newline="\n") as file:
-            lines = scan_lines(stream, os.fspath(source))
-            shown = show_progress(lines, count_ends(source), progress)
-            for result in translator.translate_lines(shown, target_lang, **options):
-                count += 1
-                if isinstance(result, BadLine):
-                    faults.append(result)
-                file.write("\n" if isinstance(result, BadLine) else result.text + "\n")
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    with open_bytes(source) as stream, open_output(output) as file:
+        lines = scan_lines(stream, os.fspath(source))
+        shown = show_progress(lines, count_ends(source), progress)
+        for result in translator.translate_lines(shown, target_lang, **options):
+            count += 1
+            if isinstance(result, BadLine):
+                faults.append(result)
+            file.write("\n" if isinstance(result, BadLine) else result.text + "\n")
     if faults:
         raise ValueError(
             f"`{source}`: {describe_faults(faults)} `{output}` has blank lines for them, and the "
@@ -72,8 +66,8 @@ def show_progress(
 
 
 def count_ends(source: Path | str) -> int | None:
-    """Return the number of lines of a plain file, for a bar; None of a gzip file."""
-    if os.fspath(source).endswith(".gz"):
+    """Return the number of lines of a plain file, for a bar; None of a gzip file or a pipe."""
+    if os.fspath(source).endswith(".gz") or not os.path.isfile(source):
         return None
     with open(source, "rb") as stream:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))

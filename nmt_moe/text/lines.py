@@ -16,11 +16,13 @@ import gzip
 import logging
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import BinaryIO, cast
+from typing import BinaryIO, TextIO, cast
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +74,12 @@ def read_lines(
     origin = f", counted from byte {start}," if start else ""
     with open_bytes(path) as stream:
         stream.seek(start)
-        lines = scan_lines(stream, name, start, end, allow_controls=allow_controls)
-        try:
-            for line in lines:
-                if isinstance(line, BadLine):
-                    raise ValueError(
-                        f"`{name}`, line {line.number}{origin} {line.reason}. {line.advice}"
-                    )
-                yield line
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"`{name}` is not a whole gzip file: {error}.") from error
+        for line in scan_lines(stream, name, start, end, allow_controls=allow_controls):
+            if isinstance(line, BadLine):
+                raise ValueError(
+                    f"`{name}`, line {line.number}{origin} {line.reason}. {line.advice}"
+                )
+            yield line
 
 
 def count_lines(path: Path) -> int:
@@ -98,6 +96,35 @@ def open_bytes(path: Path) -> BinaryIO:
     if os.fspath(path).endswith(".gz"):
         return cast(BinaryIO, gzip.open(path))
     return open(path, "rb")
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """Open a text to write; None stands for standard output.
+
+    A file appears when it is whole: until then it has another name beside its own, which a failure
+    removes. What is not a file, such as /dev/null or a pipe, is written at once.
+    """
+    if path is None:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed. Name a file with `--output`.")
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        with open(target, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        return
+    part = f"{target}.{os.getpid()}.part"
+    try:
+        with open(part, "x", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(part, target)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 def scan_lines(
@@ -120,7 +147,19 @@ def scan_lines(
         end: Stop at this byte of the stream, at which a line ends.
         max_bytes: Longer lines are bad lines; no more of them is kept.
         allow_controls: As for `read_lines`.
+
+    Raises:
+        ValueError: a gzip file is not whole.
     """
+    try:
+        yield from _scan_lines(stream, name, start, end, max_bytes, allow_controls)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"`{name}` is not a whole gzip file: {error}.") from error
+
+
+def _scan_lines(
+    stream: BinaryIO, name: str, start: int, end: int | None, max_bytes: int, allow_controls: bool
+) -> Iterator[str | BadLine]:
     number = 0
     while end is None or stream.tell() < end:
         raw = stream.readline(max_bytes + 2)
