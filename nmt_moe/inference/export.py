@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from nmt_moe.inference.bundle import (
     BundleConfig,
     SearchDefaults,
     TextPipeline,
+    is_bundle,
 )
 from nmt_moe.inference.card import Origin, write_card
 from nmt_moe.inference.opening import (
@@ -51,6 +53,11 @@ from nmt_moe.nn import GNMTConfig
 from nmt_moe.text.digests import write_digests
 from nmt_moe.text.vocabulary import Vocabulary, find_dictionary, read_symbols
 
+BUNDLE_FILES = {
+    *(CONFIG, VOCABULARY, WEIGHTS, CARD, SUMS),
+    *(JOINT_PIECES, "source.model", "target.model"),
+    *map(experts_file, ("encoder", "decoder")),
+}
 ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
 
 
@@ -112,13 +119,7 @@ def export(
     """
     check_choice("dtype", dtype, DTYPES)
     check_output(output, is_overwritten)
-    if (
-        is_overwritten
-        and output.is_dir()
-        and not (output / CONFIG).is_file()
-        and any(output.iterdir())
-    ):
-        raise ValueError(f"`{output}` is a folder that is not a bundle. Name another output.")
+    _check_overwritten(output)
     description = description or Description()
     state = load_checkpoint(checkpoint, with_optimizer=False)
     network = read_network(checkpoint, state)
@@ -139,10 +140,10 @@ def export(
         has_pieces=pieces.source is not None,
         shared_weights=shared,
     )
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as scratch:
+        part = Path(scratch) / "bundle"
+        part.mkdir()
         _write_pieces(part, pieces, vocabularies, config)
         _write_weights(part, config, network.parameters)
         (part / CONFIG).write_text(config.to_json(), encoding="utf-8")
@@ -157,11 +158,28 @@ def export(
         write_digests(part / SUMS, [part / name for name in names])
         summary = verify_bundle(part)
         if output.is_dir():
-            shutil.rmtree(output)
+            output.rename(Path(scratch) / "replaced")
         part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return summary
+
+
+def _check_overwritten(output: Path) -> None:
+    """Reject an output whose replacement would lose more than a bundle."""
+    if not output.name:
+        raise ValueError(f"`{output}` has no name. Name the folder to write.")
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not output.is_dir():
+        raise ValueError(f"`{output}` is not a folder. Name another output.")
+    there = {path.name for path in output.iterdir()}
+    if there and not is_bundle(output):
+        raise ValueError(f"`{output}` is a folder that is not a bundle. Name another output.")
+    foreign = there - BUNDLE_FILES
+    if foreign:
+        raise ValueError(
+            f"`{output}` also has `{min(foreign)}`, which is not part of a bundle. Move it, or "
+            "name another output."
+        )
 
 
 def _find_languages(
@@ -181,6 +199,8 @@ def _find_languages(
     cfg: Any = state.get("cfg") or {}
     options = cfg.get("task") or {}
     options = options if isinstance(options, dict) else vars(options)
+    if len(given) == 1:
+        raise ValueError("`--source-lang` and `--target-lang` must be given together, or neither.")
     if given:
         return given, ()
     if options.get("source_lang") and options.get("target_lang"):
@@ -274,7 +294,7 @@ def _write_pieces(
     contents = {side: files[side].read_bytes() for side in vocabularies}
     advice = "Name the model that cut the texts of the training, with `--pieces`."
     for side, content in contents.items():
-        processor = load_pieces(content, str(files[side]))
+        processor = load_pieces(content, str(files[side]), advice)
         check_pieces(processor, vocabularies[side], str(files[side]), advice)
     if len(set(contents.values())) == 1:
         contents = {JOINT_PIECES.removesuffix(".model"): contents["target"]}
