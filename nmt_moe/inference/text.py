@@ -113,10 +113,10 @@ def separator_of(language: str | None) -> str:
 
 def cut_pieces(pieces: list[str], most: int) -> list[list[str]]:
     """Cut a sentence into parts of at most `most` pieces, between words where there are any."""
-    parts = []
-    while len(pieces) > most:
-        starts = (n for n in range(most, most // 2, -1) if pieces[n].startswith("▁"))
-        cut = next(starts, most)
-        parts.append(pieces[:cut])
-        pieces = pieces[cut:]
-    return [*parts, pieces] if pieces else parts
+    parts, first = [], 0
+    while len(pieces) - first > most:
+        ends = range(first + most, first + most // 2, -1)
+        end = next((n for n in ends if pieces[n].startswith("▁")), first + most)
+        parts.append(pieces[first:end])
+        first = end
+    return [*parts, pieces[first:]] if pieces else parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -160,9 +160,11 @@ class Translator:
         Yields:
             The translation of each line, or the line that cannot be translated.
         """
+        if isinstance(lines, str):
+            raise ValueError("`lines` must be lines, but is one string. Give a list of it.")
         check_whole("read_ahead", read_ahead, 1)
         self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
-        source = iter(lines)
+        source = map(_check_line, lines, count(1))
         while chunk := list(islice(source, read_ahead)):
             good = [line for line in chunk if isinstance(line, str)]
             translated = iter(self.translate(good, target_lang, **options))  # type: ignore[arg-type]
@@ -187,9 +189,6 @@ class Translator:
             "beam_prune": prune,
         }
         set_values = {name: value for name, value in given.items() if value is not None}
-        for name, value in set_values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"`{name}` must be a number, but is {value!r}.")
         defaults = replace(self.defaults, **set_values)  # type: ignore[arg-type]
         check_whole("num_hypotheses", num_hypotheses, 1, defaults.beam_size)
         check_whole("batch_tokens", batch_tokens, 1)
@@ -307,10 +306,16 @@ class Translator:
         return results
 
 
+def _check_line(line: str | BadLine, number: int) -> str | BadLine:
+    """Return a line, or what is wrong with it."""
+    fault = find_fault(line) if isinstance(line, str) else None
+    return line if fault is None else BadLine(number, fault, "Remove it.")
+
+
 def _join(by_line: list[list[Sentence]], separator: str, num_hypotheses: int) -> Translation:
     """Join the sentences of each line, and the lines of a text."""
     sentences = [sentence for of_line in by_line for sentence in of_line]
-    count = min([len(one.hypotheses) for one in sentences], default=1)
+    shortest = min([len(one.hypotheses) for one in sentences], default=1)
     texts = [
         "\n".join(
             separator.join(
@@ -318,16 +323,25 @@ def _join(by_line: list[list[Sentence]], separator: str, num_hypotheses: int) ->
             )
             for of_line in by_line
         )
-        for rank in range(min(count, num_hypotheses))
+        for rank in range(min(shortest, num_hypotheses))
     ]
     score = sum(sentence.hypotheses[0].score for sentence in sentences)
     return Translation(texts[0], score, texts, sentences)
+
+
+def _models(bundle: Bundle) -> dict[str, bytes | None]:
+    """Return the content of a bundle's sentencepiece models."""
+    return {
+        side: None if one is None else one.serialized_model_proto()
+        for side, one in bundle.processors.items()
+    }
 
 
 def _check_same(first: Bundle, other: Bundle) -> None:
     """Reject bundles that cannot be one ensemble."""
     pairs: dict[str, list[Any]] = {
         "vocabulary": [{s: v.symbols for s, v in b.vocabularies.items()} for b in (first, other)],
+        "pieces": [_models(bundle) for bundle in (first, other)],
         "languages": [bundle.config.languages for bundle in (first, other)],
         "text pipeline": [bundle.config.text for bundle in (first, other)],
     }

@@ -71,7 +71,10 @@ def make_networks(
     modules["output"] = nn.Linear(dim, num_symbols, bias=False)
     for number, module in enumerate(modules.values()):
         randomise(module.eval(), 10 * seed + number)
-    modules["output"].weight.data *= 2
+    weight: Any = modules["output"].weight.data
+    # An MoE layer adds a sigmoid, which is above 0 everywhere: no symbol may profit from that.
+    weight -= weight.mean(dim=1, keepdim=True)
+    weight *= 2
     return modules
 
 
