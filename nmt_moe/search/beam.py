@@ -162,22 +162,27 @@ def _find_candidates(
     width = config.beam_size
     # No row has more than W candidates that go on, and one that ends.
     values, tokens = _best_tokens(next_log_probs, width + 1)
-    slots = rows.sentence, rows.rank
     shape = num_sentences, width, values.shape[1]
-    local = values.new_full(shape, -torch.inf).index_put_(slots, values)
+    numbers = torch.arange(len(values), device=values.device)
+    if len(values) == num_sentences * width:  # no slot is empty
+        local, all_tokens, all_rows = values.reshape(shape), tokens, numbers
+        so_far = rows.log_probs
+    else:
+        slots = rows.sentence, rows.rank
+        local = values.new_full(shape, -torch.inf).index_put_(slots, values)
+        so_far = values.new_zeros(shape[:2]).index_put_(slots, rows.log_probs)
+        all_tokens = tokens.new_zeros(shape).index_put_(slots, tokens)
+        all_rows = tokens.new_zeros(shape[:2]).index_put_(slots, numbers)
     if config.search.beam_prune:
         local = mask_tokens(local, local[:, :, 0].isfinite(), config.search.beam_prune)
-    so_far = values.new_zeros(shape[:2]).index_put_(slots, rows.log_probs)
-    totals = (so_far.unsqueeze(2) + local).flatten(1)
+    totals = (so_far.view(shape[0], width, 1) + local).flatten(1)
     log_probs, order = totals.sort(dim=1, descending=True, stable=True)
     order = order[:, : 2 * width]
-    all_tokens = tokens.new_zeros(shape).index_put_(slots, tokens).flatten(1)
-    numbers = torch.arange(len(values), device=values.device)
-    all_rows = tokens.new_zeros(shape[:2]).index_put_(slots, numbers)
+    parents = torch.div(order, shape[2], rounding_mode="floor")
     return _Candidates(
         log_probs[:, : 2 * width],
-        all_tokens.gather(1, order),
-        all_rows.gather(1, torch.div(order, shape[2], rounding_mode="floor")),
+        all_tokens.reshape(num_sentences, -1).gather(1, order),
+        all_rows.view(shape[:2]).gather(1, parents),
     )
 
 
@@ -186,9 +191,9 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     count = min(count, log_probs.shape[1])
     # One more, to see whether the last has an equal.
     values, tokens = log_probs.topk(min(count + 1, log_probs.shape[1]), dim=1)
-    is_tied = (values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()
-    tied = is_tied.any(dim=1).nonzero().squeeze(1)
-    if len(tied):  # topk promises no order for these
+    is_tied = values[:, 1:] == values[:, :-1]
+    if is_tied.any():  # topk promises no order for these
+        tied = (is_tied & values[:, 1:].isfinite()).any(dim=1).nonzero().squeeze(1)
         ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
         values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
     return values[:, :count], tokens[:, :count]
@@ -240,14 +245,14 @@ def _goes_on(
 
 def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
     """Return the rows of the next step, and which rows of this one they continue."""
-    sentence, place = goes_on.nonzero(as_tuple=True)
-    parents = candidates.rows[sentence, place]
-    tokens = candidates.tokens[sentence, place].unsqueeze(1)
+    sentence, index = goes_on.nonzero(as_tuple=True)
+    parents = candidates.rows[sentence, index]
+    tokens = candidates.tokens[sentence, index].unsqueeze(1)
     new_rows = _Rows(
         sentence,
-        goes_on.cumsum(dim=1)[sentence, place] - 1,
+        goes_on.cumsum(dim=1)[sentence, index] - 1,
         torch.cat([rows.tokens[parents], tokens], dim=1),
-        candidates.log_probs[sentence, place],
+        candidates.log_probs[sentence, index],
         None if rows.received is None else rows.received[parents],
     )
     return new_rows, parents

@@ -5,6 +5,7 @@ continues. A finished hypothesis is its last row; its tokens are read from there
 the end. So nothing that grows with the length is moved when hypotheses change rows.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -139,23 +140,33 @@ class FinishedHypotheses:
 
     def _read_back(self, ended: _Ended, eos: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (N, T) tokens and log-probabilities and (N, T, S) attention, up to each end."""
-        number = torch.arange(len(ended.rows), device=ended.rows.device)
         longest = int(ended.steps.max()) + 1
-        tokens = ended.rows.new_full((len(number), longest), eos)
-        totals = ended.scores.new_zeros(len(number), longest + 1)  # after each number of tokens
+        steps = self._steps[:longest]
+        rows = self._trace_rows(ended, steps)  # (N, T), in the rows of all steps
+        number = torch.arange(len(rows), device=rows.device)
+        tokens = torch.cat([step.tokens for step in steps])[rows]
+        tokens = torch.cat([tokens[:, 1:], tokens.new_full((len(rows), 1), eos)], dim=1)
+        tokens[number, ended.steps] = eos
+        log_probs = torch.cat([step.log_probs for step in steps])[rows]
+        totals = torch.cat([log_probs, log_probs[:, :1]], dim=1)  # after each number of tokens
         totals[number, ended.steps + 1] = ended.log_probs
-        all_attention: list[Tensor] = []
-        rows = torch.zeros_like(ended.rows)
-        for index in reversed(range(longest)):
-            step = self._steps[index]
-            # Those that ended before this step read row 0, which is not looked at.
-            rows = torch.where(ended.steps == index, ended.rows, rows)
-            has_begun = ended.steps >= index
-            totals[:, index] = torch.where(has_begun, step.log_probs[rows], totals[:, index])
-            if index:
-                tokens[:, index - 1] = torch.where(has_begun, step.tokens[rows], eos)
-            if step.attention is not None:
-                all_attention.append(step.attention[rows])
-            rows = step.parents[rows]
-        attention = torch.stack(all_attention[::-1], dim=1) if all_attention else None
+        attention = None
+        if all(step.attention is not None for step in steps):
+            attention = torch.cat([step.attention for step in steps])[rows]  # type: ignore[misc]
         return tokens, totals.diff(dim=1), attention
+
+    def _trace_rows(self, ended: _Ended, steps: list[_Step]) -> Tensor:
+        """Return (N, T) int64, the row of each hypothesis at each step, counted over all steps.
+
+        On the host: it follows one number after the other. After its end a hypothesis has row 0.
+        """
+        parents = [step.parents.tolist() for step in steps]
+        first = [0, *itertools.accumulate(map(len, parents))]
+        traced = []
+        for last, row in zip(ended.steps.tolist(), ended.rows.tolist(), strict=True):
+            own = [0] * len(steps)
+            for index in range(last, -1, -1):
+                own[index] = first[index] + row
+                row = parents[index][row]
+            traced.append(own)
+        return torch.tensor(traced, device=ended.rows.device)
