@@ -5,7 +5,6 @@ Needs torch, sentencepiece and safetensors; no fairseq.
 
 from nmt_moe.inference.bundle import DTYPES, BundleConfig, SearchDefaults, TextPipeline
 from nmt_moe.inference.export import Description, Pieces, export
-from nmt_moe.inference.files import translate_file
 from nmt_moe.inference.language_model import LanguageModel, LineScore, total_score
 from nmt_moe.inference.opening import Bundle, open_bundle, verify_bundle
 from nmt_moe.inference.results import Hypothesis, Sentence, Translation
@@ -28,6 +27,5 @@ __all__ = [
     "export",
     "open_bundle",
     "total_score",
-    "translate_file",
     "verify_bundle",
 ]

@@ -171,6 +171,20 @@ class Translator:
             for line in chunk:
                 yield next(translated) if isinstance(line, str) else line
 
+    def translate_file(
+        self,
+        source: Path | str,
+        output: Path | str,
+        target_lang: str | None = None,
+        *,
+        progress: bool = True,
+        **options: int | float | bool | None,
+    ) -> int:
+        """Translate a file of one text a line: see `nmt_moe.inference.files.translate_file`."""
+        from nmt_moe.inference.files import translate_file
+
+        return translate_file(self, source, output, target_lang, progress=progress, **options)
+
     def _read_options(
         self,
         target_lang: str | None,
