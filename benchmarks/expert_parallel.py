@@ -118,7 +118,7 @@ class World:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.ranks, self.orders = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -1,15 +1,12 @@
 """Losses of several ranks are those of one rank that has all their tokens."""
 
-import multiprocessing
-import queue
-import socket
-
 import pytest
 import torch
 from torch import distributed
 
 from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.parallel import sum_over_ranks
+from tests.support.ranks import run_ranks
 
 CONFIG = MoEConfig(6, 5, 4, 2, importance_weight=0.3, load_weight=0.2)
 # Tokens of each rank; the first has none.
@@ -36,45 +33,21 @@ def balance_gradients(layer: MoELayer, x, noise) -> tuple[float, dict[str, torch
     return loss.item(), {n: p.grad for n, p in layer.gate.named_parameters()}
 
 
-def run_rank(rank: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(BOUNDS) - 1
-    )
+def run_rank(rank: int) -> tuple[float, dict[str, list]]:
     mine = slice(*BOUNDS[rank : rank + 2])
     x, noise = make_tokens()
     loss, gradients = balance_gradients(make_layer(), x[mine], noise[mine])
     for gradient in gradients.values():  # as data parallelism does: the mean over ranks
         distributed.all_reduce(gradient)
         gradient.div_(distributed.get_world_size())
-    results.put((rank, loss, {name: g.tolist() for name, g in gradients.items()}))
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return loss, {name: gradient.tolist() for name, gradient in gradients.items()}
 
 
 @pytest.mark.timeout(120)
 def test_three_ranks_have_the_losses_and_gradients_of_one():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=run_rank, args=(rank, port, results), daemon=True)
-        for rank in range(len(BOUNDS) - 1)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        answers = [results.get(timeout=100) for _ in ranks]
-    except queue.Empty:
-        pytest.fail(f"exit codes of the ranks: {[process.exitcode for process in ranks]}")
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    answers = run_ranks(run_rank, len(BOUNDS) - 1)
     loss, gradients = balance_gradients(make_layer(), *make_tokens())
-    for _, rank_loss, rank_gradients in answers:
+    for rank_loss, rank_gradients in answers:
         assert rank_loss == pytest.approx(loss, abs=1e-12)
         for name, gradient in gradients.items():
             ours = torch.tensor(rank_gradients[name], dtype=torch.float64)

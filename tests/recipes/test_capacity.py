@@ -1,11 +1,7 @@
 """The capacity recipe: equal costs, its choice of dropout, a run on a tiny text, and refusals."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -14,8 +10,8 @@ pytest.importorskip("fairseq")
 
 from recipes.capacity import capacity, split_text
 from tests.support.lm_text import write_text
+from tests.support.recipes import run_script
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "capacity"
 TINY = {
     **{"VOCAB_SIZE": 28, "VALID_LINES": 20, "MODELS": "moe_16", "DROPOUTS": "0.1"},
     **{"SEEDS": "1", "DIM": 8, "UPDATES": 2, "MAX_TOKENS": 100, "WARMUP_UPDATES": 1},
@@ -23,11 +19,8 @@ TINY = {
 }
 
 
-def run(script, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in (TINY | variables).items()}
-    command = ["bash", str(RECIPE / script)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def run(**variables):
+    return run_script("capacity/run.sh", **(TINY | variables))
 
 
 def test_all_models_cost_the_same_and_hold_more_and_more():
@@ -106,21 +99,21 @@ def test_from_text_to_table(tmp_path, mode):
     pytest.importorskip("matplotlib")
     variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": tmp_path / "work"}
     variables |= {"BREAK_MODE": mode, "BLOCK_SIZE": "8"}
-    done = run("run.sh", **variables)
+    done = run(**variables)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "work/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| moe_16"]
     assert (tmp_path / "work/updates.png").is_file()
     # What is trained is not trained again, and another width needs another folder.
-    again = run("run.sh", **variables)
+    again = run(**variables)
     assert again.stdout.count("seed 1: done before") == 1
     # One that was interrupted goes on from its last checkpoint.
     trained = tmp_path / "work/runs/moe_16/dropout-0.1/seed-1"
     (trained / "done").unlink()
-    again = run("run.sh", **variables)
+    again = run(**variables)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Loaded checkpoint" in (trained / "train.log").read_text()
-    other = run("run.sh", **variables, UPDATES=3)
+    other = run(**variables, UPDATES=3)
     assert other.returncode == 1
     assert "was trained with other settings or text" in other.stderr
 
@@ -161,7 +154,7 @@ BAD_TEXTS = [
 def test_a_bad_text_is_named(text, message, tmp_path):
     folder = write_text(tmp_path / "text")
     (folder / "train.en").write_bytes(text)  # before train.en.gz
-    done = run("run.sh", TEXT_DIR=folder, WORK=tmp_path / "work")
+    done = run(TEXT_DIR=folder, WORK=tmp_path / "work")
     assert done.returncode == 1
     assert f"error: {folder}/train.en: {message}" in done.stderr
 
@@ -202,6 +195,6 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("variables", "message"), REFUSALS)
 def test_a_wrong_variable_is_named(variables, message, tmp_path):
-    done = run("run.sh", **({"TEXT_DIR": tmp_path, "WORK": tmp_path / "work"} | variables))
+    done = run(**({"TEXT_DIR": tmp_path, "WORK": tmp_path / "work"} | variables))
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr

@@ -1,10 +1,6 @@
 """The recipe of one language model: a run on a tiny text, what its figures count, refusals."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +9,8 @@ pytest.importorskip("fairseq")
 
 from recipes.captions import score
 from tests.support.lm_text import write_text
+from tests.support.recipes import refusal, run_script
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "captions"
 TINY = {
     **{"VOCAB_SIZE": 28, "VALID_LINES": 20, "MODEL_DIM": 8, "NUM_EXPERTS": 5, "TOP_K": 2},
     **{"EXPERT_HIDDEN_DIM": 8, "SAMPLES": 10, "MAX_TOKENS": 100, "UPDATES": 4},
@@ -24,15 +20,7 @@ NUMBER = r"\d+\.\d+"
 
 
 def run(script, *arguments, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in (TINY | variables).items()}
-    command = ["bash", str(RECIPE / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def refusal(done):
-    assert done.returncode == 1, done.stdout + done.stderr
-    return done.stderr
+    return run_script(f"captions/{script}", *arguments, **(TINY | variables))
 
 
 def test_from_text_to_perplexity(tmp_path):

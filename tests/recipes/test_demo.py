@@ -1,17 +1,11 @@
 """The demo: its corpus by hand, and its whole way in miniature."""
 
 import datetime
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from recipes.demo import make_corpus
-
-REPOSITORY = Path(__file__).parents[2]
-RUN = REPOSITORY / "recipes" / "demo" / "run.sh"
+from tests.support.recipes import run_script
 
 
 def make_item(template, **parts):
@@ -132,10 +126,7 @@ def test_the_same_seed_gives_the_same_corpus():
 
 
 def run(*arguments, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in variables.items()}
-    command = ["bash", str(RUN), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_script("demo/run.sh", *arguments, **variables)
 
 
 SIZES = {

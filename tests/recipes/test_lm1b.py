@@ -3,13 +3,9 @@
 import gzip
 import hashlib
 import io
-import os
 import random
 import re
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -18,8 +14,8 @@ pytest.importorskip("fairseq")
 
 from nmt_moe.scoring import logs
 from recipes.lm1b import counts, fetch, sizes
+from tests.support.recipes import refusal, run_script
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "lm1b"
 TINY = {
     **{"SLICE": 1, "SHARDS": 2, "LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8, "BATCH_WORDS": 200},
     **{"MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
@@ -62,17 +58,8 @@ def make_texts():
 
 
 def run(script, folder, *arguments, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    places = {"WORK": folder / "work", "ARCHIVE_DIR": folder / "archive"}
-    variables = TINY | places | variables
-    environment |= {name: str(value) for name, value in variables.items()}
-    command = ["bash", str(RECIPE / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def refusal(done):
-    assert done.returncode == 1, done.stdout + done.stderr
-    return done.stderr
+    folders = {"WORK": folder / "work", "ARCHIVE_DIR": folder / "archive"}
+    return run_script(f"lm1b/{script}", *arguments, **(TINY | folders | variables))
 
 
 def test_from_the_archive_to_perplexity(tmp_path):

@@ -3,18 +3,14 @@
 import gzip
 import hashlib
 import http.server
-import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from recipes.multi30k import fetch
 from recipes.multi30k.moses_text import OfficialTokenizer
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "multi30k"
+from tests.support.recipes import run_script
 
 COLOURS = {"red": "roter", "green": "grüner", "black": "schwarzer", "white": "weißer"}
 ANIMALS = {"dog": "Hund", "cat": "Kater", "bird": "Vogel", "bear": "Bär", "fish": "Fisch"}
@@ -48,10 +44,7 @@ def write(path, lines, digests):
 
 
 def run(script, *arguments, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in variables.items()}
-    command = ["bash", str(RECIPE / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_script(f"multi30k/{script}", *arguments, **variables)
 
 
 TINY = {

@@ -1,17 +1,14 @@
 """The multilingual recipe on generated sentences, and what it refuses."""
 
 import gzip
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from recipes.multilingual.table import make_table
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "multilingual"
+from tests.support.recipes import run_script
 
 COLOURS = {"red": ("rouge", "rojo"), "green": ("verte", "verde"), "black": ("noire", "negro")}
 THINGS = {"table": ("table", "mesa"), "door": ("porte", "puerta"), "flower": ("fleur", "flor")}
@@ -57,10 +54,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def run(script: str, *arguments: str, **variables: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in variables.items()}
-    command = ["bash", str(RECIPE / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_script(f"multilingual/{script}", *arguments, **variables)
 
 
 @pytest.mark.slow

@@ -8,18 +8,15 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import threading
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from recipes.wmt14 import archives, texts
+from tests.support.recipes import RECIPES, run_script
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 COLOURS = {"red": "rouge", "green": "vert", "black": "noir", "white": "blanc", "grey": "gris"}
 ANIMALS = {"dog": "chien", "cat": "chat", "bird": "oiseau", "bear": "ours", "fish": "poisson"}
 PAIRS = [
@@ -104,10 +101,7 @@ def mirror(tmp_path):
 
 
 def run(pair, script, *arguments, **variables):
-    environment = os.environ | {"NMT_MOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in variables.items()}
-    command = ["bash", str(RECIPES / f"wmt14_en_{pair}" / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_script(f"wmt14_en_{pair}/{script}", *arguments, **variables)
 
 
 def settings(mirror, **variables):
@@ -229,10 +223,8 @@ def test_the_training_has_the_papers_batch_on_any_number_of_gpus(tmp_path, varia
 
 
 def test_the_slurm_template_starts_a_task_for_each_gpu():
-    variables = {"NMT_MOE_PYTHON": sys.executable, "SLURM_NTASKS": "64"}
-    variables["SLURM_SUBMIT_DIR"] = str(RECIPES.parent)
-    command = ["bash", str(RECIPES / "wmt14" / "slurm.sbatch"), "de", "--dry-run"]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    variables = {"SLURM_NTASKS": 64, "SLURM_SUBMIT_DIR": RECIPES.parent}
+    done = run_script("wmt14/slurm.sbatch", "de", "--dry-run", **variables)
     assert done.returncode == 0, done.stderr
     assert "srun fairseq-train " in done.stdout
     assert "--arch lstm_moe_gnmt_2048h " in done.stdout

@@ -16,30 +16,32 @@ def scratch(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which fairseq-preprocess and fairseq-train were run."""
     folder = tmp_path_factory.mktemp("journey")
     flags = preprocess_flags(corpus, Path("data"))
-    done = run("preprocess", *flags, "--joined-dictionary", cwd=folder)
+    done = run("preprocess", *flags, "--joined-dictionary", cwd=folder, is_installed=True)
     assert done.status == 0, done.text
-    done = train(folder, 2)
+    done = train(folder, 2, is_installed=True)
     (folder / "train.log").write_text(done.text)
     return folder
 
 
-def train(folder: Path, epochs: int) -> Output:
+def train(folder: Path, epochs: int, is_installed: bool = False) -> Output:
     flags = ["--max-epoch", epochs, "--log-interval", 2, "--tensorboard-logdir", "curves"]
-    done = run("train", "data", *PLUGGED, *TINY_MOE, *flags, cwd=folder)
+    command = ["data", *PLUGGED, *TINY_MOE, *flags]
+    done = run("train", *command, cwd=folder, is_installed=is_installed)
     assert done.status == 0, done.text
     return done
 
 
-def translate(command: str, folder: Path, stdin: bytes = b"") -> Output:
+def translate(command: str, folder: Path, stdin: bytes = b"", is_installed: bool = False) -> Output:
     model = ["--path", "checkpoints/checkpoint2.pt", "--beam", 3]
-    done = run(command, "data", *PLUGGED, *model, *TRANSLATE, cwd=folder, stdin=stdin)
+    arguments = ["data", *PLUGGED, *model, *TRANSLATE]
+    done = run(command, *arguments, cwd=folder, stdin=stdin, is_installed=is_installed)
     assert done.status == 0, done.text
     return done
 
 
 @pytest.fixture(scope="module")
 def generated(scratch: Path) -> Output:
-    return translate("generate", scratch)
+    return translate("generate", scratch, is_installed=True)
 
 
 def test_training_logs_the_balance_of_every_layer_and_overall(scratch: Path):

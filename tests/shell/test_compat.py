@@ -25,6 +25,7 @@ from nmt_moe.compat import interactive
 from nmt_moe.compat.errors import end_in_one_message, explain, is_fairseq_command
 from nmt_moe.compat.precision import fix_flags
 from nmt_moe.compat.processes import TORCHRUN
+from tests.support import programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -54,7 +55,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
     result = subprocess.run(
-        [sys.executable, "-m", *arguments, "--user-dir", "repairs"],
+        [programs.python(), "-m", *arguments, "--user-dir", "repairs"],
         cwd=folder,
         env=environment,
         input=stdin,

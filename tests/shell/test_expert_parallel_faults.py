@@ -1,12 +1,10 @@
 """A process of a training dies: the others stop, and its checkpoints are whole."""
 
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from nmt_moe import plugin
 from nmt_moe.checkpoints import expert_files, restore_experts
 from nmt_moe.trainer.experts import moe_layers
 from tests.support.commands import PLUGIN, call
+from tests.support.ranks import CONTEXT, free_port
 from tests.support.training import TINY_MOE, load
 
 plugin.register()
@@ -46,8 +45,9 @@ def children(process: int) -> list[int]:
 def test_a_killed_process_stops_the_others_and_the_training_goes_on(data: Path, tmp_path: Path):
     last, log = tmp_path / "checkpoint_last.pt", tmp_path / "log"
     flags = [*TINY_MOE, "--no-epoch-checkpoints", "--save-dir", tmp_path]
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*runner, "-m", "fairseq_cli.train", data, *flags, "--user-dir", PLUGIN]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *runner, "-m", "fairseq_cli.train", data, *flags]
+    command += ["--user-dir", PLUGIN]
     with log.open("wb") as output:
         ranks = subprocess.Popen(
             [str(part) for part in command],
@@ -86,12 +86,9 @@ def train_on_two(rank: int, port: int, data: Path, folder: Path, *flags: object)
 
 def start_two(function: Callable[..., None], *arguments: object) -> list[Any]:
     """Start `function(rank, port, *arguments)` in two processes."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    port = free_port()
     ranks = [
-        context.Process(target=function, args=(rank, port, *arguments), daemon=True)
+        CONTEXT.Process(target=function, args=(rank, port, *arguments), daemon=True)
         for rank in range(2)
     ]
     for process in ranks:

@@ -23,6 +23,7 @@ from nmt_moe import plugin
 from nmt_moe.checkpoints import files
 from nmt_moe.trainer import ExpertParallelTrainer
 from nmt_moe.trainer.save_folder import LOCK, FolderLock
+from tests.support import programs
 from tests.support.commands import PLUGIN, call
 from tests.support.training import TINY_DENSE, TINY_MOE, load, without_updates
 
@@ -276,7 +277,8 @@ def test_a_loss_that_grows_beyond_all_sense_is_warned_of_once(data: Path, tmp_pa
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN, *TINY_MOE]
+    command = [programs.python(), "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN]
+    command += TINY_MOE
     command += ["--save-interval-updates", 1, "--no-epoch-checkpoints", "--save-dir", tmp_path]
     with (tmp_path / "log").open("wb") as log:
         training = subprocess.Popen(

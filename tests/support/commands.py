@@ -1,4 +1,4 @@
-"""Run fairseq's commands: as a user does, or in this process where the import is the dear part."""
+"""Run fairseq's commands: as a user does, or in this process."""
 
 import importlib
 import io
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from tests.support import programs
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGIN = REPOSITORY / "nmt_moe"
 
@@ -25,25 +27,30 @@ class Output:
     text: str
 
     def lines(self, kind: str) -> dict[int, list[str]]:
-        """Give the columns of lines such as `H-3<tab>-0.2<tab>un deux`, by sentence number."""
+        """Return the columns of lines such as `H-3<tab>-0.2<tab>un deux`, by sentence number."""
         rows = [line.split("\t") for line in self.text.splitlines() if line.startswith(f"{kind}-")]
         return {int(row[0][len(kind) + 1 :]): row[1:] for row in rows}
 
     def hypotheses(self) -> list[str]:
-        """Give the translations in the order of the sentences."""
+        """Return the translations in the order of the sentences."""
         return [row[-1] for _, row in sorted(self.lines("H").items())]
 
     def records(self) -> list[dict[str, float]]:
-        """Give the entries of `--log-format json`, numbers as numbers."""
+        """Return the entries of `--log-format json`, numbers as numbers."""
         entries = [line[line.find('{"') :] for line in self.text.splitlines() if '{"' in line]
         return [{key: float(value) for key, value in json.loads(row).items()} for row in entries]
 
 
-def run(command: str, *arguments: object, cwd: Path, stdin: bytes = b"") -> Output:
-    """Start a command as its own process, in the folder `cwd`."""
-    program = Path(sys.executable).parent / f"fairseq-{command}"
+def run(
+    command: str, *arguments: object, cwd: Path, stdin: bytes = b"", is_installed: bool = False
+) -> Output:
+    """Start a command as its own process, in the folder `cwd`.
+
+    `is_installed` takes the environment's own program, which needs seconds to import fairseq.
+    """
+    python = Path(sys.executable) if is_installed else programs.python()
     finished = subprocess.run(
-        [program, *map(str, arguments)],
+        [python.with_name(f"fairseq-{command}"), *map(str, arguments)],
         input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,19 +11,27 @@ import pytest
 import torch
 from torch import distributed
 
+# Each process is a fork of one that has imported torch and the project, which takes seconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.imported"])
+
+
+def free_port() -> int:
+    """Return a port of the loopback on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """Give what `function(rank, *arguments)` returned in each process, by rank.
+    """Return what `function(rank, *arguments)` returned in each process, by rank.
 
     Results are pickled: return numbers and arrays, not tensors.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    port = free_port()
+    results = CONTEXT.Queue()
     ranks = [
-        context.Process(
+        CONTEXT.Process(
             target=_run_rank,
             args=(function, rank, world_size, port, results, arguments),
             daemon=True,

@@ -1,0 +1,8 @@
+"""Imported by the server that forks the processes of `ranks.py`, so that each has it at once."""
+
+import importlib
+import importlib.util
+
+importlib.import_module("nmt_moe.moe")
+if importlib.util.find_spec("fairseq") is not None:
+    importlib.import_module("nmt_moe.plugin").register()

@@ -1,0 +1,204 @@
+"""Programs that start at once: forks of one process that has imported torch and fairseq already.
+
+Importing fairseq takes seconds, most of the time of a test that runs small commands. `python()` is
+a Python in a folder with the programs of this environment. Those that tests start most are clients:
+they send arguments, variables, folder and open files to the server, which forks a process that is
+the program from then on. The project's own modules are imported by each program, as ever.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+# What nmt_moe, recipes and fairseq's commands import, without the modules that set up logging.
+IMPORTED_BEFORE = (
+    *("click", "num2words", "pooch", "sacrebleu.significance", "sacremoses", "sentencepiece"),
+    *("fairseq.checkpoint_utils", "fairseq.data.data_utils_fast", "fairseq.options"),
+    *("fairseq.tasks", "fairseq.trainer", "tqdm"),
+)
+
+CLIENT = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+name = os.path.basename(sys.argv[0])
+if name == "python" and sys.argv[1:2] != ["-m"] and sys.argv[1:2][0][-3:] != ".py":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = {{"arguments": sys.argv, "folder": os.getcwd(), "variables": dict(os.environ)}}
+    content = json.dumps(request).encode()
+    socket.send_fds(server, [len(content).to_bytes(4, "big")], [0, 1, 2])
+    server.sendall(content)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: server.send(bytes([number])))
+    status = server.recv(1)
+sys.exit(status[0] if status else 1)
+"""
+
+
+@functools.cache
+def python() -> Path:
+    """Return a Python whose neighbours are the environment's programs; its server runs from now."""
+    folder = tempfile.TemporaryDirectory(prefix="programs-")
+    address = str(Path(folder.name, "server"))
+    client = CLIENT.format(python=sys.executable, address=address)
+    for program in Path(sys.executable).parent.iterdir():
+        own = Path(folder.name, program.name)
+        if program.name in ("python", "sacrebleu") or program.name.startswith("fairseq-"):
+            own.write_text(client)
+            own.chmod(0o755)
+        elif program.is_file():
+            own.symlink_to(program)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.programs", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+    )
+    assert server.stdout.readline(), "the server of programs did not start"
+
+    @atexit.register
+    def stop() -> None:
+        server.communicate()  # its standard input ends, and so does it
+        folder.cleanup()
+
+    return Path(folder.name, "python")
+
+
+class Server:
+    """Forks a process for each request, and tells the client how it ended."""
+
+    def __init__(self, address: str) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen(64)
+        self.clients: dict[int, socket.socket] = {}  # by process
+        # A process that ends wakes `select`.
+        self.wakeup, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> list[str]:
+        """Return a program's arguments, in the process that is to be the program."""
+        while True:
+            sources = [sys.stdin, self.listener, self.wakeup, *self.clients.values()]
+            ready, _, _ = select.select(sources, [], [])
+            if sys.stdin in ready:
+                os._exit(0)  # the tests have ended, however they did
+            if self.wakeup in ready:
+                self.wakeup.recv(4096)
+                self.report_ended()
+            for process, client in self.clients.items():
+                if client in ready:
+                    number = client.recv(1)  # a signal to pass on; nothing: the client was killed
+                    os.kill(process, number[0] if number else signal.SIGKILL)
+            if self.listener in ready:
+                client, _ = self.listener.accept()
+                length, files, _, _ = socket.recv_fds(client, 4, 3)
+                with client.makefile("rb") as stream:
+                    request = json.loads(stream.read(int.from_bytes(length, "big")))
+                process = os.fork()
+                if process == 0:
+                    client.close()
+                    self.leave_for(request, files)
+                    return request["arguments"]
+                self.clients[process] = client
+                for file in files:
+                    os.close(file)
+
+    def report_ended(self) -> None:
+        """Send the exit status of each process that has ended to its client."""
+        while self.clients:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if process == 0:
+                return
+            status = os.waitstatus_to_exitcode(status)
+            with self.clients.pop(process) as client, contextlib.suppress(BrokenPipeError):
+                client.sendall(bytes([status if status >= 0 else 128 - status]))
+
+    def leave_for(self, request: dict[str, Any], files: list[int]) -> None:
+        """Turn from a copy of the server into a process with the client's surroundings."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for connection in (self.listener, self.wakeup, self.waker, *self.clients.values()):
+            connection.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["variables"])
+
+
+def become(arguments: list[str]) -> None:
+    """Run a program as Python would have started it."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
+    name = Path(arguments[0]).name
+    if name != "python":
+        sys.argv = arguments
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name=name)
+        sys.exit(script.load()())
+    if arguments[1] == "-m":
+        sys.argv = arguments[2:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments[1:]
+        sys.path.insert(0, str(Path(arguments[1]).parent))
+        runpy.run_path(arguments[1], run_name="__main__")
+
+
+def end(error: BaseException | None) -> NoReturn:
+    """End as Python does, but leave the memory to the kernel: tidying up takes half a second."""
+    status = 0 if error is None else 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            sys.stderr.write(f"{error.code}\n")
+    elif error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(address: str) -> None:
+    """Import what programs import, and serve."""
+    for name in IMPORTED_BEFORE:
+        importlib.import_module(name)
+    logging.root.handlers.clear()
+    gc.freeze()
+    sys.path.remove(os.getcwd())  # a program must not find the project where it would not
+    server = Server(address)
+    print("listens", flush=True)  # noqa: T201
+    arguments = server.serve()
+    try:
+        become(arguments)
+    except BaseException as error:
+        end(error)
+    end(None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

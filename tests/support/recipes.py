@@ -1,0 +1,28 @@
+"""Run a recipe's script as its user does, with programs that start at once."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from tests.support import programs
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run_script(
+    script: str, *arguments: object, **variables: object
+) -> subprocess.CompletedProcess[str]:
+    """Run `recipes/SCRIPT` in bash; variables of the environment are given by name."""
+    settings = {"NMT_MOE_PYTHON": programs.python(), "OMP_NUM_THREADS": 1} | variables
+    return subprocess.run(
+        ["bash", RECIPES / script, *map(str, arguments)],
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        capture_output=True,
+        text=True,
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the message of a script that must have refused to go on."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
