@@ -13,7 +13,7 @@ NAMES = ["stock", "penalties", "pruning", "penalties, pruning"]
 
 
 @pytest.fixture
-def line(tmp_path):
+def line(tmp_path, monkeypatch):
     """A random model that is sure of its next word, its data, and the flags for both."""
     args = SimpleNamespace(
         arch="lstm_moe_gnmt_small",
@@ -30,6 +30,9 @@ def line(tmp_path):
     model = tasks.setup_task(config.task).build_model(config.model)
     model.decoder.output.weight.data *= 300
     translate.save_checkpoint(tmp_path / "model.pt", config, model)
+    # A random model does not end its sentences.
+    short = {name: [*flags, "--max-len-b", "8"] for name, flags in search.SEARCHES.items()}
+    monkeypatch.setattr(search, "SEARCHES", short)
     flags = f"--checkpoint {tmp_path}/model.pt --data {tmp_path} --subset test"
     return shlex.split(f"{flags} --batch 3 --beam 4 --rounds 2 --threads 1")
 

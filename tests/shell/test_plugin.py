@@ -20,4 +20,6 @@ def test_all_names_are_registered_however_often_it_is_asked():
 
 def test_user_dir_is_accepted_after_the_registration(repository):
     plugin.register()
+    model = ARCH_MODEL_REGISTRY["lstm_moe_gnmt"]
     utils.import_user_module(argparse.Namespace(user_dir=str(repository / "nmt_moe")))
+    assert ARCH_MODEL_REGISTRY["lstm_moe_gnmt"] is model

@@ -136,8 +136,11 @@ def test_groups_may_say_which_parameters_are_factored():
     ]
     train(layer, FactoredAdam(layer.parameters(), lr=0.01), range(3))
     train(other, FactoredAdam(named, lr=0.01), range(3))
-    for one, two in zip(layer.parameters(), other.parameters(), strict=True):
+    for one, two, start in zip(
+        layer.parameters(), other.parameters(), make_layer().parameters(), strict=True
+    ):
         assert one.equal(two)
+        assert not one.equal(start)
 
 
 def test_a_matrix_alone_may_be_factored():
