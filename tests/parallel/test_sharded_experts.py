@@ -42,7 +42,7 @@ class Batch:
 
 
 def make_batches(first: int, last: int, dtype: torch.dtype) -> list[Batch]:
-    """Give the two batches of parts [first, last) of the four."""
+    """Return the two batches of parts [first, last) of the four."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for number, counts in enumerate(TOKENS):
@@ -122,7 +122,7 @@ def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dic
 
 
 def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
-    """Give what a strictly balanced layer makes of tokens with few or many experts."""
+    """Return what a strictly balanced layer makes of tokens with few or many experts."""
     torch.manual_seed(0)
     config = MoEConfig(DIM, 5, EXPERTS, 2, gate="strictly_balanced")
     layer = MoELayer(config, group=make_expert_parallel_group(EXPERTS, 0, size)).eval()
@@ -144,8 +144,10 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
     }
     results["strict"] = run_strict_evaluation(rank, world_size, world_size)
     layer = MoELayer(FLAT, group=make_expert_parallel_group(EXPERTS, 0, world_size)).eval()
+    results["passes"] = 0
     for _ in range(rank):  # each rank has another number of passes
         layer(torch.randn(3, DIM))
+        results["passes"] += 1
     layer.serve()
     results["local"] = layer.experts.weight_in.shape
     try:
@@ -155,24 +157,46 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
+def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each rank found."""
+    return run_ranks(work, request.param, request.param)
+
+
 @pytest.mark.timeout(590)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_learn_what_one_process_does(world_size):
-    answers = run_ranks(work, world_size, world_size)
-    for dtype, tolerance in TOLERANCE.items():
-        expected = train_once(0, 1, 1, dtype)
-        assert expected["norm"] > 0.5  # so it was clipped
-        for size in (size for size in (1, 2, 4) if size <= world_size):
-            results = [answer[f"{size} {dtype}"] for answer in answers]
-            assert results[0].keys() == expected.keys()  # of experts, rank 0 alone has the whole
-            for rank, result in enumerate(results):
-                what = f"rank {rank}, P = {size}"
-                assert_all_close(result, expected, tolerance, what)
-    check_strict_evaluation([answer["strict"] for answer in answers])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_ranks_learn_what_one_process_does(answers, dtype):
+    expected = train_once(0, 1, 1, dtype)
+    assert expected["norm"] > 0.5  # so it was clipped
+    for size in (size for size in (1, 2, 4) if size <= len(answers)):
+        results = [answer[f"{size} {dtype}"] for answer in answers]
+        assert results[0].keys() == expected.keys()  # only rank 0 has whole experts
+        for rank, result in enumerate(results):
+            assert_all_close(result, expected, TOLERANCE[dtype], f"rank {rank}, P = {size}")
+
+
+def test_ranks_may_differ_in_the_experts_of_a_token(answers):
+    parts = [answer["strict"] for answer in answers]
+    y, _, counts = run_strict_evaluation(0, 1, 1)
+    assert len({slots for _, slots, _ in parts}) > 1  # ranks differ in K
+    together = torch.cat([torch.as_tensor(part[0]) for part in parts])
+    torch.testing.assert_close(together, torch.as_tensor(y))
+    assert sum(part[2] for part in parts).tolist() == counts.tolist()
+
+
+def test_a_rank_that_serves_waits_for_those_with_more_passes(answers):
+    assert [answer["passes"] for answer in answers] == list(range(len(answers)))
+
+
+def test_each_rank_holds_its_share_of_the_experts(answers):
+    for answer in answers:
+        assert answer["local"] == (EXPERTS // len(answers), DIM, 5)
+
+
+def test_a_set_of_ranks_that_does_not_divide_their_number_is_refused(answers):
     rule = "`distributed_world_size` must be a multiple of `expert_parallel_size`, 3, but is"
     for answer in answers:
-        assert answer["local"] == (EXPERTS // world_size, DIM, 5)
-        assert f"{rule} {world_size}" in answer["refusal"]
+        assert f"{rule} {len(answers)}" in answer["refusal"]
 
 
 def assert_all_close(result, expected, tolerance, what):
@@ -186,14 +210,6 @@ def assert_all_close(result, expected, tolerance, what):
             rtol=tolerance,
             msg=lambda text, name=name: f"{name}, {what}: {text}",
         )
-
-
-def check_strict_evaluation(parts):
-    y, _, counts = run_strict_evaluation(0, 1, 1)
-    assert len({slots for _, slots, _ in parts}) > 1  # ranks differ in K
-    together = torch.cat([torch.as_tensor(part[0]) for part in parts])
-    torch.testing.assert_close(together, torch.as_tensor(y))
-    assert sum(part[2] for part in parts).tolist() == counts.tolist()
 
 
 def test_one_process_holds_all_experts():

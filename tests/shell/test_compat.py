@@ -54,6 +54,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
     (plugin / "__init__.py").write_text("import nmt_moe.compat, nmt_moe.trainer\n")
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
+    environment["PYTHON_EXEC"] = str(programs.python())  # with which torchrun starts ranks
     result = subprocess.run(
         [programs.python(), "-m", *arguments, "--user-dir", "repairs"],
         cwd=folder,

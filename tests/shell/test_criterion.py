@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from nmt_moe.criterions import MoELabelSmoothedCrossEntropy
 from nmt_moe.criterions._balance import add_balance, check_finite
 from nmt_moe.kernels import _backend
-from nmt_moe.moe import NoisyTopKGate
 from tests.support.commands import call
-from tests.support.models import make_model, make_sample, make_task
+from tests.support.models import make_model, make_sample, make_task, without_noise
 from tests.support.training import UPDATES
 
 WIDTHS = ("embed-dim", "hidden-size")
@@ -29,17 +28,7 @@ def make_criterion(smoothing: float = 0.1, sentence_avg: bool = False) -> nn.Mod
 
 def make_training_model(weight: float = 0.5, **options: object) -> nn.Module:
     weights = {"importance_weight": weight, "load_weight": weight}
-    model = make_model(**weights, **options).train()
-    for module in model.modules():
-        if isinstance(module, NoisyTopKGate):
-            module.register_forward_pre_hook(give_zeros_for_noise)
-    return model
-
-
-def give_zeros_for_noise(gate: NoisyTopKGate, inputs: tuple) -> tuple:
-    """Take the one thing away by which two equal halves of a batch would differ."""
-    x, _, *rest = inputs
-    return x, torch.zeros(len(x), gate.gate_weight.shape[-1]), *rest
+    return without_noise(make_model(**weights, **options).train())
 
 
 def gradients(model: nn.Module, batches: list[dict], **options: bool) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import distributed
 from nmt_moe import plugin
 from nmt_moe.checkpoints import expert_files, restore_experts
 from nmt_moe.trainer.experts import moe_layers
+from tests.support import programs
 from tests.support.commands import PLUGIN, call
 from tests.support.ranks import CONTEXT, free_port
 from tests.support.training import TINY_MOE, load
@@ -53,7 +54,7 @@ def test_a_killed_process_stops_the_others_and_the_training_goes_on(data: Path, 
             [str(part) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            env={**os.environ, "PYTHONPATH": "", "PYTHON_EXEC": str(programs.python())},
             cwd=tmp_path,
         )
     try:

@@ -7,18 +7,18 @@ from unittest import mock
 import pytest
 import torch
 from fairseq.logging import metrics
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from nmt_moe.criterions import MoECrossEntropy
 from nmt_moe.training import ClassSample
 from tests.support.models import make_model as make_translation
 from tests.support.models import make_sample as make_pairs
+from tests.support.models import without_noise
 from tests.support.text_models import SAMPLE, make_model, make_sample, make_task
 
 NUM_TOKENS = 5 + 7 + 2
 VOCABULARY = 14
-without_noise = mock.patch.object(Tensor, "normal_", lambda noise, *_, **__: noise.zero_())
 
 
 def make_criterion(draws: int = 0) -> MoECrossEntropy:
@@ -30,9 +30,8 @@ def all_classes(*_: object) -> ClassSample:
     return ClassSample(torch.arange(VOCABULARY), torch.ones(VOCABULARY, dtype=torch.float64))
 
 
-@without_noise
 def test_the_loss_by_hand():
-    model = make_model(importance_weight=0.5, load_weight=0.5).train()
+    model = without_noise(make_model(importance_weight=0.5, load_weight=0.5).train())
     loss, size, log = make_criterion()(model, SAMPLE)
     logits, extra = model(**SAMPLE["net_input"])
     target = SAMPLE["target"]
@@ -45,11 +44,10 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(log["balance_loss"], NUM_TOKENS * balance)
 
 
-@without_noise
 def test_sampled_with_all_classes_certain_it_is_the_full_loss_with_all_gradients():
     results = []
     for draws in (0, 5):
-        model = make_model().train()
+        model = without_noise(make_model().train())
         with mock.patch("nmt_moe.criterions.moe_cross_entropy.draw_classes", all_classes):
             loss, _, log = make_criterion(draws)(model, SAMPLE)
         loss.backward()

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from fairseq.data import Dictionary
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmt_moe import plugin
+from nmt_moe.moe import NoisyTopKGate
 
 plugin.register()
 
@@ -32,7 +33,7 @@ def make_dictionary(words: str = "abcdefghij") -> Dictionary:
 
 
 def make_task(source: str = "abcdefghij", target: str = "abcdefghij") -> Any:
-    """Give what models and criterions ask of a task; one letter is one word."""
+    """Return what models and criterions ask of a task; one letter is one word."""
     return SimpleNamespace(
         source_dictionary=make_dictionary(source), target_dictionary=make_dictionary(target)
     )
@@ -49,8 +50,21 @@ def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
     return model
 
 
+def without_noise(model: nn.Module) -> nn.Module:
+    """Let the gates of a model draw zeros: noise alone tells two equal halves of a batch apart."""
+
+    def give_zeros(gate: NoisyTopKGate, inputs: tuple) -> tuple:
+        x, _, *rest = inputs
+        return x, torch.zeros(len(x), gate.gate_weight.shape[-1]), *rest
+
+    for module in model.modules():
+        if isinstance(module, NoisyTopKGate):
+            module.register_forward_pre_hook(give_zeros)
+    return model
+
+
 def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]:
-    """Give (B, S) tokens, each sentence closed by the end mark, and (B,) lengths."""
+    """Return (B, S) tokens, each sentence closed by the end mark, and (B,) lengths."""
     dictionary = make_dictionary()
     rows = [[dictionary.index(word) for word in text] + [dictionary.eos()] for text in sentences]
     longest = max(map(len, rows))
@@ -62,7 +76,7 @@ def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]
 
 
 def make_sample(sources: list[str], targets: list[str]) -> dict[str, Any]:
-    """Give a batch as fairseq's collater makes it."""
+    """Return a batch as fairseq's collater makes it."""
     src_tokens, src_lengths = make_tokens(*sources)
     target, lengths = make_tokens(*targets, pad_left=False)
     eos, pad = make_dictionary().eos(), make_dictionary().pad()

@@ -37,8 +37,10 @@ IMPORTED_BEFORE = (
 CLIENT = """\
 #!{python} -IS
 import json, os, signal, socket, sys
-name = os.path.basename(sys.argv[0])
-if name == "python" and sys.argv[1:2] != ["-m"] and sys.argv[1:2][0][-3:] != ".py":
+if sys.argv[1:2] == ["-u"]:  # as torchrun starts its ranks
+    del sys.argv[1]
+name, first = os.path.basename(sys.argv[0]), "".join(sys.argv[1:2])
+if name == "python" and first != "-m" and not first.endswith(".py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
@@ -161,7 +163,7 @@ def become(arguments: list[str]) -> None:
     if arguments[1] == "-m":
         sys.argv = arguments[2:]
         sys.path.insert(0, os.getcwd())
-        runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(arguments[2])  # what `python -m` calls
     else:
         sys.argv = arguments[1:]
         sys.path.insert(0, str(Path(arguments[1]).parent))
@@ -201,4 +203,5 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    # By its own name: programs become `__main__`.
+    importlib.import_module("tests.support.programs").main(sys.argv[1])
