@@ -3,11 +3,11 @@
 #
 # Usage: bash tools/test.sh [--help] [PYTEST ARGUMENTS...]
 #   bash tools/test.sh                                     all tests that need no GPU and take no minutes
-#   bash tools/test.sh tests/moe                           one folder
+#   bash tools/test.sh tests/moe -n 0                      one folder, in one process
 #   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow ones
 #
 # Environment variables:
-#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh); it also needs pytest, pytest-timeout
+#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh); it also needs pytest, -timeout and -xdist
 #   OMP_NUM_THREADS  threads of each test process (default 1: more slow down tests that start several processes)
 set -euo pipefail
 
@@ -28,4 +28,5 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$ROOT"
-exec "$python" -m pytest "$@"
+# The files of tests are shared out among processes, one for each core but four at most: each needs 2 GB.
+exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

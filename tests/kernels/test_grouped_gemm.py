@@ -83,6 +83,7 @@ def test_bfloat16_on_a_gpu(counts):
         torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_more_experts_than_the_grouped_product_of_torch_takes(on_triton):
     counts = [0] * 1030
     counts[0], counts[1023], counts[1029] = 2, 1, 3
