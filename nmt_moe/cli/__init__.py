@@ -41,6 +41,7 @@ COMMANDS = {
         "nmt_moe.cli.hypotheses:hypotheses",
         "Take the translations out of fairseq-generate's output, in the order of the text.",
     ),
+    "lm": ("nmt_moe.cli.lm:lm", "Score text with an exported language model, or draw text."),
     "pieces": (
         "nmt_moe.cli.pieces:pieces",
         "Learn sentence pieces, cut text into them, join them again.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from nmt_moe.inference.searching import Ensemble, Limits, make_batches, search, 
 from nmt_moe.inference.text import SourceText, TargetText, find_fault, separator_of
 from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.search import Hypothesis as Found
-from nmt_moe.text.lines import BadLine
+from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS
 
 # Source pieces of a batch, padding included: more rows a product are faster, and take memory.
@@ -165,7 +165,7 @@ class Translator:
         check_whole("read_ahead", read_ahead, 1)
         self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
         source = map(_check_line, lines, count(1))
-        while chunk := list(islice(source, read_ahead)):
+        for chunk in in_chunks(source, read_ahead):
             good = [line for line in chunk if isinstance(line, str)]
             translated = iter(self.translate(good, target_lang, **options))  # type: ignore[arg-type]
             for line in chunk:

@@ -18,10 +18,11 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import BinaryIO, TextIO, cast
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,13 @@ def _scan_lines(
             if raw == codecs.BOM_UTF8:
                 return  # nothing but the mark: an empty file
         yield line
+
+
+def in_chunks(lines: Iterable[str | BadLine], size: int) -> Iterator[list[str | BadLine]]:
+    """Yield lines, `size` at a time."""
+    source = iter(lines)
+    while chunk := list(islice(source, size)):
+        yield chunk
 
 
 def chunk_offsets(path: Path, num_chunks: int) -> list[int]:
