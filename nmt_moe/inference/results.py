@@ -84,6 +84,39 @@ class Translation:
     hypotheses: list[str]
     sentences: list[Sentence]
 
+    @property
+    def source_pieces(self) -> list[str]:
+        """The pieces of the source, one sentence after the other."""
+        return [piece for one in self.sentences for piece in one.pieces]
+
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces of `text`, one sentence after the other."""
+        return [piece for one in self._best for piece in one.pieces]
+
+    @property
+    def alignment(self) -> list[int]:
+        """For each of `pieces`, the index in `source_pieces` of what it attends to most."""
+        found, first = [], 0
+        for sentence, best in zip(self.sentences, self._best, strict=True):
+            found += [first + index for index in best.alignment]
+            first += len(sentence.pieces)
+        return found
+
+    @property
+    def source_experts(self) -> Experts | None:
+        """The experts of each of `source_pieces`, if they were asked for."""
+        return _concatenate([one.experts for one in self.sentences])
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of each of `pieces`, if they were asked for."""
+        return _concatenate([one.experts for one in self._best])
+
+    @property
+    def _best(self) -> list[Hypothesis]:
+        return [one.hypotheses[0] for one in self.sentences]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         sentences = [one.to_dict() for one in self.sentences]
@@ -94,3 +127,8 @@ class Translation:
             "hypotheses": hypotheses,
             "sentences": sentences,
         }
+
+
+def _concatenate(parts: list[Experts | None]) -> Experts | None:
+    found = [part for part in parts if part is not None]
+    return [piece for part in found for piece in part] if len(found) == len(parts) else None

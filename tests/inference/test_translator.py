@@ -489,3 +489,20 @@ def test_without_pieces_text_is_words(tmp_path: Path):
     assert result.sentences[0].pieces == ["▁the", "▁cat", "</s>", "<unk>"]
     best = result.sentences[0].hypotheses[0]
     assert result.text == " ".join(best.pieces)
+
+
+def test_a_text_of_several_sentences_has_the_pieces_and_alignment_of_all(model: Model):
+    translator = model.translator
+    [whole] = translator.translate(["the cat\na dog sees"], with_experts=True)
+    parts = translator.translate(["the cat", "a dog sees"], with_experts=True)
+    assert whole.pieces == parts[0].pieces + parts[1].pieces
+    assert whole.source_pieces == parts[0].source_pieces + parts[1].source_pieces
+    shift = len(parts[0].source_pieces)
+    shifted = [index + shift for index in parts[1].alignment]
+    assert whole.alignment == parts[0].alignment + shifted
+    assert [len(whole.experts or []), len(whole.source_experts or [])] == [
+        len(whole.pieces),
+        len(whole.source_pieces),
+    ]
+    [plain] = translator.translate(["the cat"])
+    assert plain.experts is None
