@@ -134,7 +134,7 @@ class MoE:
             y = self._mix_all(x, gates, expert_ids)
         else:
             y = packed_mixture_ffn(x, gates, expert_ids, experts.weight_in, experts.weight_out)
-        return x + y.sigmoid_()
+        return y.sigmoid_().add_(x)
 
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
         """Multiply a few tokens by all experts at once, most of which they need anyway."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +203,9 @@ class ExpertWeights:
                     f"`{self.path}` does not hold the experts of its configuration: "
                     f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
                 )
-        self.weight_in = PackedExperts(torch.Size(sizes), partial(self._pack, EXPERTS_IN))
-        self.weight_out = PackedExperts(torch.Size(shape_out), partial(self._pack, EXPERTS_OUT))
+        # The first matrix is used first.
+        self.weight_in = self._experts(EXPERTS_IN, self.check)
+        self.weight_out = self._experts(EXPERTS_OUT, None)
 
     @property
     def is_small(self) -> bool:
@@ -237,13 +238,11 @@ class ExpertWeights:
         if digest != bytes(self._tensors[DIGEST][expert].tolist()):
             raise ValueError(f"`{self.path}`: expert {expert} was altered. {EXPORT_AGAIN}")
 
-    def _pack(self, name: str, expert: int) -> PackedLinear:
-        if name == EXPERTS_IN:  # which is used first
-            self.check(expert)
-        weight = self._tensors[name][expert]
+    def _experts(self, name: str, check: Callable[[int], None] | None) -> PackedExperts:
+        weight = self._tensors[name]
         if weight.dtype == torch.int8:
-            return PackedLinear.from_int8(weight, self._tensors[name + SCALE][expert])
-        return PackedLinear.pack(weight, dtype=self.dtype)
+            return PackedExperts.from_int8(weight, self._tensors[name + SCALE], check)
+        return PackedExperts.pack(weight, self.dtype, check)
 
 
 def expert_digest(expert: int, tensors: Mapping[str, Tensor]) -> bytes:

@@ -4,51 +4,81 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nmt_moe.checks import check_choice, check_shape
-from nmt_moe.kernels.gather_rows import sum_rows
-from nmt_moe.kernels.quantised import DTYPES, PackedLinear
-from nmt_moe.kernels.row_plan import plan_rows
+from nmt_moe.kernels._products import loops_in_torch
+from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
+
+# Weights of a layer: 16 MiB in float32.
+STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
     """One matrix of every expert; each is packed at its first use, and nothing else of it is read.
 
-    The weights may be a memory-mapped file: what is not used never comes into memory.
+    The weights may be a memory-mapped file: what is not used never comes into memory. Only experts
+    that together are smaller than `STACKED_BELOW` are brought to float32 all at once.
 
     Attributes:
         shape: (E, O, I).
     """
 
-    def __init__(self, shape: torch.Size, make: Callable[[int], PackedLinear]) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        make: Callable[[int], PackedLinear],
+        stack: Callable[[], Tensor] | None,
+        check: Callable[[int], None] | None,
+    ) -> None:
         """Use `pack` or `from_int8`."""
         self.shape = shape
-        self._make = make
-        self._used: dict[int, PackedLinear] = {}
+        self._make, self._stack, self._check = make, stack, check
+        self._packed: dict[int, PackedLinear] = {}
+        self._stacked: Tensor | None = None
+        self._is_checked = torch.full(shape[:1], check is None)
+        self._all_are_checked = check is None
 
     @classmethod
-    def pack(cls, weight: Tensor, dtype: str = "float32") -> "PackedExperts":
+    def pack(
+        cls, weight: Tensor, dtype: str = "float32", check: Callable[[int], None] | None = None
+    ) -> "PackedExperts":
         """Hold matrices, in another precision if asked for.
 
         Args:
             weight: (E, O, I), of floating point. A transposed view of the (E, I, O) that a
                 training keeps is as good.
             dtype: "float32", "bfloat16" or "int8".
+            check: Called with an expert before its first use; may raise.
 
         Raises:
             ValueError: if the shape or the dtype is not these.
         """
         check_choice("dtype", dtype, DTYPES)
         check_shape("weight", weight, (None, None, None), "(E, O, I)")
-        return cls(weight.shape, lambda expert: PackedLinear.pack(weight[expert], dtype=dtype))
+        weight = weight.detach()
+        stack: Callable[[], Tensor] | None = None
+        if dtype == "float32" and weight.dtype == torch.float32:
+            stack = lambda: weight  # noqa: E731
+        elif dtype != "int8" and _is_small(weight):
+            stack = lambda: weight.to(getattr(torch, dtype)).float()  # noqa: E731
+        return cls(
+            weight.shape,
+            lambda expert: PackedLinear.pack(weight[expert], dtype=dtype),
+            stack,
+            check,
+        )
 
     @classmethod
-    def from_int8(cls, weight: Tensor, scale: Tensor) -> "PackedExperts":
+    def from_int8(
+        cls, weight: Tensor, scale: Tensor, check: Callable[[int], None] | None = None
+    ) -> "PackedExperts":
         """Hold what `quantise_rows` returned.
 
         Args:
             weight: (E, O, I) int8.
             scale: (E, O) float32.
+            check: Called with an expert before its first use; may raise.
 
         Raises:
             ValueError: if the shapes are not these.
@@ -56,15 +86,43 @@ class PackedExperts:
         check_shape("weight", weight, (None, None, None), "(E, O, I)")
         check_shape("scale", scale, tuple(weight.shape[:2]), "(E, O)")
         return cls(
-            weight.shape, lambda expert: PackedLinear.from_int8(weight[expert], scale[expert])
+            weight.shape,
+            lambda expert: PackedLinear.from_int8(weight[expert], scale[expert]),
+            (lambda: weight * scale.unsqueeze(2)) if _is_small(weight) else None,
+            check,
         )
 
     def __getitem__(self, expert: int) -> PackedLinear:
         """Return the matrix of one expert."""
-        packed = self._used.get(expert)
+        packed = self._packed.get(expert)
         if packed is None:
-            packed = self._used[expert] = self._make(expert)
+            if self._check is not None:
+                self._check(expert)
+            packed = self._packed[expert] = self._make(expert)
         return packed
+
+    def stacked(self) -> Tensor | None:
+        """Return (E, I, O) float32 for torch's grouped product, if experts are not packed."""
+        if self._stacked is None and self._stack is not None:
+            stacked = self._stack().mT
+            if loops_in_torch(stacked, stacked, stacked.mT):
+                self._stacked = stacked
+            else:
+                self._stack = None
+        return self._stacked
+
+    def check(self, expert_ids: Tensor) -> None:
+        """Check the experts, (R,) int64, that have not been used."""
+        if self._all_are_checked or self._check is None:
+            return
+        for expert in expert_ids[~self._is_checked[expert_ids]].unique().tolist():
+            self._check(expert)
+            self._is_checked[expert] = True
+        self._all_are_checked = bool(self._is_checked.all())
+
+
+def _is_small(weight: Tensor) -> bool:
+    return weight[0].numel() < NARROW_FROM and weight.numel() <= STACKED_BELOW
 
 
 def packed_mixture_ffn(
@@ -76,7 +134,7 @@ def packed_mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    One expert after the other takes its tokens; a token's sum runs in the order of its slots.
+    One expert after the other takes its tokens; a token's sum runs by ascending expert.
 
     Args:
         x: (N, D) float32.
@@ -100,14 +158,34 @@ def packed_mixture_ffn(
             f"`weight_out` must have the shape (E, D, H) = {num_experts, model_dim, hidden_dim}, "
             f"but has {tuple(weight_out.shape)}."
         )
-    plan = plan_rows(expert_ids, num_experts)
-    counts = plan.offsets.diff()
-    used = counts.nonzero().squeeze(1)
-    rows = x.index_select(0, plan.row_token).split(counts[used].tolist())
+    if x.shape[0] == 0:
+        return torch.zeros_like(x)
+    stacked_in, stacked_out = weight_in.stacked(), weight_out.stacked()
+    sorted_ids, order = expert_ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(num_experts), right=True, out_int32=True)
+    num_rows = int(ends[-1])
+    if num_rows < order.shape[0]:  # empty slots have the largest id, so they are at the end
+        sorted_ids, order = sorted_ids[:num_rows], order[:num_rows]
+    tokens = order.div(expert_ids.shape[1], rounding_mode="floor")
+    rows = x.index_select(0, tokens)
+    if stacked_in is None or stacked_out is None:
+        outputs = _multiply_packed(rows, sorted_ids, weight_in, weight_out)
+    else:
+        weight_in.check(sorted_ids)
+        weight_out.check(sorted_ids)
+        hidden = F.grouped_mm(rows, stacked_in, offs=ends).relu_()
+        outputs = F.grouped_mm(hidden, stacked_out, offs=ends)
+    outputs.mul_(gates.flatten().index_select(0, order).unsqueeze(1))
+    # By ascending expert, whatever other tokens there are.
+    return torch.zeros_like(x).index_add_(0, tokens, outputs)
+
+
+def _multiply_packed(
+    rows: Tensor, sorted_ids: Tensor, weight_in: PackedExperts, weight_out: PackedExperts
+) -> Tensor:
+    used, counts = sorted_ids.unique_consecutive(return_counts=True)
     outputs = [
         weight_out[expert](weight_in[expert](own).relu_())
-        for expert, own in zip(used.tolist(), rows, strict=True)
+        for expert, own in zip(used.tolist(), rows.split(counts.tolist()), strict=True)
     ]
-    if not outputs:
-        return torch.zeros_like(x)
-    return sum_rows(torch.cat(outputs), plan.token_rows, gates)
+    return torch.cat([*outputs, rows[:0]])

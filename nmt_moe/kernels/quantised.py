@@ -165,7 +165,7 @@ class _Float32Product:
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor, addend: Tensor | None) -> Tensor:
-        if len(x) > 1 and self._uses_onednn:
+        if self._uses_onednn and x.shape[0] > 1:
             return self._multiply_packed(x, addend)
         if self._transposed is None:
             self._transposed = self._weight.t().contiguous()

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from nmt_moe.kernels import (
     quantise_rows,
     quantised,
 )
+from tests.support.kernels import poisoned_memory
 
+packed_mixture = import_module("nmt_moe.kernels.packed_mixture")
 NUM_EXPERTS, DIM, HIDDEN = 7, 16, 24
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 6e-2}
 
@@ -32,16 +35,24 @@ def draw(tokens: int, top_k: int) -> tuple[torch.Tensor, ...]:
     )
 
 
+@pytest.fixture(params=["stacked", "one-by-one"])
+def way(request, monkeypatch):
+    """Multiply all small experts with one call, or each packed by itself."""
+    if request.param == "one-by-one":
+        monkeypatch.setattr(packed_mixture, "loops_in_torch", lambda *tensors: False)
+
+
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 4), (90, 3), (0, 2)])
-def test_it_is_the_mixture_of_the_training(tokens, top_k, dtype):
+def test_it_is_the_mixture_of_the_training(tokens, top_k, dtype, way):
     x, gates, expert_ids, weight_in, weight_out = draw(tokens, top_k)
     if tokens > 2:  # a token with a slot less, and one without any
         expert_ids[0, -1], gates[0, -1] = NUM_EXPERTS, 0
         expert_ids[1], gates[1] = NUM_EXPERTS, 0
     expected = mixture_ffn(x, gates, plan_rows(expert_ids, NUM_EXPERTS), weight_in, weight_out)
     packed = [PackedExperts.pack(weight.mT, dtype) for weight in (weight_in, weight_out)]
-    y = packed_mixture_ffn(x, gates, expert_ids, *packed)
+    with poisoned_memory():
+        y = packed_mixture_ffn(x, gates, expert_ids, *packed)
     torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
@@ -55,6 +66,24 @@ def test_quantised_experts_of_a_file_are_those_quantised_here():
         packed_mixture_ffn(x, gates, expert_ids, *here),
         packed_mixture_ffn(x, gates, expert_ids, *stored),
     )
+
+
+@pytest.mark.parametrize("dtype", quantised.DTYPES)
+def test_an_expert_is_checked_once_before_its_first_use(dtype, way):
+    x, gates, _, weight_in, weight_out = draw(2, 2)
+    checked = []
+    packed_in = PackedExperts.pack(weight_in.mT, dtype, checked.append)
+    packed_out = PackedExperts.pack(weight_out.mT, dtype)
+    for expert_ids in ([[0, 5], [5, NUM_EXPERTS]], [[5, 0], [6, 0]]):
+        packed_mixture_ffn(x, gates, torch.tensor(expert_ids), packed_in, packed_out)
+    assert checked == [0, 5, 6]
+
+    def reject(expert: int) -> None:
+        raise ValueError(f"expert {expert}")
+
+    packed_in = PackedExperts.pack(weight_in.mT, dtype, reject)
+    with pytest.raises(ValueError, match="expert 3"):
+        packed_mixture_ffn(x, gates, torch.full((2, 2), 3), packed_in, packed_out)
 
 
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
