@@ -15,7 +15,8 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
     On the CPU there is one product for each expert that has rows, forward and backward, without
     copies. On CUDA there is no host synchronisation: torch's grouped product where it is fast, else
-    Triton's, in float32 without TF32 unless `torch.backends.cuda.matmul.allow_tf32`.
+    Triton's, in float32 without TF32 unless torch allows it for products
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`).
 
     Args:
         rows: (R, D). Rows sorted by expert.

@@ -124,6 +124,39 @@ def test_half_precision_adds_up_in_float32(half, kernels):
         torch.testing.assert_close(grad_weight[e].float(), expected, rtol=step, atol=1e-4)
 
 
+@pytest.fixture
+def float32_settings():
+    """Undo what a test tells torch about float32 products, by both generations of settings."""
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for owner in (torch.backends, torch.backends.cuda.matmul):
+        if hasattr(owner, "fp32_precision"):
+            owner.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "expected"),
+    [
+        (torch.backends.cuda.matmul, "allow_tf32", False, "ieee"),
+        (torch.backends.cuda.matmul, "allow_tf32", True, "tf32"),
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee", "ieee"),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32", "tf32"),
+        (torch.backends, "fp32_precision", "tf32", "tf32"),
+    ],
+)
+def test_float32_is_rounded_as_torch_is_told_by_any_of_its_settings(
+    owner, name, value, expected, kernels, float32_settings
+):
+    if not hasattr(owner, name):
+        pytest.skip("this torch lacks the setting")
+    setattr(owner, name, value)
+    assert kernels._input_precision(torch.float32) == expected
+    assert kernels._input_precision(torch.bfloat16) == "ieee"
+    rows, weight, offsets = make([3, 2], 16, 32, torch.float32)
+    expected = reference.grouped_gemm(rows, weight, offsets)
+    torch.testing.assert_close(grouped_gemm(rows, weight, offsets), expected, rtol=0, atol=0.05)
+
+
 def test_relu_and_its_gradient_by_hand(kernels):
     rows = torch.tensor([[1.0], [2.0], [float("nan")]])
     weight, offsets = torch.tensor([[[-3.0, 4.0]]]), torch.tensor([0, 3])

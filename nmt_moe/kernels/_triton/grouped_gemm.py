@@ -186,8 +186,14 @@ def _block_dims(inner_dim: int, out_dim: int, dtype: torch.dtype) -> tuple[int, 
 
 def _input_precision(dtype: torch.dtype) -> str:
     """Return how products round their inputs: float32 means float32 unless torch allows less."""
-    may_round = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if may_round else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Where torch has the newer of its two settings, reading the older one raises after the newer
+    # was set, as does `torch.get_float32_matmul_precision`; the newer follows either.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
