@@ -73,7 +73,12 @@ def total_score(scores: Sequence[LineScore]) -> LineScore:
     """Return the score of a text of several lines, without the pieces' own.
 
     Its perplexities are those of the text: each line's end is counted.
+
+    Raises:
+        ValueError: there is no line.
     """
+    if not scores:
+        raise ValueError("`scores` must have at least one line, but is empty.")
     ends = len(scores) - 1
     return LineScore(
         sum(one.log_prob for one in scores),
@@ -128,9 +133,7 @@ class LanguageModel:
         """
         lines = [lines] if isinstance(lines, str) else list(lines)
         for number, line in enumerate(lines, start=1):
-            fault = "has a line end within it" if "\n" in line else find_fault(line)
-            if fault is not None:
-                raise ValueError(f"line {number} {fault}. Remove it, and score again.")
+            _check_line(f"line {number}", line)
         check_whole("batch_tokens", batch_tokens, 1)
         pieces = [self._source_text.pieces(line) for line in lines]
         numbers = [self._vocabulary.numbers(own) for own in pieces]
@@ -182,12 +185,11 @@ class LanguageModel:
         Raises:
             ValueError: naming the option that is out of range.
         """
-        check_whole("num_samples", num_samples, 1)
-        check_whole("max_pieces", max_pieces, 1)
+        check_whole("num_samples", num_samples, 1, 100_000)
+        check_whole("max_pieces", max_pieces, 1, 100_000)
         check_range("temperature", temperature, 1e-3, 1e3)
-        fault = "has a line end within it" if "\n" in prefix else find_fault(prefix)
-        if fault is not None:
-            raise ValueError(f"`prefix` {fault}. Remove it.")
+        check_whole("seed", seed, 0, 2**63 - 1)
+        _check_line("`prefix`", prefix)
         generator = torch.Generator().manual_seed(seed)
         begun = self._source_text.pieces(prefix)
         given = [EOS, *self._vocabulary.numbers(begun)]
@@ -195,19 +197,29 @@ class LanguageModel:
         for token in given:
             tokens = torch.full((num_samples,), token)
             log_probs, states = self._network.step(tokens, states)
-        drawn = torch.full((num_samples, max_pieces), EOS)
+        drawn = []
         is_open = torch.ones(num_samples, dtype=torch.bool)
-        for step in range(max_pieces):
+        for _ in range(max_pieces):
             log_probs[:, [BOS, PAD, UNK]] = -torch.inf
             probs = (log_probs / temperature).softmax(dim=1)
             tokens = probs.multinomial(1, generator=generator).squeeze(1)
-            drawn[is_open, step] = tokens[is_open]
+            drawn.append(tokens.masked_fill(~is_open, EOS))
             is_open &= tokens != EOS
             if not is_open.any():
                 break
             log_probs, states = self._network.step(tokens, states)
-        return [self._target_text.join([*begun, *self._words(row)]) for row in drawn.tolist()]
+        rows = torch.stack(drawn, dim=1).tolist()
+        return [self._target_text.join([*begun, *self._words(row)]) for row in rows]
 
     def _words(self, row: list[int]) -> list[str]:
         length = row.index(EOS) if EOS in row else len(row)
         return [self._vocabulary.symbols[token] for token in row[:length]]
+
+
+def _check_line(name: str, line: str) -> None:
+    """Reject what is not one line of text."""
+    if not isinstance(line, str):
+        raise ValueError(f"{name} must be a string, but is {type(line).__name__}.")
+    fault = "has a line end within it" if "\n" in line else find_fault(line)
+    if fault is not None:
+        raise ValueError(f"{name} {fault}. Remove it.")
