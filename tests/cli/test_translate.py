@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from nmt_moe import Translator
 from nmt_moe.cli import main
-from nmt_moe.inference import Description, SearchDefaults, translate_file
+from nmt_moe.inference import Description, SearchDefaults
 from nmt_moe.text.lines import BadLine
 from tests.support.bundles import make_bundle, make_checkpoint
 
@@ -135,12 +135,12 @@ def test_bad_lines_are_named_and_all_others_translated(
 
 def test_translate_file_is_whole_or_not_there(bundle: Path, text: Path, translated: list[str]):
     translator, output = Translator.load(bundle), text.with_name("out")
-    assert translate_file(translator, text, output, progress=False) == 4
+    assert translator.translate_file(text, output, progress=False) == 4
     assert output.read_text().splitlines() == translated
     bad = text.with_name("bad")
     bad.write_bytes(b"cat\n\xff\ncat\n")
     with pytest.raises(ValueError, match=r"bad`: line 2 is not valid UTF-8.*has blank lines for"):
-        translate_file(translator, bad, output, progress=False)
+        translator.translate_file(bad, output, progress=False)
     assert output.read_text().splitlines() == [translated[2], "", translated[2]]
 
     class Failing(Translator):
@@ -153,27 +153,27 @@ def test_translate_file_is_whole_or_not_there(bundle: Path, text: Path, translat
     text.write_text("cat\ncat\nthe tree\ncat\n")
     failing = Failing.load(bundle)
     with pytest.raises(OSError, match="in the middle"):
-        translate_file(failing, text, output, progress=False, read_ahead=1)
+        failing.translate_file(text, output, progress=False, read_ahead=1)
     assert output.read_text() == before
     with pytest.raises(ValueError, match="`beam_size` must be"):
-        translate_file(translator, text, text.with_name("other"), beam_size=0, progress=False)
+        translator.translate_file(text, text.with_name("other"), beam_size=0, progress=False)
     with pytest.raises(FileNotFoundError):
-        translate_file(translator, text.with_name("none"), text.with_name("other"))
+        translator.translate_file(text.with_name("none"), text.with_name("other"))
     assert sorted(path.name for path in text.parent.iterdir()) == ["bad", "out", "text"]
 
 
 def test_a_file_may_be_its_own_output(bundle: Path, text: Path, translated: list[str]):
-    translate_file(Translator.load(bundle), text, text, progress=False)
+    Translator.load(bundle).translate_file(text, text, progress=False)
     assert text.read_text().splitlines() == translated
 
 
 def test_the_bar_is_on_standard_error(bundle: Path, text: Path, capfd: pytest.CaptureFixture):
     translator = Translator.load(bundle)
-    translate_file(translator, text, text.with_name("out"))
+    translator.translate_file(text, text.with_name("out"))
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "4/4" in shown.err
-    translate_file(translator, text, text.with_name("out"), progress=False)
+    translator.translate_file(text, text.with_name("out"), progress=False)
     assert capfd.readouterr() == ("", "")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nmt_moe import LanguageModel, Translator
-from nmt_moe.checkpoints import load_checkpoint
+from nmt_moe.checkpoints import EXPERT_NAMES, load_checkpoint
 from nmt_moe.checkpoints.average import average_checkpoints
 from nmt_moe.checkpoints.reshape import split
 from nmt_moe.inference import DTYPES, Description, Pieces, SearchDefaults, TextPipeline, export
@@ -68,6 +68,12 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
 
 def test_experts_in_files_of_their_own_are_exported_too(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
+
+    def name_experts(state: dict[str, Any]) -> None:
+        names = [name for name in state["model"] if ".experts." in name]
+        state["extra_state"] = {EXPERT_NAMES: dict(enumerate(names))}
+
+    edit(path, name_experts)
     parts = tmp_path / "parts" / "checkpoint.pt"
     parts.parent.mkdir()
     split(path, parts, 3)
