@@ -12,6 +12,7 @@ import click
 from nmt_moe.cli._command import Group, command, list_option, standard_input
 from nmt_moe.text import pieces as lib
 from nmt_moe.text.lines import BadLine, open_output, read_lines, scan_lines
+from nmt_moe.text.outputs import check_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def decode(model: Path, inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> 
     """Join pieces to text."""
     processor = lib.load(model)
     for source, target, _ in match(inputs, outputs):
-        write_text(lib.decode(read_text(source), processor), target)
+        write_text(lib.decode(warn_of_text(read_text(source), source), processor), target)
 
 
 for subcommand in (train, encode, decode):
@@ -173,6 +174,8 @@ def match(inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> Iterator[tuple
             f"`--outputs` must name a file for each of the {len(inputs)} inputs, but names "
             f"{len(outputs)}."
         )
+    standard = Path("-")
+    check_outputs(*([path for path in paths if path != standard] for paths in (inputs, outputs)))
     for number, (source, target) in enumerate(zip(inputs, outputs, strict=True)):
         yield source, target, number
 
@@ -189,11 +192,26 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def warn_of_pieces(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """Yield lines; warn at the end if most of the first 1000 are pieces already."""
-    first = list(itertools.islice(lines, 1000))
+    """Return lines; warn if most of the first 1000 are pieces already."""
+    first, lines = peek(lines)
     if 2 * sum("▁" in line for line in first) > len(first):
         logger.warning("%s: most lines have ▁ already. Is this text cut into pieces twice?", path)
-    return itertools.chain(first, lines)
+    return lines
+
+
+def warn_of_text(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """Return lines; warn if most of the first 1000 are no pieces."""
+    first, lines = peek(lines)
+    if 2 * sum("▁" in line for line in first if line) < len(first):
+        logger.warning("%s: most lines have no ▁. Are these pieces, or is it text?", path)
+    return lines
+
+
+def peek(lines: Iterable[str]) -> tuple[list[str], Iterator[str]]:
+    """Return the first 1000 lines, and all."""
+    lines = iter(lines)
+    first = list(itertools.islice(lines, 1000))
+    return first, itertools.chain(first, lines)
 
 
 def write_text(lines: Iterable[str], path: Path) -> None:

@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, file_utils
 from fairseq.dataclass.utils import overwrite_args_by_name
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
@@ -255,3 +256,28 @@ def _loading(load: Callable) -> Callable:
         return load(self, state_dict, *args, **kwargs)
 
     return load_state_dict
+
+
+def name_folders_that_are_not_there() -> None:
+    """Name the folder that `from_pretrained` does not find, or the file it was given instead.
+
+    Reason: the first ends in a TypeError; the second is unpacked wherever it says, and deleted.
+    """
+    replace(file_utils, "load_archive_file", _finding_folder)
+
+
+def _finding_folder(load: Callable) -> Callable:
+    def load_archive_file(archive_file: str) -> Any:
+        if urlparse(archive_file).scheme in ("http", "https"):
+            return load(archive_file)
+        for path in archive_file.split(os.pathsep):
+            if not os.path.isdir(path):
+                what = "is a file" if os.path.exists(path) else "is not there"
+                raise ValueError(
+                    f"`{path}` must be a folder, but {what}. from_pretrained takes the folder of "
+                    "the checkpoint, `checkpoint_file=` its name there, and `data_name_or_path=` "
+                    "the folder of the dictionaries, as a path that does not begin with a dot."
+                )
+        return archive_file
+
+    return load_archive_file

@@ -1,4 +1,4 @@
-"""Cut a language model's text into samples, and name the text that cannot be cut."""
+"""A language model's samples: cut from its text, and without a begin mark as a target."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from fairseq.data import token_block_dataset
 from fairseq.tasks import language_modeling
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from fairseq.tasks.multilingual_language_modeling import MultilingualLanguageModelingTask
+from torch import Tensor
 
 from nmt_moe.compat._replace import replace
 
@@ -67,3 +70,29 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
             f"but has {sizes[longest]}. Break the line, or use --sample-break-mode none, which "
             "cuts the text into samples of --tokens-per-sample."
         )
+
+
+def count_no_begin_mark_as_target() -> None:
+    """Let no criterion count the begin mark of --add-bos-token, as fairseq-eval-lm does not.
+
+    Reason: it is a target that is certain, so that perplexities of training are far too low.
+    """
+    for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
+        for step in ("train_step", "valid_step"):
+            replace(task, step, _leaving_out_begin)
+
+
+def _leaving_out_begin(step: Callable) -> Callable:
+    def task_step(task: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(task.args, "add_bos_token", False) and isinstance(sample.get("target"), Tensor):
+            dictionary = task.target_dictionary
+            is_begin = sample["target"] == dictionary.bos()
+            # A copy: fairseq may give the same sample again.
+            sample = {
+                **sample,
+                "target": sample["target"].masked_fill(is_begin, dictionary.pad()),
+                "ntokens": sample["ntokens"] - int(is_begin.sum()),
+            }
+        return step(task, sample, *args, **kwargs)
+
+    return task_step

@@ -61,9 +61,6 @@ class MoECrossEntropy(FairseqCriterion):
         # sentence and then the unknown word stand right before the words, and are frequent; the
         # two before them, beginning and padding, are never a target, and so the rarest.
         self.first_class = dictionary.eos()
-        self.begin = dictionary.bos()
-        settings = getattr(task, "args", None)  # of a language model
-        self.adds_begin = bool(getattr(settings, "add_bos_token", False))
         if not 0 <= sampled_softmax <= len(dictionary):
             raise ValueError(
                 f"`--sampled-softmax` must be from 0 to {len(dictionary)}, the size of the "
@@ -78,8 +75,7 @@ class MoECrossEntropy(FairseqCriterion):
         _check_plain_softmax(model)
         is_sampled = model.training and self.num_draws > 0
         nll, extra = self._sampled(model, sample) if is_sampled else self._full(model, sample)
-        num_sentences = sample["target"].size(0)
-        num_tokens = sample["ntokens"] - (num_sentences if self.adds_begin else 0)
+        num_sentences, num_tokens = sample["target"].size(0), sample["ntokens"]
         sample_size = num_sentences if self.sentence_avg else num_tokens
         logging_output = {
             "nll_loss": nll.detach().sum(),
@@ -99,7 +95,7 @@ class MoECrossEntropy(FairseqCriterion):
     def _full(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
         """Give the (N,) negative log-likelihoods of all targets, and the model's second output."""
         logits, extra = model(**sample["net_input"])
-        is_token = self._is_token(sample["target"])
+        is_token = sample["target"].ne(self.padding_idx)
         target = sample["target"][is_token]
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
@@ -113,18 +109,9 @@ class MoECrossEntropy(FairseqCriterion):
             )
         features, extra = model(**sample["net_input"], features_only=True)
         weight = output.weight
-        is_token = self._is_token(sample["target"])
+        is_token = sample["target"].ne(self.padding_idx)
         classes = draw_classes(self.num_draws, len(weight), self.first_class, weight.device)
         return sampled_nll(features[is_token], weight, sample["target"][is_token], classes), extra
-
-    def _is_token(self, target: Tensor) -> Tensor:
-        """Tell (B, T) which targets are words or ends of sentences.
-
-        With --add-bos-token fairseq makes the begin mark a target too, which is certain. As in
-        fairseq-eval-lm, it counts for nothing.
-        """
-        is_token = target.ne(self.padding_idx)
-        return is_token & target.ne(self.begin) if self.adds_begin else is_token
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:

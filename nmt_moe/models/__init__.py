@@ -10,5 +10,8 @@ from nmt_moe import generation as generation
 from nmt_moe import optim as optim
 from nmt_moe import trainer as trainer
 from nmt_moe.models._early_options import accept_early_options
+from nmt_moe.models._fit import check_size
+from nmt_moe.trainer import reading
 
 accept_early_options()
+reading.CHECKS.append(check_size)

@@ -1,5 +1,6 @@
 """Whether a checkpoint's parameters are those of the model that its configuration describes."""
 
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,9 +8,49 @@ import torch
 from fairseq import checkpoint_utils, models
 from fairseq.data import Dictionary
 
+from nmt_moe.checkpoints.files import COPY_AGAIN
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Endings of settings that are sizes, and the largest that any model may have.
+SIZES = ("_layers", "_dim", "num_experts", "num_groups")
+LARGEST_SIZE = 2**17
 # Parameters with a row for each symbol of the source's and the target's dictionary.
 SIZED_BY_SOURCE = ("encoder.network.embedding.weight", "decoder.network.embedding.weight")
 SIZED_BY_TARGET = ("decoder.network.embedding.weight", "decoder.output.weight")
+
+
+def check_size(path: str, state: dict[str, Any]) -> None:
+    """Reject a configuration that asks for a much larger model than the checkpoint holds.
+
+    Reason: it would be built first, with a claim of 10^9 experts in as many gigabytes.
+
+    Args:
+        path: The checkpoint.
+        state: Its content, with all experts.
+
+    Raises:
+        ValueError: naming the setting that is too large, or both sizes.
+    """
+    cfg = _configuration(state)
+    have = _shapes(state)
+    largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
+    for key, value in cfg.items() if hasattr(cfg, "items") else vars(cfg).items():
+        # Each layer has parameters: a claim of millions must not cost hours to refute.
+        most = len(have) if str(key).endswith("_layers") else largest
+        if isinstance(value, int) and str(key).endswith(SIZES) and value > most:
+            raise ValueError(
+                f"`{path}` has {len(have)} parameters of up to {largest} rows, but its "
+                f"configuration sets `{key}` to {value}. {COPY_AGAIN}"
+            )
+    if _is_ours(cfg):
+        values = sum(map(prod, have.values()))
+        claimed = sum(map(prod, _shapes_of_model(cfg, have).values()))
+        if claimed > 2 * values + LARGEST_SIZE:
+            raise ValueError(
+                f"`{path}` holds {values} values, but its configuration is of a model with "
+                f"{claimed}. {COPY_AGAIN}"
+            )
 
 
 def check_fits_its_model(path: str) -> str | None:
@@ -22,22 +63,13 @@ def check_fits_its_model(path: str) -> str | None:
         ValueError: naming the parameters that are missing, unexpected or of another shape.
     """
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
-    cfg: Any = (state.get("cfg") or {}).get("model")
+    cfg = _configuration(state)
     if not getattr(cfg, "_name", None):
         raise ValueError(f"`{path}` has no configuration of a model. Name another checkpoint.")
-    found = models.ARCH_MODEL_REGISTRY.get(cfg._name) or models.MODEL_REGISTRY[cfg._name]
-    if not found.__module__.startswith("nmt_moe."):
+    if not _is_ours(cfg):
         return None
-    have = {name: tuple(value.shape) for name, value in state["model"].items()}
-    for key in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
-        # Each layer has parameters: a claim of millions must not cost hours to refute.
-        if getattr(cfg, key, 0) > len(have):
-            raise ValueError(f"`{path}` has {len(have)} parameters, but `{key}` {cfg[key]}.")
-    source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
-    task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    with torch.device("meta"):
-        model = models.build_model(cfg, task, from_checkpoint=True)
-    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    have = _shapes(state)
+    want = _shapes_of_model(cfg, have)
     faults = [f"{name} is missing" for name in want.keys() - have.keys()]
     faults += [f"{name} is not a parameter of it" for name in have.keys() - want.keys()]
     faults += [
@@ -48,12 +80,36 @@ def check_fits_its_model(path: str) -> str | None:
     if faults:
         raise ValueError(
             f"`{path}` does not fit the model `{cfg._name}` of its configuration: "
-            f"{'; '.join(sorted(faults)[:3])}. Copy it again, or name another checkpoint."
+            f"{'; '.join(sorted(faults)[:3])}. {COPY_AGAIN}"
         )
     return cfg._name
 
 
-def _stand_in(shapes: dict[str, tuple[int, ...]], names: tuple[str, ...]) -> Dictionary:
+def _configuration(state: dict[str, Any]) -> Any:
+    return (state.get("cfg") or {}).get("model") or {}
+
+
+def _is_ours(cfg: Any) -> bool:
+    name = getattr(cfg, "_name", None)
+    found = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY.get(name)
+    return found is not None and found.__module__.startswith("nmt_moe.")
+
+
+def _shapes(state: dict[str, Any]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in state["model"].items()}
+
+
+def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
+    """Return the shapes of a configuration's model, with dictionaries of the size they had."""
+    source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
+    task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
+    # What is drawn for it must not change what a sampling search draws.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = models.build_model(cfg, task, from_checkpoint=True)
+    return _shapes({"model": model.state_dict()})
+
+
+def _stand_in(shapes: Shapes, names: tuple[str, ...]) -> Dictionary:
     """Return a dictionary with as many symbols as the first of the parameters has rows."""
     sizes: list[Any] = [shapes[name] for name in names if shapes.get(name)]
     dictionary = Dictionary()

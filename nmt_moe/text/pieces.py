@@ -18,6 +18,7 @@ import sentencepiece
 
 from nmt_moe.text.digests import check_digests, write_digests
 from nmt_moe.text.lines import read_lines
+from nmt_moe.text.outputs import check_outputs, replacing
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
 # sentencepiece leaves out longer lines, and those that have the character it keeps for itself.
@@ -69,7 +70,8 @@ def train(
         max_sentence_bytes: Longer lines are left out.
 
     Raises:
-        ValueError: a text has a line that cannot be read, or is too small for so many pieces.
+        ValueError: a text has a line that cannot be read, or is too small for so many pieces; a
+            number is out of its range, or an output is a text or the other output.
         OSError: a file cannot be opened.
     """
     left_out: Counter[str] = Counter()
@@ -88,12 +90,13 @@ def train(
             failure.append(error)
             raise
 
+    _check_training(vocab_size, character_coverage, max_sentence_bytes)
+    check_outputs(inputs, (model, dictionary))
     for path in inputs:
         path.open("rb").close()
-    part = model.with_name(model.name + ".part")
-    with TemporaryDirectory() as folder:
-        try:
-            with part.open("wb") as writer:
+    with replacing(model) as new_model, replacing(dictionary) as new_dictionary:
+        with TemporaryDirectory() as folder, new_model.open("wb") as writer:
+            try:
                 sentencepiece.SentencePieceTrainer.train(
                     sentence_iterator=sentences(),
                     model_writer=writer,
@@ -106,26 +109,35 @@ def train(
                     minloglevel=2,
                     **_normalization_flags(normalization, Path(folder)),
                 )
-        except RuntimeError as error:
-            part.unlink()
-            if failure:
-                raise failure[0] from None
-            # sentencepiece's message begins with its source file and the condition that failed.
-            reason = str(error).rpartition("] ")[2]
-            raise ValueError(
-                f"cannot learn `--vocab-size` {vocab_size} pieces from "
-                f"{', '.join(map(str, inputs))}: {reason}"
-            ) from None
-    digests = digests_of(model)
-    digests.unlink(missing_ok=True)  # of an earlier model
-    part.replace(model)
-    processor = load(model)
-    special = {processor.unk_id(), processor.bos_id(), processor.eos_id()}
-    pieces = [processor.id_to_piece(i) for i in range(len(processor)) if i not in special]
-    # fairseq wants a count beside each entry; it matters only where a dictionary is cut.
-    dictionary.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
-    write_digests(digests, [model])
+            except RuntimeError as error:
+                if failure:
+                    raise failure[0] from None
+                # sentencepiece's message begins with its source file and the condition that failed.
+                reason = str(error).rpartition("] ")[2] or "they have too little text."
+                raise ValueError(
+                    f"cannot learn `--vocab-size` {vocab_size} pieces from "
+                    f"{', '.join(map(str, inputs))}: {reason}"
+                ) from None
+        processor = load(new_model)
+        special = {processor.unk_id(), processor.bos_id(), processor.eos_id()}
+        pieces = [processor.id_to_piece(i) for i in range(len(processor)) if i not in special]
+        # fairseq wants a count beside each entry; it matters only where a dictionary is cut.
+        rows = "".join(f"{piece} 1\n" for piece in pieces)
+        new_dictionary.write_text(rows, encoding="utf-8")
+        digests_of(model).unlink(missing_ok=True)  # of an earlier model
+    write_digests(digests_of(model), [model])
     return Training(len(pieces), left_out)
+
+
+def _check_training(vocab_size: int, character_coverage: float, max_sentence_bytes: int) -> None:
+    """Reject numbers that sentencepiece refuses without a reason."""
+    for name, value, low, high in (
+        ("--vocab-size", vocab_size, 4, 2**31 - 1),
+        ("--character-coverage", character_coverage, 0.98, 1),
+        ("--max-sentence-length", max_sentence_bytes, 1, 2**31 - 1),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"`{name}` must be from {low} to {high}, but is {value}.")
 
 
 def digests_of(model: Path) -> Path:
@@ -166,9 +178,16 @@ def encode(
 
     alpha: how much likely cuts are preferred: 0 for not at all.
 
+    Raises:
+        ValueError: naming `--samples` or `--alpha`, if it cannot be.
+
     Source: Kudo 2018 (subword regularisation), section 3.
     """
     lines = map(with_plain_spaces, lines)
+    if samples < 0:
+        raise ValueError(f"`--samples` must be at least 0, but is {samples}.")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"`--alpha` must be a number of at least 0, but is {alpha}.")
     if samples:
         lines = list(lines)
     for line in lines:
@@ -222,7 +241,8 @@ class WordSampler:
         """Return the likeliest cuts of a word with the running sums of p ** alpha."""
         plain = word.removeprefix("▁")
         found = self.processor.nbest_encode(plain, nbest_size=64, out_type=str)
-        weights = [math.exp(self.alpha * self.log_probability(cut)) for cut in found]
+        scores = [self.alpha * self.log_probability(cut) for cut in found]
+        weights = [math.exp(score - max(scores)) for score in scores]
         return [" ".join(cut) for cut in found], list(itertools.accumulate(weights))
 
     def log_probability(self, pieces: list[str]) -> float:

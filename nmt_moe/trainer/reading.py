@@ -9,6 +9,9 @@ from fairseq import checkpoint_utils
 
 from nmt_moe.checkpoints import restore_experts
 
+# What else to check of a checkpoint before its model is built: functions of its path and content.
+CHECKS: list[Callable[[str, dict[str, Any]], None]] = []
+
 
 def reading_all_experts(read: Callable) -> Callable:
     """Make the reader of all commands, which need all experts and not their optimizer's state."""
@@ -16,6 +19,8 @@ def reading_all_experts(read: Callable) -> Callable:
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = read(path, *args, **kwargs)
         restore_experts(Path(path), state, with_optimizer=False)
+        for check in CHECKS:
+            check(path, state)
         return state
 
     return load_checkpoint_to_cpu

@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from fairseq.models import MODEL_REGISTRY
 
 from tests.support.commands import PLUGIN, call, run
 from tests.support.corpus import preprocess_flags, write_corpus, write_lines
@@ -174,6 +175,21 @@ def test_a_missing_checkpoint_is_named(command: str, data: Path, tmp_path: Path)
 
 
 # Checkpoints
+
+
+def test_from_pretrained_names_a_folder_that_is_wrong(data: Path, checkpoint: Path):
+    load = MODEL_REGISTRY["lstm_moe_gnmt"].from_pretrained
+    names = {"checkpoint_file": checkpoint.name, "data_name_or_path": str(data)}
+    assert load(str(checkpoint.parent), **names).translate("ba de")
+    before = checkpoint.read_bytes()
+    for path, changed, message in [
+        ("/nowhere", {}, "`/nowhere` must be a folder, but is not there"),
+        (str(checkpoint), {}, "must be a folder, but is a file.*`checkpoint_file=`"),
+        (str(checkpoint.parent), {"data_name_or_path": "/none"}, "`/none` must be a folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(path, **names | changed)
+    assert checkpoint.read_bytes() == before
 
 
 SIZES = r"is \(48, 16\), not \(72, 16\)"  # fairseq pads dictionaries to multiples of 8

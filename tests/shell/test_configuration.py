@@ -116,7 +116,7 @@ def test_a_checkpoint_is_whole_only_if_it_fits_its_model(checkpoint: Path, tmp_p
     for change, message in [
         (drop, rf"{name} is missing"),
         (cut, rf"{name} is \("),
-        (claim, "`encoder_layers` 1000000000"),
+        (claim, "`encoder_layers` to 1000000000"),
         (forget, "no configuration of a model"),
         (spoil, "not a table"),
     ]:
@@ -125,6 +125,28 @@ def test_a_checkpoint_is_whole_only_if_it_fits_its_model(checkpoint: Path, tmp_p
         torch.save(state, tmp_path / "changed.pt")
         with pytest.raises(ValueError, match=message):
             verify(tmp_path / "changed.pt")
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        ({"num_experts": 10**9}, "sets `num_experts` to 1000000000"),
+        ({"hidden_dim": 10**9}, "sets `hidden_dim` to 1000000000"),
+        ({"model_dim": 10**7}, "sets `model_dim` to 10000000"),
+        ({"encoder_layers": 10**6}, "sets `encoder_layers` to 1000000"),
+        ({"num_experts": 10**5, "hidden_dim": 10**5}, r"is of a model with 64\d{10}"),
+    ],
+)
+def test_a_model_that_the_checkpoint_is_too_small_for_is_not_built(
+    claims, message, checkpoint: Path, tmp_path: Path
+):
+    state = torch.load(checkpoint, weights_only=False)
+    state["cfg"]["model"].update(claims)
+    torch.save(state, tmp_path / "claims.pt")
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "claims.pt")])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_files_that_a_configuration_names_are_not_opened(checkpoint: Path, tmp_path: Path):

@@ -118,7 +118,9 @@ def test_a_likelier_cut_is_drawn_as_much_more_often_as_alpha_says(model):
     cuts, cumulative_weights = sampler.find_cuts("▁letter")
     assert len(cuts) > 1
     probabilities = [math.exp(0.1 * sampler.log_probability(cut.split())) for cut in cuts]
-    assert cumulative_weights == pytest.approx(list(itertools.accumulate(probabilities)))
+    shares = [weight / cumulative_weights[-1] for weight in cumulative_weights]
+    total = sum(probabilities)
+    assert shares == pytest.approx([p / total for p in itertools.accumulate(probabilities)])
     # 4,000 draws: three standard deviations of a share are below 3 * sqrt(0.25 / 4000) = 0.024
     share = sum(sampler.cut("▁letter") == cuts[0] for _ in range(4000)) / 4000
     assert share == pytest.approx(probabilities[0] / sum(probabilities), abs=0.024)
@@ -187,6 +189,43 @@ def test_a_text_that_is_not_utf8_is_named_with_its_line(text, tmp_path):
     with pytest.raises(ValueError, match=r"train\.en`, line 2 is not valid UTF-8"):
         pieces.train([text], tmp_path / "m", tmp_path / "d", 40)
     assert not list(tmp_path.glob("m*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vocab_size": 0}, "`--vocab-size` must be from 4 to"),
+        ({"character_coverage": math.nan}, "`--character-coverage` must be from 0.98 to 1"),
+        ({"max_sentence_bytes": 0}, "`--max-sentence-length` must be from 1 to"),
+        ({"max_sentence_bytes": 5}, "cannot learn .* too little text"),
+        ({"dictionary": "m"}, "`.*m` is named twice"),
+        ({"model": "train.en"}, r"`.*train\.en` is named twice"),
+        ({"dictionary": "."}, "must be a file to write, but is a folder"),
+    ],
+)
+def test_what_cannot_be_learnt_is_named_and_nothing_is_written(text, tmp_path, flags, message):
+    wanted = {"model": "m", "dictionary": "d", "vocab_size": 40} | flags
+    paths = {name: tmp_path / wanted.pop(name) for name in ("model", "dictionary")}
+    with pytest.raises(ValueError, match=message):
+        pieces.train([text], **paths, **wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.en"]
+    assert text.read_text().splitlines() == LINES
+
+
+@pytest.mark.parametrize("flags", [["--samples", -1], ["--samples", 1, "--alpha", "nan"]])
+def test_samples_that_cannot_be_drawn_are_named(model, text, tmp_path, flags):
+    outputs = ["--outputs", tmp_path / "cut"]
+    done = run("encode", "--model", model, "--inputs", text, *outputs, *flags)
+    assert done.exit_code == 1
+    assert f"`{flags[-2]}` must be" in done.stderr
+    assert not list(tmp_path.glob("cut*"))
+    assert run("encode", "--model", model, "--inputs", text, "--outputs", text).exit_code == 1
+    assert text.read_text().splitlines() == LINES
+
+
+def test_text_that_is_not_in_pieces_is_warned_of(model, text, caplog):
+    run("decode", "--model", model, "--input", text)
+    assert "Are these pieces, or is it text?" in caplog.text
 
 
 def test_a_missing_file_or_folder_is_named(text, tmp_path):

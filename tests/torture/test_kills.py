@@ -1,11 +1,8 @@
 """Whenever a process is killed, the checkpoint before is whole, and a resume loses nothing."""
 
 import multiprocessing
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import torch
 from nmt_moe.checkpoints import load_checkpoint, remove_unused_files
 from nmt_moe.checkpoints.reshape import split_checkpoint
 from tests.checkpoints.test_expert_files import NAME, whole_state
-from tests.support.commands import PLUGIN, call
+from tests.support.commands import call
 from tests.support.corpus import preprocess_flags, write_corpus
 from tests.support.training import TINY_MOE, assert_same_bits, load
 
@@ -57,8 +54,14 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(rounds: int, tmp_path: 
     assert len(list(tmp_path.glob("experts-*"))) == 3
 
 
+def train_in_a_child(*arguments: object) -> multiprocessing.Process:
+    """Start a training in a process of its own, which has imported everything."""
+    training = multiprocessing.get_context("fork").Process(target=call, args=("train", *arguments))
+    training.start()
+    return training
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_training_that_is_killed_again_and_again_ends_in_the_bits_of_an_unbroken_one(
     tmp_path: Path,
 ):
@@ -66,33 +69,27 @@ def test_a_training_that_is_killed_again_and_again_ends_in_the_bits_of_an_unbrok
     call("preprocess", *preprocess_flags(write_corpus(tmp_path / "corpus"), data))
     flags = [*TINY_MOE, "--save-interval-updates", 1, "--keep-interval-updates", 3]
     flags += ["--no-epoch-checkpoints", "--max-update", 60]
-    call("train", data, *flags, "--save-dir", tmp_path / "unbroken")
-    killed, chance = tmp_path / "killed", random.Random(1)
-    command = [sys.executable, "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN]
-    command += [*flags, "--save-dir", killed]
-    kills = 0
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    training = train_in_a_child(data, *flags, "--save-dir", unbroken)
+    training.join()
+    chance, kills = random.Random(1), 0
     while True:
-        training = subprocess.Popen(
-            list(map(str, command)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PLUGIN.parent)},
-        )
-        before = (killed / LAST).stat().st_mtime_ns if (killed / LAST).exists() else 0
-        while training.poll() is None:
-            last = killed / LAST
-            if last.exists() and last.stat().st_mtime_ns != before:
-                time.sleep(chance.random() * 0.5)
-                training.kill()
-                training.wait()
-            time.sleep(0.005)
+        training = train_in_a_child(data, *flags, "--save-dir", killed)
+        last, seen, saves = killed / LAST, None, chance.randint(1, 5)
+        while training.is_alive() and saves >= 0:
+            saved = last.stat().st_mtime_ns if last.exists() else 0
+            saves, seen = saves - (saved != seen), saved
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.2)
+        training.kill()
+        training.join()
         for path in killed.glob("*.pt"):
             load(path)
-        if training.returncode == 0:
+        if training.exitcode == 0:
             break
-        assert training.returncode == -signal.SIGKILL
+        assert training.exitcode == -signal.SIGKILL
         kills += 1
     assert kills > 3
-    one, two = (load(folder / LAST) for folder in (tmp_path / "unbroken", killed))
+    one, two = (load(folder / LAST) for folder in (unbroken, killed))
     assert_same_bits(one["model"], two["model"])
     assert_same_bits(one["last_optimizer_state"], two["last_optimizer_state"])

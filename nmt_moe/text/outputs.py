@@ -1,0 +1,39 @@
+"""Files that a program writes: none is one that it reads, and each appears when it is whole."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Reject an output that is an input, another output or a folder.
+
+    Raises:
+        ValueError: naming it.
+    """
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.is_dir():
+            raise ValueError(f"`{path}` must be a file to write, but is a folder.")
+        if path.exists() and not path.is_file():  # such as /dev/null
+            continue
+        if path.resolve() in taken:
+            raise ValueError(f"`{path}` is named twice: give each output a name of its own.")
+        taken.add(path.resolve())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a `.part` that takes the name `path` unless there is an error.
+
+    What is not a file, such as /dev/null, is not replaced.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
