@@ -41,6 +41,8 @@ def reshape(
     from nmt_moe.checkpoints import reshape as library
 
     if action == "verify":
+        if output is not None or files is not None:
+            raise ValueError("`verify` writes nothing: leave `--output` and `--files` out")
         click.echo(f"{checkpoint}: {verify(checkpoint)}")
         return
     if output is None or (files is None) != (action == "merge"):

@@ -44,9 +44,9 @@ class Experts(nn.Module):
         Each expert has a seed of its own, drawn from torch's CPU generator. So its weights, and
         what is drawn after them, do not depend on the number of ranks.
         """
-        seeds = torch.randint(2**62, 2**63 - 1, (self.num_experts,), device="cpu")
         if self.weight_in.is_meta:
-            return
+            return  # whatever its number of experts, nothing is allocated
+        seeds = torch.randint(2**62, 2**63 - 1, (self.num_experts,), device="cpu")
         generator = torch.Generator(self.weight_in.device)
         weights = [
             (weight, weight.shape[1] ** -0.5 if self.init_range is None else self.init_range)

@@ -120,7 +120,7 @@ def read_entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line[line.index('{"') :])
-        except ValueError:  # no brace, or not JSON after it
+        except (ValueError, RecursionError):  # no brace, or not JSON after it
             continue
         if isinstance(entry, dict):
             yield entry
@@ -162,9 +162,9 @@ def read_loss(lines: Iterable[str]) -> Loss:
     bits = tokens = None
     for line in lines:
         if found := re.search(r"Evaluated ([\d,]+) tokens", line):
-            tokens = int(found[1].replace(",", ""))
-        if found := re.search(r"Loss \(base 2\): ([\d.]+)", line):
-            bits = float(found[1])
+            bits, tokens = None, int(found[1].replace(",", ""))
+        if found := re.search(r"Loss \(base 2\): ([^\s,]+)", line):
+            bits = as_number(found[1])
     if bits is None or tokens is None:
         raise ValueError("holds no loss of fairseq-eval-lm: the evaluation did not end")
     return Loss(bits, tokens)
@@ -174,12 +174,17 @@ def read_hypotheses(lines: Iterable[str]) -> list[str]:
     """Return the best translation of each sentence in fairseq-generate's output, in text order.
 
     Raises:
-        ValueError: there is none, or a sentence is missing.
+        ValueError: there is none, a sentence is missing, or there are several runs.
     """
     best: dict[int, str] = {}
+    previous = None
     for line in lines:
         if found := re.match(r"D-(\d+)\t[^\t]*\t(.*)", line, re.DOTALL):
-            best.setdefault(int(found[1]), found[2])
+            number = int(found[1])
+            if number in best and number != previous:  # an n-best list stands together
+                raise ValueError(f"sentence {number} is translated twice: are these several runs?")
+            best.setdefault(number, found[2])
+            previous = number
     if not best:
         raise ValueError("there are no D- lines: is this the output of fairseq-generate?")
     missing = next((number for number in range(max(best)) if number not in best), None)

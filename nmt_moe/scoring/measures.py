@@ -121,7 +121,7 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
     """Return sacrebleu's tokenisers for a language.
 
     Raises:
-        ValueError: there is none, or its package is not installed.
+        ValueError: there is none, sacrebleu does not know it, or its package is not installed.
     """
     if tokens is None:
         if language in WITHOUT_SPACES and language not in TOKENS:
@@ -132,6 +132,9 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
         if language not in TOKENS:
             return ("13a", "intl")
         tokens = TOKENS[language]
+    if tokens not in BLEU.TOKENIZERS:
+        known = ", ".join(BLEU.TOKENIZERS)
+        raise ValueError(f"`--tokenize` must be one of {known}, but is '{tokens}'.")
     package = MECAB.get(tokens)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ValueError(

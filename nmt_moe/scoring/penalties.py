@@ -10,6 +10,7 @@ Source: Wu et al. 2016, section 7, eq. 14 and Table 2.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
     """
     nbest = NBest()
     columns: dict[str, str] = {}
+    previous = ""
     for line in lines:
         name, _, rest = line.rstrip("\n").partition("\t")
         kind, dash, number = name.partition("-")
@@ -76,19 +78,25 @@ def read_nbest(lines: Iterable[str]) -> NBest:
                 raise ValueError(
                     f"the lines of a hypothesis of {number} are damaged: {error}"
                 ) from error
+            if int(number) in nbest.hypotheses and number != previous:
+                raise ValueError(f"sentence {number} is translated twice: are these several runs?")
             nbest.hypotheses.setdefault(int(number), []).append(hypothesis)
-            columns = {}
+            columns, previous = {}, number
     if columns:
         raise ValueError(_missing_attention(columns.get("D", "?")))
     if not nbest.hypotheses:
         raise ValueError("no hypothesis (D-, P- and A- lines): is this fairseq-generate's output?")
+    _check_words(nbest)
+    return nbest
+
+
+def _check_words(nbest: NBest) -> None:
     texts = [one.text for several in nbest.hypotheses.values() for one in several]
     if 2 * sum("▁" in text for text in texts) > len(texts):
         raise ValueError(
             "the translations (D- lines) are sentence pieces, on which BLEU is another figure. Run "
             "fairseq-generate with `--remove-bpe sentencepiece`."
         )
-    return nbest
 
 
 def _missing_attention(row: str) -> str:
@@ -107,6 +115,8 @@ def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
     steps = [[float(value) for value in row.split(",")] for row in columns["A"].split()]
     if len(steps) != len(log_probs):
         raise ValueError(f"{len(log_probs)} probabilities, but attention of {len(steps)} steps")
+    if not all(map(math.isfinite, [*log_probs, *itertools.chain.from_iterable(steps)])):
+        raise ValueError("a probability or attention is not a finite number")
     received = torch.tensor(steps).sum(dim=0, keepdim=True)[:, :-1]
     return Hypothesis(
         text=columns["D"].split("\t", 2)[2],

@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("fairseq")
 
 from nmt_moe.cli import main
-from nmt_moe.moe import MoEConfig
+from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.nn import GNMTConfig, LSTMLanguageModel, LSTMLMConfig
 from nmt_moe.planning import VOCABULARY, Card, find_configs, make_card
 from nmt_moe.planning.network import build_modules
@@ -205,3 +205,9 @@ def test_the_table_has_every_architecture():
     for name, ops, params in TABLE_7 + TABLE_8:
         assert printed[name] == ["8.7" if name == "lstm_moe_lm_256" else ops, params]
     assert printed["lstm_moe_gnmt_2048h"][0] == "84.7"
+
+
+def test_a_network_without_memory_may_have_any_number_of_experts():
+    with torch.device("meta"):
+        layer = MoELayer(MoEConfig(model_dim=8, hidden_dim=8, num_experts=10**12))
+    assert layer.experts.weight_in.shape == (10**12, 8, 8)

@@ -179,6 +179,9 @@ REFUSALS = [
     pytest.param("other", b"x\n" * 20, ["--samples", "0"], "'--samples': 0 is not", id="samples"),
     pytest.param("other", b"x\n" * 20, ["--lang", "german"], "is 'german'", id="language"),
     pytest.param(
+        "other", b"x\n" * 20, ["--tokenize", "13b"], "`--tokenize` must be one of", id="tokeniser"
+    ),
+    pytest.param(
         "other", b"x\n" * 20, ["--lang", "de", "--tokenized"], "leave one out", id="both-forms"
     ),
 ]

@@ -95,6 +95,8 @@ def test_the_grid_is_drawn(output: Path, tmp_path: Path):
         ([line for line in NBEST if line[0] != "A"], "sentence 0 has no attention .* soft"),
         ([line for line in NBEST if line[0] != "P"], "of 0 are damaged"),
         ([*SHORT[:2], "A-0\t0-0 1-1"], "`--print-alignment soft`"),
+        ([*SHORT, *(row.replace("-0", "-1", 1) for row in SHORT), *SHORT], "0 is translated twice"),
+        ([SHORT[0], "P-0\tnan -0.5", SHORT[2]], "is not a finite number"),
         ([*SHORT[:2], "A-0\t0.9,0.1"], "2 probabilities, but attention of 1 steps"),
     ],
 )
@@ -126,3 +128,13 @@ def test_translations_in_pieces_are_refused_with_the_flag_that_joins_them():
     pieces = [line.replace("one two three", "▁one ▁two ▁th ree") for line in NBEST]
     with pytest.raises(ValueError, match=r"are sentence pieces.*`--remove-bpe sentencepiece`"):
         tool.read_nbest(pieces)
+
+
+def test_a_log_of_several_runs_is_not_taken_for_one(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text("D-0\t-0.5\told\nD-0\t-0.6\tother\nD-1\t-0.5\told\nD-0\t-0.1\tnew\n")
+    done = CliRunner().invoke(main, ["hypotheses", str(log)])
+    assert done.exit_code == 1
+    assert "sentence 0 is translated twice: are these several runs?" in done.stderr
+    log.write_text("D-1\t-0.5\tb\nD-0\t-0.6\ta\nD-0\t-0.7\tc\n")
+    assert CliRunner().invoke(main, ["hypotheses", str(log)]).stdout == "a\nb\n"
