@@ -86,7 +86,16 @@ def _upgrade(state: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     if state.get("cfg") is not None:
         state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
         overwrite_args_by_name(state["cfg"], overrides)
+        _warn_of_unknown_settings(state["cfg"], overrides)
     return checkpoint_utils._upgrade_state_dict(state)
+
+
+def _warn_of_unknown_settings(cfg: DictConfig, overrides: dict[str, Any]) -> None:
+    """Warn of overrides that change nothing, as misspelt ones do."""
+    groups = [group for name in cfg for group in [cfg[name]] if isinstance(group, DictConfig)]
+    known = {*cfg, "user_dir", *(name for group in groups for name in group)}
+    for name in overrides.keys() - known:
+        logger.warning("the checkpoint has no setting `%s` that could be changed", name)
 
 
 def _reading_ema(_: Callable) -> Callable:

@@ -7,6 +7,8 @@ import time
 import traceback
 from types import TracebackType
 
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import MissingMandatoryValue
 from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
@@ -42,6 +44,8 @@ def explain(error: BaseException) -> str | None:
         return "another process of this training has ended; its own message says why"
     if not message:
         return None
+    if isinstance(error, MissingMandatoryValue | ConfigCompositionException):
+        return _explain_option(error, message)
     if isinstance(error, FileExistsError) and error.errno is None:
         # Of a dictionary that is there, fairseq-preprocess gives the path and no more.
         return f"`{message}` is there already. Remove it, or name another folder."
@@ -57,6 +61,13 @@ def explain(error: BaseException) -> str | None:
         reason = error.__cause__ or error.__context__
         return message if reason is None else f"{message}\nReason: {str(reason).strip()}"
     return None
+
+
+def _explain_option(error: BaseException, message: str) -> str:
+    """Say which option is missing, or has a value of a wrong type."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"`--{str(error.full_key).split('.')[-1].replace('_', '-')}` must be given."
+    return f"{message}: {str(error.__cause__).splitlines()[0]}"
 
 
 def _raiser(error: BaseException) -> str:

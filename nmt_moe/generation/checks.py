@@ -1,5 +1,6 @@
 """Refuse options of a search that fairseq ignores, or that end in a traceback of its own."""
 
+import ast
 import difflib
 import json
 import math
@@ -19,7 +20,8 @@ from nmt_moe.search import SearchConfig
 
 # Least values of fairseq's options.
 LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "prefix_size": 0}
-LEAST |= {"no_repeat_ngram_size": 0}
+LEAST |= {"no_repeat_ngram_size": 0, "num_workers": 0, "seed": 0, "num_shards": 1}
+LEAST |= {"batch_size": 1, "max_tokens": 1, "batch_size_valid": 1, "max_tokens_valid": 1}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
 # Of these, decoding twice changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
@@ -75,12 +77,35 @@ def check_generation(args: Any) -> None:
         raise ValueError("`--unkpen` must be a number, but is nan.")
     if not 0.0 < read("temperature", 1.0) < math.inf:
         raise ValueError(f"`--temperature` must be above 0, but is {read('temperature')}.")
+    shortest, longest = read("min_len", 1), read("max_len_b", 200)
+    if shortest > longest and not read("max_len_a", 0):
+        raise ValueError(f"`--min-len` must be at most `--max-len-b` {longest}, but is {shortest}.")
     beam, groups = read("beam", 5), read("diverse_beam_groups", -1)
     if groups > 0 and beam % groups:
         raise ValueError(
             f"`--beam` must be a multiple of `--diverse-beam-groups` {groups}, but is {beam}."
         )
     _check_sampling(args, beam)
+    check_overrides(read("model_overrides", "{}"))
+    if read("seed", 0) >= 2**32:
+        raise ValueError(f"`--seed` must be below 2^32, but is {args.seed}.")
+
+
+def check_overrides(text: str) -> None:
+    """Refuse `--model-overrides` that are not a Python dictionary.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            "`--model-overrides` must be a dictionary, such as \"{'dropout': 0.1}\", but is "
+            f"{text[:80]!r}."
+        )
 
 
 def _check_sampling(args: Any, beam: int) -> None:
@@ -88,7 +113,17 @@ def _check_sampling(args: Any, beam: int) -> None:
         for name in ("sampling_topk", "sampling_topp"):
             if (getattr(args, name, None) or -1) > 0:
                 raise ValueError(f"`{flag(name)}` has an effect only with `--sampling`.")
-    elif getattr(args, "nbest", beam) != beam:
+        if (getattr(args, "nbest", None) or 1) > beam:
+            raise ValueError(f"`--nbest` must be at most `--beam` {beam}, but is {args.nbest}.")
+        return
+    for name, highest in (("sampling_topk", math.inf), ("sampling_topp", 1.0)):
+        value = getattr(args, name, None) or 0
+        if value != -1 and not 0 < value <= highest:
+            raise ValueError(
+                f"`{flag(name)}` must be above 0 and at most {highest}, or -1 for all, but is "
+                f"{value}."
+            )
+    if getattr(args, "nbest", beam) != beam:
         raise ValueError(
             f"`--nbest` must equal `--beam` {beam} with `--sampling`, but is {args.nbest}."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmt_moe.checkpoints import (
@@ -243,6 +243,7 @@ MANIFESTS = JSON | st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(manifest=MANIFESTS)
 def test_a_malformed_manifest_is_named_and_nothing_else_is_raised(manifest):
     state = {**whole_state(), MANIFEST: manifest}

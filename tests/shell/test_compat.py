@@ -16,9 +16,12 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.data import data_utils
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.dataclass.configs import CommonConfig, DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, ValidationError
 
 from nmt_moe import compat, trainer
 from nmt_moe.compat import interactive
@@ -257,6 +260,24 @@ def raised(error: Exception, module: str) -> Exception:
 )
 def test_errors_of_the_user_are_explained_and_others_are_not(error, module, message):
     assert explain(raised(error, module)) == message
+
+
+def test_an_option_that_its_group_needs_is_named():
+    config = OmegaConf.structured(SentencepieceConfig())
+    with pytest.raises(MissingMandatoryValue) as caught:
+        config.sentencepiece_model  # noqa: B018
+    assert explain(caught.value) == "`--sentencepiece-model` must be given."
+    with pytest.raises(ValidationError) as caught:
+        config.sentencepiece_alpha = "x"
+    error = ConfigCompositionException("Error merging override bpe.sentencepiece_alpha=x")
+    error.__cause__ = caught.value
+    assert "sentencepiece_alpha=x: Value 'x' of type 'str' could not" in explain(error)
+
+
+def test_a_misspelt_override_is_warned_of(caplog):
+    cfg = OmegaConf.create({"model": {"_name": "lstm", "dropout": 0.1}})
+    compat.checkpoints._warn_of_unknown_settings(cfg, {"dropout": 0.2, "dorpout": 0.2})
+    assert [record.args for record in caplog.records] == [("dorpout",)]
 
 
 def test_only_commands_of_fairseq_lose_their_traceback(monkeypatch):

@@ -62,13 +62,14 @@ def train_in_a_child(*arguments: object) -> multiprocessing.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_training_that_is_killed_again_and_again_ends_in_the_bits_of_an_unbroken_one(
     tmp_path: Path,
 ):
     data = tmp_path / "data"
     call("preprocess", *preprocess_flags(write_corpus(tmp_path / "corpus"), data))
     flags = [*TINY_MOE, "--save-interval-updates", 1, "--keep-interval-updates", 3]
-    flags += ["--no-epoch-checkpoints", "--max-update", 60]
+    flags += ["--no-epoch-checkpoints", "--max-update", 24]
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     training = train_in_a_child(data, *flags, "--save-dir", unbroken)
     training.join()
