@@ -1,14 +1,16 @@
 """End a fairseq command that its user can put right in one message instead of a traceback."""
 
+import json
 import os
 import re
 import sys
 import time
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 from hydra.errors import ConfigCompositionException
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
@@ -44,7 +46,7 @@ def explain(error: BaseException) -> str | None:
         return "another process of this training has ended; its own message says why"
     if not message:
         return None
-    if isinstance(error, MissingMandatoryValue | ConfigCompositionException):
+    if isinstance(error, OmegaConfBaseException | ConfigCompositionException):
         return _explain_option(error, message)
     if isinstance(error, FileExistsError) and error.errno is None:
         # Of a dictionary that is there, fairseq-preprocess gives the path and no more.
@@ -67,6 +69,8 @@ def _explain_option(error: BaseException, message: str) -> str:
     """Say which option is missing, or has a value of a wrong type."""
     if isinstance(error, MissingMandatoryValue):
         return f"`--{str(error.full_key).split('.')[-1].replace('_', '-')}` must be given."
+    if isinstance(error, OmegaConfBaseException):
+        return f"the value of the option `{error.full_key}` cannot be used: {error.msg}."
     return f"{message}: {str(error.__cause__).splitlines()[0]}"
 
 
@@ -92,6 +96,18 @@ def _process() -> str:
     return f" in process {distributed.get_rank()} of {world_size}" if world_size > 1 else ""
 
 
+def leave_for_torchrun(message: str) -> None:
+    """Write an error to the file that torchrun reads, so that its own report ends with the reason.
+
+    Reason: it asks to enable tracebacks instead.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
 def _print_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -101,6 +117,7 @@ def _print_error(
         return
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
         time.sleep(WAIT_FOR_FIRST_RANK)
+    leave_for_torchrun(message)
     sys.stdout.flush()
     hint = f"({SHOW_TRACEBACK}=1 shows the traceback.)"
     print(f"{command_name()}: error{_process()}: {message}\n{hint}", file=sys.stderr)  # noqa: T201

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import progress_bar
 
 from nmt_moe.compat._replace import replace
 from nmt_moe.compat.errors import command_name
@@ -16,6 +17,7 @@ from nmt_moe.compat.processes import is_under_torchrun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WATCH_EVERY = 1.0  # seconds
+CLOSED_WITHIN = 5.0  # seconds
 # Read as early as can be: a launcher may end while its ranks still start.
 LAUNCHER = os.getppid()
 
@@ -92,5 +94,9 @@ def _end(status: int, message: str | None) -> None:
         if message is not None:
             print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last word
     finally:
+        # What waits for TensorBoard's thread is written out; the disk may hang.
+        closing = threading.Thread(target=progress_bar._close_writers, daemon=True)
+        closing.start()
+        closing.join(CLOSED_WITHIN)
         # Also when nobody reads the output: Ctrl-C ends the `tee` of `fairseq-train | tee` as well.
         os._exit(status)

@@ -39,6 +39,7 @@ class WarmupHoldInverseSqrt(FairseqLRScheduler):
             )
         check_range("--warmup-updates", cfg.warmup_updates, 0)
         check_range("--hold-updates", cfg.hold_updates, 0)
+        check_range("--warmup-init-lr", cfg.warmup_init_lr, 0)
         self.step_update(0)
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:

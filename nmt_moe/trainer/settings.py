@@ -1,7 +1,9 @@
 """Settings of a training that cannot work are rejected before its first update."""
 
+import ast
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,10 @@ logger = logging.getLogger(__name__)
 # Least and largest values: (group of settings, option) by fairseq's names.
 RANGES = {
     ("criterion", "label_smoothing"): (0, 1),
+    ("optimizer", "adam_eps"): (0, None),
+    ("optimizer", "momentum"): (0, 1),
     ("optimizer", "weight_decay"): (0, None),
+    ("optimization", "stop_time_hours"): (0, None),
     ("optimization", "max_epoch"): (0, None),
     ("optimization", "max_update"): (0, None),
     ("dataset", "num_workers"): (0, None),
@@ -38,12 +43,45 @@ def check_numbers(cfg: Any) -> None:
     Raises:
         ValueError: naming the option, its range and its value.
     """
+    for group in ("optimization", "optimizer", "lr_scheduler", "criterion", "model", "checkpoint"):
+        check_finite_numbers(cfg.get(group) or {})
+    check_betas(getattr(cfg.optimizer, "adam_betas", None))
     for (group, name), bounds in RANGES.items():
         value = getattr(cfg.get(group), name, None)
         if value is not None:
             check_range(f"--{name.replace('_', '-')}", value, *bounds)
     for value in cfg.optimization.update_freq:
         check_range("--update-freq", value, 1)
+
+
+def check_finite_numbers(settings: Any) -> None:
+    """Reject infinities and NaN among the options of a group.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    for name, value in settings.items() if hasattr(settings, "items") else vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be a finite number, but is {value}."
+            )
+
+
+def check_betas(betas: Any) -> None:
+    """Reject decay rates of Adam that are not two numbers from 0 to below 1.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    found = ast.literal_eval(betas) if isinstance(betas, str) else betas
+    if found is None:
+        return
+    is_pair = isinstance(found, Sequence) and len(found) == 2
+    if not is_pair or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in found):
+        raise ValueError(
+            f"`--adam-betas` must be two numbers from 0 to below 1, such as (0.9, 0.999), but is "
+            f"{betas}."
+        )
 
 
 def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:

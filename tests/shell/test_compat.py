@@ -21,11 +21,17 @@ from fairseq.dataclass.configs import CommonConfig, DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, ValidationError
+from omegaconf.errors import ConfigIndexError, MissingMandatoryValue, ValidationError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from nmt_moe import compat, trainer
 from nmt_moe.compat import interactive
-from nmt_moe.compat.errors import end_in_one_message, explain, is_fairseq_command
+from nmt_moe.compat.errors import (
+    end_in_one_message,
+    explain,
+    is_fairseq_command,
+    leave_for_torchrun,
+)
 from nmt_moe.compat.precision import fix_flags
 from nmt_moe.compat.processes import TORCHRUN
 from tests.support import programs
@@ -269,9 +275,20 @@ def test_an_option_that_its_group_needs_is_named():
     assert explain(caught.value) == "`--sentencepiece-model` must be given."
     with pytest.raises(ValidationError) as caught:
         config.sentencepiece_alpha = "x"
+    with pytest.raises(ConfigIndexError) as index:
+        OmegaConf.create({"lr": []}).lr[0]  # noqa: B018
+    assert "option `lr[0]` cannot be used: list index out of range" in explain(index.value)
     error = ConfigCompositionException("Error merging override bpe.sentencepiece_alpha=x")
     error.__cause__ = caught.value
     assert "sentencepiece_alpha=x: Value 'x' of type 'str' could not" in explain(error)
+
+
+def test_torchruns_report_ends_with_the_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    leave_for_torchrun("`--lr` must be a number")
+    failure = ProcessFailure(0, 7, 1, str(tmp_path / "error.json"))
+    report = ChildFailedError("train", {0: failure}).format_msg()
+    assert "traceback : `--lr` must be a number" in report
 
 
 def test_a_misspelt_override_is_warned_of(caplog):

@@ -118,9 +118,11 @@ def test_two_processes_go_on_from_the_file_of_one(one_process, two_processes):
 def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_processes, tmp_path):
     copy_checkpoint(two_processes / "exact/checkpoint_1_2.pt", tmp_path)
     flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
+    assert len(list(tmp_path.glob("experts-*"))) == 2
     call("train", data, *flags, "--save-dir", tmp_path)
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, tmp_path / name, **TOLERANCE)
+    assert not list(tmp_path.glob("experts-*"))  # no checkpoint needs them any more
 
 
 @pytest.mark.timeout(590)

@@ -1,5 +1,6 @@
 """A process of a training dies: the others stop, and its checkpoints are whole."""
 
+import errno
 import math
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import distributed
 
 from nmt_moe import plugin
 from nmt_moe.checkpoints import expert_files, restore_experts
+from nmt_moe.compat.errors import explain
 from nmt_moe.trainer.experts import moe_layers
 from tests.support import programs
 from tests.support.commands import PLUGIN, call
@@ -156,6 +159,33 @@ def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
     except BaseException as error:
         (folder / f"error{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
+
+
+def save_where_nothing_can_be_written(rank: int, port: int, data: Path, folder: Path) -> None:
+    """Train into a folder of a read-only disk. What is said goes to `folder/error`."""
+
+    def mkdtemp(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    tempfile.mkdtemp = mkdtemp
+    try:
+        train_on_two(rank, port, data, folder, *EACH_UPDATE)
+    except BaseException as error:
+        (folder / f"error{rank}").write_text(str(explain(error)))
+        raise
+
+
+@pytest.mark.timeout(280)
+def test_a_read_only_save_folder_is_said_once_before_the_first_update(data: Path, tmp_path: Path):
+    ranks = start_two(save_where_nothing_can_be_written, data, tmp_path)
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [1, 1]
+    first, second = ((tmp_path / f"error{rank}").read_text() for rank in range(2))
+    assert first.startswith("`--save-dir` must be a folder in which files can be written")
+    assert f"in `{tmp_path}` they cannot: Read-only file system" in first
+    assert second == "another process of this training has ended; its own message says why"
+    assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.parametrize(

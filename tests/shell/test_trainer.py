@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from fairseq.trainer import Trainer
 from nmt_moe import plugin
 from nmt_moe.checkpoints import files
 from nmt_moe.trainer import ExpertParallelTrainer
-from nmt_moe.trainer.save_folder import LOCK, FolderLock
+from nmt_moe.trainer.save_folder import LOCK, FolderLock, warn_of_little_room
 from tests.support import programs
 from tests.support.commands import PLUGIN, call
 from tests.support.training import TINY_DENSE, TINY_MOE, load, without_updates
@@ -60,6 +61,10 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--validate-interval", 0], "`--validate-interval` must be at least 1, but is 0"),
         (["--batch-size", -1], "`--batch-size` must be at least 1, but is -1"),
         (["--weight-decay", -1], "`--weight-decay` must be at least 0, but is -1"),
+        (["--adam-betas", "(0.9,1.5)"], "`--adam-betas` must be two numbers from 0 to below 1"),
+        (["--adam-eps", "nan"], "`--adam-eps` must be a finite number, but is nan"),
+        (["--importance-weight", "inf"], "`--importance-weight` must be a finite number"),
+        (["--warmup-init-lr", -1], "`--warmup-init-lr` must be at least 0, but is -1"),
         (["--restore-file", "typo.pt"], "`--restore-file` must name .* no file `typo.pt`"),
         (
             ["--criterion", "label_smoothed_cross_entropy"],
@@ -98,6 +103,16 @@ def test_a_validation_set_without_targets_is_refused():
     trainer.task = SimpleNamespace(dataset=lambda _: SimpleNamespace(tgt=None))
     with pytest.raises(ValueError, match="validation set `valid` must have a target side"):
         trainer.get_valid_iterator("valid")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_warned_of(tmp_path, monkeypatch, caplog):
+    model = torch.nn.Linear(1000, 250, bias=False)  # 1 MB, with Adam's two moments 3 MB
+    for free, is_warned in ((5_999_999, True), (6_000_000, False)):
+        caplog.clear()
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        warn_of_little_room(tmp_path, model, with_optimizer=True)
+        assert ("two checkpoints of this model may need 6.0 MB" in caplog.text) == is_warned
 
 
 HOLD = """
@@ -201,11 +216,13 @@ def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == [LAST]
 
 
-def test_a_training_removes_what_failed_saves_have_left(data: Path, tmp_path: Path):
+def test_a_training_removes_what_failed_saves_have_left(data: Path, tmp_path: Path, monkeypatch):
     left = [tmp_path / name for name in ("checkpoint_last.pt.tmp", "experts-0a-0-4.pt")]
     for path in left:
         path.write_bytes(b"half")
-    call("train", data, *TINY_MOE, "--max-update", 1, "--save-dir", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    done = call("train", data, *TINY_MOE, "--max-update", 1, "--save-dir", tmp_path)
+    assert f"`--save-dir` {tmp_path} has 0.0 MB free" in done.text
     assert not any(path.exists() for path in left)
     assert (tmp_path / LAST).exists()
 
@@ -280,6 +297,7 @@ def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, t
     command = [programs.python(), "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN]
     command += TINY_MOE
     command += ["--save-interval-updates", 1, "--no-epoch-checkpoints", "--save-dir", tmp_path]
+    command += ["--tensorboard-logdir", tmp_path / "board", "--log-interval", 1]
     with (tmp_path / "log").open("wb") as log:
         training = subprocess.Popen(
             [str(part) for part in command],
@@ -301,6 +319,10 @@ def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, t
     assert f"fairseq-train: stopped by {number.name}; `{last}` is whole" in text
     assert "Traceback" not in text
     assert num_updates(last) >= 1
+    # What waits for TensorBoard's thread, which writes every two minutes, is not lost.
+    assert b"train_inner" in b"".join(p.read_bytes() for p in tmp_path.glob("board/*/*")) or any(
+        path.stat().st_size > 1000 for path in tmp_path.glob("board/train_inner/*")
+    )
 
 
 STOPPABLE = """
