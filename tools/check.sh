@@ -34,8 +34,10 @@ check() {
 }
 
 check_shell_scripts() {
-  local scripts
-  mapfile -t scripts < <(find . -name .venv -prune -o -name work -prune -o -name '*.sh' -print | sort)
+  local scripts=() script
+  while IFS= read -r script; do # not mapfile, which macOS' bash 3.2 lacks
+    scripts+=("$script")
+  done < <(find . -name .venv -prune -o -name work -prune -o -name '*.sh' -print | sort)
   "$bin/shellcheck" -x "${scripts[@]}" .ci/run
 }
 

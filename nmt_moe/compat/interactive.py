@@ -188,9 +188,13 @@ def _reporting(make: Callable) -> Callable:
                 continue
             if cuts_pieces and PIECE_START in source:
                 lines.report(index, "has sentence pieces already, which --bpe cuts a second time")
-            tokens = encode(source, task, encode_fn)
-            unknown = int((tokens == task.source_dictionary.unk()).sum())
-            if unknown:
+            dictionary, tokens = task.source_dictionary, encode(source, task, encode_fn)
+            marks = {dictionary.index(mark) for mark in marks_of(dictionary)}
+            words = [token for token in tokens.tolist() if token not in marks]
+            unknown = words.count(dictionary.unk())
+            if unknown == len(words):
+                lines.report(index, "has no word of the dictionary: its translation is made up")
+            elif unknown:
                 share = f"{unknown} of {len(tokens)}"
                 lines.report(index, f"has tokens that are not in the dictionary: {share}")
         yield from make(lines, cfg, task, max_positions, encode_fn)

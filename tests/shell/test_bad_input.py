@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 from fairseq.models import MODEL_REGISTRY
 
+from nmt_moe.compat.errors import explain
 from tests.support.commands import PLUGIN, call, run
 from tests.support.corpus import preprocess_flags, write_corpus, write_lines
 from tests.support.training import TINY_MOE, TRANSLATE, without_updates
@@ -102,14 +103,16 @@ def test_validation_longer_than_its_batches_is_refused_before_the_first_update(
 
 def test_one_bad_line_costs_interactive_no_other_translation(data: Path, checkpoint: Path):
     lines = [b"ba de", b"", LONG.encode(), b"\xff\xfe ba", "ba \u732b".encode(), b"ki"]
+    lines.append("\u732b \u72ac".encode())
     flags = ["--path", checkpoint, *TRANSLATE, "--buffer-size", 4]
     done = call("interactive", data, *flags, stdin=b"\n".join(lines) + b"\n")
-    assert done.lines("H").keys() == {0, 1, 4, 5}
+    assert done.lines("H").keys() == {0, 1, 4, 5, 6}
     for message in (
         "line 2 is empty, and so is its translation",
         "line 3 has 5001 tokens, more than the 1024 allowed: not translated",
         "line 4 is not valid UTF-8",
         "line 5 has tokens that are not in the dictionary: 1 of 3",
+        "line 7 has no word of the dictionary: its translation is made up",
     ):
         assert message in done.text
     alone = call("interactive", data, *flags, stdin=b"ba de\nki\n").hypotheses()
@@ -223,6 +226,14 @@ def test_training_does_not_go_on_with_another_dictionary(
         call("train", own_corpus / "data", *TINY_MOE, *SOON, "--save-dir", tmp_path)
     assert "dictionary of 48 symbols is not the one" in str(caught.value)
     assert path.read_bytes() == checkpoint.read_bytes()
+
+
+def test_untied_weights_are_not_tied_in_silence(data: Path, checkpoint: Path, tmp_path: Path):
+    flags = ["--finetune-from-model", checkpoint, "--share-decoder-input-output-embed"]
+    with without_updates(), pytest.raises(Exception, match="Cannot load") as caught:
+        call("train", data, *TINY_MOE, *SOON, *flags, "--save-dir", tmp_path)
+    message = explain(caught.value)
+    assert "two values for `encoder.network.embedding.weight` and `decoder.output" in message
 
 
 def truncate(content: bytes) -> bytes:
