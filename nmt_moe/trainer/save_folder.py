@@ -1,5 +1,6 @@
 """The folder of a training's checkpoints: one training at a time, and room for its files."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +14,8 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 LOCK = ".training.lock"
+# What some network disks answer.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class FolderLock:
@@ -39,6 +42,14 @@ class FolderLock:
                 f"`--save-dir` must be a folder that no other training writes to, but {holder} "
                 f"trains into `{folder}`. Wait until it has ended, or name another folder."
             ) from error
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            logger.warning(
+                "the disk of %s has no locks (%s): see that no other training writes to it",
+                folder,
+                error.strerror,
+            )
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 

@@ -1,6 +1,8 @@
 """What a training refuses, warns of and leaves; the trainer itself."""
 
 import copy
+import errno
+import fcntl
 import json
 import math
 import os
@@ -141,6 +143,15 @@ def test_a_second_training_into_a_folder_is_refused_while_the_first_lives(
         holder.wait()
     assert (tmp_path / LOCK).exists()  # left over, it locks nothing
     FolderLock(tmp_path)
+
+
+def test_a_disk_without_locks_is_warned_of_and_trained_on(tmp_path, monkeypatch, caplog):
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    FolderLock(tmp_path)
+    assert f"the disk of {tmp_path} has no locks (No locks available)" in caplog.text
 
 
 # Resumed
