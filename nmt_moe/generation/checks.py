@@ -117,8 +117,8 @@ def _check_sampling(args: Any, beam: int) -> None:
             raise ValueError(f"`--nbest` must be at most `--beam` {beam}, but is {args.nbest}.")
         return
     for name, highest in (("sampling_topk", math.inf), ("sampling_topp", 1.0)):
-        value = getattr(args, name, None) or 0
-        if value != -1 and not 0 < value <= highest:
+        value = getattr(args, name, None)
+        if value not in (None, -1) and not 0 < value <= highest:
             raise ValueError(
                 f"`{flag(name)}` must be above 0 and at most {highest}, or -1 for all, but is "
                 f"{value}."
