@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, models
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 
 from nmt_moe.checkpoints.files import COPY_AGAIN
 
@@ -35,7 +36,9 @@ def check_size(path: str, state: dict[str, Any]) -> None:
     cfg = _configuration(state)
     have = _shapes(state)
     largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
-    for key, value in cfg.items() if hasattr(cfg, "items") else vars(cfg).items():
+    # In a container, an option that is missing is "???" instead of an error.
+    settings: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
+    for key, value in settings.items():
         # Each layer has parameters: a claim of millions must not cost hours to refute.
         most = len(have) if str(key).endswith("_layers") else largest
         if isinstance(value, int) and str(key).endswith(SIZES) and value > most:
@@ -86,7 +89,7 @@ def check_fits_its_model(path: str) -> str | None:
 
 
 def _configuration(state: dict[str, Any]) -> Any:
-    return (state.get("cfg") or {}).get("model") or {}
+    return (state.get("cfg") or {}).get("model") or SimpleNamespace()
 
 
 def _is_ours(cfg: Any) -> bool:
