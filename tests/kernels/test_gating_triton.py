@@ -5,8 +5,15 @@ import importlib
 import pytest
 import torch
 
-from nmt_moe.kernels import noisy_top_k
-from tests.support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
+from nmt_moe.kernels import noisy_top_k, reference
+from tests.support.gating import (
+    FIELDS,
+    SHAPES,
+    assert_close,
+    assert_is_the_definition,
+    make_inputs,
+    offsets_of,
+)
 
 pytest.importorskip("triton")
 
@@ -73,6 +80,34 @@ def test_a_nan_logit_makes_its_row_nan_whichever_are_found_the_largest(
     out = noisy_top_k(clean, inputs["raw_scale"] if training else None, 4)
     assert out.gates.isnan().all(1).tolist() == [row == 3 for row in range(9)]
     assert out.importance.isnan().any()
+
+
+@pytest.mark.parametrize("columns", [16, 1024])
+@pytest.mark.parametrize("sizes", [None, [2, 4]])
+def test_logits_of_minus_infinity_are_chosen_once_each(sizes, columns, monkeypatch):
+    use_blocks(monkeypatch, columns, numbers=512)
+    clean = torch.full((6, 40), float("-inf"))
+    clean[0, 0] = clean[1, 39] = clean[2, 17] = 0.0  # fewer than three are finite
+    clean[3, 20:22] = torch.tensor([1.0, 2.0])
+    clean[4, 16:32] = -1.0
+    clean[5] = torch.randn(40)
+    assert_is_right({"clean": clean.requires_grad_()}, 3, sizes, training=False)
+    out = noisy_top_k(clean, None, 3, row_offsets=offsets_of(sizes))
+    expected = [[0, 1, 2], [39, 0, 1], [17, 0, 1], [21, 20, 0], [16, 17, 18]]
+    assert out.expert_ids[:5].tolist() == expected
+    assert out.tokens_per_expert.sum() == 18
+
+
+@pytest.mark.parametrize("columns", [16, 1024])
+def test_noise_and_logits_of_minus_infinity(columns, monkeypatch):
+    use_blocks(monkeypatch, columns, numbers=512)
+    inputs = make_inputs(9, 40, torch.float32)
+    clean = inputs["clean"].detach().clone()
+    clean[:, 4:] = float("-inf")  # beyond the three chosen, and the one they must beat
+    ours = noisy_top_k(clean, inputs["raw_scale"], 3, inputs["noise"])
+    theirs = reference.noisy_top_k(clean, inputs["raw_scale"], 3, inputs["noise"])
+    for name, one, other in zip(FIELDS, ours[:5], theirs[:5], strict=True):
+        assert_close(name, one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_program_takes_several_blocks_of_rows(monkeypatch):

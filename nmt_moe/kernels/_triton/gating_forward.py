@@ -4,15 +4,18 @@ import triton
 import triton.language as tl
 
 from nmt_moe.kernels._triton.gating_parts import (
+    TAKEN,
     draw_noise,
     find_inside,
     has_nan,
+    key_scores,
     largest,
     margins,
     normal_cdf,
     read_column,
     read_noise,
     softplus,
+    sort_keys,
 )
 
 
@@ -62,17 +65,18 @@ def forward_kernel(
             scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
             drawn = read_noise(noise, seed, rows, 0, places, mask, BLOCK_ROWS, BLOCK_COLUMNS)
             noisy = logits + drawn * scale
-        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
-        values, indices, ranks = largest(noisy, 0, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
+        keys = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
+        keys, indices, ranks = largest(
+            keys, columns[None, :], BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
+        )
+        values = key_scores(keys)
         high = tl.max(values, 1)[:, None]
         powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
         total = tl.where(has_nan(noisy)[:, None], float("nan"), tl.sum(powers, 1)[:, None])
 
         kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
         tl.store(top + slot_places, values, kept)
-        # Only NaN logits could point beyond the row.
-        indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
-        tl.store(ids + slot_places, indices, kept)
+        tl.store(ids + slot_places, indices.to(tl.int64), kept)
         kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
         tl.store(gates + slot_places, powers / total, kept)
 
@@ -98,26 +102,19 @@ def forward_kernel(
 
 @triton.jit
 def _merge(
-    values,
+    keys,
     ids,
-    more_values,
+    more_keys,
     more_ids,
     BLOCK_ROWS: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Keep the COUNT largest of two (B, SLOTS) lists; the first wins among equals."""
-    both = tl.permute(tl.join(values, more_values), (0, 2, 1))
-    both = tl.reshape(both, (BLOCK_ROWS, 2 * SLOTS))
-    names = tl.reshape(tl.permute(tl.join(ids, more_ids), (0, 2, 1)), (BLOCK_ROWS, 2 * SLOTS))
-    slots, places = tl.arange(0, SLOTS)[None, :], tl.arange(0, 2 * SLOTS)[None, :]
-    for place in tl.static_range(COUNT):
-        value, index = tl.max(both, 1, return_indices=True, return_indices_tie_break_left=True)
-        here = places == index[:, None]
-        values = tl.where(slots == place, value[:, None], values)
-        ids = tl.where(slots == place, tl.sum(tl.where(here, names, 0), 1)[:, None], ids)
-        both = tl.where(here, float("-inf"), both)
-    return values, ids
+    """Keep the COUNT largest of two (B, SLOTS) lists."""
+    both = tl.reshape(tl.join(keys, more_keys), (BLOCK_ROWS, 2 * SLOTS))
+    columns = tl.reshape(tl.join(ids, more_ids), (BLOCK_ROWS, 2 * SLOTS))
+    keys, ids, _ = largest(both, columns, BLOCK_ROWS, 2 * SLOTS, COUNT, SLOTS)
+    return keys, ids
 
 
 @triton.jit(do_not_specialize=["seed", "num_rows"])
@@ -142,7 +139,7 @@ def select_kernel(
     """Find the largest noisy logits of rows read in chunks, and their softmax."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
-    values = tl.full((BLOCK_ROWS, SLOTS), float("-inf"), tl.float32)
+    keys = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
     indices = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
     is_nan = rows < 0
     for chunk in range(CHUNKS):
@@ -156,19 +153,16 @@ def select_kernel(
                 noise, seed, rows, chunk * BLOCK_COLUMNS, places, mask, BLOCK_ROWS, BLOCK_COLUMNS
             )
             noisy += drawn * scale
-        noisy = tl.where((columns < num_experts)[None, :], noisy, float("-inf"))
         is_nan |= has_nan(noisy)
-        more, more_ids, _ = largest(
-            noisy, chunk * BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
-        )
-        values, indices = _merge(values, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
+        more = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
+        more, more_ids, _ = largest(more, columns[None, :], BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
+        keys, indices = _merge(keys, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
+    values = key_scores(keys)
     powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
     total = tl.where(is_nan, float("nan"), tl.sum(powers, 1))[:, None]
     kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
     tl.store(top + slot_places, values, kept)
-    # Only NaN logits could point beyond the row.
-    indices = tl.minimum(indices, num_experts - 1).to(tl.int64)
-    tl.store(ids + slot_places, indices, kept)
+    tl.store(ids + slot_places, indices.to(tl.int64), kept)
     kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
     tl.store(gates + slot_places, powers / total, kept)
 

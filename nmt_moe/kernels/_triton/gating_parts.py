@@ -5,6 +5,8 @@ import triton.language as tl
 
 INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# Below the key of any score, -inf included, which may be chosen but once.
+TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -56,46 +58,60 @@ def softplus(raw):
 
 
 @triton.jit
+def sort_keys(scores):
+    """Map float32 to int32 of the same order, above `TAKEN`: NaN as infinity, -0 as 0."""
+    bits = tl.where(scores != scores, float("inf"), scores + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_scores(keys):
+    """Map keys back to scores; `TAKEN`, where there was none, becomes -inf."""
+    scores = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(keys == TAKEN, float("-inf"), scores)
+
+
+@triton.jit
 def largest(
-    scores,
-    first_column,
+    keys,
+    columns,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Find the COUNT largest scores of each row; the lowest column wins among equals.
+    """Find the COUNT largest keys of each row; the lowest column wins among equals.
 
     Args:
-        scores: (B, W), -inf beyond the row.
-        first_column: What the first of the columns is called.
+        keys: (B, W) of `sort_keys`, `TAKEN` beyond the row.
+        columns: (1, W) or (B, W) int32. What each key's column is called.
         BLOCK_ROWS: B.
-        BLOCK_COLUMNS: W.
+        WIDTH: W.
         COUNT: At most SLOTS.
         SLOTS: A power of two.
 
     Returns:
-        (B, SLOTS) values, falling, and int32 columns, -inf and 0 from slot `COUNT` on; and
+        (B, SLOTS) keys, falling, and int32 columns, `TAKEN` and 0 from slot `COUNT` on; and
         (B, W) int32 ranks, 1 for the largest, 0 for those that are not among them.
     """
-    columns, slots = tl.arange(0, BLOCK_COLUMNS)[None, :], tl.arange(0, SLOTS)[None, :]
-    values = tl.full((BLOCK_ROWS, SLOTS), float("-inf"), tl.float32)
+    slots = tl.arange(0, SLOTS)[None, :]
+    found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
     ids = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
-    ranks = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
+    ranks = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)
     for place in tl.static_range(COUNT):
-        value, index = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
-        index = index.to(tl.int32)
-        values = tl.where(slots == place, value[:, None], values)
-        ids = tl.where(slots == place, first_column + index[:, None], ids)
-        here = columns == index[:, None]
-        ranks = tl.where(here & (ranks == 0), place + 1, ranks)
-        scores = tl.where(here, float("-inf"), scores)
-    return values, ids, ranks
+        key = tl.max(keys, 1)[:, None]
+        column = tl.min(tl.where(keys == key, columns, 0x7FFFFFFF), 1)[:, None]
+        found = tl.where(slots == place, key, found)
+        ids = tl.where(slots == place, column, ids)
+        here = columns == column
+        ranks = tl.where(here, place + 1, ranks)
+        keys = tl.where(here, TAKEN, keys)
+    return found, ids, ranks
 
 
 @triton.jit
 def has_nan(scores):
-    """Tell which rows hold NaN, which a search for the largest may pass over: (B, W) -> (B,)."""
+    """Tell which rows hold NaN, which the search takes for infinity: (B, W) -> (B,)."""
     return tl.max((scores != scores).to(tl.int32), 1) > 0
 
 
