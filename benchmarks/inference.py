@@ -1,0 +1,273 @@
+"""Time translation: fairseq's own commands, bundles in every precision, and CTranslate2.
+
+    python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
+        --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
+
+All translate the test split of --data, with one beam and the same limits: `batch` as fast as it
+goes, sorted by length by each in its own way, and `one` sentence after the other. Timed is what
+fairseq-generate and fairseq-interactive time: their task's generator, without reading text or
+cutting it into pieces. Of bundles everything from raw text to raw text is timed, and so it is of
+CTranslate2. Start-up is measured by itself, in processes of its own.
+
+CPU seconds stand beside the seconds: on a machine that others use they say more. --ctranslate2
+names converted models of the same pieces, such as a Transformer trained by fairseq on the same
+text; the module must be importable (PYTHONPATH).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+import torch
+from fairseq import checkpoint_utils, options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from sentencepiece import SentencePieceProcessor
+
+from benchmarks import timing
+from benchmarks.architectures import quiet
+from nmt_moe.inference import Translator
+
+COLUMNS = ["translator", "sentences", "ms / sentence", "CPU ms / sentence", "speed-up", "BLEU"]
+FAIRSEQ = "fairseq"
+LOAD = """
+import json, time
+start = time.perf_counter()
+import torch
+imported = time.perf_counter()
+from nmt_moe import Translator
+Translator.load({folder!r})
+end = time.perf_counter()
+print(json.dumps([end - start, end - imported]))
+"""
+
+
+class FairseqTranslator:
+    """fairseq's generator of a checkpoint.
+
+    Attributes:
+        sources: The sentences of the test split as raw text, without pieces.
+        references: Their translations.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        line = [str(args.data), "--path", str(args.checkpoint), "--beam", str(args.beam), "--cpu"]
+        if args.max_length:
+            line += ["--max-len-a", "0", "--max-len-b", str(args.max_length)]
+        with quiet():
+            config = convert_namespace_to_omegaconf(
+                options.parse_args_and_arch(options.get_generation_parser(), line)
+            )
+            self.task = tasks.setup_task(config.task)
+            [self.model], _ = checkpoint_utils.load_model_ensemble(
+                [str(args.checkpoint)], task=self.task
+            )
+            self.task.load_dataset("test")
+        self.model.prepare_for_inference_(config)
+        self.generator = self.task.build_generator([self.model], config.generation)
+        self.dataset = self.task.dataset("test")
+        self.remove = "sentencepiece" if args.pieces else None
+        count = min(args.sentences, len(self.dataset))
+        pairs = [self.dataset[index] for index in range(count)]
+        self.sources = [
+            self.task.source_dictionary.string(pair["source"], self.remove) for pair in pairs
+        ]
+        self.references = [self._text(pair["target"]) for pair in pairs]
+
+    def _text(self, tokens: torch.Tensor) -> str:
+        return self.task.target_dictionary.string(tokens, self.remove)
+
+    def job(self, count: int, batch_size: int) -> Callable[[], list[str]]:
+        """Make a job that translates the first `count` sentences in batches of a size."""
+        by_length = sorted(range(count), key=self.dataset.size)
+        batches = [
+            self.dataset.collater([self.dataset[index] for index in by_length[i : i + batch_size]])
+            for i in range(0, count, batch_size)
+        ]
+
+        def run() -> list[str]:
+            texts = [""] * count
+            for batch in batches:
+                found = self.task.inference_step(self.generator, [self.model], batch)
+                for index, (best, *_) in zip(batch["id"].tolist(), found, strict=True):
+                    texts[index] = self._text(best["tokens"])
+            return texts
+
+        return run
+
+
+def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Return the name of a bundle, and its jobs: many sentences, and one at a time."""
+    translator = Translator.load(folder)
+    translator.defaults = replace(translator.defaults, beam_size=args.beam)
+    if args.max_length:
+        translator.defaults = replace(translator.defaults, max_len_a=0, max_len_b=args.max_length)
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+
+    def many(sources: list[str]) -> list[str]:
+        return [one.text for one in translator.translate(sources)]
+
+    return (
+        f"nmt_moe, {dtype}",
+        many,
+        lambda sources: [text for source in sources for text in many([source])],
+    )
+
+
+def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Return the same of a model that CTranslate2 has converted; `name` is FOLDER[:TYPE]."""
+    import ctranslate2
+
+    folder, _, compute_type = name.partition(":")
+    translator = ctranslate2.Translator(
+        folder,
+        intra_threads=args.threads,
+        inter_threads=1,
+        compute_type=compute_type or "float32",
+    )
+    processor = SentencePieceProcessor(model_file=str(args.pieces))
+
+    def many(sources: list[str]) -> list[str]:
+        results = translator.translate_batch(
+            processor.encode(sources, out_type=str),
+            beam_size=args.beam,
+            max_batch_size=1024,
+            batch_type="tokens",
+        )
+        return [processor.decode(result.hypotheses[0]) for result in results]
+
+    return (
+        f"CTranslate2, {compute_type or 'float32'}",
+        many,
+        lambda sources: [text for source in sources for text in many([source])],
+    )
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each competitor and number of sentences at once."""
+    fairseq = FairseqTranslator(args)
+    sources, first = fairseq.sources, fairseq.sources[: args.one]
+    work: dict[tuple[str, str], Callable[[], list[str]]] = {
+        (FAIRSEQ, "batch"): fairseq.job(len(sources), args.batch),
+        (FAIRSEQ, "one"): fairseq.job(len(first), 1),
+    }
+    others = [bundle_jobs(folder, args) for folder in args.bundles]
+    others += [ctranslate2_jobs(name, args) for name in args.ctranslate2]
+    for name, many, one_by_one in others:
+        work[name, "batch"] = lambda many=many: many(sources)
+        work[name, "one"] = lambda one_by_one=one_by_one: one_by_one(first)
+    texts: dict[str, list[str]] = {}
+
+    def job(key: str, run: Callable[[], list[str]]) -> timing.Job:
+        def timed() -> Mapping[str, float]:
+            start = time.process_time()
+            texts[key] = run()
+            return {"cpu": time.process_time() - start}
+
+        return timed
+
+    jobs = {", ".join(key): job(", ".join(key), run) for key, run in work.items()}
+    samples = timing.interleave(jobs, args.rounds)
+    rows = []
+    for name, way in work:
+        key = f"{name}, {way}"
+        count = len(texts[key])
+        found, base = samples[key], samples[f"{FAIRSEQ}, {way}"]
+        rows.append(
+            {
+                "translator": name,
+                "way": way,
+                "sentences": count,
+                "seconds": found.seconds,
+                "cpu": found.parts["cpu"],
+                "ms": found.median / count * 1e3,
+                "cpu_ms": found.part("cpu") / count * 1e3,
+                "speed_up": base.part("cpu") / found.part("cpu"),
+                "bleu": sacrebleu.corpus_bleu(texts[key], [fairseq.references[:count]]).score,
+                "same": statistics.mean(
+                    one == other
+                    for one, other in zip(texts[key], texts[f"{FAIRSEQ}, {way}"], strict=True)
+                ),
+            }
+        )
+    return rows
+
+
+def measure_loading(folders: list[Path], rounds: int) -> list[str]:
+    """Return a line for each bundle: seconds until it can translate, in processes of their own."""
+    lines = []
+    for folder in folders:
+        program = LOAD.format(folder=str(folder))
+        found = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", program], check=True, capture_output=True, text=True
+                ).stdout
+            )
+            for _ in range(rounds)
+        ]
+        whole, own = (statistics.median(times) for times in zip(*found, strict=True))
+        lines.append(f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without torch's import.")
+    return lines
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Lay out the table; speed-ups are of CPU time, over fairseq's."""
+    lines = [
+        [
+            row["translator"],
+            f"{row['sentences']} {'at once' if row['way'] == 'batch' else 'one at a time'}",
+            f"{row['ms']:.1f}",
+            f"{row['cpu_ms']:.1f}",
+            f"{row['speed_up']:.2f}",
+            f"{row['bleu']:.1f}",
+        ]
+        for row in sorted(rows, key=lambda row: row["way"])
+    ]
+    return timing.markdown_table(COLUMNS, lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="that fairseq-preprocess wrote")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="for fairseq")
+    parser.add_argument("--pieces", type=Path, help="sentencepiece model; left out: words")
+    parser.add_argument("--bundles", type=Path, nargs="*", default=[], help="of the checkpoint")
+    parser.add_argument(
+        "--ctranslate2", nargs="*", default=[], metavar="FOLDER[:TYPE]", help="converted models"
+    )
+    parser.add_argument("--sentences", type=int, default=1000, help="to translate (1000)")
+    parser.add_argument("--one", type=int, default=50, help="of them one at a time too (50)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences of fairseq's batch (64)")
+    parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
+    parser.add_argument(
+        "--max-length", type=int, default=0, help="pieces of a translation, for random weights"
+    )
+    timing.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    timing.prepare(args)
+    rows = measure(args)
+    hardware = timing.describe_hardware("cpu", args.threads)
+    print(format_rows(rows))
+    print(f"\n{hardware}; beam {args.beam}; medians of {args.rounds} interleaved rounds.")
+    print("Speed-ups are of CPU time over fairseq's with the same number of sentences at once.")
+    for row in rows:
+        if row["translator"].startswith("nmt_moe, float32"):
+            print(f"Float32, {row['way']}: {row['same']:.1%} of the translations are fairseq's.")
+    for line in measure_loading(args.bundles, args.rounds):
+        print(line)
+    timing.write_json(args.json, args, hardware, rows)
+
+
+if __name__ == "__main__":
+    main()
