@@ -21,7 +21,7 @@ from nmt_moe.search import SearchConfig
 # Least values of fairseq's options.
 LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "prefix_size": 0}
 LEAST |= {"no_repeat_ngram_size": 0, "num_workers": 0, "seed": 0, "num_shards": 1}
-LEAST |= {"batch_size": 1, "max_tokens": 1, "batch_size_valid": 1, "max_tokens_valid": 1}
+LEAST |= {"batch_size": 1, "max_tokens": 1}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
 # Of these, decoding twice changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
