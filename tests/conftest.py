@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: tests that start several processes would fight for cores.
@@ -21,13 +22,31 @@ if importlib.util.find_spec("fairseq") is None:
     collect_ignore = ["shell"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu or multigpu where there are too few CUDA devices."""
+    """Mark as gpu what runs there, and skip what needs more CUDA devices than there are."""
     needs = {"gpu": 1, "multigpu": 2}
     for item in items:
+        uses_device = item.get_closest_marker("device") or "device" in item.fixturenames
+        if uses_device and torch.cuda.is_available():
+            item.add_marker("gpu")
         for marker, count in needs.items():
             if item.get_closest_marker(marker) and torch.cuda.device_count() < count:
                 item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA devices"))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run Triton's kernels on new tensors: on the CUDA device, else interpreted on the CPU."""
+    pytest.importorskip("triton")
+    from nmt_moe.kernels import _backend
+
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(_backend, "TRITON_DEVICES", frozenset({name}))
+    assert _backend.uses_triton(torch.empty(1, device=name))
+    torch.set_default_device(name)
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")

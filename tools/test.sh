@@ -5,6 +5,7 @@
 #   bash tools/test.sh                                     all tests that need no GPU and take no minutes
 #   bash tools/test.sh tests/moe -n 0                      one folder, in one process
 #   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow ones
+#   bash tools/test.sh -m gpu -n 0                         on a machine with a GPU: all that runs there
 #
 # Environment variables:
 #   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh); it also needs pytest, -timeout and -xdist

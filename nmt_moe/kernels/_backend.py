@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Triton's interpreter runs kernels on CPU tensors, slowly: only for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Types of devices whose tensors the host reads without waiting.
-HOST_DEVICES = frozenset({"cpu"})
+# Types of devices whose tensors the host reads without waiting, and on which Triton's kernels run.
+HOST_DEVICES, TRITON_DEVICES = frozenset({"cpu"}), frozenset({"cuda"})
 
 
 @cache
@@ -24,7 +24,8 @@ def uses_triton(tensor: Tensor) -> bool:
 
     float64 stays with torch: the kernels add up in float32.
     """
-    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
+    is_single = tensor.dtype != torch.float64
+    return tensor.device.type in TRITON_DEVICES and is_single and has_triton()
 
 
 def is_on_host(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nmt_moe.kernels import _products, expert_ffn, reference
-from tests.support.kernels import assert_same, leaf, offsets_of, poisoned_memory
+from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, poisoned_memory
 
 SHAPES = [  # (rows of each expert, dim, hidden)
     pytest.param([4, 6, 3, 5], 8, 16, id="the-usual-case"),
@@ -13,7 +13,7 @@ SHAPES = [  # (rows of each expert, dim, hidden)
     pytest.param([0, 12, 0], 8, 16, id="one-expert-has-all-rows"),
     pytest.param([0, 0, 0], 3, 4, id="no-rows"),
 ]
-PATHS = ["loop", "grouped_mm", "triton"]
+PATHS = ["loop", "grouped_mm", ON_DEVICE]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -25,7 +25,7 @@ def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch,
             pytest.skip("torch's grouped product does not take it")
         monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     if path == "triton":
-        request.getfixturevalue("on_triton")
+        request.getfixturevalue("device")
     dtype = torch.float64 if path == "loop" else torch.float32
     torch.manual_seed(1)
     rows = leaf(sum(counts), dim, dtype=dtype)
@@ -40,10 +40,10 @@ def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch,
         assert_same(ours, expected, leaves, **tolerance)
 
 
-@pytest.mark.parametrize("path", ["loop", "triton"])
+@pytest.mark.parametrize("path", ["loop", ON_DEVICE])
 def test_recomputed_gradients_have_the_same_bits(path, request):
     if path == "triton":
-        request.getfixturevalue("on_triton")
+        request.getfixturevalue("device")
     torch.manual_seed(1)
     rows, offsets = leaf(12, 8, dtype=torch.float32), offsets_of([5, 0, 7])
     weight_in, weight_out = (
@@ -61,10 +61,10 @@ def test_recomputed_gradients_have_the_same_bits(path, request):
         assert torch.equal(kept, recomputed)
 
 
-@pytest.mark.parametrize("path", ["loop", "triton"])
+@pytest.mark.parametrize("path", ["loop", ON_DEVICE])
 def test_hidden_activations_are_not_kept_when_recomputed(path, request):
     if path == "triton":
-        request.getfixturevalue("on_triton")
+        request.getfixturevalue("device")
     rows, offsets = leaf(12, 4, dtype=torch.float32), offsets_of([5, 7])
     weights = leaf(2, 4, 20, dtype=torch.float32), leaf(2, 20, 4, dtype=torch.float32)
     saved: list[tuple[int, ...]] = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nmt_moe.kernels import RowPlan, combine_rows, gather_rows, plan_rows, reference
-from tests.support.kernels import assert_same, leaf, poisoned_memory
+from tests.support.kernels import ON_DEVICE, assert_same, leaf, poisoned_memory
 
 SHAPES = [  # (tokens, experts, per token, dim)
     pytest.param(9, 4, 2, 8, id="the-usual-case"),
@@ -15,12 +15,12 @@ SHAPES = [  # (tokens, experts, per token, dim)
 ]
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", ON_DEVICE])
 def dtype(request):
     """Run the test on both paths: torch in float64, Triton in float32."""
     if request.param == "torch":
         return torch.float64
-    request.getfixturevalue("on_triton")
+    request.getfixturevalue("device")
     return torch.float32
 
 
@@ -56,7 +56,7 @@ def test_combine_rows(tokens, experts, top_k, dim, empty_slots, dtype):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_sums_of_half_precision_run_in_float32(half, on_triton):
+def test_sums_of_half_precision_run_in_float32(half, device):
     plan = make_plan(12, 5, 3, empty_slots=True)
     rows, gates = leaf(len(plan.row_token), 20, dtype=half), leaf(12, 3, dtype=half)
     wide = [t.detach().float().requires_grad_() for t in (rows, gates)]
@@ -75,7 +75,7 @@ def test_sums_of_half_precision_run_in_float32(half, on_triton):
         )
 
 
-def test_repeated_runs_agree_bit_for_bit(on_triton):
+def test_repeated_runs_agree_bit_for_bit(device):
     plan = make_plan(40, 5, 3)
     rows, gates = leaf(120, 33, dtype=torch.float32), leaf(40, 3, dtype=torch.float32)
     x, grad = leaf(40, 33, dtype=torch.float32), torch.randn(40, 33)
@@ -98,7 +98,7 @@ def test_an_expanded_gradient_is_taken(dtype):
     torch.testing.assert_close(x.grad, torch.full((6, 4), 2.0, dtype=dtype))
 
 
-def test_places_beyond_two_to_the_31(on_triton):
+def test_places_beyond_two_to_the_31(device):
     """Fresh memory costs nothing until it is touched, and only one row here is."""
     from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
     from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows

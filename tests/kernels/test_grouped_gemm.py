@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nmt_moe.kernels import _products, grouped_gemm, reference
 from nmt_moe.kernels._backend import INTERPRETED
-from tests.support.kernels import assert_same, leaf, offsets_of, poisoned_memory
+from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, poisoned_memory
 
 SHAPES = [  # (rows of each expert, dim, out dim)
     pytest.param([3, 2], 16, 32, id="fewer-rows-than-a-block"),
@@ -23,7 +23,7 @@ SHAPES = [  # (rows of each expert, dim, out dim)
 
 
 @pytest.fixture
-def kernels(on_triton):
+def kernels(device):
     """Return the launchers."""
     return import_module("nmt_moe.kernels._triton.grouped_gemm")
 
@@ -47,12 +47,12 @@ def test_loop(counts, dim, out_dim):
 
 
 @pytest.mark.parametrize(("counts", "dim", "out_dim"), SHAPES)
-def test_triton(counts, dim, out_dim, on_triton):
+def test_triton(counts, dim, out_dim, device):
     check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(_products.GROUPED_MM is None, reason="torch has no grouped product")
-@pytest.mark.parametrize("zeroed_by", ["torch", "triton"])
+@pytest.mark.parametrize("zeroed_by", ["torch", ON_DEVICE])
 @pytest.mark.parametrize(
     ("counts", "dim", "out_dim"),
     [shape for shape in SHAPES if not shape.values[1] % 8 and sum(shape.values[0])],
@@ -61,7 +61,7 @@ def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, 
     if zeroed_by == "triton":
         if not INTERPRETED:
             pytest.skip("on a GPU it may refuse float32")
-        request.getfixturevalue("on_triton")
+        request.getfixturevalue("device")
     monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_bfloat16_on_a_gpu(counts):
 
 
 @pytest.mark.slow
-def test_more_experts_than_the_grouped_product_of_torch_takes(on_triton):
+def test_more_experts_than_the_grouped_product_of_torch_takes(device):
     counts = [0] * 1030
     counts[0], counts[1023], counts[1029] = 2, 1, 3
     check(*make(counts, 4, 8, torch.float32))
@@ -170,7 +170,7 @@ def test_relu_and_its_gradient_by_hand(kernels):
     torch.testing.assert_close(masked, torch.tensor([[-3.0, 0.0], [0.0, 8.0], [0.0, 0.0]]))
 
 
-def test_repeated_runs_agree_bit_for_bit(on_triton):
+def test_repeated_runs_agree_bit_for_bit(device):
     rows, weight, offsets = make([5, 17, 40], 33, 70, torch.float32)
 
     def run():

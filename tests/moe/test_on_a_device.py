@@ -1,7 +1,6 @@
-"""The layer as it runs on a GPU, on CPU tensors: Triton interpreted, and no wait for the device."""
+"""The layer as it runs on a GPU, or as there on CPU tensors: and no wait for the device."""
 
 import traceback
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,7 @@ import nmt_moe
 from nmt_moe.kernels import _backend
 from nmt_moe.moe import MoEConfig, MoELayer
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not _backend.INTERPRETED, reason="kernels run on the GPU, not on CPU tensors"
-)
+pytestmark = pytest.mark.device
 
 aten = torch.ops.aten
 # What makes the host read values of a device; `Tensor.tolist` does so without a word to torch.
@@ -47,15 +43,13 @@ class CountWaits(TorchDispatchMode):
 
 
 @pytest.fixture
-def as_on_a_device(monkeypatch):
-    """Take the paths of a device that the host would have to wait for."""
+def as_on_a_device(monkeypatch, request):
+    """Take the paths of a device that the host would have to wait for; return its name."""
 
-    def take() -> None:
+    def take() -> str:
         monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())
-        for name in ("gather_rows", "combine_rows", "_products", "gating"):
-            module = import_module(f"nmt_moe.kernels.{name}")
-            monkeypatch.setattr(module, "uses_triton", lambda tensor: True)
-        torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+        return request.getfixturevalue("device")
 
     yield take
     torch.use_deterministic_algorithms(False)
@@ -71,15 +65,22 @@ GATES = [
 PADDING = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0], dtype=torch.bool)
 
 
-def run(layer, padding, noise):
+def move(tensors, device):
+    """Move a tensor or a tuple of them; None stays."""
+    if isinstance(tensors, tuple):
+        return tuple(tensor.to(device) for tensor in tensors)
+    return None if tensors is None else tensors.to(device)
+
+
+def run(layer, padding, noise, device="cpu"):
     """Give results and gradients of one pass, by name."""
     torch.manual_seed(3)
-    x = torch.randn(11, 6)
+    x = torch.randn(11, 6, device="cpu")
     if padding is not None:
         x[padding] = float("nan")
-    x.requires_grad_()
-    layer.zero_grad()
-    y, stats = layer(x, padding, noise)
+    x = x.to(device).requires_grad_()
+    layer.to(device).zero_grad()
+    y, stats = layer(x, move(padding, device), move(noise, device))
     (y.square().sum() + stats.balance_loss).backward()
     names = ("importance", "load", "tokens_per_expert", "expert_ids", "gates", "balance_loss")
     found = {"y": y, "x": x.grad, **{name: getattr(stats, name) for name in names}}
@@ -100,29 +101,38 @@ def test_a_device_computes_the_same_and_nobody_waits_for_it(
         noise = torch.randn(11, 8)
         noise = (torch.randn(11, 4), noise) if groups else noise
     expected = run(layer, padding, noise)
-    as_on_a_device()
+    device = as_on_a_device()
     waits, tolist = CountWaits(), torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
     with waits:
-        found = run(layer, padding, noise)
+        found = run(layer, padding, noise, device)
     if gate == "strictly_balanced":  # it asks how many experts the busiest token has
         assert waits.lines
     else:
         assert not waits.lines
     for name, value in found.items():
         torch.testing.assert_close(
-            value,
-            expected[name],
+            value.cpu(),
+            expected[name].cpu(),  # a layer that moves takes its gradients along
             rtol=1e-4,
             atol=1e-5,
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
+@pytest.mark.multigpu
+def test_a_device_need_not_be_the_current_one():
+    layer, noise = MoELayer(MoEConfig(6, 5, 8, 2)), torch.randn(11, 8)
+    expected = {name: value.clone() for name, value in run(layer, None, noise).items()}
+    found = run(layer, None, noise, "cuda:1")
+    for name, value in found.items():
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("gate", "groups"), GATES)
 def test_tokens_that_are_not_finite_are_found_later(gate, groups, as_on_a_device):
     layer = MoELayer(MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups), "encoder's MoE layer")
-    as_on_a_device()
+    layer = layer.to(as_on_a_device())
     x = torch.randn(9, 6)
     x[3, 2] = float("inf")
     y, stats = layer(x)

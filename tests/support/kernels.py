@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
+
+# The value of a parameter with which a test asks for the fixture `device`.
+ON_DEVICE = pytest.param("triton", marks=pytest.mark.device)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, leaves: dict[str, Tensor], **tolerance: float):

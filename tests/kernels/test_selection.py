@@ -1,0 +1,43 @@
+"""What `-m gpu` selects where there is a GPU: every test of a kernel, in the same files."""
+
+import os
+import subprocess
+import sys
+
+# Collects as on a machine with one CUDA device.
+PROGRAM = """
+import sys, pytest, torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+FILES = ["test_gating_triton", "test_factored_adam", "test_gather_rows", "test_expert_ffn"]
+
+
+def test_the_tests_of_kernels_are_selected_where_there_is_a_gpu(repository):
+    environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
+    files = [f"tests/kernels/{name}.py" for name in [*FILES, "test_grouped_gemm"]]
+    files.append("tests/moe/test_on_a_device.py")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "-m", "gpu", *files],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    selected = [line for line in done.stdout.splitlines() if "::" in line]
+    for file in files:
+        assert any(line.startswith(file) for line in selected), file
+    names = {line.split("::")[1].split("[")[0] for line in selected}
+    assert {
+        "test_kernels_compute_the_definition",
+        "test_triton_follows_the_definition",
+        "test_triton_reaches_beyond_two_to_the_31_elements",
+        "test_places_beyond_two_to_the_31",
+        "test_values_and_gradients",
+        "test_bfloat16_on_a_gpu",
+        "test_a_device_computes_the_same_and_nobody_waits_for_it",
+    } <= names
+    # And those of paths that run on the CPU alone are not.
+    assert not any("[loop" in line or "test_loop[" in line for line in selected)
