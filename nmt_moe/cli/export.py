@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.text.lines import read_lines
 
 PATH = click.Path(path_type=Path)
 
@@ -77,7 +78,7 @@ def export(
         languages,
         TextPipeline(lowercase, normalize_punctuation),
         SearchDefaults(**given),  # type: ignore[arg-type]
-        "" if scores is None else scores.read_text(encoding="utf-8"),
+        "" if scores is None else "\n".join(read_lines(scores)),
     )
     summary = write_bundle(
         checkpoint, data, Pieces(pieces, target_pieces), output, dtype, description, overwrite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ BUNDLE_FILES = {
     *(JOINT_PIECES, "source.model", "target.model"),
     *map(experts_file, ("encoder", "decoder")),
 }
+logger = logging.getLogger(__name__)
+
 ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
 
 
@@ -288,6 +291,11 @@ def _write_pieces(
     folder: Path, pieces: Pieces, vocabularies: dict[str, Vocabulary], config: BundleConfig
 ) -> None:
     if pieces.source is None:
+        if any(sum("▁" in s for s in v.symbols) > len(v) / 2 for v in vocabularies.values()):
+            logger.warning(
+                "Most words of the dictionary have ▁, but no `--pieces` is named: the bundle takes "
+                "text that is cut into pieces already, and gives such text."
+            )
         return
     target = pieces.target or pieces.source
     files = {"source": pieces.source, "target": target}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -131,6 +131,8 @@ class LanguageModel:
             ValueError: naming a line that holds a line end, control characters or half a surrogate
                 pair.
         """
+        if isinstance(lines, bytes) or not isinstance(lines, Iterable):
+            raise ValueError(f"`lines` must be strings, but is {type(lines).__name__}.")
         lines = [lines] if isinstance(lines, str) else list(lines)
         for number, line in enumerate(lines, start=1):
             _check_line(f"line {number}", line)

@@ -120,6 +120,8 @@ class Translator:
             ValueError: naming a text that holds control characters or half a surrogate pair, a
                 language that the model does not know, or an option that is out of range.
         """
+        if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+            raise ValueError(f"`texts` must be strings, but is {type(texts).__name__}.")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):

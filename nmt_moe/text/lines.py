@@ -113,11 +113,11 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "w", encoding="utf-8", newline="\n") as file:
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
             yield file
         return
+    target = os.path.realpath(path)
     part = f"{target}.{os.getpid()}.part"
     try:
         with open(part, "x", encoding="utf-8", newline="\n") as file:

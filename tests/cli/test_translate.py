@@ -206,6 +206,8 @@ def test_a_pipe_is_read_and_written_as_a_file(
         assert reader.stdout is not None
         assert reader.stdout.read() == wanted
     assert (tmp_path / "pipe").is_fifo()
+    assert call("translate", bundle, text, "--output", os.devnull).exit_code == 0
+    assert Path(os.devnull).is_char_device()
 
 
 def test_a_reader_that_leaves_ends_the_command_without_a_message(bundle: Path):
@@ -309,6 +311,9 @@ def test_export_reads_its_options(tmp_path: Path):
     assert_mistake(half, "export", "must be given together")
     own = call("export", path, "--data", data, "--target-pieces", pieces, "--output", flags[-1])
     assert_mistake(own, "export", "`--target-pieces` needs `--pieces`")
+    (tmp_path / "scores").write_bytes(b"\xff\n")
+    bad = call("export", path, *flags, "--scores", tmp_path / "scores")
+    assert_mistake(bad, "export", f"`{tmp_path / 'scores'}`, line 1 is not valid UTF-8")
     for flag, name in (("--beam-prune", "beam_prune"), ("--lenpen", "length_exponent")):
         assert_mistake(call("export", path, *flags, flag, "nan"), "export", f"`{name}` must be")
     assert not (tmp_path / "other").exists()

@@ -231,6 +231,26 @@ def test_pieces_that_are_not_those_of_the_training_are_refused(tmp_path: Path):
     assert_refused(f"does not fit the vocabulary: .* {advice}", path, data, other)
 
 
+def test_a_bundle_without_the_pieces_of_its_dictionary_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path, data, pieces, _ = make_checkpoint(tmp_path)
+    marked = [
+        f"▁{number} 1" for number in range(len((data / "dict.aa.txt").read_text().split("\n")))
+    ]
+
+    def drop_digests(state: dict[str, Any]) -> None:
+        state["model"] = {n: v for n, v in state["model"].items() if not n.endswith("digest")}
+
+    edit(path, drop_digests)
+    export(path, data, Pieces(), tmp_path / "words")
+    assert caplog.text == ""
+    for language in ("aa", "bb"):
+        (data / f"dict.{language}.txt").write_text("\n".join(marked[:-1]) + "\n")
+    export(path, data, Pieces(), tmp_path / "pieces")
+    assert "no `--pieces` is named" in caplog.text
+
+
 def test_data_that_are_not_there_and_languages_that_nobody_names_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     assert_refused("is not a folder. Name the one", path, tmp_path / "none", pieces)
