@@ -9,9 +9,11 @@ from nmt_moe.planning.architectures import (
     make_config,
 )
 from nmt_moe.planning.batch import Batch
-from nmt_moe.planning.cluster import DEVICES, FILLED, Device, Plan, Setup, make_plan
+from nmt_moe.planning.cluster import FILLED, Plan, Setup, make_plan
 from nmt_moe.planning.cost_card import Card, make_card
-from nmt_moe.planning.network import Product, describe
+from nmt_moe.planning.devices import DEVICES, Device
+from nmt_moe.planning.network import describe
+from nmt_moe.planning.recorder import Product
 
 __all__ = [
     "DEVICES",

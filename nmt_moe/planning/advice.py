@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nmt_moe.nn import LSTMLMConfig
-from nmt_moe.planning.cluster import Device, Setup, make_plan
+from nmt_moe.planning.cluster import Setup, make_plan
+from nmt_moe.planning.devices import Device
 
 DRAWS = 8192
 MOST_DEVICES = 4096

@@ -1,0 +1,58 @@
+"""Devices that clusters are made of, by their data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device and its link to the others; bytes and operations per second.
+
+    Attributes:
+        flops: Operations per second in float32; a multiplication and an addition are two.
+        half_flops: The same in half precision; 0 if the device has none.
+        memory: Bytes.
+        memory_bandwidth: Of its memory.
+        bandwidth: Of its link to other devices, one way.
+        source: Where the numbers come from.
+        is_cpu: Whether it is a CPU.
+    """
+
+    flops: float
+    half_flops: float
+    memory: float
+    memory_bandwidth: float
+    bandwidth: float
+    source: str = ""
+    is_cpu: bool = False
+
+
+DEVICES = {
+    "k40": Device(
+        *(4.29e12, 0, 12e9, 288e9, 1.25e9),
+        "Tesla K40 data sheet (boost off: 4.29 TFLOP/s); 10 Gbit/s Ethernet is assumed",
+    ),
+    "v100": Device(
+        *(15.7e12, 125e12, 32e9, 900e9, 150e9),
+        "V100 SXM2 data sheet; NVLink",
+    ),
+    "a100": Device(
+        *(19.5e12, 312e12, 80e9, 2039e9, 300e9),
+        "A100 80 GB SXM data sheet, float32 without TF32; NVLink",
+    ),
+    "h100": Device(
+        *(67e12, 989e12, 80e9, 3350e9, 450e9),
+        "H100 SXM data sheet, float32 without TF32, dense half; NVLink",
+    ),
+    "h200": Device(
+        *(67e12, 989e12, 141e9, 4800e9, 450e9),
+        "H200 SXM data sheet, float32 without TF32, dense half; NVLink",
+    ),
+    "cpu": Device(
+        *(0.1e12, 0, 8e9, 10e9, 1e9),
+        "two cores of the machine of benchmarks/results/cpu.md, whose products reach 82-102 "
+        "GFLOP/s; memory and links are assumed",
+        True,
+    ),
+}
