@@ -3,18 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.checks import check_like, check_shape
 from nmt_moe.kernels import Gating, is_on_host, plan_rows
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.experts import Experts, compute_dtype
 from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate
-from nmt_moe.moe.hierarchical_gate import HierarchicalGate, HierarchicalNoise
+from nmt_moe.moe.hierarchical_gate import HierarchicalGate
+from nmt_moe.moe.inputs import Noise, check_inputs
 from nmt_moe.moe.losses import importance_loss, load_loss
 from nmt_moe.moe.padding import Unpadded, drop_padding
 from nmt_moe.moe.stats import MoEStats
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, Route, make_exchange, sum_over_ranks
 
-Noise = Tensor | HierarchicalNoise
 Gate = SoftmaxGate | NoisyTopKGate | StrictlyBalancedGate | HierarchicalGate
 
 
@@ -109,7 +108,7 @@ class MoELayer(nn.Module):
     def _compute(
         self, x: Tensor, padding_mask: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, MoEStats]:
-        self._check_tensors(x, padding_mask, noise)
+        check_inputs(self.config, self.experts.weight_in, x, padding_mask, noise)
         rows = drop_padding(padding_mask, may_wait=self.gate.waits)
         tokens = rows.take(x)
         if isinstance(noise, tuple):
@@ -161,44 +160,6 @@ class MoELayer(nn.Module):
             load_loss=load_loss(load, load_weight),
             name=self.name,
         )
-
-    def _check_tensors(self, x: Tensor, padding_mask: Tensor | None, noise: Noise | None) -> None:
-        """Reject tensors that do not fit the weights or each other."""
-        if x.dim() == 3:
-            raise ValueError(
-                f"`x` must have the shape (N, D) = (any, {self.config.model_dim}), but has "
-                f"{tuple(x.shape)}. Flatten it: `x.flatten(0, 1)`."
-            )
-        check_shape("x", x, (None, self.config.model_dim), "(N, D)")
-        weight = self.experts.weight_in
-        is_autocast = torch.is_autocast_enabled(weight.device.type)
-        check_like("x", x, None if is_autocast else weight.dtype, weight.device)
-        if padding_mask is not None:
-            check_shape("padding_mask", padding_mask, (len(x),), "(N,)")
-            check_like("padding_mask", padding_mask, torch.bool, x.device)
-        if noise is not None:
-            self._check_noise(noise, x)
-
-    def _check_noise(self, noise: Noise, x: Tensor) -> None:
-        """Reject noise of another form than the gate draws."""
-        if self.config.gate != "noisy_top_k":
-            raise ValueError(
-                f"`noise` must be None with the gate '{self.config.gate}', which draws none."
-            )
-        num_groups, num_experts = self.config.num_groups, self.config.num_experts
-        parts = noise if isinstance(noise, tuple) else (noise,)
-        is_pair = isinstance(noise, tuple) and len(noise) == 2
-        if is_pair != bool(num_groups) or not all(isinstance(part, Tensor) for part in parts):
-            wanted = "a pair (N, G), (N, E) in a tuple" if num_groups else "one tensor (N, E)"
-            raise ValueError(
-                f"`noise` must be {wanted} with num_groups = {num_groups}, but is "
-                f"({', '.join(type(part).__name__ for part in parts)})."
-            )
-        if num_groups:
-            check_shape("noise[0]", parts[0], (len(x), num_groups), "(N, G)")
-        check_shape("noise", parts[-1], (len(x), num_experts), "(N, E)")
-        for part in parts:
-            check_like("noise", part, None, x.device)
 
 
 # `torch.compiler.disable` without importing the compiler here, which takes seconds.
