@@ -72,13 +72,13 @@ class BareProducts:
 
 
 def fill_from(tensor: Tensor, block: Tensor, start: int) -> int:
-    """Fill a tensor with a block, repeated, from its place `start` on; return where it ended.
+    """Fill a tensor with a block, repeated, from its number `start` on; return where it ended.
 
     Drawing billions of random numbers would take longer than measuring.
     """
-    flat, at = tensor.view(-1), 0
-    while at < len(flat):
-        count = min(len(flat) - at, len(block) - start)
-        flat[at : at + count].copy_(block[start : start + count])
-        at, start = at + count, (start + count) % len(block)
+    flat, end = tensor.view(-1), 0
+    while end < len(flat):
+        count = min(len(flat) - end, len(block) - start)
+        flat[end : end + count].copy_(block[start : start + count])
+        end, start = end + count, (start + count) % len(block)
     return start

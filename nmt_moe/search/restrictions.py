@@ -98,5 +98,5 @@ def _rule_out_repeats(log_probs: Tensor, tokens: Tensor, size: int) -> None:
         return
     ngrams = tokens.unfold(1, size, 1)  # (R, T - size + 1, size)
     last_words = tokens[:, tokens.shape[1] - size + 1 :]
-    row, place = (ngrams[:, :, :-1] == last_words.unsqueeze(1)).all(dim=2).nonzero(as_tuple=True)
-    log_probs[row, ngrams[row, place, -1]] = -torch.inf
+    row, start = (ngrams[:, :, :-1] == last_words.unsqueeze(1)).all(dim=2).nonzero(as_tuple=True)
+    log_probs[row, ngrams[row, start, -1]] = -torch.inf

@@ -119,11 +119,11 @@ class FactoredAdam(torch.optim.Optimizer):
         loaded = []
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
             pairs = zip(saved_group["params"], group["params"], strict=False)
-            for place, (index, parameter) in enumerate(pairs):
+            for number, (index, parameter) in enumerate(pairs):
                 saved = state_dict["state"].get(index)
                 if saved:
                     factored = _is_factored(parameter, saved_group.get("factored"))
-                    _check_state(place, parameter, factored, saved)
+                    _check_state(number, parameter, factored, saved)
                     loaded.append((parameter, saved))
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; the means keep theirs.
@@ -187,7 +187,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
 
 def _needs_copy(parameter: Parameter) -> bool:
-    """Return whether torch's Adam, which wants one dtype and whole rows, cannot run in place."""
+    """Return whether torch's Adam, which wants one dtype and whole rows, cannot run in@number."""
     return parameter.dtype != _means_dtype(parameter) or not parameter.is_contiguous()
 
 
@@ -230,22 +230,22 @@ def _check_group(group: dict[str, Any]) -> None:
             f"`eps` must be greater than 0, but is {group['eps']}: where all gradients "
             "so far were 0 it alone is divided by. Use 1e-8."
         )
-    for place, parameter in enumerate(group["params"]):
+    for number, parameter in enumerate(group["params"]):
         factored = _is_factored(parameter, group["factored"])
         if factored and (parameter.dim() < 2 or not parameter.is_contiguous()):
             raise ValueError(
                 f"a factored parameter must be contiguous and have 2 dimensions or more, but "
-                f"number {place} of its group has the shape {tuple(parameter.shape)} and strides "
+                f"number {number} of its group has the shape {tuple(parameter.shape)} and strides "
                 f"{parameter.stride()}. "
                 "Put it into a group with factored=False."
             )
 
 
-def _check_state(place: int, parameter: Parameter, factored: bool, saved: dict[str, Any]) -> None:
+def _check_state(number: int, parameter: Parameter, factored: bool, saved: dict[str, Any]) -> None:
     wanted = _state_shapes(parameter, factored)
     if sorted(saved) != sorted(["step", *wanted]):
         raise ValueError(
-            f"the saved state of parameter {place} {tuple(parameter.shape)} must be "
+            f"the saved state of parameter {number} {tuple(parameter.shape)} must be "
             f"{', '.join(sorted(['step', *wanted]))}, but is {', '.join(sorted(saved))}: it was "
             f"saved by another optimizer, or as {'dense' if factored else 'expert'} parameter. "
             "Load the file with that optimizer, or begin with a new state."
@@ -253,6 +253,6 @@ def _check_state(place: int, parameter: Parameter, factored: bool, saved: dict[s
     for name, shape in wanted.items():
         if saved[name].shape != shape:
             raise ValueError(
-                f"`{name}` of parameter {place} must have the shape {tuple(shape)}, but was saved "
+                f"`{name}` of parameter {number} must have the shape {tuple(shape)}, but was saved "
                 f"as {tuple(saved[name].shape)}. Load the state of a model of the same size."
             )

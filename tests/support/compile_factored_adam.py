@@ -33,11 +33,11 @@ def compile_kernel(name: str, capability: int, dtype: str) -> dict[str, int]:
     """Compile one kernel down to machine code and read its use of registers."""
     kernel, (constants, warps) = getattr(factored_adam, name), KERNELS[name]
     signature, attributes = {}, {}
-    for place, param in enumerate(kernel.params):
+    for index, param in enumerate(kernel.params):
         is_constant = param.name in constants
         signature[param.name] = "constexpr" if is_constant else type_of(param.name, dtype)
         if signature[param.name].startswith("*") or param.name.endswith(("_dim", "_stride")):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     code = triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]

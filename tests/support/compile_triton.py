@@ -82,7 +82,7 @@ class _Recorder:
         from triton.compiler import ASTSource
 
         signature, constants, multiples = {}, {}, {}
-        for place, (param, value) in enumerate(zip(self.kernel.params, values, strict=True)):
+        for index, (param, value) in enumerate(zip(self.kernel.params, values, strict=True)):
             if (
                 value is None
                 or param.is_constexpr
@@ -94,7 +94,7 @@ class _Recorder:
             whole = "i64" if not is_tensor and value >= 2**31 else "i32"
             signature[param.name] = f"*{TYPES[value.dtype]}" if is_tensor else whole
             if is_tensor or (value % 16 == 0 and not param.do_not_specialize):
-                multiples[(place,)] = [["tt.divisibility", 16]]
+                multiples[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, multiples)
         target = GPUTarget("cuda", CAPABILITIES[self.gpu], 32)
         compiled = triton.compile(source, target=target, options=options)

@@ -75,10 +75,10 @@ def _combine_backward_kernel(
     gate = tl.load(gates + slot, mask=is_token, other=0).to(tl.float32)
     dot = tl.zeros((BLOCK_TOKENS,), dtype=tl.float32)
     for start in range(0, dim, BLOCK_DIM):
-        place = start + tl.arange(0, BLOCK_DIM)
-        inside = (row < num_rows)[:, None] & (place < dim)[None, :]
-        at_row = row[:, None] * dim + place[None, :]
-        grad = tl.load(grad_y + token[:, None] * dim + place[None, :], mask=inside, other=0)
+        column = start + tl.arange(0, BLOCK_DIM)
+        inside = (row < num_rows)[:, None] & (column < dim)[None, :]
+        at_row = row[:, None] * dim + column[None, :]
+        grad = tl.load(grad_y + token[:, None] * dim + column[None, :], mask=inside, other=0)
         grad = grad.to(tl.float32)
         vector = tl.load(rows + at_row, mask=inside, other=0).to(tl.float32)
         dot += tl.sum(grad * vector, axis=1)

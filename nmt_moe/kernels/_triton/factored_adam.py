@@ -30,8 +30,8 @@ def _square_sums_kernel(
     for start in range(0, hidden_dim, BLOCK_H):
         columns = start + tl.arange(0, BLOCK_H)
         inside = (rows < model_dim)[:, None] & (columns < hidden_dim)[None, :]
-        places = expert * grad_stride + rows[:, None] * hidden_dim + columns[None, :]
-        values = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        offsets = expert * grad_stride + rows[:, None] * hidden_dim + columns[None, :]
+        values = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
         squares = values * values
         total += tl.sum(squares, 1)
         out = column_sums + program * hidden_dim + columns
@@ -90,8 +90,8 @@ def _update_kernel(
     means = row_mean + expert * model_dim
     total = tl.zeros((BLOCK_MEAN,), tl.float32)
     for start in range(0, model_dim, BLOCK_MEAN):
-        places = start + tl.arange(0, BLOCK_MEAN)
-        total += tl.load(means + places, mask=places < model_dim, other=0.0)
+        offsets = start + tl.arange(0, BLOCK_MEAN)
+        total += tl.load(means + offsets, mask=offsets < model_dim, other=0.0)
     mean = tl.sum(total, 0) / model_dim
     rows = block * BLOCK_D + tl.arange(0, BLOCK_D)
     row_root = tl.load(means + rows, mask=rows < model_dim, other=0.0) / tl.maximum(mean, TINY)
@@ -102,9 +102,9 @@ def _update_kernel(
         inside = (rows < model_dim)[:, None] & there[None, :]
         column = tl.load(column_mean + expert * hidden_dim + columns, mask=there, other=0.0)
         root = row_root[:, None] * tl.sqrt(column)[None, :] + eps
-        places = rows[:, None] * hidden_dim + columns[None, :]
-        values = tl.load(grad + expert * grad_stride + places, mask=inside, other=0.0)
-        target = weight + expert * weight_stride + places
+        offsets = rows[:, None] * hidden_dim + columns[None, :]
+        values = tl.load(grad + expert * grad_stride + offsets, mask=inside, other=0.0)
+        target = weight + expert * weight_stride + offsets
         old = tl.load(target, mask=inside, other=0.0).to(tl.float32)
         new = old * keep - step_size * (values.to(tl.float32) / root)
         tl.store(target, new.to(weight.dtype.element_ty), mask=inside)

@@ -87,11 +87,11 @@ def _gather_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    place = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     token = tl.load(row_token + row, mask=row < num_rows, other=0)
-    inside = (row < num_rows)[:, None] & (place < dim)[None, :]
-    vector = tl.load(x + token[:, None] * dim + place[None, :], mask=inside)
-    tl.store(rows + row[:, None] * dim + place[None, :], vector, mask=inside)
+    inside = (row < num_rows)[:, None] & (column < dim)[None, :]
+    vector = tl.load(x + token[:, None] * dim + column[None, :], mask=inside)
+    tl.store(rows + row[:, None] * dim + column[None, :], vector, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -109,18 +109,18 @@ def _sum_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    place = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    is_token, is_place = token < num_tokens, place < dim
+    column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    is_token, is_column = token < num_tokens, column < dim
     acc = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), dtype=tl.float32)
     for k in range(num_slots):
         slot = token * num_slots + k
         row = tl.load(token_rows + slot, mask=is_token, other=num_rows)
-        inside = (row < num_rows)[:, None] & is_place[None, :]
-        vector = tl.load(rows + row[:, None] * dim + place[None, :], mask=inside, other=0)
+        inside = (row < num_rows)[:, None] & is_column[None, :]
+        vector = tl.load(rows + row[:, None] * dim + column[None, :], mask=inside, other=0)
         vector = vector.to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights + slot, mask=is_token, other=0).to(tl.float32)
             vector = vector * weight[:, None]
         acc += vector
-    out = total + token[:, None] * dim + place[None, :]
-    tl.store(out, acc.to(total.dtype.element_ty), mask=is_token[:, None] & is_place[None, :])
+    out = total + token[:, None] * dim + column[None, :]
+    tl.store(out, acc.to(total.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])

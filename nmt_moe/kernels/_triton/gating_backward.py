@@ -34,10 +34,10 @@ def _load_slope(
     The slope by an expert's threshold is minus that by its clean logit; by the noise's scale, minus
     slope times margin.
     """
-    places = rows[:, None] * num_experts + columns[None, :]
+    offsets = rows[:, None] * num_experts + columns[None, :]
     mask = row_mask[:, None] & (columns < num_experts)[None, :]
-    logits = tl.load(clean + places, mask, other=0.0)
-    scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+    logits = tl.load(clean + offsets, mask, other=0.0)
+    scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
     inside = find_inside(top, ids, rows, row_mask, columns, TOP_K)
     z = margins(logits, scale, inside, top, rows, row_mask, TOP_K)
     weight = tl.load(grad_load + group_start + columns, columns < num_experts, other=0.0)
@@ -125,7 +125,7 @@ def backward_kernel(
                 outside_sum += outside_part
         for chunk in range(CHUNKS):
             columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-            places = rows[:, None] * num_experts + columns[None, :]
+            offsets = rows[:, None] * num_experts + columns[None, :]
             mask = row_mask[:, None] & (columns < num_experts)[None, :]
             slope, z = 0.0, 0.0
             if grad_load is not None:
@@ -161,18 +161,18 @@ def backward_kernel(
                 TOP_K,
                 COUNT,
             )
-            tl.store(grad_clean + places, from_top + slope, mask)
+            tl.store(grad_clean + offsets, from_top + slope, mask)
             if raw_scale is not None:
                 drawn = read_noise(
                     noise,
                     seed,
                     rows,
                     chunk * BLOCK_COLUMNS,
-                    places,
+                    offsets,
                     mask,
                     BLOCK_ROWS,
                     BLOCK_COLUMNS,
                 )
-                raw = tl.load(raw_scale + places, mask, other=0.0)
+                raw = tl.load(raw_scale + offsets, mask, other=0.0)
                 by_scale = from_top * drawn - slope * z
-                tl.store(grad_raw + places, by_scale * tl.sigmoid(raw), mask)
+                tl.store(grad_raw + offsets, by_scale * tl.sigmoid(raw), mask)

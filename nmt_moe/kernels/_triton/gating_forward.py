@@ -57,13 +57,13 @@ def forward_kernel(
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
         rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
-        places = rows[:, None] * num_experts + columns[None, :]
+        offsets = rows[:, None] * num_experts + columns[None, :]
         mask = row_mask[:, None] & (columns < num_experts)[None, :]
-        logits = tl.load(clean + places, mask, other=0.0)
+        logits = tl.load(clean + offsets, mask, other=0.0)
         noisy = logits
         if raw_scale is not None:
-            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
-            drawn = read_noise(noise, seed, rows, 0, places, mask, BLOCK_ROWS, BLOCK_COLUMNS)
+            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
+            drawn = read_noise(noise, seed, rows, 0, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS)
             noisy = logits + drawn * scale
         keys = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
         keys, indices, ranks = largest(
@@ -74,11 +74,11 @@ def forward_kernel(
         powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
         total = tl.where(has_nan(noisy)[:, None], float("nan"), tl.sum(powers, 1)[:, None])
 
-        kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
-        tl.store(top + slot_places, values, kept)
-        tl.store(ids + slot_places, indices.to(tl.int64), kept)
-        kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
-        tl.store(gates + slot_places, powers / total, kept)
+        kept, slot_offsets = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+        tl.store(top + slot_offsets, values, kept)
+        tl.store(ids + slot_offsets, indices.to(tl.int64), kept)
+        kept, slot_offsets = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+        tl.store(gates + slot_offsets, powers / total, kept)
 
         chosen = mask & (ranks > 0) & (ranks <= TOP_K)
         sum_chosen += tl.sum(chosen.to(tl.int32), 0)
@@ -144,13 +144,13 @@ def select_kernel(
     is_nan = rows < 0
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        places = rows[:, None] * num_experts + columns[None, :]
+        offsets = rows[:, None] * num_experts + columns[None, :]
         mask = row_mask[:, None] & (columns < num_experts)[None, :]
-        noisy = tl.load(clean + places, mask, other=0.0)
+        noisy = tl.load(clean + offsets, mask, other=0.0)
         if raw_scale is not None:
-            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
             drawn = read_noise(
-                noise, seed, rows, chunk * BLOCK_COLUMNS, places, mask, BLOCK_ROWS, BLOCK_COLUMNS
+                noise, seed, rows, chunk * BLOCK_COLUMNS, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS
             )
             noisy += drawn * scale
         is_nan |= has_nan(noisy)
@@ -160,11 +160,11 @@ def select_kernel(
     values = key_scores(keys)
     powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
     total = tl.where(is_nan, float("nan"), tl.sum(powers, 1))[:, None]
-    kept, slot_places = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
-    tl.store(top + slot_places, values, kept)
-    tl.store(ids + slot_places, indices.to(tl.int64), kept)
-    kept, slot_places = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
-    tl.store(gates + slot_places, powers / total, kept)
+    kept, slot_offsets = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+    tl.store(top + slot_offsets, values, kept)
+    tl.store(ids + slot_offsets, indices.to(tl.int64), kept)
+    kept, slot_offsets = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+    tl.store(gates + slot_offsets, powers / total, kept)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -201,17 +201,17 @@ def sum_kernel(
         weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
         if row_weight is not None:
             weight = tl.load(row_weight + rows, row_mask, other=0.0)
-        for place in tl.static_range(TOP_K):
-            index = read_column(ids, rows, row_mask, COUNT, place)
+        for slot in tl.static_range(TOP_K):
+            index = read_column(ids, rows, row_mask, COUNT, slot)
             here = row_mask[:, None] & (columns[None, :] == index[:, None])
-            weighted = read_column(gates, rows, row_mask, TOP_K, place) * weight
+            weighted = read_column(gates, rows, row_mask, TOP_K, slot) * weight
             sum_chosen += tl.sum(here.to(tl.int32), 0)
             sum_gates += tl.sum(tl.where(here, weighted[:, None], 0.0), 0)
         if COUNT > TOP_K:
-            places = rows[:, None] * num_experts + columns[None, :]
+            offsets = rows[:, None] * num_experts + columns[None, :]
             mask = row_mask[:, None] & (columns < num_experts)[None, :]
-            logits = tl.load(clean + places, mask, other=0.0)
-            scale = softplus(tl.load(raw_scale + places, mask, other=0.0)) + NOISE_FLOOR
+            logits = tl.load(clean + offsets, mask, other=0.0)
+            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
             inside = find_inside(top, ids, rows, row_mask, columns, TOP_K)
             z = margins(logits, scale, inside, top, rows, row_mask, TOP_K)
             sum_probs += tl.sum(tl.where(mask, normal_cdf(z), 0.0), 0)

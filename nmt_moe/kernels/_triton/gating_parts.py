@@ -38,7 +38,7 @@ def read_noise(
     seed,
     rows,
     first_column,
-    places,
+    offsets,
     mask,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -47,7 +47,7 @@ def read_noise(
     if noise is None:
         drawn = draw_noise(seed, rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        drawn = tl.load(noise + places, mask, other=0.0)
+        drawn = tl.load(noise + offsets, mask, other=0.0)
     return drawn
 
 
@@ -98,13 +98,13 @@ def largest(
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
     ids = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
     ranks = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)
-    for place in tl.static_range(COUNT):
+    for slot in tl.static_range(COUNT):
         key = tl.max(keys, 1)[:, None]
         column = tl.min(tl.where(keys == key, columns, 0x7FFFFFFF), 1)[:, None]
-        found = tl.where(slots == place, key, found)
-        ids = tl.where(slots == place, column, ids)
+        found = tl.where(slots == slot, key, found)
+        ids = tl.where(slots == slot, column, ids)
         here = columns == column
-        ranks = tl.where(here, place + 1, ranks)
+        ranks = tl.where(here, slot + 1, ranks)
         keys = tl.where(here, TAKEN, keys)
     return found, ids, ranks
 
@@ -116,9 +116,9 @@ def has_nan(scores):
 
 
 @triton.jit
-def read_column(table, rows, row_mask, COUNT: tl.constexpr, place: tl.constexpr):
-    """Read column `place` of an (N, COUNT) table: (B,)."""
-    return tl.load(table + rows * COUNT + place, row_mask, other=0)
+def read_column(table, rows, row_mask, COUNT: tl.constexpr, slot: tl.constexpr):
+    """Read column `slot` of an (N, COUNT) table: (B,)."""
+    return tl.load(table + rows * COUNT + slot, row_mask, other=0)
 
 
 @triton.jit
@@ -126,9 +126,9 @@ def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
     """Tell where the chosen experts are that are strictly above the (k+1)-th."""
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)
     inside = (rows[:, None] < 0) & (columns[None, :] < 0)
-    for place in tl.static_range(TOP_K):
-        above = read_column(top, rows, row_mask, TOP_K + 1, place) > next_one
-        index = read_column(ids, rows, row_mask, TOP_K + 1, place)
+    for slot in tl.static_range(TOP_K):
+        above = read_column(top, rows, row_mask, TOP_K + 1, slot) > next_one
+        index = read_column(ids, rows, row_mask, TOP_K + 1, slot)
         inside |= above[:, None] & (columns[None, :] == index[:, None])
     return inside
 
@@ -164,9 +164,9 @@ def gate_gradient(
     row_mask,
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
-    place: tl.constexpr,
+    slot: tl.constexpr,
 ):
-    """Add up what reaches the gate in slot `place` directly and through the importance.
+    """Add up what reaches the gate in slot `slot` directly and through the importance.
 
     Args:
         grad_gates: (N, K), or None.
@@ -178,17 +178,17 @@ def gate_gradient(
         row_mask: (B,).
         TOP_K: K.
         COUNT: Columns of `ids`.
-        place: Less than K.
+        slot: Less than K.
 
     Returns:
         (B,) gradients, and the importance's gradient alone, not weighed.
     """
     direct = weight * 0.0
     if grad_gates is not None:
-        direct = read_column(grad_gates, rows, row_mask, TOP_K, place)
+        direct = read_column(grad_gates, rows, row_mask, TOP_K, slot)
     through = weight * 0.0
     if grad_importance is not None:
-        index = read_column(ids, rows, row_mask, COUNT, place)
+        index = read_column(ids, rows, row_mask, COUNT, slot)
         through = tl.load(grad_importance + group_start + index, row_mask, other=0.0)
     return direct + weight * through, through
 
@@ -208,8 +208,8 @@ def gate_dot(
 ):
     """Sum gate times gradient over a row: (B,); and gate times the importance's alone."""
     dot, through_dot = weight * 0.0, weight * 0.0
-    for place in tl.static_range(TOP_K):
-        gate = read_column(gates, rows, row_mask, TOP_K, place)
+    for slot in tl.static_range(TOP_K):
+        gate = read_column(gates, rows, row_mask, TOP_K, slot)
         grad, through = gate_gradient(
             grad_gates,
             grad_importance,
@@ -220,7 +220,7 @@ def gate_dot(
             row_mask,
             TOP_K,
             COUNT,
-            place,
+            slot,
         )
         dot += gate * grad
         through_dot += gate * through
@@ -249,9 +249,9 @@ def spread_gradient(
     They come from the softmax, and through the two thresholds of the load.
     """
     dense = columns[None, :] * weight[:, None] * 0.0
-    for place in tl.static_range(COUNT):
+    for slot in tl.static_range(COUNT):
         slope = weight * 0.0
-        if place < TOP_K:
+        if slot < TOP_K:
             grad, _ = gate_gradient(
                 grad_gates,
                 grad_importance,
@@ -262,14 +262,14 @@ def spread_gradient(
                 row_mask,
                 TOP_K,
                 COUNT,
-                place,
+                slot,
             )
-            slope = read_column(gates, rows, row_mask, TOP_K, place) * (grad - dot)
+            slope = read_column(gates, rows, row_mask, TOP_K, slot) * (grad - dot)
         if COUNT > TOP_K:
-            if place == TOP_K - 1:
+            if slot == TOP_K - 1:
                 slope -= outside_sum
-            if place == TOP_K:
+            if slot == TOP_K:
                 slope -= inside_sum
-        here = columns[None, :] == read_column(ids, rows, row_mask, COUNT, place)[:, None]
+        here = columns[None, :] == read_column(ids, rows, row_mask, COUNT, slot)[:, None]
         dense = tl.where(here, slope[:, None], dense)
     return dense

@@ -286,9 +286,9 @@ def _weight_gradient_kernel(
     tiles = tl.cdiv(dim, BLOCK_DIM) * columns
     expert = (pid // tiles).to(tl.int64)
     tile = (pid % tiles).to(tl.int64)
-    place = tile // columns * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    inner = tile // columns * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     column = tile % columns * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_place, is_column = place < dim, column < out_dim
+    is_inner, is_column = inner < dim, column < out_dim
     start = tl.load(expert_offsets + expert)
     num_rows = (tl.load(expert_offsets + expert + 1) - start).to(tl.int32)
     step = tl.arange(0, BLOCK_ROWS)
@@ -297,16 +297,16 @@ def _weight_gradient_kernel(
     for done in range(0, num_rows, BLOCK_ROWS):
         is_row = step < num_rows - done
         row = start + done + step
-        at_rows = rows + row[None, :] * row_stride + place[:, None] * row_dim_stride
+        at_rows = rows + row[None, :] * row_stride + inner[:, None] * row_dim_stride
         at_grad = grad + row[:, None] * grad_stride + column[None, :] * grad_dim_stride
-        left = tl.load(at_rows, mask=is_place[:, None] & is_row[None, :], other=0)
+        left = tl.load(at_rows, mask=is_inner[:, None] & is_row[None, :], other=0)
         right = tl.load(at_grad, mask=is_row[:, None] & is_column[None, :], other=0)
         if INTERPRETED:  # which multiplies bfloat16 wrongly
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     at_out = out + expert * expert_stride
-    at_out += place[:, None] * dim_stride + column[None, :] * out_stride
-    inside = is_place[:, None] & is_column[None, :]
+    at_out += inner[:, None] * dim_stride + column[None, :] * out_stride
+    inside = is_inner[:, None] & is_column[None, :]
     tl.store(at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -321,6 +321,6 @@ def _zero_kernel(
     if tl.load(expert_offsets + expert + 1) > tl.load(expert_offsets + expert):
         return
     for start in range(tl.program_id(1).to(tl.int64) * BLOCK, size, tl.num_programs(1) * BLOCK):
-        place = start + tl.arange(0, BLOCK).to(tl.int64)
+        index = start + tl.arange(0, BLOCK).to(tl.int64)
         zeros = tl.zeros((BLOCK,), dtype=weight_grad.dtype.element_ty)
-        tl.store(weight_grad + expert * size + place, zeros, mask=place < size)
+        tl.store(weight_grad + expert * size + index, zeros, mask=index < size)
