@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from fairseq.data import Dictionary
 
@@ -221,16 +221,41 @@ def check_languages(
                 f"Add --langs {','.join(saved['languages'])}."
             )
     if saved["symbols"] != here["symbols"]:
-        at, old, new = first_difference(saved["symbols"], here["symbols"])
+        index, old, new = first_difference(saved["symbols"], here["symbols"])
         raise ValueError(
-            f"the dictionary must be the checkpoint's, but symbol {at} is {new}, not {old}. "
+            f"the dictionary must be the checkpoint's, but symbol {index} is {new}, not {old}. "
             "Name the data folder of the training."
         )
 
 
 def first_difference(old: Sequence[str], new: Sequence[str]) -> Tuple[int, str, str]:
-    """Give the place of the first difference of two unequal lists, and both symbols there."""
+    """Return the index of the first difference of two unequal lists, and both symbols there."""
     same = (one == other for one, other in zip(old, new, strict=False))
-    at = next((place for place, equal in enumerate(same) if not equal), min(len(old), len(new)))
-    shown = [f"'{symbols[at]}'" if at < len(symbols) else "missing" for symbols in (old, new)]
-    return at, shown[0], shown[1]
+    index = next((i for i, equal in enumerate(same) if not equal), min(len(old), len(new)))
+    shown = [f"'{symbols[index]}'" if index < len(symbols) else "missing" for symbols in (old, new)]
+    return index, shown[0], shown[1]
+
+
+def read_direction(
+    source: Optional[str], target: Optional[str], languages: Sequence[str]
+) -> Optional[Pair]:
+    """Read --source-lang and --target-lang, None if neither is given.
+
+    Raises:
+        ValueError: naming the one that is missing, unknown, or equal to the other.
+    """
+    options = {"--source-lang": source, "--target-lang": target}
+    if not any(options.values()):
+        return None
+    for option, language in options.items():
+        if not language:
+            raise ValueError(
+                f"`{option}` must be one of {', '.join(languages)}, but is missing. Both languages "
+                "of a direction must be named."
+            )
+        check_language(language, languages, f"`{option}`")
+    if source == target:
+        raise ValueError(
+            f"`--source-lang` and `--target-lang` must differ, but are both '{source}'."
+        )
+    return Pair(str(source), str(target))

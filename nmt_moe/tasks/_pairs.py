@@ -1,11 +1,12 @@
 """The sentences of many language pairs as one data set."""
 
+import math
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 from fairseq.data import ConcatDataset, Dictionary, LanguagePairDataset
 
-from nmt_moe.training import sentences_of_epoch
+from nmt_moe.training import sentences_of_epoch, sentences_per_epoch
 
 
 class PairsDataset(LanguagePairDataset):
@@ -87,3 +88,33 @@ class PairsDataset(LanguagePairDataset):
     def pair_of(self, indices: np.ndarray) -> np.ndarray:
         """Tell the place in `pairs` of each sentence."""
         return np.searchsorted(self.starts, indices, side="right") - 1
+
+
+def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
+    """Make the table of effective epochs.
+
+    Args:
+        dataset: Of training.
+        epochs: Of the whole training; infinity where no option limits it.
+    """
+    own_epochs = epochs / dataset.num_folders
+    assert dataset.passes is not None
+    drawn = {
+        pair: sentences_per_epoch(size, dataset.passes[pair])
+        for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True)
+    }
+    total = sum(drawn.values())
+    whole = "open" if math.isinf(epochs) else f"{epochs:.2f}"
+    lines = [
+        f"sampling: {total} sentences an epoch; epochs of this training: {whole}",
+        f"  {'pair':<8}{'sentences':>11}{'an epoch':>11}{'share':>8}"
+        f"{'passes/epoch':>14}{'passes in all':>15}",
+    ]
+    for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True):
+        passes = drawn[pair] / size
+        in_all = "open" if math.isinf(epochs) else f"{passes * own_epochs:.2f}"
+        lines.append(
+            f"  {pair:<8}{size:>11}{drawn[pair]:>11}{drawn[pair] / total:>8.1%}"
+            f"{passes:>14.2f}{in_all:>15}"
+        )
+    return "\n".join(lines)

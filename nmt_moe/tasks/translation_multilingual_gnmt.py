@@ -20,7 +20,6 @@ from nmt_moe.compat._replace import replace
 from nmt_moe.scoring.measures import validation_tokens
 from nmt_moe.tasks._languages import (
     Pair,
-    check_language,
     check_languages,
     describe_languages,
     language_token,
@@ -28,10 +27,11 @@ from nmt_moe.tasks._languages import (
     parse_languages,
     parse_oversampling,
     parse_pairs,
+    read_direction,
 )
 from nmt_moe.tasks._pair_metrics import add_pair_columns, log_expert_use, reduce_pairs
-from nmt_moe.tasks._pairs import PairsDataset
-from nmt_moe.training import passes_per_epoch, sentences_per_epoch
+from nmt_moe.tasks._pairs import PairsDataset, describe_sampling
+from nmt_moe.training import passes_per_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class MultilingualGNMTTask(TranslationTask):
         """
         pairs = [] if cfg.langs and not cfg.lang_pairs else parse_pairs(cfg.lang_pairs)
         languages = parse_languages(cfg.langs, pairs)
-        direction = read_direction(cfg, languages)
+        direction = read_direction(cfg.source_lang, cfg.target_lang, languages)
         folder = utils.split_paths(cfg.data)[0]
         dictionary = load_shared_dictionary(folder, languages)
         logger.info("%d languages (%s)", len(languages), ", ".join(languages))
@@ -226,38 +226,8 @@ class MultilingualGNMTTask(TranslationTask):
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if getattr(dataset, "passes", None) is not None and not self.has_shown_sampling:
             self.has_shown_sampling = True
-            logger.info(self.describe_sampling(dataset, len(iterator)))
+            logger.info(describe_sampling(dataset, self._count_epochs(len(iterator))))
         return iterator
-
-    def describe_sampling(self, dataset: PairsDataset, num_batches: int) -> str:
-        """Make the table of effective epochs.
-
-        Args:
-            dataset: Of training.
-            num_batches: Batches of an epoch on each rank.
-        """
-        epochs = self._count_epochs(num_batches)
-        own_epochs = epochs / dataset.num_folders
-        assert dataset.passes is not None
-        drawn = {
-            pair: sentences_per_epoch(size, dataset.passes[pair])
-            for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True)
-        }
-        total = sum(drawn.values())
-        whole = "open" if math.isinf(epochs) else f"{epochs:.2f}"
-        lines = [
-            f"sampling: {total} sentences an epoch; epochs of this training: {whole}",
-            f"  {'pair':<8}{'sentences':>11}{'an epoch':>11}{'share':>8}"
-            f"{'passes/epoch':>14}{'passes in all':>15}",
-        ]
-        for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True):
-            passes = drawn[pair] / size
-            in_all = "open" if math.isinf(epochs) else f"{passes * own_epochs:.2f}"
-            lines.append(
-                f"  {pair:<8}{size:>11}{drawn[pair]:>11}{drawn[pair] / total:>8.1%}"
-                f"{passes:>14.2f}{in_all:>15}"
-            )
-        return "\n".join(lines)
 
     def _count_epochs(self, num_batches: int) -> float:
         """Tell how many epochs --max-epoch and --max-update allow; infinity if neither is set."""
@@ -357,26 +327,3 @@ def _refusing_languages(load: Callable) -> Callable:
 
 # Without the task, the dictionary lacks the languages' tokens, and seems to be another one.
 replace(FairseqTask, "load_state_dict", _refusing_languages)
-
-
-def read_direction(cfg: MultilingualGNMTConfig, languages: Sequence[str]) -> Optional[Pair]:
-    """Read --source-lang and --target-lang, None if neither is given.
-
-    Raises:
-        ValueError: naming the one that is missing, unknown, or equal to the other.
-    """
-    options = {"--source-lang": cfg.source_lang, "--target-lang": cfg.target_lang}
-    if not any(options.values()):
-        return None
-    for option, language in options.items():
-        if not language:
-            raise ValueError(
-                f"`{option}` must be one of {', '.join(languages)}, but is missing. Both languages "
-                "of a direction must be named."
-            )
-        check_language(language, languages, f"`{option}`")
-    if cfg.source_lang == cfg.target_lang:
-        raise ValueError(
-            f"`--source-lang` and `--target-lang` must differ, but are both '{cfg.source_lang}'."
-        )
-    return Pair(str(cfg.source_lang), str(cfg.target_lang))
