@@ -73,21 +73,16 @@ export_bundle() {
 # digest: sha256 of standard input.
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
-# begin_steps FOLDER [KEY]: the steps that follow leave their stamps in FOLDER/.steps; KEY ties them to earlier work.
-begin_steps() {
-  STEPS_FOLDER=$1/.steps
-  STEP_KEY=${2:-}
-  [[ ${DRY_RUN:-0} == 1 ]] || mkdir -p "$STEPS_FOLDER"
-}
+# step_key PREVIOUS NAME SETTINGS: the key of a step that follows the one with the key PREVIOUS (empty for the first).
+step_key() { printf '%s|%s|%s' "$1" "$2" "$3" | digest; }
 
-# run_step NAME SETTINGS COMMAND...: run COMMAND unless its stamp says that the same step ended well with the same
-# SETTINGS after the same earlier steps. So a second run goes on where the first failed, and a changed setting
+# run_step FOLDER NAME KEY COMMAND...: run COMMAND unless FOLDER/.steps/NAME says that a step with the same KEY ended well:
+# the same settings after the same earlier steps. So a second run goes on where the first failed, and a changed setting
 # repeats its own step and all that follow. With DRY_RUN=1 it only prints what it would do.
 run_step() {
-  local name=$1 settings=$2 stamp=$STEPS_FOLDER/$1
-  shift 2
-  STEP_KEY=$(printf '%s|%s|%s' "$STEP_KEY" "$name" "$settings" | digest)
-  if [[ -f $stamp && $(<"$stamp") == "$STEP_KEY" ]]; then
+  local stamp=$1/.steps/$2 name=$2 key=$3
+  shift 3
+  if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
     say "$name: done before"
     return
   fi
@@ -97,9 +92,10 @@ run_step() {
     return
   fi
   say "$name"
+  mkdir -p "$(dirname "$stamp")"
   rm -f "$stamp"
   "$@"
-  printf '%s' "$STEP_KEY" >"$stamp"
+  printf '%s' "$key" >"$stamp"
 }
 
 # show_command COMMAND...: print a command as it could be typed.
@@ -145,7 +141,7 @@ check_settings() {
     TEST_SIZE VALID_LINES SAMPLE_PAIRS MAX_PIECES MAX_PAIRS SHARDS MIN_COUNT; do
     [[ -z ${!name+set} ]] || require_whole "$name" 1
   done
-  for name in SEED WARMUP_UPDATES HOLD_UPDATES SAMPLES NODE_RANK LINES; do
+  for name in SEED WARMUP_UPDATES HOLD_UPDATES SAMPLES NODE_RANK SHARD_LINES; do
     [[ -z ${!name+set} ]] || require_whole "$name" 0
   done
   [[ -z ${VOCAB_SIZE+set} ]] || require_whole VOCAB_SIZE 10

@@ -8,12 +8,14 @@ r"""The one reader of text: what a line is, and which lines are refused.
   other control characters of ASCII but the three above (tab, vertical tab, form feed); lines of
   more than `MAX_LINE_BYTES`. So every other program that reads an accepted file counts its lines
   as we do, and the memory that a line takes is bounded.
-- A name that ends in `.gz` is read through gzip, to its end, so that its checksum is compared.
+- A name that ends in `.gz` or `.xz` is read through gzip or xz, to its end, so that its checksum is
+  compared.
 """
 
 import codecs
 import gzip
 import logging
+import lzma
 import os
 import re
 import sys
@@ -68,7 +70,7 @@ def read_lines(
             is cleaned afterwards.
 
     Raises:
-        ValueError: naming file, line and reason; or that a gzip file is not whole.
+        ValueError: naming file, line and reason; or that a packed file is not whole.
         OSError: the file cannot be opened.
     """
     name = os.fspath(path)
@@ -93,9 +95,11 @@ def count_lines(path: Path) -> int:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; through gzip if its name ends in `.gz`."""
+    """Open a file for reading; through gzip or xz if its name ends in `.gz` or `.xz`."""
     if os.fspath(path).endswith(".gz"):
         return cast(BinaryIO, gzip.open(path))
+    if os.fspath(path).endswith(".xz"):
+        return cast(BinaryIO, lzma.open(path))
     return open(path, "rb")
 
 
@@ -150,12 +154,12 @@ def scan_lines(
         allow_controls: As for `read_lines`.
 
     Raises:
-        ValueError: a gzip file is not whole.
+        ValueError: a packed file is not whole.
     """
     try:
         yield from _scan_lines(stream, name, start, end, max_bytes, allow_controls)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"`{name}` is not a whole gzip file: {error}.") from error
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise ValueError(f"`{name}` is not a whole packed file: {error}.") from error
 
 
 def _scan_lines(

@@ -52,10 +52,13 @@ binarise() {
 [[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder that holds the text, but is empty"
 check_settings
 use_environment
-begin_steps "$WORK"
-run_step split "$TEXT_DIR $TRAIN $TEST $VALID $VALID_LINES" split_text
-run_step learn-pieces "$VOCAB_SIZE" learn_pieces
-run_step cut "" cut_texts
-run_step binarise "" binarise
+key=$(step_key "" split "$TEXT_DIR $TRAIN $TEST $VALID $VALID_LINES")
+run_step "$WORK" split "$key" split_text
+key=$(step_key "$key" learn-pieces "$VOCAB_SIZE")
+run_step "$WORK" learn-pieces "$key" learn_pieces
+key=$(step_key "$key" cut "")
+run_step "$WORK" cut "$key" cut_texts
+key=$(step_key "$key" binarise "")
+run_step "$WORK" binarise "$key" binarise
 # run.sh goes on only with the text it began with.
-printf '%s' "$STEP_KEY" >"$WORK/prepared"
+printf '%s' "$key" >"$WORK/prepared"

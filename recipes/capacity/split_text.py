@@ -6,22 +6,20 @@ Refused, with file and line: what is missing, empty, cut off, not UTF-8, or not 
 
 from __future__ import annotations
 
-import gzip
-import lzma
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from nmt_moe.cli import command
+from nmt_moe.text.lines import read_lines
 
 # A longer line is a text that was not cut into sentences or paragraphs.
 MAX_LINE_WORDS = 3000
 
 
 def find_text(folder: Path, name: str) -> Path:
-    """Give the path of a text that may be packed.
+    """Return the path of a text that may be packed.
 
     Raises:
         ValueError: the folder or the text is missing.
@@ -40,20 +38,9 @@ def read_sentences(path: Path) -> list[str]:
     Raises:
         ValueError: naming file and line, of what is no text of a sentence per line.
     """
-    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
-    try:
-        content = unpack(path.read_bytes()) if unpack else path.read_bytes()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
     sentences = []
-    for number, raw in enumerate(content.split(b"\n"), 1):
-        try:
-            words = raw.decode("utf-8").split()
-        except UnicodeDecodeError as error:
-            at = f"line {number}, byte {error.start + 1}"
-            raise ValueError(
-                f"{path}: {at}: not UTF-8. Convert the text, for example with iconv."
-            ) from None
+    for number, line in enumerate(read_lines(path, allow_controls=True), 1):
+        words = line.split()
         if len(words) > MAX_LINE_WORDS:
             raise ValueError(
                 f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but has "

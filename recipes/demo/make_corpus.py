@@ -12,16 +12,17 @@ side.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import random
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import click
 import num2words as num2words_package
+
+from nmt_moe.cli import command
 
 
 @cache
@@ -335,26 +336,25 @@ def write_corpus(folder: Path, language: str, sizes: dict[str, int], seed: int) 
             (folder / f"{name}.{ending}").write_text(text, encoding="utf-8", newline="\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="where to write the six files")
-    parser.add_argument("--target-lang", choices=sorted(set(LANGUAGES) - {"en"}), default="fr")
-    parser.add_argument("--train-size", type=int, default=12000, help="pairs to train on")
-    parser.add_argument("--valid-size", type=int, default=300)
-    parser.add_argument("--test-size", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    sizes = {
-        "train": arguments.train_size,
-        "valid": arguments.valid_size,
-        "test": arguments.test_size,
-    }
-    if min(sizes.values()) < 1:
-        parser.error(f"every part must have at least 1 pair, but the sizes are {sizes}")
-    write_corpus(arguments.folder, arguments.target_lang, sizes, arguments.seed)
-    sys.stdout.write(f"{sum(sizes.values())} different pairs in {arguments.folder}: {sizes}\n")
+PAIRS = click.IntRange(min=1)
+
+
+@command(
+    "make_corpus.py", "make_corpus.py corpus --target-lang de --train-size 12000 --test-size 500"
+)
+@click.argument("folder", type=Path)
+@click.option("--target-lang", type=click.Choice(["de", "fr"]), default="fr", show_default=True)
+@click.option("--train-size", type=PAIRS, default=12000, show_default=True, help="In pairs.")
+@click.option("--valid-size", type=PAIRS, default=300, show_default=True)
+@click.option("--test-size", type=PAIRS, default=500, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+def main(
+    folder: Path, target_lang: str, train_size: int, valid_size: int, test_size: int, seed: int
+) -> None:
+    """Write a parallel corpus of English and French or German into FOLDER, six files."""
+    sizes = {"train": train_size, "valid": valid_size, "test": test_size}
+    write_corpus(folder, target_lang, sizes, seed)
+    click.echo(f"{sum(sizes.values())} different pairs in {folder}: {sizes}")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ binarise() {
     --testpref "$WORK/pieces/test" --destdir "$WORK/data-bin"
 }
 
-train() {
-  keep_or_clear "$WORK/training" "$STEP_KEY"
+train() { # KEY
+  keep_or_clear "$WORK/training" "$1"
   # The rate climbs for a tenth of the training, stays for four tenths, then falls as 1/sqrt(update).
   train_logged "$WORK/training/train.log" fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --arch lstm_moe_gnmt_small --model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" \
@@ -135,17 +135,24 @@ show_translations() {
 use_environment
 set_device
 after_setup=$SECONDS
-begin_steps "$WORK"
 say "English to $TARGET_LANG in $WORK; the log of the training is $WORK/training/train.log"
-run_step corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(digest <"$HERE/make_corpus.py")" make_corpus
-run_step pieces "$VOCAB_SIZE" cut_into_pieces
-run_step binarise "" binarise
-run_step train "$UPDATES $MAX_TOKENS $LEARNING_RATE $MODEL_DIM $LSTM_HIDDEN_DIM $NUM_EXPERTS $TOP_K $EXPERT_HIDDEN_DIM
-  $INIT_RANGE $DROPOUT $SAVE_INTERVAL $AVERAGE $DEVICE ${TRAIN_FLAGS[*]}" train
-run_step average "" average
-run_step translate "$BEAM" translate
-run_step score "" score
-run_step export "" export_translator
+key=$(step_key "" corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(digest <"$HERE/make_corpus.py")")
+run_step "$WORK" corpus "$key" make_corpus
+key=$(step_key "$key" pieces "$VOCAB_SIZE")
+run_step "$WORK" pieces "$key" cut_into_pieces
+key=$(step_key "$key" binarise "")
+run_step "$WORK" binarise "$key" binarise
+key=$(step_key "$key" train "$UPDATES $MAX_TOKENS $LEARNING_RATE $MODEL_DIM $LSTM_HIDDEN_DIM $NUM_EXPERTS $TOP_K $EXPERT_HIDDEN_DIM
+  $INIT_RANGE $DROPOUT $SAVE_INTERVAL $AVERAGE $DEVICE ${TRAIN_FLAGS[*]}")
+run_step "$WORK" train "$key" train "$key"
+key=$(step_key "$key" average "")
+run_step "$WORK" average "$key" average
+key=$(step_key "$key" translate "$BEAM")
+run_step "$WORK" translate "$key" translate
+key=$(step_key "$key" score "")
+run_step "$WORK" score "$key" score
+key=$(step_key "$key" export "")
+run_step "$WORK" export "$key" export_translator
 show_translations
 printf '\n'
 cat "$WORK/score.txt"

@@ -6,7 +6,7 @@
 # compares its tokens with the text's words. Finished steps are skipped. Variables:
 #   SLICE        1: the first 20,000 lines of one training shard, for a trial on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
-#   LINES        of each shard, held-out ones too; 0: all (0; with SLICE 20000)
+#   SHARD_LINES  lines of each shard, held-out ones too; 0: all (0; with SLICE 20000)
 #   MIN_COUNT    rarer words are unknown: 3 gives the benchmark's own vocabulary of 793,471 (3)
 #   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); file:///... also
 #   LM1B_SHA256  its digest (the public one)
@@ -24,11 +24,11 @@ SLICE=${SLICE:-0}
 require_choice SLICE 0 1
 if [[ $SLICE == 1 ]]; then
   SHARDS=${SHARDS:-1}
-  LINES=${LINES:-20000}
+  SHARD_LINES=${SHARD_LINES:-20000}
   WORK=${WORK:-$HERE/work/slice}
 fi
 SHARDS=${SHARDS:-99}
-LINES=${LINES:-0}
+SHARD_LINES=${SHARD_LINES:-0}
 MIN_COUNT=${MIN_COUNT:-3}
 LM1B_MIRROR=${LM1B_MIRROR:-}
 LM1B_SHA256=${LM1B_SHA256:-}
@@ -39,12 +39,12 @@ THREADS=${THREADS:-2}
 BENCHMARK_VOCABULARY=793471
 
 fetch_texts() {
-  python "$HERE/fetch.py" --folder "$ARCHIVE_DIR" --target "$WORK/text" --shards "$SHARDS" --lines "$LINES" \
+  python "$HERE/fetch.py" --folder "$ARCHIVE_DIR" --target "$WORK/text" --shards "$SHARDS" --lines "$SHARD_LINES" \
     ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
 }
 
 # is_whole: all of the public archive's training text, so that the published counts must come out.
-is_whole() { ((SHARDS == 99 && LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
+is_whole() { ((SHARDS == 99 && SHARD_LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
 
 count_texts() {
   local published=()
@@ -85,11 +85,15 @@ check_vocabulary() {
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
 check_settings
 use_environment
-begin_steps "$WORK"
-run_step fetch "$SHARDS $LINES $LM1B_MIRROR $LM1B_SHA256" fetch_texts
-run_step count "" count_texts
-run_step binarise "$MIN_COUNT" binarise
-run_step tokens "" check_tokens
-run_step vocabulary "" check_vocabulary
+key=$(step_key "" fetch "$SHARDS $SHARD_LINES $LM1B_MIRROR $LM1B_SHA256")
+run_step "$WORK" fetch "$key" fetch_texts
+key=$(step_key "$key" count "")
+run_step "$WORK" count "$key" count_texts
+key=$(step_key "$key" binarise "$MIN_COUNT")
+run_step "$WORK" binarise "$key" binarise
+key=$(step_key "$key" tokens "")
+run_step "$WORK" tokens "$key" check_tokens
+key=$(step_key "$key" vocabulary "")
+run_step "$WORK" vocabulary "$key" check_vocabulary
 # train.sh resumes a model only on the text it was trained on.
-printf '%s' "$STEP_KEY" >"$WORK/prepared"
+printf '%s' "$key" >"$WORK/prepared"

@@ -27,69 +27,72 @@ BATCH_SIZE=${BATCH_SIZE:-64}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-2}
 
-# translate OUTPUT SUBSET SPLIT LENPEN: into OUTPUT, as the model writes it, and beside it in the official tokenised form.
+# checkpoints_of PAIR: the model to evaluate, or several with colons between.
+checkpoints_of() { printf '%s' "${CHECKPOINT:-$(work_folder "$1")/$RUN/average.pt}"; }
+
+# translate PAIR OUTPUT SUBSET SPLIT LENPEN: into OUTPUT, as the model writes it, and beside it in the official form.
 translate() {
-  local output=$1
-  OMP_NUM_THREADS=$THREADS translate_logged "$output" "$WORK_FOLDER/data-bin" --path "$CHECKPOINTS" --gen-subset "$2" \
-    --beam "$BEAM" --lenpen "$4" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece
-  nmt-moe check-parallel --allow-empty "$output" "$WORK_FOLDER/text/$3.$PAIR" >/dev/null
+  local pair=$1 output=$2 folder
+  folder=$(work_folder "$pair")
+  OMP_NUM_THREADS=$THREADS translate_logged "$output" "$folder/data-bin" --path "$(checkpoints_of "$pair")" --gen-subset "$3" \
+    --beam "$BEAM" --lenpen "$5" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece
+  nmt-moe check-parallel --allow-empty "$output" "$folder/text/$4.$pair" >/dev/null
   if [[ $CASE == lower ]]; then
     cp "$output" "$output.lc.norm.tok"
   else
-    python "$HERE/moses_text.py" "$PAIR" <"$output" >"$output.lc.norm.tok"
+    python "$HERE/moses_text.py" "$pair" <"$output" >"$output.lc.norm.tok"
   fi
 }
 
-# score_tokenised OUTPUT SPLIT FORMAT-FLAG...: the official file is tokenised already: sacrebleu must take it as it is, and
+# score_tokenised PAIR OUTPUT SPLIT FORMAT-FLAG...: the official file is tokenised already: sacrebleu must take it as it is, and
 # --force says that this is meant.
 score_tokenised() {
-  quietly sacrebleu "$WORK_FOLDER/text/$2.lc.norm.tok.$PAIR" -i "$1.lc.norm.tok" --tokenize none --force "${@:3}"
+  quietly sacrebleu "$(work_folder "$1")/text/$3.lc.norm.tok.$1" -i "$2.lc.norm.tok" --tokenize none --force "${@:4}"
 }
 
-report() { # OUTPUT SPLIT LENPEN
+report() { # PAIR OUTPUT SPLIT LENPEN
   local tokenised cased
-  tokenised=$(score_tokenised "$1" "$2" --format text)
-  printf '%s, English to %s, %s, beam %s, length penalty %s\n' "$2" "$PAIR" "$RUN" "$BEAM" "$3"
+  tokenised=$(score_tokenised "$1" "$2" "$3" --format text)
+  printf '%s, English to %s, %s, beam %s, length penalty %s\n' "$3" "$1" "$RUN" "$BEAM" "$4"
   printf '  lower-cased tokenised  %s\n' "$tokenised"
   if [[ $CASE != lower ]]; then
-    cased=$(quietly sacrebleu "$WORK_FOLDER/text/$2.$PAIR" -i "$1" --metrics bleu chrf --format text)
+    cased=$(quietly sacrebleu "$(work_folder "$1")/text/$3.$1" -i "$2" --metrics bleu chrf --format text)
     printf '  cased  %s\n' "${cased//$'\n'/$'\n  cased  '}"
   fi
 }
 
-export_translator() { # LENPEN
-  local flags=()
+export_translator() { # PAIR LENPEN
+  local flags=() folder
+  folder=$(work_folder "$1")
   [[ $CASE == cased ]] || flags=(--lowercase)
-  export_bundle "$CHECKPOINTS" "$RUN_FOLDER/bundle" --data "$WORK_FOLDER/data-bin" --pieces "$WORK_FOLDER/spm.model" \
-    --beam "$BEAM" --lenpen "$1" --scores "$RUN_FOLDER/scores.txt" "${flags[@]}"
+  export_bundle "$(checkpoints_of "$1")" "$folder/$RUN/bundle" --data "$folder/data-bin" --pieces "$folder/spm.model" \
+    --beam "$BEAM" --lenpen "$2" --scores "$folder/$RUN/scores.txt" "${flags[@]}"
 }
 
 evaluate_pair() { # PAIR
-  local lenpen score best="" best_score=-1 file outputs
-  PAIR=$1
-  WORK_FOLDER=$(work_folder "$PAIR")
-  RUN_FOLDER=$WORK_FOLDER/$RUN
-  CHECKPOINTS=${CHECKPOINT:-$RUN_FOLDER/average.pt}
-  for file in ${CHECKPOINTS//:/ }; do
+  local pair=$1 lenpen score best="" best_score=-1 file folder outputs checkpoints
+  folder=$(work_folder "$pair")/$RUN
+  checkpoints=$(checkpoints_of "$pair")
+  for file in ${checkpoints//:/ }; do
     [[ -f $file ]] ||
-      die "$file is missing: train it with 'RUN=$RUN bash recipes/multi30k/train.sh $PAIR', or set RUN or CHECKPOINT"
+      die "$file is missing: train it with 'RUN=$RUN bash recipes/multi30k/train.sh $pair', or set RUN or CHECKPOINT"
   done
-  outputs=$RUN_FOLDER/translations
+  outputs=$folder/translations
   mkdir -p "$outputs"
   for lenpen in $LENPENS; do
-    translate "$outputs/val.lenpen$lenpen" valid val "$lenpen"
-    score=$(score_tokenised "$outputs/val.lenpen$lenpen" val --score-only --width 2)
+    translate "$pair" "$outputs/val.lenpen$lenpen" valid val "$lenpen"
+    score=$(score_tokenised "$pair" "$outputs/val.lenpen$lenpen" val --score-only --width 2)
     say "val, length penalty $lenpen: lower-cased tokenised BLEU $score"
     if awk "BEGIN { exit !($score > $best_score) }"; then
       best_score=$score
       best=$lenpen
     fi
   done
-  report "$outputs/val.lenpen$best" val "$best" | tee "$RUN_FOLDER/scores.txt"
-  translate "$outputs/test_2016_flickr" test test_2016_flickr "$best"
-  report "$outputs/test_2016_flickr" test_2016_flickr "$best" | tee -a "$RUN_FOLDER/scores.txt"
-  say "translations and scores: $RUN_FOLDER"
-  [[ $CHECKPOINTS == *:* || $CASE == lower ]] || export_translator "$best"
+  report "$pair" "$outputs/val.lenpen$best" val "$best" | tee "$folder/scores.txt"
+  translate "$pair" "$outputs/test_2016_flickr" test test_2016_flickr "$best"
+  report "$pair" "$outputs/test_2016_flickr" test_2016_flickr "$best" | tee -a "$folder/scores.txt"
+  say "translations and scores: $folder"
+  [[ $checkpoints == *:* || $CASE == lower ]] || export_translator "$pair" "$best"
 }
 
 parse_pairs "$@"

@@ -9,10 +9,12 @@ them. Of the 2,014 lines of the official val and test_2016_flickr files, this gi
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+import click
 from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+from nmt_moe.cli import command
 
 
 class OfficialTokenizer:
@@ -27,12 +29,11 @@ class OfficialTokenizer:
         return self.tokenizer.tokenize(normalised, return_str=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("language", help="en, de, fr, ...")
-    tokenize = OfficialTokenizer(parser.parse_args().language)
+@command("moses_text.py", "moses_text.py fr <translation >translation.lc.norm.tok")
+@click.argument("language")
+def main(language: str) -> None:
+    """Bring standard input to the form of the official lc.norm.tok files of en, de, fr, ..."""
+    tokenize = OfficialTokenizer(language)
     sys.stdin.reconfigure(encoding="utf-8", newline="\n")
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     for line in sys.stdin:

@@ -34,73 +34,82 @@ SHA256SUMS=${SHA256SUMS:-$HERE/SHA256SUMS}
 # official name of a split -> ours
 SPLITS=(train val test_2016_flickr)
 
-fetch_texts() { # one folder of raw text, one of the official lower-cased, tokenised text
+fetch_texts() { # PAIR FOLDER: one folder of raw text, one of the official lower-cased, tokenised text
+  local pair=$1 folder=$2
   local split language kind names=()
-  for language in en "$PAIR"; do
+  for language in en "$pair"; do
     for split in "${SPLITS[@]}"; do names+=("$split.$language" "$split.lc.norm.tok.$language"); done
   done
-  python "$HERE/fetch.py" "${names[@]}" --target "$WORK_FOLDER/text" --digests "$SHA256SUMS" \
+  python "$HERE/fetch.py" "${names[@]}" --target "$folder/text" --digests "$SHA256SUMS" \
     ${MULTI30K_DIR:+--folder "$MULTI30K_DIR"}
   for split in "${SPLITS[@]}"; do
     for kind in "" .lc.norm.tok; do
-      nmt-moe check-parallel "$WORK_FOLDER/text/$split$kind".{en,"$PAIR"}
+      nmt-moe check-parallel "$folder/text/$split$kind".{en,"$pair"}
     done
   done
 }
 
-select_texts() { # the form of the text that is trained on
+select_texts() { # PAIR FOLDER: the form of the text that is trained on
+  local pair=$1 folder=$2
   local split language kind=""
   [[ $CASE == lower ]] && kind=.lc.norm.tok
-  mkdir -p "$WORK_FOLDER/selected"
+  mkdir -p "$folder/selected"
   for split in "${SPLITS[@]}"; do
-    for language in en "$PAIR"; do
-      cp "$WORK_FOLDER/text/$split$kind.$language" "$WORK_FOLDER/selected/$split.$language"
+    for language in en "$pair"; do
+      cp "$folder/text/$split$kind.$language" "$folder/selected/$split.$language"
     done
     if [[ $CASE == source-lower ]]; then
       python -c 'import sys; sys.stdout.writelines(line.lower() for line in sys.stdin)' \
-        <"$WORK_FOLDER/text/$split.en" >"$WORK_FOLDER/selected/$split.en"
+        <"$folder/text/$split.en" >"$folder/selected/$split.en"
     fi
   done
 }
 
-learn_pieces() {
+learn_pieces() { # PAIR FOLDER
+  local pair=$1 folder=$2
   nmt-moe pieces train --vocab-size "$VOCAB_SIZE" --model-type "$PIECE_TYPE" \
-    --model "$WORK_FOLDER/spm.model" --dictionary "$WORK_FOLDER/dict.txt" --inputs "$WORK_FOLDER"/selected/train.{en,"$PAIR"}
+    --model "$folder/spm.model" --dictionary "$folder/dict.txt" --inputs "$folder"/selected/train.{en,"$pair"}
 }
 
-cut_texts() { # only the training text is cut in several ways; the two sides are cut independently
+cut_texts() { # PAIR FOLDER: only the training text is cut in several ways; the two sides are cut independently
+  local pair=$1 folder=$2
   local split samples
-  mkdir -p "$WORK_FOLDER/pieces"
+  mkdir -p "$folder/pieces"
   for split in "${SPLITS[@]}"; do
     samples=0
     [[ $split == train ]] && samples=$SAMPLES
-    nmt-moe pieces encode --model "$WORK_FOLDER/spm.model" --samples "$samples" --alpha "$SAMPLE_ALPHA" \
-      --inputs "$WORK_FOLDER/selected/$split".{en,"$PAIR"} --outputs "$WORK_FOLDER/pieces/$split".{en,"$PAIR"}
-    nmt-moe check-parallel "$WORK_FOLDER/pieces/$split".{en,"$PAIR"}
+    nmt-moe pieces encode --model "$folder/spm.model" --samples "$samples" --alpha "$SAMPLE_ALPHA" \
+      --inputs "$folder/selected/$split".{en,"$pair"} --outputs "$folder/pieces/$split".{en,"$pair"}
+    nmt-moe check-parallel "$folder/pieces/$split".{en,"$pair"}
   done
 }
 
-binarise() {
-  rm -rf "$WORK_FOLDER/data-bin"
-  logged "$WORK_FOLDER/preprocess.log" fairseq-preprocess --source-lang en --target-lang "$PAIR" \
-    --trainpref "$WORK_FOLDER/pieces/train" --validpref "$WORK_FOLDER/pieces/val" \
-    --testpref "$WORK_FOLDER/pieces/test_2016_flickr" \
-    --srcdict "$WORK_FOLDER/dict.txt" --tgtdict "$WORK_FOLDER/dict.txt" --destdir "$WORK_FOLDER/data-bin" \
+binarise() { # PAIR FOLDER
+  local pair=$1 folder=$2
+  rm -rf "$folder/data-bin"
+  logged "$folder/preprocess.log" fairseq-preprocess --source-lang en --target-lang "$pair" \
+    --trainpref "$folder/pieces/train" --validpref "$folder/pieces/val" \
+    --testpref "$folder/pieces/test_2016_flickr" \
+    --srcdict "$folder/dict.txt" --tgtdict "$folder/dict.txt" --destdir "$folder/data-bin" \
     --workers "$THREADS"
 }
 
 prepare_pair() {
-  PAIR=$1
-  WORK_FOLDER=$(work_folder "$PAIR")
-  say "preparing English to $PAIR in $WORK_FOLDER"
-  begin_steps "$WORK_FOLDER"
-  run_step fetch "$PAIR $MULTI30K_DIR $(digest <"$SHA256SUMS")" fetch_texts
-  run_step select "$CASE" select_texts
-  run_step learn-pieces "$VOCAB_SIZE $PIECE_TYPE" learn_pieces
-  run_step cut "$SAMPLES $SAMPLE_ALPHA" cut_texts
-  run_step binarise "" binarise
+  local pair=$1 folder key
+  folder=$(work_folder "$pair")
+  say "preparing English to $pair in $folder"
+  key=$(step_key "" fetch "$pair $MULTI30K_DIR $(digest <"$SHA256SUMS")")
+  run_step "$folder" fetch "$key" fetch_texts "$pair" "$folder"
+  key=$(step_key "$key" select "$CASE")
+  run_step "$folder" select "$key" select_texts "$pair" "$folder"
+  key=$(step_key "$key" learn-pieces "$VOCAB_SIZE $PIECE_TYPE")
+  run_step "$folder" learn-pieces "$key" learn_pieces "$pair" "$folder"
+  key=$(step_key "$key" cut "$SAMPLES $SAMPLE_ALPHA")
+  run_step "$folder" cut "$key" cut_texts "$pair" "$folder"
+  key=$(step_key "$key" binarise "")
+  run_step "$folder" binarise "$key" binarise "$pair" "$folder"
   # train.sh resumes a model only on the text it was trained on.
-  printf '%s' "$STEP_KEY" >"$WORK_FOLDER/prepared"
+  printf '%s' "$key" >"$folder/prepared"
 }
 
 parse_pairs "$@"

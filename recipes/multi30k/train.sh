@@ -78,39 +78,38 @@ set_model_flags() {
   fi
 }
 
-train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+# train_model DATA FOLDER: resumes by itself, as fairseq looks for checkpoint_last.pt.
+train_model() {
   local keep=(--keep-interval-updates "$AVERAGE")
   [[ $CHOOSE == best ]] && keep=(--keep-interval-updates 1 --keep-best-checkpoints "$AVERAGE")
-  OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
-    fairseq-train "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${MODEL_FLAGS[@]}" \
+  OMP_NUM_THREADS=$THREADS train_logged "$2/train.log" \
+    fairseq-train "$1" --user-dir "$REPOSITORY/nmt_moe" "${MODEL_FLAGS[@]}" \
     --criterion moe_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --weight-decay "$WEIGHT_DECAY" --clip-norm "$CLIP_NORM" \
     --lr "$LEARNING_RATE" --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --max-update "$UPDATES" \
     --warmup-updates "$WARMUP_UPDATES" --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --seed "$SEED" \
-    --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$RUN_FOLDER" --save-interval-updates "$SAVE_INTERVAL" \
+    --num-workers 0 "${EVERY_SENTENCE[@]}" --save-dir "$2" --save-interval-updates "$SAVE_INTERVAL" \
     "${keep[@]}" --no-epoch-checkpoints --validate-interval 1000000 \
     "${LOG_FORMAT[@]}" --log-interval 100 \
-    --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
+    --tensorboard-logdir "$2/tensorboard" "${DEVICE_FLAGS[@]}" "${FLAGS[@]}"
 }
 
 train_pair() {
-  local settings
-  PAIR=$1
-  WORK_FOLDER=$(work_folder "$PAIR")
-  RUN_FOLDER=$WORK_FOLDER/$RUN
-  bash "$HERE/prepare.sh" "$PAIR"
+  local pair=$1 settings work folder chosen=--last
+  work=$(work_folder "$pair")
+  folder=$work/$RUN
+  bash "$HERE/prepare.sh" "$pair"
   # Without UPDATES: a finished run may be prolonged; its rate then jumps up to where a longer run would be.
-  settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${MODEL_FLAGS[*]}" \
+  settings=$(printf '%s\n' "text $(<"$work/prepared")" "${MODEL_FLAGS[*]}" \
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
     "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
-  keep_settings "$RUN_FOLDER" "$settings"
-  say "training $MODEL, English to $PAIR, $UPDATES updates; log: $RUN_FOLDER/train.log"
-  [[ $AVERAGE_ONLY == 1 ]] || train_model
-  grep -o 'done training in .*' "$RUN_FOLDER/train.log" | tail -n 1 || true
-  local chosen=--last
+  keep_settings "$folder" "$settings"
+  say "training $MODEL, English to $pair, $UPDATES updates; log: $folder/train.log"
+  [[ $AVERAGE_ONLY == 1 ]] || train_model "$work/data-bin" "$folder"
+  grep -o 'done training in .*' "$folder/train.log" | tail -n 1 || true
   [[ $CHOOSE == last ]] || chosen=--num-best-checkpoints
-  nmt-moe average --inputs "$RUN_FOLDER" "$chosen" "$AVERAGE" --output "$RUN_FOLDER/average.pt" --overwrite
-  [[ $EVALUATE == 0 ]] || RUN=$RUN DEVICE=$DEVICE THREADS=$THREADS bash "$HERE/evaluate.sh" "$PAIR"
+  nmt-moe average --inputs "$folder" "$chosen" "$AVERAGE" --output "$folder/average.pt" --overwrite
+  [[ $EVALUATE == 0 ]] || RUN=$RUN DEVICE=$DEVICE THREADS=$THREADS bash "$HERE/evaluate.sh" "$pair"
 }
 
 parse_pairs "$@"

@@ -102,10 +102,13 @@ check_settings
 use_environment
 say "preparing English with $LANGUAGES in $WORK_FOLDER"
 mkdir -p "$WORK_FOLDER"
-begin_steps "$WORK_FOLDER"
-run_step copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS" copy_texts
-run_step learn-pieces "$VOCAB_SIZE" learn_pieces
-run_step cut "" cut_texts
-run_step binarise "" binarise
+key=$(step_key "" copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS")
+run_step "$WORK_FOLDER" copy "$key" copy_texts
+key=$(step_key "$key" learn-pieces "$VOCAB_SIZE")
+run_step "$WORK_FOLDER" learn-pieces "$key" learn_pieces
+key=$(step_key "$key" cut "")
+run_step "$WORK_FOLDER" cut "$key" cut_texts
+key=$(step_key "$key" binarise "")
+run_step "$WORK_FOLDER" binarise "$key" binarise
 # train.sh resumes a model only on the text it was trained on.
-printf '%s' "$STEP_KEY" >"$WORK_FOLDER/prepared"
+printf '%s' "$key" >"$WORK_FOLDER/prepared"

@@ -155,20 +155,29 @@ require_choice NORMALIZE source both none
 use_environment_unless_dry
 list_steps
 say "preparing English to $PAIR in $WORK"
-begin_steps "$WORK"
+key=""
 for name in "${ARCHIVES[@]}"; do
   [[ $DRY_RUN == 0 ]] || printf '%s\n      %s\n      from %s\n' "$name" "${ABOUT[$name]}" "${ADDRESSES[$name]}"
-  run_step "download-${name//\//-}" "${ABOUT[$name]}" archives fetch "$name" --downloads "$DOWNLOADS"
+  key=$(step_key "$key" "download-${name//\//-}" "${ABOUT[$name]}")
+  run_step "$WORK" "download-${name//\//-}" "$key" archives fetch "$name" --downloads "$DOWNLOADS"
 done
 for name in "${PARTS[@]}"; do
-  run_step "extract-$name" "${ABOUT[$name]}" \
+  key=$(step_key "$key" "extract-$name" "${ABOUT[$name]}")
+  run_step "$WORK" "extract-$name" "$key" \
     archives extract "$name" --pair "$PAIR" --downloads "$DOWNLOADS" --target "$WORK/raw"
 done
-run_step clean-train "$NORMALIZE" clean_texts train
-run_step clean-valid-and-test "" clean_evaluation_texts
-run_step sample "$SAMPLE_PAIRS" sample_text
-run_step learn-pieces "$VOCAB_SIZE $PIECE_TYPE $COVERAGE" learn_pieces
-run_step cut-train "$MAX_PIECES $MAX_RATIO" cut_texts train
-run_step cut-valid-and-test "" cut_evaluation_texts
-run_step binarise "" binarise
-[[ $DRY_RUN == 1 ]] || printf '%s' "$STEP_KEY" >"$WORK/prepared"
+key=$(step_key "$key" clean-train "$NORMALIZE")
+run_step "$WORK" clean-train "$key" clean_texts train
+key=$(step_key "$key" clean-valid-and-test "")
+run_step "$WORK" clean-valid-and-test "$key" clean_evaluation_texts
+key=$(step_key "$key" sample "$SAMPLE_PAIRS")
+run_step "$WORK" sample "$key" sample_text
+key=$(step_key "$key" learn-pieces "$VOCAB_SIZE $PIECE_TYPE $COVERAGE")
+run_step "$WORK" learn-pieces "$key" learn_pieces
+key=$(step_key "$key" cut-train "$MAX_PIECES $MAX_RATIO")
+run_step "$WORK" cut-train "$key" cut_texts train
+key=$(step_key "$key" cut-valid-and-test "")
+run_step "$WORK" cut-valid-and-test "$key" cut_evaluation_texts
+key=$(step_key "$key" binarise "")
+run_step "$WORK" binarise "$key" binarise
+[[ $DRY_RUN == 1 ]] || printf '%s' "$key" >"$WORK/prepared"

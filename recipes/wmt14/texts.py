@@ -10,19 +10,22 @@ left out, and counted by reason.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import click
 import sentencepiece
 from sacremoses import MosesPunctNormalizer
 
+from nmt_moe.cli import Group
+from nmt_moe.cli._command import Command
+from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
 from nmt_moe.text.pieces import load
 from recipes.downloads import show_progress
 
@@ -30,8 +33,11 @@ from recipes.downloads import show_progress
 CHUNK = 1000
 CONTROL_SPACE = re.compile(r"[\t-\r\x1c-\x1f\x85]")
 Pair = tuple[str, str]
+# As they were read.
+Lines = tuple[str | BadLine, str | BadLine]
 # What a worker made of a pair: its new form, or why it is left out.
 Result = Pair | str
+Worker = Callable[[Pair], Result]
 
 
 class Cleaner:
@@ -53,11 +59,7 @@ class Cleaner:
             for side, normalizer in enumerate(normalizers)
         ]
 
-    def __call__(self, pair: tuple[bytes, bytes]) -> Result:
-        try:
-            lines = [line.decode("utf-8") for line in pair]
-        except UnicodeDecodeError:
-            return "not UTF-8"
+    def __call__(self, lines: Pair) -> Result:
         # A tab is a control character too, and would vanish between two words.
         joined = [CONTROL_SPACE.sub(" ", line) for line in lines]
         source, target = (
@@ -75,10 +77,8 @@ class Cutter:
         self.max_ratio = max_ratio
         self.keep_all = keep_all
 
-    def __call__(self, pair: tuple[bytes, bytes]) -> Result:
-        source, target = (
-            self.processor.encode(line.decode("utf-8"), out_type=str) for line in pair
-        )
+    def __call__(self, lines: Pair) -> Result:
+        source, target = (self.processor.encode(line, out_type=str) for line in lines)
         shorter, longer = sorted((len(source), len(target)))
         if not self.keep_all:
             if shorter == 0:
@@ -90,21 +90,24 @@ class Cutter:
         return " ".join(source), " ".join(target)
 
 
-_work: Callable[[tuple[bytes, bytes]], Result]
+_work: Worker
 
 
-def start_worker(make: Callable[[], Callable[[tuple[bytes, bytes]], Result]]) -> None:
+def start_worker(make: Callable[[], Worker]) -> None:
     """Make a worker process's own cleaner or cutter."""
     global _work
     _work = make()
 
 
-def work_on(chunk: list[tuple[bytes, bytes]]) -> list[Result]:
-    return [_work(pair) for pair in chunk]
+def work_on(chunk: list[Lines]) -> list[Result]:
+    return [
+        "not UTF-8" if any(isinstance(line, BadLine) for line in lines) else _work(lines)
+        for lines in chunk
+    ]
 
 
-def read_pairs(names: list[Path], pair: str) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the lines of both sides of all texts, without their end.
+def read_pairs(names: Sequence[Path], pair: str) -> Iterator[Lines]:
+    """Yield the lines of both sides of all texts, or what is wrong with a line.
 
     Raises:
         ValueError: a file is missing, or the sides of a text differ in length.
@@ -114,17 +117,20 @@ def read_pairs(names: list[Path], pair: str) -> Iterator[tuple[bytes, bytes]]:
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        with paths[0].open("rb") as source, paths[1].open("rb") as target:
-            try:
-                for lines in zip(source, target, strict=True):
-                    yield lines[0].rstrip(b"\r\n"), lines[1].rstrip(b"\r\n")
-            except ValueError:
-                raise ValueError(f"{name}: one side has more lines than the other") from None
+        with open_bytes(paths[0]) as source, open_bytes(paths[1]) as target:
+            sides = [
+                scan_lines(stream, str(path), allow_controls=True)
+                for stream, path in zip((source, target), paths, strict=True)
+            ]
+            for lines in itertools.zip_longest(*sides):
+                if None in lines:
+                    raise ValueError(f"{name}: one side has more lines than the other")
+                yield lines
 
 
 def transform(
-    pairs: Iterator[tuple[bytes, bytes]],
-    make: Callable[[], Callable[[tuple[bytes, bytes]], Result]],
+    pairs: Iterator[Lines],
+    make: Callable[[], Worker],
     threads: int,
     title: str,
 ) -> Iterator[Result]:
@@ -175,60 +181,77 @@ def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) ->
     return counts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("clean", "cut"):
-        command = commands.add_parser(name)
-        command.add_argument("texts", nargs="+", type=Path, help="names without their language")
-        command.add_argument("--pair", choices=["de", "fr"], required=True)
-        command.add_argument("--target", type=Path, required=True, help="name to write")
-        command.add_argument("--threads", type=int, default=1, help="processes")
-        command.add_argument("--keep-all", action="store_true", help="leave no pair out")
-        command.add_argument("--expect", type=int, help="pairs that must be there")
-        if name == "clean":
-            command.add_argument(
-                "--normalize", choices=["source", "both", "none"], default="source"
-            )
-        else:
-            command.add_argument("--model", type=Path, required=True)
-            command.add_argument("--max-pieces", type=int, default=250)
-            command.add_argument("--max-ratio", type=float, default=1.5)
-    return parser
+def transform_texts(
+    title: str,
+    make: Callable[[], Worker],
+    texts: Sequence[Path],
+    pair: str,
+    target: Path,
+    threads: int,
+    keep_all: bool,
+    expect: int | None,
+) -> None:
+    """Write what a cleaner or cutter makes of texts, and print how many pairs were kept.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "clean":
-        make = partial(Cleaner, arguments.pair, arguments.normalize)
-    else:
-        load(arguments.model)  # here, where a missing model is one message
-        limits = (arguments.max_pieces, arguments.max_ratio, arguments.keep_all)
-        make = partial(Cutter, arguments.model, *limits)
-    results = transform(
-        read_pairs(arguments.texts, arguments.pair),
-        make,
-        arguments.threads,
-        f"{arguments.command} {arguments.target.name}",
-    )
-    counts = write(results, arguments.pair, arguments.target, arguments.keep_all)
+    Raises:
+        ValueError: as `read_pairs` and `write`; or the pairs are not as many as expected.
+    """
+    results = transform(read_pairs(texts, pair), make, threads, f"{title} {target.name}")
+    counts = write(results, pair, target, keep_all)
     kept = counts.pop("kept")
     reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in counts.items())
-    print(f"{arguments.target}: {kept:,} pairs{reasons}")
-    if arguments.expect is not None and kept != arguments.expect:
-        raise ValueError(f"{arguments.target} must have {arguments.expect} pairs, but has {kept}")
+    print(f"{target}: {kept:,} pairs{reasons}")
+    if expect is not None and kept != expect:
+        raise ValueError(f"{target} must have {expect} pairs, but has {kept}")
 
 
-def main() -> int:
-    arguments = build_parser().parse_args()
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+COMMON = (
+    click.argument("texts", nargs=-1, required=True, type=Path),
+    click.option("--pair", type=click.Choice(["de", "fr"]), required=True),
+    click.option("--target", type=Path, required=True, help="Name to write."),
+    click.option("--threads", type=int, default=1, help="Processes."),
+    click.option("--keep-all", is_flag=True, help="Leave no pair out."),
+    click.option("--expect", type=int, help="Pairs that must be there."),
+)
+
+
+def common_options(function: Callable) -> Callable:
+    """Add what both commands take."""
+    for option in reversed(COMMON):
+        function = option(function)
+    return function
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Clean a parallel text and cut it into pieces; each name stands for NAME.en and NAME.PAIR."""
+
+
+@main.command(
+    cls=Command,
+    examples="texts.py clean --pair fr --target text/train raw/europarl-v7 raw/commoncrawl",
+)
+@common_options
+@click.option("--normalize", type=click.Choice(["source", "both", "none"]), default="source")
+def clean(pair: str, normalize: str, **options: Any) -> None:
+    """Remove control characters and superfluous space, and normalise punctuation."""
+    transform_texts("clean", partial(Cleaner, pair, normalize), pair=pair, **options)
+
+
+@main.command(
+    cls=Command,
+    examples="texts.py cut --pair fr --model spm.model --target pieces/train text/train",
+)
+@common_options
+@click.option("--model", type=Path, required=True)
+@click.option("--max-pieces", type=int, default=250)
+@click.option("--max-ratio", type=float, default=1.5)
+def cut(model: Path, max_pieces: int, max_ratio: float, keep_all: bool, **options: Any) -> None:
+    """Cut pairs into pieces."""
+    load(model)  # here, where a missing model is one message
+    make = partial(Cutter, model, max_pieces, max_ratio, keep_all)
+    transform_texts("cut", make, keep_all=keep_all, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

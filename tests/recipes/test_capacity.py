@@ -141,11 +141,11 @@ def test_several_texts_are_trained_on_and_valid_may_be_a_text_of_its_own(tmp_pat
 
 
 BAD_TEXTS = [
-    pytest.param(b"", "the text is empty", id="empty"),
-    pytest.param(b"\n \n", "the text is empty", id="blank"),
-    pytest.param(b"a\nb \xff\n", "line 2, byte 3: not UTF-8", id="no-utf-8"),
+    pytest.param(b"", ": the text is empty", id="empty"),
+    pytest.param(b"\n \n", ": the text is empty", id="blank"),
+    pytest.param(b"a\nb \xff\n", "`, line 2 is not valid UTF-8 (byte 0xff", id="no-utf-8"),
     pytest.param(
-        b"a\n" + b"b " * 5000, "line 2 must have at most 3000 words, but has 5000", id="endless"
+        b"a\n" + b"b " * 5000, ": line 2 must have at most 3000 words, but has 5000", id="endless"
     ),
 ]
 
@@ -156,14 +156,14 @@ def test_a_bad_text_is_named(text, message, tmp_path):
     (folder / "train.en").write_bytes(text)  # before train.en.gz
     done = run(TEXT_DIR=folder, WORK=tmp_path / "work")
     assert done.returncode == 1
-    assert f"error: {folder}/train.en: {message}" in done.stderr
+    assert f"{folder}/train.en{message}" in done.stderr
 
 
 def test_a_text_that_is_cut_off_or_missing_is_named(tmp_path):
     folder = write_text(tmp_path / "text")
     packed = folder / "train.en.gz"
     packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"train\.en\.gz: cannot be unpacked"):
+    with pytest.raises(ValueError, match=r"train\.en\.gz` is not a whole packed file"):
         split_text.read_sentences(packed)
     with pytest.raises(ValueError, match=r"has no test, test\.gz or test\.xz"):
         split_text.find_text(folder, "test")

@@ -17,8 +17,8 @@ from recipes.lm1b import counts, fetch, sizes
 from tests.support.recipes import refusal, run_script
 
 TINY = {
-    **{"SLICE": 1, "SHARDS": 2, "LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8, "BATCH_WORDS": 200},
-    **{"MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
+    **{"SLICE": 1, "SHARDS": 2, "SHARD_LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8},
+    **{"BATCH_WORDS": 200, "MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
 }
 # An archive cut in its end mark or in gzip's checksum still lists all its files.
 END_OF_GZIP = 6
@@ -267,7 +267,7 @@ def test_the_whole_text_must_have_the_published_counts(tmp_path):
     # The texts of the public archive as if fetched, but far too short.
     work = tmp_path / "work"
     pretend_fetched(work, "w1 w2\n", "99 0")
-    error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, LINES=0, MIN_COUNT=3))
+    error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, SHARD_LINES=0, MIN_COUNT=3))
     assert "train must have 30,301,028 sentences, but has 1" in error
     assert "train must have 768,648,884 words, ends of sentence not counted, but has 2" in error
     assert "test must have 159,658 words and ends of sentence, but has 3" in error
@@ -290,7 +290,7 @@ def test_an_empty_text_is_named(tmp_path):
 REFUSALS = [
     pytest.param("prepare.sh", {"SHARDS": 100}, "SHARDS must be from 1 to 99, but is 100"),
     pytest.param("prepare.sh", {"SLICE": 2}, "SLICE must be one of: 0 1; but is '2'"),
-    pytest.param("prepare.sh", {"LINES": "x"}, "LINES must be a whole number of at least 0"),
+    pytest.param("prepare.sh", {"SHARD_LINES": "x"}, "SHARD_LINES must be a whole number"),
     pytest.param(
         "train.sh", {"BATCH_WORDS": 0}, "BATCH_WORDS must be a whole number of at least 1"
     ),

@@ -377,8 +377,8 @@ def test_prepare_stops_at_a_bad_archive_and_goes_on_from_there(mirror):
     assert "wmt13-training-parallel-un.tgz: not a complete archive" in done.stderr
     assert "run again to download it again" in done.stderr
     path.write_bytes(whole)
-    done = run("fr", "prepare.sh", **settings(mirror, VOCAB_SIZE=9000))
-    assert "cannot learn" in done.stderr
+    done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
+    assert done.returncode == 0, done.stderr
     # The two archives before it were stamped, and no corpus was taken out before all are there.
     assert done.stdout.count("done before") == 2
 
@@ -446,13 +446,9 @@ def test_segments_of_sgm_by_hand(tmp_path):
 
 def test_cleaning_by_hand():
     clean = texts.Cleaner("fr", "source")
-    pair = (
-        "A “quote”,\tand\u0007 more…".encode(),
-        "Une «\u00a0citation\u00a0»\u00a0: voilà".encode(),
-    )
+    pair = ("A “quote”,\tand\u0007 more…", "Une «\u00a0citation\u00a0»\u00a0: voilà")
     assert clean(pair) == ('A "quote," and more...', "Une « citation » : voilà")
-    assert clean((b"x", b" \x07 ")) == "empty side"
-    assert clean((b"\xff", b"x")) == "not UTF-8"
+    assert clean(("x", " \x07 ")) == "empty side"
     assert texts.Cleaner("fr", "both")(pair)[1] == 'Une "citation": voilà'
 
 
