@@ -1,11 +1,13 @@
-"""What the shell's tests share: one tiny corpus, binarised, and one model trained on it."""
+"""What the shell's tests share: tiny corpora, binarised, and models trained on them."""
 
 from pathlib import Path
 
 import pytest
 
+from tests.support import language_model
 from tests.support.commands import call
 from tests.support.corpus import preprocess_flags, write_corpus
+from tests.support.stock_model import training, write_data
 from tests.support.training import TINY_MOE
 
 
@@ -23,8 +25,33 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned a little: 48 updates."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    call("train", data, *TINY_MOE, "--max-epoch", 8, "--no-epoch-checkpoints", "--save-dir", folder)
-    return folder / "checkpoint_last.pt"
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that never stopped: 8 epochs of 6 updates."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--max-epoch", 8, "--save-interval-updates", 8]
+    call("train", data, *TINY_MOE, *flags, "--save-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained: Path) -> Path:
+    """A model that has learned a little."""
+    return trained / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text for language models, binarised."""
+    folder = tmp_path_factory.mktemp("text")
+    text = language_model.write_text(folder / "text")
+    call("preprocess", *language_model.preprocess_flags(text, folder / "data"))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a binarised corpus and fairseq's own LSTM of two updates."""
+    folder = tmp_path_factory.mktemp("stock")
+    write_data(folder, "bin")
+    call("train", *training(folder, "models", 2))
+    return folder

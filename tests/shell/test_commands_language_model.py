@@ -28,13 +28,6 @@ SAMPLED = ["--sampled-softmax", 8]
 
 
 @pytest.fixture(scope="module")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    call("preprocess", *preprocess_flags(write_text(folder / "text"), folder / "data"))
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
 def unbroken(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that never stopped: 4 epochs of 5 updates."""
     folder = tmp_path_factory.mktemp("unbroken")

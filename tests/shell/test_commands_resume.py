@@ -12,12 +12,6 @@ from tests.support.commands import call
 from tests.support.training import TINY_MOE, assert_same_bits, load
 
 
-@pytest.fixture(scope="module")
-def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that never stopped: 4 epochs of 6 updates."""
-    return train(data, tmp_path_factory.mktemp("unbroken"), 4, "--save-interval-updates", 8)
-
-
 def train(data: Path, folder: Path, epochs: int, *flags: object) -> Path:
     call("train", data, *TINY_MOE, "--max-epoch", epochs, "--save-dir", folder, *flags)
     return folder
@@ -32,19 +26,19 @@ def assert_same_training(expected: Path, actual: Path) -> None:
     assert one["extra_state"]["val_loss"] == other["extra_state"]["val_loss"]
 
 
-def test_two_epochs_and_two_more_give_the_bits_of_four(data: Path, unbroken: Path, tmp_path: Path):
+def test_two_epochs_and_two_more_give_the_bits_of_four(data: Path, trained: Path, tmp_path: Path):
     train(data, tmp_path, 2)
     train(data, tmp_path, 4)
-    assert_same_training(unbroken / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt")
+    assert_same_training(trained / "checkpoint4.pt", tmp_path / "checkpoint_last.pt")
 
 
 def test_a_training_killed_within_an_epoch_gives_the_same_bits(
-    data: Path, unbroken: Path, tmp_path: Path
+    data: Path, trained: Path, tmp_path: Path
 ):
     # Update 8 is the second of epoch 2's six.
-    shutil.copy(unbroken / "checkpoint_2_8.pt", tmp_path / "checkpoint_last.pt")
+    shutil.copy(trained / "checkpoint_2_8.pt", tmp_path / "checkpoint_last.pt")
     train(data, tmp_path, 4)
-    assert_same_training(unbroken / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt")
+    assert_same_training(trained / "checkpoint4.pt", tmp_path / "checkpoint_last.pt")
 
 
 def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
@@ -92,8 +86,8 @@ def test_flat_copies_of_half_precision_are_saved_by_their_names():
     assert flat.equal(torch.tensor([1 / 7] * 6 + [2.0, 7 / 3]))
 
 
-def test_the_bits_depend_on_the_seed(data: Path, unbroken: Path, tmp_path: Path):
+def test_the_bits_depend_on_the_seed(data: Path, trained: Path, tmp_path: Path):
     train(data, tmp_path, 1, "--seed", 4)
-    one, other = load(unbroken / "checkpoint1.pt"), load(tmp_path / "checkpoint1.pt")
+    one, other = load(trained / "checkpoint1.pt"), load(tmp_path / "checkpoint1.pt")
     name = "decoder.network.moe.moe.gate.gate_weight"
     assert not one["model"][name].equal(other["model"][name])

@@ -96,9 +96,9 @@ def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> No
         torch.testing.assert_close(other["model"][name], value, **tolerance, msg=name)
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
-    for place, values in states[0].items():
+    for index, values in states[0].items():
         for name, value in values.items():
-            torch.testing.assert_close(states[1][place][name], value, **tolerance)
+            torch.testing.assert_close(states[1][index][name], value, **tolerance)
     assert other["extra_state"]["val_loss"] == pytest.approx(
         one["extra_state"]["val_loss"], abs=2e-3
     )

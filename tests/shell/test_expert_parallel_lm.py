@@ -17,7 +17,7 @@ from torch import nn
 from nmt_moe.parallel import is_shard
 from nmt_moe.trainer import data_parallel
 from tests.support.commands import call
-from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, write_text
+from tests.support.language_model import EVALUATE, TINY_LM
 from tests.support.ranks import run_ranks
 from tests.support.training import copy_checkpoint, load, load_whole
 
@@ -107,13 +107,6 @@ def scores(text: str) -> tuple[int, float]:
 
 
 @pytest.fixture(scope="module")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    call("preprocess", *preprocess_flags(write_text(folder / "text"), folder / "data"))
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
 def one_process(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training in one process: 4 updates of the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
@@ -146,10 +139,10 @@ def assert_same_training(expected: Path, actual: Path, tolerance: float) -> None
         )
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()
-    for place, values in states[0].items():
+    for index, values in states[0].items():
         for name, value in values.items():
             torch.testing.assert_close(
-                states[1][place][name], value, atol=tolerance, rtol=tolerance
+                states[1][index][name], value, atol=tolerance, rtol=tolerance
             )
 
 

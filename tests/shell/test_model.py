@@ -39,14 +39,14 @@ def run(model: torch.nn.Module, sources: list[str], targets: list[str]) -> tuple
 def test_padding_changes_nothing(wiring: str, kind: str):
     model = make_model(attention=kind, attention_wiring=wiring)
     logits, attention = run(model, SOURCES, TARGETS)
-    for at, (source, target) in enumerate(zip(SOURCES, TARGETS, strict=True)):
+    for index, (source, target) in enumerate(zip(SOURCES, TARGETS, strict=True)):
         alone, alone_attention = run(model, [source], [target])
         steps, width = alone_attention.shape[1:]
-        torch.testing.assert_close(logits[at, :steps], alone[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[index, :steps], alone[0], atol=1e-5, rtol=0)
         # Padding stands on the left, so a sentence's own positions are the last.
-        own = attention[at, :steps, -width:]
+        own = attention[index, :steps, -width:]
         torch.testing.assert_close(own, alone_attention[0], atol=1e-5, rtol=0)
-        assert attention[at, :steps, :-width].abs().sum() == 0
+        assert attention[index, :steps, :-width].abs().sum() == 0
 
 
 @WIRINGS
@@ -55,11 +55,11 @@ def test_the_side_of_the_padding_changes_nothing(wiring: str):
     with torch.no_grad():
         left = model.encoder(*make_tokens(*SOURCES, pad_left=True))
         right = model.encoder(*make_tokens(*SOURCES, pad_left=False))
-    for at, source in enumerate(SOURCES):
+    for index, source in enumerate(SOURCES):
         width = len(source) + 1
-        torch.testing.assert_close(left.source[at, -width:], right.source[at, :width])
-        assert left.source[at, :-width].abs().sum() == 0
-        assert right.padding_mask[at].tolist() == [False] * width + [True] * (11 - width)
+        torch.testing.assert_close(left.source[index, -width:], right.source[index, :width])
+        assert left.source[index, :-width].abs().sum() == 0
+        assert right.padding_mask[index].tolist() == [False] * width + [True] * (11 - width)
 
 
 @WIRINGS

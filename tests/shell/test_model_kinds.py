@@ -5,15 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import call
-from tests.support.language_model import TEXT, preprocess_flags, write_text
+from tests.support.language_model import TEXT
 from tests.support.training import TINY_MOE, TRANSLATE, UPDATES, without_updates
-
-
-@pytest.fixture(scope="module")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    call("preprocess", *preprocess_flags(write_text(folder / "text"), folder / "data"))
-    return folder / "data"
 
 
 @pytest.mark.parametrize("architecture", ["lstm_moe_lm_4", "lstm_lm"])

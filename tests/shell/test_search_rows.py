@@ -48,10 +48,10 @@ SEARCHES = [search_as_fairseq, search_with_penalties, search_with_pruning]
 Search = Callable[..., list[list[dict]]]
 
 
-def count_rows(module: torch.nn.Module, at: int = 0, axis: int = 0) -> list[int]:
+def count_rows(module: torch.nn.Module, index: int = 0, axis: int = 0) -> list[int]:
     """Give a list that grows by the rows of each call, read from an argument's shape."""
     rows: list[int] = []
-    module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[at].shape[axis]))
+    module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[index].shape[axis]))
     return rows
 
 

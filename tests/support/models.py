@@ -69,9 +69,9 @@ def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]
     rows = [[dictionary.index(word) for word in text] + [dictionary.eos()] for text in sentences]
     longest = max(map(len, rows))
     tokens = torch.full((len(rows), longest), dictionary.pad())
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         start = longest - len(row) if pad_left else 0
-        tokens[at, start : start + len(row)] = torch.tensor(row)
+        tokens[index, start : start + len(row)] = torch.tensor(row)
     return tokens, torch.tensor([len(row) for row in rows])
 
 

@@ -75,7 +75,7 @@ def assert_same_bits(expected: Any, actual: Any, name: str = "") -> None:
             assert_same_bits(value, actual[key], f"{name}.{key}")
     elif isinstance(expected, list | tuple):
         assert len(expected) == len(actual), name
-        for place, value in enumerate(expected):
-            assert_same_bits(value, actual[place], f"{name}.{place}")
+        for index, value in enumerate(expected):
+            assert_same_bits(value, actual[index], f"{name}.{index}")
     else:
         assert expected == actual, name
