@@ -46,7 +46,7 @@ def test_repairing_twice_repairs_once(repair):
 def test_sides_of_different_length_are_named(stock):
     write_data(stock, "uneven")
     write_data(stock, "shorter", count=28)
-    for file in (stock / "shorter").glob("train.aa-bb.bb.*"):
+    for file in (stock / "shorter").glob("*.bb.*"):
         shutil.copy(file, stock / "uneven")
     task = make_task(stock / "uneven")
     with pytest.raises(ValueError, match=r"uneven/train\.aa-bb\.\*` must have the same number"):
