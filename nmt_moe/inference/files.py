@@ -22,7 +22,7 @@ def translate_file(
     progress: bool = True,
     **options: Any,
 ) -> int:
-    """Translate a file of one text a line; gzip if its name ends in `.gz`.
+    """Translate a file of one text a line; packed if its name ends in `.gz` or `.xz`.
 
     Args:
         translator: What translates.
@@ -66,8 +66,8 @@ def show_progress(
 
 
 def count_ends(source: Path | str) -> int | None:
-    """Return the number of lines of a plain file, for a bar; None of a gzip file or a pipe."""
-    if os.fspath(source).endswith(".gz") or not os.path.isfile(source):
+    """Return the number of lines of a plain file, for a bar; None of a packed file or a pipe."""
+    if os.fspath(source).endswith((".gz", ".xz")) or not os.path.isfile(source):
         return None
     with open(source, "rb") as stream:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))

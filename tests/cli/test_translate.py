@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -64,15 +65,15 @@ def test_standard_input_becomes_standard_output(bundle: Path, text: Path, transl
 def test_files_are_translated_one_after_the_other(
     bundle: Path, text: Path, translated: list[str], tmp_path: Path
 ):
-    zipped, output = tmp_path / "text.gz", tmp_path / "out"
-    zipped.write_bytes(gzip.compress(text.read_bytes()))
+    zipped, output = tmp_path / "text.xz", tmp_path / "out"
+    zipped.write_bytes(lzma.compress(text.read_bytes()))
     result = call("translate", bundle, text, zipped, "--output", output, "--progress")
     assert (result.exit_code, result.stdout) == (0, "")
     assert output.read_text().splitlines() == translated * 2
     assert "4/4" in result.stderr  # of the bar
     assert call("translate", bundle, text, "--output", output).stderr == ""
     assert output.read_text().splitlines() == translated
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "text.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "text.xz"]
 
 
 def test_nbest_lists_have_line_score_and_text(bundle: Path, text: Path):
@@ -177,13 +178,17 @@ def test_the_bar_is_on_standard_error(bundle: Path, text: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_gzip_file_that_is_not_whole_is_one_message(bundle: Path, text: Path, tmp_path: Path):
-    content = gzip.compress(text.read_bytes() * 50)
-    for name, damaged in {"cut": content[:-20], "other": b"not gzip"}.items():
-        path = tmp_path / f"{name}.gz"
+def test_a_packed_file_that_is_not_whole_is_one_message(bundle: Path, text: Path, tmp_path: Path):
+    content = text.read_bytes() * 50
+    for name, damaged in {
+        "cut.gz": gzip.compress(content)[:-20],
+        "cut.xz": lzma.compress(content)[:-20],
+        "other.gz": b"not gzip",
+    }.items():
+        path = tmp_path / name
         path.write_bytes(damaged)
         result = call("translate", bundle, path, "--output", tmp_path / "out")
-        assert_mistake(result, "translate", f"`{path}` is not a whole gzip file")
+        assert_mistake(result, "translate", f"`{path}` is not a whole packed file")
         assert not (tmp_path / "out").exists()
 
 
