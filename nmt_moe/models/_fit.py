@@ -1,5 +1,6 @@
 """Whether a checkpoint's parameters are those of the model that its configuration describes."""
 
+from copy import deepcopy
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -108,7 +109,7 @@ def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
     # What is drawn for it must not change what a sampling search draws.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = models.build_model(cfg, task, from_checkpoint=True)
+        model = models.build_model(deepcopy(cfg), task, from_checkpoint=True)
     return _shapes({"model": model.state_dict()})
 
 

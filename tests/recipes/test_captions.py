@@ -28,7 +28,9 @@ def test_from_text_to_perplexity(tmp_path):
     variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": work}
     done = run("train.sh", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    scores = done.stdout.splitlines()[-2:]
+    *_, valid, test, exported = done.stdout.splitlines()
+    scores = [valid, test]
+    assert exported.endswith(f"exported: {work}/moe-seed1/bundle")
     assert (work / "moe-seed1/scores.txt").read_text().splitlines() == scores
     for subset, line in zip(("valid", "test"), scores, strict=True):
         text = (work / "text" / subset).read_text()
