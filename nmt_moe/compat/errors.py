@@ -15,7 +15,9 @@ from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
 # What gloo and torch's store say of a process that is gone.
-LOST_PEER = re.compile(r"Connection (closed|reset|refused)|Broken pipe|recvValue failed")
+LOST_PEER = re.compile(
+    r"Connection (was likely )?(closed|reset|refused)|Broken pipe|recvValue failed|Failed to recv"
+)
 # An error that all ranks have is printed by the first: torchrun ends the others meanwhile.
 WAIT_FOR_FIRST_RANK = 3.0  # seconds
 

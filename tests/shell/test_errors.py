@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
@@ -59,6 +60,11 @@ def raised(error: Exception, module: str) -> Exception:
         (Exception("a bug"), "somewhere", None),
         (
             RuntimeError("sendBytes failed: Broken pipe"),
+            "torch.distributed",
+            "another process of this training has ended; its own message says why",
+        ),
+        (
+            torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."),
             "torch.distributed",
             "another process of this training has ended; its own message says why",
         ),
