@@ -1,0 +1,142 @@
+"""Time the products of inference: what `kernels/quantised.py` chooses by, and what it chose from.
+
+    python -m benchmarks.inference_products --threads 1 --rounds 5
+
+A row is a matrix (outputs x inputs) and a number of activations' rows; a number is microseconds of
+CPU time, quantising activations included where a product does it. Each product goes round copies of
+its matrix, as many as a model's other weights would put between two uses.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import timing
+from nmt_moe.kernels import PackedLinear, quantise_rows
+from nmt_moe.kernels.quantised import DTYPES
+
+SHAPES = ("256x64", "1024x256", "8000x256", "2048x512", "512x2048", "8192x512", "32000x512")
+Product = Callable[[Tensor], Tensor]
+
+
+def blas(weight: Tensor) -> Product:
+    """Multiply with torch's linear layer."""
+    return lambda x: F.linear(x, weight)
+
+
+def blas_transposed(weight: Tensor) -> Product:
+    """Multiply with the matrix stored inputs first."""
+    weight = weight.t().contiguous()
+    return lambda x: torch.mm(x, weight)
+
+
+def onednn(weight: Tensor) -> Product:
+    """Multiply with weights in oneDNN's layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def fbgemm_half(weight: Tensor) -> Product:
+    """Multiply with FBGEMM's half-precision weights."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+def int_mm(weight: Tensor) -> Product:
+    """Multiply in int8 with `torch._int_mm`."""
+    levels, scale = quantise_rows(weight)
+    levels = levels.t()
+
+    def multiply(x: Tensor) -> Tensor:
+        quantised, row_scale = quantise_rows(x)
+        return torch._int_mm(quantised, levels).float().mul_(row_scale.unsqueeze(1)).mul_(scale)
+
+    return multiply
+
+
+CONTENDERS: dict[str, Callable[[Tensor], Product]] = {
+    "linear": blas,
+    "transposed": blas_transposed,
+    "oneDNN": onednn,
+    "FBGEMM half": fbgemm_half,
+    "_int_mm": int_mm,
+    **{
+        f"ours, {dtype}": lambda w, dtype=dtype: PackedLinear.pack(w, None, dtype)
+        for dtype in DTYPES
+    },
+}
+
+
+def microseconds(
+    shape: tuple[int, int], rows: int, rounds: int, cache_bytes: int
+) -> dict[str, float]:
+    """Return the median CPU time of each contender's product."""
+    copies = max(1, cache_bytes // (4 * shape[0] * shape[1]))
+    x = torch.randn(rows, shape[1])
+    calls = {}
+    for name, make in CONTENDERS.items():
+        if name == "_int_mm" and rows * shape[0] * shape[1] > 1 << 26 and not has_vnni():
+            continue  # a loop of plain C there
+        products = [make(torch.randn(shape) * 0.05) for _ in range(copies)]
+        for product in products:
+            product(x)  # ours pack their weights at the first call
+        calls[name] = cycle(products).__next__
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for at in range(-1, rounds):
+        for name, following in calls.items():
+            start, count = time.process_time(), 0
+            while count < 2 or time.process_time() - start < 0.005:
+                following()(x)
+                count += 1
+            if at >= 0:
+                found[name].append((time.process_time() - start) / count * 1e6)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def has_vnni() -> bool:
+    """Return whether the processor adds products of bytes in 32 bits."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OxI", help="matrices")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 5, 64, 320], help="rows")
+    parser.add_argument(
+        "--cache", type=int, default=64, help="MiB of float32 weights between two uses (64)"
+    )
+    timing.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    timing.prepare(args)
+    rows = []
+    with torch.inference_mode():
+        for text in args.shapes:
+            outputs, inputs = map(int, text.split("x"))
+            for batch in args.batch:
+                timing.say(f"{text}, {batch} rows")
+                found = microseconds((outputs, inputs), batch, args.rounds, args.cache << 20)
+                rows.append({"shape": text, "rows": batch, **found})
+    lines = [
+        [
+            f"{row['shape']}, {row['rows']}",
+            *(f"{row[n]:.0f}" if n in row else "-" for n in CONTENDERS),
+        ]
+        for row in rows
+    ]
+    hardware = timing.describe_hardware("cpu", args.threads)
+    print(timing.markdown_table(["matrix, rows", *CONTENDERS], lines))
+    print(f"\n{hardware}; CPU microseconds, medians of {args.rounds} interleaved rounds.")
+    timing.write_json(args.json, args, hardware, rows)
+
+
+if __name__ == "__main__":
+    main()
