@@ -12,7 +12,7 @@ from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
 from nmt_moe.kernels.gating import draw_seed, noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
-from nmt_moe.kernels.lstm_step import lstm_sequence, lstm_step
+from nmt_moe.kernels.lstm_step import lstm_step
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 from nmt_moe.kernels.packed_mixture import PackedExperts, packed_mixture_ffn
 from nmt_moe.kernels.quantised import PackedLinear, quantise_rows
@@ -34,7 +34,6 @@ __all__ = [
     "grouped_gemm",
     "mixture_ffn",
     "is_on_host",
-    "lstm_sequence",
     "lstm_step",
     "noisy_top_k",
     "packed_mixture_ffn",
