@@ -33,6 +33,10 @@ COMMANDS = {
         "nmt_moe.cli.check_parallel:check_parallel",
         "Check that texts have the same number of lines, none of them empty.",
     ),
+    "doctor": (
+        "nmt_moe.cli.doctor:doctor",
+        "Print versions and hardware, and try each part of nmt_moe.",
+    ),
     "export": (
         "nmt_moe.cli.export:export",
         "Write a checkpoint as a folder that translates without fairseq.",

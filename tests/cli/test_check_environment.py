@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from nmt_moe.cli import check_environment, main
+from nmt_moe.cli import main
+from nmt_moe.diagnostics import requirements
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def needs(monkeypatch):
     """Set the requirements that are read."""
 
     def set_needs(*lines: str, python: str = ">=3.11") -> None:
-        monkeypatch.setattr(check_environment, "read_requirements", lambda: (python, list(lines)))
+        monkeypatch.setattr(requirements, "read_requirements", lambda: (python, list(lines)))
 
     return set_needs
 
@@ -22,28 +23,28 @@ def needs(monkeypatch):
 def test_a_package_that_is_too_old_is_named(needs, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.5.1+cpu")
     needs("torch>=2.6")
-    assert check_environment.find_missing(()) == ["torch>=2.6: has 2.5.1+cpu"]
+    assert requirements.find_missing(()) == ["torch>=2.6: has 2.5.1+cpu"]
     needs("torch>=2.5")
-    assert check_environment.find_missing(()) == []
+    assert requirements.find_missing(()) == []
 
 
 def test_extras_and_markers_are_followed(needs):
     needs('no-such-x; extra == "demo"', 'no-such-y; sys_platform == "plan9"', python=">=9.9")
-    python, *others = check_environment.find_missing(())
+    python, *others = requirements.find_missing(())
     assert python.startswith("python>=9.9: is 3.")
     assert others == []
-    assert check_environment.find_missing(("demo",))[1:] == ["no-such-x: not installed"]
+    assert requirements.find_missing(("demo",))[1:] == ["no-such-x: not installed"]
 
 
 def test_requirements_are_those_of_setup_cfg_also_when_installed(monkeypatch):
-    _, needs = check_environment.read_requirements()
+    _, needs = requirements.read_requirements()
     assert "torch>=2.6" in needs
     assert 'num2words; extra == "demo"' in needs
     assert 'triton; extra == "test" and (sys_platform == "linux")' in needs
     installed = SimpleNamespace(metadata={"Requires-Python": ">=3.11"}, requires=["click"])
-    monkeypatch.setattr(check_environment, "__file__", "/nowhere/nmt_moe/cli/x.py")
+    monkeypatch.setattr(requirements, "__file__", "/nowhere/nmt_moe/diagnostics/x.py")
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
-    assert check_environment.read_requirements() == (">=3.11", ["click"])
+    assert requirements.read_requirements() == (">=3.11", ["click"])
 
 
 def test_everything_missing_is_listed_and_a_module_that_breaks_is_named(needs, monkeypatch):
@@ -52,7 +53,7 @@ def test_everything_missing_is_listed_and_a_module_that_breaks_is_named(needs, m
     assert result.exit_code == 1
     assert "\n  no-such-x>=1: not installed\n  no-such-y: not installed\n" in result.stderr
     needs()
-    monkeypatch.setattr(check_environment, "IMPORTS", ("json", "no_such_module"))
+    monkeypatch.setattr(requirements, "IMPORTS", ("json", "no_such_module"))
     result = CliRunner().invoke(main, ["check-environment"])
     assert "\n  no_such_module: import failed (ModuleNotFoundError: No module" in result.stderr
 

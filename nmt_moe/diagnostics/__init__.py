@@ -1,0 +1,25 @@
+"""What this machine and this Python have, and which parts of the product work here.
+
+Imports torch and the product's rooms only when it tries them: it also runs where they are broken.
+"""
+
+from nmt_moe.diagnostics.facts import collect_facts
+from nmt_moe.diagnostics.parts import Part, try_parts
+from nmt_moe.diagnostics.requirements import (
+    compare_requirements,
+    find_broken,
+    find_missing,
+    known_extras,
+    read_requirements,
+)
+
+__all__ = [
+    "Part",
+    "collect_facts",
+    "compare_requirements",
+    "find_broken",
+    "find_missing",
+    "known_extras",
+    "read_requirements",
+    "try_parts",
+]
