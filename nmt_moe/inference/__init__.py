@@ -5,9 +5,17 @@ Needs torch, sentencepiece and safetensors; no fairseq.
 
 from nmt_moe.inference.bundle import DTYPES, BundleConfig, SearchDefaults, TextPipeline
 from nmt_moe.inference.export import Description, Pieces, export
-from nmt_moe.inference.language_model import LanguageModel, LineScore, total_score
+from nmt_moe.inference.language_model import LanguageModel
 from nmt_moe.inference.opening import Bundle, open_bundle, verify_bundle
-from nmt_moe.inference.results import Hypothesis, Sentence, Translation
+from nmt_moe.inference.results import (
+    Hypothesis,
+    LineScore,
+    PairScore,
+    Routing,
+    Sentence,
+    Translation,
+    total_score,
+)
 from nmt_moe.inference.translator import Translator
 
 __all__ = [
@@ -18,7 +26,9 @@ __all__ = [
     "Hypothesis",
     "LanguageModel",
     "LineScore",
+    "PairScore",
     "Pieces",
+    "Routing",
     "SearchDefaults",
     "Sentence",
     "TextPipeline",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -12,82 +11,15 @@ import torch
 
 from nmt_moe.checks import check_range, check_whole
 from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.layers import MoE, Trace
 from nmt_moe.inference.networks import LanguageNetwork
 from nmt_moe.inference.opening import Bundle, open_bundle
+from nmt_moe.inference.results import LineScore, Routing, score_line
 from nmt_moe.inference.searching import make_batches
 from nmt_moe.inference.text import SourceText, TargetText, find_fault
 from nmt_moe.text.vocabulary import BOS, EOS, PAD, UNK
 
 BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class LineScore:
-    """How likely a model finds a line; the end of the line is counted everywhere.
-
-    Attributes:
-        log_prob: Of the line, nats.
-        pieces: Its pieces.
-        log_probs: Of each piece and of the end, nats.
-        num_words: Runs of characters between white space.
-        num_characters: Of the line.
-        num_unknown: Pieces that are not in the vocabulary; they make a line seem likelier.
-    """
-
-    log_prob: float
-    pieces: list[str]
-    log_probs: list[float]
-    num_words: int
-    num_characters: int
-    num_unknown: int
-
-    @property
-    def perplexity_per_piece(self) -> float:
-        """Perplexity over pieces and the end."""
-        return _perplexity(self.log_prob, len(self.log_probs))
-
-    @property
-    def perplexity_per_word(self) -> float:
-        """Perplexity over words and the end."""
-        return _perplexity(self.log_prob, self.num_words + 1)
-
-    @property
-    def perplexity_per_character(self) -> float:
-        """Perplexity over characters and the end."""
-        return _perplexity(self.log_prob, self.num_characters + 1)
-
-    @property
-    def bits_per_character(self) -> float:
-        """Loss in bits over characters and the end."""
-        return -self.log_prob / math.log(2) / (self.num_characters + 1)
-
-
-def _perplexity(log_prob: float, count: int) -> float:
-    try:
-        return math.exp(-log_prob / count)
-    except OverflowError:
-        return math.inf
-
-
-def total_score(scores: Sequence[LineScore]) -> LineScore:
-    """Return the score of a text of several lines, without the pieces' own.
-
-    Its perplexities are those of the text: each line's end is counted.
-
-    Raises:
-        ValueError: there is no line.
-    """
-    if not scores:
-        raise ValueError("`scores` must have at least one line, but is empty.")
-    ends = len(scores) - 1
-    return LineScore(
-        sum(one.log_prob for one in scores),
-        [piece for one in scores for piece in one.pieces],
-        [value for one in scores for value in one.log_probs],
-        sum(one.num_words for one in scores) + ends,
-        sum(one.num_characters for one in scores) + ends,
-        sum(one.num_unknown for one in scores),
-    )
 
 
 class LanguageModel:
@@ -118,7 +50,12 @@ class LanguageModel:
 
     @torch.inference_mode()
     def score(
-        self, lines: str | Sequence[str], *, batch_tokens: int = BATCH_TOKENS
+        self,
+        lines: str | Sequence[str],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        with_experts: bool = False,
+        with_inputs: bool = False,
     ) -> list[LineScore]:
         """Return the probability of each line.
 
@@ -126,6 +63,8 @@ class LanguageModel:
             lines: Any number, without line ends; one string stands for a list of one. A line
                 without words is the probability of an empty line.
             batch_tokens: Pieces that are read at once, padding included.
+            with_experts: Also return the experts of each piece.
+            with_inputs: Also return what the MoE layer read.
 
         Raises:
             ValueError: naming a line that holds a line end, control characters or half a surrogate
@@ -139,29 +78,33 @@ class LanguageModel:
         check_whole("batch_tokens", batch_tokens, 1)
         pieces = [self._source_text.pieces(line) for line in lines]
         numbers = [self._vocabulary.numbers(own) for own in pieces]
-        results: dict[int, list[float]] = {}
+        results: dict[int, LineScore] = {}
         for batch in make_batches([[EOS, *own] for own in numbers], batch_tokens):
-            results.update(zip(batch, self._score([numbers[n] for n in batch]), strict=True))
-        return [
-            LineScore(
-                math.fsum(results[n]),
-                pieces[n],
-                results[n],
-                len(line.split()),
-                len(line),
-                numbers[n].count(UNK),
-            )
-            for n, line in enumerate(lines)
-        ]
+            trace = Trace([], [], [] if with_inputs else None)
+            rows = self._score([numbers[number] for number in batch], trace)
+            lengths = [len(numbers[number]) + 1 for number in batch]
+            routings = _split_steps(trace, lengths) if with_experts else [None] * len(batch)
+            for number, row, routing in zip(batch, rows, routings, strict=True):
+                score = score_line(lines[number], pieces[number], numbers[number], row)
+                results[number] = replace(score, routing=routing)
+        return [results[number] for number in range(len(lines))]
 
-    def _score(self, sentences: list[list[int]]) -> list[list[float]]:
+    @property
+    def moe_layers(self) -> dict[str, MoE]:
+        """The MoE layer, as "decoder"; none of a dense model."""
+        layer = self._network.moe
+        return {"decoder": layer} if isinstance(layer, MoE) else {}
+
+    def _score(self, sentences: list[list[int]], trace: Trace | None = None) -> list[list[float]]:
         lengths = [len(sentence) + 1 for sentence in sentences]
         steps = lengths[0]
         read = [[EOS, *s] + [PAD] * (steps - len(s) - 1) for s in sentences]
         outputs = self._network.num_outputs
         known = [[word if word < outputs else UNK for word in s] for s in sentences]
         follow = [[*s, EOS] + [PAD] * (steps - len(s) - 1) for s in known]
-        log_probs = self._network.score(torch.tensor(read).t(), lengths, torch.tensor(follow).t())
+        log_probs = self._network.score(
+            torch.tensor(read).t(), lengths, torch.tensor(follow).t(), trace
+        )
         rows = log_probs.t().tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -216,6 +159,21 @@ class LanguageModel:
     def _words(self, row: list[int]) -> list[str]:
         length = row.index(EOS) if EOS in row else len(row)
         return [self._vocabulary.symbols[token] for token in row[:length]]
+
+
+def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
+    """Return the routing of each row of a call that took all rows step by step.
+
+    lengths: Of the rows, never rising.
+    """
+    if not trace.expert_ids:
+        return [None] * len(lengths)
+    is_token = torch.arange(lengths[0]).unsqueeze(1) < torch.tensor(lengths)
+    numbers = torch.zeros(is_token.shape, dtype=torch.int64)
+    numbers[is_token] = torch.arange(int(is_token.sum()))
+    inputs = trace.inputs[0] if trace.inputs else None
+    whole = Routing(trace.expert_ids[0], trace.gates[0], inputs)
+    return [whole[numbers[:length, row]] for row, length in enumerate(lengths)]
 
 
 def _check_line(name: str, line: str) -> None:

@@ -5,6 +5,7 @@ Each computes what its namesake in `nmt_moe.nn` computes in evaluation; the test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,12 @@ class Trace:
     Attributes:
         expert_ids: (N, K) int64 of each call; E in empty slots.
         gates: (N, K) float32 of each call.
+        inputs: (N, D) float32 of each call, what the layer read; None to keep none.
     """
 
     expert_ids: list[Tensor]
     gates: list[Tensor]
+    inputs: list[Tensor] | None = None
 
 
 class LSTM:
@@ -129,12 +132,27 @@ class MoE:
         if trace is not None:
             trace.expert_ids.append(expert_ids)
             trace.gates.append(gates)
+            if trace.inputs is not None:
+                trace.inputs.append(x)
         experts = self.experts
         if len(x) <= FEW_ROWS and experts.is_small and expert_ids.numel() >= experts.num_experts:
             y = self._mix_all(x, gates, expert_ids)
         else:
             y = packed_mixture_ffn(x, gates, expert_ids, experts.weight_in, experts.weight_out)
         return y.sigmoid_().add_(x)
+
+    def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
+        """Compute what experts make of tokens, chosen or not.
+
+        Args:
+            x: (N, D), what the layer reads: `Routing.inputs`.
+            expert_ids: Of E' experts.
+
+        Returns:
+            (E', N, D) float32, before the sum over experts and its sigmoid.
+        """
+        into, out = self.experts.weight_in, self.experts.weight_out
+        return torch.stack([out[e](into[e](x).relu_()) for e in expert_ids])
 
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
         """Multiply a few tokens by all experts at once, most of which they need anyway."""

@@ -187,8 +187,9 @@ def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
     number[is_token] = torch.arange(int(is_token.sum()))
     columns = torch.tensor(order).argsort()
     by_sentence = number.t()[columns][is_token.t()[columns]]
-    trace.expert_ids[-1] = trace.expert_ids[-1][by_sentence]
-    trace.gates[-1] = trace.gates[-1][by_sentence]
+    for values in (trace.expert_ids, trace.gates, trace.inputs):
+        if values:
+            values[-1] = values[-1][by_sentence]
 
 
 class _AttentiveLSTM:

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from nmt_moe.text.vocabulary import UNK
+
 # Of each piece, the experts it was sent to with their gates, largest first.
 Experts = list[list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The experts of N tokens in one MoE layer.
+
+    Attributes:
+        expert_ids: (N, K) int64; E in empty slots.
+        gates: (N, K) float32; 0 in empty slots.
+        inputs: (N, D) float32, what the layer read, if it was asked for.
+    """
+
+    expert_ids: Tensor
+    gates: Tensor
+    inputs: Tensor | None = None
+
+    def __getitem__(self, tokens: slice | Tensor) -> Routing:
+        """Return the routing of some of the tokens."""
+        inputs = None if self.inputs is None else self.inputs[tokens]
+        return Routing(self.expert_ids[tokens], self.gates[tokens], inputs)
+
+    def to_experts(self) -> Experts:
+        """Return plain values, without empty slots."""
+        order = self.gates.argsort(dim=1, descending=True, stable=True)
+        ids, gates = (part.gather(1, order).tolist() for part in (self.expert_ids, self.gates))
+        return [
+            [(expert, gate) for expert, gate in zip(*row, strict=True) if gate > 0]
+            for row in zip(ids, gates, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,3 +165,102 @@ class Translation:
 def _concatenate(parts: list[Experts | None]) -> Experts | None:
     found = [part for part in parts if part is not None]
     return [piece for part in found for piece in part] if len(found) == len(parts) else None
+
+
+@dataclass(frozen=True)
+class LineScore:
+    """How likely a model finds a line; the end of the line is counted everywhere.
+
+    Attributes:
+        log_prob: Of the line, nats.
+        pieces: Its pieces.
+        log_probs: Of each piece and of the end, nats.
+        num_words: Runs of characters between white space.
+        num_characters: Of the line.
+        num_unknown: Pieces that are not in the vocabulary; they make a line seem likelier.
+        routing: Of the MoE layer for each piece and the end, if it was asked for. The experts of a
+            piece are those that wrote it: its predecessor's vector went through them.
+    """
+
+    log_prob: float
+    pieces: list[str]
+    log_probs: list[float]
+    num_words: int
+    num_characters: int
+    num_unknown: int
+    routing: Routing | None = None
+
+    @property
+    def perplexity_per_piece(self) -> float:
+        """Perplexity over pieces and the end."""
+        return _perplexity(self.log_prob, len(self.log_probs))
+
+    @property
+    def perplexity_per_word(self) -> float:
+        """Perplexity over words and the end."""
+        return _perplexity(self.log_prob, self.num_words + 1)
+
+    @property
+    def perplexity_per_character(self) -> float:
+        """Perplexity over characters and the end."""
+        return _perplexity(self.log_prob, self.num_characters + 1)
+
+    @property
+    def bits_per_character(self) -> float:
+        """Loss in bits over characters and the end."""
+        return -self.log_prob / math.log(2) / (self.num_characters + 1)
+
+
+def _perplexity(log_prob: float, count: int) -> float:
+    try:
+        return math.exp(-log_prob / count)
+    except OverflowError:
+        return math.inf
+
+
+def score_line(
+    line: str, pieces: list[str], numbers: list[int], log_probs: list[float]
+) -> LineScore:
+    """Put the score of a line together, from its pieces' numbers and log-probabilities."""
+    return LineScore(
+        math.fsum(log_probs), pieces, log_probs, len(line.split()), len(line), numbers.count(UNK)
+    )
+
+
+def total_score(scores: Sequence[LineScore]) -> LineScore:
+    """Return the score of a text of several lines, without the pieces' own.
+
+    Its perplexities are those of the text: each line's end is counted.
+
+    Raises:
+        ValueError: there is no line.
+    """
+    if not scores:
+        raise ValueError("`scores` must have at least one line, but is empty.")
+    ends = len(scores) - 1
+    return LineScore(
+        sum(one.log_prob for one in scores),
+        [piece for one in scores for piece in one.pieces],
+        [value for one in scores for value in one.log_probs],
+        sum(one.num_words for one in scores) + ends,
+        sum(one.num_characters for one in scores) + ends,
+        sum(one.num_unknown for one in scores),
+    )
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """How likely a translator finds a reference of a text.
+
+    Attributes:
+        source_tokens: S, the pieces that the encoder reads, with the language mark of a
+            multilingual model and the end mark.
+        target: Of the reference, T pieces.
+        attention: (T + 1, S) float32, for each piece of the reference and its end mark.
+        routing: Of the encoder's layer for each of `source_tokens`, if it was asked for.
+    """
+
+    source_tokens: list[str]
+    target: LineScore
+    attention: Tensor
+    routing: Routing | None = None

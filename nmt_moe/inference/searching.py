@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmt_moe.inference.layers import Trace
 from nmt_moe.inference.networks import DecoderState, TranslationNetwork
-from nmt_moe.inference.results import Experts
+from nmt_moe.inference.results import Routing
 from nmt_moe.search import BeamConfig, Hypothesis, Restrictions, beam_search
 from nmt_moe.text.vocabulary import EOS, PAD, UNK
 
@@ -46,15 +46,19 @@ class Ensemble:
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
 
-    def start(self, sentences: list[list[int]]) -> EnsembleState:
-        """Encode sentences."""
-        return EnsembleState([one.start(one.encode(sentences, PAD)) for one in self.networks])
+    def start(self, sentences: list[list[int]], trace: Trace | None = None) -> EnsembleState:
+        """Encode sentences; `trace` gets the experts of the first network."""
+        traces = [trace, *[None] * (len(self.networks) - 1)]
+        pairs = zip(self.networks, traces, strict=True)
+        return EnsembleState([one.start(one.encode(sentences, PAD, own)) for one, own in pairs])
 
-    def step(self, tokens: Tensor, state: EnsembleState) -> tuple[Tensor, Tensor, EnsembleState]:
+    def step(
+        self, tokens: Tensor, state: EnsembleState, trace: Trace | None = None
+    ) -> tuple[Tensor, Tensor, EnsembleState]:
         """Predict the next token: the `step` of `beam_search`."""
-        results = [
-            one.step(tokens, own) for one, own in zip(self.networks, state.states, strict=True)
-        ]
+        traces = [trace, *[None] * (len(self.networks) - 1)]
+        rows = zip(self.networks, state.states, traces, strict=True)
+        results = [one.step(tokens, own, of_network) for one, own, of_network in rows]
         log_probs, attention, states = zip(*results, strict=True)
         if len(results) == 1:
             return log_probs[0], attention[0], EnsembleState(list(states))
@@ -112,44 +116,77 @@ def search(
     return beam_search(ensemble.step, state, start, config, restrictions, words)
 
 
-def trace_experts(
-    network: TranslationNetwork, sentences: list[list[int]], targets: list[list[int]]
-) -> tuple[list[Experts], list[Experts]]:
-    """Return the experts of every source token and of every target token but the end marks.
+@dataclass(frozen=True)
+class Forced:
+    """What the networks make of a sentence whose target of T tokens is given.
+
+    Attributes:
+        log_probs: T + 1, of each token and of the end mark, nats.
+        attention: (T + 1, S) float32.
+        source, target: The routing of the S source tokens, and of the T + 1 tokens written, in the
+            first network; None if it has no MoE layers.
+    """
+
+    log_probs: list[float]
+    attention: Tensor
+    source: Routing | None
+    target: Routing | None
+
+
+def force_decode(
+    ensemble: Ensemble,
+    sentences: list[list[int]],
+    targets: list[list[int]],
+    with_inputs: bool = False,
+) -> list[Forced]:
+    """Let networks read given translations: teacher forcing.
 
     Args:
-        network: Whose experts.
+        ensemble: Of networks.
         sentences: Sources with their end marks.
         targets: A translation of each, without end mark.
+        with_inputs: Keep what the MoE layers read.
 
     Returns:
-        Of each sentence: the experts of its source tokens, of its target tokens. The experts of a
-        target token are those that wrote it: its predecessor's vector went through them.
+        For each sentence. The experts of a target token are those that wrote it: its predecessor's
+        vector went through them.
     """
-    of_source, of_target = Trace([], []), Trace([], [])
-    state = network.start(network.encode(sentences, PAD, of_source))
-    longest = max(map(len, targets))
-    previous = torch.tensor([[EOS, *t] + [PAD] * (longest - len(t)) for t in targets])
+    of_source, of_target = (Trace([], [], [] if with_inputs else None) for _ in range(2))
+    state = ensemble.start(sentences, of_source)
+    longest = max(map(len, targets)) + 1
+    rows = [[EOS, *t, EOS] + [PAD] * (longest - len(t) - 1) for t in targets]
+    tokens = torch.tensor(rows)
+    log_probs, attention = [], []
     for step in range(longest):
-        _, _, state = network.step(previous[:, : step + 1], state, of_target)
-    if not of_source.expert_ids:
-        return [[[] for _ in s] for s in sentences], [[[] for _ in t] for t in targets]
-    flat = _list_experts(of_source.expert_ids[0], of_source.gates[0])
-    sources, first = [], 0
-    for sentence in sentences:
-        sources.append(flat[first : first + len(sentence)])
-        first += len(sentence)
-    steps = [
-        _list_experts(ids, gates)
-        for ids, gates in zip(of_target.expert_ids, of_target.gates, strict=True)
-    ]
-    written = [
-        [steps[step][row] for step in range(len(target))] for row, target in enumerate(targets)
-    ]
-    return sources, written
+        found, weights, state = ensemble.step(tokens[:, : step + 1], state, of_target)
+        log_probs.append(found.gather(1, tokens[:, step + 1 : step + 2]).squeeze(1))
+        attention.append(weights)
+    chosen, weights = torch.stack(log_probs, dim=1).tolist(), torch.stack(attention, dim=1)
+    sources = _split_routing(of_source, list(map(len, sentences)))
+    written = _stack_routing(of_target, len(targets))
+    results = []
+    for row, (sentence, target) in enumerate(zip(sentences, targets, strict=True)):
+        end = len(target) + 1
+        source = None if sources is None else sources[row]
+        routing = None if written is None else written[row][:end]
+        own = weights[row, :end, : len(sentence)]
+        results.append(Forced(chosen[row][:end], own, source, routing))
+    return results
 
 
-def _list_experts(expert_ids: Tensor, gates: Tensor) -> Experts:
-    order = gates.argsort(dim=1, descending=True, stable=True)
-    rows = zip(expert_ids.gather(1, order).tolist(), gates.gather(1, order).tolist(), strict=True)
-    return [[(e, g) for e, g in zip(ids, own, strict=True) if g > 0] for ids, own in rows]
+def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
+    """Return the routing of each sentence of a call that took all, one after the other."""
+    if not trace.expert_ids:
+        return None
+    inputs = trace.inputs[0].split(lengths) if trace.inputs else [None] * len(lengths)
+    parts = trace.expert_ids[0].split(lengths), trace.gates[0].split(lengths), inputs
+    return [Routing(*part) for part in zip(*parts, strict=True)]
+
+
+def _stack_routing(trace: Trace, num_rows: int) -> list[Routing] | None:
+    """Return the routing of each row of calls that each took a step of all."""
+    if not trace.expert_ids:
+        return None
+    inputs = torch.stack(trace.inputs, dim=1) if trace.inputs else [None] * num_rows
+    parts = torch.stack(trace.expert_ids, dim=1), torch.stack(trace.gates, dim=1), inputs
+    return [Routing(*part) for part in zip(*parts, strict=True)]

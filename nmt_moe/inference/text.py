@@ -70,9 +70,7 @@ class SourceText:
             text = text.lower()
         if self.pipeline.normalize_punctuation:
             text = self._normalizer.normalize(text)
-        if self.processor is None:
-            return text.split()
-        return self.processor.encode(with_plain_spaces(text), out_type=str)
+        return cut(text, self.processor)
 
     def _sentences(self, line: str) -> list[str]:
         import sentencex  # late: of use for long lines only
@@ -98,12 +96,23 @@ class TargetText:
     processor: sentencepiece.SentencePieceProcessor | None
     separator: str = field(default=" ")
 
+    def pieces(self, text: str) -> list[str]:
+        """Return the pieces of a text, as those of the target side in training."""
+        return cut(text, self.processor)
+
     def join(self, pieces: list[str]) -> str:
         """Return the text of one sentence's pieces."""
         if self.processor is None:
             return " ".join(pieces)
         # `decode_pieces` would turn unknown pieces into marks of its own.
         return "".join(pieces).replace("▁", " ").strip()
+
+
+def cut(text: str, processor: sentencepiece.SentencePieceProcessor | None) -> list[str]:
+    """Return the pieces of a text; without a processor, its words."""
+    if processor is None:
+        return text.split()
+    return processor.encode(with_plain_spaces(text), out_type=str)
 
 
 def separator_of(language: str | None) -> str:

@@ -12,15 +12,24 @@ import torch
 
 from nmt_moe.checks import check_whole
 from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.layers import MoE
 from nmt_moe.inference.networks import TranslationNetwork
 from nmt_moe.inference.opening import Bundle, language_mark, open_bundle
-from nmt_moe.inference.results import Hypothesis, Sentence, Translation
-from nmt_moe.inference.searching import Ensemble, Limits, make_batches, search, trace_experts
+from nmt_moe.inference.results import (
+    Experts,
+    Hypothesis,
+    PairScore,
+    Routing,
+    Sentence,
+    Translation,
+    score_line,
+)
+from nmt_moe.inference.searching import Ensemble, Limits, force_decode, make_batches, search
 from nmt_moe.inference.text import SourceText, TargetText, find_fault, separator_of
 from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.search import Hypothesis as Found
 from nmt_moe.text.lines import BadLine, in_chunks
-from nmt_moe.text.vocabulary import EOS
+from nmt_moe.text.vocabulary import EOS, MARKS
 
 # Source pieces of a batch, padding included: more rows a product are faster, and take memory.
 BATCH_TOKENS = 1024
@@ -120,17 +129,8 @@ class Translator:
             ValueError: naming a text that holds control characters or half a surrogate pair, a
                 language that the model does not know, or an option that is out of range.
         """
-        if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-            raise ValueError(f"`texts` must be strings, but is {type(texts).__name__}.")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise ValueError(f"text {number} must be a string, but is {type(text).__name__}.")
-            fault = find_fault(text)
-            if fault is not None:
-                raise ValueError(f"text {number} {fault}. Remove it, and translate again.")
         return self._translate(
-            texts,
+            _check_texts(texts, "text"),
             self._read_options(
                 target_lang,
                 beam_size,
@@ -186,6 +186,105 @@ class Translator:
         from nmt_moe.inference.files import translate_file
 
         return translate_file(self, source, output, target_lang, progress=progress, **options)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        texts: str | Sequence[str],
+        references: str | Sequence[str],
+        target_lang: str | None = None,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        with_experts: bool = False,
+        with_inputs: bool = False,
+    ) -> list[PairScore]:
+        """Return the probability of a reference of each text: teacher forcing.
+
+        Nothing is split: a text is one sentence, however long it is, and so is its reference.
+
+        Args:
+            texts: Any number; one string stands for a list of one.
+            references: As many.
+            target_lang: Of a multilingual model, one of `languages`.
+            batch_tokens: Pieces of a side that are read at once, padding included.
+            with_experts: Also return the experts of each piece, of the first bundle.
+            with_inputs: Also return what the MoE layers read.
+
+        Raises:
+            ValueError: as `translate`; or there are more of the one than of the other.
+        """
+        texts = _check_texts(texts, "text")
+        references = _check_texts(references, "reference")
+        target = TargetText(self._processors["target"])
+        return self.score_pieces(
+            [self._source_text.pieces(text) for text in texts],
+            [target.pieces(text) for text in references],
+            target_lang,
+            batch_tokens=batch_tokens,
+            with_experts=with_experts,
+            with_inputs=with_inputs,
+        )
+
+    @torch.inference_mode()
+    def score_pieces(
+        self,
+        sources: Sequence[list[str]],
+        targets: Sequence[list[str]],
+        target_lang: str | None = None,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        with_experts: bool = False,
+        with_inputs: bool = False,
+    ) -> list[PairScore]:
+        """Return the probability of texts that are cut already: see `score`.
+
+        Args:
+            sources: Pieces of each text, such as `Sentence.pieces`.
+            targets: Pieces of each reference, such as `Hypothesis.pieces`.
+            target_lang: As of `score`, like the other options.
+            batch_tokens: See `score`.
+            with_experts: See `score`.
+            with_inputs: See `score`.
+        """
+        if len(sources) != len(targets):
+            raise ValueError(
+                f"there must be a reference for each text, but there are {len(sources)} texts and "
+                f"{len(targets)} references."
+            )
+        check_whole("batch_tokens", batch_tokens, 1)
+        mark = self._mark_of(self._check_language(target_lang))
+        vocabulary = self._vocabularies["source"]
+        read = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in sources]
+        written = [self._vocabularies["target"].numbers(pieces) for pieces in targets]
+        lengths = [max(len(s), len(t) + 1) for s, t in zip(read, written, strict=True)]
+        target = TargetText(self._processors["target"])
+        results: dict[int, PairScore] = {}
+        for batch in make_batches(list(map(range, lengths)), batch_tokens):
+            forced = force_decode(
+                self._ensemble, [read[n] for n in batch], [written[n] for n in batch], with_inputs
+            )
+            for number, one in zip(batch, forced, strict=True):
+                pieces = targets[number]
+                line = score_line(target.join(pieces), pieces, written[number], one.log_probs)
+                tokens = [*map(vocabulary.symbols.__getitem__, mark), *sources[number], MARKS[EOS]]
+                routing = one.source if with_experts else None
+                line = replace(line, routing=one.target if with_experts else None)
+                results[number] = PairScore(tokens, line, one.attention, routing)
+        return [results[number] for number in range(len(read))]
+
+    @property
+    def moe_layers(self) -> dict[str, MoE]:
+        """The MoE layers of the first bundle, "encoder" and "decoder"; none of a dense model."""
+        network = self._networks[0]
+        layers = {"encoder": network.encoder_moe, "decoder": network.decoder_moe}
+        return {side: layer for side, layer in layers.items() if layer is not None}
+
+    def _mark_of(self, target_lang: str | None) -> list[int]:
+        """Return what stands in front of a source."""
+        if not self._config.is_multilingual:
+            return []
+        assert target_lang is not None
+        return [self._vocabularies["source"].mark(language_mark(target_lang))]
 
     def _read_options(
         self,
@@ -250,10 +349,7 @@ class Translator:
 
     def _translate_pieces(self, cut: list[list[str]], options: _Options) -> list[Sentence]:
         vocabulary = self._vocabularies["source"]
-        mark = []
-        if self._config.is_multilingual:
-            assert options.target_lang is not None
-            mark = [vocabulary.mark(language_mark(options.target_lang))]
+        mark = self._mark_of(options.target_lang)
         sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]
         results: dict[int, Sentence] = {}
         for batch in make_batches(sources, options.batch_tokens):
@@ -308,18 +404,36 @@ class Translator:
     ) -> list[Sentence]:
         repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
         targets = [one.tokens[:-1].tolist() for own in found for one in own]
-        of_source, of_target = trace_experts(self._networks[0], repeated, targets)
-        results, first = [], 0
-        for sentence, own in zip(sentences, found, strict=True):
-            written = of_target[first : first + len(own)]
+        forced = iter(force_decode(Ensemble(self._networks[:1]), repeated, targets))
+        results = []
+        for sentence in sentences:
+            own = [next(forced) for _ in sentence.hypotheses]
             hypotheses = [
-                replace(one, experts=experts)
-                for one, experts in zip(sentence.hypotheses, written, strict=True)
+                replace(one, experts=_experts(read.target, len(one.pieces)))
+                for one, read in zip(sentence.hypotheses, own, strict=True)
             ]
-            read = of_source[first][num_marks : num_marks + len(sentence.pieces)]
+            read = _experts(own[0].source, num_marks + len(sentence.pieces))[num_marks:]
             results.append(replace(sentence, hypotheses=hypotheses, experts=read))
-            first += len(own)
         return results
+
+
+def _experts(routing: Routing | None, num_tokens: int) -> Experts:
+    """Return the experts of the first tokens; of a dense network, none for each."""
+    return [[] for _ in range(num_tokens)] if routing is None else routing[:num_tokens].to_experts()
+
+
+def _check_texts(texts: str | Sequence[str], name: str) -> list[str]:
+    """Return texts as a list; reject what is not text."""
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"`{name}s` must be strings, but is {type(texts).__name__}.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {number} must be a string, but is {type(text).__name__}.")
+        fault = find_fault(text)
+        if fault is not None:
+            raise ValueError(f"{name} {number} {fault}. Remove it, and try again.")
+    return texts
 
 
 def _check_line(line: str | BadLine, number: int) -> str | BadLine:

@@ -1,0 +1,153 @@
+"""How a layer's experts are used over a text: sums, and the columns of Table 6 made of them."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from nmt_moe.checks import check_shape, check_whole
+from nmt_moe.moe import balance_metrics, effective_experts, gate_entropy, gate_margin
+
+# Pairs of so many experts take 32 MiB.
+MAX_PAIRED_EXPERTS = 2048
+
+
+class ExpertUsage:
+    """Sums over the tokens of a text in one MoE layer, added up batch by batch.
+
+    Attributes:
+        num_experts: E.
+        num_tokens: N, those without an expert included.
+        load: (E,) int64, the tokens that were sent to each expert.
+        importance: (E,) float64, the sum of each expert's gates (Shazeer et al. 2017, eq. 6).
+        squares: (E,) float64, the sum of each expert's squared gates.
+        coactivation: (E, E) int64, the tokens that were sent to both experts, symmetric with 0 on
+            the diagonal; None if there are more than `MAX_PAIRED_EXPERTS`.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        check_whole("num_experts", num_experts, 1)
+        self.num_experts, self.num_tokens = num_experts, 0
+        self.load = torch.zeros(num_experts, dtype=torch.int64)
+        self.importance = torch.zeros(num_experts, dtype=torch.float64)
+        self.squares = torch.zeros(num_experts, dtype=torch.float64)
+        self.coactivation: Tensor | None = None
+        if num_experts <= MAX_PAIRED_EXPERTS:
+            self.coactivation = torch.zeros(num_experts, num_experts, dtype=torch.int64)
+        self._entropy = self._margin = 0.0
+
+    def add(self, expert_ids: Tensor, gates: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            expert_ids: (N, K) int64; E in empty slots.
+            gates: (N, K) float32 or wider; 0 in empty slots.
+
+        Raises:
+            ValueError: the shapes differ, or an id is not from 0 to E.
+        """
+        check_shape("expert_ids", expert_ids, (None, None), "(N, K)")
+        check_shape("gates", gates, tuple(expert_ids.shape), "(N, K)")
+        num_experts = self.num_experts
+        if not len(expert_ids):
+            return
+        if expert_ids.min() < 0 or expert_ids.max() > num_experts:
+            raise ValueError(
+                f"`expert_ids` must be from 0 to {num_experts}, but are from "
+                f"{int(expert_ids.min())} to {int(expert_ids.max())}."
+            )
+        gates = gates.double()
+        flat, weights = expert_ids.flatten(), gates.flatten()
+        size = num_experts + 1  # the last is that of empty slots
+        self.num_tokens += len(expert_ids)
+        self.load += flat.bincount(minlength=size)[:-1]
+        self.importance += flat.bincount(weights, minlength=size)[:-1]
+        self.squares += flat.bincount(weights.square(), minlength=size)[:-1]
+        self._entropy += float(gate_entropy(gates).sum())
+        self._margin += float(gate_margin(gates).sum())
+        if self.coactivation is not None:
+            self._add_pairs(expert_ids)
+
+    def _add_pairs(self, expert_ids: Tensor) -> None:
+        assert self.coactivation is not None
+        size = self.num_experts + 1
+        for one in range(expert_ids.shape[1]):
+            for other in range(one):
+                key = expert_ids[:, one] * size + expert_ids[:, other]
+                keys, counts = key.unique(return_counts=True)
+                first, second = keys // size, keys % size
+                is_pair = (first < self.num_experts) & (second < self.num_experts)
+                first, second, counts = first[is_pair], second[is_pair], counts[is_pair]
+                self.coactivation.index_put_((first, second), counts, accumulate=True)
+                self.coactivation.index_put_((second, first), counts, accumulate=True)
+
+    def __iadd__(self, other: ExpertUsage) -> Self:
+        """Add what was counted over another text."""
+        if other.num_experts != self.num_experts:
+            raise ValueError(
+                f"`other` must be of {self.num_experts} experts, but is of {other.num_experts}."
+            )
+        self.num_tokens += other.num_tokens
+        for name in ("load", "importance", "squares"):
+            getattr(self, name).add_(getattr(other, name))
+        if self.coactivation is not None and other.coactivation is not None:
+            self.coactivation += other.coactivation
+        self._entropy += other._entropy
+        self._margin += other._margin
+        return self
+
+    @property
+    def cv_importance(self) -> float:
+        """Coefficient of variation of the importance (Table 6)."""
+        return self._balance["cv_importance"]
+
+    @property
+    def cv_load(self) -> float:
+        """Coefficient of variation of the load (Table 6)."""
+        return self._balance["cv_load"]
+
+    @property
+    def max_load(self) -> float:
+        """The largest load over the mean load (Table 6)."""
+        return self._balance["max_load"]
+
+    @property
+    def idle_experts(self) -> int:
+        """Experts without a token."""
+        return int((self.load == 0).sum())
+
+    @property
+    def effective_experts(self) -> float:
+        """Equally used experts that would be as uneven: exp of the entropy of the load."""
+        return float(effective_experts(self.load.double()))
+
+    @property
+    def gate_entropy(self) -> float:
+        """Mean entropy of a token's gates, nats."""
+        return self._entropy / max(self.num_tokens, 1)
+
+    @property
+    def gate_margin(self) -> float:
+        """Mean of a token's largest gate less its second largest."""
+        return self._margin / max(self.num_tokens, 1)
+
+    @property
+    def _balance(self) -> dict[str, float]:
+        columns = balance_metrics(self.importance, self.load.double())
+        return {name: float(value) for name, value in columns.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, without the pairs."""
+        return {
+            "num_tokens": self.num_tokens,
+            **self._balance,
+            "idle_experts": self.idle_experts,
+            "effective_experts": self.effective_experts,
+            "gate_entropy": self.gate_entropy,
+            "gate_margin": self.gate_margin,
+            "load": self.load.tolist(),
+            "importance": self.importance.tolist(),
+            "squares": self.squares.tolist(),
+        }
