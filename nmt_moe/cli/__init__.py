@@ -63,6 +63,7 @@ COMMANDS = {
         "nmt_moe.cli.score:score",
         "Score a translation: BLEU of each kind, chrF, TER.",
     ),
+    "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a page."),
     "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
     "translate": ("nmt_moe.cli.translate:translate", "Translate text with an exported model."),
     "verify": ("nmt_moe.cli.verify:verify", "Check that an exported model is whole."),

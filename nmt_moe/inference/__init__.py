@@ -16,6 +16,7 @@ from nmt_moe.inference.results import (
     Translation,
     total_score,
 )
+from nmt_moe.inference.text import find_fault, separator_of
 from nmt_moe.inference.translator import Translator
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "Translation",
     "Translator",
     "export",
+    "find_fault",
     "open_bundle",
+    "separator_of",
     "total_score",
     "verify_bundle",
 ]

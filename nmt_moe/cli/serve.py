@@ -1,0 +1,68 @@
+"""`nmt-moe serve`: an HTTP server that translates, with a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmt_moe.cli._command import command
+
+# More are a mistake that ends the process.
+MAX_THREADS = 1024
+
+
+@command(
+    "serve",
+    """
+nmt-moe serve en-de
+nmt-moe serve en-de de-en --host 0.0.0.0 --port 8080 --keys keys.txt
+nmt-moe serve old-model=en:fr --max-characters 5000
+curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=de
+""",
+)
+@click.argument("folders", metavar="FOLDER[=FROM:TO]...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=5000, show_default=True, help="0: any free one.")
+@click.option("--max-characters", type=int, help="Of a request's texts.  [default: 20000]")
+@click.option("--max-items", type=int, help="Texts of a request.  [default: 128]")
+@click.option("--max-waiting", type=int, help="Requests at a time.  [default: 256]")
+@click.option("--time-limit", type=float, help="Seconds of a request.  [default: 60]")
+@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one a line.")
+@click.option("--allow-origin", multiple=True, help="Web page elsewhere that may ask; * for all.")
+@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+def serve(
+    folders: tuple[str, ...],
+    host: str,
+    port: int,
+    keys: Path | None,
+    allow_origin: tuple[str, ...],
+    threads: int | None,
+    **limits: float | None,
+) -> None:
+    """Serve the bundles FOLDER over HTTP: a page at /, APIs as /docs describes them.
+
+    FROM:TO names the languages of a bundle that does not. Logs are lines of JSON on standard error
+    and hold no text of users. SIGTERM ends the server when all requests are answered.
+    """
+    try:
+        from nmt_moe import serving
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("nmt_moe"):
+            raise
+        raise ValueError(
+            f"the server needs packages that are not installed, `{error.name}` for one: "
+            "pip install 'nmt-moe[serve]'."
+        ) from error
+    from nmt_moe.checks import check_whole
+
+    if threads is not None:
+        check_whole("--threads", threads, 1, MAX_THREADS)
+    given = {name: value for name, value in limits.items() if value is not None}
+    settings = serving.ServerSettings(
+        **given,  # type: ignore[arg-type]
+        origins=allow_origin,
+        keys=() if keys is None else serving.read_keys(keys),
+    )
+    service = serving.Service(serving.Models.open(folders), settings, threads)
+    serving.serve(service, host, port)

@@ -1,0 +1,13 @@
+"""A server that translates: LibreTranslate's API, DeepL's, our own, and a page.
+
+Needs the packages of the extra `serve`.
+"""
+
+from nmt_moe.serving.app import make_app
+from nmt_moe.serving.keys import read_keys
+from nmt_moe.serving.models import Models
+from nmt_moe.serving.server import serve
+from nmt_moe.serving.service import Service
+from nmt_moe.serving.settings import ServerSettings
+
+__all__ = ["Models", "ServerSettings", "Service", "make_app", "read_keys", "serve"]

@@ -1,0 +1,221 @@
+"""Lines of all waiting requests, translated together by one thread.
+
+The thread takes the request that has waited longest, and with it every other that asks for the same
+search, one line of each in turn, so that a long request does not hold up short ones. While it
+translates, requests gather. It waits for more than it has only right after a batch of several
+requests, whose clients may be about to ask again, and at most `MAX_WAIT`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from nmt_moe.inference import Translation, Translator
+
+logger = logging.getLogger(__name__)
+
+# Of a batch's lines. Pieces are known only once a model has cut the text; about four characters
+# are one, so that this is about the translator's own `batch_tokens`.
+BATCH_CHARACTERS = 4096
+# Seconds that the thread waits for more requests, and after a batch of several for how long.
+MAX_WAIT = 0.008
+RECENT = 0.1
+
+
+@dataclass(frozen=True)
+class Search:
+    """What must be equal for lines to be translated together."""
+
+    translator: Translator
+    target_lang: str | None
+    beam_size: int
+    num_hypotheses: int = 1
+    with_experts: bool = False
+    length_penalty_alpha: float | None = None
+    coverage_penalty_beta: float | None = None
+
+    def translate(self, lines: Sequence[str]) -> list[Translation]:
+        """Translate lines."""
+        return self.translator.translate(
+            lines,
+            self.target_lang,
+            beam_size=self.beam_size,
+            num_hypotheses=self.num_hypotheses,
+            with_experts=self.with_experts,
+            length_penalty_alpha=self.length_penalty_alpha,
+            coverage_penalty_beta=self.coverage_penalty_beta,
+        )
+
+
+class Job:
+    """Lines that one request wants.
+
+    Attributes:
+        search: How.
+        lines: At least one, of text.
+        done: Their translations, in their order.
+    """
+
+    def __init__(self, search: Search, lines: Sequence[str]) -> None:
+        self.search, self.lines = search, list(lines)
+        self.done: Future[list[Translation]] = Future()
+        self.done.set_running_or_notify_cancel()  # from now on only the batcher ends it
+        self._num_taken = 0
+        self._results: dict[int, Translation] = {}
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are lines that no batch has taken."""
+        return self._num_taken < len(self.lines) and not self.done.done()
+
+    @property
+    def next_line(self) -> str:
+        """The next line."""
+        return self.lines[self._num_taken]
+
+    def take(self) -> int:
+        """Take the next line; return its index."""
+        self._num_taken += 1
+        return self._num_taken - 1
+
+    def put(self, index: int, result: Translation | Exception) -> None:
+        """Keep the result of a line; with the last, or with the first that failed, it is done."""
+        if isinstance(result, Exception):
+            if not self.done.done():
+                self.done.set_exception(result)
+            return
+        self._results[index] = result
+        if len(self._results) == len(self.lines):
+            self.done.set_result([self._results[index] for index in range(len(self.lines))])
+
+
+class Batcher:
+    """The thread that translates.
+
+    Args:
+        num_threads: Of torch in it; None for torch's own.
+        is_batching: Whether requests are put together; without, one follows the other.
+        observe: Called after each batch with its requests, its lines and its seconds.
+    """
+
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        is_batching: bool = True,
+        observe: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        self._num_threads, self._is_batching = num_threads, is_batching
+        self._observe = observe or (lambda jobs, lines, seconds: None)
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._num_expected, self._answered = 0, 0.0
+        self._thread = threading.Thread(target=self._work, name="translations", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Translate what waits, then end the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs with lines that no batch has taken."""
+        return len(self._jobs)
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue."""
+        with self._changed:
+            if self._is_closing:
+                raise RuntimeError("the batcher is closed")
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Drop a job's lines that no batch has taken; `done` is never set."""
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+
+    def _work(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)  # of this thread
+        while True:
+            with self._changed:
+                while not self._jobs and not self._is_closing:
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+                self._wait_for_others()
+                taken = self._take() if self._jobs else []
+            if taken:
+                self._translate(taken)
+
+    def _wait_for_others(self) -> None:
+        now = time.monotonic()
+        if now - self._answered > RECENT:
+            return
+        end = now + MAX_WAIT
+        while len(self._jobs) < self._num_expected and not self._is_closing:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _take(self) -> list[tuple[Job, int]]:
+        first = self._jobs[0]
+        same = deque(job for job in self._jobs if job.search == first.search)
+        if not self._is_batching:
+            same = deque([first])
+        taken: list[tuple[Job, int]] = []
+        num_characters = 0
+        while same:
+            num_characters += len(same[0].next_line)
+            if taken and num_characters > BATCH_CHARACTERS:
+                break
+            job = same.popleft()
+            taken.append((job, job.take()))
+            if job.has_more:
+                same.append(job)
+        served = {id(job) for job, _ in taken}
+        left = [job for job in self._jobs if job.has_more]
+        left.sort(key=lambda job: id(job) in served)  # stable: those that got nothing come first
+        self._jobs = deque(left)
+        return taken
+
+    def _translate(self, taken: list[tuple[Job, int]]) -> None:
+        started = time.monotonic()
+        search = taken[0][0].search
+        lines = [job.lines[index] for job, index in taken]
+        results: Sequence[Translation | Exception]
+        try:
+            results = search.translate(lines)
+        except Exception:  # whatever it is: one request's failure is not the others'
+            logger.warning("a batch failed; its lines are translated one by one")
+            results = [_translate_one(search, line) for line in lines]
+        num_jobs = len({id(job) for job, _ in taken})
+        self._num_expected = num_jobs if num_jobs > 1 and self._is_batching else 0
+        self._answered = time.monotonic()
+        self._observe(num_jobs, len(taken), self._answered - started)
+        for (job, index), result in zip(taken, results, strict=True):
+            job.put(index, result)
+
+
+def _translate_one(search: Search, line: str) -> Translation | Exception:
+    try:
+        return search.translate([line])[0]
+    except Exception as error:
+        return error

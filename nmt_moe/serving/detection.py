@@ -1,0 +1,68 @@
+"""Which of the known languages a text is in: py3langid, offline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+from nmt_moe.serving.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A language, and how likely it is.
+
+    Attributes:
+        language: One that the server reads.
+        confidence: Percent, among all languages that the detector knows, whether the server reads
+            them or not; 0 for text without letters and for languages that it does not know.
+    """
+
+    language: str
+    confidence: float
+
+
+class Detector:
+    """Tells the languages of a server apart.
+
+    Args:
+        languages: That the server reads.
+    """
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self.languages = list(languages)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _identifier(self) -> LanguageIdentifier:
+        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def detect(self, text: str) -> list[Detection]:
+        """Return the server's languages, the most likely first.
+
+        The first call takes a second or two: the detector's table is read.
+
+        Raises:
+            RequestError: there are several languages, and the detector does not know them all.
+        """
+        with self._lock:  # the first call makes the table
+            identifier = self._identifier
+        known = set(identifier.labels)
+        codes = {name: name.replace("_", "-").lower().split("-")[0] for name in self.languages}
+        unknown = [name for name, code in codes.items() if code not in known]
+        if unknown and len(self.languages) > 1:
+            raise RequestError(
+                400,
+                f"`source` cannot be found out here: nothing tells {unknown[0]} from other "
+                f"languages. Name one of {', '.join(self.languages)}.",
+            )
+        shares = dict(identifier.rank(text)) if any(map(str.isalpha, text)) else {}
+        found = [
+            Detection(name, round(100 * float(shares.get(code, 0.0)), 1))
+            for name, code in codes.items()
+        ]
+        return sorted(found, key=lambda one: -one.confidence)

@@ -1,0 +1,43 @@
+"""Requests that cannot be answered, as the client sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHOWN = 60
+
+
+class RequestError(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: Of the HTTP response.
+        message: Names what is wrong; without text of the user's but short wrong values.
+        headers: Further ones of the response.
+    """
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or {}
+
+
+class BusyError(RequestError):
+    """Too much is asked at a time; the client may come again."""
+
+    def __init__(self, message: str, seconds: int = 1) -> None:
+        super().__init__(503, message, {"Retry-After": str(seconds)})
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before it was answered."""
+
+
+def show(value: Any) -> str:
+    """Return a wrong value for a message: short, in one line, always encodable."""
+    if isinstance(value, str):
+        short = repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
+        return short.encode("utf-8", "backslashreplace").decode("utf-8")
+    names = {dict: "a table", list: "a list", type(None): "null", bool: "true or false"}
+    if type(value) in names and not isinstance(value, bool):
+        return names[type(value)]
+    return str(value)[:SHOWN].lower() if isinstance(value, bool | int | float) else "something else"

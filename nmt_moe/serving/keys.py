@@ -1,0 +1,48 @@
+"""API keys: a file of one a line."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Read keys, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: it has no key, is not text, or a key has spaces in it.
+        OSError: it cannot be read.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"`{path}` is not UTF-8. Write one key a line.") from None
+    stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    for number, key in keys:
+        if len(key.split()) != 1:
+            raise ValueError(f"`{path}` has more than one word in line {number}. One key a line.")
+    if not keys:
+        raise ValueError(f"`{path}` has no key. Write one a line.")
+    return tuple(key for _, key in keys)
+
+
+class Keys:
+    """Compares keys in a time that does not tell how much of one is right."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def know(self, key: str) -> bool:
+        """Whether a key is one of them; all are compared in any case."""
+        digest = _digest(key)
+        return sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

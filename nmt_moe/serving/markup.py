@@ -1,0 +1,129 @@
+"""HTML in, HTML out: texts are translated, marks stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from html.parser import HTMLParser
+
+VOID = {
+    *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param"),
+    *("source", "track", "wbr"),
+}
+# Elements whose end may be left out.
+SELF_ENDING = {
+    *("html", "head", "body", "p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot"),
+    *("colgroup", "option", "optgroup", "rt", "rp"),
+}
+# Their content is no text.
+UNTOUCHED = {"script", "style"}
+# Line ends in them are line ends.
+PREFORMATTED = {"pre", "textarea", "listing"}
+
+
+class SplitMarkup(HTMLParser):
+    """The texts of a piece of HTML.
+
+    Not translated: scripts, style sheets, elements with `translate="no"` or of the class
+    `notranslate`, comments, attributes. Tags are kept letter by letter; an end that belongs to no
+    start is dropped, and one that is missing is added.
+
+    Attributes:
+        texts: To be translated, in their order, without references such as `&amp;`.
+    """
+
+    def __init__(self, content: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.texts: list[str] = []
+        self._parts: list[str | tuple[str, str]] = []  # marks; (space before, space after) a text
+        self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
+        self._text = ""  # since the last mark
+        self.feed(content)
+        if self.cdata_elem is not None:
+            self.feed(f"</{self.cdata_elem}>")  # else the parser drops a script without an end
+        self.close()
+        self._end_text()
+        while self._open:
+            self._end()
+
+    def join(self, translated: Sequence[str]) -> str:
+        """Return the HTML with its texts translated."""
+        left = iter(translated)
+        return "".join(
+            part if isinstance(part, str) else f"{part[0]}{escape(next(left), False)}{part[1]}"
+            for part in self._parts
+        )
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keep a tag, and know whether its content is translated."""
+        self._mark(self.get_starttag_text() or "")
+        if tag in VOID:
+            return
+        _, is_translated, is_preformatted = self._open[-1] if self._open else ("", True, False)
+        given = dict(attrs)
+        choice = (given.get("translate") or "").strip().lower()
+        if choice in ("yes", "no"):
+            is_translated = choice == "yes"
+        if tag in UNTOUCHED or "notranslate" in (given.get("class") or "").split():
+            is_translated = False
+        self._open.append((tag, is_translated, is_preformatted or tag in PREFORMATTED))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keep a tag such as `<br/>`."""
+        self._mark(self.get_starttag_text() or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Keep an end that belongs to a start."""
+        if tag in VOID or tag not in [name for name, _, _ in self._open]:
+            return
+        while self._open[-1][0] != tag:
+            self._end()
+        self._end_text()
+        self._open.pop()
+        self._parts.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        """Keep a text, which may come in parts."""
+        self._text += data
+
+    def handle_comment(self, data: str) -> None:
+        """Keep a comment."""
+        self._mark(f"<!--{data}-->")
+
+    def handle_decl(self, decl: str) -> None:
+        """Keep `<!DOCTYPE html>`."""
+        self._mark(f"<!{decl}>")
+
+    def handle_pi(self, data: str) -> None:
+        """Keep `<?xml ...?>`."""
+        self._mark(f"<?{data}>")
+
+    def unknown_decl(self, data: str) -> None:
+        """Keep `<![CDATA[...]]>`."""
+        self._mark(f"<![{data}]>")
+
+    def _mark(self, mark: str) -> None:
+        """Keep a mark, before which the text ends."""
+        self._end_text()
+        self._parts.append(mark)
+
+    def _end_text(self) -> None:
+        """Keep the text since the last mark: to be translated, or as it is."""
+        text, self._text = self._text, ""
+        name, is_translated, is_preformatted = self._open[-1] if self._open else ("", True, False)
+        core = text.strip()
+        if name in UNTOUCHED:
+            self._parts.append(text)
+        elif not is_translated or not core:
+            self._parts.append(escape(text, quote=False))
+        else:
+            start = text.index(core)
+            self._parts.append((text[:start], text[start + len(core) :]))
+            self.texts.append(core if is_preformatted else " ".join(core.split()))
+
+    def _end(self) -> None:
+        """End an element whose end is missing."""
+        self._end_text()
+        name = self._open.pop()[0]
+        if name not in SELF_ENDING:
+            self._parts.append(f"</{name}>")

@@ -1,0 +1,154 @@
+"""The bundles of a server: which translates from which language into which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from babel import Locale
+
+from nmt_moe.inference import BundleConfig, Translator, open_bundle
+from nmt_moe.serving.errors import RequestError, show
+
+NAMED = re.compile(r"(.+)=([\w-]+):([\w-]+)", re.DOTALL)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One bundle that is served.
+
+    Attributes:
+        folder: As the user named it.
+        translator: Of the bundle.
+        config: Of the bundle.
+        sources: Languages that it reads.
+        targets: Languages that it writes.
+    """
+
+    folder: str
+    translator: Translator
+    config: BundleConfig
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def target_option(self, target: str) -> str | None:
+        """Return the translator's `target_lang`: only a multilingual model has a choice."""
+        return target if self.config.is_multilingual else None
+
+
+class Models:
+    """All bundles of a server, by pair of languages.
+
+    Attributes:
+        opened: In the order of the command line.
+        sources: All languages that can be read, sorted.
+        targets: All languages that can be written, sorted.
+    """
+
+    def __init__(self, opened: Sequence[Model]) -> None:
+        self.opened = list(opened)
+        self._by_pair: dict[tuple[str, str], Model] = {}
+        for model in opened:
+            for source in model.sources:
+                for target in model.targets:
+                    if source != target:
+                        self._add(source, target, model)
+        self.sources = sorted({source for source, _ in self._by_pair})
+        self.targets = sorted({target for _, target in self._by_pair})
+
+    @classmethod
+    def open(cls, folders: Sequence[str]) -> Models:
+        """Open bundles.
+
+        Args:
+            folders: That `nmt-moe export` wrote; `FOLDER=en:de` names the languages of a bundle of
+                one direction, instead of its own names if it has any.
+
+        Raises:
+            ValueError: naming a folder that is not a whole bundle, has no names of languages, or
+                translates a pair that another one translates.
+        """
+        if not folders:
+            raise ValueError("`folders` must name at least one bundle, but is empty.")
+        return cls([open_model(folder) for folder in folders])
+
+    def _add(self, source: str, target: str, model: Model) -> None:
+        other = self._by_pair.setdefault((source, target), model)
+        if other is not model:
+            raise ValueError(
+                f"`{other.folder}` and `{model.folder}` both translate from {source} into "
+                f"{target}. Name one of them."
+            )
+
+    def targets_of(self, source: str) -> list[str]:
+        """Return the languages into which a language is translated, sorted."""
+        return sorted(target for own, target in self._by_pair if own == source)
+
+    def find(self, source: str, target: str) -> Model:
+        """Return the bundle of a pair.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if (source, target) not in self._by_pair:
+            known = ", ".join(self.targets_of(source))
+            raise RequestError(
+                400, f"{source} is not translated into {target}, but into {known}.".strip()
+            )
+        return self._by_pair[source, target]
+
+    def source(self, field: str, code: str) -> str:
+        """Return the language that a client's code means: see `match`."""
+        return match(field, code, self.sources)
+
+    def target(self, field: str, code: str) -> str:
+        """Return the language that a client's code means: see `match`."""
+        return match(field, code, self.targets)
+
+
+def match(field: str, code: str, known: Sequence[str]) -> str:
+    """Return the language that a client's code means.
+
+    Case and the kind of dash do not matter; a variant such as EN-GB means en if only that is known.
+
+    Raises:
+        RequestError: there is none.
+    """
+    plain = {_plain(name): name for name in known}
+    wanted = _plain(code)
+    for one in (wanted, wanted.split("-")[0]):
+        if one in plain:
+            return plain[one]
+    raise RequestError(
+        400, f"`{field}` must be one of {', '.join(known)}, but is {show(code)}: it is not known."
+    )
+
+
+def _plain(code: str) -> str:
+    return code.replace("_", "-").lower()
+
+
+def open_model(folder: str) -> Model:
+    """Open one bundle: see `Models.open`."""
+    named = NAMED.fullmatch(folder)
+    path = named[1] if named else folder
+    bundle = open_bundle(path, "translation")
+    config = bundle.config
+    if named and config.is_multilingual:
+        raise ValueError(f"`{path}` translates {len(config.languages)} languages: name none of it.")
+    languages = tuple(named.groups()[1:]) if named else config.languages
+    if config.is_multilingual:
+        return Model(path, Translator([bundle]), config, languages, languages)
+    if len(languages) != 2:
+        raise ValueError(f"`{path}` does not name its languages. Name them: `{path}=en:de`.")
+    if languages[0] == languages[1]:
+        raise ValueError(f"`{folder}` must have two languages, but has {languages[0]} twice.")
+    return Model(path, Translator([bundle]), config, languages[:1], languages[1:])
+
+
+def name_of(code: str) -> str:
+    """Return a language's English name, with its variant if it has one; its code if unknown."""
+    base, _, variant = code.replace("-", "_").partition("_")
+    name = Locale("en").languages.get(base.lower(), code)
+    return f"{name} ({variant})" if variant and name != code else name

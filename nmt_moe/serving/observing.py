@@ -1,0 +1,102 @@
+"""Metrics for Prometheus, and logs as lines of JSON; neither holds a text of a user's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+LOGGER = "nmt_moe.serving"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """What `/metrics` shows.
+
+    Args:
+        num_waiting: Returns the requests that wait for a batch.
+        num_open: Returns the requests that are read, wait or are translated.
+    """
+
+    def __init__(self, num_waiting: Callable[[], int], num_open: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, namespace="nmt_moe", registry=self.registry)
+        histogram = partial(Histogram, namespace="nmt_moe", registry=self.registry)
+        gauge = partial(Gauge, namespace="nmt_moe", registry=self.registry)
+        self.requests = counter("requests", "Answered requests.", ["path", "status"])
+        self.seconds = histogram(
+            "request_seconds", "From head to answer.", ["path"], buckets=SECONDS
+        )
+        self.characters = counter("characters", "Characters of texts to translate.")
+        self.batch_requests = histogram(
+            "batch_requests", "Requests whose lines a batch has.", buckets=COUNTS
+        )
+        self.batch_lines = histogram("batch_lines", "Lines of a batch.", buckets=COUNTS)
+        self.batch_seconds = histogram("batch_seconds", "Translation of a batch.", buckets=SECONDS)
+        gauge("waiting_requests", "Waiting for a batch.").set_function(num_waiting)
+        gauge("open_requests", "Read, waiting or translated.").set_function(num_open)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def observe_batch(self, num_requests: int, num_lines: int, seconds: float) -> None:
+        """Count a batch."""
+        self.batch_requests.observe(num_requests)
+        self.batch_lines.observe(num_lines)
+        self.batch_seconds.observe(seconds)
+
+    def observe_request(self, path: str, status: int, seconds: float) -> None:
+        """Count a request; `path` is that of a route, so that there are few."""
+        self.requests.labels(path, str(status)).inc()
+        self.seconds.labels(path).observe(seconds)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON: time, level, event, and the fields of `extra={"fields": ...}`.
+
+    Of an exception only its kind and its place in the code are written: its message may quote text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        content: dict[str, Any] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            frames = traceback.extract_tb(record.exc_info[2])
+            content["error"] = type(record.exc_info[1]).__name__
+            content["at"] = [f"{frame.filename}:{frame.lineno}" for frame in frames[-5:]]
+        return json.dumps(content, ensure_ascii=False)
+
+
+def log_as_json() -> None:
+    """Write the server's logs, and uvicorn's, to standard error as lines of JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (
+        (LOGGER, logging.INFO),
+        ("uvicorn.error", logging.WARNING),
+        ("asyncio", logging.ERROR),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,0 +1,67 @@
+"""Run a service with uvicorn until it is told to end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+
+import uvicorn
+
+from nmt_moe.checks import check_whole
+from nmt_moe.serving.app import make_app
+from nmt_moe.serving.observing import LOGGER, log_as_json
+from nmt_moe.serving.service import Service
+
+logger = logging.getLogger(LOGGER)
+
+
+def serve(service: Service, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is in flight.
+
+    Args:
+        service: To serve.
+        host: Address to listen on.
+        port: To listen on; 0 for a free one, which the log names.
+
+    Raises:
+        ValueError: `port` is out of range.
+        OSError: the address cannot be listened on.
+    """
+    check_whole("port", port, 0, 65535)
+    log_as_json()
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}/"
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(service.settings.time_limit) + 1,
+        lifespan="on",
+        ws="none",
+    )
+    # uvicorn ends by raising the signal again that ended it: an end that was asked for is none.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    names = {
+        model.folder: [*model.sources, "->", *model.targets] for model in service.models.opened
+    }
+    fields = {"address": address, "models": {f: " ".join(n) for f, n in names.items()}}
+    logger.info("serving", extra={"fields": fields})
+    uvicorn.Server(config).run(sockets=[listening])
+    logger.info("ended")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}.") from None
+    return listening

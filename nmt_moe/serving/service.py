@@ -1,0 +1,258 @@
+"""What every API of the server does: check texts, find the language, translate, answer in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import Request
+
+from nmt_moe.inference import Translation, find_fault
+from nmt_moe.serving.batching import Batcher, Job, Search
+from nmt_moe.serving.detection import Detection, Detector
+from nmt_moe.serving.errors import BusyError, ClientGoneError, RequestError
+from nmt_moe.serving.keys import Keys
+from nmt_moe.serving.markup import SplitMarkup
+from nmt_moe.serving.models import Model, Models
+from nmt_moe.serving.observing import Metrics
+from nmt_moe.serving.settings import MAX_ALTERNATIVES, MAX_BEAM, ServerSettings
+from nmt_moe.serving.texts import Answer, SplitText
+
+AUTO = "auto"
+# A token that every model translates, for `/health`.
+PROBE = "a"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How texts are to be translated.
+
+    Attributes:
+        source: A language of the server; "auto" for each text's own.
+        target: A language of the server.
+        format: "text" or "html".
+        alternatives: Further translations of each text.
+        beam: Hypotheses that are followed; None for the bundle's default.
+        with_experts: Whether the experts of each piece are wanted.
+        length_penalty_alpha: Of the search; None for the bundle's default.
+        coverage_penalty_beta: Of the search; None for the bundle's default.
+    """
+
+    source: str
+    target: str
+    format: Literal["text", "html"] = "text"
+    alternatives: int = 0
+    beam: int | None = None
+    with_experts: bool = False
+    length_penalty_alpha: float | None = None
+    coverage_penalty_beta: float | None = None
+
+    def search(self, model: Model) -> Search:
+        """Return the search that a model shall do."""
+        beam = model.translator.defaults.beam_size if self.beam is None else self.beam
+        return Search(
+            model.translator,
+            model.target_option(self.target),
+            max(beam, self.alternatives + 1),
+            self.alternatives + 1,
+            self.with_experts,
+            self.length_penalty_alpha,
+            self.coverage_penalty_beta,
+        )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A text, its language and its translation."""
+
+    detection: Detection
+    model: Model
+    answer: Answer
+
+
+class Service:
+    """The models of a server, and the queue before them.
+
+    Attributes:
+        models: By pair of languages.
+        settings: Limits.
+        keys: Who may ask.
+        metrics: What happened.
+        num_open: Requests that are read, wait or are translated.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        settings: ServerSettings,
+        num_threads: int | None = None,
+        is_batching: bool = True,
+    ) -> None:
+        self.models, self.settings, self.keys = models, settings, Keys(settings.keys)
+        self.num_open = 0
+        self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: self.num_open)
+        self.batcher = Batcher(num_threads, is_batching, self.metrics.observe_batch)
+        self._detector = Detector(models.sources)
+
+    def check_key(self, key: str | None) -> None:
+        """Refuse a request without a right key.
+
+        Raises:
+            RequestError: 403.
+        """
+        if not self.keys:
+            return
+        if not key:
+            raise RequestError(403, "An API key is needed: send it as `api_key`.")
+        if not self.keys.know(key):
+            raise RequestError(403, "The API key is not known.")
+
+    def check_texts(self, field: str, texts: Sequence[str]) -> None:
+        """Refuse texts that are too many, too long or no text.
+
+        Raises:
+            RequestError: naming the limit, or the text.
+        """
+        limits = self.settings
+        if len(texts) > limits.max_items:
+            raise RequestError(
+                400, f"`{field}` must have at most {limits.max_items} texts, but has {len(texts)}."
+            )
+        num_characters = sum(map(len, texts))
+        if num_characters > limits.max_characters:
+            raise RequestError(
+                400,
+                f"`{field}` must have at most {limits.max_characters} characters, but has "
+                f"{num_characters}.",
+            )
+        for number, text in enumerate(texts, start=1):
+            fault = find_fault(text)
+            if fault is not None:
+                raise RequestError(400, f"`{field}`: text {number} {fault}. Remove it.")
+
+    async def detect(self, text: str) -> list[Detection]:
+        """Return the server's languages, the most likely of the text first."""
+        return await asyncio.to_thread(self._detector.detect, text)
+
+    async def translate(self, request: Request, texts: Sequence[str], wish: Wish) -> list[Answered]:
+        """Translate texts that were checked.
+
+        Raises:
+            RequestError: the pair of languages is not served, an option is out of range, or there
+                was no time.
+            ClientGoneError: nobody waits any more.
+        """
+        _check_options(wish)
+        detections = [await self._source_of(text, wish.source) for text in texts]
+        models = [self.models.find(one.language, wish.target) for one in detections]
+        self.metrics.characters.inc(sum(map(len, texts)))
+        if wish.format == "html":
+            marked = [SplitMarkup(text) for text in texts]
+            inner = [text for one in marked for text in one.texts]
+            self.check_texts("q", inner)  # references such as &#1; are characters now
+            owners = [model for model, one in zip(models, marked, strict=True) for _ in one.texts]
+            found = iter(await self._run(request, inner, owners, wish))
+            answers = []
+            for one in marked:
+                own = [next(found) for _ in one.texts]
+                answers.append(_join_markup(one, own, wish.alternatives))
+        else:
+            answers = await self._run(request, texts, models, wish)
+        parts = zip(detections, models, answers, strict=True)
+        return [Answered(*part) for part in parts]
+
+    async def probe(self, request: Request) -> None:
+        """Let every model translate a token.
+
+        Raises:
+            RequestError: one does not answer in time.
+        """
+        jobs = []
+        for model in self.models.opened:
+            target = model.targets[0] if model.config.is_multilingual else None
+            jobs.append(Job(Search(model.translator, target, 1), [PROBE]))
+        await self._wait(request, jobs)
+
+    async def _source_of(self, text: str, source: str) -> Detection:
+        if source != AUTO:
+            return Detection(source, 100.0)
+        return (await self.detect(text))[0]
+
+    async def _run(
+        self, request: Request, texts: Sequence[str], models: Sequence[Model], wish: Wish
+    ) -> list[Answer]:
+        """Translate texts, each with its model; one job for each model."""
+        split = [SplitText(text) for text in texts]
+        jobs: dict[Search, Job] = {}
+        searches = [wish.search(model) for model in models]
+        for search, text in zip(searches, split, strict=True):
+            if text.wanted:
+                jobs.setdefault(search, Job(search, [])).lines.extend(text.wanted)
+        results = await self._wait(request, list(jobs.values()))
+        lines = {search: iter(own) for search, own in zip(jobs, results, strict=True)}
+        return [
+            text.join([next(lines[search]) for _ in text.wanted], wish.alternatives)
+            for search, text in zip(searches, split, strict=True)
+        ]
+
+    async def _wait(self, request: Request, jobs: list[Job]) -> list[list[Translation]]:
+        """Put jobs into the queue; return their results, or drop them when nobody waits."""
+        if not jobs:
+            return []
+        for job in jobs:
+            self.batcher.submit(job)
+        left = self.settings.time_limit - (time.monotonic() - request.state.started)
+        results: asyncio.Future[Any] = asyncio.gather(
+            *[asyncio.wrap_future(job.done) for job in jobs]
+        )
+        gone: asyncio.Future[Any] = asyncio.create_task(_wait_until_gone(request))
+        try:
+            done, _ = await asyncio.wait(
+                {results, gone}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED
+            )
+            if results in done:
+                return results.result()
+            if gone in done:
+                raise ClientGoneError
+            raise BusyError(
+                f"There was no answer after {self.settings.time_limit:g} seconds. Ask for less at "
+                "a time, or later."
+            )
+        finally:
+            gone.cancel()
+            results.cancel()
+            for job in jobs:
+                self.batcher.cancel(job)
+
+
+async def _wait_until_gone(request: Request) -> None:
+    """Return when the client has closed its connection; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_options(wish: Wish) -> None:
+    for name, value, low, high in (
+        ("alternatives", wish.alternatives, 0, MAX_ALTERNATIVES),
+        ("beam", wish.beam, 1, MAX_BEAM),
+        ("length_penalty_alpha", wish.length_penalty_alpha, 0.0, 10.0),
+        ("coverage_penalty_beta", wish.coverage_penalty_beta, 0.0, 10.0),
+    ):
+        if value is not None and not low <= value <= high:
+            raise RequestError(400, f"`{name}` must be from {low:g} to {high:g}, but is {value}.")
+
+
+def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:
+    """Return HTML; the n-th alternative has the n-th of each text, or its best."""
+    results = [split.join([one.text for one in answers])]
+    for rank in range(
+        min(num_alternatives, max([len(a.alternatives) for a in answers], default=0))
+    ):
+        results.append(
+            split.join([([*a.alternatives[rank : rank + 1], a.text])[0] for a in answers])
+        )
+    best, *others = dict.fromkeys(results)
+    return Answer(best, others)

@@ -1,0 +1,103 @@
+"""A server in this process on a free port of loopback, and one as a process of its own."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from nmt_moe.serving import Models, ServerSettings, Service, make_app
+
+# Of everything that is waited for: under load a machine may be slow.
+PATIENCE = 120.0
+
+
+class LiveServer:
+    """A service behind real sockets.
+
+    Attributes:
+        service: That is served.
+        url: Without a slash at its end.
+        port: Of loopback.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(make_app(service), log_config=None, access_log=False, ws="none")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+
+    def __enter__(self) -> "LiveServer":
+        self._thread.start()
+        end = time.monotonic() + PATIENCE
+        while not self._server.started:
+            assert self._thread.is_alive()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        self._socket.close()
+
+    def post(self, path: str, content: Any, **headers: str) -> httpx.Response:
+        """Send JSON."""
+        return httpx.post(self.url + path, json=content, headers=headers, timeout=PATIENCE)
+
+    def translate(self, q: Any, **fields: Any) -> Any:
+        """Send texts to LibreTranslate's API; return the answer, which must be a good one."""
+        answer = self.post("/translate", {"q": q, "source": "aa", "target": "bb", **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+def make_service(*folders: Path | str, is_batching: bool = True, **settings: Any) -> Service:
+    """Open bundles as the command does."""
+    models = Models.open([str(folder) for folder in folders])
+    return Service(models, ServerSettings(**settings), 1, is_batching)
+
+
+@contextmanager
+def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dict[str, Any]]]]:
+    """Run `nmt-moe serve` on a free port; yield process, address and its log, which grows."""
+    command = [sys.executable, "-m", "nmt_moe.cli", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log: list[dict[str, Any]] = []
+    assert process.stderr is not None
+    stderr = process.stderr
+
+    def read() -> None:
+        log.extend(json.loads(line) for line in stderr)
+
+    try:
+        log.append(json.loads(stderr.readline()))
+        reader = threading.Thread(target=read)
+        reader.start()
+        yield process, log[0]["address"].removesuffix("/"), log
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+
+
+def raw(port: int, content: bytes, seconds: float = PATIENCE) -> bytes:
+    """Send bytes over a socket; return all that comes until the other side is silent or closes."""
+    with socket.create_connection(("127.0.0.1", port), seconds) as connection:
+        connection.sendall(content)
+        connection.shutdown(socket.SHUT_WR)
+        parts: Sequence[bytes] = list(iter(lambda: connection.recv(65536), b""))
+    return b"".join(parts)
