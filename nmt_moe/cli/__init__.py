@@ -55,6 +55,10 @@ COMMANDS = {
         "Predict memory, traffic and time of a training on a cluster.",
     ),
     "plot": ("nmt_moe.cli.plot:plot", "Draw loss, perplexity and balance from training logs."),
+    "report": (
+        "nmt_moe.cli.report:report",
+        "Show what a model's experts are for on a text, and how good it is, as a page.",
+    ),
     "reshape": (
         "nmt_moe.cli.reshape:reshape",
         "Verify a checkpoint, or merge or split its files of experts.",

@@ -27,11 +27,17 @@ class LanguageModel:
 
     Every line starts from a zero state, as a sentence does in training with
     `--sample-break-mode eos`.
+
+    Attributes:
+        defaults: Of a search.
+        config: Of the bundle.
+        vocabularies: Of "target".
     """
 
     def __init__(self, bundle: Bundle) -> None:
         assert isinstance(bundle.network, LanguageNetwork)
         self._network = bundle.network
+        self.config, self.vocabularies = bundle.config, bundle.vocabularies
         self._vocabulary = bundle.vocabularies["target"]
         processor = bundle.processors["target"]
         language = bundle.config.languages[0] if bundle.config.languages else None

@@ -56,14 +56,16 @@ class Translator:
     Attributes:
         languages: Target languages of a multilingual model; else the target's name, if known.
         defaults: Of the search, from the first bundle.
+        config: Of the first bundle.
+        vocabularies: Of "source" and "target".
     """
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
         first = bundles[0]
         for bundle in bundles[1:]:
             _check_same(first, bundle)
-        self._config = first.config
-        self._vocabularies, self._processors = first.vocabularies, first.processors
+        self.config = first.config
+        self.vocabularies, self._processors = first.vocabularies, first.processors
         self._networks = [
             bundle.network for bundle in bundles if isinstance(bundle.network, TranslationNetwork)
         ]
@@ -253,9 +255,9 @@ class Translator:
             )
         check_whole("batch_tokens", batch_tokens, 1)
         mark = self._mark_of(self._check_language(target_lang))
-        vocabulary = self._vocabularies["source"]
+        vocabulary = self.vocabularies["source"]
         read = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in sources]
-        written = [self._vocabularies["target"].numbers(pieces) for pieces in targets]
+        written = [self.vocabularies["target"].numbers(pieces) for pieces in targets]
         lengths = [max(len(s), len(t) + 1) for s, t in zip(read, written, strict=True)]
         target = TargetText(self._processors["target"])
         results: dict[int, PairScore] = {}
@@ -281,10 +283,10 @@ class Translator:
 
     def _mark_of(self, target_lang: str | None) -> list[int]:
         """Return what stands in front of a source."""
-        if not self._config.is_multilingual:
+        if not self.config.is_multilingual:
             return []
         assert target_lang is not None
-        return [self._vocabularies["source"].mark(language_mark(target_lang))]
+        return [self.vocabularies["source"].mark(language_mark(target_lang))]
 
     def _read_options(
         self,
@@ -322,7 +324,7 @@ class Translator:
         )
 
     def _check_language(self, target_lang: str | None) -> str | None:
-        config = self._config
+        config = self.config
         if config.is_multilingual and target_lang is None:
             raise ValueError(
                 f"`target_lang` must be one of {', '.join(self.languages)}, but is missing."
@@ -348,7 +350,7 @@ class Translator:
         return options.target_lang or (self.languages[0] if self.languages else None)
 
     def _translate_pieces(self, cut: list[list[str]], options: _Options) -> list[Sentence]:
-        vocabulary = self._vocabularies["source"]
+        vocabulary = self.vocabularies["source"]
         mark = self._mark_of(options.target_lang)
         sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]
         results: dict[int, Sentence] = {}
@@ -370,7 +372,7 @@ class Translator:
         options: _Options,
     ) -> list[Sentence]:
         """Turn what a search found into results, whose source positions leave marks out."""
-        symbols = self._vocabularies["target"].symbols
+        symbols = self.vocabularies["target"].symbols
         target = TargetText(self._processors["target"])
         sentences = []
         for pieces, of_sentence in zip(cut, found, strict=True):

@@ -1,6 +1,18 @@
-"""What a trained model's experts do on a text. Needs no fairseq."""
+"""What a trained model's experts do on a text, and how good it is. Needs no fairseq."""
 
+from nmt_moe.inspection.page import render_page
 from nmt_moe.inspection.reading import Reading, TextUsage, collect_usage, read_text
+from nmt_moe.inspection.report import Part, load_model, make_report
 from nmt_moe.inspection.usage import ExpertUsage
 
-__all__ = ["ExpertUsage", "Reading", "TextUsage", "collect_usage", "read_text"]
+__all__ = [
+    "ExpertUsage",
+    "Part",
+    "Reading",
+    "TextUsage",
+    "collect_usage",
+    "load_model",
+    "make_report",
+    "read_text",
+    "render_page",
+]

@@ -15,14 +15,13 @@ from nmt_moe.inference import (
     LineScore,
     PairScore,
     Routing,
-    Translation,
     Translator,
     total_score,
 )
 from nmt_moe.inspection.usage import ExpertUsage
 
 # Lines that are read at once: enough for batches of about equally long sentences.
-CHUNK_LINES = 256
+CHUNK_LINES = 128
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Reading:
         attention: (T + 1, S) float32; None of a language model.
         routings: Of the layers "encoder", for each of `source_tokens`, and "decoder", for each
             piece of the target and the end mark; only the layers that the model has.
-        translation: The model's own, without references.
     """
 
     line: int
@@ -45,7 +43,6 @@ class Reading:
     target: LineScore
     attention: Tensor | None
     routings: dict[str, Routing]
-    translation: Translation | None = None
 
 
 @dataclass(frozen=True)
@@ -189,26 +186,23 @@ def _read_own(
 ) -> list[Reading]:
     translations = model.translate(texts, target_lang, **search)
     sentences = [
-        (line, translation, sentence)
+        (line, sentence)
         for line, translation in zip(lines, translations, strict=True)
         for sentence in translation.sentences
     ]
     scores = model.score_pieces(
-        [sentence.pieces for _, _, sentence in sentences],
-        [sentence.hypotheses[0].pieces for _, _, sentence in sentences],
+        [sentence.pieces for _, sentence in sentences],
+        [sentence.hypotheses[0].pieces for _, sentence in sentences],
         target_lang,
         with_experts=True,
         with_inputs=with_inputs,
     )
-    return [
-        _of_pair(line, score, translation)
-        for (line, translation, _), score in zip(sentences, scores, strict=True)
-    ]
+    return [_of_pair(line, score) for (line, _), score in zip(sentences, scores, strict=True)]
 
 
-def _of_pair(line: int, score: PairScore, translation: Translation | None = None) -> Reading:
+def _of_pair(line: int, score: PairScore) -> Reading:
     routings = _present(encoder=score.routing, decoder=score.target.routing)
-    return Reading(line, score.source_tokens, score.target, score.attention, routings, translation)
+    return Reading(line, score.source_tokens, score.target, score.attention, routings)
 
 
 def _present(**routings: Routing | None) -> dict[str, Routing]:

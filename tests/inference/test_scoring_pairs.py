@@ -30,7 +30,7 @@ def opened(
 
 
 def numbers(translator: Translator, pieces: list[str]) -> list[int]:
-    return translator._vocabularies["target"].numbers(pieces)
+    return translator.vocabularies["target"].numbers(pieces)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10**6])

@@ -41,14 +41,14 @@ class Model:
 
     def numbers(self, pieces: list[str], mark: str = "") -> list[int]:
         """Number a sentence's source pieces as they went into the network."""
-        symbols = self.translator._vocabularies["source"].symbols
+        symbols = self.translator.vocabularies["source"].symbols
         known = {s: n for n, s in enumerate(symbols) if n > 3 and not s.startswith("<2")}
         marks = [symbols.index(mark)] if mark else []
         return [*marks, *(known.get(piece, 3) for piece in pieces), 2]
 
     def written(self, pieces: list[str]) -> list[int]:
         """Number a hypothesis' pieces."""
-        symbols = self.translator._vocabularies["target"].symbols
+        symbols = self.translator.vocabularies["target"].symbols
         return [symbols.index(piece) for piece in pieces]
 
 
@@ -219,7 +219,7 @@ def test_bundles_that_differ_in_what_they_read_are_refused(
     with pytest.raises(ValueError, match="cannot be an ensemble: they differ in their vocabulary"):
         Translator.load([model.folder, many.folder])
     lower = replace(DESCRIPTION, text=replace(DESCRIPTION.text, lowercase=True))
-    folder, _ = make_bundle(tmp_path, model.translator._config.network, description=lower)
+    folder, _ = make_bundle(tmp_path, model.translator.config.network, description=lower)
     with pytest.raises(ValueError, match="differ in their text pipeline"):
         Translator.load([model.folder, folder])
     with pytest.raises(ValueError, match="`folder` must name at least one bundle"):
@@ -287,7 +287,7 @@ MARKS = ["</s>", "<unk>", "<pad>", "<s>", "<2bb>", "<2aa>"]
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_typed_mark_is_text(many: Model, mark: str):
-    vocabulary = many.translator._vocabularies["source"]
+    vocabulary = many.translator.vocabularies["source"]
     for text in (mark, f"the cat {mark} dog", f"{mark} the cat", f"{mark}{mark}"):
         [result] = many.translator.translate(text, "bb")
         [sentence] = result.sentences
@@ -314,7 +314,7 @@ def test_a_piece_that_is_spelled_as_a_mark_is_an_unknown_word(tmp_path: Path):
     pieces = result.sentences[0].pieces
     assert "<2bb>" in pieces
     assert "<pad>" in pieces
-    numbers = translator._vocabularies["source"].numbers(pieces)
+    numbers = translator.vocabularies["source"].numbers(pieces)
     assert [n for piece, n in zip(pieces, numbers, strict=True) if piece in MARKS] == [3, 3]
 
 

@@ -1,0 +1,133 @@
+"""`nmt-moe report`: what a model's experts learnt, and how well it translates, as one page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nmt_moe.cli._command import command, list_option
+
+if TYPE_CHECKING:
+    from nmt_moe.inspection import Part
+
+PATH = click.Path(path_type=Path)
+
+
+@command(
+    "report",
+    """
+nmt-moe report en-de --text test.en --reference test.de --output report.html
+nmt-moe report en-de --text test.en --reference test.de --against en-de-int8 --output report.html
+nmt-moe report many --text test.en --reference test.de test.fr --target-lang de fr \\
+    --output report.html --json report.json
+nmt-moe report my-language-model --text test.txt --output report.html
+""",
+)
+@click.argument("folder", type=PATH)
+@list_option("--text", type=PATH, required=True, help="What the model reads; one, or one a part.")
+@list_option("--reference", type=PATH, help="Translations of the text, one file a part.")
+@list_option("--target-lang", help="Languages to translate into, one a part, for such a model.")
+@click.option("--against", type=PATH, help="A second bundle to compare with.")
+@click.option("--output", type=PATH, help="The page to write: HTML, under 5 MB.")
+@click.option(
+    "--json", "dump", type=PATH, help="The values of the page to write, and more, as JSON."
+)
+@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Show bars on standard error.  [default: if it is a terminal]",
+)
+def report(
+    folder: Path,
+    text: tuple[Path, ...],
+    reference: tuple[Path, ...],
+    target_lang: tuple[str, ...],
+    against: Path | None,
+    output: Path | None,
+    dump: Path | None,
+    threads: int | None,
+    progress: bool | None,
+) -> None:
+    """Report on the bundle FOLDER: what its experts are for on a text, and how good it is.
+
+    The page has the load of every layer, the contexts with the largest gates of each expert
+    (Table 9 of Shazeer et al. 2017) and what it is over-used for, sentences with attention and
+    routing, and with a reference BLEU and chrF. It needs no network and no script.
+
+    Several languages are parts: give as many of --target-lang and of --reference as there are
+    parts, and one --text for all of them or one for each. Blank lines are left out.
+    """
+    import torch
+
+    from nmt_moe.checks import check_whole
+    from nmt_moe.cli.translate import MAX_THREADS
+    from nmt_moe.inspection import make_report, render_page
+    from nmt_moe.text.lines import open_output
+    from nmt_moe.text.outputs import check_outputs
+
+    outputs = [path for path in (output, dump) if path is not None]
+    if not outputs:
+        raise ValueError("name a file to write: `--output report.html`, `--json report.json`.")
+    for path in outputs:
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"`{path}` must be in a folder that exists. Make its folder first.")
+    check_outputs([*text, *reference], outputs)
+    if threads is not None:
+        check_whole("--threads", threads, 1, MAX_THREADS)
+        torch.set_num_threads(threads)
+    parts = read_parts(text, reference, target_lang)
+    is_shown = sys.stderr.isatty() if progress is None else progress
+    values = make_report(folder, parts, against, is_shown)
+    page = render_page(values) if output is not None else ""
+    if dump is not None:
+        with open_output(dump) as file:
+            json.dump(values, file, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+    if output is not None:
+        with open_output(output) as file:
+            file.write(page)
+
+
+def read_parts(
+    texts: Sequence[Path], references: Sequence[Path], languages: Sequence[str]
+) -> list[Part]:
+    """Read the files of each part.
+
+    Raises:
+        ValueError: their numbers do not fit, or a file is refused.
+    """
+    from nmt_moe.inspection import Part
+    from nmt_moe.scoring.measures import read_texts
+
+    num_parts = max(len(texts), len(references), len(languages))
+    for name, given, may_be in (
+        ("--text", texts, (1, num_parts)),
+        ("--reference", references, (0, num_parts)),
+        ("--target-lang", languages, (0, 1, num_parts)),
+    ):
+        if len(given) not in may_be:
+            raise ValueError(
+                f"`{name}` must be given {' or '.join(map(str, sorted(set(may_be))))} times for "
+                f"{num_parts} parts, but is given {len(given)} times."
+            )
+    all_texts = list(texts) * (num_parts // len(texts))
+    all_languages = list(languages) * (num_parts // len(languages)) if languages else []
+    parts, names = [], set()
+    for number, text in enumerate(all_texts):
+        files = [text, *references[number : number + 1]]
+        lines = read_texts(files)
+        language = all_languages[number] if all_languages else None
+        name = language if len(set(all_languages)) == num_parts and language else text.name
+        if name in names:
+            name = f"{name} ({number + 1})"
+        names.add(name)
+        ending = files[1].name.removesuffix(".gz").rpartition(".")[2] if references else None
+        reference = lines[1] if references else None
+        parts.append(Part(name, lines[0], reference, language, ending))
+    return parts

@@ -1,0 +1,202 @@
+"""A report as one HTML page, made of its values alone.
+
+The page has no script and no outside address, and its policy allows neither; every text is escaped
+by the template.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from nmt_moe.inspection.report import FORMAT, VERSION
+
+MAX_BYTES = 5_000_000
+FOLDER = Path(__file__).parent
+# Bars of a figure of loads; of more experts, the busiest.
+MAX_BARS = 256
+# Pieces on each side of a figure of attention.
+MAX_ATTENTION = 60
+# Smaller weights of attention are left blank.
+MIN_WEIGHT = 0.03
+
+
+@dataclass(frozen=True)
+class Caps:
+    """How much a page shows; it is halved until the page is small enough.
+
+    Attributes:
+        experts: Of each layer, the busiest.
+        contexts: Of each expert.
+        features: In each list of an expert's over-use.
+        sentences: Piece by piece.
+        characters: Of a line of text; longer ones are cut.
+    """
+
+    experts: int = 48
+    contexts: int = 10
+    features: int = 8
+    sentences: int = 24
+    characters: int = 1000
+
+    def halved(self) -> Caps:
+        """Return smaller caps."""
+        return replace(
+            self,
+            experts=max(1, self.experts // 2),
+            contexts=max(3, self.contexts * 3 // 4),
+            features=max(3, self.features * 3 // 4),
+            sentences=max(1, self.sentences // 2),
+            characters=max(100, self.characters // 2),
+        )
+
+
+def render_page(report: Mapping[str, Any]) -> str:
+    """Return the page of a report: under 5 MB, whatever the report holds.
+
+    Args:
+        report: That `make_report` returned, or that was read from its JSON.
+
+    Raises:
+        ValueError: it is not a report, or one of another version.
+    """
+    if not isinstance(report, Mapping) or report.get("format") != FORMAT:
+        raise ValueError(
+            f"the values are not a report: `format` is not '{FORMAT}'. Give what `nmt-moe report "
+            "--json` wrote."
+        )
+    if report.get("format_version") != VERSION:
+        raise ValueError(
+            f"the report has the format version {report.get('format_version')!r}, but this version "
+            f"of nmt_moe shows {VERSION}. Make the report again."
+        )
+    style = (FOLDER / "page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    template = _environment().get_template("page.html.jinja")
+    caps = Caps()
+    while True:
+        page = template.render(
+            report=report,
+            layers=[_view_layer(layer, caps) for layer in report["layers"]],
+            sentences=report["sentences"][: caps.sentences],
+            caps=caps,
+            style=Markup(style),
+            digest=digest,
+        )
+        if len(page.encode()) < MAX_BYTES:
+            return page
+        smaller = caps.halved()
+        if smaller == caps:
+            raise ValueError(
+                f"the page cannot be made smaller than {MAX_BYTES} bytes: the report has "
+                f"{len(report['parts'])} parts. Make one of fewer texts."
+            )
+        caps = smaller
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["direction"] = direction
+    environment.filters["cut"] = cut
+    environment.globals["attention_cells"] = attention_cells
+    return environment
+
+
+def direction(text: str | Sequence[str]) -> str:
+    """Return "rtl" for text whose first letter is written from right to left, else "ltr"."""
+    for character in text if isinstance(text, str) else "".join(text):
+        kind = unicodedata.bidirectional(character)
+        if kind in ("R", "AL"):
+            return "rtl"
+        if kind == "L":
+            return "ltr"
+    return "ltr"
+
+
+def cut(text: str | None, most: int) -> str:
+    """Return a text of at most so many characters."""
+    text = text or ""
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
+    """Return row, column and weight of what a figure of attention shows."""
+    return [
+        (row, column, weight)
+        for row, weights in enumerate(attention[:MAX_ATTENTION])
+        for column, weight in enumerate(weights[:MAX_ATTENTION])
+        if weight >= MIN_WEIGHT
+    ]
+
+
+def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
+    """Return a layer as it is shown."""
+    usage, num_experts = layer["usage"], layer["num_experts"]
+    order = sorted(range(num_experts), key=lambda expert: -usage["load"][expert])
+    shown = sorted(order[:MAX_BARS]) if num_experts <= MAX_BARS else order[:MAX_BARS]
+    total = max(usage["num_tokens"], 1)
+    # Each token has K experts, and gates that add up to 1.
+    largest = max(max(usage["load"]) / total, layer["top_k"] / num_experts, 1e-9)
+    heaviest = max(max(usage["importance"]) / total, 1 / num_experts, 1e-9)
+    bars = [
+        {
+            "expert": expert,
+            "load": usage["load"][expert] / total,
+            "load_height": 60 * usage["load"][expert] / total / largest,
+            "importance": usage["importance"][expert] / total,
+            "importance_height": 60 * usage["importance"][expert] / total / heaviest,
+        }
+        for expert in shown
+    ]
+    return {
+        **layer,
+        "bars": bars,
+        "bar_width": max(3, min(28, 720 // max(len(bars), 1))),
+        "load_chance": 60 * layer["top_k"] / num_experts / largest,
+        "importance_chance": 60 / num_experts / heaviest,
+        "shown_experts": layer["experts"][: caps.experts],
+        "pair_cells": _pair_cells(layer["pair_matrix"]),
+        "similarity_cells": _similarity_cells(layer["similarity"]),
+    }
+
+
+def _pair_cells(matrix: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the cells of pairs: their lift as a value from -1 (never) to 1 (4 times chance)."""
+    if matrix is None:
+        return []
+    cells = []
+    for row, (counts, expected) in enumerate(
+        zip(matrix["counts"], matrix["expected"], strict=True)
+    ):
+        for column, (count, chance) in enumerate(zip(counts, expected, strict=True)):
+            if row != column and chance >= 1:
+                lift = count / chance
+                value = min((lift - 1) / 3, 1) if lift > 1 else lift - 1
+                title = f"{count} times together, {chance:.0f} by chance"
+                cells.append({"row": row, "column": column, "value": value, "title": title})
+    return cells
+
+
+def _similarity_cells(similarity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if similarity is None:
+        return []
+    return [
+        {"row": row, "column": column, "value": value, "title": f"cosine {value:.3f}"}
+        for row, values in enumerate(similarity["cosines"])
+        for column, value in enumerate(values)
+        if row != column
+    ]

@@ -1,0 +1,89 @@
+"""Pairs: experts that are used together, and languages that use the same experts."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmt_moe.inspection.overuse import LEVEL, MIN_COUNT, wilson_interval
+from nmt_moe.inspection.usage import ExpertUsage
+
+# Rounds of iterative proportional fitting; few experts that always go together need most.
+ROUNDS = 500
+
+
+def expected_pairs(coactivation: Tensor) -> Tensor:
+    """Compute the pairs that experts of the same use would make by chance.
+
+    A token's experts differ, so chance is quasi-independence: a_i a_j off the diagonal, with the
+    factors a for which each expert is in as many pairs as it was.
+
+    Args:
+        coactivation: (E, E) int64, symmetric with 0 on the diagonal.
+
+    Returns:
+        (E, E) float64.
+
+    Source: Goodman 1968, The analysis of cross-classified data.
+    """
+    wanted = coactivation.sum(1).double()
+    total = wanted.sum().clamp_min(1)
+    factors = wanted / total.sqrt()
+    for _ in range(ROUNDS):
+        others = factors.sum() - factors
+        factors = (factors * wanted / others.clamp_min(1e-12)).sqrt()
+    expected = factors.unsqueeze(1) * factors
+    return expected.fill_diagonal_(0)
+
+
+def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
+    """Return the pairs of experts that come together most often and most rarely against chance.
+
+    Args:
+        usage: Of a layer.
+        most: Pairs in each list.
+
+    Returns:
+        `over` and `under`: rows of `experts`, `count`, `expected`, `lift`, and its bounds `low` and
+        `high`: Wilson's for the count's share of tokens, corrected for all pairs (Bonferroni), over
+        the expected share. None without counts of pairs or without pairs.
+    """
+    counts = usage.coactivation
+    if counts is None or not counts.any():
+        return None
+    expected = expected_pairs(counts)
+    rows, columns = torch.triu_indices(len(counts), len(counts), offset=1)
+    is_tested = expected[rows, columns] >= MIN_COUNT
+    rows, columns = rows[is_tested], columns[is_tested]
+    num_pairs = len(rows)
+    z = NormalDist().inv_cdf(1 - LEVEL / (2 * max(num_pairs, 1)))
+    lift = counts[rows, columns] / expected[rows, columns]
+    order = lift.argsort(descending=True, stable=True).tolist()
+    lists: dict[str, Any] = {"num_pairs": num_pairs, "over": [], "under": []}
+    for name, numbers in (("over", order), ("under", order[::-1])):
+        for number in numbers[: 50 * most]:
+            one, other = int(rows[number]), int(columns[number])
+            count, chance = int(counts[one, other]), float(expected[one, other])
+            bounds = wilson_interval(count, usage.num_tokens, z)
+            low, high = (bound * usage.num_tokens / chance for bound in bounds)
+            if (low > 1) if name == "over" else (high < 1):
+                row = {"experts": [one, other], "count": count, "expected": chance}
+                lists[name].append({**row, "lift": count / chance, "low": low, "high": high})
+    lists["over"].sort(key=lambda row: -row["low"])
+    lists["under"].sort(key=lambda row: row["high"])
+    lists["over"], lists["under"] = lists["over"][:most], lists["under"][:most]
+    return lists
+
+
+def load_overlap(one: ExpertUsage, other: ExpertUsage) -> float:
+    """Compute how much two texts share of a layer's experts.
+
+    Returns:
+        The sum over experts of the smaller of both shares of the load: 1 for equal shares, 0 where
+        no expert is used by both.
+    """
+    shares = [usage.load.double() / usage.load.sum().clamp_min(1) for usage in (one, other)]
+    return float(torch.minimum(*shares).sum())

@@ -1,0 +1,321 @@
+"""The report of a model on a text, as plain values: what the page shows and a notebook reads.
+
+Its keys are described in `docs/report.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nmt_moe import __version__
+from nmt_moe.inference import LanguageModel, LineScore, Routing, Sentence, Translator, total_score
+from nmt_moe.inference.bundle import CONFIG, parse_config, read_small
+from nmt_moe.inspection.layer import LayerReport, make_layers
+from nmt_moe.inspection.quality import language_of, score_translations
+from nmt_moe.inspection.reading import CHUNK_LINES, Reading, read_text
+
+FORMAT, VERSION = "nmt_moe report", 1
+# Sentences that are shown piece by piece, of all parts together, and of a part at least.
+NUM_SENTENCES, MIN_SENTENCES = 24, 4
+NUM_HYPOTHESES = 5
+# Longer sentences are left out of those that are shown piece by piece.
+MAX_SHOWN_PIECES = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text, and what is known of it.
+
+    Attributes:
+        name: Of the part, such as its language.
+        text: Lines.
+        references: A translation of each, or None.
+        target_lang: Of a multilingual model.
+        language: Of the references, if known.
+    """
+
+    name: str
+    text: Sequence[str]
+    references: Sequence[str] | None = None
+    target_lang: str | None = None
+    language: str | None = None
+
+
+def load_model(folder: Path | str) -> Translator | LanguageModel:
+    """Open a bundle of either kind.
+
+    Raises:
+        ValueError: naming the file that is missing, altered or of a newer format.
+    """
+    folder = Path(folder)
+    config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
+    return (Translator if config.kind == "translation" else LanguageModel).load(folder)
+
+
+def make_report(
+    folder: Path | str,
+    parts: Sequence[Part],
+    against: Path | str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run a bundle over a text, and describe what its experts do and how good it is.
+
+    Args:
+        folder: Of the bundle.
+        parts: Of the text; several for several languages.
+        against: Another bundle to compare with: another model, or another checkpoint of this one.
+        progress: Show bars on standard error.
+
+    Returns:
+        Values for JSON.
+
+    Raises:
+        ValueError: a bundle cannot be opened or is of another kind; a language is not the model's;
+            or there is nothing to read.
+    """
+    model = load_model(folder)
+    other = None if against is None else load_model(against)
+    if other is not None and type(other) is not type(model):
+        raise ValueError(
+            f"`{against}` is not of the kind of `{folder}`: one is a translator, one a language "
+            "model. Name two of the same kind."
+        )
+    _check_parts(model, parts)
+    names = [part.name for part in parts]
+    layers = make_layers(model, names)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "nmt_moe": __version__,
+        "model": _describe_model(folder, model),
+        "against": None if against is None or other is None else _describe_model(against, other),
+        "parts": [],
+    }
+    for number, part in enumerate(parts):
+        content["parts"].append(_read_part(model, other, part, number, layers, progress))
+    if not any(part["sentences"] for part in content["parts"]):
+        raise ValueError("all lines of the text are blank: there is nothing to read.")
+    content["layers"] = [layer.to_dict() for layer in layers.values()]
+    most = max(MIN_SENTENCES, NUM_SENTENCES // len(parts))
+    content["sentences"] = [row for part in parts for row in _show_sentences(model, part, most)]
+    return content
+
+
+def _check_parts(model: Translator | LanguageModel, parts: Sequence[Part]) -> None:
+    """Reject languages and references that the model has no use for, before anything is read."""
+    if not parts:
+        raise ValueError("`parts` must have at least one text, but is empty.")
+    for part in parts:
+        if isinstance(model, Translator):
+            model.translate([], part.target_lang)
+        elif part.references is not None or part.target_lang is not None:
+            raise ValueError("a language model has neither references nor target languages.")
+
+
+def _describe_model(folder: Path | str, model: Translator | LanguageModel) -> dict[str, Any]:
+    config = model.config
+    moe = config.network.moe
+    return {
+        "name": Path(folder).resolve().name,
+        "kind": config.kind,
+        "architecture": config.architecture,
+        "dtype": config.dtype,
+        "languages": list(config.languages),
+        "directions": list(config.directions),
+        "model_dim": config.network.model_dim,
+        "num_experts": moe.num_experts if moe is not None and model.moe_layers else 0,
+    }
+
+
+def _read_part(
+    model: Translator | LanguageModel,
+    other: Translator | LanguageModel | None,
+    part: Part,
+    number: int,
+    layers: dict[str, LayerReport],
+    progress: bool,
+) -> dict[str, Any]:
+    scores: list[LineScore] = []
+    theirs: list[LineScore] = []
+    lines: set[int] = set()
+    for chunk in read_text(
+        model,
+        part.text,
+        part.references,
+        part.target_lang,
+        progress=progress,
+        with_inputs=True,
+    ):
+        for layer in layers.values():
+            layer.add(number, chunk)
+        scores += [one.target for one in chunk]
+        lines |= {one.line for one in chunk}
+        if other is not None:
+            theirs += _read_again(model, other, part, chunk, layers)
+    content: dict[str, Any] = {
+        "part": part.name,
+        "target_lang": part.target_lang,
+        "lines": len(part.text),
+        "sentences": len(scores),
+        "blank": len(part.text) - len(lines),
+        "is_reference": part.references is not None or isinstance(model, LanguageModel),
+        "perplexity": _perplexities(scores),
+        "other_perplexity": _perplexities(theirs),
+    }
+    if isinstance(model, Translator) and part.references is not None and lines:
+        content["quality"] = _score_part(model, other, part, sorted(lines), progress)
+    return content
+
+
+def _perplexities(scores: list[LineScore]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    total = total_score(scores)
+    return {
+        "per_piece": total.perplexity_per_piece,
+        "per_word": total.perplexity_per_word,
+        "per_character": total.perplexity_per_character,
+        "pieces": len(total.log_probs),
+        "unknown": total.num_unknown,
+    }
+
+
+def _read_again(
+    model: Translator | LanguageModel,
+    other: Translator | LanguageModel,
+    part: Part,
+    chunk: Sequence[Reading],
+    layers: dict[str, LayerReport],
+) -> list[LineScore]:
+    """Let the other model read the same, and compare the routing where tokens are the same."""
+    lines = [one.line for one in chunk]
+    again: list[tuple[dict[str, Routing | None], list[str], LineScore]]
+    if isinstance(other, LanguageModel):
+        scores = other.score([part.text[n] for n in lines], with_experts=True)
+        again = [({"decoder": one.routing}, [], one) for one in scores]
+    elif part.references is not None:
+        references = [part.references[n] for n in lines]
+        texts = [part.text[n] for n in lines]
+        pairs = other.score(texts, references, part.target_lang, with_experts=True)
+        again = [
+            ({"encoder": p.routing, "decoder": p.target.routing}, p.source_tokens, p.target)
+            for p in pairs
+        ]
+    else:
+        return []  # its own translations are other texts
+    for side, layer in layers.items():
+        moe = other.moe_layers.get(side)
+        if moe is None or moe.config.num_experts != layer.moe.config.num_experts:
+            continue
+        if other.vocabularies["target"].symbols != model.vocabularies["target"].symbols:
+            continue
+        same = [
+            (routings[side], one.routings[side])
+            for one, (routings, tokens, score) in zip(chunk, again, strict=True)
+            if tokens == one.source_tokens and score.pieces == one.target.pieces
+        ]
+        before = [routing for routing, _ in same if routing is not None]
+        if before:
+            layer.compare(before, [routing for _, routing in same])
+    return [score for _, _, score in again]
+
+
+def _score_part(
+    model: Translator,
+    other: Translator | LanguageModel | None,
+    part: Part,
+    lines: list[int],
+    progress: bool,
+) -> dict[str, Any]:
+    assert part.references is not None
+    sources = [part.text[n] for n in lines]
+    references = [part.references[n] for n in lines]
+    hypotheses = _translate(model, sources, part.target_lang, progress)
+    others = None
+    if isinstance(other, Translator):
+        others = _translate(other, sources, part.target_lang, progress)
+    names = (part.language, part.target_lang, *model.languages[:1])
+    language = next((name for name in map(language_of, names) if name is not None), None)
+    return score_translations(sources, hypotheses, references, language, others, lines)
+
+
+def _translate(
+    model: Translator, sources: list[str], target_lang: str | None, progress: bool
+) -> list[str]:
+    results: list[str] = []
+    with tqdm(total=len(sources), unit=" translations", disable=not progress) as bar:
+        for first in range(0, len(sources), CHUNK_LINES):
+            chunk = model.translate(sources[first : first + CHUNK_LINES], target_lang)
+            results += [one.text for one in chunk]
+            bar.update(len(chunk))
+    return results
+
+
+def _show_sentences(
+    model: Translator | LanguageModel, part: Part, most: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the first sentences of a part, with attention and routing of each piece."""
+    given = part.text if part.references is None else part.references
+    kept = [n for n, text in enumerate(part.text) if text.strip() and given[n].strip()]
+    lines = kept[: 2 * most]
+    texts = [part.text[n] for n in lines]
+    if isinstance(model, LanguageModel):
+        for line, score in list(zip(lines, model.score(texts, with_experts=True), strict=True)):
+            if len(score.pieces) <= MAX_SHOWN_PIECES and most > 0:
+                most -= 1
+                routing = score.routing
+                yield {
+                    "part": part.name,
+                    "line": line + 1,
+                    "pieces": score.pieces,
+                    "log_probs": _rounded(score.log_probs),
+                    "experts": None if routing is None else _experts(routing.to_experts()),
+                }
+        return
+    beam = model.defaults.beam_size
+    results = model.translate(
+        texts, part.target_lang, num_hypotheses=min(NUM_HYPOTHESES, beam), with_experts=True
+    )
+    for line, result in zip(lines, results, strict=True):
+        for sentence in result.sentences:
+            lengths = [len(sentence.pieces), *(len(one.pieces) for one in sentence.hypotheses)]
+            if max(lengths) <= MAX_SHOWN_PIECES and most > 0:
+                most -= 1
+                reference = None if part.references is None else part.references[line]
+                yield _show_sentence(part.name, line, sentence, reference)
+
+
+def _show_sentence(
+    part: str, line: int, sentence: Sentence, reference: str | None
+) -> dict[str, Any]:
+    best = sentence.hypotheses[0]
+    return {
+        "part": part,
+        "line": line + 1,
+        "source_pieces": sentence.pieces,
+        "source_experts": _experts(sentence.experts),
+        "pieces": best.pieces,
+        "log_probs": _rounded(best.log_probs),
+        "experts": _experts(best.experts),
+        "attention": [_rounded(row) for row in best.attention.tolist()],
+        "hypotheses": [
+            {"text": one.text, "score": one.score, "log_prob": sum(one.log_probs)}
+            for one in sentence.hypotheses
+        ],
+        "reference": reference,
+    }
+
+
+def _experts(experts: list[list[tuple[int, float]]] | None) -> list[list[list[float]]] | None:
+    if experts is None or not any(experts):
+        return None
+    return [[[expert, round(gate, 3)] for expert, gate in row] for row in experts]
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]

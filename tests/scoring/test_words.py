@@ -1,0 +1,28 @@
+"""Words by frequency, by hand."""
+
+import pytest
+
+from nmt_moe.scoring.words import f_measure_by_frequency
+
+
+def test_words_by_frequency_by_hand():
+    # In the references: a 5 times, b and c once, d never.
+    references = ["a a b", "a a a c"]
+    hypotheses = ["a b b", "d a a a a"]
+    rows = f_measure_by_frequency(hypotheses, references, lambda line: line)
+    assert [row["frequency"] for row in rows] == ["0", "1", "5-9"]
+    never, once, often = rows
+    assert (never["words"], never["precision"], never["f_measure"]) == (0, 0.0, 0.0)
+    # b is written twice and right once; c is wanted and not written.
+    assert once["words"] == 2
+    assert once["precision"] == pytest.approx(50.0)
+    assert once["recall"] == pytest.approx(50.0)
+    # a: 1 of the first, 3 of the second sentence match; 5 are written, 5 wanted.
+    assert often["f_measure"] == pytest.approx(100 * 4 / 5)
+
+
+def test_bands_have_names():
+    references = ["x " * 2000, "y " * 100, "z " * 4]
+    rows = f_measure_by_frequency(references, references, lambda line: line)
+    assert [row["frequency"] for row in rows] == ["2-4", "100-999", "1000-"]
+    assert all(row["f_measure"] == 100 for row in rows)
