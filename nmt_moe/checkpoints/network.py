@@ -27,6 +27,9 @@ EARLY_NAMES = {
     "load_loss_weight": "load_weight",
 }
 
+# Options that earlier checkpoints lack.
+LATER_NAMES = {"decoder_num_experts"}
+
 
 @dataclass(frozen=True)
 class SavedNetwork:
@@ -68,7 +71,7 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     kind: type[GNMTConfig | LSTMLMConfig] = (
         GNMTConfig if "encoder_layers" in options else LSTMLMConfig
     )
-    needed = {field.name for field in fields(kind)} - {"moe"}
+    needed = {field.name for field in fields(kind)} - {"moe", *LATER_NAMES}
     if not isinstance(architecture, str) or not needed <= options.keys():
         raise ValueError(
             f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe's. Name "

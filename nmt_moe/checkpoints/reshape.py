@@ -51,7 +51,13 @@ def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
             "the checkpoint does not say which of its parameters are experts: it has none, or was "
             "trained with --fp16's flat gradients or an older version. Train it one update further."
         )
-    num_experts = len(state["model"][next(iter(names.values()))])
+    counts = {len(state["model"][name]) for name in names.values()}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the checkpoint has layers of {min(counts)} and {max(counts)} experts, which cannot "
+            "be in the same files. Use it as it is, in one file."
+        )
+    num_experts = counts.pop()
     check_divisor("--files", num_files, "`num_experts`", num_experts)
     save_id, share = new_save_id(), num_experts // num_files
     model = {name: state["model"].pop(name) for name in names.values()}

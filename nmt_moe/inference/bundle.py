@@ -136,6 +136,13 @@ class BundleConfig:
         """Whether a mark in front of the source names the target language."""
         return bool(self.directions)
 
+    def moe_of(self, side: str) -> MoEConfig | None:
+        """Return the sizes of the MoE layer of "encoder" or "decoder", if it has one."""
+        network = self.network
+        if isinstance(network, GNMTConfig):
+            return network.moe if side == "encoder" else network.decoder_moe
+        return network.moe if side == "decoder" else None
+
     def to_json(self) -> str:
         """Return the text of `config.json`."""
         content = {"format": FORMAT, "format_version": VERSION, **asdict(self)}

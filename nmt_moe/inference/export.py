@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nmt_moe.checkpoints import load_checkpoint
@@ -40,16 +39,8 @@ from nmt_moe.inference.opening import (
     load_pieces,
     verify_bundle,
 )
-from nmt_moe.inference.weights import (
-    DIGEST,
-    EXPERTS_IN,
-    SCALE,
-    UNUSED,
-    expert_digest,
-    experts_file,
-    is_product,
-)
-from nmt_moe.kernels import quantise_rows
+from nmt_moe.inference.storing import write_weights
+from nmt_moe.inference.weights import experts_file
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.text.digests import write_digests
 from nmt_moe.text.vocabulary import Vocabulary, find_dictionary, read_symbols
@@ -60,8 +51,6 @@ BUNDLE_FILES = {
     *map(experts_file, ("encoder", "decoder")),
 }
 logger = logging.getLogger(__name__)
-
-ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ def export(
     """
     check_choice("dtype", dtype, DTYPES)
     check_output(output, is_overwritten)
-    _check_overwritten(output)
+    check_replaceable(output)
     description = description or Description()
     state = load_checkpoint(checkpoint, with_optimizer=False)
     network = read_network(checkpoint, state)
@@ -148,7 +137,7 @@ def export(
         part = Path(scratch) / "bundle"
         part.mkdir()
         _write_pieces(part, pieces, vocabularies, config)
-        _write_weights(part, config, network.parameters)
+        write_weights(part, config, network.parameters)
         (part / CONFIG).write_text(config.to_json(), encoding="utf-8")
         table = {side: vocabulary.symbols for side, vocabulary in vocabularies.items()}
         if len(table) == 2 and table["source"] == table["target"]:
@@ -166,7 +155,7 @@ def export(
     return summary
 
 
-def _check_overwritten(output: Path) -> None:
+def check_replaceable(output: Path) -> None:
     """Reject an output whose replacement would lose more than a bundle."""
     if not output.name:
         raise ValueError(f"`{output}` has no name. Name the folder to write.")
@@ -308,46 +297,3 @@ def _write_pieces(
         contents = {JOINT_PIECES.removesuffix(".model"): contents["target"]}
     for side, content in contents.items():
         (folder / f"{side}.model").write_bytes(content)
-
-
-def _write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tensor]) -> None:
-    experts: dict[str, dict[str, Tensor]] = {}
-    dense: dict[str, Tensor] = {}
-    for name, value in parameters.items():
-        side, _, rest = name.partition(".moe.moe.experts.")
-        if rest:
-            # A row for each output, as products are computed with them.
-            experts.setdefault(side, {})[rest] = value.float().mT
-        elif name not in config.shared_weights and UNUSED not in name:
-            dense |= _store(name, value.float(), config.dtype)
-    _save(folder / WEIGHTS, dense)
-    for side, values in experts.items():
-        stored: dict[str, Tensor] = {}
-        for name, value in values.items():
-            stored |= _store(name, value, config.dtype)
-        numbers = range(len(stored[EXPERTS_IN]))
-        digests = [list(expert_digest(expert, stored)) for expert in numbers]
-        _save(
-            folder / experts_file(side),
-            {**stored, DIGEST: torch.tensor(digests, dtype=torch.uint8)},
-        )
-
-
-def _store(name: str, value: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Return a weight as the bundle stores it, with its scales."""
-    if not is_product(name, value) or dtype == "float32":
-        return {name: value.contiguous()}
-    if dtype == "bfloat16":
-        return {name: value.bfloat16().contiguous()}
-    quantised, scale = quantise_rows(value.contiguous())
-    return {name: quantised, name + SCALE: scale}
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whose tensors begin at a multiple of `ALIGNMENT` bytes."""
-    save_file(tensors, path, {"format": "pt"})
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-    # One more entry of the header costs 9 characters: ,"pad":""
-    padding = " " * ((-start - 9) % ALIGNMENT)
-    save_file(tensors, path, {"format": "pt", "pad": padding})

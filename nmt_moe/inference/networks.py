@@ -98,6 +98,7 @@ class TranslationNetwork:
             if self.is_recurrent
             else LSTM(weights, "decoder.bottom")
         )
+        moe = config.decoder_moe
         self.decoder_moe = None if moe is None else MoE(weights, folder, "decoder", moe, dtype)
         numbers = range(config.decoder_layers - 1)
         self.decoder_layers = [LSTM(weights, f"decoder.layers.{number}") for number in numbers]

@@ -117,13 +117,15 @@ def verify_bundle(folder: Path | str) -> str:
         check_file(folder, name, sums)
     open_bundle(folder, config.kind)
     size = sum((folder / name).stat().st_size for name in sums)
-    moe = config.network.moe
-    experts = "" if moe is None else f", {moe.num_experts} experts a layer"
+    counts = []
     for side in _expert_sides(config):
+        moe = config.moe_of(side)
         assert moe is not None
+        counts.append(moe.num_experts)
         experts_of_side = ExpertWeights(folder, side, moe, config.dtype)
         for expert in range(moe.num_experts):
             experts_of_side.check(expert)
+    experts = f", {' and '.join(map(str, sorted(set(counts))))} experts a layer" if counts else ""
     return (
         f"whole: {config.kind.replace('_', ' ')} `{config.architecture}`, {config.dtype}{experts}, "
         f"{len(sums)} files, {size / 1e6:.1f} MB"

@@ -102,7 +102,8 @@ def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
         ValueError: naming the option, its rule and its value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
-    values = {name: getattr(options, name) for name in names}
+    # What the options of an earlier version lack has its default.
+    values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
 
@@ -119,19 +120,31 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
     return None if options.dense else to_core(MoEConfig, options)
 
 
-def expert_parallel_group(options: Any, moe: Optional[MoEConfig]) -> ExpertParallelGroup:
+def expert_parallel_group(
+    options: Any, moe: Optional[MoEConfig], other: Optional[MoEConfig] = None
+) -> ExpertParallelGroup:
     """Decide which process holds which experts; all processes must call.
 
     Args:
         options: As in `moe_config`.
         moe: The sizes of an MoE layer, if there is one.
+        other: Those of a second one. If it has another number of experts, each process has all.
 
     Raises:
         ValueError: naming the option, its rule and its value.
     """
     if moe is None:
         return ALONE
-    return make_expert_parallel_group(moe.num_experts, moe.num_groups, options.expert_parallel_size)
+    size = options.expert_parallel_size
+    if other is not None and other.num_experts != moe.num_experts:
+        if size > 1:
+            raise ValueError(
+                f"`expert_parallel_size` must be 1 for layers of {moe.num_experts} and "
+                f"{other.num_experts} experts, but is {size}. Prune both to the same number to "
+                "spread them."
+            )
+        size = 1
+    return make_expert_parallel_group(moe.num_experts, moe.num_groups, size)
 
 
 def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:

@@ -66,6 +66,12 @@ class LSTMMoEGNMTConfig(MoEOptions):
         default=GNMTConfig.dropout,
         metadata={"help": "dropout on the output of every embedding, LSTM and MoE layer"},
     )
+    decoder_num_experts: int = field(
+        default=GNMTConfig.decoder_num_experts,
+        metadata={
+            "help": "experts of the decoder's MoE layer, if not --num-experts (of a pruned model)"
+        },
+    )
 
     def to_config(self) -> GNMTConfig:
         """Translate to the core's configuration.
@@ -84,7 +90,7 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
         """Build the model of a task with two dictionaries."""
         config = LSTMMoEGNMTConfig.to_config(cfg)
-        group = expert_parallel_group(cfg, config.moe)
+        group = expert_parallel_group(cfg, config.moe, config.decoder_moe)
         source, target = task.source_dictionary, task.target_dictionary
         sizes = config.model_dim, config.init_range
         embedding = build_embedding(source, *sizes)

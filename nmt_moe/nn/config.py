@@ -1,6 +1,6 @@
 """The sizes and choices of the networks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nmt_moe.checks import check_choice, check_range, check_whole
 from nmt_moe.moe import MoEConfig
@@ -32,6 +32,8 @@ class GNMTConfig:
         dropout: Chance that an output of an embedding, LSTM or MoE layer is zeroed in training.
         init_range: Weights start uniform within this, gates and biases aside.
         moe: Sizes of both MoE layers; None leaves them out.
+        decoder_num_experts: Experts of the decoder's MoE layer, if not as many as the encoder's: of
+            a model that was pruned; 0 for the same number.
 
     Raises:
         ValueError: naming the field, its rule and its value.
@@ -48,6 +50,7 @@ class GNMTConfig:
     dropout: float = 0.4
     init_range: float = 0.04
     moe: MoEConfig | None = None
+    decoder_num_experts: int = 0
 
     def __post_init__(self) -> None:
         check_whole("model_dim", self.model_dim, 1)
@@ -60,6 +63,25 @@ class GNMTConfig:
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_range("init_range", self.init_range, 0.0)
         _check_moe_dim(self.model_dim, self.moe)
+        check_whole("decoder_num_experts", self.decoder_num_experts, 0)
+        if self.decoder_num_experts and self.moe is None:
+            raise ValueError(
+                "`decoder_num_experts` must be 0 without MoE layers, but is "
+                f"{self.decoder_num_experts}."
+            )
+        try:
+            _ = self.decoder_moe
+        except ValueError as error:
+            raise ValueError(
+                f"`decoder_num_experts` {self.decoder_num_experts} cannot be: {error}"
+            ) from None
+
+    @property
+    def decoder_moe(self) -> MoEConfig | None:
+        """Sizes of the decoder's MoE layer."""
+        if self.moe is None or not self.decoder_num_experts:
+            return self.moe
+        return replace(self.moe, num_experts=self.decoder_num_experts)
 
 
 @dataclass(frozen=True)

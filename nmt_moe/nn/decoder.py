@@ -55,9 +55,9 @@ class GNMTDecoder(nn.Module):
             self.bottom = ProjectedLSTM(dim, hidden_dim, dim)
             self.attention = ATTENTIONS[config.attention](dim)
         self.moe: ResidualMoE | None = None
-        if config.moe is not None:
+        if config.decoder_moe is not None:
             self.moe = ResidualMoE(
-                config.moe, config.dropout, "decoder's MoE layer", group, config.init_range
+                config.decoder_moe, config.dropout, "decoder's MoE layer", group, config.init_range
             )
         second_input = dim if self.is_recurrent else 2 * dim
         self.layers = nn.ModuleList(

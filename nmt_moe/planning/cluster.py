@@ -45,6 +45,11 @@ class Setup:
         check_range("devices", self.devices, 1)
         check_divides("devices", self.devices, "`expert_parallel_size`", self.size)
         moe = self.moe
+        if getattr(self.config, "decoder_moe", moe) != moe:
+            raise ValueError(
+                "`decoder_num_experts` must be 0 or `num_experts` here: a plan is for layers of "
+                "the same size. Plan with the larger number."
+            )
         if moe is not None:
             name = "num_groups" if moe.num_groups else "num_experts"
             value = moe.num_groups or moe.num_experts

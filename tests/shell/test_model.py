@@ -182,7 +182,7 @@ def another_value(name: str) -> object:
             "gate": "softmax",
             "recompute": "always",
         }[name]
-    if name == "num_groups":
+    if name in ("num_groups", "decoder_num_experts"):
         return 4
     return default / 2 if isinstance(default, float) else default + 1
 
