@@ -37,6 +37,10 @@ COMMANDS = {
         "nmt_moe.cli.doctor:doctor",
         "Print versions and hardware, and try each part of nmt_moe.",
     ),
+    "experts": (
+        "nmt_moe.cli.experts:experts",
+        "What experts do on a text; prune, merge or upcycle them.",
+    ),
     "export": (
         "nmt_moe.cli.export:export",
         "Write a checkpoint as a folder that translates without fairseq.",

@@ -1,0 +1,353 @@
+"""`nmt-moe experts`: what experts do on a text, and models with fewer or more of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmt_moe.cli._command import Group, command
+from nmt_moe.text.parallel import check_parallel, read_good_lines
+
+if TYPE_CHECKING:
+    from nmt_moe.resizing import Layer, Survey, Text
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group(
+    "experts",
+    cls=Group,
+    examples="""
+nmt-moe experts stats en-de --text dev.en --reference dev.de
+nmt-moe experts prune en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8
+nmt-moe experts merge en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8
+nmt-moe experts upcycle dense.pt --num-experts 16 --top-k 2 --output moe.pt
+""",
+)
+def experts() -> None:
+    """Look at the experts of a trained model, or write it with fewer or more of them.
+
+    MODEL is a bundle or a checkpoint, and stays as it is. A checkpoint reads text through the
+    bundle that was exported from it.
+    """
+
+
+def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
+    """Decorate a command with the options that name texts; each may be repeated."""
+
+    def decorate(function: Callable) -> Callable:
+        for option in (
+            click.option("--target-lang", multiple=True, help="Of a multilingual model."),
+            click.option("--reference", type=PATH, multiple=True, help="Translation of the text."),
+            click.option(
+                "--text", type=PATH, multiple=True, required=is_needed, help="Text to read."
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _output_options(function: Callable) -> Callable:
+    """Decorate a command with the options of what it writes."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+        click.option("--bundle", type=PATH, help="Of a checkpoint: the bundle that reads text."),
+        click.option("--output", type=PATH, required=True, help="Bundle or checkpoint to write."),
+    ):
+        function = option(function)
+    return function
+
+
+def _choice_options(function: Callable) -> Callable:
+    """Decorate a command with the options that decide which experts are kept."""
+    for option in (
+        click.option(
+            "--equal-texts",
+            is_flag=True,
+            help="Texts (of several languages) count equally, however long they are.",
+        ),
+        click.option(
+            "--scope",
+            type=click.Choice(["layer", "model"]),
+            default="layer",
+            show_default=True,
+            help="layer: as many in each layer; model: the least used of all layers go.",
+        ),
+        click.option(
+            "--by",
+            type=click.Choice(["contribution", "importance", "load"]),
+            default="contribution",
+            show_default=True,
+            help="Keep by gate times norm of the output, by gates, or by tokens.",
+        ),
+        click.option("--num-experts", type=int, required=True, help="Experts of a layer to keep."),
+    ):
+        function = option(function)
+    return function
+
+
+@command("stats", "nmt-moe experts stats en-de --text dev.en --reference dev.de")
+@click.argument("folder", type=PATH)
+@_text_options(is_needed=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def stats(
+    folder: Path,
+    text: tuple[Path, ...],
+    reference: tuple[Path, ...],
+    target_lang: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print how the experts of the bundle FOLDER are used on a text.
+
+    Per layer: the columns of the paper's Table 6. Per expert: its share of the tokens' choices, of
+    the gates (importance), and of the output (gate times norm of the expert's output).
+    """
+    from nmt_moe.resizing import shares
+
+    surveys = _survey(folder, _read_texts(text, reference, target_lang))
+    columns = {by: shares(surveys, by) for by in ("load", "importance", "contribution")}
+    content: dict[str, Any] = {}
+    for side in surveys[0].layers:
+        usage = surveys[0].layers[side].usage
+        for other in surveys[1:]:
+            usage += other.layers[side].usage
+        rows = {by: columns[by][side].tolist() for by in columns}
+        content[side] = {**usage.to_dict(), "shares": rows}
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    for side, values in content.items():
+        _print_layer(side, values)
+
+
+def _print_layer(side: str, values: dict[str, Any]) -> None:
+    click.echo(f"{side}: {values['num_tokens']} tokens, {len(values['load'])} experts")
+    for name in (
+        *("cv_importance", "cv_load", "max_load", "idle_experts", "effective_experts"),
+        *("gate_entropy", "gate_margin"),
+    ):
+        click.echo(f"  {name:<18} {values[name]:.3f}".rstrip("0").rstrip("."))
+    click.echo("  expert      tokens      load  importance  contribution")
+    rows = list(zip(*values["shares"].values(), strict=True))
+    for expert in sorted(range(len(rows)), key=lambda e: -rows[e][2]):
+        load, importance, contribution = (f"{100 * share:.2f} %" for share in rows[expert])
+        tokens = values["load"][expert]
+        click.echo(f"  {expert:>6} {tokens:>11} {load:>9} {importance:>11} {contribution:>13}")
+
+
+@command(
+    "prune",
+    """
+nmt-moe experts prune en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8
+nmt-moe experts prune best.pt --bundle en-de --num-experts 8 --text dev.en --output pruned.pt
+nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
+    --text dev.en --reference dev.fr --target-lang fr \\
+    --text dev.fr --reference dev.en --target-lang en
+""",
+)
+@click.argument("model", type=PATH)
+@_choice_options
+@_text_options(is_needed=True)
+@_output_options
+def prune(model: Path, **options: Any) -> None:
+    """Write MODEL with the experts that do most on a text.
+
+    Tokens of the others go to the best of those that are left. Perplexity before and after is
+    printed for a text with references, or of a language model. A pruned checkpoint can be trained
+    on: `fairseq-train --finetune-from-model`.
+    """
+    _reduce(model, is_merged=False, **options)
+
+
+@command(
+    "merge",
+    "nmt-moe experts merge en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8",
+)
+@click.argument("model", type=PATH)
+@_choice_options
+@_text_options(is_needed=True)
+@_output_options
+def merge(model: Path, **options: Any) -> None:
+    """Write MODEL with experts that are means of several.
+
+    As `prune`, but an expert that goes is averaged into the one whose gate is most like its own,
+    after their hidden units are matched. Needs scipy (`pip install 'nmt-moe[experts]'`).
+    """
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "merging needs scipy, which is not installed. Run `pip install 'nmt-moe[experts]'`."
+        ) from None
+    _reduce(model, is_merged=True, **options)
+
+
+def _reduce(
+    path: Path,
+    is_merged: bool,
+    num_experts: int,
+    by: str,
+    scope: str,
+    equal_texts: bool,
+    text: tuple[Path, ...],
+    reference: tuple[Path, ...],
+    target_lang: tuple[str, ...],
+    output: Path,
+    bundle: Path | None,
+    overwrite: bool,
+) -> None:
+    """Prune or merge, and compare."""
+    from nmt_moe import resizing
+    from nmt_moe.checkpoints.files import check_output
+    from nmt_moe.resizing.comparing import find_reader
+
+    check_output(output, overwrite)
+    model = resizing.read_model(path)
+    reader = find_reader(model, bundle)
+    texts = _read_texts(text, reference, target_lang)
+    moe = {side: layer.moe for side, layer in model.layers.items()}
+    uniform = {side: _uniform(one.num_experts) for side, one in moe.items()}
+    resizing.choose_experts(uniform, moe, num_experts, scope)  # rejects options early
+    surveys = _survey(reader.path, texts)
+    shares = resizing.shares(surveys, by, equal_texts)
+    kept = resizing.choose_experts(shares, moe, num_experts, scope)
+
+    def change(layers: dict[str, Layer]) -> dict[str, Layer]:
+        if is_merged:
+            return {s: resizing.merge(one, kept[s], shares[s]) for s, one in layers.items()}
+        return {s: one.take(kept[s]) for s, one in layers.items()}
+
+    verb = "Merged" if is_merged else "Pruned"
+    counts = ", ".join(f"{s}: {len(kept[s])} of {moe[s].num_experts}" for s in kept)
+    note = f"{verb} by {by} on {', '.join(one.name for one in text)} ({counts} experts)."
+    model.write(output, change(model.layers), note, overwrite)
+    for side, numbers in kept.items():
+        share = float(shares[side][numbers].sum())
+        listed = ", ".join(map(str, numbers))
+        click.echo(f"{side}: kept {len(numbers)} of {moe[side].num_experts}, {share:.1%} of {by}")
+        click.echo(f"  {listed}")
+    _print_perplexity(model, reader, output, change(reader.layers), surveys, texts)
+    click.echo(f"{output}: written")
+
+
+def _uniform(num_experts: int) -> Any:
+    import torch
+
+    return torch.full((num_experts,), 1 / num_experts)
+
+
+def _print_perplexity(
+    model: Any,
+    reader: Any,
+    output: Path,
+    layers: dict[str, Layer],
+    surveys: list[Survey],
+    texts: list[Text],
+) -> None:
+    from nmt_moe.inference import total_score
+    from nmt_moe.resizing.comparing import changed_reader, measure_perplexity
+
+    scores = [one.score for one in surveys if one.score is not None]
+    if len(scores) < len(surveys):
+        click.echo("perplexity: not measured; it needs a `--reference` for each `--text`")
+        return
+    before = total_score(scores).perplexity_per_piece
+    with changed_reader(model, reader, output, layers) as folder:
+        after = measure_perplexity(folder, texts, progress=sys.stderr.isatty())
+    change = after / before - 1
+    click.echo(f"perplexity per piece: {before:.3f} before, {after:.3f} after ({change:+.2%})")
+
+
+@command(
+    "upcycle",
+    """
+nmt-moe experts upcycle dense.pt --num-experts 16 --top-k 2 --output moe.pt
+fairseq-train data-bin --user-dir nmt_moe --arch lstm_moe_gnmt_small --num-experts 16 --top-k 2 \\
+    --hidden-dim 1024 --finetune-from-model moe.pt ...
+""",
+)
+@click.argument("model", type=PATH)
+@click.option("--num-experts", type=int, required=True, help="Experts of a layer.")
+@click.option("--top-k", type=int, required=True, help="Experts of each token.")
+@_text_options(is_needed=False)
+@_output_options
+def upcycle(
+    model: Path,
+    num_experts: int,
+    top_k: int,
+    text: tuple[Path, ...],
+    reference: tuple[Path, ...],
+    target_lang: tuple[str, ...],
+    output: Path,
+    bundle: Path | None,
+    overwrite: bool,
+) -> None:
+    """Write the dense MODEL as one with experts, each a copy of its only one.
+
+    Its output is the same at the start; training (`--finetune-from-model`) makes experts differ.
+    The largest difference of the layers' outputs is printed, and perplexity for a text with
+    references.
+    """
+    from nmt_moe import resizing
+    from nmt_moe.checkpoints.files import check_output
+    from nmt_moe.resizing.comparing import find_reader, measure_difference
+
+    check_output(output, overwrite)
+    source = resizing.read_model(model)
+    texts = _read_texts(text, reference, target_lang)
+    reader = find_reader(source, bundle) if texts else None
+
+    def change(layers: dict[str, Layer]) -> dict[str, Layer]:
+        return {s: resizing.upcycle(one, num_experts, top_k) for s, one in layers.items()}
+
+    changed = change(source.layers)
+    note = f"Upcycled: each layer's only expert became {num_experts}, {top_k} of them a token."
+    source.write(output, changed, note, overwrite)
+    for side, layer in changed.items():
+        difference = measure_difference(source.layers[side], layer)
+        click.echo(f"{side}: largest difference of the layer's outputs {difference:.1e} (float64)")
+    if reader is not None:
+        surveys = _survey(reader.path, texts)
+        _print_perplexity(source, reader, output, change(reader.layers), surveys, texts)
+    click.echo(f"{output}: written")
+
+
+def _read_texts(
+    texts: tuple[Path, ...], references: tuple[Path, ...], languages: tuple[str, ...]
+) -> list[Text]:
+    """Read texts; options that are given must be given for each."""
+    from nmt_moe.resizing import Text
+
+    for name, given in (("--reference", references), ("--target-lang", languages)):
+        if given and len(given) != len(texts):
+            raise ValueError(
+                f"`{name}` must be given for each `--text` or none, but there are {len(texts)} "
+                f"texts and {len(given)} of it."
+            )
+    found = []
+    for index, path in enumerate(texts):
+        lines, other = list(read_good_lines(path, allow_empty=True)), None
+        if references:
+            check_parallel([path, references[index]], allow_empty=True)
+            other = list(read_good_lines(references[index], allow_empty=True))
+        found.append(Text(lines, other, languages[index] if languages else None))
+    return found
+
+
+def _survey(folder: Path, texts: list[Text]) -> list[Survey]:
+    from nmt_moe.resizing import survey
+    from nmt_moe.resizing.comparing import open_reader
+
+    model = open_reader(folder)
+    return [survey(model, text, progress=sys.stderr.isatty()) for text in texts]
+
+
+for subcommand in (stats, prune, merge, upcycle):
+    experts.add_command(subcommand)

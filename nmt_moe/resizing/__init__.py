@@ -1,0 +1,24 @@
+"""Change how many experts a trained model has: prune, merge, upcycle. Needs no fairseq."""
+
+from nmt_moe.resizing.layers import Layer
+from nmt_moe.resizing.merge import merge
+from nmt_moe.resizing.models import Checkpoint, StoredBundle, read_model
+from nmt_moe.resizing.prune import SCOPES, choose_experts
+from nmt_moe.resizing.survey import CRITERIA, Survey, Text, shares, survey
+from nmt_moe.resizing.upcycle import upcycle
+
+__all__ = [
+    "CRITERIA",
+    "SCOPES",
+    "Checkpoint",
+    "Layer",
+    "StoredBundle",
+    "Survey",
+    "Text",
+    "choose_experts",
+    "merge",
+    "read_model",
+    "shares",
+    "survey",
+    "upcycle",
+]

@@ -1,0 +1,117 @@
+"""A model before and after a change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from nmt_moe.inference import LanguageModel, Translator, open_bundle, total_score
+from nmt_moe.inference.bundle import CONFIG, parse_config, read_small
+from nmt_moe.inspection import read_text
+from nmt_moe.moe import MoELayer
+from nmt_moe.resizing.layers import Layer
+from nmt_moe.resizing.models import Checkpoint, Layers, StoredBundle
+from nmt_moe.resizing.survey import Text
+
+SAMPLE_TOKENS = 256
+
+
+def open_reader(folder: Path) -> Translator | LanguageModel:
+    """Open a bundle of either kind."""
+    kind = parse_config(folder / CONFIG, read_small(folder, CONFIG)).kind
+    bundle = open_bundle(folder, kind)
+    return Translator([bundle]) if kind == "translation" else LanguageModel(bundle)
+
+
+def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> StoredBundle:
+    """Return the bundle that reads text for a model: itself, or that of a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint is given no bundle, or that of another model.
+    """
+    if isinstance(model, StoredBundle):
+        if bundle is not None:
+            raise ValueError("`--bundle` is for checkpoints: a bundle reads text itself.")
+        return model
+    if bundle is None:
+        raise ValueError(
+            f"`{model.path}` is a checkpoint, which has no pieces to read text with. Add the "
+            "bundle that `nmt-moe export` made of it: `--bundle FOLDER`."
+        )
+    reader = StoredBundle.read(bundle)
+    for side, layer in model.layers.items():
+        other = reader.layers.get(side)
+        for name, value in layer.gate.items():
+            # Gates are stored in float32 in bundles of every dtype.
+            stored = None if other is None else other.gate.get(name)
+            if stored is not None and not torch.equal(stored, value.float()):
+                raise ValueError(
+                    f"`{bundle}` was not exported from `{model.path}`: its gates differ. Export "
+                    "the checkpoint again with `nmt-moe export`."
+                )
+        if other is None or other.moe.num_experts != layer.moe.num_experts:
+            raise ValueError(
+                f"`{bundle}` was not exported from `{model.path}`: its experts differ. Export "
+                "the checkpoint again with `nmt-moe export`."
+            )
+    return reader
+
+
+@contextmanager
+def changed_reader(
+    model: Checkpoint | StoredBundle, reader: StoredBundle, output: Path, layers: Layers
+) -> Iterator[Path]:
+    """Give a bundle that has been changed as a model was.
+
+    Args:
+        model: That was changed.
+        reader: The bundle that reads for it.
+        output: Where the changed model was written.
+        layers: Those of the reader, changed likewise.
+    """
+    if isinstance(model, StoredBundle):
+        yield output
+        return
+    with TemporaryDirectory(prefix="nmt-moe-") as scratch:
+        folder = Path(scratch) / "bundle"
+        reader.write(folder, layers, "")
+        yield folder
+
+
+def measure_perplexity(folder: Path, texts: Sequence[Text], *, progress: bool = False) -> float:
+    """Return the perplexity per piece of all references, or of a language model's texts."""
+    model = open_reader(folder)
+    scores = [
+        one.target
+        for text in texts
+        for chunk in read_text(
+            model, text.lines, text.references, text.target_lang, progress=progress
+        )
+        for one in chunk
+    ]
+    return total_score(scores).perplexity_per_piece
+
+
+@torch.no_grad()
+def measure_difference(before: Layer, after: Layer) -> float:
+    """Return the largest difference between two layers' outputs on random tokens, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLE_TOKENS, before.moe.model_dim, generator=generator, dtype=torch.float64)
+    outputs = []
+    for layer in (before, after):
+        module = MoELayer(layer.moe).double().eval()
+        weight_in, weight_out = layer.float_experts()
+        module.load_state_dict(
+            {
+                **module.state_dict(),  # bundles have no weights of noise
+                **{f"gate.{name}": value for name, value in layer.gate.items()},
+                "experts.weight_in": weight_in,
+                "experts.weight_out": weight_out,
+            }
+        )
+        outputs.append(module(x)[0])
+    return float((outputs[0] - outputs[1]).abs().max())

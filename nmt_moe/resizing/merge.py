@@ -1,0 +1,114 @@
+"""Several experts into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmt_moe.resizing.layers import Layer
+
+
+def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
+    """Merge each expert that is not kept into the kept one that is most like it.
+
+    Two experts are alike if the gate scores tokens alike for both: by the cosine of their columns
+    of the gate's weight. Hidden units are matched before weights are averaged, each expert weighing
+    as much as its share; so are the columns of the gate.
+
+    Args:
+        layer: The layer.
+        kept: Numbers of experts; with groups, as many of each.
+        shares: (E,), what each expert did on a text.
+
+    Returns:
+        The layer with the experts of `kept`, each of them the mean of those that are like it.
+
+    Source: Li et al. 2024, "Merge, Then Compress" (MC-SMoE).
+    """
+    kept = sorted(kept)
+    columns = gate_columns(layer)
+    owners = assign(columns, kept, layer.moe.num_groups)
+    weight_in, weight_out = (value.clone() for value in layer.float_experts())
+    weights = shares.to(weight_in.dtype).clamp_min(1e-12)
+    gates = {name: value.clone() for name, value in layer.gate.items()}
+    for expert in kept:
+        members = [other for other, owner in enumerate(owners) if owner == expert]
+        if len(members) == 1:
+            continue
+        share = weights[members] / weights[members].sum()
+        matched = [match_units(weight_in, weight_out, expert, other) for other in members]
+        weight_in[expert] = sum(s * one[0] for s, one in zip(share, matched, strict=True))
+        weight_out[expert] = sum(s * one[1] for s, one in zip(share, matched, strict=True))
+        _average_columns(layer, gates, expert, members, share)
+    changed = replace(layer.with_experts(weight_in, weight_out), gate=gates)
+    return changed.take(kept)
+
+
+def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
+    """Return the kept expert that each of E experts is merged into: itself, if it is kept.
+
+    Args:
+        columns: (E, D), the gate's weights of each.
+        kept: Numbers of experts.
+        num_groups: G; experts are merged within their group. 0 for a flat gate.
+    """
+    likeness = F.normalize(columns.float(), dim=1)
+    likeness = likeness @ likeness[list(kept)].t()
+    if num_groups:
+        size = len(columns) // num_groups
+        group = torch.arange(len(columns)) // size
+        is_other = group.unsqueeze(1) != group[list(kept)]
+        likeness = likeness.masked_fill(is_other, -2.0)
+    owners = [kept[index] for index in likeness.argmax(dim=1).tolist()]
+    for expert in kept:
+        owners[expert] = expert
+    return owners
+
+
+def gate_columns(layer: Layer) -> Tensor:
+    """Return the weights that the gate scores each expert with: (E, D)."""
+    weight = layer.gate["secondary_gate_weight" if layer.moe.num_groups else "gate_weight"]
+    return weight.mT.flatten(0, -2)
+
+
+def match_units(
+    weight_in: Tensor, weight_out: Tensor, one: int, other: int
+) -> tuple[Tensor, Tensor]:
+    """Return an expert's matrices with its hidden units in the order of another's.
+
+    Args:
+        weight_in: (E, D, H) of all experts.
+        weight_out: (E, H, D).
+        one: The expert whose order is kept.
+        other: The expert whose units are reordered, which changes nothing of what it computes.
+
+    Returns:
+        (D, H) and (H, D).
+
+    Source: Ainsworth et al. 2023, "Git Re-Basin", weight matching.
+    """
+    if one == other:
+        return weight_in[one], weight_out[one]
+    from scipy.optimize import linear_sum_assignment
+
+    likeness = weight_in[one].t() @ weight_in[other] + weight_out[one] @ weight_out[other].t()
+    order = torch.from_numpy(linear_sum_assignment(likeness.double().numpy(), maximize=True)[1])
+    return weight_in[other][:, order], weight_out[other][order]
+
+
+def _average_columns(
+    layer: Layer, gates: dict[str, Tensor], expert: int, members: list[int], share: Tensor
+) -> None:
+    """Give an expert's column of each parameter of the gate the mean of its members' columns."""
+    for name, value in gates.items():
+        if name.startswith("primary."):
+            continue
+        size = value.shape[-1]
+        group = expert // size
+        columns = value[group] if layer.moe.num_groups else value
+        local = [member % size for member in members]
+        columns[..., expert % size] = columns[..., local] @ share.to(columns.dtype)

@@ -1,0 +1,139 @@
+"""What each expert does on text: what pruning and merging decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmt_moe.checks import check_choice
+from nmt_moe.inference import LanguageModel, LineScore, Routing, Translator, total_score
+from nmt_moe.inference.layers import MoE
+from nmt_moe.inspection import ExpertUsage, read_text
+
+CRITERIA = ("contribution", "importance", "load")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Lines to read.
+
+    Attributes:
+        lines: Of the source, or of a language model's text.
+        references: A translation of each line; None for the model's own.
+        target_lang: Of a multilingual model.
+    """
+
+    lines: Sequence[str]
+    references: Sequence[str] | None = None
+    target_lang: str | None = None
+
+
+class ExpertSurvey:
+    """What the experts of one layer did on a text.
+
+    Attributes:
+        usage: Tokens and gates.
+        contribution: (E,) float64, the sum over an expert's tokens of its gate times the norm of
+            its output: how much of the layer's output came from it.
+    """
+
+    def __init__(self, layer: MoE) -> None:
+        self._layer = layer
+        self.usage = ExpertUsage(layer.config.num_experts)
+        self.contribution = torch.zeros(layer.config.num_experts, dtype=torch.float64)
+
+    def add(self, routing: Routing) -> None:
+        """Add tokens, whose inputs were kept."""
+        self.usage.add(routing.expert_ids, routing.gates)
+        assert routing.inputs is not None
+        for expert in routing.expert_ids.unique().tolist():
+            if expert == self.usage.num_experts:  # an empty slot
+                continue
+            is_chosen = routing.expert_ids == expert
+            tokens = is_chosen.any(dim=1)
+            gates = (routing.gates * is_chosen).sum(dim=1)[tokens]
+            norms = self._layer.expert_outputs(routing.inputs[tokens], [expert])[0].norm(dim=1)
+            self.contribution[expert] += (gates * norms).double().sum()
+
+    def values(self, criterion: str) -> Tensor:
+        """Return what experts are ranked by: (E,) float64."""
+        if criterion == "contribution":
+            return self.contribution
+        return getattr(self.usage, criterion).double()
+
+
+@dataclass
+class Survey:
+    """What a model did on one text.
+
+    Attributes:
+        layers: By side, "encoder" and "decoder".
+        score: Of the references or of a language model's text; None without references, or
+            without a line that is not blank.
+    """
+
+    layers: dict[str, ExpertSurvey]
+    score: LineScore | None = None
+
+
+@torch.inference_mode()
+def survey(model: Translator | LanguageModel, text: Text, *, progress: bool = False) -> Survey:
+    """Run a model over a text.
+
+    Args:
+        model: What reads.
+        text: What is read.
+        progress: Show a bar on standard error.
+
+    Raises:
+        ValueError: the model has no experts, or the text cannot be read.
+    """
+    if not model.moe_layers:
+        raise ValueError("the model has no experts.")
+    found = Survey({side: ExpertSurvey(layer) for side, layer in model.moe_layers.items()})
+    scores = []
+    for chunk in read_text(
+        model, text.lines, text.references, text.target_lang, progress=progress, with_inputs=True
+    ):
+        scores += [one.target for one in chunk]
+        for side, layer in found.layers.items():
+            layer.add(_join([one.routings[side] for one in chunk]))
+    if not scores:
+        raise ValueError("the text has no line with words. Name a text of the model's language.")
+    if text.references is not None or isinstance(model, LanguageModel):
+        found.score = total_score(scores)
+    return found
+
+
+def _join(routings: list[Routing]) -> Routing:
+    inputs = [one.inputs for one in routings if one.inputs is not None]
+    return Routing(
+        torch.cat([one.expert_ids for one in routings]),
+        torch.cat([one.gates for one in routings]),
+        torch.cat(inputs),
+    )
+
+
+def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) -> dict[str, Tensor]:
+    """Return each expert's share of what its layer did, over several texts.
+
+    Args:
+        surveys: One of each text.
+        criterion: "contribution", "importance" or "load".
+        is_equal: Texts count equally, however long they are.
+
+    Returns:
+        By side, (E,) float64 that adds up to 1.
+    """
+    check_choice("criterion", criterion, CRITERIA)
+    found = {}
+    for side in surveys[0].layers:
+        values = torch.stack([one.layers[side].values(criterion) for one in surveys])
+        if is_equal:
+            values = values / values.sum(dim=1, keepdim=True).clamp_min(1e-30)
+        total = values.sum(dim=0)
+        found[side] = total / total.sum().clamp_min(1e-30)
+    return found
