@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nmt_moe import __version__
-from nmt_moe.serving import libretranslate
+from nmt_moe.serving import deepl, explained, libretranslate, pages
 from nmt_moe.serving.errors import BusyError, ClientGoneError, RequestError
 from nmt_moe.serving.observing import LOGGER
 from nmt_moe.serving.service import Service
@@ -26,6 +26,8 @@ logger = logging.getLogger(LOGGER)
 
 # nginx' number for a client that closed its connection.
 CLIENT_GONE = 499
+# What is left of a refused body is read and thrown away for so long, and until so long a pause.
+LINGER_SECONDS, LINGER_PAUSE = 30.0, 2.0
 
 
 def make_app(service: Service) -> FastAPI:
@@ -43,11 +45,15 @@ def make_app(service: Service) -> FastAPI:
         description="Translation with mixture-of-experts models.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    app.include_router(libretranslate.make_router(service))
+    for api in (libretranslate, deepl, explained):
+        app.include_router(api.make_router(service))
+
+    app.include_router(pages.make_router(app))
 
     @app.get("/health", tags=["Care"])
     async def health(request: Request) -> dict[str, str]:
@@ -123,13 +129,27 @@ class Front:
             return
         started = time.monotonic()
         scope.setdefault("state", {})["started"] = started
-        status = 0
+        status, has_more = 0, scope["method"] == "POST"
+
+        async def receive_noted() -> Message:
+            nonlocal has_more
+            message = await receive()
+            has_more = message["type"] == "http.request" and message.get("more_body", False)
+            return message
 
         async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *SAFE_HEADERS]
+            elif has_more and not message.get("more_body", False):
+                # Closing now would reset the connection, and the client might miss the answer.
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body", "body": b""}
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while has_more:
+                            await asyncio.wait_for(receive_noted(), LINGER_PAUSE)
             await send(message)
 
         waits = scope["method"] == "POST"
@@ -137,14 +157,14 @@ class Front:
         try:
             if waits and self.service.num_open > self.service.settings.max_waiting:
                 error = BusyError("Too many requests wait. Ask again later.")
-                await _refused(error)(scope, receive, send_noted)
+                await _refused(error)(scope, receive_noted, send_noted)
             else:
-                await self.app(scope, receive, send_noted)
+                await self.app(scope, receive_noted, send_noted)
         except Exception:
             logger.exception("failed")
             if not status:
                 failed = RequestError(500, "The server failed. Its log says where.")
-                await _refused(failed)(scope, receive, send_noted)
+                await _refused(failed)(scope, receive_noted, send_noted)
         finally:
             self.service.num_open -= waits
             self._note(scope, status, time.monotonic() - started)

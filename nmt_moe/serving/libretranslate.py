@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from nmt_moe.serving.bodies import read_fields
-from nmt_moe.serving.errors import RequestError
+from nmt_moe.serving.errors import RequestError, show
 from nmt_moe.serving.models import match, name_of
 from nmt_moe.serving.openapi import describe_body
 from nmt_moe.serving.service import AUTO, Service, Wish
@@ -43,7 +43,7 @@ def make_router(service: Service) -> APIRouter:
     async def translate(request: Request) -> dict[str, Any]:
         """Translate a text or a list of texts; for `source` auto also say its language."""
         fields = await read_fields(request, TranslateFields, max_body)
-        service.check_key(fields.api_key)
+        service.check_key(request, fields.api_key)
         is_one = isinstance(fields.q, str)
         texts = [fields.q] if isinstance(fields.q, str) else fields.q
         service.check_texts("q", texts)
@@ -60,7 +60,7 @@ def make_router(service: Service) -> APIRouter:
     async def detect(request: Request) -> list[dict[str, Any]]:
         """Say which of the server's languages a text is in, the most likely first."""
         fields = await read_fields(request, DetectFields, max_body)
-        service.check_key(fields.api_key)
+        service.check_key(request, fields.api_key)
         texts = [fields.q] if isinstance(fields.q, str) else fields.q
         service.check_texts("q", texts)
         return [vars(one) for one in await service.detect("\n".join(texts))]
@@ -102,15 +102,11 @@ def make_wish(service: Service, fields: TranslateFields) -> Wish:
     Raises:
         RequestError: naming the field.
     """
-    source = fields.source
-    if source.lower() != AUTO:
-        source = match("source", source, service.models.sources)
     if fields.format not in ("text", "html"):
-        raise RequestError(400, "`format` must be text or html.")
-    target = match("target", fields.target, service.models.targets)
+        raise RequestError(400, f"`format` must be text or html, but is {show(fields.format)}.")
     return Wish(
-        source.lower() if source.lower() == AUTO else source,
-        target,
+        service.find_source("source", fields.source),
+        match("target", fields.target, service.models.targets),
         "html" if fields.format == "html" else "text",
         fields.alternatives,
     )

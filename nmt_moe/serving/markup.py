@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 
 VOID = {
@@ -37,11 +38,17 @@ class SplitMarkup(HTMLParser):
         self.texts: list[str] = []
         self._parts: list[str | tuple[str, str]] = []  # marks; (space before, space after) a text
         self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
+        self._num_open: Counter[str] = Counter()
         self._text = ""  # since the last mark
-        self.feed(content)
+        # What follows the last ">" is text: left to the parser it would take it quadratic time.
+        end = content.rfind(">") + 1
+        self.feed(content[:end])
         if self.cdata_elem is not None:
+            self.feed(content[end:])
             self.feed(f"</{self.cdata_elem}>")  # else the parser drops a script without an end
+            end = len(content)
         self.close()
+        self.handle_data(unescape(content[end:]))
         self._end_text()
         while self._open:
             self._end()
@@ -67,6 +74,7 @@ class SplitMarkup(HTMLParser):
         if tag in UNTOUCHED or "notranslate" in (given.get("class") or "").split():
             is_translated = False
         self._open.append((tag, is_translated, is_preformatted or tag in PREFORMATTED))
+        self._num_open[tag] += 1
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Keep a tag such as `<br/>`."""
@@ -74,13 +82,11 @@ class SplitMarkup(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """Keep an end that belongs to a start."""
-        if tag in VOID or tag not in [name for name, _, _ in self._open]:
+        if not self._num_open[tag]:
             return
         while self._open[-1][0] != tag:
             self._end()
-        self._end_text()
-        self._open.pop()
-        self._parts.append(f"</{tag}>")
+        self._end(is_written=True)
 
     def handle_data(self, data: str) -> None:
         """Keep a text, which may come in parts."""
@@ -121,9 +127,10 @@ class SplitMarkup(HTMLParser):
             self._parts.append((text[:start], text[start + len(core) :]))
             self.texts.append(core if is_preformatted else " ".join(core.split()))
 
-    def _end(self) -> None:
-        """End an element whose end is missing."""
+    def _end(self, is_written: bool = False) -> None:
+        """End the innermost element; where its end is not written, only if it must have one."""
         self._end_text()
         name = self._open.pop()[0]
-        if name not in SELF_ENDING:
+        self._num_open[name] -= 1
+        if is_written or name not in SELF_ENDING:
             self._parts.append(f"</{name}>")

@@ -98,14 +98,6 @@ class Models:
             )
         return self._by_pair[source, target]
 
-    def source(self, field: str, code: str) -> str:
-        """Return the language that a client's code means: see `match`."""
-        return match(field, code, self.sources)
-
-    def target(self, field: str, code: str) -> str:
-        """Return the language that a client's code means: see `match`."""
-        return match(field, code, self.targets)
-
 
 def match(field: str, code: str, known: Sequence[str]) -> str:
     """Return the language that a client's code means.

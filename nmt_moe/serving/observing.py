@@ -88,14 +88,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the server's logs, and uvicorn's, to standard error as lines of JSON."""
+    """Write the server's logs, and errors of its libraries, to standard error as lines of JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (
-        (LOGGER, logging.INFO),
-        ("uvicorn.error", logging.WARNING),
-        ("asyncio", logging.ERROR),
-    ):
+    for name, level in (("", logging.ERROR), (LOGGER, logging.INFO)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)

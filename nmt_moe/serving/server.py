@@ -61,6 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(128)  # before the log says so
     except OSError as error:
         listening.close()
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}.") from None

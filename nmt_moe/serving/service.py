@@ -13,15 +13,16 @@ from fastapi import Request
 from nmt_moe.inference import Translation, find_fault
 from nmt_moe.serving.batching import Batcher, Job, Search
 from nmt_moe.serving.detection import Detection, Detector
-from nmt_moe.serving.errors import BusyError, ClientGoneError, RequestError
+from nmt_moe.serving.errors import BusyError, ClientGoneError, RequestError, show
 from nmt_moe.serving.keys import Keys
 from nmt_moe.serving.markup import SplitMarkup
-from nmt_moe.serving.models import Model, Models
+from nmt_moe.serving.models import Model, Models, match
 from nmt_moe.serving.observing import Metrics
 from nmt_moe.serving.settings import MAX_ALTERNATIVES, MAX_BEAM, ServerSettings
 from nmt_moe.serving.texts import Answer, SplitText
 
 AUTO = "auto"
+KEY_KINDS = ("bearer", "deepl-auth-key")
 # A token that every model translates, for `/health`.
 PROBE = "a"
 
@@ -66,10 +67,16 @@ class Wish:
 
 @dataclass(frozen=True)
 class Answered:
-    """A text, its language and its translation."""
+    """A text's translation.
+
+    Attributes:
+        detection: The text's language.
+        model: That translated it; None of a text that was in the target language.
+        answer: The translation.
+    """
 
     detection: Detection
-    model: Model
+    model: Model | None
     answer: Answer
 
 
@@ -82,6 +89,7 @@ class Service:
         keys: Who may ask.
         metrics: What happened.
         num_open: Requests that are read, wait or are translated.
+        num_characters: Of all texts that were to be translated.
     """
 
     def __init__(
@@ -92,23 +100,39 @@ class Service:
         is_batching: bool = True,
     ) -> None:
         self.models, self.settings, self.keys = models, settings, Keys(settings.keys)
-        self.num_open = 0
+        self.num_open = self.num_characters = 0
         self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: self.num_open)
         self.batcher = Batcher(num_threads, is_batching, self.metrics.observe_batch)
         self._detector = Detector(models.sources)
 
-    def check_key(self, key: str | None) -> None:
+    def check_key(self, request: Request, key: str | None) -> None:
         """Refuse a request without a right key.
+
+        Args:
+            request: Whose header Authorization may have it: `Bearer KEY`, `DeepL-Auth-Key KEY`.
+            key: From a field; None if there is none.
 
         Raises:
             RequestError: 403.
         """
         if not self.keys:
             return
+        kind, _, value = request.headers.get("authorization", "").partition(" ")
+        key = key or (value.strip() if kind.lower() in KEY_KINDS else None)
         if not key:
-            raise RequestError(403, "An API key is needed: send it as `api_key`.")
+            raise RequestError(
+                403, "An API key is needed: as `api_key`, or as `Authorization: Bearer KEY`."
+            )
         if not self.keys.know(key):
             raise RequestError(403, "The API key is not known.")
+
+    def find_source(self, field: str, code: str) -> str:
+        """Return the language that a client's code means, or `AUTO`.
+
+        Raises:
+            RequestError: there is none.
+        """
+        return AUTO if code.lower() == AUTO else match(field, code, self.models.sources)
 
     def check_texts(self, field: str, texts: Sequence[str]) -> None:
         """Refuse texts that are too many, too long or no text.
@@ -129,9 +153,7 @@ class Service:
                 f"{num_characters}.",
             )
         for number, text in enumerate(texts, start=1):
-            fault = find_fault(text)
-            if fault is not None:
-                raise RequestError(400, f"`{field}`: text {number} {fault}. Remove it.")
+            _check_text(field, f"text {number}", text)
 
     async def detect(self, text: str) -> list[Detection]:
         """Return the server's languages, the most likely of the text first."""
@@ -147,20 +169,15 @@ class Service:
         """
         _check_options(wish)
         detections = [await self._source_of(text, wish.source) for text in texts]
-        models = [self.models.find(one.language, wish.target) for one in detections]
-        self.metrics.characters.inc(sum(map(len, texts)))
-        if wish.format == "html":
-            marked = [SplitMarkup(text) for text in texts]
-            inner = [text for one in marked for text in one.texts]
-            self.check_texts("q", inner)  # references such as &#1; are characters now
-            owners = [model for model, one in zip(models, marked, strict=True) for _ in one.texts]
-            found = iter(await self._run(request, inner, owners, wish))
-            answers = []
-            for one in marked:
-                own = [next(found) for _ in one.texts]
-                answers.append(_join_markup(one, own, wish.alternatives))
-        else:
-            answers = await self._run(request, texts, models, wish)
+        models = [
+            None if one.language == wish.target else self.models.find(one.language, wish.target)
+            for one in detections
+        ]
+        num_characters = sum(map(len, texts))
+        self.num_characters += num_characters
+        self.metrics.characters.inc(num_characters)
+        translate = self._run_markup if wish.format == "html" else self._run
+        answers = await translate(request, texts, models, wish)
         parts = zip(detections, models, answers, strict=True)
         return [Answered(*part) for part in parts]
 
@@ -181,15 +198,39 @@ class Service:
             return Detection(source, 100.0)
         return (await self.detect(text))[0]
 
-    async def _run(
-        self, request: Request, texts: Sequence[str], models: Sequence[Model], wish: Wish
+    async def _run_markup(
+        self,
+        request: Request,
+        texts: Sequence[str],
+        models: Sequence[Model | None],
+        wish: Wish,
     ) -> list[Answer]:
-        """Translate texts, each with its model; one job for each model."""
-        split = [SplitText(text) for text in texts]
-        jobs: dict[Search, Job] = {}
-        searches = [wish.search(model) for model in models]
+        """Translate the texts within HTML."""
+        marked = [await asyncio.to_thread(SplitMarkup, text) for text in texts]
+        inner = [text for one in marked for text in one.texts]
+        for text in inner:
+            _check_text("q", "a text in the HTML", text)  # references such as &#13; count now
+        owners = [model for model, one in zip(models, marked, strict=True) for _ in one.texts]
+        found = iter(await self._run(request, inner, owners, wish))
+        return [
+            _join_markup(one, [next(found) for _ in one.texts], wish.alternatives) for one in marked
+        ]
+
+    async def _run(
+        self,
+        request: Request,
+        texts: Sequence[str],
+        models: Sequence[Model | None],
+        wish: Wish,
+    ) -> list[Answer]:
+        """Translate texts, each with its model, or not at all; one job for each model."""
+        split = [
+            SplitText(text, model is not None) for text, model in zip(texts, models, strict=True)
+        ]
+        searches = [None if model is None else wish.search(model) for model in models]
+        jobs: dict[Search | None, Job] = {}
         for search, text in zip(searches, split, strict=True):
-            if text.wanted:
+            if search is not None and text.wanted:
                 jobs.setdefault(search, Job(search, [])).lines.extend(text.wanted)
         results = await self._wait(request, list(jobs.values()))
         lines = {search: iter(own) for search, own in zip(jobs, results, strict=True)}
@@ -228,10 +269,20 @@ class Service:
                 self.batcher.cancel(job)
 
 
+async def _collect(jobs: list[Job]) -> list[list[Translation]]:
+    return [await asyncio.wrap_future(job.done) for job in jobs]
+
+
 async def _wait_until_gone(request: Request) -> None:
     """Return when the client has closed its connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_text(field: str, what: str, text: str) -> None:
+    fault = find_fault(text)
+    if fault is not None:
+        raise RequestError(400, f"`{field}`: {what} {fault}. Remove it.")
 
 
 def _check_options(wish: Wish) -> None:
@@ -242,7 +293,9 @@ def _check_options(wish: Wish) -> None:
         ("coverage_penalty_beta", wish.coverage_penalty_beta, 0.0, 10.0),
     ):
         if value is not None and not low <= value <= high:
-            raise RequestError(400, f"`{name}` must be from {low:g} to {high:g}, but is {value}.")
+            raise RequestError(
+                400, f"`{name}` must be from {low:g} to {high:g}, but is {show(value)}."
+            )
 
 
 def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:

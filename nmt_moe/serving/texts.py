@@ -30,14 +30,18 @@ class Answer:
 class SplitText:
     """A text's lines.
 
+    Args:
+        text: Any.
+        is_foreign: Whether it is to be translated at all.
+
     Attributes:
         lines: All of them.
         wanted: Those that are translated, in their order.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, is_foreign: bool = True) -> None:
         self.lines = [line.removesuffix("\r") for line in text.split("\n")]
-        self._is_wanted = [any(map(str.isalpha, line)) for line in self.lines]
+        self._is_wanted = [is_foreign and any(map(str.isalpha, line)) for line in self.lines]
         self.wanted = [
             line for line, wanted in zip(self.lines, self._is_wanted, strict=True) if wanted
         ]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dic
     stderr = process.stderr
 
     def read() -> None:
-        log.extend(json.loads(line) for line in stderr)
+        log.extend(map(json.loads, stderr))
 
     try:
         log.append(json.loads(stderr.readline()))
@@ -94,10 +94,14 @@ def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dic
         reader.join()
 
 
-def raw(port: int, content: bytes, seconds: float = PATIENCE) -> bytes:
-    """Send bytes over a socket; return all that comes until the other side is silent or closes."""
-    with socket.create_connection(("127.0.0.1", port), seconds) as connection:
+def raw(port: int, content: bytes) -> bytes:
+    """Send bytes over a socket; return all that comes until the other side closes."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
         connection.sendall(content)
-        connection.shutdown(socket.SHUT_WR)
-        parts: Sequence[bytes] = list(iter(lambda: connection.recv(65536), b""))
-    return b"".join(parts)
+        return receive(connection)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """Return all that comes until the other side closes."""
+    connection.settimeout(PATIENCE)
+    return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -1,0 +1,111 @@
+"""DeepL's API for texts (https://developers.deepl.com), as its clients call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from nmt_moe.serving.bodies import check_fields, read_fields
+from nmt_moe.serving.errors import RequestError, show
+from nmt_moe.serving.models import match, name_of
+from nmt_moe.serving.openapi import describe_body
+from nmt_moe.serving.service import AUTO, Service, Wish
+
+# What DeepL answers where there is no limit.
+UNLIMITED = 1_000_000_000_000
+# Wishes that no bundle can fulfil; others, such as `context`, are hints and are left aside.
+NOT_OFFERED = ("glossary_id", "glossary_ids", "style_id", "custom_instructions")
+
+
+class DeepLFields(BaseModel):
+    """Fields of `/v2/translate`."""
+
+    text: str | list[str] = Field(
+        description="a text or a list of texts", examples=[["A dog runs."]]
+    )
+    target_lang: str = Field(description="the code of a language", examples=["DE"])
+    source_lang: str | None = Field(default=None, description="the code of a language")
+    tag_handling: str | None = Field(default=None, description="html")
+    formality: str = Field(default="default", description="default, prefer_more or prefer_less")
+    auth_key: str | None = Field(default=None, description="a text")
+    glossary_id: Any = Field(default=None, description="left out")
+    glossary_ids: Any = Field(default=None, description="left out")
+    style_id: Any = Field(default=None, description="left out")
+    custom_instructions: Any = Field(default=None, description="left out")
+
+
+class LanguagesFields(BaseModel):
+    """Fields of `/v2/languages`."""
+
+    type: str = Field(default="source", description="source or target")
+    auth_key: str | None = Field(default=None, description="a text")
+
+
+def make_router(service: Service) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["DeepL"])
+    max_body = service.settings.max_body
+
+    @router.post("/v2/translate", openapi_extra=describe_body(DeepLFields))
+    async def translate(request: Request) -> dict[str, Any]:
+        """Translate texts. The key, if one is needed: `Authorization: DeepL-Auth-Key KEY`."""
+        fields = await read_fields(request, DeepLFields, max_body)
+        service.check_key(request, fields.auth_key)
+        texts = [fields.text] if isinstance(fields.text, str) else fields.text
+        service.check_texts("text", texts)
+        found = await service.translate(request, texts, _make_wish(service, fields))
+        translations = [
+            {
+                "detected_source_language": one.detection.language.upper(),
+                "text": one.answer.text,
+                "billed_characters": len(text),
+            }
+            for text, one in zip(texts, found, strict=True)
+        ]
+        return {"translations": translations}
+
+    @router.get("/v2/languages")
+    async def languages(request: Request) -> list[dict[str, Any]]:
+        """List the languages that are read, or with `type` target those that are written."""
+        fields = await read_fields(request, LanguagesFields, max_body)
+        if request.query_params:
+            fields = check_fields(dict(request.query_params), LanguagesFields, strict=False)
+        service.check_key(request, fields.auth_key)
+        if fields.type not in ("source", "target"):
+            raise RequestError(400, f"`type` must be source or target, but is {show(fields.type)}.")
+        models = service.models
+        is_target = fields.type == "target"
+        codes = models.targets if is_target else models.sources
+        extra = {"supports_formality": False} if is_target else {}
+        return [{"language": code.upper(), "name": name_of(code), **extra} for code in codes]
+
+    @router.get("/v2/usage")
+    async def usage(request: Request) -> dict[str, int]:
+        """Say how many characters were to be translated since the server started."""
+        service.check_key(request, request.query_params.get("auth_key"))
+        return {"character_count": service.num_characters, "character_limit": UNLIMITED}
+
+    return router
+
+
+def _make_wish(service: Service, fields: DeepLFields) -> Wish:
+    for name in NOT_OFFERED:
+        if getattr(fields, name) is not None:
+            raise RequestError(400, f"`{name}` must be left out: this server does not have it.")
+    if fields.formality not in ("default", "prefer_more", "prefer_less"):
+        raise RequestError(
+            400,
+            "`formality` must be default, prefer_more or prefer_less, but is "
+            f"{show(fields.formality)}: no model here has a choice.",
+        )
+    if fields.tag_handling not in (None, "", "html"):
+        raise RequestError(
+            400, f"`tag_handling` must be html or left out, but is {show(fields.tag_handling)}."
+        )
+    source = AUTO
+    if fields.source_lang:
+        source = match("source_lang", fields.source_lang, service.models.sources)
+    target = match("target_lang", fields.target_lang, service.models.targets)
+    return Wish(source, target, "html" if fields.tag_handling == "html" else "text")
