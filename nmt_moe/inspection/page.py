@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nmt_moe.inspection.report import FORMAT, VERSION
+from nmt_moe.inspection.tokens import MARK
 
 MAX_BYTES = 5_000_000
 FOLDER = Path(__file__).parent
@@ -118,7 +119,7 @@ def _environment() -> Environment:
 
 def direction(text: str | Sequence[str]) -> str:
     """Return "rtl" for text whose first letter is written from right to left, else "ltr"."""
-    for character in text if isinstance(text, str) else "".join(text):
+    for character in MARK.sub("", text if isinstance(text, str) else " ".join(text)):
         kind = unicodedata.bidirectional(character)
         if kind in ("R", "AL"):
             return "rtl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def collect_usage(
         model, texts, references, target_lang, progress=progress, with_inputs=False, **search
     ):
         add_readings(layers, chunk)
-        scores += [one.target for one in chunk]
+        scores += [replace(one.target, routing=None) for one in chunk]  # it would fill memory
         lines |= {one.line for one in chunk}
     total = total_score(scores) if scores else None
     return TextUsage(layers, total, len(texts), len(texts) - len(lines))

@@ -6,7 +6,7 @@ Its keys are described in `docs/report.md`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ FORMAT, VERSION = "nmt_moe report", 1
 # Sentences that are shown piece by piece, of all parts together, and of a part at least.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
-# Longer sentences are left out of those that are shown piece by piece.
-MAX_SHOWN_PIECES = 100
+# Of a sentence that is shown piece by piece, on each side.
+MAX_SHOWN_PIECES = 128
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def make_report(
             f"`{against}` is not of the kind of `{folder}`: one is a translator, one a language "
             "model. Name two of the same kind."
         )
-    _check_parts(model, parts)
+    for one in (model, other):
+        if one is not None:
+            _check_parts(one, parts)
     names = [part.name for part in parts]
     layers = make_layers(model, names)
     content: dict[str, Any] = {
@@ -153,7 +155,7 @@ def _read_part(
     ):
         for layer in layers.values():
             layer.add(number, chunk)
-        scores += [one.target for one in chunk]
+        scores += [replace(one.target, routing=None) for one in chunk]  # it would fill memory
         lines |= {one.line for one in chunk}
         if other is not None:
             theirs += _read_again(model, other, part, chunk, layers)
@@ -222,7 +224,7 @@ def _read_again(
         before = [routing for routing, _ in same if routing is not None]
         if before:
             layer.compare(before, [routing for _, routing in same])
-    return [score for _, _, score in again]
+    return [replace(score, routing=None) for _, _, score in again]
 
 
 def _score_part(
@@ -262,59 +264,58 @@ def _show_sentences(
     """Yield the first sentences of a part, with attention and routing of each piece."""
     given = part.text if part.references is None else part.references
     kept = [n for n, text in enumerate(part.text) if text.strip() and given[n].strip()]
-    lines = kept[: 2 * most]
+    lines = kept[:most]
     texts = [part.text[n] for n in lines]
     if isinstance(model, LanguageModel):
-        for line, score in list(zip(lines, model.score(texts, with_experts=True), strict=True)):
-            if len(score.pieces) <= MAX_SHOWN_PIECES and most > 0:
-                most -= 1
-                routing = score.routing
-                yield {
-                    "part": part.name,
-                    "line": line + 1,
-                    "pieces": score.pieces,
-                    "log_probs": _rounded(score.log_probs),
-                    "experts": None if routing is None else _experts(routing.to_experts()),
-                }
+        for line, score in zip(lines, model.score(texts, with_experts=True), strict=True):
+            experts = None if score.routing is None else score.routing.to_experts()
+            yield {
+                "part": part.name,
+                "line": line + 1,
+                "pieces": score.pieces[:MAX_SHOWN_PIECES],
+                "log_probs": _rounded(score.log_probs[:MAX_SHOWN_PIECES]),
+                "experts": _experts(experts),
+                "is_cut": len(score.pieces) > MAX_SHOWN_PIECES,
+            }
         return
-    beam = model.defaults.beam_size
-    results = model.translate(
-        texts, part.target_lang, num_hypotheses=min(NUM_HYPOTHESES, beam), with_experts=True
-    )
+    count = min(NUM_HYPOTHESES, model.defaults.beam_size)
+    results = model.translate(texts, part.target_lang, num_hypotheses=count, with_experts=True)
     for line, result in zip(lines, results, strict=True):
-        for sentence in result.sentences:
-            lengths = [len(sentence.pieces), *(len(one.pieces) for one in sentence.hypotheses)]
-            if max(lengths) <= MAX_SHOWN_PIECES and most > 0:
-                most -= 1
-                reference = None if part.references is None else part.references[line]
-                yield _show_sentence(part.name, line, sentence, reference)
+        reference = None if part.references is None else part.references[line]
+        for sentence in result.sentences[:most]:
+            most -= 1
+            yield _show_sentence(part.name, line, sentence, reference)
 
 
 def _show_sentence(
     part: str, line: int, sentence: Sentence, reference: str | None
 ) -> dict[str, Any]:
     best = sentence.hypotheses[0]
+    lengths = len(sentence.pieces), len(best.pieces)
+    attention = best.attention[:MAX_SHOWN_PIECES, :MAX_SHOWN_PIECES]
     return {
         "part": part,
         "line": line + 1,
-        "source_pieces": sentence.pieces,
+        "source_pieces": sentence.pieces[:MAX_SHOWN_PIECES],
         "source_experts": _experts(sentence.experts),
-        "pieces": best.pieces,
-        "log_probs": _rounded(best.log_probs),
+        "pieces": best.pieces[:MAX_SHOWN_PIECES],
+        "log_probs": _rounded(best.log_probs[:MAX_SHOWN_PIECES]),
         "experts": _experts(best.experts),
-        "attention": [_rounded(row) for row in best.attention.tolist()],
+        "attention": [_rounded(row) for row in attention.tolist()],
         "hypotheses": [
             {"text": one.text, "score": one.score, "log_prob": sum(one.log_probs)}
             for one in sentence.hypotheses
         ],
         "reference": reference,
+        "is_cut": max(lengths) > MAX_SHOWN_PIECES,
     }
 
 
 def _experts(experts: list[list[tuple[int, float]]] | None) -> list[list[list[float]]] | None:
     if experts is None or not any(experts):
         return None
-    return [[[expert, round(gate, 3)] for expert, gate in row] for row in experts]
+    shown = experts[:MAX_SHOWN_PIECES]
+    return [[[expert, round(gate, 3)] for expert, gate in row] for row in shown]
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

@@ -40,7 +40,7 @@ def context_of(tokens: Sequence[str], index: int, has_pieces: bool = True) -> li
     return [
         _shorten(_text(left, has_pieces).split(" ")[-AROUND_WORDS:], keep_end=True),
         _text(tokens[first:index], has_pieces),
-        _text(tokens[index : index + 1], has_pieces),
+        _text(tokens[index : index + 1], has_pieces) or tokens[index],  # a space may be a piece
         _text(tokens[index + 1 : end], has_pieces),
         _shorten(_text(right, has_pieces).split(" ")[:AROUND_WORDS], keep_end=False),
     ]

@@ -123,6 +123,7 @@ def test_whole_words_stand_around_a_piece():
     assert context_of(tokens, 5) == ["<2de> unhappiness is", "", "red", ".", "</s>"]
     assert context_of(tokens, 0) == ["", "", "<2de>", "", "unhappiness is red. </s>"]
     assert context_of(tokens, 7)[2:] == ["</s>", "", ""]
+    assert context_of(["▁a", "▁", "猫"], 1) == ["a", "", "▁", "猫", ""]
     # Words without pieces; long neighbours are cut.
     assert context_of(["a", "▁b", "c"], 1, has_pieces=False) == ["a", "", "▁b", "", "c"]
     left, *_, right = context_of(["▁" + "y" * 90, "▁m", "▁" + "z" * 90], 1)

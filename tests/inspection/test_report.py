@@ -318,8 +318,22 @@ def test_what_is_no_report_is_named(bundle: Path, report: dict[str, Any], tmp_pa
         make_report(bundle, [Part("text", TEXT)], against=other)
 
 
+def test_long_sentences_are_cut_and_say_so(bundle: Path, tmp_path: Path):
+    line = " ".join(WORDS * 20)
+    report = make_report(bundle, [Part("text", ["cat", line], ["dog", line])])
+    short, *long = report["sentences"]
+    assert not short["is_cut"]
+    assert len(long) >= 2  # the translator splits the line
+    model = make_report(make_bundle(tmp_path, LM)[0], [Part("text", [line])])
+    [sentence] = model["sentences"]
+    assert sentence["is_cut"]
+    assert len(sentence["pieces"]) == len(sentence["experts"]) == len(sentence["log_probs"]) == 128
+    assert "the sentence is longer" in " ".join(check_page(render_page(model)).text)
+
+
 def test_direction_is_that_of_the_first_letter():
     assert direction("(1) שלום") == "rtl"
     assert direction(["", "1.", "مرحبا", "a"]) == "rtl"
     assert direction("a שלום") == "ltr"
+    assert direction(["<2de>", "", "▁שלום", "", "</s>"]) == "rtl"
     assert direction("12 😀") == direction("") == "ltr"
