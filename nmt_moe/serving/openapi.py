@@ -24,7 +24,7 @@ PAGE = """<!doctype html>
 :root { color-scheme: light dark; }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin: 2.5rem 0 0; font-size: 1.1rem; font-family: ui-monospace, monospace; }
-pre { overflow-x: auto; padding: .75rem; border: 1px solid #8886; border-radius: .5rem; }
+pre { white-space: pre-wrap; padding: .75rem; border: 1px solid #8886; border-radius: .5rem; }
 td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 </style></head><body>
 <h1>API of this server</h1>
