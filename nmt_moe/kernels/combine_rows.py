@@ -18,7 +18,7 @@ def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
 
     Args:
         rows: (R, D).
-        gates: (N, K), in the dtype of `rows`; 0 in empty slots. None for a plain sum.
+        gates: (N, K), in the dtype of `rows` or wider; 0 in empty slots. None for a plain sum.
         plan: The tokens of the rows.
 
     Returns:
@@ -47,10 +47,10 @@ class _CombineRows(torch.autograd.Function):
             return *combine_rows_backward(grad_y, rows, gates, token_rows), None
         # One more element: empty slots write there.
         row_gate = rows.new_zeros(len(rows) + 1)
-        row_gate[token_rows.reshape(-1)] = gates.reshape(-1)
+        row_gate[token_rows.reshape(-1)] = gates.reshape(-1).to(rows.dtype)
         grad_rows = grad_y.index_select(0, row_token)
-        row_dot = rows.new_zeros(len(rows) + 1)
-        torch.sum(grad_rows * rows, 1, out=row_dot[:-1])
+        row_dot = gates.new_zeros(len(rows) + 1)
+        torch.sum(grad_rows * rows, 1, dtype=gates.dtype, out=row_dot[:-1])
         grad_gates = row_dot.index_select(0, token_rows.reshape(-1)).view_as(gates)
         return grad_rows.mul_(row_gate[:-1].unsqueeze(1)), grad_gates, None
 

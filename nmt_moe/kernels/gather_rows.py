@@ -54,7 +54,8 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     Args:
         rows: (R, D).
         token_rows: (N, K) int64; R for no row.
-        weights: (N, K), 0 where there is no row; None for ones.
+        weights: (N, K), in the dtype of `rows` or wider, 0 where there is no row; None for ones.
+            torch's own operation, without Triton, rounds them to the dtype of `rows`.
 
     Returns:
         (N, D).
@@ -63,6 +64,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.sum_rows(rows, token_rows, weights)
+    weights = None if weights is None else weights.to(rows.dtype)
     if len(rows) < token_rows.numel() or not is_on_host(rows):  # empty slots refer to one of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

@@ -40,7 +40,8 @@ def mixture_ffn(
 
     Args:
         x: (N, D).
-        gates: (N, K). Weights of the chosen experts, in the dtype of `x`; 0 in empty slots.
+        gates: (N, K). Weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
+            slots.
         plan: The rows of each expert.
         weight_in: (E, D, H).
         weight_out: (E, H, D).
@@ -112,7 +113,8 @@ class _MixtureFFN(torch.autograd.Function):
             hidden if keep else None,
         )
         ctx.batches, ctx.most = padded.batches, most
-        return F.embedding_bag(padded.token_rows, outputs, mode="sum", per_sample_weights=gates)
+        weights = gates.to(x.dtype)
+        return F.embedding_bag(padded.token_rows, outputs, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
@@ -120,9 +122,9 @@ class _MixtureFFN(torch.autograd.Function):
         x, gates, row_token, token_rows, weight_in, weight_out, hidden = ctx.saved_tensors
         num_rows = len(row_token)
         # Padding keeps 0; empty slots write to the last element.
-        row_gate = gates.new_zeros(num_rows + 1, 1)
-        row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1)
-        grad_row_gate = torch.zeros_like(row_gate)
+        row_gate = x.new_zeros(num_rows + 1, 1)
+        row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1).to(x.dtype)
+        grad_row_gate = gates.new_zeros(num_rows + 1, 1)
         grad_rows = _empty_rows(num_rows, x)
         grad_in, grad_out = (
             _memory.empty(weight.shape, weight) if is_needed else None
@@ -144,7 +146,8 @@ class _MixtureFFN(torch.autograd.Function):
             torch.index_select(grad_y, 0, tokens, out=flat[1])
             torch.bmm(grad_outputs, weight_out[own].mT, out=grad_hidden)
             torch.mul(grad_hidden, batch_hidden, out=product)
-            torch.sum(product, 2, keepdim=True, out=batch.cut(grad_row_gate))
+            own_gradient = batch.cut(grad_row_gate)
+            torch.sum(product, 2, keepdim=True, dtype=gates.dtype, out=own_gradient)
             gate = batch.cut(row_gate)
             grad_outputs.mul_(gate)
             if grad_out is not None:

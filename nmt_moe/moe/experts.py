@@ -86,7 +86,7 @@ class Experts(nn.Module):
 
         Args:
             x: (N, D).
-            gates: (N, K), in the dtype of `x`; 0 in empty slots.
+            gates: (N, K), in the dtype of `x` or wider; 0 in empty slots.
             plan: Which token goes to which of this rank's experts.
 
         Returns:

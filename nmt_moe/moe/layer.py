@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from nmt_moe.kernels import Gating, is_on_host, plan_rows
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.experts import Experts, compute_dtype
-from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate
+from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate, gate_dtype
 from nmt_moe.moe.hierarchical_gate import HierarchicalGate
 from nmt_moe.moe.inputs import Noise, check_inputs
 from nmt_moe.moe.losses import importance_loss, load_loss
@@ -125,9 +125,11 @@ class MoELayer(nn.Module):
         return rows.put_back(y, len(x)), stats
 
     def _mix(self, x: Tensor, gates: Tensor, route: Route) -> Tensor:
-        """Send tokens (N, D) to their experts and add up the outputs: (N, D)."""
-        dtype = compute_dtype(x)
-        arrivals = route.to_experts(x.to(dtype), gates.to(dtype))
+        """Send tokens (N, D) to their experts and add up the outputs: (N, D).
+
+        Gates stay in float32 or wider: rounded to half precision, they would not add up to 1.
+        """
+        arrivals = route.to_experts(x.to(compute_dtype(x)), gates)
         plan = plan_rows(arrivals.expert_ids, self.experts.num_local_experts, arrivals.num_rows)
         y = self.experts(arrivals.x, arrivals.gates, plan)
         return route.to_tokens(y).to(x.dtype)
@@ -140,7 +142,8 @@ class MoELayer(nn.Module):
         has finished its own calls this, and all ranks of the group return together.
         """
         weight = self.experts.weight_in
-        x, gates = weight.new_empty(0, self.config.model_dim), weight.new_empty(0, 1)
+        x = weight.new_empty(0, self.config.model_dim)
+        gates = weight.new_empty(0, 1, dtype=gate_dtype(x))
         expert_ids = torch.empty(0, 1, dtype=torch.int64, device=x.device)
         while not (route := self.exchange.route(expert_ids, is_done=True)).all_done:
             self._mix(x, gates, route)

@@ -17,7 +17,7 @@ class Arrivals(NamedTuple):
 
     Attributes:
         x: (M, D).
-        gates: (M, K); 0 in empty slots.
+        gates: (M, K), in the dtype they were sent in; 0 in empty slots.
         expert_ids: (M, K) int64, counted from this rank's first expert; L in an empty slot.
         num_rows: The slots that are not empty, if known.
     """
@@ -87,21 +87,26 @@ class AllToAllRoute:
 
     def to_experts(self, x: Tensor, gates: Tensor) -> Arrivals:
         """Send each token once to each rank that has any of its experts."""
-        model_dim, spare = x.shape[1], self.expert_ids.shape[1] - gates.shape[1]
-        token_and_gates = torch.cat([x, F.pad(gates, (0, spare))], dim=1)
-        received = self._send(gather_rows(token_and_gates, self.plan))
+        gates = F.pad(gates, (0, self.expert_ids.shape[1] - gates.shape[1]))
+        x, gates = self._send_both(x, gates)
         ids = self._send(self.expert_ids.index_select(0, self.plan.row_token).int()).long()
         is_here = (ids >= self.owned.start) & (ids < self.owned.stop)
         local_ids = torch.where(is_here, ids - self.owned.start, self.owned.stop - self.owned.start)
-        own_gates = received[:, model_dim:].masked_fill(~is_here, 0.0)
         # The counts of the route made the host wait already.
         num_rows = int(is_here.sum())
-        return Arrivals(received[:, :model_dim].contiguous(), own_gates, local_ids, num_rows)
+        return Arrivals(x, gates.masked_fill(~is_here, 0.0), local_ids, num_rows)
 
     def to_tokens(self, y: Tensor) -> Tensor:
         """Send the sums back to the ranks the tokens came from and add up those of each token."""
         rows = _AllToAll.apply(y, self.recv_counts, self.send_counts, self.members)
         return combine_rows(rows, None, self.plan)
+
+    def _send_both(self, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Send vectors and gates, at once unless gates are wider (of half precision)."""
+        if x.dtype != gates.dtype:
+            return self._send(gather_rows(x, self.plan)), self._send(gather_rows(gates, self.plan))
+        received = self._send(gather_rows(torch.cat([x, gates], dim=1), self.plan))
+        return received[:, : x.shape[1]].contiguous(), received[:, x.shape[1] :]
 
     def _send(self, rows: Tensor) -> Tensor:
         return _AllToAll.apply(rows, self.send_counts, self.recv_counts, self.members)

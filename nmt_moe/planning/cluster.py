@@ -175,7 +175,8 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     if moe is not None and setup.num_moe_layers:
         tokens = setup.batch.tokens
         slots, dim = rows_per_token(moe), moe.model_dim
-        row = 2 * number * (dim + slots) + 2 * number * dim + 4 * slots
+        # Gates are in float32 whatever the precision.
+        row = 4 * number * dim + 2 * 4 * slots + 4 * slots
         away = ranks_per_token(moe, size) * (size - 1) / size
         layer = tokens * away * row + 24 * (size - 1) * (size > 1)
         traffic["exchange"] = round(setup.num_moe_layers * layer)

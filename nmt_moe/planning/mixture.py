@@ -57,9 +57,9 @@ def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]
         hidden += 2 * rows * dim * number  # gathered tokens and answers, a row for each expert
     exchange = 0.0
     if size > 1:
-        slots = (8 + 8 + number + 1) * rows
+        slots = (8 + 8 + 4 + 1) * rows
         exchange = ranks_per_token(moe, size) * (2 * dim * number + slots + 8)
-        exchange += (8 + number) * rows
+        exchange += (8 + 4) * rows
     return {
         "gates": batch.tokens * _gate_bytes(moe),
         "experts": batch.tokens * (tokens + hidden),

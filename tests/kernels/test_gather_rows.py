@@ -75,6 +75,22 @@ def test_sums_of_half_precision_run_in_float32(half, device):
         )
 
 
+def test_gates_in_float32_are_not_rounded_to_the_rows_dtype(device):
+    plan = make_plan(12, 5, 3)
+    rows = leaf(36, 20, dtype=torch.bfloat16)
+    gates = leaf(12, 3, dtype=torch.float32)
+    wide = rows.detach().float().requires_grad_()
+    ours, theirs = combine_rows(rows, gates, plan), reference.combine_rows(wide, gates, plan)
+    grad = torch.randn_like(ours)
+    [mine] = torch.autograd.grad(ours, [gates], grad)
+    [expected] = torch.autograd.grad(theirs, [gates], grad.float())
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+    # One rounding, at the end; the interpreter cuts off.
+    torch.testing.assert_close(
+        ours.float(), theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5
+    )
+
+
 def test_repeated_runs_agree_bit_for_bit(device):
     plan = make_plan(40, 5, 3)
     rows, gates = leaf(120, 33, dtype=torch.float32), leaf(40, 3, dtype=torch.float32)

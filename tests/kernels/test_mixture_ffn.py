@@ -153,6 +153,20 @@ def test_narrow_dtypes_agree_with_float64(dtype):
         assert error < scale, f"{name}: {error:.2g} is more than {scale:.2g}"
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_gates_stay_wider_than_tokens_of_half_precision(is_training):
+    leaves, ids = draw(40, 5, 2, 16, 24, torch.float32)
+    x, gates, *weights = leaves
+    half = [t.detach().bfloat16().requires_grad_(is_training) for t in (x, *weights)]
+    gates = gates.detach().requires_grad_(is_training)
+    y = call(mixture_ffn, [half[0], gates, *half[1:]], plan_rows(ids, 5))
+    assert y.dtype == torch.bfloat16
+    if is_training:
+        [gradient] = torch.autograd.grad(y.float().square().sum(), [gates])
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 def test_repeated_runs_give_the_same_bits():
     leaves, ids = draw(300, 6, 3, 32, 48, torch.float32)
     plan = plan_rows(ids, 6)

@@ -12,6 +12,7 @@ from nmt_moe.parallel import (
     ALONE,
     average_shard_gradients,
     clip_gradients,
+    make_exchange,
     make_expert_parallel_group,
     shard_group,
 )
@@ -135,6 +136,26 @@ def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
     return y.detach().numpy(), slots, stats.tokens_per_expert.numpy()
 
 
+def send_half(rank: int, world_size: int) -> dict[str, Any]:
+    """Send tokens in bfloat16 with gates in float32, and go backward."""
+    exchange = make_exchange(EXPERTS, make_expert_parallel_group(EXPERTS, 0, world_size))
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(5, DIM, generator=generator).bfloat16().requires_grad_()
+    gates = torch.rand(5, 2, generator=generator).requires_grad_()
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(5)])
+    arrivals = exchange.route(ids).to_experts(x, gates)
+    sums = arrivals.x.float().sum() + (1.1 * arrivals.gates).sum()
+    grad_x, grad_gates = torch.autograd.grad(sums, [x, gates])
+    ranks = [len(set((row * world_size // EXPERTS).tolist())) for row in ids]
+    return {
+        "dtypes": (str(arrivals.x.dtype), str(arrivals.gates.dtype)),
+        "sum": float(arrivals.gates.double().sum()),
+        "own": float(gates.double().sum()),
+        "gates": grad_gates.unique().tolist(),
+        "tokens": (grad_x[:, 0].tolist(), ranks),
+    }
+
+
 def work(rank: int, world_size: int) -> dict[str, Any]:
     sizes = [size for size in (2, 4) if size <= world_size]
     results: dict[str, Any] = {
@@ -149,6 +170,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
         layer(torch.randn(3, DIM))
         results["passes"] += 1
     layer.serve()
+    results["half"] = send_half(rank, world_size)
     results["local"] = layer.experts.weight_in.shape
     try:
         make_expert_parallel_group(EXPERTS, 0, 3)
@@ -182,6 +204,16 @@ def test_ranks_may_differ_in_the_experts_of_a_token(answers):
     together = torch.cat([torch.as_tensor(part[0]) for part in parts])
     torch.testing.assert_close(together, torch.as_tensor(y))
     assert sum(part[2] for part in parts).tolist() == counts.tolist()
+
+
+def test_gates_are_sent_in_float32_beside_tokens_of_half_precision(answers):
+    found = [answer["half"] for answer in answers]
+    assert {one["dtypes"] for one in found} == {("torch.bfloat16", "torch.float32")}
+    # Nothing is rounded on the way: the sums of what was sent and what arrived agree.
+    assert sum(one["sum"] for one in found) == pytest.approx(sum(x["own"] for x in found), rel=1e-6)
+    for one in found:
+        assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # 1.1016 in bfloat16
+        assert one["tokens"][0] == one["tokens"][1]  # one gradient from each rank it was sent to
 
 
 def test_a_rank_that_serves_waits_for_those_with_more_passes(answers):
