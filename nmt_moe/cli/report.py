@@ -77,7 +77,10 @@ def report(
     for path in outputs:
         if not path.absolute().parent.is_dir():
             raise ValueError(f"`{path}` must be in a folder that exists. Make its folder first.")
-    check_outputs([*text, *reference], outputs)
+    bundles = [one for one in (folder, against) if one is not None]
+    check_outputs(
+        [*text, *reference, *(file for one in bundles for file in one.glob("*"))], outputs
+    )
     if threads is not None:
         check_whole("--threads", threads, 1, MAX_THREADS)
         torch.set_num_threads(threads)

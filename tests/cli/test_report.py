@@ -100,6 +100,7 @@ def test_mistakes_are_named_and_nothing_is_written(
     )  # fmt: skip
     assert_mistake(call(many, "--text", text, *to_page), "`target_lang` must be one of aa, bb")
     assert_mistake(call(bundle, "--text", text, "--output", text), "is named twice")
+    assert_mistake(call(bundle, "--text", text, "--json", bundle / "config.json"), "named twice")
     assert_mistake(
         call(bundle, "--text", text, "--output", tmp_path / "no" / "x"), "folder that exists"
     )
@@ -112,3 +113,19 @@ def test_mistakes_are_named_and_nothing_is_written(
     result = call(bundle, *to_page)
     assert result.exit_code == 2
     assert "--text" in result.stderr
+
+
+def test_a_failure_on_the_way_leaves_the_files_of_before(text: Path, tmp_path: Path):
+    damaged = make_bundle(tmp_path / "damaged", description=SHORT)[0]
+    experts = damaged / "experts.decoder.safetensors"
+    content = bytearray(experts.read_bytes())
+    for position in range(len(content) // 2, len(content), 64):  # found when a token comes
+        content[position] ^= 1
+    experts.write_bytes(content)
+    page, dump = tmp_path / "report.html", tmp_path / "report.json"
+    page.write_text("before")
+    result = call(damaged, "--text", text, "--output", page, "--json", dump)
+    assert_mistake(result, "experts.decoder.safetensors`: expert", "was altered")
+    assert page.read_text() == "before"
+    assert not dump.exists()
+    assert not list(tmp_path.glob("*.part"))
