@@ -2,8 +2,8 @@
 
 The thread takes the request that has waited longest, and with it every other that asks for the same
 search, one line of each in turn, so that a long request does not hold up short ones. While it
-translates, requests gather. It waits for more than it has only right after a batch of several
-requests, whose clients may be about to ask again, and at most `MAX_WAIT`.
+translates, requests gather. Where several clients ask, those that a batch has answered may be about
+to ask again: only then it waits, at most `MAX_WAIT`, until there are as many requests as before.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 # Of a batch's lines. Pieces are known only once a model has cut the text; about four characters
 # are one, so that this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
-# Seconds that the thread waits for more requests, and after a batch of several for how long.
-MAX_WAIT = 0.008
+# Seconds that the thread waits for more requests, and after a batch for how long it may.
+MAX_WAIT = 0.02
 RECENT = 0.1
 
 
@@ -206,12 +206,14 @@ class Batcher:
         except Exception:  # whatever it is: one request's failure is not the others'
             logger.warning("a batch failed; its lines are translated one by one")
             results = [_translate_one(search, line) for line in lines]
-        num_jobs = len({id(job) for job, _ in taken})
-        self._num_expected = num_jobs if num_jobs > 1 and self._is_batching else 0
+        jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
-        self._observe(num_jobs, len(taken), self._answered - started)
+        self._observe(len(jobs), len(taken), self._answered - started)
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)
+        if self._is_batching:
+            num_answered = sum(job.done.done() for job in jobs.values())
+            self._num_expected = num_answered + len(self._jobs)
 
 
 def _translate_one(search: Search, line: str) -> Translation | Exception:
