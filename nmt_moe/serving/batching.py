@@ -209,11 +209,11 @@ class Batcher:
         jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
         self._observe(len(jobs), len(taken), self._answered - started)
+        num_others = len(self._jobs)  # before an answer lets its client ask again
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)
         if self._is_batching:
-            num_answered = sum(job.done.done() for job in jobs.values())
-            self._num_expected = num_answered + len(self._jobs)
+            self._num_expected = num_others + sum(job.done.done() for job in jobs.values())
 
 
 def _translate_one(search: Search, line: str) -> Translation | Exception:

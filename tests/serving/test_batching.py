@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nmt_moe.serving import batching
 from nmt_moe.serving.batching import BATCH_CHARACTERS, Batcher, Job, Search
 from tests.support.serving import PATIENCE
 
@@ -112,6 +113,20 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
     assert recorder.batches[1:] == [["kept"]]
     assert not dropped.done.done()
     batcher.cancel(kept)  # too late, and no mistake
+
+
+def test_a_client_that_comes_alone_never_waits(recorder: Recorder, monkeypatch):
+    """Also if its next request is there before the thread has looked: it is no other client's."""
+    monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
+    monkeypatch.setattr(batching, "RECENT", PATIENCE)
+    batcher = Batcher()
+    batcher.start()
+    recorder.gate.release(2)
+    first, second = (Job(Search(recorder, None, 1), [word]) for word in ("a", "b"))
+    first.done.add_done_callback(lambda _: batcher.submit(second))  # within the thread itself
+    batcher.submit(first)
+    assert [one.text for one in second.done.result(PATIENCE / 2)] == ["B"]
+    batcher.close()
 
 
 def test_closing_translates_what_waits(recorder: Recorder):

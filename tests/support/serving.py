@@ -31,7 +31,8 @@ class LiveServer:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._socket = socket.socket()
+        # Of TCP by name, as the command's: else each answer waits 40 ms for Nagle's delay.
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
