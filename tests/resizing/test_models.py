@@ -13,7 +13,7 @@ from nmt_moe.checkpoints.reshape import split
 from nmt_moe.inference import Pieces, export
 from nmt_moe.inference.weights import map_file
 from nmt_moe.resizing import read_model, upcycle
-from tests.support.bundles import GNMT, LM, make_bundle, make_checkpoint
+from tests.support.bundles import GNMT, LM, make_bundle, make_checkpoint, make_networks
 
 SENTENCES = ["the big cat sees a dog", "a house under the tree", "red"]
 KEPT = {"encoder": [0, 2, 5], "decoder": [1, 2, 3]}
@@ -153,3 +153,33 @@ def test_a_damaged_bundle_is_not_copied(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="altered"):
         read_model(folder)
+
+
+def test_the_loss_of_an_upcycled_network_is_that_of_the_dense_one(tmp_path):
+    path, _, _, dense = make_checkpoint(tmp_path, DENSE)
+    model = read_model(path)
+    layers = {side: upcycle(layer, 5, 2) for side, layer in model.layers.items()}
+    model.write(tmp_path / "moe.pt", layers, "grown")
+    grown = make_networks(replace(DENSE, moe=layers["encoder"].moe), len(dense["output"].weight))
+    state = load_checkpoint(tmp_path / "moe.pt")["model"]
+    for side in ("encoder", "decoder"):
+        prefix = f"{side}.network."
+        own = {name.removeprefix(prefix): x for name, x in state.items() if prefix in name}
+        grown[side].load_state_dict(own)
+    grown["output"] = dense["output"]
+    assert loss_of(grown) == pytest.approx(loss_of(dense), abs=1e-9)
+
+
+def loss_of(networks: dict) -> float:
+    """Return the loss per token of drawn sentences in training, in float64."""
+    for network in networks.values():
+        network.double().train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    generator = torch.Generator().manual_seed(1)
+    source, target = (torch.randint(4, 30, (3, 7), generator=generator) for _ in range(2))
+    encoded = networks["encoder"](source, torch.zeros(3, 7, dtype=torch.bool))
+    decoded = networks["decoder"](target[:, :-1], encoded)
+    logits = networks["output"](decoded.features)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten()).item()
