@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from nmt_moe.cli.check_environment import read_requirements
+from nmt_moe.diagnostics import read_requirements
 
 TESTED = ("demo", "test", "dev")
 SCRIPTS = ["setup.sh", "test.sh", "check.sh"]
