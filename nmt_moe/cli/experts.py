@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmt_moe.cli._command import Group, command
-from nmt_moe.text.parallel import check_parallel, read_good_lines
+from nmt_moe.cli._command import Group, command, list_option
+from nmt_moe.cli.report import read_parts
 
 if TYPE_CHECKING:
-    from nmt_moe.resizing import Layer, Survey, Text
+    from nmt_moe.inspection import Part
+    from nmt_moe.resizing import Layer, Survey
 
 PATH = click.Path(path_type=Path)
 
@@ -38,15 +39,13 @@ def experts() -> None:
 
 
 def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
-    """Decorate a command with the options that name texts; each may be repeated."""
+    """Decorate a command with the options that name texts, as of `nmt-moe report`."""
 
     def decorate(function: Callable) -> Callable:
         for option in (
-            click.option("--target-lang", multiple=True, help="Of a multilingual model."),
-            click.option("--reference", type=PATH, multiple=True, help="Translation of the text."),
-            click.option(
-                "--text", type=PATH, multiple=True, required=is_needed, help="Text to read."
-            ),
+            list_option("--target-lang", help="Of a multilingual model, one for each text."),
+            list_option("--reference", type=PATH, help="Translations, one file for each text."),
+            list_option("--text", type=PATH, required=is_needed, help="Text to read."),
         ):
             function = option(function)
         return function
@@ -111,7 +110,7 @@ def stats(
     """
     from nmt_moe.resizing import shares
 
-    surveys = _survey(folder, _read_texts(text, reference, target_lang))
+    surveys = _survey(folder, read_parts(text, reference, target_lang))
     columns = {by: shares(surveys, by) for by in ("load", "importance", "contribution")}
     content: dict[str, Any] = {}
     for side in surveys[0].layers:
@@ -148,8 +147,7 @@ def _print_layer(side: str, values: dict[str, Any]) -> None:
 nmt-moe experts prune en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8
 nmt-moe experts prune best.pt --bundle en-de --num-experts 8 --text dev.en --output pruned.pt
 nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
-    --text dev.en --reference dev.fr --target-lang fr \\
-    --text dev.fr --reference dev.en --target-lang en
+    --text dev.en dev.fr --reference dev.fr dev.en --target-lang fr en
 """,
 )
 @click.argument("model", type=PATH)
@@ -211,11 +209,11 @@ def _reduce(
     check_output(output, overwrite)
     model = resizing.read_model(path)
     reader = find_reader(model, bundle)
-    texts = _read_texts(text, reference, target_lang)
+    parts = read_parts(text, reference, target_lang)
     moe = {side: layer.moe for side, layer in model.layers.items()}
     uniform = {side: _uniform(one.num_experts) for side, one in moe.items()}
     resizing.choose_experts(uniform, moe, num_experts, scope)  # rejects options early
-    surveys = _survey(reader.path, texts)
+    surveys = _survey(reader.path, parts)
     shares = resizing.shares(surveys, by, equal_texts)
     kept = resizing.choose_experts(shares, moe, num_experts, scope)
 
@@ -233,7 +231,7 @@ def _reduce(
         listed = ", ".join(map(str, numbers))
         click.echo(f"{side}: kept {len(numbers)} of {moe[side].num_experts}, {share:.1%} of {by}")
         click.echo(f"  {listed}")
-    _print_perplexity(model, reader, output, change(reader.layers), surveys, texts)
+    _print_perplexity(model, reader, output, change(reader.layers), surveys, parts)
     click.echo(f"{output}: written")
 
 
@@ -249,18 +247,18 @@ def _print_perplexity(
     output: Path,
     layers: dict[str, Layer],
     surveys: list[Survey],
-    texts: list[Text],
+    parts: list[Part],
 ) -> None:
     from nmt_moe.inference import total_score
     from nmt_moe.resizing.comparing import changed_reader, measure_perplexity
 
     scores = [one.score for one in surveys if one.score is not None]
     if len(scores) < len(surveys):
-        click.echo("perplexity: not measured; it needs a `--reference` for each `--text`")
+        click.echo("perplexity: not measured; it needs a `--reference`")
         return
     before = total_score(scores).perplexity_per_piece
     with changed_reader(model, reader, output, layers) as folder:
-        after = measure_perplexity(folder, texts, progress=sys.stderr.isatty())
+        after = measure_perplexity(folder, parts, progress=sys.stderr.isatty())
     change = after / before - 1
     click.echo(f"perplexity per piece: {before:.3f} before, {after:.3f} after ({change:+.2%})")
 
@@ -301,8 +299,10 @@ def upcycle(
 
     check_output(output, overwrite)
     source = resizing.read_model(model)
-    texts = _read_texts(text, reference, target_lang)
-    reader = find_reader(source, bundle) if texts else None
+    if not text and (reference or target_lang or bundle):
+        raise ValueError("`--reference`, `--target-lang` and `--bundle` need `--text`.")
+    parts = read_parts(text, reference, target_lang) if text else []
+    reader = find_reader(source, bundle) if parts else None
 
     def change(layers: dict[str, Layer]) -> dict[str, Layer]:
         return {s: resizing.upcycle(one, num_experts, top_k) for s, one in layers.items()}
@@ -314,39 +314,17 @@ def upcycle(
         difference = measure_difference(source.layers[side], layer)
         click.echo(f"{side}: largest difference of the layer's outputs {difference:.1e} (float64)")
     if reader is not None:
-        surveys = _survey(reader.path, texts)
-        _print_perplexity(source, reader, output, change(reader.layers), surveys, texts)
+        surveys = _survey(reader.path, parts)
+        _print_perplexity(source, reader, output, change(reader.layers), surveys, parts)
     click.echo(f"{output}: written")
 
 
-def _read_texts(
-    texts: tuple[Path, ...], references: tuple[Path, ...], languages: tuple[str, ...]
-) -> list[Text]:
-    """Read texts; options that are given must be given for each."""
-    from nmt_moe.resizing import Text
-
-    for name, given in (("--reference", references), ("--target-lang", languages)):
-        if given and len(given) != len(texts):
-            raise ValueError(
-                f"`{name}` must be given for each `--text` or none, but there are {len(texts)} "
-                f"texts and {len(given)} of it."
-            )
-    found = []
-    for index, path in enumerate(texts):
-        lines, other = list(read_good_lines(path, allow_empty=True)), None
-        if references:
-            check_parallel([path, references[index]], allow_empty=True)
-            other = list(read_good_lines(references[index], allow_empty=True))
-        found.append(Text(lines, other, languages[index] if languages else None))
-    return found
-
-
-def _survey(folder: Path, texts: list[Text]) -> list[Survey]:
+def _survey(folder: Path, parts: list[Part]) -> list[Survey]:
+    from nmt_moe.inspection import load_model
     from nmt_moe.resizing import survey
-    from nmt_moe.resizing.comparing import open_reader
 
-    model = open_reader(folder)
-    return [survey(model, text, progress=sys.stderr.isatty()) for text in texts]
+    model = load_model(folder)
+    return [survey(model, part, progress=sys.stderr.isatty()) for part in parts]
 
 
 for subcommand in (stats, prune, merge, upcycle):

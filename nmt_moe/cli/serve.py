@@ -8,9 +8,6 @@ import click
 
 from nmt_moe.cli._command import command
 
-# More are a mistake that ends the process.
-MAX_THREADS = 1024
-
 
 @command(
     "serve",
@@ -55,6 +52,7 @@ def serve(
             "pip install 'nmt-moe[serve]'."
         ) from error
     from nmt_moe.checks import check_whole
+    from nmt_moe.cli.translate import MAX_THREADS
 
     if threads is not None:
         check_whole("--threads", threads, 1, MAX_THREADS)

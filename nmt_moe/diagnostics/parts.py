@@ -6,10 +6,12 @@ import importlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nmt_moe.diagnostics.requirements import (
+    HOST,
     compare_requirements,
     describe,
     find_broken,
@@ -27,13 +29,11 @@ class Part:
         name: What users call it.
         works: Whether it did what it should; None for a part that this machine does not need.
         note: How it works here, or why it does not, and what to do.
-        is_needed: Whether nothing works without it.
     """
 
     name: str
     works: bool | None
     note: str
-    is_needed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -47,10 +47,10 @@ class NotHereError(Exception):
 def try_parts() -> list[Part]:
     """Try all parts, in the order in which they build on each other."""
     return [
-        _try("MoE layer", _try_layer, is_needed=True),
+        _try("MoE layer", _try_layer),
         _try("GPU kernels", _try_gpu),
         _try("int8 and bfloat16", _try_products),
-        _try("bundles, translator", _try_bundles, is_needed=True),
+        _try("bundles, translator", _try_bundles),
         _try("training with fairseq", _try_training),
         _try("several processes", _try_processes),
         *[_try_extra(name, extra) for name, extra in EXTRAS.items() if extra in known_extras()],
@@ -61,13 +61,13 @@ def try_parts() -> list[Part]:
 EXTRAS = {"HTTP server": "serve", "figures": "plot", "demo": "demo"}
 
 
-def _try(name: str, attempt: Callable[[], str], is_needed: bool = False) -> Part:
+def _try(name: str, attempt: Callable[[], str]) -> Part:
     try:
-        return Part(name, True, attempt(), is_needed)
+        return Part(name, True, attempt())
     except NotHereError as reason:
-        return Part(name, None, str(reason), is_needed)
+        return Part(name, None, str(reason))
     except Exception as error:  # whatever a broken installation raises
-        return Part(name, False, describe(error), is_needed)
+        return Part(name, False, describe(error))
 
 
 def _try_layer() -> str:
@@ -114,8 +114,6 @@ def _try_gpu() -> str:
     difference = (results[0] - results[1]).abs().max().item()
     if not difference < 1e-2 * results[0].abs().max().item():
         raise RuntimeError(f"the GPU's result differs from the CPU's by {difference:.1e}")
-    from importlib.util import find_spec
-
     if find_spec("triton") is None:
         return "by torch's operations: Triton, whose kernels are faster, is not installed"
     return "by Triton's kernels, equal to the CPU's"
@@ -160,6 +158,11 @@ def _try_bundles() -> str:
 
 
 def _try_training() -> str:
+    if find_spec(HOST) is None:
+        raise NotHereError(
+            "fairseq is not installed: it is needed to train, not to translate; "
+            + INSTALL.format("fairseq")
+        )
     broken = find_broken()
     if broken:
         raise RuntimeError(f"{broken[0]}; see the README for its installation")

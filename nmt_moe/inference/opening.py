@@ -101,6 +101,30 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
     return Bundle(folder, config, vocabularies, processors, network)
 
 
+def _models(bundle: Bundle) -> dict[str, bytes | None]:
+    """Return the content of a bundle's sentencepiece models."""
+    return {
+        side: None if one is None else one.serialized_model_proto()
+        for side, one in bundle.processors.items()
+    }
+
+
+def check_same(first: Bundle, other: Bundle) -> None:
+    """Reject bundles that cannot be one ensemble."""
+    pairs: dict[str, list[Any]] = {
+        "vocabulary": [{s: v.symbols for s, v in b.vocabularies.items()} for b in (first, other)],
+        "pieces": [_models(bundle) for bundle in (first, other)],
+        "languages": [bundle.config.languages for bundle in (first, other)],
+        "text pipeline": [bundle.config.text for bundle in (first, other)],
+    }
+    for what, (one, two) in pairs.items():
+        if one != two:
+            raise ValueError(
+                f"`{first.folder}` and `{other.folder}` cannot be an ensemble: they differ in "
+                f"their {what}. Name models that were trained on the same data."
+            )
+
+
 def verify_bundle(folder: Path | str) -> str:
     """Read a whole bundle, and compare every file and every expert with its digest.
 

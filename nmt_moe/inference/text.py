@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import sentencepiece
 
 from nmt_moe.inference.bundle import TextPipeline
-from nmt_moe.text.lines import CONTROLS, MAX_LINE_BYTES
+from nmt_moe.text.lines import CONTROLS, MAX_LINE_BYTES, BadLine
 from nmt_moe.text.pieces import with_plain_spaces
 
 # Languages that are written without spaces between sentences.
@@ -33,6 +34,26 @@ def find_fault(text: str) -> str | None:
     if len(content) > MAX_LINE_BYTES:
         return f"has more than {MAX_LINE_BYTES} bytes"
     return None
+
+
+def check_texts(texts: str | Sequence[str], name: str) -> list[str]:
+    """Return texts as a list; reject what is not text."""
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"`{name}s` must be strings, but is {type(texts).__name__}.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {number} must be a string, but is {type(text).__name__}.")
+        fault = find_fault(text)
+        if fault is not None:
+            raise ValueError(f"{name} {number} {fault}. Remove it, and try again.")
+    return texts
+
+
+def check_line(line: str | BadLine, number: int) -> str | BadLine:
+    """Return a line, or what is wrong with it."""
+    fault = find_fault(line) if isinstance(line, str) else None
+    return line if fault is None else BadLine(number, fault, "Remove it.")
 
 
 @dataclass

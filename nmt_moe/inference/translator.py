@@ -6,28 +6,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from nmt_moe.checks import check_whole
 from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.describing import add_experts, describe, join_sentences
+from nmt_moe.inference.forcing import force_in_batches
 from nmt_moe.inference.layers import MoE
 from nmt_moe.inference.networks import TranslationNetwork
-from nmt_moe.inference.opening import Bundle, language_mark, open_bundle
+from nmt_moe.inference.opening import Bundle, check_same, language_mark, open_bundle
 from nmt_moe.inference.results import (
-    Experts,
-    Hypothesis,
     PairScore,
-    Routing,
     Sentence,
     Translation,
     score_line,
 )
-from nmt_moe.inference.searching import Ensemble, Limits, force_decode, make_batches, search
-from nmt_moe.inference.text import SourceText, TargetText, find_fault, separator_of
+from nmt_moe.inference.searching import Ensemble, Limits, make_batches, search
+from nmt_moe.inference.text import SourceText, TargetText, check_line, check_texts, separator_of
 from nmt_moe.search import BeamConfig, SearchConfig
-from nmt_moe.search import Hypothesis as Found
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
@@ -63,7 +61,7 @@ class Translator:
     def __init__(self, bundles: Sequence[Bundle]) -> None:
         first = bundles[0]
         for bundle in bundles[1:]:
-            _check_same(first, bundle)
+            check_same(first, bundle)
         self.config = first.config
         self.vocabularies, self._processors = first.vocabularies, first.processors
         self._networks = [
@@ -132,7 +130,7 @@ class Translator:
                 language that the model does not know, or an option that is out of range.
         """
         return self._translate(
-            _check_texts(texts, "text"),
+            check_texts(texts, "text"),
             self._read_options(
                 target_lang,
                 beam_size,
@@ -168,7 +166,7 @@ class Translator:
             raise ValueError("`lines` must be lines, but is one string. Give a list of it.")
         check_whole("read_ahead", read_ahead, 1)
         self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
-        source = map(_check_line, lines, count(1))
+        source = map(check_line, lines, count(1))
         for chunk in in_chunks(source, read_ahead):
             good = [line for line in chunk if isinstance(line, str)]
             translated = iter(self.translate(good, target_lang, **options))  # type: ignore[arg-type]
@@ -215,8 +213,8 @@ class Translator:
         Raises:
             ValueError: as `translate`; or there are more of the one than of the other.
         """
-        texts = _check_texts(texts, "text")
-        references = _check_texts(references, "reference")
+        texts = check_texts(texts, "text")
+        references = check_texts(references, "reference")
         target = TargetText(self._processors["target"])
         return self.score_pieces(
             [self._source_text.pieces(text) for text in texts],
@@ -258,21 +256,16 @@ class Translator:
         vocabulary = self.vocabularies["source"]
         read = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in sources]
         written = [self.vocabularies["target"].numbers(pieces) for pieces in targets]
-        lengths = [max(len(s), len(t) + 1) for s, t in zip(read, written, strict=True)]
+        forced = force_in_batches(self._ensemble, read, written, batch_tokens, with_inputs)
         target = TargetText(self._processors["target"])
-        results: dict[int, PairScore] = {}
-        for batch in make_batches(list(map(range, lengths)), batch_tokens):
-            forced = force_decode(
-                self._ensemble, [read[n] for n in batch], [written[n] for n in batch], with_inputs
-            )
-            for number, one in zip(batch, forced, strict=True):
-                pieces = targets[number]
-                line = score_line(target.join(pieces), pieces, written[number], one.log_probs)
-                tokens = [*map(vocabulary.symbols.__getitem__, mark), *sources[number], MARKS[EOS]]
-                routing = one.source if with_experts else None
-                line = replace(line, routing=one.target if with_experts else None)
-                results[number] = PairScore(tokens, line, one.attention, routing)
-        return [results[number] for number in range(len(read))]
+        marks = [vocabulary.symbols[number] for number in mark]
+        results = []
+        for source, pieces, numbers, one in zip(sources, targets, written, forced, strict=True):
+            line = score_line(target.join(pieces), pieces, numbers, one.log_probs)
+            line = replace(line, routing=one.target if with_experts else None)
+            routing = one.source if with_experts else None
+            results.append(PairScore([*marks, *source, MARKS[EOS]], line, one.attention, routing))
+        return results
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
@@ -343,7 +336,7 @@ class Translator:
         results = []
         for of_text in cut:
             by_line = [[next(sentences) for _ in of_line] for of_line in of_text]
-            results.append(_join(by_line, target.separator, options.num_hypotheses))
+            results.append(join_sentences(by_line, target.separator, options.num_hypotheses))
         return results
 
     def _target_of(self, options: _Options) -> str | None:
@@ -353,133 +346,16 @@ class Translator:
         vocabulary = self.vocabularies["source"]
         mark = self._mark_of(options.target_lang)
         sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]
+        target = TargetText(self._processors["target"])
         results: dict[int, Sentence] = {}
         for batch in make_batches(sources, options.batch_tokens):
             own = [sources[number] for number in batch]
             words = [len(source) - 1 for source in own]
             found = search(self._ensemble, own, options.config, options.limits, words)
             best = [hypotheses[: options.num_hypotheses] for hypotheses in found]
-            made = self._describe(own, [cut[number] for number in batch], best, len(mark), options)
+            pieces = [cut[number] for number in batch]
+            made = describe(pieces, best, len(mark), self.vocabularies["target"].symbols, target)
+            if options.with_experts:
+                made = add_experts(self._networks[0], made, own, best, len(mark))
             results.update(zip(batch, made, strict=True))
         return [results[number] for number in range(len(cut))]
-
-    def _describe(
-        self,
-        sources: list[list[int]],
-        cut: list[list[str]],
-        found: list[list[Found]],
-        num_marks: int,
-        options: _Options,
-    ) -> list[Sentence]:
-        """Turn what a search found into results, whose source positions leave marks out."""
-        symbols = self.vocabularies["target"].symbols
-        target = TargetText(self._processors["target"])
-        sentences = []
-        for pieces, of_sentence in zip(cut, found, strict=True):
-            part = slice(num_marks, num_marks + len(pieces))
-            hypotheses = []
-            for one in of_sentence:
-                words = [symbols[token] for token in one.tokens[:-1].tolist()]
-                assert one.attention is not None
-                attention = one.attention[part, : len(words)].t().contiguous()
-                hypotheses.append(
-                    Hypothesis(
-                        target.join(words),
-                        float(one.score),
-                        words,
-                        one.positional_scores.tolist(),
-                        attention.argmax(dim=1).tolist() if words else [],
-                        attention,
-                    )
-                )
-            sentences.append(Sentence(pieces, hypotheses))
-        if options.with_experts:
-            return self._add_experts(sentences, sources, found, num_marks)
-        return sentences
-
-    def _add_experts(
-        self,
-        sentences: list[Sentence],
-        sources: list[list[int]],
-        found: list[list[Found]],
-        num_marks: int,
-    ) -> list[Sentence]:
-        repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
-        targets = [one.tokens[:-1].tolist() for own in found for one in own]
-        forced = iter(force_decode(Ensemble(self._networks[:1]), repeated, targets))
-        results = []
-        for sentence in sentences:
-            own = [next(forced) for _ in sentence.hypotheses]
-            hypotheses = [
-                replace(one, experts=_experts(read.target, len(one.pieces)))
-                for one, read in zip(sentence.hypotheses, own, strict=True)
-            ]
-            read = _experts(own[0].source, num_marks + len(sentence.pieces))[num_marks:]
-            results.append(replace(sentence, hypotheses=hypotheses, experts=read))
-        return results
-
-
-def _experts(routing: Routing | None, num_tokens: int) -> Experts:
-    """Return the experts of the first tokens; of a dense network, none for each."""
-    return [[] for _ in range(num_tokens)] if routing is None else routing[:num_tokens].to_experts()
-
-
-def _check_texts(texts: str | Sequence[str], name: str) -> list[str]:
-    """Return texts as a list; reject what is not text."""
-    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"`{name}s` must be strings, but is {type(texts).__name__}.")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"{name} {number} must be a string, but is {type(text).__name__}.")
-        fault = find_fault(text)
-        if fault is not None:
-            raise ValueError(f"{name} {number} {fault}. Remove it, and try again.")
-    return texts
-
-
-def _check_line(line: str | BadLine, number: int) -> str | BadLine:
-    """Return a line, or what is wrong with it."""
-    fault = find_fault(line) if isinstance(line, str) else None
-    return line if fault is None else BadLine(number, fault, "Remove it.")
-
-
-def _join(by_line: list[list[Sentence]], separator: str, num_hypotheses: int) -> Translation:
-    """Join the sentences of each line, and the lines of a text."""
-    sentences = [sentence for of_line in by_line for sentence in of_line]
-    shortest = min([len(one.hypotheses) for one in sentences], default=1)
-    texts = [
-        "\n".join(
-            separator.join(
-                sentence.hypotheses[rank].text for sentence in of_line if sentence.hypotheses
-            )
-            for of_line in by_line
-        )
-        for rank in range(min(shortest, num_hypotheses))
-    ]
-    score = sum(sentence.hypotheses[0].score for sentence in sentences)
-    return Translation(texts[0], score, texts, sentences)
-
-
-def _models(bundle: Bundle) -> dict[str, bytes | None]:
-    """Return the content of a bundle's sentencepiece models."""
-    return {
-        side: None if one is None else one.serialized_model_proto()
-        for side, one in bundle.processors.items()
-    }
-
-
-def _check_same(first: Bundle, other: Bundle) -> None:
-    """Reject bundles that cannot be one ensemble."""
-    pairs: dict[str, list[Any]] = {
-        "vocabulary": [{s: v.symbols for s, v in b.vocabularies.items()} for b in (first, other)],
-        "pieces": [_models(bundle) for bundle in (first, other)],
-        "languages": [bundle.config.languages for bundle in (first, other)],
-        "text pipeline": [bundle.config.text for bundle in (first, other)],
-    }
-    for what, (one, two) in pairs.items():
-        if one != two:
-            raise ValueError(
-                f"`{first.folder}` and `{other.folder}` cannot be an ensemble: they differ in "
-                f"their {what}. Name models that were trained on the same data."
-            )

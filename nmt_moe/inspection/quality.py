@@ -52,38 +52,57 @@ def score_translations(
         "by_length": measures.score_by_source(metrics[0], hyps, refs, list(sources)),
         "by_frequency": f_measure_by_frequency(hyps, references, tokenize),
     }
-    own = _sentence_scores(hyps, references)
-    theirs = None if others is None else _sentence_scores(others, references)
-    order = sorted(range(len(own)), key=lambda n: (-own[n], n))
-    count = min(NUM_EXTREMES, len(order) // 2)
-
-    def describe(number: int) -> dict[str, Any]:
-        row = {
-            "line": (number if lines is None else lines[number]) + 1,
-            "source": sources[number],
-            "hypothesis": hyps[number],
-            "reference": references[number],
-            "chrf": own[number],
+    rows = _describe_lines(sources, hyps, references, others, lines)
+    content |= _find_extremes(rows)
+    if others is not None:
+        other = list(others)
+        content |= {
+            "bootstrap": [
+                measures.compare(measure, hyps, other, refs, NUM_SAMPLES) for measure in metrics
+            ],
+            "other_by_length": measures.score_by_source(metrics[0], other, refs, list(sources)),
+            "other_by_frequency": f_measure_by_frequency(other, references, tokenize),
         }
-        if others is None or theirs is None:
-            return row
-        return {**row, "other": others[number], "other_chrf": theirs[number]}
-
-    content["best"] = [describe(number) for number in order[:count]]
-    content["worst"] = [describe(number) for number in order[::-1][:count]]
-    if others is None or theirs is None:
-        return content
-    gains = sorted(range(len(own)), key=lambda n: (theirs[n] - own[n], n))
-    content["better"] = [describe(n) for n in gains[:NUM_EXTREMES] if own[n] > theirs[n]]
-    content["worse"] = [describe(n) for n in gains[::-1][:NUM_EXTREMES] if own[n] < theirs[n]]
-    content["bootstrap"] = [
-        measures.compare(measure, hyps, list(others), refs, NUM_SAMPLES) for measure in metrics
-    ]
-    content["other_by_length"] = measures.score_by_source(
-        metrics[0], list(others), refs, list(sources)
-    )
-    content["other_by_frequency"] = f_measure_by_frequency(others, references, tokenize)
     return content
+
+
+def _describe_lines(
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    others: Sequence[str] | None,
+    lines: Sequence[int] | None,
+) -> list[dict[str, Any]]:
+    numbers = range(len(sources)) if lines is None else lines
+    rows: list[dict[str, Any]] = [
+        {"line": number + 1, "source": source, "hypothesis": text, "reference": ref, "chrf": score}
+        for number, source, text, ref, score in zip(
+            numbers,
+            sources,
+            hypotheses,
+            references,
+            _sentence_scores(hypotheses, references),
+            strict=True,
+        )
+    ]
+    if others is not None:
+        scores = _sentence_scores(others, references)
+        for row, text, score in zip(rows, others, scores, strict=True):
+            row |= {"other": text, "other_chrf": score}
+    return rows
+
+
+def _find_extremes(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the best and worst lines, and those that differ most from the other model's."""
+    order = sorted(rows, key=lambda row: -row["chrf"])
+    count = min(NUM_EXTREMES, len(order) // 2)
+    found = {"best": order[:count], "worst": order[::-1][:count]}
+    if rows and "other" in rows[0]:
+        gains = sorted(rows, key=lambda row: row["other_chrf"] - row["chrf"])
+        better = [row for row in gains if row["chrf"] > row["other_chrf"]]
+        worse = [row for row in gains[::-1] if row["chrf"] < row["other_chrf"]]
+        found |= {"better": better[:NUM_EXTREMES], "worse": worse[:NUM_EXTREMES]}
+    return found
 
 
 def _sentence_scores(hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:

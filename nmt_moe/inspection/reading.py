@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nmt_moe.inference import (
@@ -33,7 +32,6 @@ class Reading:
         source_tokens: S, what the encoder read; empty of a language model.
         target: The score of what was written: the reference, the model's own translation, or the
             line of a language model.
-        attention: (T + 1, S) float32; None of a language model.
         routings: Of the layers "encoder", for each of `source_tokens`, and "decoder", for each
             piece of the target and the end mark; only the layers that the model has.
     """
@@ -41,7 +39,6 @@ class Reading:
     line: int
     source_tokens: list[str]
     target: LineScore
-    attention: Tensor | None
     routings: dict[str, Routing]
 
 
@@ -159,7 +156,7 @@ def _read_lines(
 ) -> list[Reading]:
     scores = model.score(texts, with_experts=True, with_inputs=with_inputs)
     return [
-        Reading(line, [], score, None, _present(decoder=score.routing))
+        Reading(line, [], score, _present(decoder=score.routing))
         for line, score in zip(lines, scores, strict=True)
     ]
 
@@ -202,7 +199,7 @@ def _read_own(
 
 def _of_pair(line: int, score: PairScore) -> Reading:
     routings = _present(encoder=score.routing, decoder=score.target.routing)
-    return Reading(line, score.source_tokens, score.target, score.attention, routings)
+    return Reading(line, score.source_tokens, score.target, routings)
 
 
 def _present(**routings: Routing | None) -> dict[str, Routing]:

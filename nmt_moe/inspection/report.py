@@ -5,45 +5,22 @@ Its keys are described in `docs/report.md`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from nmt_moe import __version__
-from nmt_moe.inference import LanguageModel, LineScore, Routing, Sentence, Translator, total_score
+from nmt_moe.inference import LanguageModel, LineScore, Routing, Translator, total_score
 from nmt_moe.inference.bundle import CONFIG, parse_config, read_small
 from nmt_moe.inspection.layer import LayerReport, make_layers
 from nmt_moe.inspection.quality import language_of, score_translations
 from nmt_moe.inspection.reading import CHUNK_LINES, Reading, read_text
+from nmt_moe.inspection.sentences import MIN_SENTENCES, NUM_SENTENCES, Part, show_sentences
 
 FORMAT, VERSION = "nmt_moe report", 1
-# Sentences that are shown piece by piece, of all parts together, and of a part at least.
-NUM_SENTENCES, MIN_SENTENCES = 24, 4
-NUM_HYPOTHESES = 5
-# Of a sentence that is shown piece by piece, on each side.
-MAX_SHOWN_PIECES = 128
-
-
-@dataclass(frozen=True)
-class Part:
-    """A text, and what is known of it.
-
-    Attributes:
-        name: Of the part, such as its language.
-        text: Lines.
-        references: A translation of each, or None.
-        target_lang: Of a multilingual model.
-        language: Of the references, if known.
-    """
-
-    name: str
-    text: Sequence[str]
-    references: Sequence[str] | None = None
-    target_lang: str | None = None
-    language: str | None = None
 
 
 def load_model(folder: Path | str) -> Translator | LanguageModel:
@@ -104,7 +81,7 @@ def make_report(
         raise ValueError("all lines of the text are blank: there is nothing to read.")
     content["layers"] = [layer.to_dict() for layer in layers.values()]
     most = max(MIN_SENTENCES, NUM_SENTENCES // len(parts))
-    content["sentences"] = [row for part in parts for row in _show_sentences(model, part, most)]
+    content["sentences"] = [row for part in parts for row in show_sentences(model, part, most)]
     return content
 
 
@@ -256,67 +233,3 @@ def _translate(
             results += [one.text for one in chunk]
             bar.update(len(chunk))
     return results
-
-
-def _show_sentences(
-    model: Translator | LanguageModel, part: Part, most: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the first sentences of a part, with attention and routing of each piece."""
-    given = part.text if part.references is None else part.references
-    kept = [n for n, text in enumerate(part.text) if text.strip() and given[n].strip()]
-    lines = kept[:most]
-    texts = [part.text[n] for n in lines]
-    if isinstance(model, LanguageModel):
-        for line, score in zip(lines, model.score(texts, with_experts=True), strict=True):
-            experts = None if score.routing is None else score.routing.to_experts()
-            yield {
-                "part": part.name,
-                "line": line + 1,
-                "pieces": score.pieces[:MAX_SHOWN_PIECES],
-                "log_probs": _rounded(score.log_probs[:MAX_SHOWN_PIECES]),
-                "experts": _experts(experts),
-                "is_cut": len(score.pieces) > MAX_SHOWN_PIECES,
-            }
-        return
-    count = min(NUM_HYPOTHESES, model.defaults.beam_size)
-    results = model.translate(texts, part.target_lang, num_hypotheses=count, with_experts=True)
-    for line, result in zip(lines, results, strict=True):
-        reference = None if part.references is None else part.references[line]
-        for sentence in result.sentences[:most]:
-            most -= 1
-            yield _show_sentence(part.name, line, sentence, reference)
-
-
-def _show_sentence(
-    part: str, line: int, sentence: Sentence, reference: str | None
-) -> dict[str, Any]:
-    best = sentence.hypotheses[0]
-    lengths = len(sentence.pieces), len(best.pieces)
-    attention = best.attention[:MAX_SHOWN_PIECES, :MAX_SHOWN_PIECES]
-    return {
-        "part": part,
-        "line": line + 1,
-        "source_pieces": sentence.pieces[:MAX_SHOWN_PIECES],
-        "source_experts": _experts(sentence.experts),
-        "pieces": best.pieces[:MAX_SHOWN_PIECES],
-        "log_probs": _rounded(best.log_probs[:MAX_SHOWN_PIECES]),
-        "experts": _experts(best.experts),
-        "attention": [_rounded(row) for row in attention.tolist()],
-        "hypotheses": [
-            {"text": one.text, "score": one.score, "log_prob": sum(one.log_probs)}
-            for one in sentence.hypotheses
-        ],
-        "reference": reference,
-        "is_cut": max(lengths) > MAX_SHOWN_PIECES,
-    }
-
-
-def _experts(experts: list[list[tuple[int, float]]] | None) -> list[list[list[float]]] | None:
-    if experts is None or not any(experts):
-        return None
-    shown = experts[:MAX_SHOWN_PIECES]
-    return [[[expert, round(gate, 3)] for expert, gate in row] for row in shown]
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 3) for value in values]

@@ -4,7 +4,7 @@ from nmt_moe.resizing.layers import Layer
 from nmt_moe.resizing.merge import merge
 from nmt_moe.resizing.models import Checkpoint, StoredBundle, read_model
 from nmt_moe.resizing.prune import SCOPES, choose_experts
-from nmt_moe.resizing.survey import CRITERIA, Survey, Text, shares, survey
+from nmt_moe.resizing.survey import CRITERIA, Survey, shares, survey
 from nmt_moe.resizing.upcycle import upcycle
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Layer",
     "StoredBundle",
     "Survey",
-    "Text",
     "choose_experts",
     "merge",
     "read_model",

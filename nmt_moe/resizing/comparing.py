@@ -9,22 +9,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from nmt_moe.inference import LanguageModel, Translator, open_bundle, total_score
-from nmt_moe.inference.bundle import CONFIG, parse_config, read_small
-from nmt_moe.inspection import read_text
+from nmt_moe.inference import total_score
+from nmt_moe.inspection import Part, collect_usage, load_model
 from nmt_moe.moe import MoELayer
 from nmt_moe.resizing.layers import Layer
 from nmt_moe.resizing.models import Checkpoint, Layers, StoredBundle
-from nmt_moe.resizing.survey import Text
 
 SAMPLE_TOKENS = 256
-
-
-def open_reader(folder: Path) -> Translator | LanguageModel:
-    """Open a bundle of either kind."""
-    kind = parse_config(folder / CONFIG, read_small(folder, CONFIG)).kind
-    bundle = open_bundle(folder, kind)
-    return Translator([bundle]) if kind == "translation" else LanguageModel(bundle)
 
 
 def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> StoredBundle:
@@ -82,17 +73,14 @@ def changed_reader(
         yield folder
 
 
-def measure_perplexity(folder: Path, texts: Sequence[Text], *, progress: bool = False) -> float:
+def measure_perplexity(folder: Path, parts: Sequence[Part], *, progress: bool = False) -> float:
     """Return the perplexity per piece of all references, or of a language model's texts."""
-    model = open_reader(folder)
-    scores = [
-        one.target
-        for text in texts
-        for chunk in read_text(
-            model, text.lines, text.references, text.target_lang, progress=progress
-        )
-        for one in chunk
+    model = load_model(folder)
+    usages = [
+        collect_usage(model, one.text, one.references, one.target_lang, progress=progress)
+        for one in parts
     ]
+    scores = [usage.score for usage in usages if usage.score is not None]
     return total_score(scores).perplexity_per_piece
 
 

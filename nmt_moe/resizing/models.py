@@ -22,7 +22,6 @@ from nmt_moe.inference.bundle import (
     CONFIG,
     SUMS,
     WEIGHTS,
-    is_bundle,
     parse_config,
     read_small,
     read_sums,
@@ -100,6 +99,7 @@ class Checkpoint:
             is_overwritten: Replace an output that exists.
         """
         check_output(output, is_overwritten)
+        _check_other(output, self.path)
         model = dict(self.state["model"])
         for name in self.state["model"]:
             found = PARAMETER.fullmatch(name)
@@ -152,8 +152,7 @@ class StoredBundle:
         """
         check_output(output, is_overwritten)
         check_replaceable(output)
-        if is_bundle(output) and output.samefile(self.path):
-            raise ValueError(f"`{output}` is the bundle itself. Name another output.")
+        _check_other(output, self.path)
         config = replace(self.config, network=new_network(self.network, layers))
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as scratch:
@@ -182,6 +181,11 @@ class StoredBundle:
     @property
     def _has_card(self) -> bool:
         return (self.path / CARD).is_file()
+
+
+def _check_other(output: Path, path: Path) -> None:
+    if output.exists() and output.samefile(path):
+        raise ValueError(f"`{output}` is the model itself, which stays as it is. Name another.")
 
 
 def _find_layers(

@@ -11,24 +11,9 @@ from torch import Tensor
 from nmt_moe.checks import check_choice
 from nmt_moe.inference import LanguageModel, LineScore, Routing, Translator, total_score
 from nmt_moe.inference.layers import MoE
-from nmt_moe.inspection import ExpertUsage, read_text
+from nmt_moe.inspection import ExpertUsage, Part, read_text
 
 CRITERIA = ("contribution", "importance", "load")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Lines to read.
-
-    Attributes:
-        lines: Of the source, or of a language model's text.
-        references: A translation of each line; None for the model's own.
-        target_lang: Of a multilingual model.
-    """
-
-    lines: Sequence[str]
-    references: Sequence[str] | None = None
-    target_lang: str | None = None
 
 
 class ExpertSurvey:
@@ -80,12 +65,12 @@ class Survey:
 
 
 @torch.inference_mode()
-def survey(model: Translator | LanguageModel, text: Text, *, progress: bool = False) -> Survey:
+def survey(model: Translator | LanguageModel, part: Part, *, progress: bool = False) -> Survey:
     """Run a model over a text.
 
     Args:
         model: What reads.
-        text: What is read.
+        part: The text to read, with or without references.
         progress: Show a bar on standard error.
 
     Raises:
@@ -96,14 +81,14 @@ def survey(model: Translator | LanguageModel, text: Text, *, progress: bool = Fa
     found = Survey({side: ExpertSurvey(layer) for side, layer in model.moe_layers.items()})
     scores = []
     for chunk in read_text(
-        model, text.lines, text.references, text.target_lang, progress=progress, with_inputs=True
+        model, part.text, part.references, part.target_lang, progress=progress, with_inputs=True
     ):
         scores += [one.target for one in chunk]
         for side, layer in found.layers.items():
             layer.add(_join([one.routings[side] for one in chunk]))
     if not scores:
         raise ValueError("the text has no line with words. Name a text of the model's language.")
-    if text.references is not None or isinstance(model, LanguageModel):
+    if part.references is not None or isinstance(model, LanguageModel):
         found.score = total_score(scores)
     return found
 

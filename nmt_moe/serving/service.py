@@ -269,10 +269,6 @@ class Service:
                 self.batcher.cancel(job)
 
 
-async def _collect(jobs: list[Job]) -> list[list[Translation]]:
-    return [await asyncio.wrap_future(job.done) for job in jobs]
-
-
 async def _wait_until_gone(request: Request) -> None:
     """Return when the client has closed its connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":

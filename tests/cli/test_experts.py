@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from nmt_moe import LanguageModel, Translator
 from nmt_moe.cli import main
 from nmt_moe.inference import Pieces, export, total_score
-from nmt_moe.resizing import Text, shares, survey
+from nmt_moe.inspection import Part
+from nmt_moe.resizing import shares, survey
 from tests.support.bundles import GNMT, LM, make_bundle, make_checkpoint, write_text
 
 
@@ -38,7 +39,7 @@ def test_shares_are_those_of_the_definition(files):
     _, bundle, text, reference = files
     lines, others = (path.read_text().splitlines()[:8] for path in (text, reference))
     translator = Translator.load(bundle)
-    found = survey(translator, Text(lines, others))
+    found = survey(translator, Part("dev", lines, others))
     layer = translator.moe_layers["decoder"]
     wanted = {"load": [0.0] * 6, "importance": [0.0] * 6, "contribution": [0.0] * 6}
     for score in translator.score(lines, others, with_experts=True, with_inputs=True):
@@ -58,7 +59,7 @@ def test_texts_may_count_equally(files):
     _, bundle, text, _ = files
     lines = text.read_text().splitlines()
     translator = Translator.load(bundle)
-    found = [survey(translator, Text(part)) for part in (lines[:20], lines[20:22])]
+    found = [survey(translator, Part("dev", part)) for part in (lines[:20], lines[20:22])]
     single = [shares([one], "load")["encoder"] for one in found]
     equal = shares(found, "load", is_equal=True)["encoder"]
     torch.testing.assert_close(equal, (single[0] + single[1]) / 2)
@@ -128,13 +129,13 @@ def test_languages_of_a_multilingual_model(tmp_path):
     bundle, _ = make_bundle(tmp_path, languages="aa bb")
     text = write_text(tmp_path / "dev", 10)
     words = ["prune", bundle, "--num-experts", 3, "--equal-texts", "--output", tmp_path / "x"]
-    both = ["--text", text, "--target-lang", "bb", "--text", text, "--target-lang", "aa"]
+    both = ["--text", text, text, "--target-lang", "bb", "aa"]
     assert "kept 3 of 6" in run(*words, *both)
     assert "`target_lang` must be one of aa, bb, but is missing" in run(
         *words, "--text", text, "--overwrite", status=1
     )
-    assert "`--target-lang` must be given for each `--text` or none" in run(
-        *words, "--text", text, *both[:-2], "--overwrite", status=1
+    assert "`--text` must be given 1 or 3 times for 3 parts, but is given 2" in run(
+        *words, *both, "aa", "--overwrite", status=1
     )
 
 
@@ -187,7 +188,15 @@ def test_merging_names_the_package_it_needs(files, tmp_path, monkeypatch):
 
 
 def test_a_text_without_words_is_refused(files, tmp_path):
-    _, bundle, _, _ = files
+    bundle = files[1]
     (tmp_path / "blank").write_text("\n \n")
     words = ["stats", bundle, "--text", tmp_path / "blank"]
-    assert "the text has no line with words" in run(*words, status=1)
+    assert "all 2 lines are empty" in run(*words, status=1)
+    with pytest.raises(ValueError, match="the text has no line with words"):
+        survey(Translator.load(bundle), Part("dev", ["", " "]))
+
+
+def test_upcycling_without_a_text_takes_no_bundle_to_read_it(files, tmp_path):
+    path, bundle, _, _ = files
+    words = ["upcycle", path, "--num-experts", 8, "--top-k", 2, "--output", tmp_path / "x"]
+    assert "`--bundle` need `--text`" in run(*words, "--bundle", bundle, status=1)

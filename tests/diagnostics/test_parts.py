@@ -56,6 +56,14 @@ def test_a_plugin_that_cannot_be_imported_is_broken(monkeypatch):
     assert _named("training with fairseq").note == "ImportError: undefined symbol: _ZN2at"
 
 
+def test_a_machine_that_only_translates_needs_no_fairseq(monkeypatch):
+    find = parts.find_spec
+    monkeypatch.setattr(parts, "find_spec", lambda name: None if name == "fairseq" else find(name))
+    part = _named("training with fairseq")
+    assert part.works is None
+    assert "needed to train, not to translate; pip install 'nmt-moe[fairseq]'" in part.note
+
+
 def test_an_extra_that_is_not_installed_is_named_with_its_installation(monkeypatch):
     def compare(extras=()):
         return {"matplotlib": (None, "matplotlib: not installed")} if extras else {}
@@ -67,7 +75,7 @@ def test_an_extra_that_is_not_installed_is_named_with_its_installation(monkeypat
 
 
 def test_the_command_prints_text_and_json_and_fails_if_a_part_is_broken(monkeypatch):
-    one = parts.Part("MoE layer", True, "fine", is_needed=True)
+    one = parts.Part("MoE layer", True, "fine")
     monkeypatch.setattr("nmt_moe.diagnostics.try_parts", lambda: [one])
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0

@@ -1,33 +1,24 @@
 """The page of a report in a real browser: it complains of nothing, asks for nothing, and fits."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from nmt_moe.inspection import Part, make_report, render_page
 from tests.inspection.test_report import HOSTILE, REFERENCES, SHORT, TEXT
+from tests.support.browser import needs_chromium, open_browser
 from tests.support.bundles import make_bundle
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)"
-)
+pytestmark = needs_chromium
 PATIENCE = 60_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

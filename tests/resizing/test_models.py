@@ -135,8 +135,13 @@ def test_an_output_that_exists_stays(tmp_path):
     model = read_model(folder)
     with pytest.raises(ValueError, match="--overwrite"):
         model.write(folder, model.layers, "")
-    with pytest.raises(ValueError, match="is the bundle itself"):
+    with pytest.raises(ValueError, match="is the model itself"):
         model.write(folder, model.layers, "", is_overwritten=True)
+    path, *_ = make_checkpoint(tmp_path / "checkpoint")
+    before, model_of_file = path.read_bytes(), read_model(path)
+    with pytest.raises(ValueError, match="is the model itself"):
+        model_of_file.write(path, model_of_file.layers, "", is_overwritten=True)
+    assert path.read_bytes() == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "diary").write_text("dear diary")

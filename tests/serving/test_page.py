@@ -1,23 +1,17 @@
 """The page in a real Chromium: what a reader sees and does with mouse, keyboard and phone."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Error, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Route, expect
 
 from nmt_moe import Translator
+from tests.support.browser import needs_chromium, open_browser
 from tests.support.serving import PATIENCE, LiveServer, make_service
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)"
-)
 TEXT = "the big dog sees a red tree"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 expect.set_options(timeout=1000 * PATIENCE)
@@ -25,12 +19,8 @@ expect.set_options(timeout=1000 * PATIENCE)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 def open_page(browser: Browser, server: LiveServer, **options) -> Page:
