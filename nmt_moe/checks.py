@@ -1,4 +1,4 @@
-"""The wording of every error: name, rule, value, way out."""
+"""Checks of arguments; every error states the name, the rule, the value and a way out."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    """Refuse a number outside `[low, high]`, NaN, and what is not a number.
+    """Reject a number outside `[low, high]`, NaN, and anything that is not a number.
 
     Raises:
         ValueError: naming the option, the bounds and the value.
@@ -23,7 +23,7 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
 
 
 def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
-    """Refuse what is no whole number from `low` to `high`.
+    """Reject anything that is not an integer from `low` to `high`.
 
     Raises:
         ValueError: naming the option, the rule or bounds and the value.
@@ -34,7 +34,7 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name that is not one of `choices`.
+    """Reject a name that is not one of `choices`.
 
     Raises:
         ValueError: naming the option, the value and every choice.
@@ -45,10 +45,10 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_divides(name: str, value: int, what: str, divisor: int) -> None:
-    """Refuse a `value` that is not a positive multiple of `divisor` (at least 1).
+    """Reject a `value` that is not a positive multiple of `divisor` (at least 1).
 
     Raises:
-        ValueError: naming both numbers and the nearest values that would do.
+        ValueError: naming both numbers and the nearest values that are allowed.
     """
     if value < 1 or value % divisor:
         below = value - value % divisor
@@ -62,7 +62,7 @@ def check_divisor(name: str, value: int, what: str, number: int) -> None:
     """Reject a `value` that does not divide `number`.
 
     Raises:
-        ValueError: naming both numbers and the values that would do.
+        ValueError: naming both numbers and the values that are allowed.
     """
     check_whole(name, value, 1)
     if number % value:
@@ -72,10 +72,10 @@ def check_divisor(name: str, value: int, what: str, number: int) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
-    """Refuse a tensor of another shape; `None` in `shape` stands for any size.
+    """Reject a tensor of another shape; `None` in `shape` stands for any size.
 
     Raises:
-        ValueError: naming the tensor, the wanted shape in letters and numbers, and its shape.
+        ValueError: naming the tensor, the required shape in letters and numbers, and its own.
     """
     fits = tensor.dim() == len(shape) and all(
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
@@ -88,10 +88,10 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters:
 
 
 def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Refuse a tensor of another dtype or on another device; `None` stands for any float.
+    """Reject a tensor of another dtype or on another device; `None` stands for any float.
 
     Raises:
-        ValueError: naming the tensor, what it should be, what it is, and how to convert it.
+        ValueError: naming the tensor, its required and actual properties, and how to convert it.
     """
     if dtype is None and not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating-point, but is {tensor.dtype}.")
@@ -107,13 +107,13 @@ def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: tor
 
 
 def check_finite(what: str, values: Tensor) -> None:
-    """Refuse infinities and NaN.
+    """Reject infinities and NaN.
 
     Raises:
-        FloatingPointError: naming `what` is not finite, and what usually helps.
+        FloatingPointError: naming `what` is not finite, with what usually helps.
     """
     if not torch.isfinite(values).all():
         raise FloatingPointError(
-            f"There are infinities or NaN in {what}. Look for the first layer before it that makes "
-            "them; in training, a lower learning rate or gradient clipping usually helps."
+            f"There are infinities or NaN in {what}. Look for the first earlier layer that "
+            "produces them; in training, a lower learning rate or gradient clipping usually helps."
         )

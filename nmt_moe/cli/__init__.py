@@ -1,7 +1,7 @@
 """The command `nmt-moe`: one group whose subcommands are imported only when they are run.
 
-A subcommand is a line of `COMMANDS` and a `click` command in a module of this folder, which reads
-options and calls the library; `_command.command` makes one whose help ends with examples.
+A subcommand is an entry of `COMMANDS` and a `click` command in a module of this package, which
+reads options and calls the library; `_command.command` makes one whose help ends with examples.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from nmt_moe.cli._command import Group, command, list_option
 
 __all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 
-# Name -> where its click command is, and its line in `nmt-moe --help`.
+# Name -> where to import the click command from, and its line in `nmt-moe --help`.
 COMMANDS = {
     "average": (
         "nmt_moe.cli.average:average",
-        "Average the parameters of several checkpoints of one training.",
+        "Average the parameters of several checkpoints of one training run.",
     ),
     "card": (
         "nmt_moe.cli.card:card",
@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "check-parallel": (
         "nmt_moe.cli.check_parallel:check_parallel",
-        "Check that texts have the same number of lines, none of them empty.",
+        "Check that parallel texts have equally many lines, none of them empty.",
     ),
     "doctor": (
         "nmt_moe.cli.doctor:doctor",
@@ -39,50 +39,53 @@ COMMANDS = {
     ),
     "experts": (
         "nmt_moe.cli.experts:experts",
-        "What experts do on a text; prune, merge or upcycle them.",
+        "Show what the experts do on a text; prune, merge or upcycle them.",
     ),
     "export": (
         "nmt_moe.cli.export:export",
-        "Write a checkpoint as a folder that translates without fairseq.",
+        "Export a checkpoint as a folder that translates without fairseq.",
     ),
     "hypotheses": (
         "nmt_moe.cli.hypotheses:hypotheses",
-        "Take the translations out of fairseq-generate's output, in the order of the text.",
+        "Extract the translations from fairseq-generate's output, in the order of the text.",
     ),
-    "lm": ("nmt_moe.cli.lm:lm", "Score text with an exported language model, or draw text."),
+    "lm": ("nmt_moe.cli.lm:lm", "Score text with an exported language model, or sample text."),
     "pieces": (
         "nmt_moe.cli.pieces:pieces",
-        "Learn sentence pieces, cut text into them, join them again.",
+        "Learn sentence pieces, split text into them, join them again.",
     ),
     "plan": (
         "nmt_moe.cli.plan:plan",
-        "Predict memory, traffic and time of a training on a cluster.",
+        "Predict the memory, traffic and time of training on a cluster.",
     ),
-    "plot": ("nmt_moe.cli.plot:plot", "Draw loss, perplexity and balance from training logs."),
+    "plot": ("nmt_moe.cli.plot:plot", "Plot loss, perplexity and balance from training logs."),
     "report": (
         "nmt_moe.cli.report:report",
-        "Show what a model's experts are for on a text, and how good it is, as a page.",
+        "Write a page on what a model's experts do on a text, and how well it translates.",
     ),
     "reshape": (
         "nmt_moe.cli.reshape:reshape",
-        "Verify a checkpoint, or merge or split its files of experts.",
+        "Verify a checkpoint, or merge or split its expert files.",
     ),
     "score": (
         "nmt_moe.cli.score:score",
-        "Score a translation: BLEU of each kind, chrF, TER.",
+        "Score a translation: several kinds of BLEU, chrF, TER.",
     ),
-    "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a page."),
-    "sweep": ("nmt_moe.cli.sweep:sweep", "Find alpha and beta of GNMT's search: BLEU over a grid."),
+    "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a web page."),
+    "sweep": ("nmt_moe.cli.sweep:sweep", "Tune alpha and beta of GNMT's search: BLEU over a grid."),
     "translate": ("nmt_moe.cli.translate:translate", "Translate text with an exported model."),
-    "verify": ("nmt_moe.cli.verify:verify", "Check that an exported model is whole."),
+    "verify": (
+        "nmt_moe.cli.verify:verify",
+        "Check that an exported model is complete and undamaged.",
+    ),
 }
 
 
 class LazyGroup(click.Group):
-    """Lists its commands without importing them, so that help needs neither torch nor sacrebleu."""
+    """List commands without importing them, so that help needs neither torch nor sacrebleu."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names."""
+        """Return the names of the commands."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -93,7 +96,7 @@ class LazyGroup(click.Group):
         return getattr(importlib.import_module(module), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write names and lines of the table."""
+        """Write each command's name and its line of help."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
@@ -101,8 +104,8 @@ class LazyGroup(click.Group):
 @click.group("nmt-moe", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="nmt-moe")
 def main() -> None:
-    """Mixture-of-experts translation: the programs around fairseq's training and search.
+    """Mixture-of-experts translation: everything around fairseq's training and search.
 
-    `nmt-moe COMMAND --help` shows a command's options with examples. Mistakes end with one line and
-    status 1; NMT_MOE_TRACEBACK=1 shows where they were found.
+    `nmt-moe COMMAND --help` shows a command's options with examples. An error ends with one message
+    and status 1; set NMT_MOE_TRACEBACK=1 to see the traceback.
     """

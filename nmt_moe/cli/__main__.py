@@ -1,4 +1,4 @@
-"""`python -m nmt_moe.cli`: the command, also where it is not installed."""
+"""`python -m nmt_moe.cli`: run the command without installing it."""
 
 from nmt_moe.cli import main
 

@@ -1,4 +1,4 @@
-"""What all subcommands share: help that ends with examples, lists of values, errors' wording."""
+"""What all subcommands share: help that ends with examples, lists of values, one-line errors."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Group(WithExamples, click.Group):
 
 
 class Command(WithExamples):
-    """A command whose mistakes end in one message.
+    """A command that reports a user's mistake as one message.
 
-    With NMT_MOE_TRACEBACK=1 the exception itself passes.
+    With NMT_MOE_TRACEBACK=1 the exception itself is raised.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,11 +43,11 @@ class Command(WithExamples):
         return super().parse_args(ctx, spread_lists(args, lists))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a ValueError or OSError becomes a message and exit status 1."""
+        """Run the command; turn a ValueError or OSError into a message and exit status 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # nobody reads the output any more: click ends with status 1 and no message
+            raise  # the reader closed the pipe: click exits with status 1 and no message
         except (ValueError, OSError) as error:
             if os.environ.get("NMT_MOE_TRACEBACK") == "1":
                 raise
@@ -55,7 +55,7 @@ class Command(WithExamples):
 
 
 class List(click.Option):
-    """An option of one or more values, `--inputs a b c`, as argparse's `nargs="+"`."""
+    """An option with one or more values, `--inputs a b c`, like argparse's `nargs="+"`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "multiple": True})
@@ -84,7 +84,7 @@ def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Co
 
 
 def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
-    """Decorate a command with an option of one or more values; the function gets a tuple."""
+    """Decorate a command with an option of one or more values; the function receives a tuple."""
     return click.option(*names, cls=List, **options)
 
 
@@ -92,7 +92,7 @@ def standard_input() -> BinaryIO:
     """Return the bytes of standard input.
 
     Raises:
-        ValueError: it is closed.
+        ValueError: if it is closed.
     """
     if sys.stdin is None:
         raise ValueError("standard input is closed. Name a file, or pipe text into the command.")
@@ -100,7 +100,7 @@ def standard_input() -> BinaryIO:
 
 
 class Mistake(click.ClickException):
-    """A mistake of the user, shown as one message that names the command."""
+    """A user's mistake, shown as one message that names the command."""
 
     def __init__(self, command_path: str, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""`nmt-moe average`: one checkpoint from several of a training."""
+"""`nmt-moe average`: average several checkpoints of a training run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import click
 from nmt_moe.cli._command import command, list_option
 
 COUNTS = {
-    "last": "the N newest of epochs and updates, by updates",
+    "last": "the N newest, of epochs and of updates, by number of updates",
     "num_epoch_checkpoints": "the N newest `checkpointE.pt`",
     "num_update_checkpoints": "the N newest `checkpoint_E_U.pt`",
-    "num_best_checkpoints": "the N best that --keep-best-checkpoints left",
+    "num_best_checkpoints": "the N best that --keep-best-checkpoints kept",
 }
 
 
@@ -53,7 +53,7 @@ nmt-moe average --inputs checkpoints --num-best-checkpoints 5 --output average.p
     help=f"From the folder: {COUNTS['num_best_checkpoints']}.",
 )
 @click.option(
-    "--checkpoint-upper-bound", type=int, metavar="N", help="The last epoch or update to take."
+    "--checkpoint-upper-bound", type=int, metavar="N", help="The last epoch or update to include."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 def average(
@@ -65,7 +65,7 @@ def average(
 ) -> None:
     """Average the parameters of several checkpoints of one training run into a new checkpoint.
 
-    The result translates, but training cannot go on from it: it has no optimizer state.
+    The result can translate, but training cannot resume from it: it has no optimizer state.
     """
     from nmt_moe.checkpoints.average import average_checkpoints
 
@@ -76,7 +76,7 @@ def average(
 
 
 def choose(inputs: list[Path], counts: dict[str, int], upper_bound: int | None) -> list[Path]:
-    """Return the checkpoints that the options name."""
+    """Return the checkpoints that the options select."""
     from nmt_moe.checkpoints import average
     from nmt_moe.checks import check_range
 
@@ -91,7 +91,9 @@ def choose(inputs: list[Path], counts: dict[str, int], upper_bound: int | None) 
         return average.find_last(inputs[0], count, upper_bound)
     if name == "num_best_checkpoints":
         if upper_bound is not None:
-            raise ValueError("`--checkpoint-upper-bound` is not for `--num-best-checkpoints`")
+            raise ValueError(
+                "`--checkpoint-upper-bound` does not apply to `--num-best-checkpoints`: omit it."
+            )
         return average.find_best(inputs[0], count)
     pattern = average.BY_EPOCH if name == "num_epoch_checkpoints" else average.BY_UPDATE
     return average.find_numbered(inputs[0], pattern, count, upper_bound)

@@ -1,4 +1,4 @@
-"""`nmt-moe card`: what an architecture costs."""
+"""`nmt-moe card`: the costs of an architecture."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
 
 
 @command("card", EXAMPLES)
-@list_option("--arch", metavar="NAME...", help="These architectures.")
-@click.option("--all", "take_all", is_flag=True, help="All architectures of this project.")
+@list_option("--arch", metavar="NAME...", help="Architectures to describe.")
+@click.option("--all", "take_all", is_flag=True, help="Describe all architectures of this project.")
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
-@click.option("--vocab-size", type=int, help="Symbols [793471; translation 32000].")
+@click.option("--vocab-size", type=int, help="Size of the vocabulary [793471; translation 32000].")
 def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
     r"""Print what an architecture costs: operations, parameters, memory. Nothing is allocated.
 
-    Columns, M for millions, GB for 1e9 bytes, all in float32:
+    The columns (M: millions, GB: 1e9 bytes; all in float32):
 
     \b
     ops        multiply-adds of the forward pass for a token: LSTMs with their

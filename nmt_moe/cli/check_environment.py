@@ -1,4 +1,4 @@
-"""`nmt-moe check-environment`: whether this Python has everything nmt_moe needs."""
+"""`nmt-moe check-environment`: check that this Python has everything nmt_moe needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ nmt-moe check-environment
 nmt-moe check-environment --extra demo --extra dev
 """,
 )
-@click.option("--extra", "extras", multiple=True, help="Also what this extra needs; repeatable.")
+@click.option(
+    "--extra", "extras", multiple=True, help="Also check what this extra needs; repeatable."
+)
 def check_environment(extras: tuple[str, ...]) -> None:
     """Check that this Python has everything nmt_moe needs; print what is missing.
 
     Versions are compared with the project's requirements, and torch, fairseq and its compiled parts
-    are imported. Nothing is installed. `nmt-moe doctor` says more, of the machine too.
+    are imported. Nothing is installed. `nmt-moe doctor` says more, also about the machine.
     """
     known = diagnostics.known_extras()
     for extra in set(extras) - set(known):

@@ -1,4 +1,4 @@
-"""`nmt-moe doctor`: what is here, and what works."""
+"""`nmt-moe doctor`: show what is installed and what works."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ nmt-moe doctor --json > doctor.json
 def doctor(as_json: bool) -> None:
     """Print versions, processor, memory and devices, and try each part of nmt_moe.
 
-    The output is meant to be pasted into a report of a fault: it has no names of hosts or users.
-    The status is 1 if a part is broken; a part that this machine does not need is not.
+    The output is meant to be pasted into a bug report: it names neither the host nor its users. The
+    exit status is 1 if a part is broken; a missing part that this machine does not need is not
+    broken.
     """
     from nmt_moe import diagnostics
 
@@ -41,7 +42,7 @@ def doctor(as_json: bool) -> None:
         _print_table([(part.name, f"{VERDICTS[part.works]}: {part.note}") for part in parts])
     broken = [part.name for part in parts if part.works is False]
     if broken:
-        raise ValueError(f"broken: {', '.join(broken)}. The reasons are above.")
+        raise ValueError(f"broken: {', '.join(broken)}. See the reasons above.")
 
 
 def _show(value: object) -> str:

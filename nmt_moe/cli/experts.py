@@ -1,4 +1,4 @@
-"""`nmt-moe experts`: what experts do on a text, and models with fewer or more of them."""
+"""`nmt-moe experts`: measure what experts do on a text; change their number."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ nmt-moe experts upcycle dense.pt --num-experts 16 --top-k 2 --output moe.pt
 """,
 )
 def experts() -> None:
-    """Look at the experts of a trained model, or write it with fewer or more of them.
+    """Examine the experts of a trained model, or write a copy with fewer or more of them.
 
-    MODEL is a bundle or a checkpoint, and stays as it is. A checkpoint reads text through the
+    MODEL is a bundle or a checkpoint; it is not changed. To read text, a checkpoint needs the
     bundle that was exported from it.
     """
 
 
 def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
-    """Decorate a command with the options that name texts, as of `nmt-moe report`."""
+    """Decorate a command with the options that name texts, as in `nmt-moe report`."""
 
     def decorate(function: Callable) -> Callable:
         for option in (
-            list_option("--target-lang", help="Of a multilingual model, one for each text."),
+            list_option("--target-lang", help="For a multilingual model: one for each text."),
             list_option("--reference", type=PATH, help="Translations, one file for each text."),
             list_option("--text", type=PATH, required=is_needed, help="Text to read."),
         ):
@@ -54,10 +54,10 @@ def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
 
 
 def _output_options(function: Callable) -> Callable:
-    """Decorate a command with the options of what it writes."""
+    """Decorate a command with the options for its output."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
-        click.option("--bundle", type=PATH, help="Of a checkpoint: the bundle that reads text."),
+        click.option("--bundle", type=PATH, help="For a checkpoint: the bundle that reads text."),
         click.option("--output", type=PATH, required=True, help="Bundle or checkpoint to write."),
     ):
         function = option(function)
@@ -70,23 +70,25 @@ def _choice_options(function: Callable) -> Callable:
         click.option(
             "--equal-texts",
             is_flag=True,
-            help="Texts (of several languages) count equally, however long they are.",
+            help="Weight texts (of several languages) equally, whatever their length.",
         ),
         click.option(
             "--scope",
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: as many in each layer; model: the least used of all layers go.",
+            help="layer: equally many from each layer; model: drop the least used of all layers.",
         ),
         click.option(
             "--by",
             type=click.Choice(["contribution", "importance", "load"]),
             default="contribution",
             show_default=True,
-            help="Keep by gate times norm of the output, by gates, or by tokens.",
+            help="Rank experts by gate times norm of the output, by gates, or by tokens.",
         ),
-        click.option("--num-experts", type=int, required=True, help="Experts of a layer to keep."),
+        click.option(
+            "--num-experts", type=int, required=True, help="Experts to keep in each layer."
+        ),
     ):
         function = option(function)
     return function
@@ -105,8 +107,8 @@ def stats(
 ) -> None:
     """Print how the experts of the bundle FOLDER are used on a text.
 
-    Per layer: the columns of the paper's Table 6. Per expert: its share of the tokens' choices, of
-    the gates (importance), and of the output (gate times norm of the expert's output).
+    For each layer: the columns of the paper's Table 6. For each expert: its share of the tokens'
+    choices, of the gates (importance), and of the output (gate times norm of the expert's output).
     """
     from nmt_moe.resizing import shares
 
@@ -155,11 +157,11 @@ nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
 @_text_options(is_needed=True)
 @_output_options
 def prune(model: Path, **options: Any) -> None:
-    """Write MODEL with the experts that do most on a text.
+    """Write a copy of MODEL with only the experts that contribute most on a text.
 
-    Tokens of the others go to the best of those that are left. Perplexity before and after is
-    printed for a text with references, or of a language model. A pruned checkpoint can be trained
-    on: `fairseq-train --finetune-from-model`.
+    Tokens that chose a dropped expert go to the best of those that remain. The perplexity before
+    and after is printed for a language model, and for a translation model if there are
+    references. Train a pruned checkpoint further with `fairseq-train --finetune-from-model`.
     """
     _reduce(model, is_merged=False, **options)
 
@@ -173,10 +175,10 @@ def prune(model: Path, **options: Any) -> None:
 @_text_options(is_needed=True)
 @_output_options
 def merge(model: Path, **options: Any) -> None:
-    """Write MODEL with experts that are means of several.
+    """Write a copy of MODEL with fewer experts, merged by averaging.
 
-    As `prune`, but an expert that goes is averaged into the one whose gate is most like its own,
-    after their hidden units are matched. Needs scipy (`pip install 'nmt-moe[experts]'`).
+    Like `prune`, but a dropped expert is averaged into the one with the most similar gate, after
+    their hidden units are matched. Needs scipy (`pip install 'nmt-moe[experts]'`).
     """
     try:
         import scipy  # noqa: F401
@@ -201,7 +203,7 @@ def _reduce(
     bundle: Path | None,
     overwrite: bool,
 ) -> None:
-    """Prune or merge, and compare."""
+    """Prune or merge, and print the perplexity before and after."""
     from nmt_moe import resizing
     from nmt_moe.checkpoints.files import check_output
     from nmt_moe.resizing.comparing import find_reader
@@ -212,7 +214,7 @@ def _reduce(
     parts = read_parts(text, reference, target_lang)
     moe = {side: layer.moe for side, layer in model.layers.items()}
     uniform = {side: _uniform(one.num_experts) for side, one in moe.items()}
-    resizing.choose_experts(uniform, moe, num_experts, scope)  # rejects options early
+    resizing.choose_experts(uniform, moe, num_experts, scope)  # rejects bad options early
     surveys = _survey(reader.path, parts)
     shares = resizing.shares(surveys, by, equal_texts)
     kept = resizing.choose_experts(shares, moe, num_experts, scope)
@@ -272,8 +274,8 @@ fairseq-train data-bin --user-dir nmt_moe --arch lstm_moe_gnmt_small --num-exper
 """,
 )
 @click.argument("model", type=PATH)
-@click.option("--num-experts", type=int, required=True, help="Experts of a layer.")
-@click.option("--top-k", type=int, required=True, help="Experts of each token.")
+@click.option("--num-experts", type=int, required=True, help="Experts in each layer.")
+@click.option("--top-k", type=int, required=True, help="Experts for each token.")
 @_text_options(is_needed=False)
 @_output_options
 def upcycle(
@@ -287,11 +289,11 @@ def upcycle(
     bundle: Path | None,
     overwrite: bool,
 ) -> None:
-    """Write the dense MODEL as one with experts, each a copy of its only one.
+    """Write the dense MODEL with several experts, each a copy of its only one.
 
-    Its output is the same at the start; training (`--finetune-from-model`) makes experts differ.
-    The largest difference of the layers' outputs is printed, and perplexity for a text with
-    references.
+    The output is unchanged at first; training (`--finetune-from-model`) makes the experts differ.
+    The largest difference between the layers' outputs is printed, and the perplexity for a text
+    with references.
     """
     from nmt_moe import resizing
     from nmt_moe.checkpoints.files import check_output
@@ -308,11 +310,15 @@ def upcycle(
         return {s: resizing.upcycle(one, num_experts, top_k) for s, one in layers.items()}
 
     changed = change(source.layers)
-    note = f"Upcycled: each layer's only expert became {num_experts}, {top_k} of them a token."
+    note = (
+        f"Upcycled: each layer's only expert became {num_experts}, {top_k} of them for each token."
+    )
     source.write(output, changed, note, overwrite)
     for side, layer in changed.items():
         difference = measure_difference(source.layers[side], layer)
-        click.echo(f"{side}: largest difference of the layer's outputs {difference:.1e} (float64)")
+        click.echo(
+            f"{side}: largest difference between the layer's outputs {difference:.1e} (float64)"
+        )
     if reader is not None:
         surveys = _survey(reader.path, parts)
         _print_perplexity(source, reader, output, change(reader.layers), surveys, parts)

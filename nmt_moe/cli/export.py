@@ -1,4 +1,4 @@
-"""`nmt-moe export`: a checkpoint as a folder that needs neither fairseq nor its data."""
+"""`nmt-moe export`: write a checkpoint as a folder that needs neither fairseq nor its data."""
 
 from __future__ import annotations
 
@@ -22,27 +22,35 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
 )
 @click.argument("checkpoint", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Folder that fairseq-preprocess wrote.")
-@click.option("--pieces", type=PATH, help="sentencepiece model; left out: words between spaces.")
-@click.option("--target-pieces", type=PATH, help="Model of the target, if it has its own.")
+@click.option(
+    "--pieces", type=PATH, help="sentencepiece model; without it, words are split at spaces."
+)
+@click.option(
+    "--target-pieces", type=PATH, help="sentencepiece model of the target, if it has its own."
+)
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Of the weights: int8 takes a quarter of the room and is faster.",
+    help="Of the stored weights: int8 takes a quarter of the space and is faster.",
 )
-@click.option("--source-lang", help="If neither the checkpoint nor its data say.")
+@click.option("--source-lang", help="Needed if neither the checkpoint nor its data name it.")
 @click.option("--target-lang", help="Likewise.")
-@click.option("--lowercase", is_flag=True, help="Lower-case source text, as in training.")
+@click.option("--lowercase", is_flag=True, help="Lower-case source text, as was done for training.")
 @click.option(
-    "--normalize-punctuation", is_flag=True, help="Moses' normalisation of source text, likewise."
+    "--normalize-punctuation", is_flag=True, help="Normalise source text as Moses does, likewise."
 )
-@click.option("--beam", type=int, help="Default beam of the bundle.  [default: 5]")
-@click.option("--lenpen", type=float, help="Default length exponent, as fairseq's.  [default: 1]")
-@click.option("--length-penalty-alpha", type=float, help="Default of GNMT's length penalty.")
-@click.option("--coverage-penalty-beta", type=float, help="Default of GNMT's coverage penalty.")
-@click.option("--beam-prune", type=float, help="Default of GNMT's pruning, nats.")
+@click.option("--beam", type=int, help="The bundle's default beam size.  [default: 5]")
+@click.option(
+    "--lenpen", type=float, help="Its default length exponent, as in fairseq.  [default: 1]"
+)
+@click.option("--length-penalty-alpha", type=float, help="Its default for GNMT's length penalty.")
+@click.option(
+    "--coverage-penalty-beta", type=float, help="Its default for GNMT's coverage penalty."
+)
+@click.option("--beam-prune", type=float, help="Its default for GNMT's pruning, nats.")
 @click.option("--scores", type=PATH, help="Text for the model card, such as sacrebleu's output.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
 def export(
@@ -62,9 +70,9 @@ def export(
 ) -> None:
     """Write CHECKPOINT as a bundle: a folder for `nmt-moe translate` and `nmt_moe.Translator`.
 
-    CHECKPOINT may be of one or several processes, averaged or not, of one direction or many, or a
-    language model. The bundle has weights, vocabulary, pieces, text pipeline, search defaults and a
-    model card, and a sha256 of every file.
+    CHECKPOINT may come from one process or several, be averaged or not, and hold a translation
+    model for one direction or many, or a language model. The bundle contains weights, vocabulary,
+    pieces, text pipeline, search defaults, a model card, and the sha256 of every file.
     """
     from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline
     from nmt_moe.inference import export as write_bundle
@@ -73,7 +81,9 @@ def export(
     given = {names.get(name, name): value for name, value in search.items() if value is not None}
     languages = tuple(name for name in (source_lang, target_lang) if name is not None)
     if target_pieces is not None and pieces is None:
-        raise ValueError("`--target-pieces` needs `--pieces`, the model of the source.")
+        raise ValueError(
+            "`--target-pieces` needs `--pieces`, the sentencepiece model of the source."
+        )
     description = Description(
         languages,
         TextPipeline(lowercase, normalize_punctuation),

@@ -1,4 +1,4 @@
-"""`nmt-moe hypotheses`: the translations in fairseq-generate's output."""
+"""`nmt-moe hypotheses`: extract the translations from fairseq-generate's output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nmt_moe.text.lines import read_lines
 def hypotheses(log: Path) -> None:
     """Print the best translation of each sentence (D- lines of LOG) in the order of the text.
 
-    LOG is the output of fairseq-generate, run with --remove-bpe sentencepiece if the text is cut
-    into pieces.
+    LOG is the output of fairseq-generate; run that with --remove-bpe sentencepiece if the text was
+    split into pieces.
     """
     for line in read_hypotheses(read_lines(log, allow_controls=True)):
         click.echo(line)

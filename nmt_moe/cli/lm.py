@@ -1,4 +1,4 @@
-"""`nmt-moe lm`: the probability of lines of text, and lines drawn from a model."""
+"""`nmt-moe lm`: score lines of text with a language model, or sample lines from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ nmt-moe lm sample my-language-model --count 5 --prefix 'Once upon a time'
 """,
 )
 def lm() -> None:
-    """Score text with an exported language model, or draw text from it."""
+    """Score text with an exported language model, or sample text from it."""
 
 
 @command("score", "nmt-moe lm score my-language-model < text > scores.tsv")
@@ -36,10 +36,10 @@ def lm() -> None:
 def score(folder: Path, file: Path | None) -> None:
     """Print a line of numbers for each line of FILE, or of standard input.
 
-    With tabs between: log-probability in nats, perplexity per piece, word and character, pieces,
-    and those of them that the model does not know. The end of a line counts as one more piece, word
-    or character. The last line, on standard error, is of the whole text. A line that is not text is
-    left blank and named at the end, with status 1.
+    Tab-separated: log-probability in nats; perplexity per piece, per word and per character; number
+    of pieces; number of pieces unknown to the model. The end of a line counts as one more piece,
+    word or character. The last line, on standard error, sums up the whole text. A line that is not
+    text is left blank and named at the end, with status 1.
     """
     from nmt_moe.inference import LanguageModel, total_score
     from nmt_moe.inference.files import describe_faults, scan_stream
@@ -79,15 +79,15 @@ def _row(one: LineScore) -> str:
 
 @command("sample", "nmt-moe lm sample my-language-model --count 5 --prefix 'Once upon a time'")
 @click.argument("folder", type=PATH)
-@click.option("--count", default=1, show_default=True, help="Lines to draw.")
-@click.option("--prefix", default="", help="What each begins with.")
+@click.option("--count", default=1, show_default=True, help="Lines to sample.")
+@click.option("--prefix", default="", help="How each line begins.")
 @click.option("--temperature", default=1.0, show_default=True, help="Below 1: likelier lines.")
 @click.option("--max-pieces", default=200, show_default=True, help="Longer lines are cut.")
-@click.option("--seed", default=1, show_default=True, help="Equal seeds draw equal lines.")
+@click.option("--seed", default=1, show_default=True, help="The same seed gives the same lines.")
 def sample(
     folder: Path, count: int, prefix: str, temperature: float, max_pieces: int, seed: int
 ) -> None:
-    """Draw lines from the language model FOLDER."""
+    """Sample lines from the language model FOLDER."""
     from nmt_moe.inference import LanguageModel
 
     model = LanguageModel.load(folder)

@@ -1,4 +1,4 @@
-"""`nmt-moe pieces`: sentence pieces of a text."""
+"""`nmt-moe pieces`: learn sentence pieces and apply them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ nmt-moe pieces decode --model spm.model < translation.pieces > translation.de
 """,
 )
 def pieces() -> None:
-    """Learn a vocabulary of sentence pieces, cut text into them, and join them again."""
+    """Learn a vocabulary of sentence pieces, split text into them, and join them again."""
 
 
 @command(
@@ -51,7 +51,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     --inputs train.en train.de
 """,
 )
-@list_option("--inputs", "--input", type=FILE, required=True, help="Texts, a sentence a line.")
+@list_option("--inputs", "--input", type=FILE, required=True, help="Texts, one sentence a line.")
 @click.option("--model", type=FILE, required=True, help="Model to write.")
 @click.option("--dictionary", type=FILE, required=True, help="fairseq dictionary to write.")
 @click.option("--vocab-size", type=int, required=True, help="Number of pieces.")
@@ -66,30 +66,30 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     "--hard-vocab-limit/--no-hard-vocab-limit",
     default=True,
     show_default=True,
-    help="Refuse a text that is too small for so many pieces, or learn fewer.",
+    help="Reject a text that is too small for so many pieces, or learn fewer.",
 )
 @click.option(
     "--character-coverage",
     type=float,
     default=1.0,
     show_default=True,
-    help="Share of the text's characters that get a piece.",
+    help="Share of the text's characters that the pieces must cover.",
 )
 @click.option(
     "--normalization",
     type=click.Choice(lib.NORMALIZATIONS),
     default="nmt_nfkc",
     show_default=True,
-    help="What happens to all text before it is cut. The first two write ... for an ellipsis and "
-    "1/2 for its sign; nfc composes letters and their accents; identity changes nothing. With all, "
-    "white space is a space.",
+    help="How text is normalised before it is split. The first two replace an ellipsis with ... "
+    "and a half sign with 1/2; nfc composes letters and their accents; identity changes nothing. "
+    "All of them turn white space into spaces.",
 )
 @click.option(
     "--max-sentence-length",
     type=int,
     default=lib.MAX_SENTENCE_BYTES,
     show_default=True,
-    help="Leave out lines of more bytes.",
+    help="Leave out longer lines, in bytes.",
 )
 def train(
     inputs: tuple[Path, ...],
@@ -116,7 +116,7 @@ def train(
     )
     click.echo(f"{done.num_pieces} pieces, {model_type}, normalization {normalization}")
     for reason, count in done.left_out.items():
-        click.echo(f"left out of the training: {count} lines {reason}", err=True)
+        click.echo(f"left out of training: {count} lines {reason}", err=True)
 
 
 @command(
@@ -129,9 +129,13 @@ nmt-moe pieces encode --model spm.model --samples 2 < train.en > cut.en
 @MODEL
 @INPUTS
 @OUTPUTS
-@click.option("--samples", type=int, default=0, help="Further passes, cut at random.")
-@click.option("--alpha", type=float, default=0.2, help="How much they prefer likely cuts (0.2).")
-@click.option("--seed", type=int, default=1, help="Of the first text; the next has the next (1).")
+@click.option("--samples", type=int, default=0, help="Further passes, split at random.")
+@click.option(
+    "--alpha", type=float, default=0.2, help="How strongly they prefer likely splits (0.2)."
+)
+@click.option(
+    "--seed", type=int, default=1, help="Of the first text; each further text adds 1 (1)."
+)
 def encode(
     model: Path,
     inputs: tuple[Path, ...],
@@ -140,11 +144,11 @@ def encode(
     alpha: float,
     seed: int,
 ) -> None:
-    """Cut text into pieces.
+    """Split text into pieces.
 
-    With --samples the text is written again as often, each time cut differently at random (subword
-    regularisation, Kudo 2018; for unigram models): a model that sees them learns more from little
-    data. The same seed gives the same text, and the sides of a corpus stay parallel.
+    With --samples the text is repeated that many more times, split differently at random each time
+    (subword regularisation, Kudo 2018; for unigram models), so that a model learns more from little
+    data. The same seed gives the same text, and the two sides of a corpus stay parallel.
     """
     processor = lib.load(model)
     for source, target, number in match(inputs, outputs):
@@ -157,7 +161,7 @@ def encode(
 @INPUTS
 @OUTPUTS
 def decode(model: Path, inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> None:
-    """Join pieces to text."""
+    """Join pieces into text."""
     processor = lib.load(model)
     for source, target, _ in match(inputs, outputs):
         write_text(lib.decode(warn_of_text(read_text(source), source), processor), target)
@@ -181,7 +185,7 @@ def match(inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> Iterator[tuple
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yield the lines of a file, or of standard input for -."""
+    """Yield the lines of a file, or of standard input if `path` is -."""
     if str(path) != "-":
         yield from read_lines(path)
         return
@@ -192,15 +196,15 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def warn_of_pieces(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """Return lines; warn if most of the first 1000 are pieces already."""
+    """Return the lines; warn if most of the first 1000 are already pieces."""
     first, lines = peek(lines)
     if 2 * sum("▁" in line for line in first) > len(first):
-        logger.warning("%s: most lines have ▁ already. Is this text cut into pieces twice?", path)
+        logger.warning("%s: most lines have ▁ already. Is this text split into pieces twice?", path)
     return lines
 
 
 def warn_of_text(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """Return lines; warn if most of the first 1000 are no pieces."""
+    """Return the lines; warn if most of the first 1000 are not pieces."""
     first, lines = peek(lines)
     if 2 * sum("▁" in line for line in first if line) < len(first):
         logger.warning("%s: most lines have no ▁. Are these pieces, or is it text?", path)
@@ -208,13 +212,13 @@ def warn_of_text(lines: Iterable[str], path: Path) -> Iterator[str]:
 
 
 def peek(lines: Iterable[str]) -> tuple[list[str], Iterator[str]]:
-    """Return the first 1000 lines, and all."""
+    """Return the first 1000 lines, and an iterator over all lines."""
     lines = iter(lines)
     first = list(itertools.islice(lines, 1000))
     return first, itertools.chain(first, lines)
 
 
 def write_text(lines: Iterable[str], path: Path) -> None:
-    """Write lines to a file, which appears when it is whole, or to standard output for -."""
+    """Write lines to a file, which appears once it is complete, or to standard output if -."""
     with open_output(None if str(path) == "-" else path) as file:
         file.writelines(line + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""`nmt-moe plan`: what a training step takes of each device of a cluster."""
+"""`nmt-moe plan`: predict what a training step costs on each device of a cluster."""
 
 from __future__ import annotations
 
@@ -52,30 +52,38 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 @click.option("--arch", required=True, metavar="NAME", help="Architecture of this project.")
-@click.option("--devices", default=1, show_default=True, help="Their number.")
+@click.option("--devices", default=1, show_default=True, help="Number of devices.")
 @click.option(
     "--device", type=click.Choice(list(DEVICES)), default="a100", show_default=True, help="Preset."
 )
 @click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
-@click.option("--memory", type=float, metavar="GB", help="Of a device [preset].")
-@click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of its memory [preset].")
-@click.option("--bandwidth", type=float, metavar="GB/S", help="Of its link, one way [preset].")
+@click.option("--memory", type=float, metavar="GB", help="Memory of a device [preset].")
+@click.option(
+    "--memory-bandwidth", type=float, metavar="GB/S", help="Bandwidth of its memory [preset]."
+)
+@click.option(
+    "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of its link, one way [preset]."
+)
 @click.option(
     "--utilisation",
     default=0.3,
     show_default=True,
-    help="Share of the FLOP/s that products reach; in Table 8, 1.23 of 4.29 TFLOP/s.",
+    help="Share of the peak FLOP/s that matrix products reach; Table 8: 1.23 of 4.29 TFLOP/s.",
 )
-@click.option("--sentences", default=160, show_default=True, help="Of a batch on a device.")
-@click.option("--length", default=25, show_default=True, help="Tokens of a sentence, on each side.")
-@click.option("--vocab-size", default=0, help="Symbols [793471; translation 32000].")
-@click.option("--sampled-softmax", default=0, show_default=True, help="Draws, as of fairseq-train.")
+@click.option(
+    "--sentences", default=160, show_default=True, help="Sentences in the batch of a device."
+)
+@click.option("--length", default=25, show_default=True, help="Tokens in a sentence, on each side.")
+@click.option("--vocab-size", default=0, help="Size of the vocabulary [793471; translation 32000].")
+@click.option(
+    "--sampled-softmax", default=0, show_default=True, help="Sampled symbols, as in fairseq-train."
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["adam", "factored_adam"]),
     default="adam",
     show_default=True,
-    help="Its state is counted.",
+    help="Optimizer whose state is counted.",
 )
 @click.option(
     "--precision",
@@ -87,29 +95,31 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
 @click.option(
     "--expert-parallel-size",
     default=0,
-    help="Devices that share the experts; 0: as many as divide both numbers.",
+    help="Devices that share the experts; 0: as many as possible.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
 def plan(ctx: click.Context, **values: Any) -> None:
-    """Predict what a training step takes of each device of a cluster. Nothing is allocated.
+    """Predict what a training step costs on each device of a cluster. Nothing is allocated.
 
-    Further options are those of the model, as of fairseq-train. Experts are spread over as many
-    devices as divide the number of devices and that of experts (or groups); everything else is on
-    every device.
+    Further options are those of the model, as in fairseq-train. Experts are spread over as many
+    devices as divide both the number of devices and the number of experts (or groups); everything
+    else is on every device.
 
-    Memory: weights, gradients and the optimizer's state are exact. Activations are what the forward
-    pass keeps, temporaries the gradients of the logits and legacy_ddp's buffer. The sum is an upper
-    bound: gradients come while activations go. A plan fits if it fills 90 %.
+    Memory: weights, gradients and optimizer state are exact. Activations are what the forward pass
+    keeps; temporaries are the gradients of the logits and the buffer of legacy_ddp. The sum is an
+    upper bound, because activations are freed while gradients are created. A plan fits if it fills
+    at most 90 % of the memory.
 
-    Traffic: bytes sent in a step: tokens to their experts and back (where all experts are equally
-    likely), sums for the balance losses, gradients summed up in a ring.
+    Traffic: bytes sent in a step: tokens to their experts and back (assuming that all experts are
+    equally likely), sums for the balance losses, and the ring all-reduce of gradients.
 
-    Time: of one batch and the update after it. Products take the longer of their operations (at
-    --utilisation of the device's FLOP/s) and of reading their weights; the optimizer is bound by
-    memory, traffic by the link. Nothing overlaps, and everything else is left out.
+    Time: of one batch and the update after it. A matrix product takes as long as its operations (at
+    --utilisation of the device's FLOP/s) or the reading of its weights, whichever is longer; the
+    optimizer is bound by memory bandwidth, traffic by the link. Nothing overlaps, and everything
+    else is left out.
 
-    Bytes are tested against real processes. Times are a model: nothing was measured on a cluster.
+    Byte counts are tested against real processes. Times are a model: no cluster was measured.
     """
     args = argparse.Namespace(**values)
     try:
@@ -141,7 +151,7 @@ def plan(ctx: click.Context, **values: Any) -> None:
 def read_model_options(
     options: Any, args: argparse.Namespace, given: Sequence[str]
 ) -> NetworkConfig:
-    """Turn an architecture and the options that change it into the network's sizes."""
+    """Return the network's sizes for an architecture and the options that change it."""
     from fairseq.dataclass.utils import gen_parser_from_dataclass
 
     parser = argparse.ArgumentParser(
@@ -153,7 +163,7 @@ def read_model_options(
 
 
 def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
-    """Turn the options into a setup.
+    """Build a setup from the options.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -187,7 +197,7 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
 
 
 def make_device(args: argparse.Namespace) -> Device:
-    """Return the preset with what the options change.
+    """Return the preset, changed by the options.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -210,14 +220,14 @@ def make_device(args: argparse.Namespace) -> Device:
     if args.precision != "fp32" and not device.half_flops:
         raise ValueError(
             f"`--precision` must be fp32 on a {args.device}, whose FLOP/s in half precision are "
-            f"not known, but is {args.precision}. Give them with --tflops, or choose another "
+            f"not known, but is {args.precision}. Set them with --tflops, or choose another "
             "--device."
         )
     return device
 
 
 def in_bytes(count: float) -> str:
-    """Write a number of bytes in GB, or MB where it is small."""
+    """Format a number of bytes in GB, or in MB if it is small."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
 
 
@@ -228,7 +238,7 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
     lines = [
         f"{name}: {everywhere / 1e6:.1f}M parameters, {local / 1e6:.1f}M of them on each of "
         f"{setup.devices} devices; {setup.size} share the experts",
-        f"{batch.sentences} sentences of {batch.length} tokens a device, "
+        f"{batch.sentences} sentences of {batch.length} tokens on each device, "
         f"{batch.vocab_size} symbols",
         "",
     ]
@@ -247,8 +257,8 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
     if plan.fits:
         lines.append(f"It fits: {in_bytes(plan.total_memory)} of at most {limit}.")
     else:
-        lines.append(f"It does not fit: {in_bytes(plan.total_memory)}, but at most {limit} may be.")
+        lines.append(f"It does not fit: {in_bytes(plan.total_memory)}, but at most {limit}.")
         lines += [f"  It fits with {way}." for way in ways]
         if not ways:
-            lines.append("  No change known here makes it fit: use devices with more memory.")
+            lines.append("  No known change makes it fit: use devices with more memory.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`nmt-moe plot`: curves of trainings."""
+"""`nmt-moe plot`: draw training curves."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ nmt-moe plot "32 experts=moe.log" "dense=dense.log" --output runs.png
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 @click.option("--title", default="", help="Text above the panels.")
 def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
-    """Draw trainings from their JSON logs.
+    """Draw the curves of training runs from their JSON logs.
 
-    One panel each: training loss (bits a token, dashed) with that of validation (solid), perplexity
-    of validation, and the columns of the paper's Table 6: CV of importance, CV of load, largest
-    load over mean load. A run without a column is left out of its panel. With --sampled-softmax the
-    training loss is an estimate, too low on average, and the legend says so. Resumed logs can be
-    joined: of two entries for one update, the later counts.
+    There is one panel for training loss (bits a token, dashed) with validation loss (solid), one
+    for validation perplexity, and one for each column of the paper's Table 6: CV of importance, CV
+    of load, largest load over mean load. A run without a column is left out of that panel. With
+    --sampled-softmax the training loss is an estimate, too low on average, and the legend says so.
+    The logs of a resumed run can be concatenated: if an update occurs twice, the later entry
+    counts.
 
-    Runs are named by LABEL, else by their file, with as many of its folders as tell them apart.
-    Drawing needs matplotlib: pip install 'nmt-moe[plot]'.
+    Runs are named by LABEL, else by their file, with as many folders as distinguish them. This
+    needs matplotlib: pip install 'nmt-moe[plot]'.
     """
     plots.check_output(output)
     runs = read_runs(logs)

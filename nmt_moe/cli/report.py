@@ -1,4 +1,4 @@
-"""`nmt-moe report`: what a model's experts learnt, and how well it translates, as one page."""
+"""`nmt-moe report`: write a page on a model's experts and on how well it translates."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ nmt-moe report my-language-model --text test.txt --output report.html
 """,
 )
 @click.argument("folder", type=PATH)
-@list_option("--text", type=PATH, required=True, help="What the model reads; one, or one a part.")
-@list_option("--reference", type=PATH, help="Translations of the text, one file a part.")
-@list_option("--target-lang", help="Languages to translate into, one a part, for such a model.")
-@click.option("--against", type=PATH, help="A second bundle to compare with.")
-@click.option("--output", type=PATH, help="The page to write: HTML, under 5 MB.")
-@click.option(
-    "--json", "dump", type=PATH, help="The values of the page to write, and more, as JSON."
+@list_option(
+    "--text", type=PATH, required=True, help="Text to read: one file, or one for each part."
 )
-@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+@list_option("--reference", type=PATH, help="Translations of the text, one file for each part.")
+@list_option("--target-lang", help="For a multilingual model: target languages, one for each part.")
+@click.option("--against", type=PATH, help="A second bundle to compare with.")
+@click.option("--output", type=PATH, help="HTML page to write, under 5 MB.")
+@click.option(
+    "--json", "dump", type=PATH, help="JSON file to write: the values of the page, and more."
+)
+@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show bars on standard error.  [default: if it is a terminal]",
+    help="Show bars on standard error.  [default: if that is a terminal]",
 )
 def report(
     folder: Path,
@@ -54,14 +56,14 @@ def report(
     threads: int | None,
     progress: bool | None,
 ) -> None:
-    """Report on the bundle FOLDER: what its experts are for on a text, and how good it is.
+    """Report what the experts of the bundle FOLDER do on a text, and how well it translates.
 
-    The page has the load of every layer, the contexts with the largest gates of each expert
-    (Table 9 of Shazeer et al. 2017) and what it is over-used for, sentences with attention and
-    routing, and with a reference BLEU and chrF. It needs no network and no script.
+    The page shows the load of every layer; for each expert the contexts with the largest gates
+    (Table 9 of Shazeer et al. 2017) and the pieces it is over-used for; sentences with attention
+    and routing; and, with a reference, BLEU and chrF. It needs neither network access nor scripts.
 
-    Several languages are parts: give as many of --target-lang and of --reference as there are
-    parts, and one --text for all of them or one for each. Blank lines are left out.
+    For several languages, the report has parts: name a --target-lang and a --reference for each
+    part, and one --text for all of them or one for each. Blank lines are left out.
     """
     import torch
 
@@ -103,7 +105,7 @@ def read_parts(
     """Read the files of each part.
 
     Raises:
-        ValueError: their numbers do not fit, or a file is refused.
+        ValueError: if their numbers do not match, or a file is rejected.
     """
     from nmt_moe.inspection import Part
     from nmt_moe.scoring.measures import read_texts

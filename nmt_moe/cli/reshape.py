@@ -1,4 +1,4 @@
-"""`nmt-moe reshape`: checkpoints whose experts are in files beside them."""
+"""`nmt-moe reshape`: verify, merge or split checkpoints with expert files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ nmt-moe reshape split whole.pt --files 8 --output parts/checkpoint_last.pt
 @click.argument("action", type=click.Choice(["verify", "merge", "split"]))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.")
-@click.option("--files", type=int, help="For `split`: files of experts to write.")
+@click.option("--files", type=int, help="For `split`: number of expert files to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 def reshape(
     action: str, checkpoint: Path, output: Path | None, files: int | None, overwrite: bool
@@ -28,15 +28,15 @@ def reshape(
     r"""Verify, merge or split a checkpoint.
 
     Training on several processes (`--expert-parallel-size`) writes experts to files beside the
-    checkpoint, and every command reads them: this is for copying, and for machines with other
-    amounts of memory.
+    checkpoint, and every command reads them. Use this to copy a checkpoint, or to move it to
+    machines with more or less memory.
 
     \b
-    verify: read all of it, and check that it fits the model of its configuration.
+    verify: read everything, and check that it fits the model in its configuration.
     merge: write one ordinary checkpoint.
-    split: write its experts into `--files` files. It takes a checkpoint of either kind.
+    split: write its experts into `--files` files. Either kind of checkpoint will do.
 
-    Optimizer states are kept.
+    The optimizer state is kept.
     """
     from nmt_moe.checkpoints import reshape as library
 
@@ -60,10 +60,10 @@ def verify(path: Path) -> str:
     """Read a checkpoint with all its files, and compare it with its model.
 
     Returns:
-        What it has.
+        A description of its contents.
 
     Raises:
-        ValueError: naming what is missing, damaged or does not fit.
+        ValueError: naming what is missing, damaged or of the wrong shape.
     """
     from nmt_moe import plugin
     from nmt_moe.checkpoints import MANIFEST, read_checkpoint, restore_experts

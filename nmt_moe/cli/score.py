@@ -1,4 +1,4 @@
-"""`nmt-moe score`: figures of a translation."""
+"""`nmt-moe score`: score a translation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ nmt-moe score translation.zh reference1.zh reference2.zh --json
 )
 @click.argument("hypothesis", type=FILE)
 @click.argument("references", nargs=-1, required=True, type=FILE)
-@click.option("--src", type=FILE, help="The source: scores by its length, and copies of it.")
-@click.option("--against", type=FILE, help="A second translation: paired bootstrap.")
+@click.option(
+    "--src", type=FILE, help="Source text: adds scores by source length, and counts copies."
+)
+@click.option("--against", type=FILE, help="A second translation, compared by paired bootstrap.")
 @click.option(
     "--samples", type=click.IntRange(1), default=1000, help="Resamples of the bootstrap (1000)."
 )
-@click.option("--lang", help="Language of the texts (the ending of the first reference's name).")
-@click.option("--tokenize", help="Tokeniser of sacrebleu instead of the language's.")
+@click.option(
+    "--lang", help="Language of the texts (default: the extension of the first reference)."
+)
+@click.option("--tokenize", help="sacrebleu tokeniser to use instead of the language's.")
 @click.option("--tokenized", is_flag=True, help="The texts are tokenised already.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def score(
@@ -43,27 +47,27 @@ def score(
     tokenized: bool,
     as_json: bool,
 ) -> None:
-    """Score a translation with one or several references; every figure has its signature.
+    """Score a translation against one or more references; print each score with its signature.
 
-    Texts are one sentence a line, detokenised; all figures come from sacrebleu.
+    Texts have one sentence a line, detokenised; all scores come from sacrebleu.
 
     \b
-    multi-bleu        both texts tokenised as Moses does (by sacremoses), cased, not
-                      smoothed: the figure of Moses' multi-bleu.perl, with which the
-                      papers on GNMT and on mixture-of-experts translation compare
+    multi-bleu        both texts tokenised as by Moses (with sacremoses), cased, not
+                      smoothed: the score of Moses' multi-bleu.perl, which the papers
+                      on GNMT and on mixture-of-experts translation report
     multi-bleu-lowercase
-                      the same in lower case: of all letters (multi-bleu.perl -lc
-                      lowers those of ASCII only)
+                      the same in lower case, for all letters (multi-bleu.perl -lc
+                      lowers ASCII letters only)
     multi-bleu-compound-split
-                      hyphenated compounds taken apart after tokenising, a later
-                      habit. It is higher; never compare it with earlier papers
+                      hyphenated compounds split after tokenising, a later convention.
+                      It is higher; never compare it with earlier papers
     sacrebleu-13a, -intl
-                      sacrebleu's own tokens, cased: the figures to publish; for
-                      Chinese zh, for Japanese ja-mecab, for Korean ko-mecab
-    chrf, ter         character n-grams (chrF2); edits for 100 words (less is better)
+                      sacrebleu's own tokenisers, cased: the scores to publish; zh for
+                      Chinese, ja-mecab for Japanese, ko-mecab for Korean
+    chrf, ter         character n-grams (chrF2); edits per 100 words (less is better)
 
-    With --tokenized the texts are tokenised already: multi-bleu takes them as they are, and the
-    figures that need plain text are left out.
+    With --tokenized, multi-bleu takes the texts as they are, and the scores that need plain text
+    are left out.
     """  # noqa: D301 - \b keeps the table as it is
     if tokenize and tokenized:
         raise ValueError("`--tokenize` has no effect with `--tokenized`: leave one out.")
@@ -91,17 +95,17 @@ def score(
 
 
 def format_report(report: dict) -> str:
-    """Lay a report out for people."""
+    """Return a report as text for people."""
     lines = []
     for row in report["scores"]:
         lines.append(f"{row['name']:<26} {row['score']:6.2f}  {row['details']}".rstrip())
         lines.append(f"{'':<26}         {row['signature']}")
     if "source" in report:
         source = report["source"]
-        lines.append(f"\n{source['measure']} by words of the source")
+        lines.append(f"\n{source['measure']} by number of source words")
         for row in source["rows"]:
             lines.append(f"{row['words']:>8} {row['score']:6.2f}  {row['sentences']} sentences")
-        lines.append(f"{source['copies']} translations repeat their source")
+        lines.append(f"{source['copies']} translations copy their source")
     if "bootstrap" in report:
         lines.append(
             f"\npaired bootstrap against {report['against']}, {report['samples']} resamples"

@@ -1,4 +1,4 @@
-"""`nmt-moe serve`: an HTTP server that translates, with a page."""
+"""`nmt-moe serve`: an HTTP server that translates, with a web page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
 )
 @click.argument("folders", metavar="FOLDER[=FROM:TO]...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=5000, show_default=True, help="0: any free one.")
-@click.option("--max-characters", type=int, help="Of a request's texts.  [default: 20000]")
-@click.option("--max-items", type=int, help="Texts of a request.  [default: 128]")
-@click.option("--max-waiting", type=int, help="Requests at a time.  [default: 256]")
-@click.option("--time-limit", type=float, help="Seconds of a request.  [default: 60]")
+@click.option(
+    "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free one."
+)
+@click.option(
+    "--max-characters", type=int, help="Longest total text of a request.  [default: 20000]"
+)
+@click.option("--max-items", type=int, help="Most texts in a request.  [default: 128]")
+@click.option("--max-waiting", type=int, help="Most requests at a time.  [default: 256]")
+@click.option("--time-limit", type=float, help="Seconds a request may take.  [default: 60]")
 @click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one a line.")
-@click.option("--allow-origin", multiple=True, help="Web page elsewhere that may ask; * for all.")
-@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+@click.option(
+    "--allow-origin", multiple=True, help="Other web origin that may send requests; *: any."
+)
+@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 def serve(
     folders: tuple[str, ...],
     host: str,
@@ -37,10 +43,11 @@ def serve(
     threads: int | None,
     **limits: float | None,
 ) -> None:
-    """Serve the bundles FOLDER over HTTP: a page at /, APIs as /docs describes them.
+    """Serve the bundles FOLDER over HTTP: a web page at /, and the APIs described at /docs.
 
-    FROM:TO names the languages of a bundle that does not. Logs are lines of JSON on standard error
-    and hold no text of users. SIGTERM ends the server when all requests are answered.
+    FROM:TO names the languages of a bundle that does not name them itself. Logs are lines of JSON
+    on standard error and never contain users' text. On SIGTERM the server ends once all requests
+    are answered.
     """
     try:
         from nmt_moe import serving
@@ -48,7 +55,7 @@ def serve(
         if error.name is None or error.name.startswith("nmt_moe"):
             raise
         raise ValueError(
-            f"the server needs packages that are not installed, `{error.name}` for one: "
+            f"the server needs packages that are not installed, among them `{error.name}`: "
             "pip install 'nmt-moe[serve]'."
         ) from error
     from nmt_moe.checks import check_whole

@@ -1,4 +1,4 @@
-"""`nmt-moe sweep`: alpha and beta of GNMT's search."""
+"""`nmt-moe sweep`: tune alpha and beta of GNMT's search."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ nmt-moe sweep nbest.txt --reference valid.de --alphas 0 0.2 0.4 --plot grid.png
 """,
 )
 @click.argument("nbest", type=FILE)
-@click.option("--reference", type=FILE, help="Text of the split (default: the T- lines).")
+@click.option("--reference", type=FILE, help="Reference text of the split (default: the T- lines).")
 @list_option("--alphas", type=float, default=lib.GRID, help=f"Length penalties ({VALUES}).")
 @list_option("--betas", type=float, default=lib.GRID, help=f"Coverage penalties ({VALUES}).")
-@click.option("--plot", type=FILE, help="PNG to draw the grid into; needs matplotlib.")
+@click.option("--plot", type=FILE, help="PNG to write with the grid; needs matplotlib.")
 def sweep(
     nbest: Path,
     reference: Path | None,
@@ -35,16 +35,16 @@ def sweep(
     betas: tuple[float, ...],
     plot: Path | None,
 ) -> None:
-    """Find alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
+    """Tune alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
 
-    NBEST is the output of fairseq-generate. Each point ranks every sentence's list by
-    log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam,
-    they rank what has ended; so with --nbest as large as --beam, and without --beam-prune, a point
-    is what fairseq-generate gives with these penalties; alpha = beta = 0 is its --unnormalized.
+    NBEST is the output of fairseq-generate. Each point of the grid ranks every n-best list by
+    log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam;
+    they rank finished hypotheses. With --nbest as large as --beam and without --beam-prune, a point
+    is therefore what fairseq-generate gives with these penalties; alpha = beta = 0 is its
+    --unnormalized.
 
-    BLEU is sacrebleu's, of the D- lines, against the T- lines of the same file or --reference,
-    which has a line for each sentence of the split: take the raw text for figures that are compared
-    with others.
+    BLEU is sacrebleu's, of the D- lines against the T- lines of the same file or --reference, which
+    has a line for each sentence of the split. For scores to compare with others', use the raw text.
     """
     lib.check_grid(alphas, betas)
     found = lib.read_nbest(read_lines(nbest, allow_controls=True))

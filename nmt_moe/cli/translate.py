@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nmt_moe.inference import Translation
 
 PATH = click.Path(path_type=Path)
-# More are a mistake that ends the process.
+# Far more threads than this crash the process.
 MAX_THREADS = 1024
 
 
@@ -37,27 +37,33 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 @click.option(
     "--output",
     type=PATH,
-    help="File to write when all is translated; else standard output, as translations come.",
+    help="File to write once everything is translated.  [default: standard output, line by line]",
 )
-@click.option("--target-lang", help="Language to translate into, for a model of several.")
-@click.option("--ensemble", type=PATH, multiple=True, help="One more bundle, to be averaged with.")
-@click.option("--beam", type=int, help="Hypotheses that are followed; else the bundle's default.")
-@click.option("--nbest", type=int, help="Print so many of each line: line, score, text, with tabs.")
+@click.option("--target-lang", help="Language to translate into, for a multilingual model.")
+@click.option(
+    "--ensemble", type=PATH, multiple=True, help="Another bundle to average with; repeatable."
+)
+@click.option("--beam", type=int, help="Hypotheses kept at each step.  [default: the bundle's]")
+@click.option(
+    "--nbest", type=int, help="Print the N best of each line as line, score, text, with tabs."
+)
 @click.option("--length-penalty-alpha", type=float, help="GNMT's length penalty; 0: off.")
 @click.option("--coverage-penalty-beta", type=float, help="GNMT's coverage penalty; 0: off.")
 @click.option("--beam-prune", type=float, help="GNMT's pruning, nats; 0: off.")
-@click.option("--batch-tokens", type=int, help="Source pieces that are translated at once.")
+@click.option("--batch-tokens", type=int, help="Source pieces translated at once.")
 @click.option(
     "--jsonl",
     is_flag=True,
     help="Print a JSON object for each line: text, scores, pieces, alignment.",
 )
-@click.option("--experts", is_flag=True, help="With --jsonl: the experts and gates of each piece.")
-@click.option("--threads", type=int, help="Of the processor.  [default: torch's]")
+@click.option(
+    "--experts", is_flag=True, help="With --jsonl: add the experts and gates of each piece."
+)
+@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show a bar on standard error.  [default: for files, if it is a terminal]",
+    help="Show a bar on standard error.  [default: for files, if that is a terminal]",
 )
 def translate(
     folder: Path,
@@ -73,10 +79,10 @@ def translate(
     progress: bool | None,
     **options: float | None,
 ) -> None:
-    """Translate FILES, or standard input, with the bundle FOLDER: one line out for each line in.
+    """Translate FILES, or standard input, with the bundle FOLDER, line by line.
 
     Blank lines stay blank. A line that is not text (invalid UTF-8, control characters) is left
-    blank and named at the end, with status 1; all others are translated.
+    blank and named at the end, with exit status 1; all others are translated.
     """
     import torch
 
@@ -85,7 +91,7 @@ def translate(
 
     for file in files:
         if not file.exists() or file.is_dir():
-            raise ValueError(f"`{file}` is not a file. Name files of one text a line.")
+            raise ValueError(f"`{file}` is not a file. Name files with one sentence a line.")
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")
     if nbest is not None:
@@ -118,7 +124,7 @@ def _translate(
     is_shown: bool,
     options: dict[str, Any],
 ) -> list[str]:
-    """Translate all inputs; return sentences that name the bad lines."""
+    """Translate all inputs; return messages that name the bad lines."""
     from nmt_moe.inference.files import count_ends, describe_faults, scan_stream, show_progress
 
     faults, number = [], 0

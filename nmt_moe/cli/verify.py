@@ -1,4 +1,4 @@
-"""`nmt-moe verify`: whether a bundle is whole."""
+"""`nmt-moe verify`: check that a bundle is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nmt_moe.cli._command import command
 def verify(folder: Path) -> None:
     """Read the bundle FOLDER, and compare every file and every expert with its sha256.
 
-    A checkpoint of a training is verified by `nmt-moe reshape verify`.
+    To verify a checkpoint, use `nmt-moe reshape verify`.
     """
     from nmt_moe.inference import verify_bundle
 

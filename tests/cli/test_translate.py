@@ -263,7 +263,7 @@ def test_files_that_are_not_there_are_said_before_anything_is_translated(
 ):
     for name in ("none", "."):
         result = call("translate", bundle, text, tmp_path / name)
-        assert_mistake(result, "translate", "is not a file. Name files of one text a line")
+        assert_mistake(result, "translate", "is not a file. Name files")
         assert result.stdout == ""
     result = call("translate", tmp_path / "none", text)
     assert_mistake(result, "translate", f"`{tmp_path / 'none'}` does not exist. Name a folder")

@@ -110,7 +110,7 @@ def test_decoding_undoes_encoding_from_standard_input(model, text):
 
 def test_text_that_is_cut_already_is_warned_of(model, text, caplog):
     run("encode", "--model", model, input=run("encode", "--model", model, "--input", text).stdout)
-    assert "Is this text cut into pieces twice?" in caplog.text
+    assert "into pieces twice?" in caplog.text
 
 
 def test_a_likelier_cut_is_drawn_as_much_more_often_as_alpha_says(model):
