@@ -97,7 +97,7 @@ def _try_gpu() -> str:
 
     if not torch.cuda.is_available():
         raise NotHereError("no CUDA device: torch's own operations are used, on the CPU")
-    from nmt_moe.kernels import mixture_ffn, noisy_top_k, plan_rows
+    from nmt_moe.kernels import failed_kernels, mixture_ffn, noisy_top_k, plan_rows
 
     torch.manual_seed(0)
     x, weight_in, weight_out = (
@@ -116,6 +116,8 @@ def _try_gpu() -> str:
         raise RuntimeError(f"the GPU's result differs from the CPU's by {difference:.1e}")
     if find_spec("triton") is None:
         return "by torch's operations: Triton, whose kernels are faster, is not installed"
+    if failed := failed_kernels():
+        return f"by torch's operations for {', '.join(failed)}: Triton's kernels fail their trial"
     return "by Triton's kernels, equal to the CPU's"
 
 

@@ -5,6 +5,7 @@ Each has its plain-torch definition of the same name in `reference`, which is th
 
 from nmt_moe.kernels import reference
 from nmt_moe.kernels._backend import is_on_host, row_groups
+from nmt_moe.kernels._trial import failed as failed_kernels
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
@@ -29,6 +30,7 @@ __all__ = [
     "draw_seed",
     "expert_ffn",
     "factored_adam",
+    "failed_kernels",
     "gate_logits",
     "gather_rows",
     "grouped_gemm",

@@ -19,13 +19,40 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def uses_triton(tensor: Tensor) -> bool:
-    """Return whether an operation on `tensor` runs Triton's kernel: on CUDA, where there is one.
+def uses_triton(tensor: Tensor, kernel: str) -> bool:
+    """Return whether an operation on `tensor` runs Triton's kernel: on CUDA, where it works.
 
     float64 stays with torch: the kernels add up in float32.
+
+    Args:
+        tensor: The operation's main operand.
+        kernel: A key of `_trial.TRIALS`, tried when it is asked for the first time.
+
+    Raises:
+        ValueError: if NMT_MOE_KERNELS asks for something else than "torch" or "triton", or for
+            Triton where it is not installed.
     """
-    is_single = tensor.dtype != torch.float64
-    return tensor.device.type in TRITON_DEVICES and is_single and has_triton()
+    forced = os.environ.get("NMT_MOE_KERNELS", "")
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(
+            f"NMT_MOE_KERNELS must be torch or triton, but is {forced!r}. Unset it, and each of "
+            "Triton's kernels runs where it passes a trial."
+        )
+    is_fit = tensor.device.type in TRITON_DEVICES and tensor.dtype != torch.float64
+    if forced == "torch" or not is_fit:
+        return False
+    if not has_triton():
+        if forced:
+            raise ValueError(
+                f"NMT_MOE_KERNELS is {forced}, but Triton is not installed: pip install triton, or "
+                "unset NMT_MOE_KERNELS to run torch's own operations."
+            )
+        return False
+    if forced:
+        return True
+    from nmt_moe.kernels import _trial  # which needs all that asks here
+
+    return _trial.is_sound(kernel, tensor.device, tensor.dtype)
 
 
 def is_on_host(tensor: Tensor) -> bool:

@@ -103,7 +103,7 @@ class TorchProducts:
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         out = self._grouped_mm(rows.t(), grad)
         # It leaves experts without rows as they are.
-        if uses_triton(out):
+        if uses_triton(out, "grouped_gemm"):
             from nmt_moe.kernels._triton.grouped_gemm import zero_idle_experts
 
             zero_idle_experts(out, self._expert_offsets)
@@ -152,7 +152,7 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
     """
     if suits_grouped_mm(rows, weight):
         return TorchProducts(expert_offsets)
-    if uses_triton(rows):
+    if uses_triton(rows, "grouped_gemm"):
         return TritonProducts(expert_offsets, len(rows), rows.dtype)
     return LoopProducts(expert_offsets.tolist())
 

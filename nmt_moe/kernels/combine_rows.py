@@ -41,7 +41,7 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, gates, row_token, token_rows = ctx.saved_tensors
-        if uses_triton(rows):
+        if uses_triton(rows, "combine_rows"):
             from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
 
             return *combine_rows_backward(grad_y, rows, gates, token_rows), None

@@ -60,7 +60,7 @@ def factored_adam(
         return
     means = row_mean, column_mean
     step_size, keep = lr * math.sqrt(1 - beta2**step), 1 - lr * weight_decay
-    if uses_triton(weight) and weight.is_contiguous() and weight.dtype != torch.float64:
+    if weight.is_contiguous() and uses_triton(weight, "factored_adam"):
         from nmt_moe.kernels._triton import factored_adam as kernel
 
         factors = float(step_size), float(beta2), float(eps), float(keep)

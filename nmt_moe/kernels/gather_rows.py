@@ -41,7 +41,7 @@ class _GatherRows(torch.autograd.Function):
 
 def copy_tokens(x: Tensor, row_token: Tensor) -> Tensor:
     """Return `x[row_token]`, (R, D)."""
-    if uses_triton(x):
+    if uses_triton(x, "gather_rows"):
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.gather_rows(x, row_token)
@@ -60,7 +60,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     Returns:
         (N, D).
     """
-    if uses_triton(rows):
+    if uses_triton(rows, "gather_rows"):
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.sum_rows(rows, token_rows, weights)

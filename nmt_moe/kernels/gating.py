@@ -76,7 +76,8 @@ def noisy_top_k(
 def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] | None:
     """Choose by device, dtype and shape; None for plain torch."""
     fits = clean.shape[1] <= MAX_TRITON_EXPERTS and top_k < MAX_TRITON_TOP
-    if uses_triton(clean) and clean.dtype == torch.float32 and fits and len(clean):
+    fits = fits and len(clean) > 0 and clean.dtype == torch.float32
+    if fits and uses_triton(clean, "gating"):
         return _TritonNoisyTopK
     return BlockedNoisyTopK if is_on_host(clean) else None
 

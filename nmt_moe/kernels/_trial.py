@@ -1,0 +1,257 @@
+"""Each Triton kernel against its definition, once on each device, before anything depends on it.
+
+A kernel that a compiler or a driver refuses, or that computes something else, must not end a
+training: whoever asks `is_sound` takes torch's own operations in its place. A kernel that writes
+where it must not ends the process all the same, as no program survives that on a GPU.
+"""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmt_moe.kernels import reference
+from nmt_moe.kernels.row_plan import RowPlan, plan_rows
+
+# (tokens, experts, top_k, rows of groups). Few rows, since the interpreter needs seconds for them;
+# whole rows of experts, and chunks of them.
+GATINGS = [(40, 6, 2, [25, 0, 15]), (5, 1100, 4, [5])]
+
+_answers: dict[tuple[str, torch.device, torch.dtype], bool] = {}
+_lock = threading.Lock()  # a backward pass may ask from another thread
+
+
+def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a kernel computes its definition on a device; the first call tries it.
+
+    A trial waits for the device, so it must not fall into the capture of a CUDA graph: run what is
+    captured once before, as PyTorch asks for anyway. A failure gives one warning.
+
+    Args:
+        kernel: A key of `TRIALS`.
+        device: Where it would run.
+        dtype: Of its main operand.
+    """
+    key = kernel, device, dtype
+    if key not in _answers:
+        with _lock:
+            if key not in _answers:
+                _answers[key] = _try(*key)
+    return _answers[key]
+
+
+def failed() -> list[str]:
+    """Return the kernels that failed a trial in this process, in the order of their trials."""
+    return list(
+        dict.fromkeys(kernel for (kernel, *_), is_sound in _answers.items() if not is_sound)
+    )
+
+
+def _try(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+    # In a thread of its own, as autocast, modes of dispatch and default devices are the caller's.
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(TRIALS[kernel], device, dtype).exception()
+    if error is None:
+        return True
+    if not isinstance(error, Exception):  # the user ends the program
+        raise error
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    triton = getattr(sys.modules.get("triton"), "__version__", "that cannot be imported")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(
+        f"Triton's kernel `{kernel}` fails its trial on {device}{name} in {dtype}, with torch "
+        f"{torch.__version__} and Triton {triton}: {reason}. torch's own operations run in its "
+        "place, which is slower. NMT_MOE_KERNELS=triton runs it untried, NMT_MOE_KERNELS=torch "
+        "runs no kernel of Triton's.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _try_gather_rows(device: torch.device, dtype: torch.dtype) -> None:
+    from nmt_moe.kernels._triton import gather_rows as kernels
+
+    for plan, x, rows, gates in _row_cases():
+        on_device = _mover(device, dtype)
+        copied = kernels.gather_rows(on_device(x), plan.row_token.to(device))
+        _compare("gathered rows", copied, reference.gather_rows(x, plan))
+        for name, weights in (("sum", None), ("weighted sum", gates)):
+            moved = None if weights is None else weights.to(device, torch.float32)
+            total = kernels.sum_rows(on_device(rows), plan.token_rows.to(device), moved)
+            _compare(name, total, reference.combine_rows(rows, weights, plan))
+
+
+def _try_combine_rows(device: torch.device, dtype: torch.dtype) -> None:
+    from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
+
+    for plan, grad_y, rows, gates in _row_cases():
+        on_device = _mover(device, dtype)
+        tensors = on_device(grad_y), on_device(rows), gates.to(device, torch.float32)
+        found = combine_rows_backward(*tensors, plan.token_rows.to(device))
+        leaves = rows.requires_grad_(), gates.requires_grad_()
+        expected = torch.autograd.grad(reference.combine_rows(*leaves, plan), leaves, grad_y)
+        for name, one, other in zip(("rows", "gates"), found, expected, strict=True):
+            _compare(f"gradient of {name}", one, other)
+
+
+def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
+    """Give plans, vectors of tokens, rows, gates; whole numbers and eighths, so sums are exact."""
+    for tokens, dim in ((9, 48), (3, 1100)):  # a vector that fits a block, one that does not
+        draw = _Draw()
+        ids = draw.uniform(tokens, 5).argsort(1)[:, :2]
+        ids[::3, 1] = 5  # an empty slot
+        plan = plan_rows(ids, 5)
+        rows = draw.whole(len(plan.row_token), dim)
+        gates = draw.whole(tokens, 2) / 8 * (ids < 5)
+        yield plan, draw.whole(tokens, dim), rows, gates
+
+
+def _try_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the smallest and the largest blocks, on numbers whose products every dtype holds."""
+    from nmt_moe.kernels._triton import grouped_gemm as kernels
+
+    draw, counts = _Draw(), [3, 0, 20, 37]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    num_rows, num_experts = sum(counts), len(counts)
+    rows, grad = draw.sign(num_rows, 64), draw.sign(num_rows, 80)
+    weight, mask = draw.sign(num_experts, 64, 80), draw.sign(num_rows, 64)
+    forward = reference.grouped_gemm(rows, weight, offsets).relu()
+    back = reference.grouped_gemm(grad, weight.mT, offsets) * (mask > 0)
+    parts = zip(rows.split(counts), grad.split(counts), strict=True)
+    by_weight = torch.stack([own_rows.t() @ own_grad for own_rows, own_grad in parts])
+    on_device = _mover(device, dtype)
+    moved = [on_device(tensor) for tensor in (rows, grad, weight, mask)]
+    at = offsets.to(device)
+    for mean in (1, 1000):
+        block = kernels.choose_block_rows(mean * num_experts, num_experts, dtype)
+        tiles = kernels.list_tiles(at, num_rows, block)
+        found = kernels.multiply_rows(moved[0], moved[2], at, tiles, relu=True)
+        _compare("product", found, forward)
+        found = kernels.multiply_rows(moved[1], moved[2].mT, at, tiles, mask=moved[3])
+        _compare("gradient of rows", found, back)
+        found = kernels.weight_gradient(moved[0], moved[1], at, block)
+        _compare("gradient of weights", found, by_weight)
+    found = torch.full_like(found, 3.0)
+    kernels.zero_idle_experts(found, at)
+    idle = torch.tensor(counts)[:, None, None] == 0
+    _compare("zeros", found, torch.full_like(by_weight, 3.0).masked_fill(idle, 0.0))
+
+
+def _try_factored_adam(device: torch.device, dtype: torch.dtype) -> None:
+    from nmt_moe.kernels._triton.factored_adam import factored_adam
+
+    draw, lr, beta2, eps, weight_decay = _Draw(), 0.1, 0.9, 1e-3, 0.1
+    weight, grad = (draw.whole(2, 40, 70) + 0.5 for _ in range(2))
+    means = draw.uniform(2, 40), draw.uniform(2, 70)
+    expected = reference.factored_adam(
+        weight, grad, *means, step=1, lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
+    # Copies also where device and dtype are the same: the kernel writes to them.
+    moved = [tensor.to(device, dtype, copy=True) for tensor in (weight, grad)]
+    new_means = [tensor.to(device, torch.float32, copy=True) for tensor in means]
+    factors = lr * sqrt(1 - beta2), beta2, eps, 1 - lr * weight_decay
+    factored_adam(moved[0], moved[1], new_means[0], new_means[1], *factors)
+    updated = moved[0], *new_means
+    names = "weight", "row_mean", "column_mean"
+    for name, one, other in zip(names, updated, expected, strict=True):
+        _compare(name, one, other, 1e-5 + 2 * torch.finfo(one.dtype).eps)
+
+
+def _try_gating(device: torch.device, dtype: torch.dtype) -> None:
+    from nmt_moe.kernels._triton.gating import write_noise
+
+    seed = 2**62 + 12345
+    for rows, experts, top_k, sizes in GATINGS:
+        draw, offsets = _Draw(), torch.tensor([0, *sizes]).cumsum(0)
+        clean, raw_scale = draw.normal(rows, experts), draw.normal(rows, experts)
+        weight = draw.uniform(rows)
+        drawn = write_noise(seed, 0, torch.empty(rows, experts, dtype=dtype, device=device))
+        given = draw.normal(rows, experts)
+        _compare_gating(device, (clean, None, None, 0, weight, offsets), top_k, None)
+        _compare_gating(device, (clean, raw_scale, given, 0, weight, offsets), top_k, given)
+        noise = drawn.cpu().double()
+        _compare_gating(device, (clean, raw_scale, None, seed, weight, offsets), top_k, noise)
+
+
+def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tensor | None) -> None:
+    """Compare a forward and a backward pass; `inputs` as of the launchers, on the host."""
+    from nmt_moe.kernels._triton.gating import gating_backward, gating_forward
+
+    clean, raw_scale, _, _, weight, offsets = inputs
+    leaves = [x.requires_grad_() for x in (clean, raw_scale, weight) if x is not None]
+    expected = reference.noisy_top_k(clean, raw_scale, top_k, noise, offsets, weight)
+    moved: Any = [_to_launcher(value, device) for value in inputs]
+    choice = gating_forward(*moved, top_k, reference.NOISE_FLOOR)
+    smooth = raw_scale is not None
+    names = ["gates", "importance", *(["load"] if smooth else [])]
+    for name in names:
+        _compare(name, getattr(choice, name), getattr(expected, name), 1e-4)
+    _compare("expert_ids", choice.ids[:, :top_k], expected.expert_ids)
+    _compare("tokens_per_expert", choice.counts, expected.tokens_per_expert)
+    draw = _Draw()
+    grads = [draw.normal(*getattr(expected, name).shape) for name in names]
+    outputs = [getattr(expected, name) for name in names]
+    wanted = torch.autograd.grad(outputs, leaves, grads)
+    given: list[Any] = [_to_launcher(grad, device) for grad in grads] + [None] * (3 - len(grads))
+    parts = [choice.gates, choice.top, choice.ids]
+    found = gating_backward(*moved, parts, (*given,), reference.NOISE_FLOOR)
+    for one, other in zip((x for x in found if x is not None), wanted, strict=True):
+        _compare("gradient", one, other, 1e-4)
+
+
+def _to_launcher(value: Tensor | int | None, device: torch.device) -> Tensor | int | None:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(device, torch.float32 if value.is_floating_point() else value.dtype)
+
+
+# The kernels behind an operation, by the name under which `uses_triton` asks for them.
+TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
+    "combine_rows": _try_combine_rows,
+    "factored_adam": _try_factored_adam,
+    "gather_rows": _try_gather_rows,
+    "gating": _try_gating,
+    "grouped_gemm": _try_grouped_gemm,
+}
+
+
+class _Draw:
+    """Float64 numbers of a generator of its own: a training's numbers stay what they are."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(1)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, dtype=torch.float64, device="cpu")
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu")
+
+    def whole(self, *shape: int) -> Tensor:
+        """Draw whole numbers from -3 to 3."""
+        return (self.uniform(*shape) * 7).floor() - 3
+
+    def sign(self, *shape: int) -> Tensor:
+        """Draw -1, 0 and 1."""
+        return (self.uniform(*shape) * 3).floor() - 1
+
+
+def _mover(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.detach().to(device, dtype)
+
+
+def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
+    """Refuse a difference beyond `tolerance`, absolute plus relative; also NaN."""
+    found, expected = found.detach().cpu().double(), expected.detach().double()
+    difference = (found - expected).abs()
+    if not (difference <= tolerance * (1 + expected.abs())).all():
+        raise ArithmeticError(
+            f"its {name} differs from the definition by up to {difference.max().item():.2g}"
+        )
