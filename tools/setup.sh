@@ -3,7 +3,8 @@
 #
 # Usage: bash tools/setup.sh [--help]
 #
-# The first run downloads torch and compiles fairseq's fast loops (about a minute, once; it needs a C++ compiler).
+# The first run downloads torch and compiles fairseq's fast loops and the project's own (two minutes, once; it needs a
+# C++ compiler).
 # Each later run only checks, in seconds. A run that was interrupted is repaired by the next one.
 # The project itself is installed in editable form: changes to the code are live. Therefore `--user-dir nmt_moe`
 # works from the repository's folder; from elsewhere, give the folder's path.
@@ -18,7 +19,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 STAMPS=$VENV/.setup
 LOG=$STAMPS/pip.log
-STEPS=6
+STEPS=7
 
 say() { printf '%s\n' "$*"; }
 
@@ -90,7 +91,7 @@ key_of_inputs() {
   (
     cd "$ROOT"
     cat setup.cfg pyproject.toml tools/setup.sh tools/constraints.txt tools/fairseq-requirements*.txt \
-      tools/fairseq_build/torch/utils/cpp_extension.py
+      tools/fairseq_build/torch/utils/cpp_extension.py nmt_moe/kernels/_cpu/*.{py,h,cpp}
     "$VENV/bin/python" -VV
     pwd
   ) | digest
@@ -161,12 +162,20 @@ install_project() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,dev]"
 }
 
+# Without it torch's own operations do the same, more slowly: no reason to stop.
+compile_loops() {
+  (cd "$ROOT" && "$VENV/bin/python" -m nmt_moe.kernels._cpu.build) ||
+    printf 'note: the compiled loops were left out, so LSTMs train more slowly on the CPU; see %s\n' "$LOG" >&3
+}
+
 run_steps() {
+  exec 3>&1
   step 2 "installing the build tools" install_build_tools
   step 3 "installing torch (the largest download)" install_torch
   step 4 "installing fairseq's libraries" install_fairseq_needs
   step 5 "building fairseq (about a minute, once)" build_fairseq
   step 6 "installing nmt_moe and the development tools" install_project
+  step 7 "compiling the LSTM's loops for the CPU (half a minute, once)" compile_loops
 }
 
 main() {

@@ -5,6 +5,7 @@ Each has its plain-torch definition of the same name in `reference`, which is th
 
 from nmt_moe.kernels import reference
 from nmt_moe.kernels._backend import is_on_host, row_groups
+from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._trial import failed as failed_kernels
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
@@ -13,6 +14,7 @@ from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
 from nmt_moe.kernels.gating import draw_seed, noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
+from nmt_moe.kernels.lstm import lstm
 from nmt_moe.kernels.lstm_step import lstm_step
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 from nmt_moe.kernels.packed_mixture import PackedExperts, packed_mixture_ffn
@@ -34,9 +36,11 @@ __all__ = [
     "gate_logits",
     "gather_rows",
     "grouped_gemm",
-    "mixture_ffn",
+    "has_compiled_loops",
     "is_on_host",
+    "lstm",
     "lstm_step",
+    "mixture_ffn",
     "noisy_top_k",
     "packed_mixture_ffn",
     "plan_rows",

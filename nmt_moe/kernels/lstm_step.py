@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nmt_moe.kernels._cpu import has_compiled_loops, load
 from nmt_moe.kernels.quantised import PackedLinear
 
 
@@ -21,7 +22,11 @@ def lstm_step(
 
     Source: Sak et al. 2014 (without peepholes).
     """
-    i, f, g, o = gates.chunk(4, dim=1)
-    cell = torch.addcmul(f.sigmoid_() * cell, i.sigmoid_(), g.tanh_())
-    hidden = torch.tanh(cell).mul_(o.sigmoid_())
+    if has_compiled_loops(gates, cell) and gates.is_contiguous():
+        before, cell, hidden = cell.contiguous(), *cell.new_empty(2, *cell.shape).unbind(0)
+        load().lstm_step(gates, before, cell, hidden)
+    else:
+        i, f, g, o = gates.chunk(4, dim=1)
+        cell = torch.addcmul(f.sigmoid_() * cell, i.sigmoid_(), g.tanh_())
+        hidden = torch.tanh(cell).mul_(o.sigmoid_())
     return hidden if projection is None else projection(hidden), cell

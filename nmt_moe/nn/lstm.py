@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nmt_moe.kernels import has_compiled_loops, lstm
+
 State = tuple[Tensor, Tensor]
 
 # Not a warning to a user: the path it announces is the faster one for these sizes.
@@ -53,9 +55,16 @@ class ProjectedLSTM(nn.Module):
         Returns:
             (T, B, output_dim), and the state after the last step.
         """
+        weights = self.lstm
+        weight_hr = weights.weight_hr_l0 if weights.proj_size else None
+        tensors = weights.weight_ih_l0, weights.weight_hh_l0, weights.bias_ih_l0, weight_hr
+        if x.numel() > 0 and has_compiled_loops(x, *tensors, *(state or ())):
+            bias = weights.bias_ih_l0 + weights.bias_hh_l0
+            out, cell = lstm(x, *tensors[:2], bias, weight_hr, state)
+            return out, (out[-1], cell)
         lifted = None if state is None else (state[0].unsqueeze(0), state[1].unsqueeze(0))
-        out, (hidden, cell) = self.lstm(x, lifted)
-        return out, (hidden[0], cell[0])
+        out, (hidden, cells) = self.lstm(x, lifted)
+        return out, (hidden[0], cells[0])
 
 
 class BidirectionalLSTM(nn.Module):

@@ -1,0 +1,5 @@
+"""Compiled loops for the CPU: one C++ library, made once by `build` on the machine that uses it."""
+
+from nmt_moe.kernels._cpu.loading import has_compiled_loops, load
+
+__all__ = ["has_compiled_loops", "load"]

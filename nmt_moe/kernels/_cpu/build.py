@@ -1,0 +1,84 @@
+"""Compile the library: `python -m nmt_moe.kernels._cpu.build`.
+
+It takes a C++ compiler (`CXX`, else c++ or g++) and half a minute, and nothing is lost without it
+but speed: torch's own operations then do the work.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nmt_moe.kernels._cpu.loading import library_path
+
+SOURCES = Path(__file__).parent
+# The loops at each level of vector instructions; the processor's is chosen when they are called.
+LEVELS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+COMMON = ["-std=c++20", "-fPIC"]
+# No multiply-adds but those spelt out, and no floating-point exceptions, which stop vectorisation.
+LOOPS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler, if there is one."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++"])), None)
+
+
+def build(compiler: str) -> Path:
+    """Compile the library and put it where `loading` looks for it.
+
+    Raises:
+        subprocess.CalledProcessError: if the compiler fails; it has said why.
+    """
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    kind = ["-DNMT_MOE_X86"] if is_x86 else []
+    torch_folder = Path(torch.__file__).parent
+    target = library_path()
+    target.parent.mkdir(exist_ok=True)
+    # Beside its place, so that it appears there whole.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = []
+
+        def compile_file(source: str, name: str, flags: list[str]) -> None:
+            objects.append(f"{folder}/{name}.o")
+            files = ["-c", str(SOURCES / source), "-o", objects[-1]]
+            subprocess.run([compiler, *COMMON, *kind, *flags, *files], check=True)
+
+        for level, flags in LEVELS.items() if is_x86 else [("plain", [])]:
+            compile_file("loops.cpp", level, [*LOOPS, *flags, f"-DNMT_MOE_LEVEL={level}"])
+        includes = ["-isystem", str(torch_folder / "include")]
+        # OpenMP's functions are torch's own: a second library of it would have threads of its own.
+        compile_file("library.cpp", "library", ["-O2", "-fopenmp", "-DNDEBUG", *includes])
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        made = Path(folder) / target.name
+        subprocess.run([compiler, "-shared", *objects, "-o", str(made), *libraries], check=True)
+        made.replace(target)
+    return target
+
+
+def main() -> None:
+    """Run from the command line."""
+    compiler = find_compiler()
+    if compiler is None:
+        sys.exit("There is no C++ compiler (Debian: apt-get install g++).")
+    try:
+        print(build(compiler))  # noqa: T201
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{compiler} failed with status {error.returncode}.")
+
+
+if __name__ == "__main__":
+    main()

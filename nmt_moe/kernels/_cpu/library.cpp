@@ -1,0 +1,197 @@
+// The operators `torch.ops.nmt_moe.*`: whole sequences of LSTM steps, and the factored Adam.
+//
+// The callers in Python check shapes and types, and hand over contiguous float32 or float64 tensors
+// of the CPU. Work is cut by rows, never within a row, so that bits do not depend on the threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include "loops.h"
+
+namespace nmt_moe {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Elements that are worth a thread of their own.
+constexpr int64_t CELLS_PER_THREAD = 4096;
+// Rows of an expert that a thread takes at a time, and experts whose sums are made before their weights move.
+constexpr int64_t ROWS_PER_CHUNK = 64, EXPERTS_PER_GROUP = 4;
+
+template <typename T>
+const Loops<T>& choose_loops();
+
+#ifdef NMT_MOE_X86
+#define CHOOSE(TYPE)                                              \
+  template <>                                                     \
+  const Loops<TYPE>& choose_loops<TYPE>() {                       \
+    static const std::string level = at::get_cpu_capability();    \
+    if (level == "AVX512") return avx512_##TYPE();                \
+    return level == "AVX2" ? avx2_##TYPE() : plain_##TYPE();      \
+  }
+#else
+#define CHOOSE(TYPE)                        \
+  template <>                               \
+  const Loops<TYPE>& choose_loops<TYPE>() { \
+    return plain_##TYPE();                  \
+  }
+#endif
+CHOOSE(float)
+CHOOSE(double)
+
+template <typename T>
+void step_forward(T* gates, const T* before, T* cell, T* hidden, int64_t rows, int64_t width) {
+  const auto& loops = choose_loops<T>();
+  const int64_t grain = std::max<int64_t>(1, CELLS_PER_THREAD / width);
+  at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    const int64_t at = first * width;
+    loops.lstm_forward(gates + 4 * at, before + at, cell + at, hidden + at, last - first, width);
+  });
+}
+
+template <typename T>
+void step_backward(const T* gates, const T* before, const T* cell, const T* grad_hidden, T* grad_cell, T* grad_gates,
+                   int64_t rows, int64_t width) {
+  const auto& loops = choose_loops<T>();
+  const int64_t grain = std::max<int64_t>(1, CELLS_PER_THREAD / width);
+  at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    const int64_t at = first * width;
+    loops.lstm_backward(gates + 4 * at, before + at, cell + at, grad_hidden + at, grad_cell + at, grad_gates + 4 * at,
+                        last - first, width);
+  });
+}
+
+// gates (B, 4 H) are overwritten by their activations; hidden (B, H) is before any projection.
+void lstm_step(Tensor gates, const Tensor& before, Tensor cell, Tensor hidden) {
+  AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_step", [&] {
+    step_forward(gates.data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), cell.data_ptr<scalar_t>(),
+                 hidden.data_ptr<scalar_t>(), cell.size(0), cell.size(1));
+  });
+}
+
+// gates (T, B, 4 H): the input's part, with biases; leave as activations. weight_hh (D, 4 H), projection (H, D).
+// cells (T + 1, B, H) and outputs (T + 1, B, D) hold the state before at 0; hidden (T, B, H) is what is projected.
+void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>& projection, Tensor cells,
+                  Tensor hidden, Tensor outputs) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  for (int64_t step = 0; step < gates.size(0); ++step) {
+    Tensor gates_t = gates.select(0, step), hidden_t = hidden.select(0, step);
+    gates_t.addmm_(outputs.select(0, step), weight_hh);
+    lstm_step(gates_t, cells.select(0, step), cells.select(0, step + 1), hidden_t);
+    if (projection) {
+      Tensor output_t = outputs.select(0, step + 1);
+      at::mm_out(output_t, hidden_t, *projection);
+    }
+  }
+}
+
+// grad_outputs (T, B, D) comes as the gradient from above and leaves as the whole one; grad_cell (B, H) comes as that
+// of the last cells and leaves as that of the first; grad_gates (T, B, 4 H) and grad_hidden (B, D) are written.
+// weight_hh (4 H, D), projection (D, H), as torch has them; cells (T + 1, B, H).
+void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weight_hh,
+                   const optional<Tensor>& projection, Tensor grad_outputs, Tensor grad_cell, Tensor grad_gates,
+                   Tensor grad_hidden) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  Tensor grad_projected = projection ? at::empty_like(grad_cell) : Tensor();
+  for (int64_t step = gates.size(0) - 1; step >= 0; --step) {
+    Tensor grad_output_t = grad_outputs.select(0, step);
+    if (projection) at::mm_out(grad_projected, grad_output_t, *projection);
+    const Tensor& grad_hidden_t = projection ? grad_projected : grad_output_t;
+    const Tensor gates_t = gates.select(0, step), before = cells.select(0, step), cell = cells.select(0, step + 1);
+    Tensor grad_gates_t = grad_gates.select(0, step);
+    AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_backward", [&] {
+      step_backward(gates_t.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
+                    cell.const_data_ptr<scalar_t>(), grad_hidden_t.const_data_ptr<scalar_t>(),
+                    grad_cell.data_ptr<scalar_t>(), grad_gates_t.data_ptr<scalar_t>(), before.size(0), before.size(1));
+    });
+    if (step > 0) {
+      grad_outputs.select(0, step - 1).addmm_(grad_gates_t, weight_hh);
+    } else {
+      at::mm_out(grad_hidden, grad_gates_t, weight_hh);
+    }
+  }
+}
+
+template <typename T>
+void update_group(T* weight, const T* grad, T* row_mean, T* column_mean, int64_t experts, int64_t rows, int64_t width,
+                  T step_size, T beta2, T eps, T keep) {
+  const auto& loops = choose_loops<T>();
+  const int64_t chunks = (rows + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
+  std::vector<T> row_sums(experts * rows), column_sums(experts * chunks * width, T(0));
+  const auto each_chunk = [&](const auto& work) {
+    at::parallel_for(0, experts * chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t at = first; at < last; ++at) {
+        const int64_t expert = at / chunks, start = at % chunks * ROWS_PER_CHUNK;
+        work(at, expert, expert * rows + start, std::min(ROWS_PER_CHUNK, rows - start));
+      }
+    });
+  };
+  each_chunk([&](int64_t at, int64_t, int64_t row, int64_t count) {
+    loops.square_sums(grad + row * width, row_sums.data() + row, column_sums.data() + at * width, count, width);
+  });
+  std::vector<T> row_roots(experts * rows), column_roots(experts * width);
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    T total = 0;
+    T* own_rows = row_mean + expert * rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      own_rows[row] = beta2 * own_rows[row] + (1 - beta2) / T(width) * row_sums[expert * rows + row];
+      total += own_rows[row];
+    }
+    const T mean = std::max(total / T(rows), std::numeric_limits<T>::min());  // where all are 0: 0 / min is 0
+    for (int64_t row = 0; row < rows; ++row) row_roots[expert * rows + row] = std::sqrt(own_rows[row] / mean);
+    T* own_columns = column_mean + expert * width;
+    T* sums = column_sums.data() + expert * chunks * width;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      for (int64_t at = 0; at < width; ++at) sums[at] += sums[chunk * width + at];
+    }
+    for (int64_t at = 0; at < width; ++at) {
+      own_columns[at] = beta2 * own_columns[at] + (1 - beta2) / T(rows) * sums[at];
+      column_roots[expert * width + at] = std::sqrt(own_columns[at]);
+    }
+  }
+  each_chunk([&](int64_t, int64_t expert, int64_t row, int64_t count) {
+    loops.factored_update(weight + row * width, grad + row * width, row_roots.data() + row,
+                          column_roots.data() + expert * width, step_size, eps, keep, count, width);
+  });
+}
+
+// weight, grad (E, D, H), row_mean (E, D), column_mean (E, H).
+void factored_adam(Tensor weight, const Tensor& grad, Tensor row_mean, Tensor column_mean, double step_size,
+                   double beta2, double eps, double keep) {
+  const int64_t experts = weight.size(0), rows = weight.size(1), width = weight.size(2);
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "factored_adam", [&] {
+    for (int64_t first = 0; first < experts; first += EXPERTS_PER_GROUP) {
+      update_group(weight.data_ptr<scalar_t>() + first * rows * width,
+                   grad.const_data_ptr<scalar_t>() + first * rows * width, row_mean.data_ptr<scalar_t>() + first * rows,
+                   column_mean.data_ptr<scalar_t>() + first * width, std::min(EXPERTS_PER_GROUP, experts - first), rows,
+                   width, scalar_t(step_size), scalar_t(beta2), scalar_t(eps), scalar_t(keep));
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(nmt_moe, library) {
+  library.def("lstm_step(Tensor(a!) gates, Tensor before, Tensor(b!) cell, Tensor(c!) hidden) -> ()");
+  library.def(
+      "lstm_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? projection, Tensor(b!) cells, Tensor(c!) hidden, "
+      "Tensor(d!) outputs) -> ()");
+  library.def(
+      "lstm_backward(Tensor gates, Tensor cells, Tensor weight_hh, Tensor? projection, Tensor(a!) grad_outputs, "
+      "Tensor(b!) grad_cell, Tensor(c!) grad_gates, Tensor(d!) grad_hidden) -> ()");
+  library.def(
+      "factored_adam(Tensor(a!) weight, Tensor grad, Tensor(b!) row_mean, Tensor(c!) column_mean, float step_size, "
+      "float beta2, float eps, float keep) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
+  library.impl("lstm_step", lstm_step);
+  library.impl("lstm_forward", lstm_forward);
+  library.impl("lstm_backward", lstm_backward);
+  library.impl("factored_adam", factored_adam);
+}
+
+}  // namespace nmt_moe

@@ -1,0 +1,191 @@
+// Written for the compiler to vectorise: no branches, and every multiply-add spelt out, so that an
+// element's bits do not depend on its place in a vector.
+#include "loops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace nmt_moe {
+namespace {
+
+template <typename T>
+inline T madd(T a, T b, T c) {
+#ifdef __FMA__
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
+inline float exp_negative(float x) {
+  const float lowest = -87.0f;
+  const float bounded = x < lowest ? lowest : x;  // NaN passes
+  const float shift = 12582912.0f;                // 1.5 * 2^23: rounds to an integer in the last bits
+  const float shifted = madd(bounded, 1.44269504f, shift);
+  const float power = shifted - shift;
+  const float rest = madd(power, -1.42860677e-6f, madd(power, -0.693145752f, bounded));  // ln 2 in two parts
+  // A minimax fit of (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, relative error of e^r below 4e-9.
+  float p = 0.0013813142f;
+  p = madd(p, rest, 0.008369419f);
+  p = madd(p, rest, 0.041668456f);
+  p = madd(p, rest, 0.16666515f);
+  p = madd(p, rest, 0.49999994f);
+  p = madd(p * rest, rest, rest) + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^power: the shift's own bits fall off the top
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof scale);
+  return x < lowest ? 0.0f : p * scale;
+}
+
+inline double exp_negative(double x) { return std::exp(x); }
+
+// A quotient to be had once a reciprocal is known, so that several can share one division: the denominators are
+// from 1 to 2, and their products far from overflow.
+template <typename T>
+struct Quotient {
+  T numerator, denominator;
+};
+
+template <typename T>
+inline Quotient<T> sigmoid(T x) {
+  const T small = exp_negative(-std::fabs(x));
+  return {x < T(0) ? small : T(1), T(1) + small};
+}
+
+// Without its sign.
+template <typename T>
+inline Quotient<T> hyperbolic_tangent(T x) {
+  const T small = exp_negative(T(-2) * std::fabs(x));
+  return {T(1) - small, T(1) + small};
+}
+
+// Give tanh(x) its sign. Nearer to 0 the quotient loses digits, and the value comes from a minimax fit of
+// (tanh(x) / x - 1) / x^2 for |x| <= 0.55.
+inline float finish_tangent(float x, float quotient) {
+  const float z = x * x;
+  float p = -0.006282467f;
+  p = madd(p, z, 0.021077754f);
+  p = madd(p, z, -0.05385386f);
+  p = madd(p, z, 0.13332602f);
+  p = madd(p, z, -0.3333332f);
+  return std::fabs(x) < 0.55f ? madd(p * z, x, x) : std::copysign(quotient, x);
+}
+
+inline double finish_tangent(double x, double) { return std::tanh(x); }
+
+template <typename T>
+inline T tangent(T x) {
+  const Quotient<T> parts = hyperbolic_tangent(x);
+  return finish_tangent(x, parts.numerator / parts.denominator);
+}
+
+template <typename T>
+void lstm_forward(T* __restrict gates, const T* __restrict cell_before, T* __restrict cell, T* __restrict hidden,
+                  int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    T* __restrict i = gates + row * 4 * width;
+    T* __restrict f = i + width;
+    T* __restrict g = f + width;
+    T* __restrict o = g + width;
+    for (int64_t at = 0; at < width; ++at) {
+      const Quotient<T> i_parts = sigmoid(i[at]), f_parts = sigmoid(f[at]), o_parts = sigmoid(o[at]);
+      const Quotient<T> g_parts = hyperbolic_tangent(g[at]);
+      const T left = i_parts.denominator * f_parts.denominator, right = g_parts.denominator * o_parts.denominator;
+      const T all = T(1) / (left * right), of_left = all * right, of_right = all * left;
+      const T in = i_parts.numerator * (of_left * f_parts.denominator);
+      const T forget = f_parts.numerator * (of_left * i_parts.denominator);
+      const T candidate = finish_tangent(g[at], g_parts.numerator * (of_right * o_parts.denominator));
+      const T out = o_parts.numerator * (of_right * g_parts.denominator);
+      const T now = madd(forget, cell_before[row * width + at], in * candidate);
+      i[at] = in, f[at] = forget, g[at] = candidate, o[at] = out;
+      cell[row * width + at] = now;
+      hidden[row * width + at] = out * tangent(now);
+    }
+  }
+}
+
+template <typename T>
+void lstm_backward(const T* __restrict gates, const T* __restrict cell_before, const T* __restrict cell,
+                   const T* __restrict grad_hidden, T* __restrict grad_cell, T* __restrict grad_gates, int64_t rows,
+                   int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* __restrict i = gates + row * 4 * width;
+    const T* __restrict f = i + width;
+    const T* __restrict g = f + width;
+    const T* __restrict o = g + width;
+    T* __restrict grad_i = grad_gates + row * 4 * width;
+    T* __restrict grad_f = grad_i + width;
+    T* __restrict grad_g = grad_f + width;
+    T* __restrict grad_o = grad_g + width;
+    for (int64_t at = 0; at < width; ++at) {
+      const int64_t here = row * width + at;
+      const T in = i[at], forget = f[at], candidate = g[at], out = o[at], grad = grad_hidden[here];
+      const T squashed = tangent(cell[here]);
+      const T grad_now = madd(grad * out, T(1) - squashed * squashed, grad_cell[here]);
+      grad_i[at] = grad_now * candidate * in * (T(1) - in);
+      grad_f[at] = grad_now * cell_before[here] * forget * (T(1) - forget);
+      grad_g[at] = grad_now * in * (T(1) - candidate * candidate);
+      grad_o[at] = grad * squashed * out * (T(1) - out);
+      grad_cell[here] = grad_now * forget;
+    }
+  }
+}
+
+// Each row's sum runs in this many parts, whatever the vectors' length.
+constexpr int64_t PARTS = 32;
+
+template <typename T>
+void square_sums(const T* __restrict block, T* __restrict row_sums, T* __restrict column_sums, int64_t rows,
+                 int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* __restrict values = block + row * width;
+    T parts[PARTS] = {};
+    int64_t start = 0;
+    for (; start + PARTS <= width; start += PARTS) {
+      for (int64_t at = 0; at < PARTS; ++at) {
+        const T square = values[start + at] * values[start + at];
+        parts[at] += square;
+        column_sums[start + at] += square;
+      }
+    }
+    for (int64_t at = 0; start + at < width; ++at) {
+      const T square = values[start + at] * values[start + at];
+      parts[at] += square;
+      column_sums[start + at] += square;
+    }
+    for (int64_t half = PARTS / 2; half > 0; half /= 2) {
+      for (int64_t at = 0; at < half; ++at) parts[at] += parts[at + half];
+    }
+    row_sums[row] = parts[0];
+  }
+}
+
+template <typename T>
+void factored_update(T* __restrict weight, const T* __restrict grad, const T* __restrict row_root,
+                     const T* __restrict column_root, T step_size, T eps, T keep, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T root = row_root[row];
+    T* __restrict values = weight + row * width;
+    const T* __restrict slopes = grad + row * width;
+    for (int64_t at = 0; at < width; ++at) {
+      const T move = step_size * slopes[at] / madd(root, column_root[at], eps);
+      values[at] = madd(keep, values[at], -move);
+    }
+  }
+}
+
+template <typename T>
+constexpr Loops<T> loops{lstm_forward<T>, lstm_backward<T>, square_sums<T>, factored_update<T>};
+
+}  // namespace
+
+#define JOIN_(left, right) left##right
+#define JOIN(left, right) JOIN_(left, right)
+const Loops<float>& JOIN(NMT_MOE_LEVEL, _float)() { return loops<float>; }
+const Loops<double>& JOIN(NMT_MOE_LEVEL, _double)() { return loops<double>; }
+
+}  // namespace nmt_moe

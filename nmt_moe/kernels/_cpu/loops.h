@@ -1,0 +1,36 @@
+// Loops over plain memory, compiled once for each set of vector instructions. No torch in here.
+#pragma once
+
+#include <cstdint>
+
+namespace nmt_moe {
+
+template <typename T>
+struct Loops {
+  // One step of an LSTM, `rows` rows of `width` cells; gates (rows, 4 width) are i, f, g, o.
+  // Gates come as sums and leave as activations.
+  void (*lstm_forward)(T* gates, const T* cell_before, T* cell, T* hidden, int64_t rows, int64_t width);
+
+  // Its backward pass. grad_cell comes as the gradient of the new cells, and leaves as that of the old.
+  void (*lstm_backward)(const T* gates, const T* cell_before, const T* cell, const T* grad_hidden, T* grad_cell,
+                        T* grad_gates, int64_t rows, int64_t width);
+
+  // Sums of squares of a (rows, width) block: each row's are written, each column's added.
+  void (*square_sums)(const T* block, T* row_sums, T* column_sums, int64_t rows, int64_t width);
+
+  // weight = keep weight - step_size grad / (row_root column_root + eps), over a (rows, width) block.
+  void (*factored_update)(T* weight, const T* grad, const T* row_root, const T* column_root, T step_size, T eps,
+                          T keep, int64_t rows, int64_t width);
+};
+
+// The loops of each level; levels other than the plain one are there on x86 alone.
+const Loops<float>& plain_float();
+const Loops<double>& plain_double();
+#ifdef NMT_MOE_X86
+const Loops<float>& avx2_float();
+const Loops<double>& avx2_double();
+const Loops<float>& avx512_float();
+const Loops<double>& avx512_double();
+#endif
+
+}  // namespace nmt_moe

@@ -1,0 +1,113 @@
+"""A projected LSTM over all steps, on the CPU: compiled steps, and what can wait in one product."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmt_moe.kernels import _memory
+from nmt_moe.kernels._cpu.loading import load
+
+# From so many steps on, turning the recurrent weights round pays: a product of few rows with a
+# transposed matrix takes up to half as long again as one with a matrix that lies as it is read.
+FEWEST_STEPS = 4
+
+
+def lstm(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    weight_hr: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Run an LSTM over all steps.
+
+    Of each step only the recurrent products and one fused point-wise loop run by themselves; the
+    input's part of the gates and the gradients of all weights are one product over all steps each.
+    Sums run in a fixed order: equal inputs give equal bits.
+
+    Args:
+        x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.
+        weight_ih: (4 H, I). Gates in torch's order i, f, g, o.
+        weight_hh: (4 H, D).
+        bias: (4 H,). The sum of torch's two.
+        weight_hr: (D, H); None where outputs are not projected, D = H.
+        state: Output (B, D) and cells (B, H) of the step before; zeros when None.
+
+    Returns:
+        (T, B, D) outputs, and the last step's (B, H) cells.
+
+    Source: Sak et al. 2014 (without peepholes).
+    """
+    hidden, cell = (None, None) if state is None else state
+    outputs: tuple[Tensor, Tensor] = _LSTM.apply(
+        x, weight_ih, weight_hh, bias, weight_hr, hidden, cell
+    )
+    return outputs
+
+
+class _LSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor,
+        weight_hr: Tensor | None,
+        first_hidden: Tensor | None,
+        first_cell: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        num_steps, batch, _ = x.shape
+        width, output_dim = weight_hh.shape[0] // 4, weight_hh.shape[1]
+        gates = _memory.empty((num_steps, batch, 4 * width), x)
+        torch.addmm(bias, x.flatten(0, 1), weight_ih.t(), out=gates.flatten(0, 1))
+        outputs = _memory.empty((num_steps + 1, batch, output_dim), x)
+        cells = _memory.empty((num_steps + 1, batch, width), x)
+        for states, first in ((outputs, first_hidden), (cells, first_cell)):
+            states[0] = 0.0 if first is None else first
+        hidden = outputs[1:]
+        if weight_hr is not None:
+            hidden = _memory.empty((num_steps, batch, width), x)
+        right = [None if w is None else w.t() for w in (weight_hh, weight_hr)]
+        if num_steps >= FEWEST_STEPS:
+            right = [None if w is None else w.contiguous() for w in right]
+        load().lstm_forward(gates, *right, cells, hidden, outputs)
+        ctx.save_for_backward(x, weight_ih, weight_hh, weight_hr, gates, cells, hidden, outputs)
+        ctx.set_materialize_grads(False)
+        return outputs[1:], cells[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_above: Tensor | None, grad_last_cell: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight_ih, weight_hh, weight_hr, gates, cells, hidden, outputs = ctx.saved_tensors
+        grad_outputs = _memory.empty(outputs[1:].shape, x)
+        grad_gates = _memory.empty(gates.shape, x)
+        grad_hidden, grad_cell = x.new_empty(outputs.shape[1:]), x.new_empty(cells.shape[1:])
+        for total, above in ((grad_outputs, grad_above), (grad_cell, grad_last_cell)):
+            total.copy_(x.new_zeros(()) if above is None else above)
+        load().lstm_backward(
+            gates, cells, weight_hh, weight_hr, grad_outputs, grad_cell, grad_gates, grad_hidden
+        )
+        needs = ctx.needs_input_grad
+        flat = grad_gates.flatten(0, 1)
+        return (
+            (flat @ weight_ih).view_as(x) if needs[0] else None,
+            weight_gradient(flat, x) if needs[1] else None,
+            weight_gradient(flat, outputs[:-1]) if needs[2] else None,
+            flat.sum(0) if needs[3] else None,
+            weight_gradient(grad_outputs, hidden) if needs[4] else None,
+            grad_hidden if needs[5] else None,
+            grad_cell if needs[6] else None,
+        )
+
+
+def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """Compute grad^T @ rows over all leading dimensions: (..., O), (..., I) -> (O, I)."""
+    grad, rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
+    out = _memory.empty((grad.shape[1], rows.shape[1]), rows)
+    return torch.mm(grad.t(), rows, out=out)
