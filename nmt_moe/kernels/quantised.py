@@ -26,7 +26,7 @@ SMALLEST_SCALE = 1e-30
 # Chosen by `benchmarks/inference_products.py`; its table is in `benchmarks/results/inference.md`.
 # From so many weights on, oneDNN's product with weights in its own layout is faster than BLAS, for
 # more than one row. One row is a vector times a matrix, read fastest when its rows are inputs.
-PACKED_FROM = 1 << 19
+PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
 # From so many weights on, less to read pays for the calls that quantise activations or round to
 # half precision.
 NARROW_FROM = 1 << 18
@@ -146,6 +146,12 @@ def has_fbgemm() -> bool:
 
 
 @cache
+def has_tiles() -> bool:
+    """Return whether the processor multiplies tiles of bytes and of bfloat16 (AMX)."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+
+
+@cache
 def activation_levels() -> int:
     """Return the largest quantised activation with which FBGEMM's sums are exact here."""
     weight = torch.full((8, 64), WEIGHT_LEVELS, dtype=torch.int8)
@@ -185,11 +191,17 @@ _onednn_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def _pack_bfloat16(weight: Tensor) -> Product:
-    """Keep the weights in 16 bits; without FBGEMM the activations are rounded as well."""
+    """Keep the weights in 16 bits; activations are rounded as well, but not by FBGEMM."""
     fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
-    if weight.numel() < NARROW_FROM or (has_fbgemm() and not fits_half):
+    uses_fbgemm = has_fbgemm() and not has_tiles()
+    if weight.numel() < NARROW_FROM or (uses_fbgemm and not fits_half):
         return _Float32Product(weight.bfloat16())
-    if not has_fbgemm():
+    if has_tiles():
+        tiled = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous())
+        return lambda x, addend: _add(
+            _onednn_linear(x.bfloat16(), tiled, None, "none", [], "").float(), addend
+        )
+    if not uses_fbgemm:
         rounded = weight.bfloat16()
         return lambda x, addend: _add(F.linear(x.bfloat16(), rounded).float(), addend)
     # FBGEMM's half precision keeps every bit of a bfloat16 from 2**-14 to 2**15.
@@ -205,18 +217,42 @@ def _add(y: Tensor, addend: Tensor | None) -> Tensor:
 def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
     if weight.numel() < NARROW_FROM or not has_fbgemm():
         return _Float32Product(weight * scale.unsqueeze(1))
-    packed, levels = _fbgemm_pack(weight, scale), activation_levels()
-    step, zero_point = 1 / levels, levels + 1
-
-    def multiply(x: Tensor, addend: Tensor | None) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
-        largest.clamp_(min=SMALLEST_SCALE)
-        y = _fbgemm_multiply(x / largest, step, zero_point, packed)
-        return y.mul_(largest) if addend is None else torch.addcmul(addend, y, largest)
-
-    return multiply
+    return _Int8Product(weight, scale)
 
 
+class _Int8Product:
+    """oneDNN where the processor multiplies tiles and there are rows to fill one, else FBGEMM.
+
+    Both multiply the same integers and add up exactly.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self._weight, self._scale = weight, scale
+        self._levels = activation_levels()
+        self._tiled: Tensor | None = None
+        self._packed: object = None
+
+    def __call__(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        levels = x.abs()
+        step = levels.amax(dim=1, keepdim=True).clamp_(min=SMALLEST_SCALE).div_(self._levels)
+        torch.mul(x, step.reciprocal(), out=levels).round_()
+        y = self._multiply_tiles(levels) if has_tiles() and len(x) > 1 else self._multiply(levels)
+        return y.mul_(step) if addend is None else torch.addcmul(addend, y, step)
+
+    def _multiply_tiles(self, levels: Tensor) -> Tensor:
+        if self._tiled is None:
+            self._zeros = torch.zeros(len(self._scale), dtype=torch.int64)
+            self._tiled = torch.ops.onednn.qlinear_prepack(self._weight, None)
+        arguments = self._tiled, self._scale, self._zeros, None, 1.0, 0, torch.float32
+        return _onednn_int8(levels.to(torch.int8), 1.0, 0, *arguments, "none", [], "")
+
+    def _multiply(self, levels: Tensor) -> Tensor:
+        if self._packed is None:
+            self._packed = _fbgemm_pack(self._weight, self._scale)
+        return _fbgemm_multiply(levels, 1.0, self._levels + 1, self._packed)
+
+
+_onednn_int8 = torch.ops.onednn.qlinear_pointwise
 # The call rounds x / step to integers, multiplies in int8, adds up in int32, and scales back.
 _fbgemm_multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 

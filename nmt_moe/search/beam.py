@@ -31,6 +31,10 @@ class StepState(Protocol):
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
 
 
+# Tokens that share a maximum when the best are looked for among so many log-probabilities.
+BLOCK = 8
+BLOCKS_FROM = 1 << 17
+
 StateT = TypeVar("StateT", bound=StepState)
 # ((R, T) int64 tokens so far, start included; state) -> ((R, V) log-probabilities, which the search
 # may overwrite; (R, S) attention over the source or None; state)
@@ -190,13 +194,36 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the (R, count) best log-probabilities and tokens; of equal ones, smaller tokens."""
     count = min(count, log_probs.shape[1])
     # One more, to see whether the last has an equal.
-    values, tokens = log_probs.topk(min(count + 1, log_probs.shape[1]), dim=1)
+    values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
     is_tied = values[:, 1:] == values[:, :-1]
     if is_tied.any():  # topk promises no order for these
         tied = (is_tied & values[:, 1:].isfinite()).any(dim=1).nonzero().squeeze(1)
         ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
         values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
     return values[:, :count], tokens[:, :count]
+
+
+def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Do what topk does over (R, V), which on a CPU copies and partly sorts all V.
+
+    The `count` blocks of tokens with the greatest maxima hold the `count` greatest values; and where
+    a token outside of them equals one inside, the last two values found are equal too.
+    """
+    num_tokens = log_probs.shape[1]
+    if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
+        return log_probs.topk(count, dim=1)
+    num_blocks = num_tokens // BLOCK  # block b holds the tokens b, b + num_blocks, ...
+    blocks = log_probs[:, : BLOCK * num_blocks].unflatten(1, (BLOCK, num_blocks))
+    chosen = blocks.amax(dim=1).topk(count, dim=1).indices
+    inside = blocks.gather(2, chosen.unsqueeze(1).expand(-1, BLOCK, -1)).flatten(1)
+    rest = log_probs[:, BLOCK * num_blocks :]
+    values, places = torch.cat([inside, rest], dim=1).topk(count, dim=1)
+    block = chosen.gather(1, places.remainder(count))
+    tokens = places.div(count, rounding_mode="floor").mul_(num_blocks).add_(block)
+    if rest.shape[1]:
+        past = places - inside.shape[1]
+        tokens = torch.where(past < 0, tokens, past + BLOCK * num_blocks)
+    return values, tokens
 
 
 def _finish(

@@ -13,11 +13,16 @@ SHAPES = [  # (rows, inputs, outputs)
 ]
 
 
-@pytest.fixture(params=["fbgemm", "fallback"])
+@pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
-    """Take the products of large matrices for all, with FBGEMM and as if it were not there."""
+    """Take the products of large matrices for all, also as if tiles or FBGEMM were not there."""
     for name in ("PACKED_FROM", "NARROW_FROM"):
         monkeypatch.setattr(quantised, name, 0)
+    if request.param == "tiles":
+        if not quantised.has_tiles():
+            pytest.skip("the processor has no AMX")
+    else:
+        monkeypatch.setattr(quantised, "has_tiles", lambda: False)
     if request.param == "fallback":
         monkeypatch.setattr(quantised, "has_fbgemm", lambda: False)
     elif not quantised.has_fbgemm():
@@ -141,7 +146,7 @@ def test_a_row_of_int8_does_not_depend_on_its_neighbours(with_and_without_fbgemm
     together = packed(x)
     for row in range(9):
         alone = packed(x[row : row + 1])
-        if with_and_without_fbgemm == "fbgemm":
+        if with_and_without_fbgemm != "fallback":
             assert torch.equal(alone[0], together[row])
         else:
             torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6 * 1e3)
