@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from nmt_moe.inference.layers import Trace
 from nmt_moe.inference.networks import DecoderState, TranslationNetwork
 from nmt_moe.search import BeamConfig, Hypothesis, Restrictions, beam_search
 from nmt_moe.text.vocabulary import EOS, PAD, UNK
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
         batch.append(number)
     if batch:
         yield batch
+
+
+def run_batches(
+    run: Callable[[list[int]], ResultT], batches: Sequence[list[int]]
+) -> Iterator[ResultT]:
+    """Run a function over batches, as many at a time as torch has threads, each with one thread.
+
+    Small products gain little from a second thread; a second batch does. One batch alone gets all
+    threads.
+
+    Yields:
+        What `run` returns, in the order of the batches.
+    """
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or len(batches) < 2:
+        yield from map(run, batches)
+        return
+
+    def run_alone(batch: list[int]) -> ResultT:
+        with torch.inference_mode():
+            return run(batch)
+
+    workers = min(num_threads, len(batches))
+    try:
+        with ThreadPoolExecutor(workers, "batch", torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(run_alone, batches)
+    finally:
+        torch.set_num_threads(num_threads)  # a part of that setting belongs to the process
 
 
 def search(

@@ -23,7 +23,7 @@ from nmt_moe.inference.results import (
     Translation,
     score_line,
 )
-from nmt_moe.inference.searching import Ensemble, Limits, make_batches, search
+from nmt_moe.inference.searching import Ensemble, Limits, make_batches, run_batches, search
 from nmt_moe.inference.text import SourceText, TargetText, check_line, check_texts, separator_of
 from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.text.lines import BadLine, in_chunks
@@ -119,7 +119,8 @@ class Translator:
             length_penalty_alpha: GNMT's length normalisation; 0 = off.
             coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
             beam_prune: GNMT's pruning, nats; 0 = off.
-            batch_tokens: Source pieces that are translated at once, padding included.
+            batch_tokens: Source pieces of a batch, padding included; each of torch's threads
+                translates one batch at a time.
             with_experts: Also return the experts of each piece, of the first bundle.
 
         Returns:
@@ -347,8 +348,8 @@ class Translator:
         mark = self._mark_of(options.target_lang)
         sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]
         target = TargetText(self._processors["target"])
-        results: dict[int, Sentence] = {}
-        for batch in make_batches(sources, options.batch_tokens):
+
+        def translate_batch(batch: list[int]) -> list[Sentence]:
             own = [sources[number] for number in batch]
             words = [len(source) - 1 for source in own]
             found = search(self._ensemble, own, options.config, options.limits, words)
@@ -357,5 +358,10 @@ class Translator:
             made = describe(pieces, best, len(mark), self.vocabularies["target"].symbols, target)
             if options.with_experts:
                 made = add_experts(self._networks[0], made, own, best, len(mark))
+            return made
+
+        batches = list(make_batches(sources, options.batch_tokens))
+        results: dict[int, Sentence] = {}
+        for batch, made in zip(batches, run_batches(translate_batch, batches), strict=True):
             results.update(zip(batch, made, strict=True))
         return [results[number] for number in range(len(cut))]

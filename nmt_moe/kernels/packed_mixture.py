@@ -103,8 +103,9 @@ class PackedExperts:
 
     def stacked(self) -> Tensor | None:
         """Return (E, I, O) float32 for torch's grouped product, if experts are not packed."""
-        if self._stacked is None and self._stack is not None:
-            stacked = self._stack().mT
+        stack = self._stack
+        if self._stacked is None and stack is not None:
+            stacked = stack().mT
             if loops_in_torch(stacked, stacked, stacked.mT):
                 self._stacked = stacked
             else:

@@ -122,9 +122,10 @@ class PackedLinear:
         Returns:
             (..., O) float32.
         """
-        make = self._make
+        make = self._make  # another thread may be at the same: both make the same
         if make is not None:
-            self._product, self._make = make(), None
+            self._product = make()
+            self._make = None
         addend = self._bias if addend is None else addend
         if x.dim() == 2:
             return self._product(x, addend)

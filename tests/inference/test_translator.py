@@ -16,7 +16,7 @@ from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline,
 from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.text.lines import BadLine
 from tests.support import reference_search
-from tests.support.bundles import GNMT, MOE, make_bundle, make_checkpoint
+from tests.support.bundles import GNMT, MOE, make_bundle, make_checkpoint, write_text
 
 MAX_LENGTH = 8
 DESCRIPTION = Description(
@@ -510,3 +510,36 @@ def test_a_text_of_several_sentences_has_the_pieces_and_alignment_of_all(model: 
     ]
     [plain] = translator.translate(["the cat"])
     assert plain.experts is None
+
+
+def test_threads_and_batches_change_no_hypothesis(tmp_path: Path):
+    folder, _ = make_bundle(tmp_path, GNMT)
+    translator = Translator.load(folder)
+    texts = write_text(tmp_path / "lines", 60).read_text().splitlines()
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads, batch_tokens in ((1, 1), (1, 400), (3, 40), (3, 400)):
+            torch.set_num_threads(threads)
+            results = translator.translate(texts, batch_tokens=batch_tokens)
+            assert torch.get_num_threads() == threads
+            found.append([one.text for one in results])
+    finally:
+        torch.set_num_threads(before)
+    assert found[1:] == found[:1] * 3
+
+
+def test_a_failure_in_a_thread_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, _ = make_bundle(tmp_path, GNMT)
+    translator, before = Translator.load(folder), torch.get_num_threads()
+
+    def fail(*arguments: Any) -> None:
+        raise ValueError("no such step")
+
+    monkeypatch.setattr("nmt_moe.inference.translator.search", fail)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="no such step"):
+            translator.translate(["the cat", "a dog runs"], batch_tokens=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
