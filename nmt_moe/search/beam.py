@@ -206,8 +206,8 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Do what topk does over (R, V), which on a CPU copies and partly sorts all V.
 
-    The `count` blocks of tokens with the greatest maxima hold the `count` greatest values; and where
-    a token outside of them equals one inside, the last two values found are equal too.
+    The `count` blocks of tokens with the greatest maxima hold the `count` greatest values. Where a
+    token outside of them equals one inside, the last two values found are equal too.
     """
     num_tokens = log_probs.shape[1]
     if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
