@@ -75,14 +75,22 @@ def list_all() -> str:
 
 
 def choose_points(args: argparse.Namespace) -> list[Point]:
-    """Return the points of --shape, or else those of --grid that have any mode of --modes."""
+    """Return the points of --shape, or else those of --grid that have any mode of --modes.
+
+    Raises:
+        SystemExit: if --only names none of them.
+    """
     if args.shape:
         modes = tuple(mode for mode in MODES if mode in (args.modes or TRAINING))
         return [dataclasses.replace(point, modes=modes) for point in args.shape]
     wanted = args.modes or MODES
+    grid = GRIDS[args.grid]
+    if args.only is not None and not 1 <= args.only <= len(grid):
+        sys.exit(f"--only must be from 1 to {len(grid)} in {args.grid}, but is {args.only}.")
     points = [
         dataclasses.replace(point, modes=tuple(mode for mode in point.modes if mode in wanted))
-        for point in GRIDS[args.grid]
+        for number, point in enumerate(grid, 1)
+        if args.only in (None, number)
     ]
     return [point for point in points if point.modes]
 
@@ -133,6 +141,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=parse_shape,
         metavar="T,d,h,n,k[,groups]",
         help="tokens, width, hidden width, experts, experts per token; in the place of --grid",
+    )
+    parser.add_argument(
+        "--only", type=int, metavar="N", help="the grid's Nth point alone, to measure it in parts"
     )
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, help="only these, of what a grid has; with --shape any"

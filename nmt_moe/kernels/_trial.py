@@ -8,7 +8,7 @@ where it must not ends the process all the same, as no program survives that on 
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 from typing import Any
@@ -107,7 +107,7 @@ def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
         draw = _Draw()
         ids = draw.uniform(tokens, 5).argsort(1)[:, :2]
         ids[::3, 1] = 5  # an empty slot
-        plan = plan_rows(ids, 5)
+        plan = plan_rows(ids, 5, int((ids < 5).sum()))
         rows = draw.whole(len(plan.row_token), dim)
         gates = draw.whole(tokens, 2) / 8 * (ids < 5)
         yield plan, draw.whole(tokens, dim), rows, gates
@@ -187,7 +187,7 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
     clean, raw_scale, _, _, weight, offsets = inputs
     leaves = [x.requires_grad_() for x in (clean, raw_scale, weight) if x is not None]
     expected = reference.noisy_top_k(clean, raw_scale, top_k, noise, offsets, weight)
-    moved: Any = [_to_launcher(value, device) for value in inputs]
+    moved = _to_launchers(inputs, device)
     choice = gating_forward(*moved, top_k, reference.NOISE_FLOOR)
     smooth = raw_scale is not None
     names = ["gates", "importance", *(["load"] if smooth else [])]
@@ -199,17 +199,21 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
     grads = [draw.normal(*getattr(expected, name).shape) for name in names]
     outputs = [getattr(expected, name) for name in names]
     wanted = torch.autograd.grad(outputs, leaves, grads)
-    given: list[Any] = [_to_launcher(grad, device) for grad in grads] + [None] * (3 - len(grads))
+    given = _to_launchers([*grads, None, None][:3], device)
     parts = [choice.gates, choice.top, choice.ids]
-    found = gating_backward(*moved, parts, (*given,), reference.NOISE_FLOOR)
+    found = gating_backward(*moved, parts, given, reference.NOISE_FLOOR)
     for one, other in zip((x for x in found if x is not None), wanted, strict=True):
         _compare("gradient", one, other, 1e-4)
 
 
-def _to_launcher(value: Tensor | int | None, device: torch.device) -> Tensor | int | None:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to(device, torch.float32 if value.is_floating_point() else value.dtype)
+def _to_launchers(values: Sequence[Tensor | int | None], device: torch.device) -> Any:
+    """Give tensors on the device, numbers in float32; the rest as it is."""
+    return tuple(
+        value.detach().to(device, torch.float32 if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for value in values
+    )
 
 
 # The kernels behind an operation, by the name under which `uses_triton` asks for them.

@@ -5,6 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Rows and columns that a program holds: 16 numbers for each thread, so that a multiprocessor has
+# registers for four programs.
+TILE_ROWS, TILE_COLUMNS, WARPS = 16, 256, 8
+
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 
 
@@ -133,14 +137,14 @@ def factored_adam(
         keep: Factor of the old weights.
     """
     num_experts, model_dim, hidden_dim = weight.shape
-    block_h = min(256, triton.next_power_of_2(hidden_dim))
-    block_d = min(32, triton.next_power_of_2(model_dim))
+    block_h = min(TILE_COLUMNS, triton.next_power_of_2(hidden_dim))
+    block_d = min(TILE_ROWS, triton.next_power_of_2(model_dim))
     row_blocks = triton.cdiv(model_dim, block_d)
     column_blocks = triton.cdiv(hidden_dim, block_h)
     column_sums = torch.empty(
         (num_experts, row_blocks, hidden_dim), dtype=torch.float32, device=weight.device
     )
-    tile = {"BLOCK_D": block_d, "BLOCK_H": block_h, "num_warps": 8}
+    tile = {"BLOCK_D": block_d, "BLOCK_H": block_h, "num_warps": WARPS}
     with torch.cuda.device_of(weight):
         _square_sums_kernel[(num_experts * row_blocks,)](
             grad,

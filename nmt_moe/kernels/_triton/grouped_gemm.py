@@ -9,6 +9,7 @@ large as the tensor cores like them. Between the two the block holds most expert
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,22 @@ class TileList:
     block_rows: int
     expert: Tensor
     first_tile: Tensor
+
+
+class BlockShape(NamedTuple):
+    """How a product of so many rows is cut.
+
+    Attributes:
+        inner: Of D, in one step of the sum.
+        out: Of F.
+        warps: That share a block.
+        stages: Loads in flight, plus one.
+    """
+
+    inner: int
+    out: int
+    warps: int
+    stages: int
 
 
 def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileList:
@@ -87,10 +104,9 @@ def multiply_rows(
     out = torch.empty((num_rows, out_dim), dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
-    block_inner, block_out = _block_dims(inner_dim, out_dim, rows.dtype)
-    large = tiles.block_rows * block_out > 64 * 128
+    shape = choose_shape(tiles.block_rows, inner_dim, out_dim, rows.dtype)
     with torch.cuda.device_of(rows):
-        _multiply_kernel[(len(tiles.expert) * triton.cdiv(out_dim, block_out),)](
+        _multiply_kernel[(len(tiles.expert) * triton.cdiv(out_dim, shape.out),)](
             rows,
             weight,
             out,
@@ -108,11 +124,10 @@ def multiply_rows(
             _input_precision(rows.dtype),
             INTERPRETED,
             tiles.block_rows,
-            block_inner,
-            block_out,
-            num_warps=8 if large else 4,
-            # Small blocks leave shared memory for one more load in flight.
-            num_stages=4 if tiles.block_rows <= 32 else 3,
+            shape.inner,
+            shape.out,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
         )
     return out
 
@@ -178,10 +193,13 @@ def _fit(block: int, size: int) -> int:
     return max(16, min(block, triton.next_power_of_2(size)))
 
 
-def _block_dims(inner_dim: int, out_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the block's sizes along D and F: 128 bytes of a row, the length of a cache line."""
+def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dtype) -> BlockShape:
+    """Choose the block of a product: 128 bytes of a row, the length of a cache line."""
     is_wide = dtype == torch.float32
-    return _fit(32 if is_wide else 64, inner_dim), _fit(64 if is_wide else 128, out_dim)
+    inner, out = _fit(32 if is_wide else 64, inner_dim), _fit(64 if is_wide else 128, out_dim)
+    warps = 8 if block_rows * out > 64 * 128 else 4
+    # Small blocks leave shared memory for one more load in flight.
+    return BlockShape(inner, out, warps, stages=4 if block_rows <= 32 else 3)
 
 
 def _input_precision(dtype: torch.dtype) -> str:
