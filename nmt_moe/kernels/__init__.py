@@ -7,6 +7,7 @@ from nmt_moe.kernels import reference
 from nmt_moe.kernels._backend import is_on_host, row_groups
 from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._trial import failed as failed_kernels
+from nmt_moe.kernels.attentive_lstm import attentive_lstm
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
@@ -28,6 +29,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "RowPlan",
+    "attentive_lstm",
     "combine_rows",
     "draw_seed",
     "expert_ffn",

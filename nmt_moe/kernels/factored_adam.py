@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
+from nmt_moe.kernels._cpu import has_compiled_loops, load
 
 # Elements of a block: 4 MiB in float32, and as much scratch, which stay in the cache between the
 # passes; with smaller ones two threads lose time to being started. That is dearer on a GPU.
@@ -65,6 +66,10 @@ def factored_adam(
 
         factors = float(step_size), float(beta2), float(eps), float(keep)
         kernel.factored_adam(weight, grad.contiguous(), *means, *factors)
+        return
+    tensors = weight, grad, *means
+    if has_compiled_loops(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+        load().factored_adam(*tensors, step_size, beta2, eps, keep)
         return
     block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
     # As many experts at a time as a block holds, or one, by blocks of its rows.

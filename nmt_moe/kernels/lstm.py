@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels import _memory
-from nmt_moe.kernels._cpu.loading import load
+from nmt_moe.kernels._cpu import load
 
 # From so many steps on, turning the recurrent weights round pays: a product of few rows with a
 # transposed matrix takes up to half as long again as one with a matrix that lies as it is read.
@@ -71,9 +71,7 @@ class _LSTM(torch.autograd.Function):
         hidden = outputs[1:]
         if weight_hr is not None:
             hidden = _memory.empty((num_steps, batch, width), x)
-        right = [None if w is None else w.t() for w in (weight_hh, weight_hr)]
-        if num_steps >= FEWEST_STEPS:
-            right = [None if w is None else w.contiguous() for w in right]
+        right = right_operands(num_steps, weight_hh, weight_hr)
         load().lstm_forward(gates, *right, cells, hidden, outputs)
         ctx.save_for_backward(x, weight_ih, weight_hh, weight_hr, gates, cells, hidden, outputs)
         ctx.set_materialize_grads(False)
@@ -104,6 +102,14 @@ class _LSTM(torch.autograd.Function):
             grad_hidden if needs[5] else None,
             grad_cell if needs[6] else None,
         )
+
+
+def right_operands(num_steps: int, *weights: Tensor | None) -> list[Tensor | None]:
+    """Transpose weights, (O, I) to (I, O), in memory if so many steps multiply by them."""
+    turned = [None if weight is None else weight.t() for weight in weights]
+    if num_steps < FEWEST_STEPS:
+        return turned
+    return [None if weight is None else weight.contiguous() for weight in turned]
 
 
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:

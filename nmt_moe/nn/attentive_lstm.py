@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nmt_moe.nn.attention import ATTENTIONS
+from nmt_moe.kernels import attentive_lstm, has_compiled_loops
+from nmt_moe.nn.attention import ATTENTIONS, ProductAttention
 from nmt_moe.nn.encoder import EncoderOutput
 from nmt_moe.nn.lstm import State
 
@@ -50,6 +51,8 @@ class AttentiveLSTM(nn.Module):
         if state is None:
             state = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], self.hidden_dim)
         hidden, cell = state
+        if self._is_compiled(x, encoder_out, state):
+            return self._run_compiled(x, encoder_out, state)
         gates_of_x = F.linear(x, self.weight_x, self.bias_ih)  # (T, B, 4 H)
         inputs: list[Tensor] = []
         gates_of_x = _CollectWeightGradient.apply(gates_of_x, self.weight_recurrent, inputs)
@@ -68,6 +71,31 @@ class AttentiveLSTM(nn.Module):
             outputs.append(hidden)
             rows.append(weights)
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
+
+    def _is_compiled(self, x: Tensor, encoder_out: EncoderOutput, state: State) -> bool:
+        """Return whether compiled loops run all steps: not those of additive attention."""
+        tensors = x, self.weight_x, self.bias_ih, encoder_out.keys, encoder_out.source, *state
+        is_product = isinstance(self.attention, ProductAttention)
+        return is_product and x.numel() > 0 and has_compiled_loops(*tensors)
+
+    def _run_compiled(
+        self, x: Tensor, encoder_out: EncoderOutput, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        is_projected = isinstance(self.projection, nn.Linear)
+        outputs, weights, cell = attentive_lstm(
+            x,
+            self.weight_x,
+            self.bias_ih,
+            self.weight_recurrent,
+            self.projection.weight if is_projected else None,
+            self.attention.projection.weight,
+            self.attention.scale,
+            encoder_out.keys,
+            encoder_out.source,
+            encoder_out.padding_mask,
+            state,
+        )
+        return outputs, weights, (outputs[-1], cell)
 
 
 class _CollectWeightGradient(torch.autograd.Function):

@@ -66,12 +66,39 @@ def assert_same(ours, theirs, **tolerance):
         )
 
 
+@pytest.fixture
+def without_compiled_loops(monkeypatch):
+    monkeypatch.setattr(operation, "has_compiled_loops", lambda *tensors: False)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_updates_follow_the_definition(shape, block, monkeypatch):
+def test_updates_in_torchs_operations_follow_the_definition(
+    shape, block, monkeypatch, without_compiled_loops
+):
     monkeypatch.setattr(operation, "CPU_BLOCK", block)
     state = make_state(*shape)
     assert_same(*update_both(*state, [make_grad(state[0]) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param((9, 130, 70), id="several-groups")])
+def test_updates_follow_the_definition(shape, dtype):
+    state = make_state(*shape, dtype)
+    assert_same(*update_both(*state, [make_grad(state[0]) for _ in range(3)]))
+
+
+def test_an_update_has_the_same_bits_on_any_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            state = make_state(9, 130, 70, torch.float32)
+            results.append(update_both(*state, [make_grad(state[0])])[0])
+    finally:
+        torch.set_num_threads(before)
+    for one, other in ((results[0], results[1]), (results[1], results[2])):
+        assert all(mine.equal(theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,12 +142,19 @@ def test_an_expert_without_tokens_stays_and_its_means_decay():
     check_idle_experts()
 
 
+def test_torchs_operations_leave_an_expert_without_tokens(without_compiled_loops):
+    check_idle_experts()
+
+
 def test_triton_leaves_an_expert_without_tokens(device):
     check_idle_experts()
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_gradients_of_any_size_move_the_weights(scale):
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_gradients_of_any_size_move_the_weights(scale, is_compiled, request):
+    if not is_compiled:
+        request.getfixturevalue("without_compiled_loops")
     # The product of two means would leave the range of float32.
     state = make_state(1, 4, 6, torch.float32)
     weight, row_mean, column_mean = state[0].zero_(), state[1].zero_(), state[2].zero_()

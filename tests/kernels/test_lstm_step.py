@@ -1,10 +1,15 @@
 """LSTM cells of packed weights, against torch's."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
 
 from nmt_moe.kernels import PackedLinear, lstm_step
+
+# By import_module: the package's attribute of that name is the function.
+operation = import_module("nmt_moe.kernels.lstm_step")
 
 
 def pack(lstm: nn.LSTM, dtype: str) -> tuple[PackedLinear, PackedLinear, PackedLinear | None]:
@@ -25,7 +30,10 @@ def pack(lstm: nn.LSTM, dtype: str) -> tuple[PackedLinear, PackedLinear, PackedL
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("int8", 5e-2)]
 )
-def test_steps_are_those_of_torch(projected, has_state, dtype, tolerance):
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_steps_are_those_of_torch(projected, has_state, dtype, tolerance, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(operation, "has_compiled_loops", lambda *tensors: False)
     torch.manual_seed(1)
     lstm = nn.LSTM(10, 12, proj_size=projected)
     x = torch.randn(7, 3, 10)

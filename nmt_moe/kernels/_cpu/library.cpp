@@ -72,6 +72,16 @@ void lstm_step(Tensor gates, const Tensor& before, Tensor cell, Tensor hidden) {
   });
 }
 
+void backward_of_step(const Tensor& gates_t, const Tensor& cells, int64_t step, const Tensor& grad_hidden_t,
+                      Tensor& grad_cell, Tensor& grad_gates_t) {
+  const Tensor before = cells.select(0, step), cell = cells.select(0, step + 1);
+  AT_DISPATCH_FLOATING_TYPES(gates_t.scalar_type(), "lstm_backward", [&] {
+    step_backward(gates_t.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
+                  cell.const_data_ptr<scalar_t>(), grad_hidden_t.const_data_ptr<scalar_t>(),
+                  grad_cell.data_ptr<scalar_t>(), grad_gates_t.data_ptr<scalar_t>(), before.size(0), before.size(1));
+  });
+}
+
 // gates (T, B, 4 H): the input's part, with biases; leave as activations. weight_hh (D, 4 H), projection (H, D).
 // cells (T + 1, B, H) and outputs (T + 1, B, D) hold the state before at 0; hidden (T, B, H) is what is projected.
 void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>& projection, Tensor cells,
@@ -100,18 +110,113 @@ void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weigh
     Tensor grad_output_t = grad_outputs.select(0, step);
     if (projection) at::mm_out(grad_projected, grad_output_t, *projection);
     const Tensor& grad_hidden_t = projection ? grad_projected : grad_output_t;
-    const Tensor gates_t = gates.select(0, step), before = cells.select(0, step), cell = cells.select(0, step + 1);
     Tensor grad_gates_t = grad_gates.select(0, step);
-    AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_backward", [&] {
-      step_backward(gates_t.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
-                    cell.const_data_ptr<scalar_t>(), grad_hidden_t.const_data_ptr<scalar_t>(),
-                    grad_cell.data_ptr<scalar_t>(), grad_gates_t.data_ptr<scalar_t>(), before.size(0), before.size(1));
-    });
+    backward_of_step(gates.select(0, step), cells, step, grad_hidden_t, grad_cell, grad_gates_t);
     if (step > 0) {
       grad_outputs.select(0, step - 1).addmm_(grad_gates_t, weight_hh);
     } else {
       at::mm_out(grad_hidden, grad_gates_t, weight_hh);
     }
+  }
+}
+
+// Sentences that are worth a thread of their own.
+constexpr int64_t SENTENCES_PER_THREAD = 4;
+
+// An LSTM whose input at each step is its token's part, the context that its last output attends to, and that output.
+// Arguments as of `lstm_forward`, and: query (D, D), scale (D), keys and source (B, S, D), padding (B, S);
+// inputs (T, B, 2 D), squashed (T, B, D) and weights (T, B, S) are written. weight (2 D, 4 H) is of context and output.
+void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, const Tensor& keys, const Tensor& source,
+                       const Tensor& padding, const Tensor& weight, const optional<Tensor>& projection, Tensor cells,
+                       Tensor hidden, Tensor outputs, Tensor inputs, Tensor squashed, Tensor weights) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t batch = keys.size(0), length = keys.size(1), width = keys.size(2);
+  Tensor scaled = at::empty({batch, width}, keys.options());
+  for (int64_t step = 0; step < gates.size(0); ++step) {
+    Tensor gates_t = gates.select(0, step), hidden_t = hidden.select(0, step), inputs_t = inputs.select(0, step);
+    Tensor queries = squashed.select(0, step);
+    const Tensor before = outputs.select(0, step), weights_t = weights.select(0, step);
+    at::mm_out(queries, before, query);
+    AT_DISPATCH_FLOATING_TYPES(keys.scalar_type(), "attentive_forward", [&] {
+      const auto& loops = choose_loops<scalar_t>();
+      auto* query_rows = queries.data_ptr<scalar_t>();
+      auto* scaled_rows = scaled.data_ptr<scalar_t>();
+      auto* weight_rows = weights_t.data_ptr<scalar_t>();
+      auto* input_rows = inputs_t.data_ptr<scalar_t>();
+      const auto* before_rows = before.const_data_ptr<scalar_t>();
+      const auto* scales = scale.const_data_ptr<scalar_t>();
+      const auto* key_rows = keys.const_data_ptr<scalar_t>();
+      const auto* source_rows = source.const_data_ptr<scalar_t>();
+      const auto* paddings = padding.const_data_ptr<bool>();
+      at::parallel_for(0, batch, SENTENCES_PER_THREAD, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; ++at) {
+          const int64_t sentence = at * length * width;
+          auto* input = input_rows + at * 2 * width;
+          loops.attend(query_rows + at * width, scales, key_rows + sentence, source_rows + sentence,
+                       paddings + at * length, scaled_rows + at * width, weight_rows + at * length, input, length,
+                       width);
+          std::copy_n(before_rows + at * width, width, input + width);
+        }
+      });
+    });
+    gates_t.addmm_(inputs_t, weight);
+    lstm_step(gates_t, cells.select(0, step), cells.select(0, step + 1), hidden_t);
+    if (projection) {
+      Tensor output_t = outputs.select(0, step + 1);
+      at::mm_out(output_t, hidden_t, *projection);
+    }
+  }
+}
+
+// Arguments as of `lstm_backward`; query (D, D) and weight (4 H, 2 D) as the forward pass's caller has them.
+// grad_contexts, grad_scaled, grad_queries (T, B, D) and grad_scores (T, B, S) are written.
+void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& query, const Tensor& scale,
+                        const Tensor& keys, const Tensor& source, const Tensor& weight,
+                        const optional<Tensor>& projection, const Tensor& squashed, const Tensor& weights,
+                        const optional<Tensor>& grad_weights, Tensor grad_outputs, Tensor grad_cell, Tensor grad_gates,
+                        Tensor grad_contexts, Tensor grad_scaled, Tensor grad_queries, Tensor grad_scores,
+                        Tensor grad_hidden) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t batch = keys.size(0), length = keys.size(1), width = keys.size(2);
+  Tensor grad_projected = projection ? at::empty_like(grad_cell) : Tensor();
+  Tensor grad_inputs = at::empty({batch, 2 * width}, keys.options());
+  for (int64_t step = gates.size(0) - 1; step >= 0; --step) {
+    Tensor grad_output_t = grad_outputs.select(0, step), grad_gates_t = grad_gates.select(0, step);
+    if (projection) at::mm_out(grad_projected, grad_output_t, *projection);
+    backward_of_step(gates.select(0, step), cells, step, projection ? grad_projected : grad_output_t, grad_cell,
+                     grad_gates_t);
+    at::mm_out(grad_inputs, grad_gates_t, weight);
+    Tensor grad_before = step > 0 ? grad_outputs.select(0, step - 1) : grad_hidden;
+    const Tensor grad_query_t = grad_queries.select(0, step), grad_scaled_t = grad_scaled.select(0, step);
+    const Tensor grad_context_t = grad_contexts.select(0, step), grad_scores_t = grad_scores.select(0, step);
+    const Tensor squashed_t = squashed.select(0, step), weights_t = weights.select(0, step);
+    AT_DISPATCH_FLOATING_TYPES(keys.scalar_type(), "attentive_backward", [&] {
+      const auto& loops = choose_loops<scalar_t>();
+      const auto* input_rows = grad_inputs.const_data_ptr<scalar_t>();
+      const auto* squashed_rows = squashed_t.const_data_ptr<scalar_t>();
+      const auto* weight_rows = weights_t.const_data_ptr<scalar_t>();
+      const auto* scales = scale.const_data_ptr<scalar_t>();
+      const auto* key_rows = keys.const_data_ptr<scalar_t>();
+      const auto* source_rows = source.const_data_ptr<scalar_t>();
+      const auto* above = grad_weights ? grad_weights->select(0, step).const_data_ptr<scalar_t>() : nullptr;
+      auto* query_rows = grad_query_t.data_ptr<scalar_t>();
+      auto* scaled_rows = grad_scaled_t.data_ptr<scalar_t>();
+      auto* context_rows = grad_context_t.data_ptr<scalar_t>();
+      auto* score_rows = grad_scores_t.data_ptr<scalar_t>();
+      auto* before_rows = grad_before.data_ptr<scalar_t>();
+      at::parallel_for(0, batch, SENTENCES_PER_THREAD, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; ++at) {
+          const int64_t sentence = at * length * width, row = at * width;
+          const auto* input = input_rows + 2 * row;
+          std::copy_n(input, width, context_rows + row);
+          loops.attend_backward(squashed_rows + row, scales, key_rows + sentence, source_rows + sentence,
+                                weight_rows + at * length, input, above == nullptr ? nullptr : above + at * length,
+                                score_rows + at * length, scaled_rows + row, query_rows + row, length, width);
+          for (int64_t column = 0; column < width; ++column) before_rows[row + column] += input[width + column];
+        }
+      });
+    });
+    grad_before.addmm_(grad_query_t, query);
   }
 }
 
@@ -183,6 +288,15 @@ TORCH_LIBRARY(nmt_moe, library) {
       "lstm_backward(Tensor gates, Tensor cells, Tensor weight_hh, Tensor? projection, Tensor(a!) grad_outputs, "
       "Tensor(b!) grad_cell, Tensor(c!) grad_gates, Tensor(d!) grad_hidden) -> ()");
   library.def(
+      "attentive_forward(Tensor(a!) gates, Tensor query, Tensor scale, Tensor keys, Tensor source, Tensor padding, "
+      "Tensor weight, Tensor? projection, Tensor(b!) cells, Tensor(c!) hidden, Tensor(d!) outputs, Tensor(e!) inputs, "
+      "Tensor(f!) squashed, Tensor(g!) weights) -> ()");
+  library.def(
+      "attentive_backward(Tensor gates, Tensor cells, Tensor query, Tensor scale, Tensor keys, Tensor source, "
+      "Tensor weight, Tensor? projection, Tensor squashed, Tensor weights, Tensor? grad_weights, "
+      "Tensor(a!) grad_outputs, Tensor(b!) grad_cell, Tensor(c!) grad_gates, Tensor(d!) grad_contexts, "
+      "Tensor(e!) grad_scaled, Tensor(f!) grad_queries, Tensor(g!) grad_scores, Tensor(h!) grad_hidden) -> ()");
+  library.def(
       "factored_adam(Tensor(a!) weight, Tensor grad, Tensor(b!) row_mean, Tensor(c!) column_mean, float step_size, "
       "float beta2, float eps, float keep) -> ()");
 }
@@ -191,6 +305,8 @@ TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
   library.impl("lstm_step", lstm_step);
   library.impl("lstm_forward", lstm_forward);
   library.impl("lstm_backward", lstm_backward);
+  library.impl("attentive_forward", attentive_forward);
+  library.impl("attentive_backward", attentive_backward);
   library.impl("factored_adam", factored_adam);
 }
 

@@ -35,7 +35,10 @@ def load() -> Any | None:
         return None
     torch.ops.load_library(str(library_path()))
     operators = torch.ops.nmt_moe
-    names = ("lstm_step", "lstm_forward", "lstm_backward", "factored_adam")
+    names = (
+        *("lstm_step", "lstm_forward", "lstm_backward"),
+        *("attentive_forward", "attentive_backward", "factored_adam"),
+    )
     # Their only overloads: looking up the right one takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
 

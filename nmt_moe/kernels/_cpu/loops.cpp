@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace nmt_moe {
 namespace {
@@ -135,8 +136,82 @@ void lstm_backward(const T* __restrict gates, const T* __restrict cell_before, c
   }
 }
 
-// Each row's sum runs in this many parts, whatever the vectors' length.
+// Sums run in this many parts, whatever the vectors' length.
 constexpr int64_t PARTS = 32;
+
+template <typename T>
+inline T join(T* parts) {
+  for (int64_t half = PARTS / 2; half > 0; half /= 2) {
+    for (int64_t at = 0; at < half; ++at) parts[at] += parts[at + half];
+  }
+  return parts[0];
+}
+
+template <typename T>
+inline T dot(const T* __restrict left, const T* __restrict right, int64_t width) {
+  T parts[PARTS] = {};
+  int64_t start = 0;
+  for (; start + PARTS <= width; start += PARTS) {
+    for (int64_t at = 0; at < PARTS; ++at) parts[at] = madd(left[start + at], right[start + at], parts[at]);
+  }
+  for (int64_t at = 0; start + at < width; ++at) parts[at] = madd(left[start + at], right[start + at], parts[at]);
+  return join(parts);
+}
+
+// out = sum over positions of weights[position] rows[position].
+template <typename T>
+inline void mix(const T* __restrict weights, const T* __restrict rows, T* __restrict out, int64_t length,
+                int64_t width) {
+  std::fill(out, out + width, T(0));
+  for (int64_t position = 0; position < length; ++position) {
+    const T weight = weights[position];
+    const T* __restrict row = rows + position * width;
+    for (int64_t at = 0; at < width; ++at) out[at] = madd(weight, row[at], out[at]);
+  }
+}
+
+template <typename T>
+void attend(T* __restrict query, const T* __restrict scale, const T* __restrict keys, const T* __restrict source,
+            const bool* padding, T* __restrict scaled, T* __restrict weights, T* __restrict context, int64_t length,
+            int64_t width) {
+  for (int64_t at = 0; at < width; ++at) {
+    query[at] = tangent(query[at]);
+    scaled[at] = query[at] * scale[at];
+  }
+  T largest = -std::numeric_limits<T>::infinity();
+  for (int64_t position = 0; position < length; ++position) {
+    weights[position] = dot(scaled, keys + position * width, width);
+    if (!padding[position]) largest = std::max(weights[position], largest);  // NaN passes through the sum below
+  }
+  T sum = 0;
+  for (int64_t position = 0; position < length; ++position) {
+    weights[position] = padding[position] ? T(0) : exp_negative(weights[position] - largest);
+    sum += weights[position];
+  }
+  for (int64_t position = 0; position < length; ++position) weights[position] /= sum;
+  mix(weights, source, context, length, width);
+}
+
+template <typename T>
+void attend_backward(const T* __restrict squashed, const T* __restrict scale, const T* __restrict keys,
+                     const T* __restrict source, const T* __restrict weights, const T* __restrict grad_context,
+                     const T* __restrict grad_weights, T* __restrict grad_scores, T* __restrict grad_scaled,
+                     T* __restrict grad_query, int64_t length, int64_t width) {
+  T inner = 0;
+  for (int64_t position = 0; position < length; ++position) {
+    T grad = dot(grad_context, source + position * width, width);
+    if (grad_weights != nullptr) grad += grad_weights[position];
+    grad_scores[position] = grad;
+    inner = madd(weights[position], grad, inner);
+  }
+  for (int64_t position = 0; position < length; ++position) {
+    grad_scores[position] = weights[position] * (grad_scores[position] - inner);
+  }
+  mix(grad_scores, keys, grad_scaled, length, width);
+  for (int64_t at = 0; at < width; ++at) {
+    grad_query[at] = grad_scaled[at] * scale[at] * (T(1) - squashed[at] * squashed[at]);
+  }
+}
 
 template <typename T>
 void square_sums(const T* __restrict block, T* __restrict row_sums, T* __restrict column_sums, int64_t rows,
@@ -157,10 +232,7 @@ void square_sums(const T* __restrict block, T* __restrict row_sums, T* __restric
       parts[at] += square;
       column_sums[start + at] += square;
     }
-    for (int64_t half = PARTS / 2; half > 0; half /= 2) {
-      for (int64_t at = 0; at < half; ++at) parts[at] += parts[at + half];
-    }
-    row_sums[row] = parts[0];
+    row_sums[row] = join(parts);
   }
 }
 
@@ -179,7 +251,8 @@ void factored_update(T* __restrict weight, const T* __restrict grad, const T* __
 }
 
 template <typename T>
-constexpr Loops<T> loops{lstm_forward<T>, lstm_backward<T>, square_sums<T>, factored_update<T>};
+constexpr Loops<T> loops{lstm_forward<T>, lstm_backward<T>, attend<T>,
+                            attend_backward<T>, square_sums<T>, factored_update<T>};
 
 }  // namespace
 

@@ -15,6 +15,17 @@ struct Loops {
   void (*lstm_backward)(const T* gates, const T* cell_before, const T* cell, const T* grad_hidden, T* grad_cell,
                         T* grad_gates, int64_t rows, int64_t width);
 
+  // One step's product attention for one sentence of `length` positions of `width`: from the projected query, its
+  // tanh, the weights of all positions (0 where `padding` is) and the context. `scaled` is scratch for one row.
+  void (*attend)(T* query, const T* scale, const T* keys, const T* source, const bool* padding, T* scaled, T* weights,
+                 T* context, int64_t length, int64_t width);
+
+  // Its backward pass, from the gradients of the context and, unless null, of the weights: those of the scores, of the
+  // scaled query, and of the projected query.
+  void (*attend_backward)(const T* squashed, const T* scale, const T* keys, const T* source, const T* weights,
+                          const T* grad_context, const T* grad_weights, T* grad_scores, T* grad_scaled, T* grad_query,
+                          int64_t length, int64_t width);
+
   // Sums of squares of a (rows, width) block: each row's are written, each column's added.
   void (*square_sums)(const T* block, T* row_sums, T* column_sums, int64_t rows, int64_t width);
 
