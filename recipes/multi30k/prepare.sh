@@ -12,6 +12,8 @@
 #   PIECE_TYPE    unigram or bpe (unigram)
 #   SAMPLES       further copies of the training text, each cut into pieces differently at random (0)
 #   SAMPLE_ALPHA  unigram: sharpness of the random cuts; bpe: share of merges left out (0.2)
+#   EXTRA         further pairs to train on, EXTRA.en and EXTRA.PAIR, in the form that CASE names (none): see back_translate.sh
+#   COPIES        how often the corpus's own pairs stand in the training text (1); more weigh them up against EXTRA
 #   WORK          folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); with one PAIR only
 #   THREADS       processes for binarising (2)
 #   SHA256SUMS    digests to verify (recipes/multi30k/SHA256SUMS)
@@ -28,6 +30,8 @@ VOCAB_SIZE=${VOCAB_SIZE:-5000}
 PIECE_TYPE=${PIECE_TYPE:-unigram}
 SAMPLES=${SAMPLES:-0}
 SAMPLE_ALPHA=${SAMPLE_ALPHA:-0.2}
+EXTRA=${EXTRA:-}
+COPIES=${COPIES:-1}
 THREADS=${THREADS:-2}
 SHA256SUMS=${SHA256SUMS:-$HERE/SHA256SUMS}
 
@@ -71,17 +75,31 @@ learn_pieces() { # PAIR FOLDER
     --model "$folder/spm.model" --dictionary "$folder/dict.txt" --inputs "$folder"/selected/train.{en,"$pair"}
 }
 
+# The training text of one LANGUAGE: the corpus's own COPIES times, then EXTRA.
+training_text() { # FOLDER LANGUAGE
+  local copy
+  for ((copy = 0; copy < COPIES; copy++)); do cat "$1/selected/train.$2"; done
+  [[ -z $EXTRA ]] || cat "$EXTRA.$2"
+}
+
 cut_texts() { # PAIR FOLDER: only the training text is cut in several ways; the two sides are cut independently
   local pair=$1 folder=$2
-  local split samples
+  local split samples language texts
   mkdir -p "$folder/pieces"
+  [[ -z $EXTRA ]] || nmt-moe check-parallel "$EXTRA".{en,"$pair"}
   for split in "${SPLITS[@]}"; do
     samples=0
-    [[ $split == train ]] && samples=$SAMPLES
+    texts=$folder/selected/$split
+    if [[ $split == train ]]; then
+      samples=$SAMPLES
+      texts=$folder/pieces/uncut
+      for language in en "$pair"; do training_text "$folder" "$language" >"$texts.$language"; done
+    fi
     nmt-moe pieces encode --model "$folder/spm.model" --samples "$samples" --alpha "$SAMPLE_ALPHA" \
-      --inputs "$folder/selected/$split".{en,"$pair"} --outputs "$folder/pieces/$split".{en,"$pair"}
+      --inputs "$texts".{en,"$pair"} --outputs "$folder/pieces/$split".{en,"$pair"}
     nmt-moe check-parallel "$folder/pieces/$split".{en,"$pair"}
   done
+  rm -f "$folder/pieces/uncut".*
 }
 
 binarise() { # PAIR FOLDER
@@ -94,6 +112,12 @@ binarise() { # PAIR FOLDER
     --workers "$THREADS"
 }
 
+# extra_key PAIR: nothing for the corpus alone.
+extra_key() {
+  [[ $COPIES == 1 ]] || printf ' x%s' "$COPIES"
+  [[ -z $EXTRA ]] || printf ' %s' "$(digest <"$EXTRA.en")" "$(digest <"$EXTRA.$1")"
+}
+
 prepare_pair() {
   local pair=$1 folder key
   folder=$(work_folder "$pair")
@@ -104,7 +128,7 @@ prepare_pair() {
   run_step "$folder" select "$key" select_texts "$pair" "$folder"
   key=$(step_key "$key" learn-pieces "$VOCAB_SIZE $PIECE_TYPE")
   run_step "$folder" learn-pieces "$key" learn_pieces "$pair" "$folder"
-  key=$(step_key "$key" cut "$SAMPLES $SAMPLE_ALPHA")
+  key=$(step_key "$key" cut "$SAMPLES $SAMPLE_ALPHA$(extra_key "$pair")")
   run_step "$folder" cut "$key" cut_texts "$pair" "$folder"
   key=$(step_key "$key" binarise "")
   run_step "$folder" binarise "$key" binarise "$pair" "$folder"
@@ -116,6 +140,10 @@ parse_pairs "$@"
 ((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help, not '${FLAGS[0]}'"
 check_settings
 require_choice PIECE_TYPE unigram bpe
+require_whole COPIES 1
+if [[ -n $EXTRA ]]; then
+  for language in en "${PAIRS[@]}"; do [[ -f $EXTRA.$language ]] || die "EXTRA=$EXTRA: $EXTRA.$language is missing"; done
+fi
 [[ -f $SHA256SUMS ]] || die "SHA256SUMS=$SHA256SUMS is missing"
 use_environment
 # shellcheck disable=SC2153

@@ -94,6 +94,31 @@ def test_from_text_to_scores(corpus, tmp_path):
     assert "Choose another RUN" in other.stderr
 
 
+def test_back_translated_captions_are_trained_on_beside_the_corpus(corpus, tmp_path):
+    folder, digests = corpus
+    captions = tmp_path / "captions.de.gz"
+    # One caption is a sentence of val but for case and full stop, one is blank.
+    held_back = SPLITS["val"][0][1].upper().removesuffix(".")
+    lines = ["Ein roter Hund ruht.", held_back, "", "Ein schwarzer Kater ruht."]
+    captions.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
+    variables = TINY | {"MULTI30K_DIR": folder, "SHA256SUMS": digests, "WORK": tmp_path / "work"}
+    variables |= {"MONOLINGUAL": captions, "REVERSE_UPDATES": 4, "COPIES": 2, "RUN": "both"}
+    done = run("back_translate.sh", "de", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    work, both = tmp_path / "work", tmp_path / "work-extra"
+    assert (work / "monolingual.de").read_text(encoding="utf-8").splitlines() == lines[::3]
+    assert (work / "monolingual.en").read_text(encoding="utf-8").count("\n") == 2
+    pieces = (both / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()
+    assert len(pieces) == 2 * len(SENTENCES) + 2
+    assert "test_2016_flickr, English to de, both" in (both / "both" / "scores.txt").read_text()
+
+    again = run("back_translate.sh", "de", **variables)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "reverse: done before" in again.stdout
+    assert "back-translate: done before" in again.stdout
+
+
 def prepare(corpus, tmp_path, **variables):
     folder, digests = corpus
     variables = {"SHA256SUMS": digests, "MULTI30K_DIR": folder, "VOCAB_SIZE": 45} | variables
@@ -154,6 +179,13 @@ REFUSALS = [
         "train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"
     ),
     pytest.param("train.sh", ["de"], {"UPDATES": "1100"}, "must be a multiple of", id="updates"),
+    pytest.param("prepare.sh", ["de"], {"EXTRA": "/absent"}, "/absent.en is missing", id="extra"),
+    pytest.param("prepare.sh", ["de"], {"COPIES": "0"}, "COPIES must be a whole", id="copies"),
+    pytest.param("back_translate.sh", [], {}, "takes one PAIR", id="back-pairs"),
+    pytest.param("back_translate.sh", ["de"], {}, "MONOLINGUAL must name", id="no-monolingual"),
+    pytest.param(
+        "back_translate.sh", ["de"], {"MONOLINGUAL": "/absent"}, "is missing", id="monolingual"
+    ),
     pytest.param("evaluate.sh", ["de"], {"LENPENS": "1 x"}, "LENPENS must be numbers", id="lenpen"),
     pytest.param(
         "evaluate.sh", ["de"], {"RUN": "absent"}, "absent/average.pt is missing", id="run"
@@ -170,11 +202,12 @@ def test_a_wrong_setting_is_refused_at_once(tmp_path, script, arguments, variabl
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh"])
+@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh", "back_translate.sh"])
 def test_help_says_what_to_give(script):
     done = run(script, "--help")
     assert done.returncode == 0
-    assert f"{script} [PAIR...]" in done.stdout
+    assert f"{script} " in done.stdout
+    assert "PAIR" in done.stdout
 
 
 def test_official_form_by_hand():

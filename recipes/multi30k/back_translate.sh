@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Train on Multi30k and on back-translated captions: MONOLINGUAL=captions.de.gz back_translate.sh PAIR [FLAG-OF-FAIRSEQ-TRAIN...]
+#
+# Text in the target language alone helps a translator too: a model of the reverse direction translates it, and the
+# translator learns from what that wrote as source and the true text as target. Three steps, each skipped when done:
+# trains PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and the corpus's own.
+#   PAIR              de or fr
+#   MONOLINGUAL       text in PAIR's language, a sentence a line, plain, .gz or .xz (no default)
+#   COPIES            how often the corpus's own pairs stand in the training text (3)
+#   REVERSE_UPDATES   of the reverse model (6000)
+#   REVERSE_BEAM      hypotheses that its search follows (2)
+#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased): that of train.sh holds the
+#                     reverse model; what is trained at the end is in WORK-extra
+# All variables of train.sh, prepare.sh and evaluate.sh hold for the last step; evaluate.sh by itself needs WORK=WORK-extra.
+# Lines of MONOLINGUAL that are in val or the test set, whatever their case and final full stop, are left out.
+#
+# Source: Sennrich et al. 2016, "Improving Neural Machine Translation Models with Monolingual Data".
+set -euo pipefail
+# shellcheck source=SCRIPTDIR/../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+HERE=$REPOSITORY/recipes/multi30k
+manual_if_asked "${1:-}"
+# shellcheck source=SCRIPTDIR/settings.sh
+source "$HERE/settings.sh"
+
+MONOLINGUAL=${MONOLINGUAL:-}
+COPIES=${COPIES:-3}
+REVERSE_UPDATES=${REVERSE_UPDATES:-6000}
+REVERSE_BEAM=${REVERSE_BEAM:-2}
+THREADS=${THREADS:-2}
+
+train_reverse() { # PAIR FOLDER
+  env WORK="$2" RUN=reverse UPDATES="$REVERSE_UPDATES" WARMUP_UPDATES=1000 DROPOUT=0.2 EVALUATE=0 EXTRA= COPIES=1 SAMPLES=0 \
+    bash "$HERE/train.sh" "$1" --source-lang "$1" --target-lang en
+  export_bundle "$2/reverse/average.pt" "$2/reverse/bundle" --data "$2/data-bin" --pieces "$2/spm.model" \
+    --source-lang "$1" --target-lang en
+}
+
+back_translate() { # PAIR FOLDER
+  python "$HERE/select_lines.py" "$MONOLINGUAL" --output "$2/monolingual.$1" \
+    --without "$2/text/val.$1" --without "$2/text/test_2016_flickr.$1"
+  nmt-moe translate "$2/reverse/bundle" "$2/monolingual.$1" --beam "$REVERSE_BEAM" --threads "$THREADS" --output "$2/monolingual.en"
+}
+
+train_on_both() { # PAIR FOLDER
+  env WORK="$2-extra" EXTRA="$2/monolingual" COPIES="$COPIES" bash "$HERE/train.sh" "$1" "${FLAGS[@]}"
+}
+
+parse_pairs "$@"
+((${#PAIRS[@]} == 1)) || die "back_translate.sh takes one PAIR, de or fr"
+[[ -n $MONOLINGUAL ]] || die "MONOLINGUAL must name a text in the target language, but is empty"
+[[ -f $MONOLINGUAL ]] || die "MONOLINGUAL=$MONOLINGUAL is missing"
+require_choice CASE cased source-lower
+check_settings
+for name in REVERSE_UPDATES REVERSE_BEAM COPIES; do require_whole "$name" 1; done
+use_environment
+export CASE THREADS
+pair=${PAIRS[0]}
+folder=$(work_folder "$pair")
+key=$(step_key "" reverse "$REVERSE_UPDATES")
+run_step "$folder" reverse "$key" train_reverse "$pair" "$folder"
+key=$(step_key "$key" back-translate "$REVERSE_BEAM $(digest <"$MONOLINGUAL")")
+run_step "$folder" back-translate "$key" back_translate "$pair" "$folder"
+train_on_both "$pair" "$folder"
