@@ -39,7 +39,8 @@ train_reverse() { # PAIR FOLDER
 back_translate() { # PAIR FOLDER
   python "$HERE/select_lines.py" "$MONOLINGUAL" --output "$2/monolingual.$1" \
     --without "$2/text/val.$1" --without "$2/text/test_2016_flickr.$1"
-  nmt-moe translate "$2/reverse/bundle" "$2/monolingual.$1" --beam "$REVERSE_BEAM" --threads "$THREADS" --output "$2/monolingual.en"
+  nmt-moe translate "$2/reverse/bundle" "$2/monolingual.$1" --beam "$REVERSE_BEAM" --threads "$THREADS" --progress \
+    --output "$2/monolingual.en"
 }
 
 train_on_both() { # PAIR FOLDER
