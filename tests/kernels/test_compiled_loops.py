@@ -36,6 +36,14 @@ def test_a_library_for_another_torch_is_not_taken(empty_folder, monkeypatch):
     assert loading.load() is None
 
 
+def test_a_library_of_other_sources_is_not_taken(empty_folder, monkeypatch, tmp_path_factory):
+    loading.library_path().write_bytes(b"")
+    sources = tmp_path_factory.mktemp("sources")
+    (sources / "loops.cpp").write_text("// of another version")
+    monkeypatch.setattr(loading, "SOURCES", sources)
+    assert loading.load() is None
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match="There is no C.. compiler"):

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from nmt_moe.kernels._cpu.loading import library_path
+from nmt_moe.kernels._cpu.loading import SOURCES, library_path
 
-SOURCES = Path(__file__).parent
 # The loops at each level of vector instructions; the processor's is chosen when they are called.
 LEVELS = {
     "plain": [],

@@ -1,5 +1,6 @@
 """Find the compiled library and load it, once, when the first operation asks."""
 
+import hashlib
 import os
 import platform
 from functools import cache
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
+SOURCES = Path(__file__).parent
 # Holds what `build` made.
-FOLDER = Path(__file__).parent / "lib"
+FOLDER = SOURCES / "lib"
 CHOICE = "NMT_MOE_KERNELS"
 DTYPES = (torch.float32, torch.float64)
 # Other classes of tensors have operations of their own.
@@ -20,9 +22,14 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 def library_path() -> Path:
     """Return where the library for this torch and this kind of processor is, or would be.
 
-    torch's C++ interface changes with its version, so another torch does not find it.
+    torch's C++ interface changes with its version, so another torch does not find it; nor does
+    another version of the sources.
     """
-    return FOLDER / f"nmt_moe-torch{torch.__version__}-{platform.machine()}.so"
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        digest.update(source.read_bytes())
+    name = f"nmt_moe-{digest.hexdigest()[:12]}-torch{torch.__version__}-{platform.machine()}.so"
+    return FOLDER / name
 
 
 @cache
