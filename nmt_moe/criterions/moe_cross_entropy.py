@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmt_moe.criterions._balance import add_balance, check_finite, reduce_balance
+from nmt_moe.kernels import cross_entropy, has_compiled_loops
 from nmt_moe.training import draw_classes, sampled_nll
 
 
@@ -97,6 +98,11 @@ class MoECrossEntropy(FairseqCriterion):
         logits, extra = model(**sample["net_input"])
         is_token = sample["target"].ne(self.padding_idx)
         target = sample["target"][is_token]
+        if has_compiled_loops(logits):
+            flat, padding = logits.flatten(0, -2), self.padding_idx
+            return cross_entropy(flat, sample["target"].flatten(), padding)[0][
+                is_token.flatten()
+            ], extra
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
     def _sampled(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:

@@ -7,9 +7,19 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
     LabelSmoothedCrossEntropyCriterionConfig,
 )
+from fairseq.models import FairseqDecoder, FairseqEncoderDecoderModel
 from torch import Tensor, nn
 
 from nmt_moe.criterions._balance import add_balance, check_finite, reduce_balance
+from nmt_moe.kernels import cross_entropy, has_compiled_loops
+
+
+def has_plain_softmax(model: nn.Module, logits: Tensor) -> bool:
+    """Return whether compiled loops serve these logits, and a softmax gives their probabilities."""
+    own = type(model).get_normalized_probs, type(model.decoder).get_normalized_probs
+    stock = FairseqEncoderDecoderModel.get_normalized_probs, FairseqDecoder.get_normalized_probs
+    is_adaptive = getattr(model.decoder, "adaptive_softmax", None) is not None
+    return own == stock and not is_adaptive and has_compiled_loops(logits)
 
 
 @register_criterion(
@@ -40,6 +50,22 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         logging_output["loss"] = loss.data
         check_finite(loss, sample, net_output[1])
         return loss, sample_size, logging_output
+
+    def compute_loss(
+        self, model: nn.Module, net_output: Tuple, sample: Dict, reduce: bool = True
+    ) -> Tuple[Tensor, Tensor]:
+        """Compute fairseq's loss and negative log-likelihood; on the CPU without log-probabilities.
+
+        Source: fairseq's `label_smoothed_nll_loss`.
+        """
+        logits = net_output[0]
+        if self.ignore_prefix_size > 0 or not has_plain_softmax(model, logits):
+            return super().compute_loss(model, net_output, sample, reduce)
+        target = model.get_targets(sample, net_output)
+        sums = cross_entropy(logits.flatten(0, -2), target.flatten(), self.padding_idx)
+        nll, smooth = (part.sum() if reduce else part.unsqueeze(1) for part in sums)
+        share = self.eps / (logits.shape[-1] - 1)
+        return (1.0 - self.eps - share) * nll + share * smooth, nll
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:

@@ -9,6 +9,7 @@ from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._trial import failed as failed_kernels
 from nmt_moe.kernels.attentive_lstm import attentive_lstm
 from nmt_moe.kernels.combine_rows import combine_rows
+from nmt_moe.kernels.cross_entropy import cross_entropy
 from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
 from nmt_moe.kernels.gate_logits import gate_logits
@@ -31,6 +32,7 @@ __all__ = [
     "RowPlan",
     "attentive_lstm",
     "combine_rows",
+    "cross_entropy",
     "draw_seed",
     "expert_ffn",
     "factored_adam",

@@ -220,6 +220,61 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
   }
 }
 
+// Logits that are worth a thread of their own.
+constexpr int64_t LOGITS_PER_THREAD = 1 << 14;
+
+// logits (N, V), target (N) from 0 to V - 1, or `ignored`: there nll and smooth (N) are 0. log_sums (N) is written too.
+void cross_entropy(const Tensor& logits, const Tensor& target, int64_t ignored, Tensor nll, Tensor smooth,
+                   Tensor log_sums) {
+  const int64_t width = logits.size(1);
+  const auto* targets = target.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "cross_entropy", [&] {
+    const auto& loops = choose_loops<scalar_t>();
+    const auto* rows = logits.const_data_ptr<scalar_t>();
+    auto* nlls = nll.data_ptr<scalar_t>();
+    auto* smooths = smooth.data_ptr<scalar_t>();
+    auto* sums = log_sums.data_ptr<scalar_t>();
+    at::parallel_for(0, logits.size(0), std::max<int64_t>(1, LOGITS_PER_THREAD / width), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        nlls[row] = smooths[row] = sums[row] = 0;
+        if (targets[row] == ignored) continue;
+        TORCH_CHECK_INDEX(targets[row] >= 0 && targets[row] < width, "`target` must be from 0 to ", width - 1, ", or ",
+                          ignored, " to be ignored, but is ", targets[row], " in row ", row, ".");
+        scalar_t sum;
+        loops.log_sum_exp(rows + row * width, sums + row, &sum, width);
+        nlls[row] = sums[row] - rows[row * width + targets[row]];
+        smooths[row] = scalar_t(width) * sums[row] - sum;
+      }
+    });
+  });
+}
+
+void cross_entropy_backward(const Tensor& logits, const Tensor& target, int64_t ignored, const Tensor& log_sums,
+                            const Tensor& grad_nll, const Tensor& grad_smooth, Tensor grad_logits) {
+  const int64_t width = logits.size(1);
+  const auto* targets = target.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "cross_entropy_backward", [&] {
+    const auto& loops = choose_loops<scalar_t>();
+    const auto* rows = logits.const_data_ptr<scalar_t>();
+    const auto* sums = log_sums.const_data_ptr<scalar_t>();
+    const auto* of_nll = grad_nll.const_data_ptr<scalar_t>();
+    const auto* of_smooth = grad_smooth.const_data_ptr<scalar_t>();
+    auto* grads = grad_logits.data_ptr<scalar_t>();
+    at::parallel_for(0, logits.size(0), std::max<int64_t>(1, LOGITS_PER_THREAD / width), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        auto* own = grads + row * width;
+        if (targets[row] == ignored) {
+          std::fill(own, own + width, scalar_t(0));
+          continue;
+        }
+        const scalar_t scale = of_nll[row] + scalar_t(width) * of_smooth[row];
+        loops.softmax_gradient(rows + row * width, sums[row], scale, -of_smooth[row], own, width);
+        own[targets[row]] -= of_nll[row];
+      }
+    });
+  });
+}
+
 template <typename T>
 void update_group(T* weight, const T* grad, T* row_mean, T* column_mean, int64_t experts, int64_t rows, int64_t width,
                   T step_size, T beta2, T eps, T keep) {
@@ -297,6 +352,12 @@ TORCH_LIBRARY(nmt_moe, library) {
       "Tensor(a!) grad_outputs, Tensor(b!) grad_cell, Tensor(c!) grad_gates, Tensor(d!) grad_contexts, "
       "Tensor(e!) grad_scaled, Tensor(f!) grad_queries, Tensor(g!) grad_scores, Tensor(h!) grad_hidden) -> ()");
   library.def(
+      "cross_entropy(Tensor logits, Tensor target, int ignored, Tensor(a!) nll, Tensor(b!) smooth, "
+      "Tensor(c!) log_sums) -> ()");
+  library.def(
+      "cross_entropy_backward(Tensor logits, Tensor target, int ignored, Tensor log_sums, Tensor grad_nll, "
+      "Tensor grad_smooth, Tensor(a!) grad_logits) -> ()");
+  library.def(
       "factored_adam(Tensor(a!) weight, Tensor grad, Tensor(b!) row_mean, Tensor(c!) column_mean, float step_size, "
       "float beta2, float eps, float keep) -> ()");
 }
@@ -307,6 +368,8 @@ TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
   library.impl("lstm_backward", lstm_backward);
   library.impl("attentive_forward", attentive_forward);
   library.impl("attentive_backward", attentive_backward);
+  library.impl("cross_entropy", cross_entropy);
+  library.impl("cross_entropy_backward", cross_entropy_backward);
   library.impl("factored_adam", factored_adam);
 }
 

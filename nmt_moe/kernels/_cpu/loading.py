@@ -44,7 +44,8 @@ def load() -> Any | None:
     operators = torch.ops.nmt_moe
     names = (
         *("lstm_step", "lstm_forward", "lstm_backward"),
-        *("attentive_forward", "attentive_backward", "factored_adam"),
+        *("attentive_forward", "attentive_backward"),
+        *("cross_entropy", "cross_entropy_backward", "factored_adam"),
     )
     # Their only overloads: looking up the right one takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})

@@ -213,6 +213,45 @@ void attend_backward(const T* __restrict squashed, const T* __restrict scale, co
   }
 }
 
+// NaN stays: the largest may miss it, the sums do not.
+template <typename T>
+void log_sum_exp(const T* __restrict logits, T* log_sum, T* sum, int64_t width) {
+  T largest = logits[0];
+  T peaks[PARTS], exponentials[PARTS] = {}, plain[PARTS] = {};
+  std::fill(peaks, peaks + PARTS, largest);
+  int64_t start = 0;
+  for (; start + PARTS <= width; start += PARTS) {
+    for (int64_t at = 0; at < PARTS; ++at) {
+      peaks[at] = logits[start + at] > peaks[at] ? logits[start + at] : peaks[at];
+    }
+  }
+  for (int64_t at = 0; start + at < width; ++at) {
+    peaks[at] = logits[start + at] > peaks[at] ? logits[start + at] : peaks[at];
+  }
+  for (int64_t at = 0; at < PARTS; ++at) largest = peaks[at] > largest ? peaks[at] : largest;
+  for (start = 0; start + PARTS <= width; start += PARTS) {
+    for (int64_t at = 0; at < PARTS; ++at) {
+      exponentials[at] += exp_negative(logits[start + at] - largest);
+      plain[at] += logits[start + at];
+    }
+  }
+  for (int64_t at = 0; start + at < width; ++at) {
+    exponentials[at] += exp_negative(logits[start + at] - largest);
+    plain[at] += logits[start + at];
+  }
+  *log_sum = largest + std::log(join(exponentials));
+  *sum = join(plain);
+}
+
+template <typename T>
+void softmax_gradient(const T* __restrict logits, T log_sum, T scale, T shift, T* __restrict grads, int64_t width) {
+  for (int64_t at = 0; at < width; ++at) {
+    // A logit above its row's sum by a rounding error counts as the sum.
+    const T below = logits[at] - log_sum;
+    grads[at] = madd(scale, exp_negative(below > T(0) ? T(0) : below), shift);
+  }
+}
+
 template <typename T>
 void square_sums(const T* __restrict block, T* __restrict row_sums, T* __restrict column_sums, int64_t rows,
                  int64_t width) {
@@ -252,7 +291,7 @@ void factored_update(T* __restrict weight, const T* __restrict grad, const T* __
 
 template <typename T>
 constexpr Loops<T> loops{lstm_forward<T>, lstm_backward<T>, attend<T>,
-                            attend_backward<T>, square_sums<T>, factored_update<T>};
+                            attend_backward<T>, log_sum_exp<T>, softmax_gradient<T>, square_sums<T>, factored_update<T>};
 
 }  // namespace
 

@@ -26,6 +26,12 @@ struct Loops {
                           const T* grad_context, const T* grad_weights, T* grad_scores, T* grad_scaled, T* grad_query,
                           int64_t length, int64_t width);
 
+  // The logarithm of the sum of a row's exponentials, and the row's sum.
+  void (*log_sum_exp)(const T* logits, T* log_sum, T* sum, int64_t width);
+
+  // grads = scale e^(logits - log_sum) + shift.
+  void (*softmax_gradient)(const T* logits, T log_sum, T scale, T shift, T* grads, int64_t width);
+
   // Sums of squares of a (rows, width) block: each row's are written, each column's added.
   void (*square_sums)(const T* block, T* row_sums, T* column_sums, int64_t rows, int64_t width);
 

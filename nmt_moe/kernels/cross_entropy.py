@@ -1,0 +1,52 @@
+"""Cross-entropy of logits on the CPU, plain and smoothed, in one pass there and one back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmt_moe.kernels import _memory
+from nmt_moe.kernels._cpu import load
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """Compute -log p of each row's target, and the sum of -log p over all classes.
+
+    No (N, V) tensor is made but the gradient of the logits.
+
+    Args:
+        logits: (N, V) float32 or float64 on the CPU; `has_compiled_loops` is true of it.
+        target: (N,) int64, from 0 to V - 1, or `ignored`.
+        ignored: The target of rows that count nothing, such as padding.
+
+    Returns:
+        (N,) negative log-likelihoods, and (N,) their sums over the classes, of which label
+        smoothing takes a share. 0 in rows that are ignored.
+
+    Raises:
+        IndexError: if a target is no class.
+    """
+    sums: tuple[Tensor, Tensor] = _CrossEntropy.apply(
+        logits.contiguous(), target.contiguous(), ignored
+    )
+    return sums
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        nll, smooth, log_sums = logits.new_empty(3, len(logits)).unbind(0)
+        load().cross_entropy(logits, target, ignored, nll, smooth, log_sums)
+        ctx.save_for_backward(logits, target, log_sums)
+        ctx.ignored = ignored
+        return nll.clone(), smooth.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nll: Tensor, grad_smooth: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, log_sums = ctx.saved_tensors
+        grad_logits = _memory.empty(logits.shape, logits)
+        grads = grad_nll.contiguous(), grad_smooth.contiguous()
+        load().cross_entropy_backward(logits, target, ctx.ignored, log_sums, *grads, grad_logits)
+        return grad_logits, None, None
