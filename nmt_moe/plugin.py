@@ -7,10 +7,11 @@ import pkgutil
 def register() -> None:
     """Import every shell module, so that fairseq knows all names of the plugin.
 
-    `--user-dir nmt_moe` does the same, but only where `nmt_moe` was not imported before: else
-    fairseq merely notes "already imported". Tests and tools call this; twice does no harm.
+    `--user-dir nmt_moe` does the same, but only if `nmt_moe` has not been imported before:
+    otherwise fairseq merely logs "already imported". Tests and tools call this function; calling it
+    again is harmless.
     """
-    # The order in which fairseq walks a plugin; tasks/__init__.py brings compat, criterions, optim.
+    # fairseq's own order for a plugin; tasks/__init__.py imports compat, criterions and optim.
     for folder in ("tasks", "models"):
         package = importlib.import_module(f"nmt_moe.{folder}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

@@ -1,4 +1,4 @@
-"""GNMT's beam search under fairseq's commands and tasks, put there by importing this package."""
+"""GNMT's beam search for fairseq's commands and tasks, installed by importing this package."""
 
 from nmt_moe.generation.options import add_gnmt_search
 

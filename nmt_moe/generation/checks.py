@@ -1,4 +1,4 @@
-"""Refuse options of a search that fairseq ignores, or that end in a traceback of its own."""
+"""Reject search options that fairseq ignores, or that would end in a traceback."""
 
 import ast
 import difflib
@@ -18,24 +18,24 @@ from torch import nn
 from nmt_moe.checks import check_choice, check_range
 from nmt_moe.search import SearchConfig
 
-# Least values of fairseq's options.
+# Smallest values of fairseq's options.
 LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "prefix_size": 0}
 LEAST |= {"no_repeat_ngram_size": 0, "num_workers": 0, "seed": 0, "num_shards": 1}
 LEAST |= {"batch_size": 1, "max_tokens": 1}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
-# Of these, decoding twice changes nothing.
+# Decoding twice with these changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
-# What fairseq can take out of translations.
+# The piece formats that fairseq can remove from translations.
 REMOVABLE = (
     *("sentencepiece", "wordpiece", "letter", "silence", "_EOW", "subword_nmt", "@@ ", "@@"),
     "none",
 )
-# fairseq-eval-lm adds up the losses of a word's pieces, which it knows by their end.
+# fairseq-eval-lm adds up the losses of a word's pieces, which it recognises by their ending.
 REMOVABLE_OF_LM = ("subword_nmt", "@@ ")
 
 
 def check_evaluation(args: Any) -> None:
-    """Check what fairseq-eval-lm alone takes; of other commands, nothing is looked at.
+    """Check options that only fairseq-eval-lm has; ignore other commands.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -53,12 +53,12 @@ def check_evaluation(args: Any) -> None:
 
 
 def flag(name: str) -> str:
-    """Return an option as it is written on the command line."""
+    """Return an option's spelling on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def check_generation(args: Any) -> None:
-    """Check options of a search, in any namespace; those it lacks are not looked at.
+    """Check the search options of any namespace, ignoring those it lacks.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -92,7 +92,7 @@ def check_generation(args: Any) -> None:
 
 
 def check_overrides(text: str) -> None:
-    """Refuse `--model-overrides` that are not a Python dictionary.
+    """Reject `--model-overrides` that are not a Python dictionary.
 
     Raises:
         ValueError: naming the option and its value.
@@ -112,7 +112,10 @@ def _check_sampling(args: Any, beam: int) -> None:
     if not getattr(args, "sampling", None):
         for name in ("sampling_topk", "sampling_topp"):
             if (getattr(args, name, None) or -1) > 0:
-                raise ValueError(f"`{flag(name)}` has an effect only with `--sampling`.")
+                raise ValueError(
+                    f"`{flag(name)}` has an effect only with `--sampling`. Add that, or leave it "
+                    "out."
+                )
         if (getattr(args, "nbest", None) or 1) > beam:
             raise ValueError(f"`--nbest` must be at most `--beam` {beam}, but is {args.nbest}.")
         return
@@ -130,11 +133,11 @@ def _check_sampling(args: Any, beam: int) -> None:
 
 
 def check_pieces(args: Any) -> None:
-    """Refuse to join pieces twice, or pieces of an unknown kind.
+    """Reject joining pieces twice, or pieces of an unknown kind.
 
     Raises:
-        ValueError: `--remove-bpe` is unknown, or beside a `--bpe` that would take the spaces of
-            its result out.
+        ValueError: if `--remove-bpe` is unknown, or is combined with a `--bpe` that would remove
+            all spaces from its result.
     """
     bpe, removed = getattr(args, "bpe", None), getattr(args, "post_process", None)
     if removed is not None:
@@ -142,18 +145,18 @@ def check_pieces(args: Any) -> None:
         check_choice("--remove-bpe", removed, REMOVABLE_OF_LM if is_lm else REMOVABLE)
     if removed and bpe and bpe not in PLAIN_BPE:
         raise ValueError(
-            f"`--remove-bpe {removed}` joins pieces that `--bpe {bpe}` joins again, which takes "
-            f"all spaces out. Leave `--remove-bpe` out: lines `D-` are without pieces."
+            f"`--remove-bpe {removed}` joins pieces that `--bpe {bpe}` joins again, which removes "
+            "all spaces. Leave `--remove-bpe` out: the D- lines have no pieces anyway."
         )
 
 
 def check_retained_dropout(prepare: Callable) -> Callable:
-    """Refuse `--retain-dropout` for a model whose dropout it does not reach.
+    """Reject `--retain-dropout` for a model whose dropout it does not reach.
 
-    Reason: fairseq reaches only its own modules, by their names, and ignores all else.
+    Reason: fairseq reaches only its own modules, by name, and ignores all others.
 
     Raises:
-        ValueError: naming the options and the modules there are.
+        ValueError: naming the option and the modules that can be reached.
     """
 
     def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
@@ -164,9 +167,9 @@ def check_retained_dropout(prepare: Callable) -> Callable:
             missing = set(wanted or ()) - set(names)
             if not modules or missing:
                 raise ValueError(
-                    f"`--retain-dropout` must reach dropout of a {type(model).__name__}, which has "
-                    f"{', '.join(names) or 'none that it reaches'}, but asks for "
-                    f"{', '.join(sorted(missing)) or 'all'}. Leave it out."
+                    f"`--retain-dropout` must name dropout modules of a {type(model).__name__} "
+                    f"that it can reach, {', '.join(names) or 'of which there are none'}, but asks "
+                    f"for {', '.join(sorted(missing)) or 'all'}. Leave it out."
                 )
         elif wanted:
             raise ValueError(
@@ -178,12 +181,13 @@ def check_retained_dropout(prepare: Callable) -> Callable:
 
 
 def apply_shards(args: Namespace) -> None:
-    """Let fairseq-generate translate one shard of its data, and refuse shards where none are cut.
+    """Let fairseq-generate translate one shard of its data; reject shards in other commands.
 
-    Reason: fairseq-generate takes the shard from the options of processes, of which it has one.
+    Reason: fairseq-generate reads the shard from the options for processes, but has only one
+    process.
 
     Raises:
-        ValueError: the command does not cut its data, or has no such shard.
+        ValueError: if the command does not divide its data into shards, or has no such shard.
     """
     count, shard = getattr(args, "num_shards", 1) or 1, getattr(args, "shard_id", 0) or 0
     if (count, shard) == (1, 0):
@@ -195,7 +199,7 @@ def apply_shards(args: Namespace) -> None:
     if not hasattr(args, "beam") or hasattr(args, "buffer_size"):
         raise ValueError(
             f"`--num-shards` is for fairseq-generate and fairseq-eval-lm, but is {count}. Leave it "
-            "out; this command does not cut its data into shards."
+            "out; this command does not divide its data into shards."
         )
     args.distributed_world_size, args.distributed_rank = count, shard
 
@@ -219,7 +223,7 @@ def check_bleu_options(build: Callable) -> Callable:
 
 
 def read_json(option: str, text: str | None) -> dict[str, Any]:
-    """Read an option that is a JSON object."""
+    """Parse an option that is a JSON object."""
     try:
         found = json.loads(text or "")
     except json.JSONDecodeError as error:
@@ -232,14 +236,14 @@ def read_json(option: str, text: str | None) -> dict[str, Any]:
 
 
 def check_types(option: str, values: dict[str, Any]) -> None:
-    """Check names and types of the options of a search."""
+    """Check the names and types of search options."""
     kinds: dict[str, Any] = {field.name: field.type for field in fields(GenerationConfig)}
     kinds |= dict.fromkeys(SearchConfig.__dataclass_fields__, float)
     for name, value in values.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"`{option}`: there is no option '{name}' of a search.{hint}")
+            raise ValueError(f"`{option}`: there is no search option '{name}'.{hint}")
         kind = kinds[name]
         allowed: Any = {int: int, float: (int, float), bool: bool}.get(kind, object)
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind in (int, float)):

@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 class RowEnsemble(EnsembleModelWithAlignment):
-    """fairseq's ensemble for rows that need not come W by W."""
+    """fairseq's ensemble, for any number of rows per sentence instead of always W."""
 
     def set_decoder_beam_size(self, beam_size: int) -> None:
-        """Switch off what takes rows W by W, also if another generator has switched it on."""
+        """Switch off optimisations that assume W rows per sentence, whoever switched them on."""
         for module in self.modules():
             if getattr(module, "beam_size", None) is not None:  # BeamableMM, MultiheadAttention
                 module.beam_size = 1
-            # BART replaces this by a function that reorders nothing.
+            # BART replaces this with a function that reorders nothing.
             vars(module).pop("reorder_encoder_out", None)
 
 
 @dataclass
 class EnsembleState:
-    """What an ensemble keeps of R rows.
+    """The state of an ensemble for R rows.
 
     Attributes:
         ensemble: The models.
-        encoder_outs: Of each model; None without encoders.
-        incremental_states: Of each model's decoder, as fairseq keeps it.
+        encoder_outs: Encoder output of each model; None without encoders.
+        incremental_states: State of each model's decoder, in fairseq's form.
         sentence: (R,) int64, the sentence of each row.
     """
 
@@ -37,12 +37,13 @@ class EnsembleState:
     sentence: Tensor
 
     def reorder(self, rows: Tensor) -> Self:
-        """Pick rows: (R',) int64, the old row of each new one. The old state is used up."""
+        """Select rows: (R',) int64, the old row of each new one. The old state becomes invalid."""
         sentence = self.sentence[rows]
         if not torch.equal(sentence, self.sentence):
             if len(sentence) == len(self.sentence):
-                # Attention of fairseq's Transformer takes an equal number of rows for a sign that
-                # all stay with their sentences, and keeps its keys: so one row more in between.
+                # If the number of rows is unchanged, the attention of fairseq's Transformer assumes
+                # that all stay with their sentences and keeps its keys. Reordering to one more row
+                # in between avoids that.
                 self._reorder_decoders(torch.cat([rows, rows[:1]]))
                 self.encoder_outs = self.ensemble.reorder_encoder_out(self.encoder_outs, rows)
                 rows = torch.arange(len(rows), device=rows.device)
@@ -58,12 +59,12 @@ class EnsembleState:
 
 @dataclass
 class EnsembleStep:
-    """Predict the next token of each row by the mean of the models' probabilities.
+    """Predict the next token of each row from the mean of the models' probabilities.
 
     Attributes:
-        temperature: What logits are divided by.
-        lm_model: A language model whose log-probabilities are added, times
-        lm_weight: this.
+        temperature: Divisor of the logits.
+        lm_model: A language model whose log-probabilities are added.
+        lm_weight: The factor of those log-probabilities.
     """
 
     temperature: float = 1.0
@@ -73,7 +74,7 @@ class EnsembleStep:
     def __call__(
         self, tokens: Tensor, state: EnsembleState
     ) -> tuple[Tensor, Tensor | None, EnsembleState]:
-        """Decode a step: (R, T) tokens give (R, V) log-probabilities and (R, S) attention."""
+        """Decode a step: map (R, T) tokens to (R, V) log-probabilities and (R, S) attention."""
         log_probs, attention = state.ensemble.forward_decoder(
             tokens, state.encoder_outs, state.incremental_states, self.temperature
         )

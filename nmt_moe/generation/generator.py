@@ -24,15 +24,15 @@ ALIGNMENTS = {"hard": utils.extract_hard_alignment, "soft": utils.extract_soft_a
 
 
 class GNMTGenerator(SequenceGenerator):
-    """Read fairseq's options and batches, search, and return fairseq's form of hypotheses.
+    """Search with fairseq's options and batches, and return hypotheses in fairseq's form.
 
     Args:
-        models: Of an ensemble.
+        models: The models of the ensemble.
         tgt_dict: The target dictionary.
         search_config: GNMT's options.
-        print_alignment: `hard` or `soft`: every hypothesis gets its `alignment`.
-        left_pad_target: Whether models that align whole translations take them padded on the left.
-        options: fairseq's, as of `SequenceGenerator`.
+        print_alignment: `hard` or `soft` to add an `alignment` to every hypothesis.
+        left_pad_target: Whether models that align whole translations expect padding on the left.
+        options: fairseq's options, as for `SequenceGenerator`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GNMTGenerator(SequenceGenerator):
         bos_token: int | None = None,
     ) -> list[list[dict[str, Any]]]:
         if constraints is not None:
-            raise NotImplementedError("`RescoringGenerator` searches with constraints.")
+            raise NotImplementedError("Use `RescoringGenerator` to search with constraints.")
         net_input = sample["net_input"]
         source = next(net_input[name] for name in SOURCES if name in net_input)
         start = torch.full((len(source),), self.eos, device=source.device)
@@ -108,7 +108,7 @@ class GNMTGenerator(SequenceGenerator):
     def _align(
         self, found: list[list[dict[str, Any]]], net_input: dict[str, Tensor], extract: Callable
     ) -> None:
-        """Set the `alignment` of hypotheses, and the attention it is read from where models align.
+        """Set the `alignment` of hypotheses, and their attention if the models align by themselves.
 
         Source: Garg et al. 2019, for models that align whole translations.
         """
@@ -133,12 +133,12 @@ class GNMTGenerator(SequenceGenerator):
 
 
 class RescoringGenerator:
-    """Score and rank what another generator of fairseq finds: for searches with constraints.
+    """Score and rank the hypotheses of another fairseq generator, for searches with constraints.
 
-    The penalties only rank finished hypotheses, so any search can have them afterwards.
+    The penalties only rank finished hypotheses, so they can be applied after any search.
 
     Args:
-        generator: As fairseq's task builds it.
+        generator: The generator that fairseq's task builds.
         search_config: The penalties.
     """
 
@@ -150,7 +150,7 @@ class RescoringGenerator:
     def generate(
         self, models: Any, sample: dict[str, Any], **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
-        """Generate, score again and sort."""
+        """Generate, rescore and sort."""
         found = self.generator.generate(models, sample, **kwargs)
         words = None
         if self.search_config.coverage_penalty_beta:
@@ -179,18 +179,18 @@ SOURCES = ("src_tokens", "source", "features")
 
 
 def source_words(net_input: dict[str, Any], dictionary: Any) -> Tensor:
-    """Return (B, S) bool: neither padding nor end mark.
+    """Return (B, S) bool: True where the source is neither padding nor end mark.
 
     Raises:
-        ValueError: the source is not a text.
+        ValueError: if the source is not text.
     """
     src_tokens = net_input.get("src_tokens")
     if src_tokens is None or src_tokens.is_floating_point():
         raise ValueError(
             "`--coverage-penalty-beta` counts the words of a source text, but the source of this "
-            "task is not text. Leave it 0."
+            "task is not text. Set it to 0."
         )
-    # The dictionary's end mark: a generator's may be another token, such as a language.
+    # Use the dictionary's end mark: a generator's may be another token, such as a language's.
     return src_tokens.ne(dictionary.pad()) & src_tokens.ne(dictionary.eos())
 
 

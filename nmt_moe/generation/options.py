@@ -1,18 +1,18 @@
-"""Give fairseq-generate, fairseq-interactive and every task's generator GNMT's search.
+"""Add GNMT's search to fairseq-generate, fairseq-interactive and every task's generator.
 
-The way of an option from the command line to the search, and what is replaced on it:
+How an option gets from the command line to the search, and what is replaced on the way:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
-   looks up `add_generation_args` only then: the replacement adds ours, whatever the task.
-2. Of the parsed arguments, fairseq keeps those that its dataclasses list. Ours are appended to the
-   list of overrides it makes for Hydra (`override_module_args`), so that they arrive in
-   `cfg.generation` beside `beam` and `lenpen`; only if set, so no other configuration changes.
-3. Tasks hand `cfg.generation` to `FairseqTask.build_generator`. Its replacement reads the options
-   and passes our generator as `seq_gen_cls`. It reads them from any namespace, so
-   `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` works too. With all options 0 it calls
-   fairseq's own with the arguments it got: nothing differs.
+   looks up `add_generation_args` only then; our replacement adds our options, whatever the task.
+2. fairseq keeps only parsed arguments that its dataclasses list. Ours are appended to its list of
+   overrides for Hydra (`override_module_args`), so that they arrive in `cfg.generation` beside
+   `beam` and `lenpen`; only if set, so no other configuration changes.
+3. Tasks pass `cfg.generation` to `FairseqTask.build_generator`. Our replacement reads the options
+   and passes our generator as `seq_gen_cls`. It accepts any namespace, so that
+   `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` works too. With all options 0 it calls the
+   original with unchanged arguments.
 
-fairseq has no registry of searches, and a task of our own would leave out users of other tasks.
+fairseq has no registry of searches, and a task of our own would exclude users of other tasks.
 """
 
 import functools
@@ -44,11 +44,11 @@ HELP = {
     "GNMT: 0.2",
     "coverage_penalty_beta": "add beta times the sum over source words of log min(attention "
     "received, 1); GNMT: 0.2",
-    "beam_prune": "GNMT's beamsize: leave out tokens more than this below the best of the step, "
+    "beam_prune": "GNMT's beamsize: prune tokens that score more than this below the step's best, "
     "and finished hypotheses more than this below the best (nats); GNMT: 3.0",
 }
 NAMES = [field.name for field in fields(SearchConfig)]
-# What else chooses tokens or lengths: fairseq's name, its value if not given.
+# Other options that choose tokens or lengths: fairseq's name and default.
 OTHER_SEARCHES = {
     "sampling": False,
     "diverse_beam_groups": -1,
@@ -59,7 +59,7 @@ OTHER_SEARCHES = {
 
 
 def add_gnmt_search() -> None:
-    """Add the options and the search behind them to fairseq."""
+    """Add the options, and the search behind them, to fairseq."""
     replace(options, "add_generation_args", _adding_options)
     replace(dataclass_utils, "override_module_args", _keeping_options)
     replace(FairseqTask, "build_generator", _building)
@@ -80,14 +80,14 @@ def _adding_options(add: Callable) -> Callable:
 
 def _keeping_options(make: Callable) -> Callable:
     def override_module_args(args: Namespace) -> tuple[list[str], list[str]]:
-        # Bad values are refused before any model is read.
+        # Reject bad values before any model is read.
         config = read_config(args)
         check_pieces(args)
         check_evaluation(args)
         apply_shards(args)
         overrides, deletes = make(args)
         set_names = [name for name in NAMES if getattr(config, name)]
-        # ++: also where the configuration lacks the name.
+        # ++ works even if the configuration lacks the name.
         overrides += [f"++generation.{name}={getattr(config, name)!r}" for name in set_names]
         return overrides, deletes
 
@@ -95,10 +95,10 @@ def _keeping_options(make: Callable) -> Callable:
 
 
 def read_config(args: Any) -> SearchConfig:
-    """Read the options of a namespace or configuration; those it lacks are off.
+    """Read the options from a namespace or configuration; missing ones are off.
 
     Raises:
-        ValueError: a value is out of range, or two options do not go together.
+        ValueError: if a value is out of range, or two options cannot be combined.
     """
     config = SearchConfig(**{name: float(getattr(args, name, None) or 0.0) for name in NAMES})
     if config.is_on:
@@ -118,8 +118,8 @@ def _check_together(config: SearchConfig, args: Any) -> None:
             )
     if config.beam_prune and getattr(args, "constraints", None):
         raise ValueError(
-            "`--beam-prune` might prune the words that `--constraints` asks for. Leave one of them "
-            "out; the two penalties work with constraints."
+            "`--beam-prune` might prune the words that `--constraints` requires. Leave one of "
+            "them out; both penalties work with constraints."
         )
     if config.changes_scores:
         if getattr(args, "unnormalized", False):
@@ -147,7 +147,7 @@ def _building(build: Callable) -> Callable:
                 raise ValueError(
                     f"The task {type(task).__name__} has a search of its own, so "
                     "`--length-penalty-alpha`, `--coverage-penalty-beta` and `--beam-prune` have "
-                    "no effect. Leave them 0."
+                    "no effect. Set them to 0."
                 )
             if config.coverage_penalty_beta:
                 _keep_attention(models)
@@ -163,7 +163,7 @@ def _building(build: Callable) -> Callable:
     return build_generator
 
 
-# Imported late: only commands that search need them.
+# Imported late, because only commands that search need them.
 def _generator_class() -> type:
     from nmt_moe.generation.generator import GNMTGenerator
 
@@ -177,7 +177,7 @@ def _rescoring(generator: Any, config: SearchConfig) -> Any:
 
 
 def _keep_attention(models: Sequence[Any]) -> None:
-    # Some of fairseq's decoders (lstm, fconv) give it only where `--print-alignment` needs it.
+    # Some of fairseq's decoders (lstm, fconv) return it only if `--print-alignment` needs it.
     for model in models:
         if hasattr(getattr(model, "decoder", None), "need_attn"):
             model.decoder.need_attn = True

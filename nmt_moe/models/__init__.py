@@ -1,7 +1,7 @@
-"""Models registered with fairseq, which imports this folder file by file.
+"""Models registered with fairseq, which imports this package module by module.
 
-It imports `tasks/` in the same way, but only if there is a file in it, so what it does not look for
-by itself is imported in both places.
+fairseq imports `tasks/` in the same way, if it exists; what fairseq does not look for is
+therefore imported in both packages.
 """
 
 from nmt_moe import compat as compat

@@ -1,4 +1,4 @@
-"""Notice a checkpoint that was trained with another dictionary."""
+"""Detect a checkpoint that was trained with another dictionary."""
 
 import hashlib
 from typing import Any, Dict, List
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class DictionaryCheck(nn.Module):
-    """Keep a digest of a dictionary in the checkpoint, and compare it on loading.
+    """Store a digest of a dictionary in the checkpoint, and compare it on loading.
 
-    fairseq keeps no dictionary in a checkpoint, and pads them to multiples of 8: another one often
-    has the same size, loads without a word, and every translation is wrong.
+    fairseq stores no dictionary in a checkpoint, and pads dictionaries to multiples of 8: another
+    one often has the same size, loads silently, and makes every translation wrong.
 
     Attributes:
-        digest: Scalar int64, of all symbols in their order.
+        digest: Scalar int64, computed from all symbols in order.
     """
 
     digest: Tensor
@@ -37,7 +37,7 @@ class DictionaryCheck(nn.Module):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
-        digest = state_dict.get(f"{prefix}digest", self.digest)  # none in early checkpoints
+        digest = state_dict.get(f"{prefix}digest", self.digest)  # absent from early checkpoints
         if not self.digest.cpu().equal(digest.cpu()):
             error_msgs.append(
                 f"the {self.side} dictionary of {self.size} symbols is not the one that the "

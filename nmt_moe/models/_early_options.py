@@ -1,4 +1,4 @@
-"""Read checkpoints whose options have the names of version 0.1.0."""
+"""Read checkpoints whose options have their names of version 0.1.0."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from nmt_moe.compat._replace import replace
 
 
 def rename_early_options(model: Any) -> None:
-    """Give the options of a checkpoint's model their present names.
+    """Rename the options of a checkpoint's model to their present names.
 
-    fairseq drops options that the model does not know, so that early ones would silently become
-    the defaults. The options of other models are left as they are.
+    fairseq drops options that the model does not know, so early ones would silently fall back to
+    the defaults. The options of other models stay as they are.
     """
     if isinstance(model, Namespace):
         model = vars(model)

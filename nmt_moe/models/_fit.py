@@ -1,4 +1,4 @@
-"""Whether a checkpoint's parameters are those of the model that its configuration describes."""
+"""Check that a checkpoint's parameters match the model that its configuration describes."""
 
 from copy import deepcopy
 from math import prod
@@ -14,22 +14,23 @@ from nmt_moe.checkpoints.files import COPY_AGAIN
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Endings of settings that are sizes, and the largest that any model may have.
+# Suffixes of settings that are sizes, and the largest value allowed in any model.
 SIZES = ("_layers", "_dim", "num_experts", "num_groups")
 LARGEST_SIZE = 2**17
-# Parameters with a row for each symbol of the source's and the target's dictionary.
+# Parameters with a row for each symbol of the source and of the target dictionary.
 SIZED_BY_SOURCE = ("encoder.network.embedding.weight", "decoder.network.embedding.weight")
 SIZED_BY_TARGET = ("decoder.network.embedding.weight", "decoder.output.weight")
 
 
 def check_size(path: str, state: dict[str, Any]) -> None:
-    """Reject a configuration that asks for a much larger model than the checkpoint holds.
+    """Reject a configuration of a much larger model than the checkpoint holds.
 
-    Reason: it would be built first, with a claim of 10^9 experts in as many gigabytes.
+    Reason: the model is built before its weights are loaded; a forged 10^9 experts would take as
+    many gigabytes.
 
     Args:
         path: The checkpoint.
-        state: Its content, with all experts.
+        state: Its contents, with all experts.
 
     Raises:
         ValueError: naming the setting that is too large, or both sizes.
@@ -37,10 +38,10 @@ def check_size(path: str, state: dict[str, Any]) -> None:
     cfg = _configuration(state)
     have = _shapes(state)
     largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
-    # In a container, an option that is missing is "???" instead of an error.
+    # In a container, a missing option is "???"; elsewhere it is an error.
     settings: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
     for key, value in settings.items():
-        # Each layer has parameters: a claim of millions must not cost hours to refute.
+        # Each layer has parameters: millions of claimed layers must not take hours to reject.
         most = len(have) if str(key).endswith("_layers") else largest
         if isinstance(value, int) and str(key).endswith(SIZES) and value > most:
             raise ValueError(
@@ -52,16 +53,16 @@ def check_size(path: str, state: dict[str, Any]) -> None:
         claimed = sum(map(prod, _shapes_of_model(cfg, have).values()))
         if claimed > 2 * values + LARGEST_SIZE:
             raise ValueError(
-                f"`{path}` holds {values} values, but its configuration is of a model with "
+                f"`{path}` holds {values} values, but its configuration describes a model with "
                 f"{claimed}. {COPY_AGAIN}"
             )
 
 
 def check_fits_its_model(path: str) -> str | None:
-    """Read a checkpoint as every command does, and compare it with the model it is for.
+    """Read a checkpoint as every command does, and compare it with its model.
 
     Returns:
-        The model's name; None for a model of fairseq, whose parameters are not compared.
+        The model's name; None for one of fairseq's models, whose parameters are not compared.
 
     Raises:
         ValueError: naming the parameters that are missing, unexpected or of another shape.
@@ -69,13 +70,13 @@ def check_fits_its_model(path: str) -> str | None:
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     cfg = _configuration(state)
     if not getattr(cfg, "_name", None):
-        raise ValueError(f"`{path}` has no configuration of a model. Name another checkpoint.")
+        raise ValueError(f"`{path}` has no model configuration. Name another checkpoint.")
     if not _is_ours(cfg):
         return None
     have = _shapes(state)
     want = _shapes_of_model(cfg, have)
     faults = [f"{name} is missing" for name in want.keys() - have.keys()]
-    faults += [f"{name} is not a parameter of it" for name in have.keys() - want.keys()]
+    faults += [f"{name} is not one of its parameters" for name in have.keys() - want.keys()]
     faults += [
         f"{name} is {have[name]}, not {want[name]}"
         for name in want.keys() & have.keys()
@@ -104,17 +105,17 @@ def _shapes(state: dict[str, Any]) -> Shapes:
 
 
 def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
-    """Return the shapes of a configuration's model, with dictionaries of the size they had."""
+    """Return the shapes of a configuration's model, with dictionaries of the original sizes."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    # What is drawn for it must not change what a sampling search draws.
+    # Its random initialisation must not change what a sampling search draws later.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = models.build_model(deepcopy(cfg), task, from_checkpoint=True)
     return _shapes({"model": model.state_dict()})
 
 
 def _stand_in(shapes: Shapes, names: tuple[str, ...]) -> Dictionary:
-    """Return a dictionary with as many symbols as the first of the parameters has rows."""
+    """Return a dictionary with as many symbols as the first of `names` in `shapes` has rows."""
     sizes: list[Any] = [shapes[name] for name in names if shapes.get(name)]
     dictionary = Dictionary()
     for number in range(len(dictionary), sizes[0][0] if sizes else 0):

@@ -1,4 +1,4 @@
-"""The LSTMs' state between two steps, kept where fairseq's search keeps it."""
+"""The LSTMs' state between two steps, kept in fairseq's incremental state."""
 
 from typing import Dict, Optional
 
@@ -9,7 +9,7 @@ from nmt_moe.nn import LSTMState
 
 
 class LSTMDecoder(FairseqIncrementalDecoder):
-    """A decoder of LSTMs: their state moves with the hypotheses."""
+    """A decoder of LSTMs, whose state follows the hypotheses."""
 
     def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
         """Move each hypothesis' state to its new row."""

@@ -1,4 +1,4 @@
-"""Options that the models share, and their translation to the core's configurations."""
+"""Options that the models share, and their conversion to the core's configurations."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from fairseq.models import register_model_architecture
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
-# LSTMs have no longest sentence; fairseq wants a number. What the task allows limits first.
+# LSTMs have no maximal length, but fairseq needs a number. The task's limit is reached first.
 MAX_POSITIONS = 100_000
 
 GateChoice: Any = ChoiceEnum(GATES)
@@ -23,26 +23,29 @@ Config = TypeVar("Config")
 
 @dataclass
 class MoEOptions(FairseqDataclass):
-    """Options of both models; defaults are those of the paper's single-pair translation.
+    """Options of both models; the defaults are the paper's for a single language pair.
 
-    Each option that a core configuration has too has the same name there, so that the core's
-    errors name it. Aliases are the spellings of version 0.1.0.
+    An option that is also a field of a core configuration has the same name there, so the core's
+    errors name the option. Aliases are the spellings of version 0.1.0.
     """
 
     model_dim: int = field(
         default=512, metadata={"help": "width of embeddings and of every layer's output"}
     )
     init_range: float = field(
-        default=0.04, metadata={"help": "weights start uniform within this, gates and biases aside"}
+        default=0.04,
+        metadata={
+            "help": "initial weights are uniform within +-this, except those of gates and biases"
+        },
     )
     dense: bool = field(default=False, metadata={"help": "leave MoE layers out"})
     share_decoder_input_output_embed: bool = field(
-        default=False, metadata={"help": "use the decoder's embedding as softmax weights too"}
+        default=False, metadata={"help": "share the decoder's embedding with the softmax"}
     )
-    num_experts: int = field(default=32, metadata={"help": "experts of an MoE layer"})
+    num_experts: int = field(default=32, metadata={"help": "experts in an MoE layer"})
     top_k: int = field(
         default=MoEConfig.top_k,
-        metadata={"help": "experts of each token", "argparse_alias": "--moe-top-k"},
+        metadata={"help": "experts for each token", "argparse_alias": "--moe-top-k"},
     )
     hidden_dim: int = field(
         default=2048,
@@ -51,7 +54,7 @@ class MoEOptions(FairseqDataclass):
     recompute: RecomputeChoice = field(
         default=MoEConfig.recompute,
         metadata={
-            "help": "compute experts' hidden activations again in the backward pass instead of "
+            "help": "recompute experts' hidden activations in the backward pass instead of "
             "keeping them; auto: if --hidden-dim is at least 4096",
             "argparse_alias": "--expert-recompute",
         },
@@ -84,25 +87,26 @@ class MoEOptions(FairseqDataclass):
     expert_parallel_size: int = field(
         default=0,
         metadata={
-            "help": "processes that share the experts among them; 1: each has all; 0: as many as "
-            "divide both the number of processes and that of experts (or --num-groups)"
+            "help": "processes that share the experts among them; 1: each has all; 0: the "
+            "greatest common divisor of the number of processes and that of experts (or "
+            "--num-groups)"
         },
     )
 
 
 def other_default(name: str, default: Any) -> Any:
-    """Return an option of `MoEOptions` with another default."""
+    """Return a field of `MoEOptions` with another default."""
     return field(default=default, metadata=MoEOptions.__dataclass_fields__[name].metadata)
 
 
 def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
-    """Build a core configuration of the options of the same names, and `others`.
+    """Build a core configuration from the options of the same names and `others`.
 
     Raises:
         ValueError: naming the option, its rule and its value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
-    # What the options of an earlier version lack has its default.
+    # Options that an earlier version lacks take their defaults.
     values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
@@ -112,7 +116,7 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
     """Return the sizes of an MoE layer; None if the options leave it out.
 
     Args:
-        options: A dataclass, or what omegaconf made of it.
+        options: A dataclass, or an omegaconf container made from one.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -123,12 +127,12 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
 def expert_parallel_group(
     options: Any, moe: Optional[MoEConfig], other: Optional[MoEConfig] = None
 ) -> ExpertParallelGroup:
-    """Decide which process holds which experts; all processes must call.
+    """Decide which process holds which experts; all processes must call this.
 
     Args:
         options: As in `moe_config`.
         moe: The sizes of an MoE layer, if there is one.
-        other: Those of a second one. If it has another number of experts, each process has all.
+        other: The sizes of a second layer. If its number of experts differs, each process has all.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -148,7 +152,7 @@ def expert_parallel_group(
 
 
 def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:
-    """Register architectures of a model, each with the options it sets unless the user does."""
+    """Register architectures of a model, each with its defaults for options the user omits."""
 
     def setter(sizes: Dict[str, Any]) -> Callable[[Namespace], None]:
         def set_sizes(args: Namespace) -> None:

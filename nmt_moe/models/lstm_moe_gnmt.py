@@ -1,4 +1,4 @@
-"""`--arch lstm_moe_gnmt` and its relatives: the translation model as fairseq sees it."""
+"""`--arch lstm_moe_gnmt` and its variants: the translation model as fairseq sees it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
@@ -38,11 +38,11 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 
 @dataclass
 class LSTMMoEGNMTConfig(MoEOptions):
-    """Options of the model; defaults are the paper's single-pair model with 32 flat experts."""
+    """Options of the model; the defaults are the paper's single-pair model with 32 flat experts."""
 
     lstm_hidden_dim: int = field(
         default=GNMTConfig.lstm_hidden_dim,
-        metadata={"help": "cells of an LSTM, projected to --model-dim"},
+        metadata={"help": "cells in each LSTM, projected to --model-dim"},
     )
     encoder_layers: int = field(
         default=GNMTConfig.encoder_layers,
@@ -58,8 +58,8 @@ class LSTMMoEGNMTConfig(MoEOptions):
     attention_wiring: WiringChoice = field(
         default=GNMTConfig.attention_wiring,
         metadata={
-            "help": "recurrent: decoder LSTM 1 takes the context in; parallel: LSTM 1 runs over "
-            "all steps, then attends, and LSTM 2 takes the context in"
+            "help": "recurrent: decoder LSTM 1 receives the context; parallel: LSTM 1 first runs "
+            "over all steps, then attends, and LSTM 2 receives the context"
         },
     )
     dropout: float = field(
@@ -69,12 +69,12 @@ class LSTMMoEGNMTConfig(MoEOptions):
     decoder_num_experts: int = field(
         default=GNMTConfig.decoder_num_experts,
         metadata={
-            "help": "experts of the decoder's MoE layer, if not --num-experts (of a pruned model)"
+            "help": "experts in the decoder's MoE layer, if not --num-experts (for a pruned model)"
         },
     )
 
     def to_config(self) -> GNMTConfig:
-        """Translate to the core's configuration.
+        """Convert to the core's configuration.
 
         Raises:
             ValueError: naming the option, its rule and its value.
@@ -124,11 +124,11 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
         return self.network(src_tokens, src_tokens.eq(self.dictionary.pad()))
 
     def reorder_encoder_out(self, encoder_out: EncoderOutput, new_order: Tensor) -> EncoderOutput:
-        """Pick sentences by (B',) int64."""
+        """Select sentences by index: (B',) int64."""
         return encoder_out.reorder(new_order)
 
     def max_positions(self) -> int:
-        """Return the longest source."""
+        """Return the maximal source length."""
         return MAX_POSITIONS
 
 
@@ -159,9 +159,10 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         features_only: bool = False,
         **_: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give (B, T, V) logits and `attn`, `moe_stats`; with a state, of the last step alone.
+        """Return (B, T, V) logits and a dictionary with `attn` and `moe_stats`.
 
-        With `features_only`, give the (B, T, D) input of the softmax layer in the logits' place.
+        With an incremental state, only the last step is computed. With `features_only`, return the
+        (B, T, D) input of the softmax layer instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())
@@ -177,5 +178,5 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         }
 
     def max_positions(self) -> int:
-        """Return the longest target."""
+        """Return the maximal target length."""
         return MAX_POSITIONS

@@ -1,11 +1,11 @@
-"""The translation models, row by row: sizes over one dataclass."""
+"""The sizes of the translation models, one row each."""
 
 from typing import Any, Dict
 
 from nmt_moe.models import lstm_moe_gnmt as lstm_moe_gnmt  # registered first
 from nmt_moe.models._options import register_sizes
 
-# Trains on a laptop.
+# Small enough to train on a laptop.
 SMALL: Dict[str, Any] = {
     "model_dim": 256,
     "lstm_hidden_dim": 512,
@@ -16,12 +16,12 @@ SMALL: Dict[str, Any] = {
     "init_range": 0.08,
     "attention_wiring": "parallel",
 }
-# One network that every token takes instead of each MoE layer: dense, at equal operations.
+# Dense, with equal operations: one network for all tokens in place of each MoE layer.
 SMALL_DENSE = {**SMALL, "num_experts": 1, "top_k": 1, "hidden_dim": 1024}
 
-# The paper gives no number of groups for its hierarchies of 512 and 2048 experts. Here it is a
-# power of two near the square root of the number of experts, as in its language models, so that
-# both gates stay small.
+# The paper does not state the number of groups for 512 and 2048 experts. Here it is a power of two
+# near the square root of the number of experts, as in the paper's language models, so that both
+# gates stay small.
 STRICT_GROUPS: Dict[str, Any] = {"gate": "strictly_balanced", "top_k": 2}
 
 # Source: Shazeer et al. 2017, sections 5.3 and 5.4, Appendix E.
@@ -40,7 +40,7 @@ PAPER: Dict[str, Dict[str, Any]] = {
 LAPTOP: Dict[str, Dict[str, Any]] = {
     "lstm_moe_gnmt_small": SMALL,
     "lstm_gnmt_small": SMALL_DENSE,
-    # Twice the experts of one language pair, at the same operations.
+    # Twice the experts of the single-pair model, at the same operations.
     "lstm_moe_gnmt_multilingual_small": {**SMALL, "num_experts": 16},
     "lstm_gnmt_multilingual_small": SMALL_DENSE,
 }

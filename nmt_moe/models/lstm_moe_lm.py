@@ -1,4 +1,4 @@
-"""`--arch lstm_moe_lm` and its relatives: the language model as fairseq sees it."""
+"""`--arch lstm_moe_lm` and its variants: the language model as fairseq sees it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
@@ -23,19 +23,19 @@ from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
 
 @dataclass
 class LSTMMoELMConfig(MoEOptions):
-    """Options of the model; defaults are the paper's MoE-32."""
+    """Options of the model; the defaults are the paper's MoE-32."""
 
     lstm_hidden_dim: int = field(
         default=LSTMLMConfig.lstm_hidden_dim,
-        metadata={"help": "cells of an LSTM, projected to --model-dim unless equal to it"},
+        metadata={"help": "cells in each LSTM, projected to --model-dim unless equal to it"},
     )
     lstm_layers: int = field(
         default=LSTMLMConfig.lstm_layers,
-        metadata={"help": "LSTMs in all; the MoE layer follows the first"},
+        metadata={"help": "number of LSTMs; the MoE layer follows the first"},
     )
     expert_layers: int = field(
         default=LSTMLMConfig.expert_layers,
-        metadata={"help": "hidden layers of an expert; more than 1 only with --num-experts 1"},
+        metadata={"help": "hidden layers in an expert; more than 1 only with --num-experts 1"},
     )
     dropout: float = field(
         default=LSTMLMConfig.dropout, metadata={"help": "dropout on the output of every layer"}
@@ -45,7 +45,7 @@ class LSTMMoELMConfig(MoEOptions):
     load_weight: float = other_default("load_weight", 0.1)
 
     def to_config(self) -> LSTMLMConfig:
-        """Translate to the core's configuration.
+        """Convert to the core's configuration.
 
         Raises:
             ValueError: naming the option, its rule and its value.
@@ -59,7 +59,7 @@ class LSTMMoELM(FairseqLanguageModel):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoELM":
-        """Build the model of a task with one dictionary, whose end the output may leave out."""
+        """Build the model; the output may omit the last symbols of the task's dictionary."""
         config = LSTMMoELMConfig.to_config(cfg)
         group = expert_parallel_group(cfg, config.moe)
         dictionary, num_outputs = task.source_dictionary, len(task.target_dictionary)
@@ -81,9 +81,9 @@ class LSTMMoELM(FairseqLanguageModel):
 class LSTMMoELMDecoder(LSTMDecoder):
     """The network as fairseq calls it, with the softmax layer.
 
-    The LSTMs start every row of a batch from zero. What a row is, --sample-break-mode says: `eos`,
-    one sentence (the benchmark's are shuffled); `none` and `complete`, a run of text in which the
-    state is kept from sentence to sentence.
+    The LSTMs start every row of a batch from zero. --sample-break-mode decides what a row is: with
+    `eos`, one sentence (those of the benchmark are shuffled); with `none` and `complete`, a stretch
+    of text, in which the state is kept from sentence to sentence.
     """
 
     def __init__(
@@ -102,9 +102,10 @@ class LSTMMoELMDecoder(LSTMDecoder):
         features_only: bool = False,
         **_: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give (B, T, V) logits and `moe_stats`; with a state, of the last step alone.
+        """Return (B, T, V) logits and a dictionary with `moe_stats`.
 
-        With `features_only`, give the (B, T, D) input of the softmax layer in the logits' place.
+        With an incremental state, only the last step is computed. With `features_only`, return the
+        (B, T, D) input of the softmax layer instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())
@@ -120,13 +121,13 @@ class LSTMMoELMDecoder(LSTMDecoder):
     def extract_features(
         self, prev_output_tokens: Tensor, **kwargs: Any
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give (B, T, D) features instead of logits."""
+        """Return (B, T, D) features instead of logits."""
         return self(prev_output_tokens, features_only=True, **kwargs)
 
     def output_layer(self, features: Tensor, **_: Any) -> Tensor:
-        """Turn (..., D) features into (..., V) logits."""
+        """Compute (..., V) logits from (..., D) features."""
         return self.output(features)
 
     def max_positions(self) -> int:
-        """Return the longest sample."""
+        """Return the maximal sample length."""
         return MAX_POSITIONS

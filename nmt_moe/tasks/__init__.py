@@ -1,7 +1,7 @@
 """Tasks registered with fairseq.
 
-fairseq imports this folder first, before it parses arguments; so what it does not look for by
-itself is imported here.
+fairseq imports this package first, before it parses arguments, so the packages that fairseq does
+not look for are imported here.
 """
 
 from nmt_moe import compat as compat

@@ -1,4 +1,4 @@
-"""Languages and pairs of a multilingual task: their names, their tokens, the one dictionary."""
+"""Languages and pairs of a multilingual task: names, language tokens, the shared dictionary."""
 
 import os
 import re
@@ -23,7 +23,7 @@ class Pair:
 
 
 def language_token(language: str) -> str:
-    """Return the symbol that asks for a target language at the start of the source.
+    """Return the symbol that requests a target language at the start of the source.
 
     Source: Johnson et al. 2017, section 3.
     """
@@ -31,7 +31,7 @@ def language_token(language: str) -> str:
 
 
 def parse_pair(text: str, option: str) -> Pair:
-    """Read `en-fr`.
+    """Parse a pair such as `en-fr`.
 
     Raises:
         ValueError: naming the option and the text.
@@ -39,7 +39,7 @@ def parse_pair(text: str, option: str) -> Pair:
     languages = text.split("-")
     if len(languages) != 2 or not all(map(LANGUAGE.fullmatch, languages)):
         raise ValueError(
-            f"`{option}` must name pairs such as en-fr, with commas between, but has '{text}'."
+            f"`{option}` must name pairs such as en-fr, separated by commas, but has '{text}'."
         )
     if languages[0] == languages[1]:
         raise ValueError(f"`{option}`: source and target must differ, but are both in '{text}'.")
@@ -47,14 +47,14 @@ def parse_pair(text: str, option: str) -> Pair:
 
 
 def parse_pairs(text: str) -> List[Pair]:
-    """Read `--lang-pairs`, such as `en-fr,fr-en`.
+    """Parse `--lang-pairs`, such as `en-fr,fr-en`.
 
     Raises:
-        ValueError: naming what is malformed, twice there or missing.
+        ValueError: naming what is malformed, repeated or missing.
     """
     if not text:
         raise ValueError(
-            "`--lang-pairs` must name at least one pair, but is missing. Give the directions to "
+            "`--lang-pairs` must name at least one pair, but is missing. Name the directions to "
             "train, such as --lang-pairs en-fr,fr-en."
         )
     pairs = [parse_pair(word, "--lang-pairs") for word in text.split(",")]
@@ -65,10 +65,10 @@ def parse_pairs(text: str) -> List[Pair]:
 
 
 def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
-    """Read `--langs`, such as `en,fr`; when empty, take the languages as the pairs name them.
+    """Parse `--langs`, such as `en,fr`; if empty, return the languages in the order of the pairs.
 
     Raises:
-        ValueError: naming the language that is malformed, twice there, or missing for a pair.
+        ValueError: naming the language that is malformed, repeated, or missing for a pair.
     """
     if not text:
         return list(dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target)))
@@ -76,7 +76,7 @@ def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
     for language in languages:
         if not LANGUAGE.fullmatch(language):
             raise ValueError(
-                "`--langs` must name languages such as en, with commas between, "
+                "`--langs` must name languages such as en, separated by commas, "
                 f"but has '{language}'."
             )
         if languages.count(language) > 1:
@@ -88,20 +88,20 @@ def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
 
 
 def check_language(language: str, languages: Sequence[str], what: str) -> None:
-    """Refuse a language that the task does not have.
+    """Reject a language that the task does not have.
 
     Raises:
-        ValueError: naming it and all there are.
+        ValueError: naming it and all languages of the task.
     """
     if language not in languages:
         raise ValueError(f"{what} must be one of {', '.join(languages)}, but is '{language}'.")
 
 
 def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
-    """Read `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch of some pairs.
+    """Parse `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch over some pairs.
 
     Raises:
-        ValueError: naming the pair that is unknown, or the number that is none.
+        ValueError: naming the pair that is unknown, or the value that is not a number.
     """
     passes = {}
     for word in text.split(",") if text else []:
@@ -128,10 +128,10 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
 
 
 class LanguagesDictionary(Dictionary):
-    """A dictionary with a token for each language, which no text may hold.
+    """A dictionary with a token for each language, which never stands for text.
 
     Attributes:
-        language_marks: The tokens; typed in a text, they are unknown words.
+        language_marks: The tokens; in a text, the same characters are an unknown word.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -143,10 +143,10 @@ class LanguagesDictionary(Dictionary):
 
         Args:
             language: Its name.
-            path: What errors call the dictionary.
+            path: The dictionary's name in errors.
 
         Raises:
-            ValueError: the token is a word of the texts.
+            ValueError: if the token is a word of the texts.
         """
         token = language_token(language)
         if token in self:
@@ -160,7 +160,7 @@ class LanguagesDictionary(Dictionary):
 
 
 def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDictionary:
-    """Load the one dictionary of all languages and add their tokens, in the languages' order.
+    """Load the dictionary that all languages share and add their tokens, in the languages' order.
 
     Raises:
         FileNotFoundError: naming the language whose dictionary is missing.
@@ -181,7 +181,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDi
         if dictionary.symbols != dictionaries[first].symbols:
             raise ValueError(
                 f"all languages must share one dictionary, but `dict.{first}.txt` and "
-                f"`dict.{language}.txt` in {folder} differ. Give fairseq-preprocess the same "
+                f"`dict.{language}.txt` in {folder} differ. Run fairseq-preprocess with the same "
                 "--srcdict and --tgtdict for every pair."
             )
     shared = dictionaries[first]
@@ -191,7 +191,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDi
 
 
 def describe_languages(languages: Sequence[str], dictionary: Dictionary) -> Dict[str, Any]:
-    """Give what a checkpoint keeps, in types that torch's safe loader knows."""
+    """Return what a checkpoint stores, in types that torch's safe loader accepts."""
     return {
         "languages": list(languages),
         "tokens": [language_token(language) for language in languages],
@@ -202,34 +202,35 @@ def describe_languages(languages: Sequence[str], dictionary: Dictionary) -> Dict
 def check_languages(
     saved: Dict[str, Any], languages: Sequence[str], dictionary: Dictionary
 ) -> None:
-    """Refuse other languages, tokens or symbols than a checkpoint was trained with.
+    """Reject languages, tokens or symbols that differ from the checkpoint's.
 
     Raises:
         ValueError: naming the first difference.
     """
     if "languages" not in saved:
         raise ValueError(
-            "the checkpoint is not of a multilingual task: it stores no languages. Take one that "
-            "was trained with --task translation_multilingual_gnmt, or translate with its own task."
+            "the checkpoint is not of a multilingual task: it stores no languages. Use one that "
+            "was trained with --task translation_multilingual_gnmt, or translate with its own "
+            "task."
         )
     here = describe_languages(languages, dictionary)
     for key, what in (("languages", "`--langs` (or `--lang-pairs`)"), ("tokens", "tokens")):
         if saved[key] != here[key]:
             raise ValueError(
                 f"{what} must name the checkpoint's languages in its order, "
-                f"{','.join(saved[key])}, but give {','.join(here[key])}. "
-                f"Add --langs {','.join(saved['languages'])}."
+                f"{','.join(saved[key])}, but name {','.join(here[key])}. Add --langs "
+                f"{','.join(saved['languages'])}."
             )
     if saved["symbols"] != here["symbols"]:
         index, old, new = first_difference(saved["symbols"], here["symbols"])
         raise ValueError(
             f"the dictionary must be the checkpoint's, but symbol {index} is {new}, not {old}. "
-            "Name the data folder of the training."
+            "Name the data folder that was used for training."
         )
 
 
 def first_difference(old: Sequence[str], new: Sequence[str]) -> Tuple[int, str, str]:
-    """Return the index of the first difference of two unequal lists, and both symbols there."""
+    """Return the index of the first difference between two unequal lists, and both symbols."""
     same = (one == other for one, other in zip(old, new, strict=False))
     index = next((i for i, equal in enumerate(same) if not equal), min(len(old), len(new)))
     shown = [f"'{symbols[index]}'" if index < len(symbols) else "missing" for symbols in (old, new)]

@@ -1,4 +1,4 @@
-"""What a multilingual task logs of each pair and of each language."""
+"""What a multilingual task logs for each pair and for each language."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from nmt_moe.tasks._languages import Pair
 
 logger = logging.getLogger(__name__)
 
-# What fairseq counts for BLEU: matches and totals of 1- to 4-grams, lengths.
+# fairseq's counts for BLEU: matches and totals of 1- to 4-grams, lengths.
 BLEU_COUNTS = [f"_bleu_{kind}_{n}" for kind in ("counts", "totals") for n in range(4)]
 BLEU_COUNTS += ["_bleu_sys_len", "_bleu_ref_len"]
 LAYERS = ("encoder", "decoder")
@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
     """Copy what a batch of one pair logs into the pair's row; other rows are 0.
 
-    So all ranks log the same keys, whatever pair their batch is of, and fairseq can sum them.
+    Thus all ranks log the same keys, whatever the pair of their batch, and fairseq can sum them.
     """
     values = {
         "_pair_nll": torch.as_tensor(log["nll_loss"]).reshape(1),
@@ -43,7 +43,7 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
 
 
 def reduce_pairs(logging_outputs: List[Dict[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Log loss, perplexity and BLEU of each pair, and how many experts each language uses."""
+    """Log the loss, perplexity and BLEU of each pair, and how many experts each language uses."""
     sums = {
         key: sum(log[key] for log in logging_outputs).cpu()
         for key in logging_outputs[0]
@@ -86,10 +86,10 @@ def log_pair(pair: str, row: Dict[str, Any], num_tokens: float) -> None:
 
 
 def rows_of_languages(layer: str, pairs: Sequence[Pair]) -> Dict[str, List[int]]:
-    """Group pairs by the language that a layer reads: the encoder's source, the decoder's target.
+    """Group pairs by the language a layer reads: source for the encoder, target for the decoder.
 
     Returns:
-        Places in `pairs` for each language.
+        Indices into `pairs`, for each language.
     """
     side = "source" if layer == "encoder" else "target"
     languages = dict.fromkeys(getattr(pair, side) for pair in pairs)
@@ -100,7 +100,7 @@ def rows_of_languages(layer: str, pairs: Sequence[Pair]) -> Dict[str, List[int]]
 
 
 def count_experts(key: str, rows: List[int]) -> Any:
-    """Make the function that counts a language's effective experts from (pairs, E) counts."""
+    """Return a function that computes a language's effective experts from (pairs, E) counts."""
 
     def count(meters: Any) -> float:
         counts = torch.as_tensor(np.asarray(meters[key].sum))[rows].sum(0)
@@ -110,7 +110,7 @@ def count_experts(key: str, rows: List[int]) -> Any:
 
 
 def log_expert_use(meters: Any, pairs: Sequence[Pair]) -> None:
-    """Write which experts each language's tokens went to, the most used first."""
+    """Log which experts each language's tokens went to, the most used first."""
     for layer in LAYERS:
         key = f"_pair_{layer}_load"
         if key not in meters:
@@ -124,7 +124,7 @@ def log_expert_use(meters: Any, pairs: Sequence[Pair]) -> None:
 
 
 def describe_use(language: str, counts: torch.Tensor) -> str:
-    """Word one language's line from its (E,) counts."""
+    """Return one language's line, from its (E,) counts."""
     shares = counts / counts.sum().clamp_min(1e-9)
     most = shares.sort(descending=True, stable=True).indices[:MOST_SHOWN].tolist()
     use = "  ".join(f"{expert}: {shares[expert]:.1%}" for expert in most)

@@ -1,4 +1,4 @@
-"""The sentences of many language pairs as one data set."""
+"""The sentences of several language pairs as one data set."""
 
 import math
 from typing import Any, Dict, List, Optional
@@ -10,16 +10,17 @@ from nmt_moe.training import sentences_of_epoch, sentences_per_epoch
 
 
 class PairsDataset(LanguagePairDataset):
-    """Several pairs, each with its language token; batches of training mix them.
+    """Several pairs, each with its language token; training batches mix them.
 
     Attributes:
-        pairs: Names, in the order of the sentences.
-        passes: How often an epoch goes through each pair, in training; None elsewhere, where every
-            sentence comes once, batches hold one pair each, and name it.
-        num_folders: Folders whose data the epochs take in turn; these data come once in so many.
+        pairs: Names of the pairs, in the order of their sentences.
+        passes: In training, passes over each pair in an epoch. Otherwise None: every sentence
+            occurs once, and each batch holds one pair and names it.
+        num_folders: Data folders that the epochs use in turn; these data are used every
+            `num_folders` epochs.
     """
 
-    # Every epoch draws its own sentences.
+    # Every epoch draws different sentences.
     can_reuse_epoch_itr_across_epochs = False
 
     def __init__(
@@ -31,7 +32,7 @@ class PairsDataset(LanguagePairDataset):
         num_folders: int = 1,
         **options: Any,
     ) -> None:
-        """Put the pairs' own data sets end to end; `options` are LanguagePairDataset's."""
+        """Concatenate the pairs' data sets; `options` are LanguagePairDataset's."""
         source = ConcatDataset([part.src for part in parts.values()])
         targets = [part.tgt for part in parts.values() if part.tgt is not None]
         target = ConcatDataset(targets) if targets else None
@@ -50,13 +51,13 @@ class PairsDataset(LanguagePairDataset):
         self.starts = np.cumsum([0, *self.part_sizes])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the training whose sentences are drawn."""
+        """Set the training epoch whose sentences are drawn."""
         super().set_epoch(epoch)
-        # Of this folder's epochs, so that each goes on where the folder's last one ended.
+        # Counted among this folder's epochs, so that each continues where its previous one ended.
         self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
-        """Give the indices of this epoch, sorted by length; some twice where a pair is repeated."""
+        """Return this epoch's indices, sorted by length; an oversampled pair's occur repeatedly."""
         if self.passes is None:
             return super().ordered_indices()
         drawn = [
@@ -68,7 +69,7 @@ class PairsDataset(LanguagePairDataset):
         return indices[np.lexsort((self.tgt_sizes[indices], self.src_sizes[indices]))]
 
     def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[np.ndarray]:
-        """Cut indices into batches, in evaluation of one pair each."""
+        """Divide indices into batches; outside training, each batch holds one pair."""
         if self.passes is not None:
             return super().batch_by_size(indices, **limits)
         pair = self.pair_of(indices)
@@ -79,23 +80,23 @@ class PairsDataset(LanguagePairDataset):
         ]
 
     def collater(self, samples: List[Dict], pad_to_length: Optional[Dict] = None) -> Dict[str, Any]:
-        """Make a batch; in evaluation its `pair` is the pair's place in `pairs`."""
+        """Build a batch; outside training, its `pair` is an index into `pairs`."""
         batch = super().collater(samples, pad_to_length)
         if batch and self.passes is None:
             batch["pair"] = int(self.pair_of(batch["id"][:1].numpy())[0])
         return batch
 
     def pair_of(self, indices: np.ndarray) -> np.ndarray:
-        """Tell the place in `pairs` of each sentence."""
+        """Return each sentence's index into `pairs`."""
         return np.searchsorted(self.starts, indices, side="right") - 1
 
 
 def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
-    """Make the table of effective epochs.
+    """Return the table of effective epochs.
 
     Args:
-        dataset: Of training.
-        epochs: Of the whole training; infinity where no option limits it.
+        dataset: The training set.
+        epochs: Epochs of the whole training run; infinity if no option limits it.
     """
     own_epochs = epochs / dataset.num_folders
     assert dataset.passes is not None
@@ -106,7 +107,7 @@ def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
     total = sum(drawn.values())
     whole = "open" if math.isinf(epochs) else f"{epochs:.2f}"
     lines = [
-        f"sampling: {total} sentences an epoch; epochs of this training: {whole}",
+        f"sampling: {total} sentences an epoch; epochs of this run: {whole}",
         f"  {'pair':<8}{'sentences':>11}{'an epoch':>11}{'share':>8}"
         f"{'passes/epoch':>14}{'passes in all':>15}",
     ]

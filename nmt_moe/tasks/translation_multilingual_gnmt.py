@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MultilingualGNMTConfig(TranslationConfig):
-    """Options of the task, beside those of fairseq's `translation`."""
+    """Options of the task, in addition to those of fairseq's `translation`."""
 
     lang_pairs: str = field(
         default="",
@@ -47,22 +47,22 @@ class MultilingualGNMTConfig(TranslationConfig):
     langs: str = field(
         default="",
         metadata={
-            "help": "languages in the order in which their tokens join the dictionary; default: as "
-            "--lang-pairs first names them. When translating, the order of training"
+            "help": "languages in the order of their tokens in the dictionary; default: the order "
+            "in which --lang-pairs first names them. When translating, use the order of training"
         },
     )
     sampling_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "1: an epoch has every sentence once; higher: rare pairs more often and "
-            "frequent ones less, shares in proportion to size^(1/T)"
+            "help": "1: an epoch has every sentence once; above 1: rare pairs more often and "
+            "frequent pairs less often, in proportion to size^(1/T)"
         },
     )
     oversampling: str = field(
         default="",
         metadata={
-            "help": "passes per epoch through some pairs, such as en-ko=8,ko-en=8, in place of "
-            "what the temperature gives them"
+            "help": "passes per epoch over some pairs, such as en-ko=8,ko-en=8, instead of those "
+            "that the temperature implies"
         },
     )
     seed: int = II("common.seed")
@@ -75,14 +75,14 @@ class MultilingualGNMTConfig(TranslationConfig):
 class MultilingualGNMTTask(TranslationTask):
     """Translate in many directions with one model, one dictionary and one softmax.
 
-    The target language is named by a token at the start of the source, so any two of the languages
-    can be translated into each other, also where the pair was not trained (zero-shot).
+    A token at the start of the source names the target language, so the model can translate between
+    any two of the languages, even a pair that was not in training (zero-shot).
     --source-lang and --target-lang choose the direction when translating.
 
     Attributes:
-        pairs: Directions of training.
-        languages: In the order of their tokens.
-        direction: The one to translate, or None in training.
+        pairs: Directions to train.
+        languages: The languages, in the order of their tokens.
+        direction: The direction to translate; None in training.
 
     Source: Johnson et al. 2017; Shazeer et al. 2017, section 5.4.
     """
@@ -119,7 +119,7 @@ class MultilingualGNMTTask(TranslationTask):
         return cls(cfg, dictionary, languages, pairs, direction)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Give what a checkpoint keeps of the task: languages, tokens, all symbols, pairs."""
+        """Return what a checkpoint stores of the task: languages, tokens, all symbols, pairs."""
         state = describe_languages(self.languages, self.src_dict)
         return {**state, "pairs": [str(pair) for pair in self.pairs]}
 
@@ -135,22 +135,22 @@ class MultilingualGNMTTask(TranslationTask):
 
     @property
     def evaluated_pairs(self) -> List[Pair]:
-        """Directions that are validated: the one that was chosen, else those of training."""
+        """Return the directions to validate: the chosen one, or else those of training."""
         return self.pairs if self.direction is None else [self.direction]
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **_: Any) -> None:
-        """Load a split of every pair, or of the direction that --source-lang, --target-lang name.
+        """Load a split of every pair, or of the direction that the options name.
 
         Raises:
             FileNotFoundError: naming the pair that has no such split.
-            ValueError: naming the pair that is empty or uneven, or the option that does not fit
-                training.
+            ValueError: naming the pair that is empty or uneven, or the option that does not apply
+                to training.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:
             raise ValueError(
                 "`--source-lang` and `--target-lang` must be left out in training, but name "
-                f"'{self.direction}'. --lang-pairs {self.direction} trains that pair alone."
+                f"'{self.direction}'. --lang-pairs {self.direction} trains only that pair."
             )
         if not self.evaluated_pairs and self.cfg.langs:
             raise ValueError(
@@ -159,7 +159,7 @@ class MultilingualGNMTTask(TranslationTask):
                 "the directions with --lang-pairs."
             )
         if not self.evaluated_pairs:
-            parse_pairs("")  # says what is missing
+            parse_pairs("")  # raises the error that names the option
         folders = utils.split_paths(self.cfg.data)
         folder = folders[(epoch - 1) % len(folders)] if is_training else folders[0]
         parts = {
@@ -184,7 +184,7 @@ class MultilingualGNMTTask(TranslationTask):
         )
 
     def _load_pair(self, folder: str, split: str, pair: Pair, combine: bool) -> Any:
-        """Load one pair's split, the target's token in front of every source."""
+        """Load one pair's split, with the target language's token before every source."""
         try:
             part = translation.load_langpair_dataset(
                 folder,
@@ -208,21 +208,21 @@ class MultilingualGNMTTask(TranslationTask):
                 raise
             path = os.path.join(folder, f"{split}.{pair}.{pair.source}.bin")
             raise FileNotFoundError(
-                f"the pair '{pair}' has no {split} text: neither `{path}` nor the same of "
-                f"{pair.target}-{pair.source} is there. Binarise it with fairseq-preprocess, or "
-                "name another pair."
+                f"the pair '{pair}' has no {split} text: neither `{path}` nor its "
+                f"{pair.target}-{pair.source} counterpart exists. Binarise it with "
+                "fairseq-preprocess, or name another pair."
             ) from error
-        except ValueError as error:  # an empty text, sides of different lengths
+        except ValueError as error:  # an empty text, or sides of different lengths
             raise ValueError(f"the pair '{pair}' cannot be used: {error}") from error
         if part.tgt is None and self.direction is None:
-            raise FileNotFoundError(f"the {split} text of '{pair}' has no side '{pair.target}'")
+            raise FileNotFoundError(f"the {split} text of '{pair}' has no '{pair.target}' side")
         return part
 
     def _token_of(self, language: str) -> int:
         return self.src_dict.index(language_token(language))
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Cut batches; before the first epoch of training, show how often pairs will be seen."""
+        """Return the batches; before the first training epoch, log how often pairs will be seen."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if getattr(dataset, "passes", None) is not None and not self.has_shown_sampling:
             self.has_shown_sampling = True
@@ -230,7 +230,7 @@ class MultilingualGNMTTask(TranslationTask):
         return iterator
 
     def _count_epochs(self, num_batches: int) -> float:
-        """Tell how many epochs --max-epoch and --max-update allow; infinity if neither is set."""
+        """Return how many epochs --max-epoch and --max-update allow; infinity if neither is set."""
         updates = math.ceil(num_batches / self.cfg.update_freq[-1])
         limits = [
             self.cfg.max_epoch or math.inf,
@@ -239,7 +239,7 @@ class MultilingualGNMTTask(TranslationTask):
         return min(limits)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """Make the search.
+        """Build the generator.
 
         Raises:
             ValueError: if no direction was chosen.
@@ -247,7 +247,7 @@ class MultilingualGNMTTask(TranslationTask):
         if self.direction is None and not self.cfg.eval_bleu:
             raise ValueError(
                 "`--source-lang` and `--target-lang` must name the direction to translate, but are "
-                f"missing. Give two of {', '.join(self.languages)}, such as -s "
+                f"missing. Name two of {', '.join(self.languages)}, such as -s "
                 f"{self.languages[0]} -t {self.languages[-1]}."
             )
         return super().build_generator(models, args, *rest, **kwargs)
@@ -255,7 +255,7 @@ class MultilingualGNMTTask(TranslationTask):
     def get_interactive_tokens_and_lengths(
         self, lines: List[str], encode_fn: Any
     ) -> Tuple[List[torch.Tensor], List[int]]:
-        """Encode lines, each behind the token of the target language."""
+        """Encode lines, each after the token of the target language."""
         tokens, _ = super().get_interactive_tokens_and_lengths(lines, encode_fn)
         tokens = [self._ask_for_target(line) for line in tokens]
         return tokens, [len(line) for line in tokens]
@@ -263,35 +263,35 @@ class MultilingualGNMTTask(TranslationTask):
     def build_dataset_for_inference(
         self, src_tokens: List[torch.Tensor], src_lengths: List[int], constraints: Any = None
     ) -> Any:
-        """Make a data set of encoded sentences, with or without the target language's token."""
+        """Build a data set of encoded sentences, which may lack the target language's token."""
         tokens = [self._ask_for_target(torch.as_tensor(line)) for line in src_tokens]
         lengths = [len(line) for line in tokens]
         return super().build_dataset_for_inference(tokens, lengths, constraints)
 
     def _ask_for_target(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self.direction is not None, "build_generator refuses this"
+        assert self.direction is not None, "build_generator rejects this"
         token = self._token_of(self.direction.target)
         if len(tokens) and tokens[0] == token:
             return tokens
         return torch.cat([tokens.new_tensor([token]), tokens])
 
     def valid_step(self, sample: Dict, model: Any, criterion: Any) -> Tuple[Any, Any, Dict]:
-        """Evaluate a batch, which is of one pair, and log it under the pair's name too."""
+        """Evaluate a batch, which holds one pair, and log it under the pair's name too."""
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         add_pair_columns(log, sample["pair"], len(self.evaluated_pairs))
         return loss, sample_size, log
 
     def reduce_metrics(self, logging_outputs: List[Dict], criterion: Any) -> None:
-        """Log what fairseq does, and each pair's loss, perplexity and BLEU."""
+        """Log what fairseq logs, and each pair's loss, perplexity and BLEU."""
         super().reduce_metrics(logging_outputs, criterion)
         reduce_pairs(logging_outputs, self.evaluated_pairs)
 
     def post_validate(self, model: Any, stats: Dict, meters: Any) -> None:
-        """Write the table of expert use at the end of a validation."""
+        """Log the table of expert use at the end of a validation."""
         log_expert_use(meters, self.evaluated_pairs)
 
     def _inference_with_bleu(self, generator: Any, sample: Dict, model: Any) -> Any:
-        """Count BLEU of a batch with the tokens that its target language needs."""
+        """Compute the BLEU counts of a batch, with the token of its target language."""
         found = self.inference_step(generator, [model], sample, prefix_tokens=None)
         pad = self.tgt_dict.pad()
         hypotheses = [self._decode(best[0]["tokens"], "UNKNOWNTOKENINHYP") for best in found]
@@ -325,5 +325,5 @@ def _refusing_languages(load: Callable) -> Callable:
     return load_state_dict
 
 
-# Without the task, the dictionary lacks the languages' tokens, and seems to be another one.
+# Without the task, the dictionary lacks the language tokens and looks like a different one.
 replace(FairseqTask, "load_state_dict", _refusing_languages)

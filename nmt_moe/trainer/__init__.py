@@ -1,6 +1,6 @@
-"""fairseq's trainer, extended: experts spread over processes, and checks before a training starts.
+"""fairseq's trainer, extended: experts spread over processes, and checks before training.
 
-Importing this package puts the trainer in the place of fairseq's own, once.
+Importing this package replaces fairseq's trainer, once.
 """
 
 from nmt_moe.trainer.expert_parallel_trainer import ExpertParallelTrainer

@@ -1,4 +1,4 @@
-"""The batches of an epoch that is resumed must be those that it started with."""
+"""Check that a resumed epoch has the same batches as when it started."""
 
 import hashlib
 from typing import Any
@@ -8,11 +8,11 @@ from fairseq.data import EpochBatchIterator
 
 
 def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the batches of an epoch.
+    """Return what a checkpoint stores about the batches of an epoch.
 
     Args:
-        iterator: Over the epoch.
-        dataset: The settings of the data, to say in words what changed.
+        iterator: The epoch's iterator.
+        dataset: The settings of the data, from which an error can say what changed.
     """
     settings = {name: dataset[name] for name in ("batch_size", "max_tokens")}
     if not isinstance(iterator, EpochBatchIterator):
@@ -26,9 +26,9 @@ def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
 
 
 def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Reject the middle of an epoch whose batches are now cut in another way.
+    """Reject resuming within an epoch that would now be divided into other batches.
 
-    Sentences would be seen twice, and others not at all.
+    Some sentences would be seen twice, and others not at all.
 
     Raises:
         ValueError: naming the settings that changed.
@@ -47,6 +47,6 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     reason = "; ".join(changed) or "the data or the seed is not the same"
     raise ValueError(
         f"the checkpoint is from the middle of epoch {epoch}, whose batches must be cut as before, "
-        f"or sentences are seen twice or not at all; but {reason}. Finish the epoch with the "
-        "settings of before, or count epochs from 1 again with --reset-dataloader."
+        f"or some sentences are seen twice and others not at all; but {reason}. Finish the epoch "
+        "with the previous settings, or restart at epoch 1 with --reset-dataloader."
     )

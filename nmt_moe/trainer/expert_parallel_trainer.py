@@ -1,4 +1,4 @@
-"""The trainer of models whose experts may be spread over the processes of a training."""
+"""The trainer for models whose experts may be spread over several processes."""
 
 import logging
 from collections.abc import Iterator
@@ -43,23 +43,24 @@ from nmt_moe.trainer.stand_in import StandIn
 
 logger = logging.getLogger(__name__)
 
-# Keys in a checkpoint's extra state.
+# Keys of a checkpoint's extra state.
 NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
 SCALER = "loss_scaler"
 
-# A loss so many times the first one, which is about that of guessing, is warned of.
+# Warn if the loss exceeds the first one, which is about that of guessing, by this factor.
 MOST_GROWTH = 100
 
 
 class ExpertParallelTrainer(Trainer):
     """fairseq's trainer, which also trains a model whose experts are spread over its ranks.
 
-    What fairseq's would do with such a model: clip by the norm of all other parameters; flatten
-    --fp16's gradients, experts and others together; repeat a batch that did not fit into memory
-    while other ranks wait; and save rank 0's experts only. Here, each rank writes its own experts
-    into files beside the checkpoint, which has the rest and their digests. Any number of ranks
-    reads them, a training each rank its own, so that no rank needs memory for all.
+    With such a model, fairseq's own trainer would clip by the norm of the other parameters only;
+    flatten the gradients of experts and others together under --fp16; retry a batch that did not
+    fit into memory while other ranks wait; and save only rank 0's experts. Here, each rank writes
+    its experts to a file beside the checkpoint, which holds the rest and the digests of those
+    files. Any number of ranks can read them; in training each rank reads only its own, so that no
+    rank needs memory for all.
 
     Attributes:
         group: The ranks that share the experts.
@@ -75,22 +76,23 @@ class ExpertParallelTrainer(Trainer):
             if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
                 logger.info("experts are spread over processes: using --fp16-no-flatten-grads")
                 cfg.common.fp16_no_flatten_grads = True
-            # Each rank reads its own experts.
+            # Each rank must read its own experts.
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        # Else batches are cut with the random numbers of the first epoch, and kept for all later
-        # ones: a run resumed in epoch 5 would train on other batches than one that never stopped.
+        # Otherwise batches are formed with the random numbers of the first epoch and kept for all
+        # later ones: a run resumed in epoch 5 would train on other batches than an uninterrupted
+        # one.
         cfg.dataset.update_epoch_batch_itr = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
-        self._manifest: dict[str, Any] | None = None  # of the checkpoint that is being saved
+        self._manifest: dict[str, Any] | None = None  # of the checkpoint being saved
         self._train_iterator: Any = None
-        self._resumed: tuple[int, dict[str, Any]] | None = None  # an epoch, and its batches
+        self._resumed: tuple[int, dict[str, Any]] | None = None  # an epoch and its batches
         self._first_loss: float | None = None
         if self.is_data_parallel_master and not cfg.checkpoint.no_save:
             folder = Path(cfg.checkpoint.save_dir)
             self._lock = FolderLock(folder)
             remove_unfinished_files(folder)
-            remove_unused_files(folder)  # what a failed save has left
+            remove_unused_files(folder)  # left over from a failed save
             warn_of_little_room(folder, model, not cfg.checkpoint.no_save_optimizer_state)
 
     @property
@@ -102,27 +104,27 @@ class ExpertParallelTrainer(Trainer):
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         sample, stands_in = super()._prepare_sample(sample, is_dummy)
-        if is_dummy:  # fairseq's call for the batch that is to stand in
+        if is_dummy:  # fairseq's call for the stand-in batch
             return sample, stands_in
         self._stand_in.switch(stands_in)
-        # In training, it counts for nothing already; validation also counts translations.
+        # In training, it already counts for nothing; validation counts translations as well.
         return sample, stands_in and not self.model.training
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
-        """Make an update. Where ranks wait for each other, no batch can be left out."""
+        """Make an update. No batch may be skipped where ranks wait for each other."""
         log = super().train_step(samples, raise_oom or self.is_spread)
         if log and "loss" in log:
             self._warn_of_growing_loss(float(log["loss"]))
         return log
 
     def _warn_of_growing_loss(self, loss: float) -> None:
-        """Warn once of a loss that has grown beyond all sense."""
+        """Warn once if the loss has exploded."""
         if self._first_loss is None:
             self._first_loss = loss
         if loss > MOST_GROWTH * max(self._first_loss, 1.0) and "growth" not in self._warn_once:
             self._warn_once.add("growth")
             logger.warning(
-                "the loss was %.3g at first and is %.3g after %d updates: the training diverges. "
+                "the loss was %.3g at first and is %.3g after %d updates: training diverges. "
                 "Lower --lr, raise --warmup-updates or clip with --clip-norm.",
                 self._first_loss,
                 loss,
@@ -130,7 +132,7 @@ class ExpertParallelTrainer(Trainer):
             )
 
     def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        """Return the iterator over an epoch, which must have the batches it was saved with."""
+        """Return the iterator over an epoch; a resumed epoch must have the same batches."""
         iterator = super().get_train_iterator(epoch, *args, **kwargs)
         if self._resumed is not None and epoch == self._resumed[0]:
             check_batches(*self._resumed, describe_batches(iterator, self.cfg.dataset))
@@ -151,12 +153,12 @@ class ExpertParallelTrainer(Trainer):
         return super().valid_step(sample, raise_oom or self.is_spread)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
-        """Clip by the norm of all gradients, whichever rank has them."""
+        """Clip by the norm of all gradients, including other ranks'."""
         if not self.is_spread:
             return super().clip_grad_norm(clip_norm)
 
         def add_experts(dense_norm: Tensor) -> Tensor:
-            # In half precision, these are the fp32 copies, to which fairseq copies its mark.
+            # In half precision these are the fp32 copies, to which fairseq copies its mark.
             gradients = [p.grad for p in self.optimizer.params if is_shard(p)]
             return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
 
@@ -168,10 +170,10 @@ class ExpertParallelTrainer(Trainer):
         return super()._aggregate_logging_outputs(*args, **kwargs)
 
     def _serve_others(self) -> None:
-        """Compute this rank's experts for others until all ranks have called this.
+        """Serve this rank's experts to other ranks until all ranks have called this.
 
-        Translations of --eval-bleu end after other numbers of steps on each rank. All ranks encode
-        once; after that only the decoder's layer is called.
+        The translations of --eval-bleu take a different number of steps on each rank. All ranks
+        encode once; after that only the decoder's layer is called.
         """
         model = self.get_model()
         for layer in moe_layers(getattr(model, "decoder", model)):
@@ -181,9 +183,9 @@ class ExpertParallelTrainer(Trainer):
 
     @contextmanager
     def saving_experts(self) -> Iterator[None]:
-        """Write this rank's experts, then let a checkpoint be saved without them.
+        """Write this rank's experts, and save a checkpoint without them in the `with` block.
 
-        All ranks must call. Files of experts that no checkpoint needs any more are deleted.
+        All ranks must call this. Expert files that no checkpoint needs any more are deleted.
         """
         if self.cfg.checkpoint.no_save:
             yield
@@ -210,7 +212,7 @@ class ExpertParallelTrainer(Trainer):
         return own_expert_state(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: all but the experts, if they are in files beside it."""
+        """Return the contents of a checkpoint, without experts that have files of their own."""
         state = super().state_dict()
         masters = self._masters()
         state["model"].update(masters)
@@ -230,20 +232,22 @@ class ExpertParallelTrainer(Trainer):
         return state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
-        """Write a checkpoint, unless other ranks have experts of it: after an error one rank saves.
+        """Write a checkpoint, unless it would lack other ranks' experts, as after an error.
 
         Returns:
             Its path; None if it was not written.
         """
         if self.is_spread and self._manifest is None:
-            logger.warning("not saving %s, as other processes have experts of it", filename)
+            logger.warning(
+                "not saving %s, because other processes hold some of its experts", filename
+            )
             return None
         return super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> dict[str, Any] | None:
-        """Load a checkpoint of any number of ranks, each rank its own experts.
+        """Load a checkpoint written by any number of ranks; each rank loads its own experts.
 
         Raises:
             ValueError: if --restore-file names no file.
@@ -253,7 +257,7 @@ class ExpertParallelTrainer(Trainer):
         if not is_default and not PathManager.isfile(filename):
             raise ValueError(
                 f"`--restore-file` must name a checkpoint, but there is no file `{filename}`. "
-                "Leave it out to go on from checkpoint_last.pt, or start from nothing."
+                "Leave it out to resume from checkpoint_last.pt, or to start afresh."
             )
         model = self.get_model()
         with reading_for_training(self._complete), keeping_loaded(model) as loaded:
@@ -265,7 +269,7 @@ class ExpertParallelTrainer(Trainer):
             now = self.data_parallel_world_size
             before = extra_state.get(NUM_PROCESSES, now)
             iterator = extra_state["train_iterator"]
-            # fairseq counts batches of a rank. Rounded down, a few batches are seen twice.
+            # fairseq counts batches per rank. Rounding down repeats a few batches.
             iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * before // now
             is_reset = settings.reset_dataloader or filename == settings.finetune_from_model
             if iterator["iterations_in_epoch"] and not is_reset:
@@ -273,7 +277,7 @@ class ExpertParallelTrainer(Trainer):
         return extra_state
 
     def _complete(self, path: Path, state: dict[str, Any]) -> None:
-        """Give a checkpoint that was read this rank's experts, and early ones what they lack."""
+        """Add this rank's experts to a checkpoint, and what early checkpoints lack."""
         if state.get("cfg"):
             settings = describe_batches(None, state["cfg"]["dataset"])
             state["extra_state"].setdefault(BATCHES, settings)

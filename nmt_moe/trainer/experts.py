@@ -1,4 +1,4 @@
-"""The experts in a training's state: which parameters they are, and which rows are this rank's."""
+"""The experts in the training state: which parameters they are, and which part is this rank's."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,10 +34,10 @@ def own_experts(model: nn.Module, masters: ByName) -> ByName:
 
     Args:
         model: The model.
-        masters: float32 weights by name that are trained in the place of the model's own.
+        masters: float32 weights by name that are trained instead of the model's own.
 
     Returns:
-        (L, ...) on the CPU.
+        Tensors (L, ...) on the CPU.
     """
     named = model.named_parameters()
     own = {name: masters.get(name, p) for name, p in named if shard_group(p) is not None}
@@ -45,7 +45,7 @@ def own_experts(model: nn.Module, masters: ByName) -> ByName:
 
 
 def own_expert_state(optimizer: Any) -> ByIndex:
-    """Return what the optimizer knows of this rank's experts, one row for each."""
+    """Return the optimizer state of this rank's experts, one row for each expert."""
     states = optimizer.optimizer.state
     return {
         index: move_to_cpu(rows_of(states.get(p, {}), len(p)))
@@ -59,11 +59,11 @@ def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
 
     Args:
         model: The model.
-        parameters: Those of the optimizer, or copies of them. However it groups them, experts keep
-            their order.
+        parameters: The optimizer's parameters, or copies of them. However they are grouped, experts
+            keep their order.
 
     Returns:
-        The names; {} where the optimizer has no parameter for each, as with flat gradients.
+        The names; {} if the optimizer has no separate parameter for each, as with flat gradients.
     """
     named = [(name, p) for name, p in model.named_parameters() if is_expert(p)]
     indexed = [(index, p) for index, p in enumerate(parameters) if is_expert(p)]
@@ -73,35 +73,35 @@ def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
 
 
 def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) -> None:
-    """Take experts out of a checkpoint whose files of experts have them.
+    """Remove from a checkpoint the experts that are in expert files.
 
     Args:
-        state: The checkpoint; changed, but for the optimizer's own dictionaries.
-        model: Those of the model, by name.
-        optimizer: Their state, by index and name.
+        state: The checkpoint; changed, except for the optimizer's own dictionaries.
+        model: The experts' weights, by name.
+        optimizer: Their optimizer state, by index and name.
     """
     for name in model:
         del state["model"][name]
     saved = state.get("last_optimizer_state", {}).get("state", {})
     for index, values in optimizer.items():
-        if index in saved:  # before the first update, and in plain SGD, there is no state
+        if index in saved:  # there is no state before the first update, nor in plain SGD
             saved[index] = {k: v for k, v in saved[index].items() if k not in values}
 
 
 def cut_experts(
     state: dict[str, Any], names: Mapping[int, str], group: ExpertParallelGroup
 ) -> None:
-    """Keep of a checkpoint with all experts those of this rank.
+    """Keep only this rank's experts of a checkpoint that has all.
 
     Args:
         state: The checkpoint; changed.
-        names: Of the experts, by their index in the optimizer's state.
+        names: The experts' names, by their index in the optimizer's state.
         group: The ranks that share them.
     """
     saved = state.get("last_optimizer_state", {}).get("state", {})
     for index, name in names.items():
         whole = state["model"].get(name)
-        if whole is None:  # another model: loading its parameters says so
+        if whole is None:  # another model: loading its parameters will report that
             continue
         state["model"][name] = cut_shard(whole, group)
         if index in saved:

@@ -1,4 +1,4 @@
-"""Let fairseq use this package's classes, which it has no registry for."""
+"""Make fairseq use this package's classes, for which it has no registry."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from nmt_moe.trainer.reading import reading_all_experts
 
 
 def install() -> None:
-    """Put the trainer, its data parallelism, its saving and its reading in place."""
+    """Install the trainer, its data parallelism, and its saving and reading of checkpoints."""
     # fairseq-train imports the class before it loads a plugin; under `python -m`, it is __main__.
     for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
         if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
@@ -38,7 +38,7 @@ def _saving(save: Callable) -> Callable:
 def _building(build: Callable) -> Callable:
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint and "expert_parallel_size" in cfg:
-            # For use, not for training: each process has all experts, as they do not keep in step.
+            # Outside training each process has all experts, because processes do not run in step.
             cfg.expert_parallel_size = 1
         return build(cfg, task, from_checkpoint)
 

@@ -9,12 +9,12 @@ from fairseq import checkpoint_utils
 
 from nmt_moe.checkpoints import restore_experts
 
-# What else to check of a checkpoint before its model is built: functions of its path and content.
+# Further checks of a checkpoint before its model is built: functions of its path and contents.
 CHECKS: list[Callable[[str, dict[str, Any]], None]] = []
 
 
 def reading_all_experts(read: Callable) -> Callable:
-    """Make the reader of all commands, which need all experts and not their optimizer's state."""
+    """Wrap fairseq's reader for commands that need all experts but no optimizer state of theirs."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = read(path, *args, **kwargs)
@@ -28,10 +28,10 @@ def reading_all_experts(read: Callable) -> Callable:
 
 @contextmanager
 def reading_for_training(complete: Callable[[Path, dict[str, Any]], None]) -> Iterator[None]:
-    """Let a trainer read checkpoints in its own way.
+    """Let a trainer complete the checkpoints that are read.
 
     Args:
-        complete: Called with each checkpoint that is read, its experts still aside.
+        complete: Called with the path and contents of each checkpoint, without its expert files.
     """
     reader = checkpoint_utils.load_checkpoint_to_cpu
     read = reader.__wrapped__

@@ -1,4 +1,4 @@
-"""The folder of a training's checkpoints: one training at a time, and room for its files."""
+"""The folder for checkpoints: one training run at a time, and enough disk space."""
 
 import errno
 import fcntl
@@ -14,22 +14,22 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 LOCK = ".training.lock"
-# What some network disks answer.
+# Errors that some network disks return.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class FolderLock:
-    """Keeps a second training out of a folder while this object and its process live.
+    """Lock a folder against a second training run, as long as this object and its process live.
 
-    The operating system drops the lock when the process ends, however it does, so that a file that
-    is left over locks nothing.
+    The operating system releases the lock when the process ends, however it ends, so a leftover
+    file locks nothing.
     """
 
     def __init__(self, folder: Path) -> None:
         """Lock a folder.
 
         Raises:
-            ValueError: naming the process that trains into it.
+            ValueError: naming the process that holds the lock.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -39,14 +39,15 @@ class FolderLock:
         except (BlockingIOError, PermissionError) as error:
             holder = os.read(file, 200).decode(errors="replace") or "another process"
             raise ValueError(
-                f"`--save-dir` must be a folder that no other training writes to, but {holder} "
-                f"trains into `{folder}`. Wait until it has ended, or name another folder."
+                f"`--save-dir` must be a folder that no other training run writes to, but {holder} "
+                f"writes to `{folder}`. Wait until it has ended, or name another folder."
             ) from error
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
             logger.warning(
-                "the disk of %s has no locks (%s): see that no other training writes to it",
+                "the disk of %s has no locks (%s): make sure that no other training run writes to "
+                "it",
                 folder,
                 error.strerror,
             )
@@ -55,7 +56,7 @@ class FolderLock:
 
 
 def remove_unfinished_files(folder: Path) -> None:
-    """Delete what saves that were stopped have left."""
+    """Delete the partial files of interrupted saves."""
     for path in folder.glob("*.pt.tmp"):
         path.unlink()
 
@@ -64,9 +65,10 @@ def warn_of_little_room(folder: Path, model: nn.Module, with_optimizer: bool) ->
     """Warn if the disk has no room for two checkpoints, the old one and the new one.
 
     Args:
-        folder: Of the checkpoints.
+        folder: The folder for checkpoints.
         model: The model.
-        with_optimizer: Whether they hold its state, of two more numbers a parameter, as Adam's.
+        with_optimizer: Whether checkpoints hold optimizer state: assumed to be Adam's two numbers
+            per parameter.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     needed, free = 2 * size * (3 if with_optimizer else 1), shutil.disk_usage(folder).free

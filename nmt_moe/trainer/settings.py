@@ -1,4 +1,4 @@
-"""Settings of a training that cannot work are rejected before its first update."""
+"""Reject settings that cannot work, before the first update."""
 
 import ast
 import logging
@@ -14,7 +14,7 @@ from nmt_moe.trainer.experts import moe_layers
 logger = logging.getLogger(__name__)
 
 
-# Least and largest values: (group of settings, option) by fairseq's names.
+# Smallest and largest values, by (group of settings, option) under fairseq's names.
 RANGES = {
     ("criterion", "label_smoothing"): (0, 1),
     ("optimizer", "adam_eps"): (0, None),
@@ -38,7 +38,7 @@ RANGES = {
 
 
 def check_numbers(cfg: Any) -> None:
-    """Reject numbers out of their range, which fairseq computes with or divides by.
+    """Reject numbers out of range, which fairseq would compute with.
 
     Raises:
         ValueError: naming the option, its range and its value.
@@ -68,7 +68,7 @@ def check_finite_numbers(settings: Any) -> None:
 
 
 def check_betas(betas: Any) -> None:
-    """Reject decay rates of Adam that are not two numbers from 0 to below 1.
+    """Reject `--adam-betas` that are not two numbers from 0 to below 1.
 
     Raises:
         ValueError: naming the option and its value.
@@ -85,7 +85,7 @@ def check_betas(betas: Any) -> None:
 
 
 def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
-    """Reject settings with which no training can learn what it is meant to.
+    """Reject settings that defeat the purpose of training.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -94,7 +94,7 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
     for option, values in (("--lr", settings.lr), ("--clip-norm", [settings.clip_norm])):
         for value in values:
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{option}` must be a number from 0 on, but is {value}.")
+                raise ValueError(f"`{option}` must be a number of at least 0, but is {value}.")
     check_numbers(cfg)
     layers = list(moe_layers(model))
     weights = [(layer.config.importance_weight, layer.config.load_weight) for layer in layers]
@@ -109,15 +109,15 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
         learns = config.gate == "softmax" or config.top_k > 1 or config.load_weight > 0
         if not learns and not config.num_groups:
             logger.warning(
-                "with one expert for each token (top_k is 1) the gate of the %s learns nothing but "
-                "from the load loss, whose weight is 0: each token's gate value is 1. Use more "
-                "experts for each token, or give the load loss a weight.",
+                "with one expert for each token (top_k is 1), each token's gate is 1, so the gate "
+                "of the %s can only learn from the load loss, whose weight is 0. Use more experts "
+                "for each token, or set a weight for the load loss.",
                 layer.name,
             )
 
 
 def check_expert_parallel(cfg: Any, size: int) -> None:
-    """Reject what cannot work where `size` processes share the experts.
+    """Reject settings that cannot work if `size` processes share the experts.
 
     Raises:
         ValueError: naming the option, the reason and the way out.
@@ -132,14 +132,17 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
         )
     optimizer = getattr(cfg.optimizer, "_name", None)
     refused = {
-        "--amp": (cfg.common.amp, "each process would skip updates by itself"),
+        "--amp": (cfg.common.amp, "processes would skip updates independently"),
         "--use-bmuf": (cfg.optimization.use_bmuf, "it averages different experts together"),
-        "--zero-sharding": (plan.zero_sharding != "none", "it spreads the optimizer another way"),
+        "--zero-sharding": (
+            plan.zero_sharding != "none",
+            "it spreads the optimizer in another way",
+        ),
         "--store-ema": (cfg.ema.store_ema, "the averages of experts would not be saved"),
         "--optimizer composite": (optimizer == "composite", "its state would not be saved"),
         "--write-checkpoints-asynchronously": (
             cfg.checkpoint.write_checkpoints_asynchronously,
-            "files of experts are deleted once no checkpoint needs them",
+            "expert files are deleted once no checkpoint needs them",
         ),
         "--model-parallel-size": (cfg.common.model_parallel_size > 1, "it spreads the model too"),
     }

@@ -1,4 +1,4 @@
-"""Batches that stand in for missing ones, so that all ranks make the same number of passes."""
+"""Stand-in batches for ranks that have run out of batches, so that all ranks run in step."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from nmt_moe.trainer.experts import moe_layers
 
 
 class StandIn:
-    """Let batches count for nothing: no token reaches an expert, a statistic, loss or log.
+    """Make batches count for nothing: no token reaches an expert, a statistic, the loss or the log.
 
-    fairseq repeats an earlier batch on ranks that have none left, which any training in several
-    processes does; then it drops that rank's whole update from the sample size and the log, with
-    --update-freq also the batches that are its own, whose gradients stay in.
+    In any training on several ranks, fairseq repeats an earlier batch on ranks that have none left.
+    It then drops that rank's whole update from the sample size and the log: with --update-freq,
+    that includes the rank's real batches, although their gradients are kept.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
@@ -23,7 +23,7 @@ class StandIn:
         self.handles: list[RemovableHandle] = []
 
     def switch(self, is_on: bool) -> None:
-        """Let the batches from now on count for nothing, or count again."""
+        """Make batches from now on count for nothing, or count again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -35,7 +35,7 @@ class StandIn:
 
 
 def _mask_tokens(_: MoELayer, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Take every token for padding: (x, mask, ...)."""
+    """Mask every token as padding: (x, mask, ...)."""
     x = arguments[0]
     return x, torch.ones(len(x), dtype=torch.bool, device=x.device), *arguments[2:]
 
@@ -43,6 +43,6 @@ def _mask_tokens(_: MoELayer, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _count_nothing(
     _: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, Any, dict[str, Any]]
 ) -> tuple[Tensor, Any, dict[str, Any]]:
-    """Make loss, sample size and log 0."""
+    """Set the loss, the sample size and the log to 0."""
     loss, sample_size, log = output
     return loss * 0, sample_size * 0, {key: value * 0 for key, value in log.items()}

@@ -117,7 +117,7 @@ def test_a_checkpoint_is_whole_only_if_it_fits_its_model(checkpoint: Path, tmp_p
         (drop, rf"{name} is missing"),
         (cut, rf"{name} is \("),
         (claim, "`encoder_layers` to 1000000000"),
-        (forget, "no configuration of a model"),
+        (forget, "no model configuration"),
         (spoil, "not a table"),
     ]:
         state = torch.load(checkpoint, weights_only=False)

@@ -206,7 +206,7 @@ def test_any_namespace_of_options_builds_the_search():
         ({"length_penalty_alpha": math.nan}, "`--length-penalty-alpha` must be .* but is nan"),
         ({"beam_prune": 3.0, "sampling": True}, "`--sampling` is another way"),
         ({"beam_prune": 3.0, "diverse_beam_groups": 2}, "`--diverse-beam-groups` is another way"),
-        ({"beam_prune": 3.0, "constraints": "ordered"}, "that `--constraints` asks for"),
+        ({"beam_prune": 3.0, "constraints": "ordered"}, "`--constraints`"),
         ({"length_penalty_alpha": 0.2, "lenpen": 0.6}, "replaces `--lenpen`, which is 0.6"),
         ({"coverage_penalty_beta": 0.2, "unnormalized": True}, "leave `--unnormalized` out"),
         ({"coverage_penalty_beta": 0.2, "score_reference": True}, "`--score-reference` is another"),
