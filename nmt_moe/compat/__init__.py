@@ -1,7 +1,7 @@
 """Repairs of fairseq, made when this package is imported.
 
-Each is a small function that acts only where a test of the installed versions or of the arguments
-says so, gives its reason, and has its own test. They replace names in fairseq's modules, which its
+Each is a small function that acts only if the installed versions or the arguments require it,
+states its reason, and has its own test. Repairs replace names in fairseq's modules, which its
 commands look up when they run; none edits a file. Importing twice repairs once.
 """
 
@@ -29,7 +29,7 @@ from nmt_moe.compat import (
 
 __all__ = ["REPAIRS"]
 
-# In this order: what is repaired twice is repaired from the inside out.
+# The order matters: later repairs of a function wrap earlier ones.
 REPAIRS = (
     checkpoints.ignore_unsafe_loading,
     checkpoints.read_checkpoints_safely,

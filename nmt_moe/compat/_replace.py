@@ -1,4 +1,4 @@
-"""Replace functions of fairseq by repaired ones."""
+"""Replace functions of fairseq with repaired ones."""
 
 import functools
 import sys
@@ -8,17 +8,17 @@ from typing import Any
 
 from fairseq.distributed import utils as distributed_utils
 
-# Attribute of a repaired function: what made it.
+# Attribute of a repaired function: the makers applied to it.
 MAKERS = "__nmt_moe_makers__"
 
 Maker = Callable[[Callable], Callable]
 
-# Functions to replace in the module of a command, by the command's name.
+# Functions to replace in a command's module, by the command's name.
 _IN_COMMANDS: dict[str, list[tuple[str, Maker]]] = {}
 
 
 def replace(owner: Any, name: str, make: Maker) -> None:
-    """Replace `owner.name` by `make(original)`, once however often this is called."""
+    """Replace `owner.name` with `make(original)`; calling this again changes nothing."""
     original = getattr(owner, name)
     key = f"{make.__module__}.{make.__qualname__}"
     makers = getattr(original, MAKERS, ())
@@ -32,8 +32,8 @@ def replace(owner: Any, name: str, make: Maker) -> None:
 def replace_in_command(command: str, name: str, make: Maker) -> None:
     """Replace a function in the module `fairseq_cli.COMMAND`, which looks it up when it runs.
 
-    The module may be loaded before the plugin or after it, and under `python -m` it is `__main__`.
-    So what is loaded is repaired now, and the rest when a command calls `call_main`.
+    The module may be loaded before or after the plugin, and under `python -m` it is `__main__`. So
+    loaded modules are repaired now, and others when a command calls `call_main`.
     """
     _IN_COMMANDS.setdefault(command, []).append((name, make))
     for module in (sys.modules.get(f"fairseq_cli.{command}"), sys.modules.get("__main__")):
@@ -51,7 +51,7 @@ def _repairing_command(call: Callable) -> Callable:
 
 
 def _repair_command(module: ModuleType) -> None:
-    # Of a module that is run, the name is `__main__`; what it was found as stands in its spec.
+    # A module run as a program is named `__main__`; its spec has its real name.
     name = getattr(module.__spec__, "name", "")
     for attribute, make in _IN_COMMANDS.get(name.removeprefix("fairseq_cli."), []):
         replace(module, attribute, make)

@@ -1,4 +1,4 @@
-"""Let --store-ema average models that hold integers."""
+"""Make --store-ema work for models with integers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,9 @@ from nmt_moe.compat._replace import replace
 
 
 def copy_integers_into_averages() -> None:
-    """Copy integers of a model into its moving average, instead of averaging them.
+    """Copy a model's integers into its moving average, instead of averaging them.
 
-    Reason: "result type Float can't be cast to Long". The digest of a dictionary is one.
+    Reason: "result type Float can't be cast to Long". The digest of a dictionary is an integer.
     """
     replace(EMA, "__init__", _starting)
 

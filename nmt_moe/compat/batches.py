@@ -1,4 +1,4 @@
-"""Cut a data set into batches, and lose no sentence."""
+"""Divide a data set into batches without losing a sentence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from nmt_moe.compat._replace import replace
 
 
 def keep_every_sentence() -> None:
-    """Give the last sentences of a data set a batch of their own.
+    """Put the last sentences of a data set into a batch of their own.
 
     Reason: `batch_by_size` drops the last batch if its size is not a multiple of
-    --required-batch-size-multiple, 8 by default: fairseq-generate leaves out up to 7 sentences, or
-    a whole `--batch-size`, and scores the others without a word.
+    --required-batch-size-multiple, 8 by default: fairseq-generate silently leaves out up to 7
+    sentences, or a whole `--batch-size`, and scores the others.
     """
     three = np.arange(3)
     batches = data_utils.batch_by_size(three, lambda _: 1, required_batch_size_multiple=2)
@@ -29,16 +29,16 @@ def _keeping(split: Callable) -> Callable:
         if len(indices) == 0:
             return []
         batches = split(indices, *args, **kw)
-        # Batches are consecutive pieces of the indices, so what is missing is the end.
+        # Batches are consecutive slices of the indices, so what is missing is the end.
         rest = indices[sum(map(len, batches)) :]
-        # With fixed shapes, sentences are regrouped and none is dropped.
+        # With fixed shapes, sentences are regrouped and none are dropped.
         return [*batches, rest] if len(rest) else batches
 
     return batch_by_size
 
 
 def name_sentences_longer_than_a_batch() -> None:
-    """Name the sentence that fits into no batch, and the options that allow it.
+    """Name a sentence that fits into no batch, and the options that allow it.
 
     Reason: the assertion that ends the command names neither.
     """
@@ -54,7 +54,7 @@ def _naming(split: Callable) -> Callable:
                 raise
             longest = max(indices, key=num_tokens_fn)
             raise ValueError(
-                f"sample #{longest} must have at most {kw.get('max_tokens')} tokens, as many as a "
+                f"sample #{longest} must have at most {kw.get('max_tokens')} tokens, the size of a "
                 f"batch, but has {num_tokens_fn(longest)}. Allow more with --max-tokens (when "
                 f"validating, --max-tokens-valid), or {_cut_into(kw.get('max_tokens'))}."
             ) from error
@@ -63,7 +63,7 @@ def _naming(split: Callable) -> Callable:
 
 
 def _cut_into(tokens: Any) -> str:
-    """Advise blocks of a size; --tokens-per-sample too, whose default may well be larger."""
+    """Return advice to cut text into blocks; it sets the size, whose default may be too large."""
     return (
         "cut a language model's text into blocks that fit: --sample-break-mode none "
         f"--tokens-per-sample {tokens}"
@@ -71,9 +71,9 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Name the data set none of whose samples fits, and the options that allow longer ones.
+    """Name a data set none of whose samples fit, and the options that allow longer ones.
 
-    Reason: the error says that "the dataset is empty", or there is none and nothing is translated.
+    Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """
     replace(FairseqTask, "filter_indices_by_size", _filtering)
 
@@ -83,7 +83,7 @@ def _filtering(keep: Callable) -> Callable:
         task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
     ) -> Any:
         kept = keep(task, indices, dataset, max_positions, *args, **kw)
-        # Data sets without a name are a few lines of fairseq-interactive.
+        # Data sets without a name hold a few lines of fairseq-interactive.
         split = next((name for name, known in task.datasets.items() if known is dataset), None)
         if split is None or len(kept) or not len(indices):
             return kept
@@ -102,7 +102,7 @@ def _filtering(keep: Callable) -> Callable:
 
 
 def _spell(tokens: Any) -> str:
-    """Write a number of tokens, or one for each side."""
+    """Format a number of tokens, or one for each side."""
     if isinstance(tokens, tuple):
         return f"{tokens[0]} source and {tokens[1]} target"
     return str(tokens)

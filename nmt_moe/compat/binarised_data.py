@@ -1,4 +1,4 @@
-"""Binarised data: written with digests, compared with them and with the dictionary when loaded."""
+"""Binarised data: write digests, and check data against them and the dictionary on loading."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ WAY_OUT = "Binarise the text again with fairseq-preprocess."
 def write_digests_of_binarised_data() -> None:
     """Let fairseq-preprocess write the SHA-256 of each `.bin`, `.idx` and dictionary to `.sha256`.
 
-    Reason: damaged data are other sentences, and nothing notices. `sha256sum -c` reads the files.
+    Reason: damaged data decode to other sentences, unnoticed. `sha256sum -c` reads these files.
     """
     replace(FileBinarizer, "multiprocess_dataset", _writing)
 
@@ -33,7 +33,7 @@ def _writing(binarize: Callable) -> Callable:
     ) -> Any:
         summary = binarize(input_file, dataset_impl, binarizer, output_prefix, **kwargs)
         files = [Path(f"{output_prefix}.{kind}") for kind in ("bin", "idx")]
-        # Numbers mean nothing without their words: `dict.en.txt` for `train.en-de.en`.
+        # Token ids mean nothing without the dictionary: `dict.en.txt` for `train.en-de.en`.
         _, *language = files[0].stem.rsplit(".", 1)
         dictionary = files[0].with_name(".".join(["dict", *language, "txt"]))
         write_digests(
@@ -45,10 +45,10 @@ def _writing(binarize: Callable) -> Callable:
 
 
 def check_binarised_data_when_loaded() -> None:
-    """Name the file of binarised data that is empty, damaged or of another dictionary.
+    """Name a file of binarised data that is empty, damaged or made with another dictionary.
 
-    Reason: an empty one ends in "cannot mmap an empty file", a cut one in a traceback in the middle
-    of an epoch, an unknown token in an IndexError of the embedding, and others in nothing at all.
+    Reason: an empty file ends in "cannot mmap an empty file", a truncated one in a traceback in the
+    middle of an epoch, an unknown token in an IndexError of the embedding; other damage is silent.
     """
     replace(indexed_dataset, "make_dataset", _loading)
 
@@ -74,9 +74,9 @@ def _loading(make: Callable) -> Callable:
 
 
 def drop_damaged_data_quietly() -> None:
-    """Print nothing when data are freed that could not be opened.
+    """Print nothing when data that could not be opened are freed.
 
-    Reason: "Exception ignored in ... __del__" and a traceback follow the message.
+    Reason: "Exception ignored in ... __del__" and a traceback would follow the message.
     """
     for owner in (MMapIndexedDataset, MMapIndexedDataset.Index):
         replace(owner, "__del__", _dropping)
@@ -91,10 +91,10 @@ def _dropping(drop: Callable) -> Callable:
 
 
 def check_files(path: str) -> None:
-    """Compare files with their digests, where fairseq-preprocess left them.
+    """Compare files with the digests that fairseq-preprocess wrote, if it did.
 
     Args:
-        path: Of the data, without `.bin` and `.idx`.
+        path: Path of the data, without `.bin` and `.idx`.
 
     Raises:
         ValueError: naming the file that is empty or damaged.
@@ -102,13 +102,13 @@ def check_files(path: str) -> None:
     if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
         raise ValueError(
             f"`{path}.bin` holds no sentence: the text that fairseq-preprocess read was empty. "
-            "Binarise one that has at least a line."
+            "Binarise a text of at least one line."
         )
     check_digests(Path(f"{path}.sha256"), "fairseq-preprocess", WAY_OUT)
 
 
 def check_index(path: str, dataset: MMapIndexedDataset) -> None:
-    """Refuse data whose sentences are not where the index says.
+    """Reject data whose sentences are not where the index says.
 
     Raises:
         ValueError: naming the file and the first sentence that cannot be read, counted from 0.
@@ -121,12 +121,12 @@ def check_index(path: str, dataset: MMapIndexedDataset) -> None:
     if len(bad):
         raise ValueError(
             f"sentence #{bad[0]} of `{path}.bin` cannot be read: the file has {file_size} bytes, "
-            f"and `{path}.idx` expects {ends[-1]}. One of them is damaged. {WAY_OUT}"
+            f"but `{path}.idx` expects {ends[-1]}. One of them is damaged. {WAY_OUT}"
         )
 
 
 def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary) -> None:
-    """Refuse tokens that the dictionary does not have; warn if many are the unknown word.
+    """Reject tokens that are not in the dictionary; warn if many are the unknown word.
 
     Raises:
         ValueError: naming the first sentence with such a token, counted from 0.
@@ -149,7 +149,7 @@ def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary)
 
 
 def _chunks(dataset: MMapIndexedDataset) -> Iterator[np.ndarray]:
-    """Yield all tokens of a data set, some millions at a time."""
+    """Yield all tokens of a data set, a few million at a time."""
     num_tokens = int(dataset.sizes.sum(dtype=np.int64))
     all_tokens = np.frombuffer(dataset._bin_buffer, dataset._index.dtype, num_tokens)
     for start in range(0, num_tokens, CHECKED_AT_ONCE):

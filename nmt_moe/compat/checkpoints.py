@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
-# Plain holders of values, none of which runs code when it is loaded.
+# Types that only hold values; none runs code when it is loaded.
 IN_BROADCASTS = [
     argparse.Namespace,
     DictConfig,
@@ -53,9 +53,9 @@ IN_BROADCASTS = [
 def read_checkpoints_safely() -> None:
     """Let all commands read checkpoints with `nmt_moe.checkpoints`.
 
-    Reasons: since torch 2.6, `torch.load` refuses all types it does not know, so that fairseq could
-    not read its own checkpoints; changed bytes among the weights are not noticed at all; a
-    truncated file ends in one of six exceptions, and none names it.
+    Reasons: since torch 2.6, `torch.load` rejects types it does not know, so fairseq cannot read
+    its own checkpoints; changed bytes among the weights go unnoticed; a truncated file ends in one
+    of six exceptions, none of which names it.
     """
     replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
     replace(checkpoint_utils, "load_ema_from_checkpoint", _reading_ema)
@@ -71,8 +71,8 @@ def _reading(_: Callable) -> Callable:
             state = _upgrade(state, arg_overrides or {})
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"`{path}` is not a whole fairseq checkpoint: its settings or the state of its "
-                f"training are incomplete ({type(error).__name__}: {error}). Name another one."
+                f"`{path}` is not a complete fairseq checkpoint: its settings or its training "
+                f"state are incomplete ({type(error).__name__}: {error}). Name another checkpoint."
             ) from error
         return state
 
@@ -80,7 +80,7 @@ def _reading(_: Callable) -> Callable:
 
 
 def _upgrade(state: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Apply overrides, and let fairseq bring the form of older versions up to date."""
+    """Apply overrides, and let fairseq upgrade the format of older versions."""
     if state.get("args") is not None:
         vars(state["args"]).update(overrides)
     if state.get("cfg") is not None:
@@ -91,11 +91,11 @@ def _upgrade(state: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def _warn_of_unknown_settings(cfg: DictConfig, overrides: dict[str, Any]) -> None:
-    """Warn of overrides that change nothing, as misspelt ones do."""
+    """Warn of overrides that have no effect, such as misspelt ones."""
     groups = [group for name in cfg for group in [cfg[name]] if isinstance(group, DictConfig)]
     known = {*cfg, "user_dir", *(name for group in groups for name in group)}
     for name in overrides.keys() - known:
-        logger.warning("the checkpoint has no setting `%s` that could be changed", name)
+        logger.warning("the checkpoint has no setting `%s` to override", name)
 
 
 def _reading_ema(_: Callable) -> Callable:
@@ -103,7 +103,7 @@ def _reading_ema(_: Callable) -> Callable:
         state = read_checkpoint(Path(fpath))
         ema = (state.get("extra_state") or {}).get("ema")
         if not ema:
-            raise ValueError(f"`{fpath}` has no averages of weights: train with --store-ema.")
+            raise ValueError(f"`{fpath}` has no averaged weights: train with --store-ema.")
         state["model"] = {
             name: value.float() if value.dtype == torch.float16 else value.clone()
             for name, value in ema.items()
@@ -114,9 +114,9 @@ def _reading_ema(_: Callable) -> Callable:
 
 
 def ignore_unsafe_loading() -> None:
-    """Remove the environment variable that makes torch execute what a file says.
+    """Remove the environment variable that lets torch execute code from files.
 
-    Reason: fairseq does not ask for torch's safe loader, so the variable switches it off.
+    Reason: fairseq does not request torch's safe loader, so the variable switches it off.
     """
     if os.environ.pop(UNSAFE, None):
         logger.warning("%s is ignored: it would let files execute code", UNSAFE)
@@ -125,7 +125,7 @@ def ignore_unsafe_loading() -> None:
 def allow_configuration_in_broadcasts() -> None:
     """Let rank 0 send a checkpoint to the others when several processes resume.
 
-    Reason: it does so through `torch.load`, whose safe loader refuses types of the configuration.
+    Reason: that uses `torch.load`, whose safe loader rejects types of the configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)
 
@@ -141,8 +141,8 @@ def _broadcasting(broadcast: Callable) -> Callable:
 def keep_numpy_out_of_checkpoints() -> None:
     """Save metrics as plain numbers and lists.
 
-    Reason: --eval-bleu counts in numpy arrays, which fairseq saves as they are, and torch's safe
-    loader refuses: such a training could neither go on nor translate.
+    Reason: --eval-bleu counts in numpy arrays, which fairseq saves unchanged and torch's safe
+    loader rejects, so that such a checkpoint could neither be resumed nor used for translation.
     """
     replace(metrics, "state_dict", _plainly)
 
@@ -155,7 +155,7 @@ def _plainly(make_state: Callable) -> Callable:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn numpy's arrays and numbers within a nest of containers into Python's own."""
+    """Convert numpy arrays and numbers in nested containers to Python's own types."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):
@@ -166,10 +166,10 @@ def to_plain(value: Any) -> Any:
 
 
 def copy_checkpoints_whole() -> None:
-    """Let the copy of a checkpoint take its name once it is whole.
+    """Copy a checkpoint to a temporary name, and rename it once it is complete.
 
-    Reason: fairseq copies to `checkpoint_last.pt` and others in place, and a process that is killed
-    meanwhile leaves half of one, and nothing to go on from.
+    Reason: fairseq copies to `checkpoint_last.pt` and others in place, so a process that is killed
+    meanwhile leaves half a file, and nothing to resume from.
     """
     replace(PathManager, "copy", _copying)
 
@@ -185,9 +185,9 @@ def _copying(copy: Callable) -> Callable:
 
 
 def explain_misfits() -> None:
-    """Say in one line that a checkpoint is of another model, and what to do.
+    """Explain in one line that a checkpoint belongs to another model, and what to do.
 
-    Reason: fairseq prints a line for each parameter, and does not name the file.
+    Reason: fairseq prints a line for each parameter and does not name the file.
     """
     replace(checkpoint_utils, "load_model_ensemble_and_task", _fitting)
     replace(Trainer, "load_checkpoint", _resuming)
@@ -223,7 +223,7 @@ def _resuming(load: Callable) -> Callable:
 
 
 def describe_misfit(filenames: list[str], error: BaseException) -> str | None:
-    """Say why the parameters that were read fit no model; None if the reason is another."""
+    """Return why the parameters read do not fit the model; None if the error has another cause."""
     files = ", ".join(f"`{name}`" for name in filenames)
     text = str(error)
     if "loading state_dict" in text:
@@ -232,15 +232,16 @@ def describe_misfit(filenames: list[str], error: BaseException) -> str | None:
         reason = "; ".join(different) or text.splitlines()[-1].strip()[:300]
         return (
             f"the checkpoint {files} does not fit the model that was built for it ({reason}). "
-            "If embeddings differ, the data folder has other dictionaries than that of training."
+            "If embeddings differ, the data folder's dictionaries differ from those used in "
+            "training."
         )
     return None
 
 
 def refuse_untied_weights() -> None:
-    """Reject a checkpoint that has two values for what is one parameter in the model.
+    """Reject a checkpoint with two values for what is one parameter in the model.
 
-    Reason: the last one loaded would silently replace the other, for example the embeddings of a
+    Reason: the last value loaded would silently replace the other, for example the embeddings of a
     model that was trained without `--share-decoder-input-output-embed`.
     """
     replace(BaseFairseqModel, "load_state_dict", _loading)
@@ -258,9 +259,10 @@ def _loading(load: Callable) -> Callable:
             for other in others:
                 if not torch.equal(state_dict[first], state_dict[other]):
                     raise ValueError(
-                        f"the checkpoint has two values for `{first}` and `{other}`, which are "
-                        "one parameter in this model. Train or load it without sharing them, as "
-                        "the checkpoint was (`--share-decoder-input-output-embed` and the like)."
+                        f"the checkpoint has two values for `{first}` and `{other}`, which are one "
+                        "parameter in this model. Train or load the model without sharing them, "
+                        "as the checkpoint was (`--share-decoder-input-output-embed` and the "
+                        "like)."
                     )
         return load(self, state_dict, *args, **kwargs)
 
@@ -268,9 +270,9 @@ def _loading(load: Callable) -> Callable:
 
 
 def name_folders_that_are_not_there() -> None:
-    """Name the folder that `from_pretrained` does not find, or the file it was given instead.
+    """Name a folder that `from_pretrained` does not find, or a file it is given instead.
 
-    Reason: the first ends in a TypeError; the second is unpacked wherever it says, and deleted.
+    Reason: a missing folder ends in a TypeError; a file is unpacked wherever it says, and deleted.
     """
     replace(file_utils, "load_archive_file", _finding_folder)
 
@@ -281,11 +283,12 @@ def _finding_folder(load: Callable) -> Callable:
             return load(archive_file)
         for path in archive_file.split(os.pathsep):
             if not os.path.isdir(path):
-                what = "is a file" if os.path.exists(path) else "is not there"
+                what = "is a file" if os.path.exists(path) else "does not exist"
                 raise ValueError(
-                    f"`{path}` must be a folder, but {what}. from_pretrained takes the folder of "
-                    "the checkpoint, `checkpoint_file=` its name there, and `data_name_or_path=` "
-                    "the folder of the dictionaries, as a path that does not begin with a dot."
+                    f"`{path}` must be a folder, but {what}. from_pretrained takes the "
+                    "checkpoint's folder, in `checkpoint_file=` the checkpoint's name there, and "
+                    "in `data_name_or_path=` the folder of the dictionaries, as a path that does "
+                    "not begin with a dot."
                 )
         return archive_file
 

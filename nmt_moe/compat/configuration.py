@@ -1,6 +1,6 @@
-"""Let the configuration in a checkpoint set values, and execute nothing.
+"""Let the configuration in a checkpoint set values, but execute nothing.
 
-fairseq builds models, tasks and criterions from the configuration in a file, evaluates some of its
+fairseq builds models, tasks and criterions from the configuration in a file. It evaluates some
 options as Python, opens the files that others name, and would start a program for a third kind.
 """
 
@@ -17,8 +17,8 @@ from fairseq.registry import REGISTRIES
 
 logger = logging.getLogger(__name__)
 
-# Of fairseq's own: those for text that open no file and start no program on the way from their
-# configuration to a model. Those of this plugin and of the user's other plugins are not listed.
+# fairseq's own classes for text that open no file and start no program while they are built from
+# their configuration. Classes of this plugin and of the user's other plugins need no entry.
 ALLOWED = {
     "model": {
         "bart",
@@ -52,10 +52,10 @@ ALLOWED = {
         "nat_loss",
     },
 }
-# Keys that fairseq looks a group's class up by.
+# Keys by which fairseq looks up a group's class.
 NAME_KEYS = {"model": ("_name", "arch"), "task": ("_name", "task")}
 
-# Options that name files, folders, addresses or programs.
+# Options that name files, folders, network addresses or programs.
 FILE_OPTIONS = {
     "bert_model",
     "bpe_codes",
@@ -87,7 +87,7 @@ FILE_OPTIONS = {
 DATA_FORMATS = {None, "", "raw", "lazy", "cached", "mmap"}
 MAX_SETTINGS = 50_000
 
-# Modules of fairseq that evaluate options, or lines of data, as Python.
+# fairseq modules that evaluate options, or lines of data, as Python.
 EVALUATING = [
     "fairseq.criterions.ctc",
     "fairseq.data.audio.raw_audio_dataset",
@@ -114,21 +114,21 @@ MAX_ITEMS = 10_000
 
 
 def evaluate_literals_only() -> None:
-    """Let fairseq read options such as `[(512, 3)] * 20` without evaluating them as Python.
+    """Parse options such as `[(512, 3)] * 20` without evaluating them as Python.
 
-    Reason: it calls `eval` on text from the command line and from the configuration in a
+    Reason: fairseq calls `eval` on text from the command line and from the configuration in a
     checkpoint, so that a file could execute code.
     """
     for name in EVALUATING:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # needs a package that is not installed
+        except ImportError:  # it needs a package that is not installed
             continue
         vars(module)["eval"] = evaluate_literal
 
 
 def evaluate_literal(text: Any) -> Any:
-    """Return the value of a literal, with `+` and `*` of numbers and lists.
+    """Return the value of a literal, in which numbers and lists may be combined by `+` and `*`.
 
     Raises:
         ValueError: naming the text, if it is anything else or has too many items.
@@ -164,11 +164,11 @@ def _evaluate(node: ast.expr) -> Any:
 
 
 def secure_configuration(path: Path, state: dict[str, Any]) -> None:
-    """Reject a checkpoint's configuration that could execute something; drop files it names.
+    """Reject a checkpoint's configuration that could execute code; drop the files it names.
 
     Args:
         path: The checkpoint.
-        state: Its content, before fairseq has touched it; changed.
+        state: Its contents, before fairseq has touched them; changed.
 
     Raises:
         ValueError: naming the checkpoint and the setting.
@@ -184,7 +184,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
 
 
 def _check_plain(settings: Any) -> None:
-    """Reject values other than plain ones, references that are resolved, and unsafe formats."""
+    """Reject values that are not plain, references to other settings, and unsafe formats."""
     if not isinstance(settings, dict | argparse.Namespace):
         raise ValueError(f"is not a table of settings, but a {type(settings).__name__}.")
     for count, (key, value) in enumerate(_settings(settings)):
@@ -197,14 +197,14 @@ def _check_plain(settings: Any) -> None:
             raise ValueError(f"sets `{key}` to a {type(value).__name__}.")
         if isinstance(value, str) and ("${" in value or "\0" in value):
             raise ValueError(
-                f"sets `{key}` to {value[:80]!a}, which refers to something outside of it."
+                f"sets `{key}` to {value[:80]!a}, which refers to something outside itself."
             )
         if key == "dataset_impl" and (is_nest or value not in DATA_FORMATS):
             raise ValueError(f"sets `dataset_impl` to {value!r:.80}, which could start programs.")
 
 
 def _settings(nest: Any) -> Iterator[tuple[Any, Any]]:
-    """Iterate over all settings of a nest with their names; items of lists have numbers."""
+    """Yield all nested settings with their names; items of lists have numbers instead."""
     if isinstance(nest, argparse.Namespace):
         nest = vars(nest)
     for key, value in nest.items() if isinstance(nest, dict) else enumerate(nest):
@@ -214,8 +214,8 @@ def _settings(nest: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_names(settings: Any) -> None:
-    """Reject names of models, tasks and others that are unknown or could execute something."""
-    if isinstance(settings, argparse.Namespace):  # of before fairseq 1.0: all in one table
+    """Reject names of models, tasks and other classes that are unknown or could execute code."""
+    if isinstance(settings, argparse.Namespace):  # before fairseq 1.0: all in one table
         groups = {"model": settings, **dict.fromkeys(("task", *REGISTRIES), settings)}
     else:
         groups = settings
@@ -231,7 +231,7 @@ def _check_names(settings: Any) -> None:
 
 
 def _names(group: str, settings: Any, is_flat: bool) -> list[Any]:
-    """List what fairseq may look the class of a group up by."""
+    """Return the names by which fairseq may look up a group's class."""
     if settings is None or isinstance(settings, str):
         return [] if settings is None else [settings]
     keys = NAME_KEYS.get(group, ("_name", group))[1 if is_flat else 0 :]
@@ -240,30 +240,30 @@ def _names(group: str, settings: Any, is_flat: bool) -> list[Any]:
         raise ValueError(f"has {table!r:.80} as its {group}.")
     names = [table[key] for key in keys if table.get(key) is not None]
     if not names and not is_flat and len(table) == 1:
-        names = list(table)  # fairseq takes the one key for the name
+        names = list(table)  # fairseq takes the only key as the name
     return [name for name in names if not isinstance(name, dict)]
 
 
 def _check_name(group: str, name: Any, registry: dict[str, type]) -> None:
     found = registry.get(name) if isinstance(name, str) else None
     if found is None:
-        # fairseq itself fails at wording its message: "KeyError: '_name'".
+        # fairseq fails while composing its own message: "KeyError: '_name'".
         raise ValueError(
-            f"names the {group} `{name!s:.80}`, which neither fairseq nor this plugin knows. "
-            "Add the --user-dir of the plugin that it was trained with."
+            f"names the {group} `{name!s:.80}`, which neither fairseq nor this plugin knows. Add "
+            "the --user-dir of the plugin it was trained with."
         )
     if group not in ALLOWED or not found.__module__.startswith("fairseq."):
         return
     allowed = {registry[known] for known in ALLOWED[group] if known in registry}
     if found not in allowed:
         raise ValueError(
-            f"names the {group} `{name}`. It is not loaded, because fairseq could execute or open "
-            "what other settings say when it builds it."
+            f"names the {group} `{name}`. It is not loaded, because building it could make fairseq "
+            "execute code or open files that other settings name."
         )
 
 
 def _drop_files(path: Path, settings: Any) -> None:
-    """Empty the settings that name files, folders or addresses."""
+    """Clear the settings that name files, folders or network addresses."""
     dropped = {}
     for table in _tables(settings):
         for key in FILE_OPTIONS & table.keys():
@@ -273,9 +273,9 @@ def _drop_files(path: Path, settings: Any) -> None:
     for group in ("bpe", "tokenizer"):
         of_group = settings.get(group) if isinstance(settings, dict) else None
         if isinstance(of_group, dict) and FILE_OPTIONS & of_group.keys() & dropped.keys():
-            settings[group] = None  # it is nothing without its file
+            settings[group] = None  # useless without its file
     if dropped:
-        logger.debug("files that the configuration of %s names are not opened: %s", path, dropped)
+        logger.debug("files named in the configuration of %s are not opened: %s", path, dropped)
 
 
 def _tables(nest: Any) -> Iterator[dict[str, Any]]:

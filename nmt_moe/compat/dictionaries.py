@@ -1,4 +1,4 @@
-"""Dictionaries: name the damaged ones, and keep what users type apart from the model's marks."""
+"""Dictionaries: report damage, and keep users' text apart from the model's special symbols."""
 
 import logging
 from collections.abc import Callable
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def name_damaged_dictionaries() -> None:
-    """Name file and line of a dictionary that is not one, or not a whole one.
+    """Name the file and line where a dictionary is malformed or incomplete.
 
-    Reason: it ends in tracebacks, of which most name neither.
+    Reason: it ends in tracebacks, most of which name neither.
     """
     replace(Dictionary, "add_from_file", _adding)
 
@@ -35,7 +35,7 @@ def _adding(add: Callable) -> Callable:
             add(dictionary, file)
             return
         size = len(dictionary)
-        # Earlier versions accepted texts whose words have control characters.
+        # Earlier versions accepted words with control characters.
         lines = read_lines(PathManager.get_local_path(file), allow_controls=True)
         for number, line in enumerate(lines, start=1):
             problem = _find_problem(line)
@@ -47,7 +47,7 @@ def _adding(add: Callable) -> Callable:
             if problem is not None:
                 raise ValueError(
                     f"the dictionary `{file}`, line {number}: {problem} It is damaged or not a "
-                    "dictionary: copy it again, or let fairseq-preprocess write it."
+                    "dictionary: copy it again, or write a new one with fairseq-preprocess."
                 )
         if len(dictionary) == size:
             raise ValueError(f"the dictionary `{file}` has no words. Copy it again.")
@@ -56,7 +56,7 @@ def _adding(add: Callable) -> Callable:
 
 
 def _find_problem(line: str) -> str | None:
-    """Say what a row lacks, which must be a word and its count; fairseq checks the rest."""
+    """Return why a line is not a word and its count; fairseq checks the rest."""
     word, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
     if not word or not count.isdecimal():
         return f"{_shorten(line)} is not a word and its count, such as `the 1061`."
@@ -70,16 +70,16 @@ def _shorten(line: str) -> str:
 def name_damaged_sentencepiece_models() -> None:
     """Name the file of `--sentencepiece-model` that is damaged.
 
-    Reason: the error is one of sentencepiece's own code, which names no file; or there is none, and
-    text is cut into other pieces.
+    Reason: sentencepiece's own error names no file; or there is no error, and text is split into
+    other pieces.
     """
     replace(SentencepieceBPE, "__init__", _loading)
 
 
 def cut_text_at_white_space_of_any_kind() -> None:
-    """Let `--bpe sentencepiece` cut text as `nmt-moe pieces encode` does.
+    """Let `--bpe sentencepiece` split text as `nmt-moe pieces encode` does.
 
-    Reason: fairseq drops white space that is within pieces, and joins two words to one.
+    Reason: fairseq drops white space within pieces, which joins two words into one.
     """
     replace(SentencepieceBPE, "encode", _cutting)
 
@@ -100,11 +100,11 @@ def _loading(initialise: Callable) -> Callable:
 
 
 def keep_typed_marks_as_text() -> None:
-    """Let `</s>`, `<s>` and `<pad>` in a text be unknown words, with a warning.
+    """Treat `</s>`, `<s>` and `<pad>` in a text as unknown words, with a warning.
 
-    Reason: they are taken for the marks of a sentence's end, of its beginning and of padding. A
-    dictionary may name further marks as `language_marks`. Programs that write marks into their own
-    text (masked language models) are left alone: they encode it without `append_eos`.
+    Reason: fairseq takes them for the end mark, the begin mark and padding. A dictionary may name
+    further marks as `language_marks`. Programs that put marks into their own text (masked language
+    models) are not affected: they encode it without `append_eos`.
     """
     replace(Dictionary, "encode_line", _encoding)
 
@@ -125,7 +125,7 @@ def _encoding(encode: Callable) -> Callable:
             words = line_tokenizer(text)
             for mark in marks.intersection(words):
                 _warn_of_typed_mark(mark)
-                # No dictionary has a word with a space.
+                # No word of a dictionary contains a space.
                 unknown = dictionary.unk_word if add_if_not_exist else f"{mark} "
                 words = [unknown if word == mark else word for word in words]
             return words
@@ -144,12 +144,14 @@ def _encoding(encode: Callable) -> Callable:
 
 
 def marks_of(dictionary: Dictionary) -> set[str]:
-    """Return the symbols that no text may hold."""
+    """Return the symbols that never stand for text."""
     special = {dictionary.bos_word, dictionary.pad_word, dictionary.eos_word}
     return special | getattr(dictionary, "language_marks", set())
 
 
 @cache
 def _warn_of_typed_mark(mark: str) -> None:
-    """Warn once of each mark."""
-    logger.warning("the text has the word `%s`: it is read as an unknown word, not as a mark", mark)
+    """Warn about each mark once."""
+    logger.warning(
+        "the text has the word `%s`: it is read as an unknown word, not as a special symbol", mark
+    )

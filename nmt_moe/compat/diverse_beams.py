@@ -1,4 +1,4 @@
-"""Let diverse beam search translate more than the first batch."""
+"""Make diverse beam search work beyond the first batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from nmt_moe.compat._replace import replace
 
 
 def count_diverse_sentences_within_their_batch() -> None:
-    """Give diverse beam search the indices of sentences within the batch.
+    """Pass diverse beam search the indices of sentences within the batch.
 
-    Reason: it takes numbers of sentences within the data set for these: IndexError from the first
-    batch on that has a higher number than sentences.
+    Reason: it mistakes indices into the data set for these, which ends in an IndexError in the
+    first batch where they exceed its number of sentences.
     """
     replace(DiverseBeamSearch, "step", _indexing)
 

@@ -1,4 +1,4 @@
-"""End a fairseq command that its user can put right in one message instead of a traceback."""
+"""End a fairseq command with one message, not a traceback, if its user can fix the error."""
 
 import json
 import os
@@ -14,33 +14,34 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
-# What gloo and torch's store say of a process that is gone.
+# What gloo and torch's store report when a process is gone.
 LOST_PEER = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|recvValue failed|Failed to recv"
 )
-# An error that all ranks have is printed by the first: torchrun ends the others meanwhile.
+# The first rank prints an error that all ranks have: torchrun ends the others meanwhile.
 WAIT_FOR_FIRST_RANK = 3.0  # seconds
 
 
 def end_in_one_message() -> None:
-    """Print errors that are the user's to mend as one message, in fairseq's commands only.
+    """Print errors that the user can fix as one message, in fairseq's commands only.
 
-    Reason: a traceback of thirty lines hides its last one, which names the option or file. Programs
-    that merely import fairseq keep their own way with exceptions. The exit status stays 1.
+    Reason: a traceback of thirty lines hides its last line, which names the option or file.
+    Programs that merely import fairseq handle exceptions as before. The exit status stays 1.
     """
     if is_fairseq_command() and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_error
 
 
 def is_fairseq_command() -> bool:
-    """Tell whether this process is fairseq-train, -generate, ..., or `python -m fairseq_cli...`."""
+    """Return whether this process runs fairseq-train etc., or `python -m fairseq_cli...`."""
     return command_name().startswith("fairseq-")
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message that says all there is to say, or None where a traceback is needed.
+    """Return a message that explains the error fully, or None if a traceback is needed.
 
-    A ValueError of ours is by rule the caller's mistake; fairseq raises a bare Exception for those.
+    By convention, our ValueErrors are the caller's mistakes; fairseq raises a bare Exception for
+    those.
     """
     raiser = _raiser(error)
     message = str(error).strip()
@@ -51,16 +52,16 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OmegaConfBaseException | ConfigCompositionException):
         return _explain_option(error, message)
     if isinstance(error, FileExistsError) and error.errno is None:
-        # Of a dictionary that is there, fairseq-preprocess gives the path and no more.
-        return f"`{message}` is there already. Remove it, or name another folder."
+        # For a dictionary that exists, fairseq-preprocess raises an error with only its path.
+        return f"`{message}` exists already. Remove it, or name another folder."
     if isinstance(error, OSError | FloatingPointError):
         return message
     if isinstance(error, ValueError) and raiser == "nmt_moe":
         return message
     if isinstance(error, AssertionError) and raiser == "fairseq_cli":
-        return message  # an option that a command cannot do without
+        return message  # a required option is missing
     if str(error) == "optimizer is required!":
-        return "`--optimizer` must be given, such as --optimizer adam."
+        return "`--optimizer` must be set, for example --optimizer adam."
     if type(error) is Exception and raiser in ("fairseq", "fairseq_cli"):
         reason = error.__cause__ or error.__context__
         return message if reason is None else f"{message}\nReason: {str(reason).strip()}"
@@ -68,16 +69,16 @@ def explain(error: BaseException) -> str | None:
 
 
 def _explain_option(error: BaseException, message: str) -> str:
-    """Say which option is missing, or has a value of a wrong type."""
+    """Return which option is missing or has a value of the wrong type."""
     if isinstance(error, MissingMandatoryValue):
-        return f"`--{str(error.full_key).split('.')[-1].replace('_', '-')}` must be given."
+        return f"`--{str(error.full_key).split('.')[-1].replace('_', '-')}` must be set."
     if isinstance(error, OmegaConfBaseException):
         return f"the value of the option `{error.full_key}` cannot be used: {error.msg}."
     return f"{message}: {str(error.__cause__).splitlines()[0]}"
 
 
 def _raiser(error: BaseException) -> str:
-    """Return the top package of the module that raised the error."""
+    """Return the top-level package of the module that raised the error."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
 
@@ -91,7 +92,7 @@ def command_name() -> str:
 
 
 def _process() -> str:
-    """Tell which process this is, where there are several."""
+    """Return which process this is, if there are several."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return ""
     world_size = distributed.get_world_size()
@@ -99,9 +100,9 @@ def _process() -> str:
 
 
 def leave_for_torchrun(message: str) -> None:
-    """Write an error to the file that torchrun reads, so that its own report ends with the reason.
+    """Write an error to the file that torchrun reads, so that its own report ends with the cause.
 
-    Reason: it asks to enable tracebacks instead.
+    Reason: otherwise it advises enabling tracebacks instead.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

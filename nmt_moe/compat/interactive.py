@@ -1,4 +1,4 @@
-"""Let fairseq-interactive survive bad lines: each gets a message, all others their translation."""
+"""Let fairseq-interactive survive bad lines: report each, and translate all others."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ from nmt_moe.compat._replace import replace, replace_in_command
 from nmt_moe.compat.dictionaries import marks_of
 from nmt_moe.text.lines import BadLine, scan_lines
 
-# No sentence is as long; what is longer is not kept in memory.
+# No sentence is this long; longer lines are not kept in memory.
 MAX_LINE_BYTES = 1 << 20
-PIECE_START = "\u2581"  # how sentencepiece writes the space before a piece
+PIECE_START = "\u2581"  # how sentencepiece marks the space before a piece
 
 
 def skip_unreadable_lines() -> None:
-    """Read lines by the one rule, and go on after those that cannot be used.
+    """Read lines as `nmt_moe.text.lines` does, and skip those that cannot be used.
 
     Reason: a line that is not UTF-8 ends the whole run.
     """
@@ -31,10 +31,10 @@ def _reading(_: Callable) -> Callable:
 
 
 class NumberedLines(list):
-    """Lines of the input in order, None where one could not be read.
+    """Lines of the input in order, None for each that could not be read.
 
     Attributes:
-        first_number: Number of the first of them in the input, counted from 1.
+        first_number: Line number of the first one in the input, counted from 1.
     """
 
     def __init__(self, first_number: int) -> None:
@@ -42,16 +42,16 @@ class NumberedLines(list):
         self.first_number = first_number
 
     def numbered(self) -> Iterator[tuple[int, str]]:
-        """Yield index and text of each line that could be read."""
+        """Yield the index and text of each readable line."""
         return ((index, line) for index, line in enumerate(self) if line is not None)
 
     def report(self, index: int, what: str) -> None:
-        """Say what is odd about a line."""
+        """Print a message about a line, by its index."""
         report(self.first_number + index, what)
 
 
 def report(number: int, what: str) -> None:
-    """Print a message on one line of the input, counted from 1."""
+    """Print a message about a line of the input, counted from 1."""
     print(f"fairseq-interactive: line {number} {what}", file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -80,14 +80,14 @@ def _skipping_unread(make: Callable) -> Callable:
         kept = [index for index, _ in lines.numbered()]
         if kept:
             for batch in make([lines[index] for index in kept], *args):
-                # An id is a line's index among all lines read, the bad ones counted.
+                # An id is a line's index among all lines read, including the bad ones.
                 yield batch._replace(ids=torch.tensor([kept[i] for i in batch.ids.tolist()]))
 
     return make_batches
 
 
 def skip_lines_that_are_too_long() -> None:
-    """Leave out a line that the model cannot take.
+    """Leave out a line that is too long for the model.
 
     Reason: it ends the whole run.
     """
@@ -111,7 +111,7 @@ def _skipping_long(make: Callable) -> Callable:
 
 
 def longest_source(max_positions: Any, max_tokens: int | None) -> float:
-    """Return how many tokens, end of sentence counted, a source sentence may have."""
+    """Return how many tokens a source sentence may have, including the end mark."""
     if isinstance(max_positions, dict):  # one limit for each language pair
         max_positions = min(max_positions.values())
     if isinstance(max_positions, tuple | list):
@@ -121,20 +121,20 @@ def longest_source(max_positions: Any, max_tokens: int | None) -> float:
 
 
 def source_of(line: str, cfg: Any) -> str:
-    """Return a line without the constraints behind its tabs."""
+    """Return a line without the constraints after its tabs."""
     return line.split("\t")[0] if cfg.generation.constraints else line
 
 
 def encode(line: str, task: Any, encode_fn: Callable) -> torch.Tensor:
-    """Return the tokens of a source line, marks counted."""
+    """Return the tokens of a source line, including special symbols."""
     tokens, _ = task.get_interactive_tokens_and_lengths([line], encode_fn)
     return tokens[0]
 
 
 def skip_constraints_with_unknown_words() -> None:
-    """Leave out a constraint that the model has no words for.
+    """Leave out a constraint with words that the model does not know.
 
-    Reason: the unknown word itself is forced into the translation.
+    Reason: the symbol for unknown words would be forced into the translation.
     """
     replace_in_command("interactive", "make_batches", _skipping_constraints)
 
@@ -159,7 +159,7 @@ def _skipping_constraints(make: Callable) -> Callable:
 
 
 def _find_unknown(constraint: str, dictionary: Any) -> str | None:
-    """Say why encoded words cannot be asked for; None if they can."""
+    """Return why encoded words cannot be a constraint; None if they can."""
     words = constraint.split()
     if not words:
         return "without words"
@@ -169,9 +169,9 @@ def _find_unknown(constraint: str, dictionary: Any) -> str | None:
 
 
 def report_odd_lines() -> None:
-    """Say which lines have no words, unknown ones, or pieces that are cut again.
+    """Report lines without words, with unknown words, or with pieces that are split again.
 
-    Reason: what the model makes of them means little, and looks like any other translation.
+    Reason: their translations mean little, but look like any other.
     """
     replace_in_command("interactive", "make_batches", _reporting)
 
@@ -187,7 +187,7 @@ def _reporting(make: Callable) -> Callable:
                 lines.report(index, "is empty, and so is its translation")
                 continue
             if cuts_pieces and PIECE_START in source:
-                lines.report(index, "has sentence pieces already, which --bpe cuts a second time")
+                lines.report(index, "has sentence pieces already, which --bpe splits a second time")
             dictionary, tokens = task.source_dictionary, encode(source, task, encode_fn)
             marks = {dictionary.index(mark) for mark in marks_of(dictionary)}
             words = [token for token in tokens.tolist() if token not in marks]
@@ -203,7 +203,7 @@ def _reporting(make: Callable) -> Callable:
 
 
 def forget_translated_lines() -> None:
-    """Let memory be independent of how many lines were translated.
+    """Keep memory independent of how many lines have been translated.
 
     Reason: the task keeps an iterator for each buffer of lines.
     """
@@ -219,9 +219,9 @@ def _forgetting(make: Callable) -> Callable:
 
 
 def translate_blank_into_blank() -> None:
-    """Let a source without words have a translation without words.
+    """Translate a source without words into nothing.
 
-    Reason: models make fluent sentences of nothing. Forced prefixes and constraints are kept.
+    Reason: models make up fluent sentences. Forced prefixes and constraints are kept.
     """
     replace(TranslationTask, "inference_step", _translating)
 
@@ -241,7 +241,7 @@ def _translating(translate: Callable) -> Callable:
         dictionary, tokens = task.source_dictionary, sample["net_input"]["src_tokens"]
         marks = [dictionary.index(mark) for mark in marks_of(dictionary)]
         is_blank = torch.isin(tokens, tokens.new_tensor(marks)).all(1)
-        if constraints is not None:  # (B, ...), the first column their number
+        if constraints is not None:  # (B, ...); the first column is their number
             is_blank &= constraints[:, 0] == 0
         return [
             [make_blank(hypotheses[0], task.target_dictionary.eos())] if blank else hypotheses
@@ -252,7 +252,7 @@ def _translating(translate: Callable) -> Callable:
 
 
 def make_blank(hypothesis: dict[str, Any], eos: int) -> dict[str, Any]:
-    """Return a hypothesis of the end of sentence alone, in the form of another one."""
+    """Return a copy of a hypothesis with nothing but the end mark."""
     scores, attention = hypothesis["positional_scores"], hypothesis.get("attention")
     alignment = hypothesis.get("alignment")
     return {

@@ -15,10 +15,10 @@ from nmt_moe.text.lines import chunk_offsets, count_lines, read_lines
 
 
 def read_lines_of_texts_by_one_rule() -> None:
-    """Let fairseq-preprocess count lines as `wc -l` does, and name those that it cannot use.
+    """Let fairseq-preprocess count lines as `wc -l` does, and name those it cannot use.
 
-    Reason: a carriage return within a line ends it, so that all later pairs shift; a byte order
-    mark becomes part of a word; bytes that are not UTF-8 end in "negative seek position".
+    Reason: a carriage return within a line ends it, which shifts all later pairs; a byte order mark
+    becomes part of a word; bytes that are not UTF-8 end in "negative seek position".
     """
     for module in (binarizer, dictionary, file_chunker_utils):
         replace(module, "find_offsets", lambda _: find_offsets)
@@ -26,7 +26,7 @@ def read_lines_of_texts_by_one_rule() -> None:
 
 
 def find_offsets(filename: str, num_chunks: int) -> list[int]:
-    """Check all lines of a file; return where its chunks begin, and its size.
+    """Check all lines of a file; return the offsets of its chunks, and its size.
 
     Raises:
         ValueError: naming file, line and reason.
@@ -37,7 +37,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
 
 @contextmanager
 def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterator[str]]:
-    """Give the lines between two of the offsets; to the end of the file if the last is not > 0."""
+    """Yield an iterator over the lines between two offsets; to the end of the file if end <= 0."""
     yield read_lines(path, start_offset, end_offset if end_offset > 0 else None)
 
 
@@ -45,7 +45,7 @@ def count_lines_once(path: str) -> int:
     """Return the number of lines; a file that has not changed is read only once.
 
     Raises:
-        ValueError: as `nmt_moe.text.lines.read_lines`.
+        ValueError: as in `nmt_moe.text.lines.read_lines`.
     """
     status = os.stat(path)
     return _count_lines(path, status.st_size, status.st_mtime_ns)
@@ -57,9 +57,9 @@ def _count_lines(path: str, size: int, mtime_ns: int) -> int:
 
 
 def read_lines_of_raw_data_by_one_rule() -> None:
-    """Let `--dataset-impl raw` find the sentences that fairseq-preprocess found.
+    """Let `--dataset-impl raw` find the same sentences as fairseq-preprocess.
 
-    Reason: the text is copied as it is and read again, with carriage returns as ends of lines.
+    Reason: the text is copied unchanged and read again, with carriage returns as line ends.
     """
     replace(IndexedRawTextDataset, "read_data", lambda _: read_raw_data)
 
@@ -81,15 +81,15 @@ def read_raw_data(
 
 
 def name_damaged_alignment_dictionaries() -> None:
-    """Name the line of the file of `--replace-unk` that is not a word and its translation.
+    """Name a line of the `--replace-unk` file that is not a word and its translation.
 
-    Reason: it ends in an IndexError, and the file is read in the encoding of the machine.
+    Reason: it ends in an IndexError, and the file is read in the machine's default encoding.
     """
     replace(utils, "load_align_dict", lambda _: load_align_dict)
 
 
 def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
-    """Read what unknown words are replaced by: None for nothing, {} for the source's own words.
+    """Return the replacements of unknown words; None for none, {} for the source words themselves.
 
     Raises:
         ValueError: naming the line that is not two words.

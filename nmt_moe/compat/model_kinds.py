@@ -1,4 +1,4 @@
-"""Notice models of another task, and of another direction of translation."""
+"""Detect models of another task or of another translation direction."""
 
 import logging
 from collections.abc import Callable
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_models_of_another_task() -> None:
-    """Name a language model that is to translate, and a translation model of plain text.
+    """Reject a language model in a translation task, and the reverse.
 
     Reason: the first ends in a TypeError within the model, or translates without reading the
-    source; the second lacks an attribute.
+    source; the second ends in an AttributeError.
     """
     replace(models, "build_model", _building)
 
@@ -33,7 +33,7 @@ def _building(build: Callable) -> Callable:
 
 
 def check_model_kind(cfg: Any, task: Any) -> None:
-    """Compare a model's kind with its task's.
+    """Compare the kind of a model with that of its task.
 
     Raises:
         ValueError: naming the model, the task and the way out.
@@ -45,27 +45,26 @@ def check_model_kind(cfg: Any, task: Any) -> None:
     if isinstance(task, TranslationTask) and issubclass(kind, FairseqLanguageModel):
         raise ValueError(
             f"the model `{name}` is a language model, which cannot translate. Train it with --task "
-            "language_modeling and evaluate it with fairseq-eval-lm, or take a translation model."
+            "language_modeling and evaluate it with fairseq-eval-lm, or use a translation model."
         )
     if isinstance(task, LanguageModelingTask) and issubclass(kind, FairseqEncoderDecoderModel):
         raise ValueError(
-            f"the model `{name}` translates, and is no language model. Train it with --task "
-            "translation and use fairseq-generate or fairseq-validate, or take a language model."
+            f"the model `{name}` translates; it is not a language model. Train it with --task "
+            "translation and run fairseq-generate or fairseq-validate, or use a language model."
         )
 
 
 def warn_of_other_directions() -> None:
-    """Keep the languages of `--task translation` in checkpoints, and warn of other ones.
+    """Store the languages of `--task translation` in checkpoints, and warn if others are used.
 
-    Reason: with one dictionary for both languages, an English-Dutch model takes Dutch without a
-    word.
+    Reason: with one dictionary for both languages, an English-Dutch model silently accepts Dutch.
     """
     replace(FairseqTask, "state_dict", _saving_direction)
     replace(FairseqTask, "load_state_dict", _comparing_direction)
 
 
 def _direction(task: FairseqTask) -> str | None:
-    """Return a direction such as en-nl; None for tasks of other kinds."""
+    """Return the direction, such as en-nl; None for other kinds of tasks."""
     return (
         f"{task.cfg.source_lang}-{task.cfg.target_lang}" if type(task) is TranslationTask else None
     )

@@ -1,4 +1,4 @@
-"""Options: the close name instead of all names, and the task that a checkpoint has."""
+"""Options: suggest close names instead of listing all, and take the task from a checkpoint."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from nmt_moe.compat._replace import replace
 from nmt_moe.compat.errors import is_fairseq_command
 
 MANY_CHOICES = 12
-# Beginnings of warnings, of hydra, of torch's data loader and of its mixed precision.
+# How warnings of hydra, of torch's data loader and of its mixed precision begin.
 OF_LIBRARIES = (
     r"\s*'config' is validated against ConfigStore schema",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -24,7 +24,7 @@ OF_LIBRARIES = (
 def let_validate_read_the_task_from_the_checkpoint() -> None:
     """Let fairseq-validate run without `--task`.
 
-    Reason: it ends in `KeyError: None`. What is parsed is only where the data are; the task is
+    Reason: it ends in `KeyError: None`. The parsed arguments only locate the data; the task is
     built from the checkpoint's own configuration.
     """
     replace(options, "parse_args_and_arch", _validating)
@@ -32,7 +32,7 @@ def let_validate_read_the_task_from_the_checkpoint() -> None:
 
 def _validating(parse: Callable) -> Callable:
     def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        # Other commands have a default; this one leaves out what is not given.
+        # Other commands have a default; this one leaves out options that are not set.
         if parser.get_default("task") is None:
             parser.set_defaults(task="translation")
         return parse(parser, *args, **kwargs)
@@ -41,7 +41,7 @@ def _validating(parse: Callable) -> Callable:
 
 
 def suggest_close_names() -> None:
-    """Answer a name that is not known with the names that are most like it.
+    """Answer an unknown name with the most similar names.
 
     Reason: fairseq prints all options and some hundred architectures.
     """
@@ -60,7 +60,7 @@ def _suggesting(parse: Callable) -> Callable:
 
 
 def shorten_choices(message: str) -> str:
-    """Keep of argparse's many choices those that are close to what was given."""
+    """Shorten argparse's list of choices to those that resemble the given one."""
     found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
     if found is None:
         return message
@@ -70,13 +70,13 @@ def shorten_choices(message: str) -> str:
         return message
     close = difflib.get_close_matches(name, choices, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all."
-    return f"{start}: {hint} Names of a plugin are known with its --user-dir."
+    return f"{start}: {hint} A plugin's names need its --user-dir."
 
 
 def drop_warnings_of_libraries() -> None:
-    """Drop warnings of how fairseq calls hydra and torch, at each start of fairseq's commands.
+    """Suppress warnings about how fairseq calls hydra and torch, printed whenever a command starts.
 
-    Reason: users can change none of it, and twenty lines hide those that are for them.
+    Reason: users cannot change any of that, and twenty such lines hide the relevant ones.
     """
     if is_fairseq_command():
         warnings.filterwarnings("ignore", module=r"hydra\b")

@@ -1,4 +1,4 @@
-"""Let --bf16 and --fp16 train on what is there: a GPU without XLA, or a CPU."""
+"""Make --bf16 and --fp16 work on a GPU without XLA, and on a CPU."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from nmt_moe.compat._replace import replace
 def fix_half_precision_flags() -> None:
     """Correct the flags of half precision after they are parsed.
 
-    Reason: `parse_args_and_arch` takes every --bf16 for a TPU, and --fp16 flattens gradients on the
-    current CUDA device, which a CPU-only torch does not have. All commands look the function up in
-    `options` after --user-dir is imported.
+    Reason: `parse_args_and_arch` assumes a TPU for every --bf16, and --fp16 flattens gradients on
+    the current CUDA device, which a CPU-only torch does not have. All commands look up this
+    function in `options` after --user-dir is imported.
     """
     replace(options, "parse_args_and_arch", _parsing)
 
@@ -39,7 +39,7 @@ def _parsing(parse: Callable) -> Callable:
 
 
 def fix_flags(args: Namespace) -> None:
-    """Take bf16 for bf16, and keep fp16 gradients of a CPU apart."""
+    """Use bf16 without a TPU, and do not flatten fp16 gradients on a CPU."""
     if getattr(args, "bf16", False) and distributed_utils.xm is None:
         args.tpu = False
     on_cpu = getattr(args, "cpu", False) or not torch.cuda.is_available()
@@ -48,10 +48,10 @@ def fix_flags(args: Namespace) -> None:
 
 
 def skip_overflowing_updates_on_cpu() -> None:
-    """Let an update of --fp16 overflow on a CPU: it is skipped, as on a GPU.
+    """Skip overflowing updates of --fp16 on a CPU, as on a GPU.
 
-    Reason: the trainer then sets the gradient norm to `torch.tensor(0.0).cuda()`, which ends the
-    training where there is no CUDA device.
+    Reason: the trainer then sets the gradient norm to `torch.tensor(0.0).cuda()`, which fails
+    without a CUDA device.
     """
     replace(Trainer, "train_step", _overflowing)
 

@@ -1,4 +1,4 @@
-"""fairseq-preprocess: refuse texts that no training can use, and warn of unknown words."""
+"""fairseq-preprocess: reject texts that are useless for training, and warn of unknown words."""
 
 import logging
 import os
@@ -13,15 +13,15 @@ from nmt_moe.compat.lines import count_lines_once
 
 logger = logging.getLogger(__name__)
 
-# Pieces cover nearly all of a text; words that were cut otherwise do not.
+# Pieces cover nearly all of a text; words split in another way do not.
 MANY_UNKNOWN_PERCENT = 3
 
 
 def check_texts_before_preprocessing() -> None:
-    """Refuse texts that are empty, uneven or malformed before the first file is written.
+    """Reject texts that are empty, uneven or malformed, before the first file is written.
 
-    Reason: fairseq binarises them, and training fails later. Its `main` first imports the user's
-    module, with all arguments.
+    Reason: fairseq binarises them, and training fails later. The check runs where fairseq's `main`
+    imports the user's module, its first step with all arguments.
     """
     replace(utils, "import_user_module", _importing)
 
@@ -36,7 +36,7 @@ def _importing(import_module: Callable) -> Callable:
 
 
 def check_texts(args: Any) -> None:
-    """Read all texts that fairseq-preprocess is to read.
+    """Check all texts that fairseq-preprocess will read.
 
     Raises:
         ValueError: naming the text that is empty, the sides that differ, or the line that is bad.
@@ -51,8 +51,8 @@ def check_texts(args: Any) -> None:
         if len(set(counts.values())) > 1 and not args.dict_only:
             listed = " and ".join(f"`{path}` has {count}" for path, count in counts.items())
             raise ValueError(
-                f"the sides of a corpus must have the same number of lines, but {listed}. Find "
-                "the line that has no partner."
+                f"the two sides of a corpus must have the same number of lines, but {listed}. Find "
+                "the line without a counterpart."
             )
 
 
@@ -74,9 +74,10 @@ def _sides(args: Any, prefix: str) -> Iterator[str]:
 
 
 def warn_of_unknown_words_in_texts() -> None:
-    """Warn of a text much of which the dictionary does not know.
+    """Warn if many words of a text are not in the dictionary.
 
-    Reason: a text whose pieces were forgotten is two thirds unknown, and trains all the same.
+    Reason: a text that was not split into pieces is two thirds unknown words, and trains all the
+    same.
     """
     replace(FileBinarizer, "multiprocess_dataset", _binarizing)
 
@@ -92,10 +93,10 @@ def _binarizing(binarize: Callable) -> Callable:
 
 
 def warn_of_unknown_words(text: str, share: float) -> None:
-    """Say how much of a text is unknown, and the usual cause."""
+    """Warn with the share of unknown words in a text, and the usual cause."""
     logger.warning(
         "%.1f%% of the tokens of `%s` are not in the dictionary. If it was made of sentence "
-        "pieces, cut the text into the same pieces first.",
+        "pieces, split the text into the same pieces first.",
         100 * share,
         text,
     )

@@ -1,4 +1,4 @@
-"""Several processes on CPU: let torchrun's work, and refuse those that would never start."""
+"""Several processes on the CPU: make torchrun work, and reject those that would never start."""
 
 import logging
 import os
@@ -12,12 +12,12 @@ from nmt_moe.compat._replace import replace
 
 logger = logging.getLogger(__name__)
 
-# What torchrun tells each process that it starts.
+# Environment variables that torchrun sets for each process.
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
 def let_torchrun_train_on_cpu() -> None:
-    """Take rank and world size from torchrun also where there is no CUDA device.
+    """Take rank and world size from torchrun even without a CUDA device.
 
     Reason: fairseq computes `rank % cuda.device_count()`, a division by zero.
     """
@@ -39,10 +39,10 @@ def _inferring(infer: Callable) -> Callable:
 
 
 def fix_distributed_config() -> None:
-    """Correct the options of processes just before fairseq follows them.
+    """Correct the options for processes just before fairseq uses them.
 
-    Reason: see the three functions below. All commands but fairseq-generate and fairseq-preprocess
-    call `call_main`, which they look up in `distributed_utils`.
+    Reason: see the three functions below. All commands except fairseq-generate and
+    fairseq-preprocess call `call_main`, which they look up in `distributed_utils`.
     """
     replace(distributed_utils, "call_main", _fixing)
 
@@ -66,9 +66,9 @@ def is_under_torchrun() -> bool:
 
 
 def take_world_size_of_torchrun(plan: Any) -> None:
-    """Take torchrun's world size where --distributed-world-size is not given.
+    """Use torchrun's world size if --distributed-world-size is not set.
 
-    Each process would train a model of its own, all writing to the same folder.
+    Otherwise each process would train a model of its own, all writing to the same folder.
     """
     if (
         is_under_torchrun()
@@ -82,8 +82,8 @@ def check_processes_start(plan: Any) -> None:
     """Reject processes that fairseq would never start.
 
     Raises:
-        ValueError: fairseq would start one process per CUDA device, of which there is none, train
-            nothing and report success.
+        ValueError: if fairseq would start one process for each CUDA device, of which there are
+            none, train nothing and report success.
     """
     starts_itself = not plan.distributed_no_spawn and not (
         is_under_torchrun() and plan.distributed_init_method is None
@@ -98,7 +98,7 @@ def check_processes_start(plan: Any) -> None:
 
 
 def choose_backends_of_cpu(plan: Any) -> None:
-    """Use gloo and legacy_ddp: neither NCCL nor DistributedDataParallel with device ids works."""
+    """Use gloo and legacy_ddp: NCCL and DistributedDataParallel with device ids need a GPU."""
     _change(plan, "distributed_backend", "nccl", "gloo")
     for backend in ("pytorch_ddp", "c10d"):
         _change(plan, "ddp_backend", backend, "legacy_ddp")

@@ -1,4 +1,4 @@
-"""A language model's samples: cut from its text, and without a begin mark as a target."""
+"""A language model's samples: how its text is divided, and begin marks are not targets."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ MOST_TOKENS = 65_535
 
 
 def let_each_sentence_be_a_sample() -> None:
-    """Let --sample-break-mode eos work.
+    """Make --sample-break-mode eos work.
 
     Reason: it needs `numpy.compat.long`, which numpy 2 does not have.
     """
@@ -27,7 +27,7 @@ def let_each_sentence_be_a_sample() -> None:
 
 
 class _NumpyWithLong:
-    """numpy, and the one name of its first version that fairseq asks for."""
+    """numpy, plus the one name of numpy 1 that fairseq uses."""
 
     compat = SimpleNamespace(long=np.int64)
 
@@ -36,9 +36,9 @@ class _NumpyWithLong:
 
 
 def name_endless_lines() -> None:
-    """Name the line of a text that is too long to be one sample.
+    """Name a line of a text that is too long to be one sample.
 
-    Reason: lengths of 65,536 and more wrap round to 0 without a word.
+    Reason: lengths of 65,536 and more silently wrap around to 0.
     """
     replace(language_modeling, "TokenBlockDataset", _cutting)
 
@@ -54,11 +54,11 @@ def _cutting(cut: Callable) -> Callable:
 
 
 def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
-    """Refuse a text with a sentence too long to be counted.
+    """Reject a text with a sentence too long to be counted.
 
     Args:
-        path: What errors call it.
-        sizes: Tokens of each line, one at least.
+        path: The text's name in errors.
+        sizes: Tokens of each line, at least one line.
 
     Raises:
         ValueError: naming the text, the line and its length.
@@ -73,9 +73,9 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 
 
 def count_no_begin_mark_as_target() -> None:
-    """Let no criterion count the begin mark of --add-bos-token, as fairseq-eval-lm does not.
+    """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
 
-    Reason: it is a target that is certain, so that perplexities of training are far too low.
+    Reason: it is a target that is certain, so the perplexities in training are far too low.
     """
     for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
         for step in ("train_step", "valid_step"):
@@ -87,7 +87,7 @@ def _leaving_out_begin(step: Callable) -> Callable:
         if getattr(task.args, "add_bos_token", False) and isinstance(sample.get("target"), Tensor):
             dictionary = task.target_dictionary
             is_begin = sample["target"] == dictionary.bos()
-            # A copy: fairseq may give the same sample again.
+            # A copy, because fairseq may pass the same sample again.
             sample = {
                 **sample,
                 "target": sample["target"].masked_fill(is_begin, dictionary.pad()),

@@ -1,4 +1,4 @@
-"""Save whole checkpoints, each that was asked for, and take only real numbers for the best."""
+"""Save complete checkpoints, every one requested, and choose the best by finite metrics only."""
 
 import errno
 import logging
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_checkpoints_whole() -> None:
-    """Give a checkpoint its name once it is whole, and say what failed if it cannot be.
+    """Rename a checkpoint to its final name once it is complete, and report failures.
 
-    Reason: after a write that failed half way, fairseq tries again behind the partial data, and
-    renames the file, which cannot be read.
+    Reason: after a write that failed half way, fairseq appends a second attempt to the partial data
+    and renames the file, which is then unreadable.
     """
     replace(checkpoint_utils, "torch_persistent_save", _writing)
 
@@ -40,9 +40,9 @@ def _writing(save: Callable) -> Callable:
 
 
 def try_the_save_folder() -> None:
-    """Write and rename a file in the save folder before a training starts.
+    """Write and rename a file in the save folder before training starts.
 
-    Reason: fairseq's trial names no option, follows links and overwrites a file named `dummy`.
+    Reason: fairseq's own test names no option, follows links and overwrites a file named `dummy`.
     """
     replace(checkpoint_utils, "verify_checkpoint_directory", _trying)
 
@@ -66,16 +66,16 @@ def _trying(_: Callable) -> Callable:
 
 
 def save_intervals_that_end_an_epoch() -> None:
-    """Write the checkpoint of --save-interval-updates also where an update ends its epoch.
+    """Write the checkpoint of --save-interval-updates even if the update ends an epoch.
 
-    Reason: fairseq leaves it to the checkpoint of the epoch, which --no-epoch-checkpoints and
-    --save-interval leave out.
+    Reason: fairseq relies on the epoch's checkpoint, which --no-epoch-checkpoints and
+    --save-interval may omit.
     """
     replace(checkpoint_utils, "save_checkpoint", _saving_intervals)
 
 
 class _WithinEpoch:
-    """An iterator over an epoch that is not yet said to have ended."""
+    """An epoch's iterator that does not report the end of the epoch."""
 
     def __init__(self, epoch_itr: Any) -> None:
         self._epoch_itr = epoch_itr
@@ -100,7 +100,7 @@ def _saving_intervals(save: Callable) -> Callable:
 
 
 def never_take_nan_for_best() -> None:
-    """Take only a finite metric for the best checkpoint, and any other for no improvement.
+    """Ignore a metric that is not finite when choosing the best checkpoint.
 
     Reason: `min(nan, best)` is NaN, and nothing is better than that.
     """
@@ -132,9 +132,9 @@ def _stopping_early(decide: Callable) -> Callable:
 
 
 def stop_at_the_last_update() -> None:
-    """Make no update once there have been --max-update of them.
+    """Make no further update once --max-update is reached.
 
-    Reason: fairseq looks after each update only, so that each start makes one more.
+    Reason: fairseq checks only after an update, so every restart makes one more.
     """
     replace_in_command("train", "train", _training)
 
@@ -143,7 +143,7 @@ def _training(train: Callable) -> Callable:
     def train_epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> tuple[list, bool]:
         most, done = cfg.optimization.max_update, trainer.get_num_updates()
         if most and done >= most:
-            logger.info("nothing to train: %d updates are done, --max-update is %d", done, most)
+            logger.info("nothing to train: %d updates are done and --max-update is %d", done, most)
             return [None], True
         return train(cfg, trainer, task, epoch_itr)
 
@@ -153,7 +153,7 @@ def _training(train: Callable) -> Callable:
 def name_metrics_that_are_not_computed() -> None:
     """Name a `--best-checkpoint-metric` that validation does not compute, before the first update.
 
-    Reason: it ends in a KeyError after a whole epoch, of which nothing is saved.
+    Reason: it ends in a KeyError after a whole epoch, and nothing is saved.
     """
     replace_in_command("train", "train", _choosing_metric)
 
@@ -162,7 +162,7 @@ def _choosing_metric(train: Callable) -> Callable:
     checked: weakref.WeakSet = weakref.WeakSet()
 
     def train_epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> tuple[list, bool]:
-        # Any validation computes the loss.
+        # Every validation computes the loss.
         metric = cfg.checkpoint.best_checkpoint_metric
         if metric != "loss" and not cfg.dataset.disable_validation and trainer not in checked:
             checked.add(trainer)
@@ -173,10 +173,10 @@ def _choosing_metric(train: Callable) -> Callable:
 
 
 def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
-    """Validate one batch, and look for a metric among what that computes.
+    """Validate one batch, and look up the metric among those it computes.
 
     Raises:
-        ValueError: naming all there are.
+        ValueError: naming all metrics computed.
     """
     with metrics.aggregate(new_root=True) as found:
         batches = trainer.get_valid_iterator(subset).next_epoch_itr(
@@ -184,7 +184,7 @@ def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
         )
         trainer.valid_step(next(iter(batches)))
     names = [name for name in found if not name.startswith("_")]
-    # A batch is of one pair of languages.
+    # A batch holds only one language pair.
     pairs = [str(pair) for pair in getattr(trainer.task, "evaluated_pairs", ())]
     for name in list(names):
         pair, _, column = name.partition("_")

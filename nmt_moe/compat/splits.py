@@ -1,4 +1,4 @@
-"""Splits of a data set: name what is missing of them before the first update."""
+"""Splits of a data set: name what is missing before the first update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from nmt_moe.compat._replace import replace
 
 
 def name_uneven_sides() -> None:
-    """Name the data set whose sides have different numbers of sentences.
+    """Name a data set whose two sides have different numbers of sentences.
 
     Reason: fairseq-train's assertion names no file.
     """
@@ -24,21 +24,22 @@ def _loading_pair(load: Callable) -> Callable:
         except AssertionError as error:
             if "same number of examples" not in str(error):
                 raise
-            # Positional as in fairseq: src_dict, then tgt.
+            # Positional arguments as in fairseq: src_dict, then tgt.
             target = kw["tgt"] if "tgt" in kw else args[1]
             raise ValueError(
                 f"the two sides of `{data_path}/{split}.{src}-{target}.*` must have the same "
-                "number of sentences, but do not. Give fairseq-preprocess files of the same length."
+                "number of sentences, but do not. Run fairseq-preprocess on files of the same "
+                "length."
             ) from error
 
     return load_langpair_dataset
 
 
 def name_missing_target_sides() -> None:
-    """Name the data set of a training that has no target side.
+    """Name a training or validation set without a target side.
 
-    Reason: training fails somewhere in the model; validation does after a whole epoch. Commands
-    that translate need no target side: they name the checkpoint's task, as `task_cfg`.
+    Reason: training fails somewhere in the model, validation only after a whole epoch. Commands
+    that translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
     """
     replace(translation.TranslationTask, "load_dataset", _loading_split)
 
@@ -58,7 +59,7 @@ def _loading_split(load: Callable) -> Callable:
 
 
 def name_folders_without_data() -> None:
-    """Name the data folder that holds no binarised pair of languages.
+    """Name a data folder that holds no binarised language pair.
 
     Reason: "could not infer language pair" asks for languages, which do not help.
     """
@@ -79,9 +80,9 @@ def _inferring(infer: Callable) -> Callable:
 
 
 def accept_validation_sets_that_are_all_named() -> None:
-    """Let `--valid-subset valid,valid1` name all that there are.
+    """Accept `--valid-subset valid,valid1` if these are all validation sets.
 
-    Reason: fairseq compares `valid1` with the names of files, such as `valid1.en-de.en`.
+    Reason: fairseq compares `valid1` with file names such as `valid1.en-de.en`.
     """
     replace(data_utils, "_find_extra_valid_paths", _finding)
 
@@ -94,9 +95,9 @@ def _finding(find: Callable) -> Callable:
 
 
 def name_validation_sets_that_are_left_out() -> None:
-    """End in one message where a validation set of the folder is not used.
+    """End with one message if a validation set in the folder is not used.
 
-    Reason: the refusal is a traceback.
+    Reason: fairseq's check ends in a traceback.
     """
     replace(data_utils, "raise_if_valid_subsets_unintentionally_ignored", _refusing)
 
@@ -106,6 +107,6 @@ def _refusing(check: Callable) -> Callable:
         try:
             check(cfg)
         except ValueError as error:
-            raise ValueError(f"{error} Or name all with --valid-subset.") from error
+            raise ValueError(f"{error} Or name all of them with --valid-subset.") from error
 
     return refuse_ignored_sets

@@ -1,4 +1,4 @@
-"""End a training whose launcher is gone, and say what a stop leaves."""
+"""End training if its launcher is gone, and report what is saved when it is stopped."""
 
 import os
 import signal
@@ -18,14 +18,15 @@ from nmt_moe.compat.processes import is_under_torchrun
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WATCH_EVERY = 1.0  # seconds
 CLOSED_WITHIN = 5.0  # seconds
-# Read as early as can be: a launcher may end while its ranks still start.
+# Read as early as possible: a launcher may end while its ranks are still starting.
 LAUNCHER = os.getppid()
 
 
 def end_with_the_launcher() -> None:
     """End a rank once the torchrun that started it has ended.
 
-    Reason: killed by SIGKILL, it cannot end its ranks, which would train on beside its successor's.
+    Reason: killed by SIGKILL, torchrun cannot end its ranks, which would keep training alongside
+    those of its successor.
     """
     replace(distributed_utils, "call_main", _watching_launcher)
 
@@ -42,14 +43,14 @@ def _watching_launcher(call: Callable) -> Callable:
 def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_EVERY)
-    _end(1, f"{command_name()}: the torchrun that started this process is gone: ending")
+    _end(1, f"{command_name()}: the torchrun that started this process has ended: stopping")
 
 
 def explain_stops() -> None:
-    """Say in one line, and on one rank, what Ctrl-C or SIGTERM leaves of a training.
+    """Report in one line, on one rank, what is saved after Ctrl-C or SIGTERM.
 
-    Reason: there is a traceback, or nothing. A checkpoint has its name once it is whole, so that
-    the process may end at any moment.
+    Reason: otherwise there is a traceback, or nothing. A checkpoint gets its name only when it is
+    complete, so the process may end at any moment.
     """
     replace(distributed_utils, "call_main", _explaining_stops)
 
@@ -65,7 +66,7 @@ def _explaining_stops(call: Callable) -> Callable:
 
 
 def _watch_signals(save_dir: str) -> None:
-    """Let a thread answer signals: the main one may be waiting for other ranks."""
+    """Handle signals in a thread, because the main one may be waiting for other ranks."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -80,9 +81,9 @@ def _end_at_signal(read_end: int, save_dir: str) -> None:
         number = os.read(read_end, 1)[0]
     last = os.path.join(save_dir, "checkpoint_last.pt")
     left = (
-        f"`{last}` is whole: the same command goes on from it"
+        f"`{last}` is complete: run the same command again to resume from it"
         if os.path.exists(last)
-        else f"no `{last}` was written yet"
+        else f"no `{last}` has been written yet"
     )
     said = f"{command_name()}: stopped by {signal.Signals(number).name}; {left}"
     _end(128 + number, said if os.environ.get("RANK", "0") == "0" else None)
@@ -92,11 +93,11 @@ def _end(status: int, message: str | None) -> None:
     try:
         sys.stdout.flush()
         if message is not None:
-            print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last word
+            print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last message
     finally:
-        # What waits for TensorBoard's thread is written out; the disk may hang.
+        # Flush what waits for TensorBoard's thread, in limited time, because the disk may hang.
         closing = threading.Thread(target=progress_bar._close_writers, daemon=True)
         closing.start()
         closing.join(CLOSED_WITHIN)
-        # Also when nobody reads the output: Ctrl-C ends the `tee` of `fairseq-train | tee` as well.
+        # Exit even if nobody reads the output: Ctrl-C also ends the `tee` of `fairseq-train | tee`.
         os._exit(status)

@@ -1,4 +1,4 @@
-"""What all criterions add to their loss and log: the balance of MoE layers."""
+"""What all criterions add to loss and log: the balance of the MoE layers."""
 
 import functools
 from typing import Any, Dict, List
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmt_moe.moe import MoEStats, balance_metrics, gate_entropy, gate_margin
 
-# Summed over the tokens of an update, and over its batches and ranks.
+# Sums over the tokens of an update, across its batches and ranks.
 STATS = ("importance", "load", "tokens_per_expert")
 GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 
@@ -17,7 +17,7 @@ GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 def moe_stats(extra: Any) -> Dict[str, MoEStats]:
     """Return the statistics of all MoE layers from a model's second output.
 
-    Models of fairseq's give anything there: None, a tensor, a dictionary without them.
+    fairseq's models may return anything there: None, a tensor, a dictionary without statistics.
     """
     return extra.get("moe_stats", {}) if isinstance(extra, dict) else {}
 
@@ -32,18 +32,18 @@ def add_balance(
     """Log the balance of a batch, and in training add the balance losses of all MoE layers.
 
     The trainer divides the summed loss by the summed sample size of all accumulated batches and
-    ranks, so each batch's balance loss is multiplied by its own sample size here: what remains is
-    the mean balance loss, whatever the batch size, `--update-freq` or the number of ranks.
+    ranks. Each batch's balance loss is therefore multiplied by the batch's sample size; the result
+    is the mean balance loss, whatever the batch size, `--update-freq` or number of ranks.
 
     Args:
-        loss: Of the batch, summed.
+        loss: The summed loss of the batch.
         sample_size: What the trainer will divide by.
         extra: The model's second output; its `moe_stats` hold each layer's statistics.
-        logging_output: Where the columns go.
-        is_training: Whether the model is.
+        logging_output: The log of the batch, to which columns are added.
+        is_training: Whether the model is in training mode.
 
     Returns:
-        The whole loss.
+        The total loss.
 
     Source: Shazeer et al. 2017, section 4 and Appendix A.
     """
@@ -63,11 +63,11 @@ def add_balance(
 def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
     """Stop at a loss that is NaN, before it reaches the parameters.
 
-    On a GPU, MoE layers leave it to this to find tokens that are not finite, which make the loss
-    NaN: the host reads the loss anyway.
+    On a GPU, MoE layers leave it to this check to find tokens that are not finite, which make the
+    loss NaN: the host reads the loss anyway, so nothing waits.
 
     Raises:
-        FloatingPointError: naming the first MoE layer with such tokens, else the sentences.
+        FloatingPointError: naming the first MoE layer with such tokens, or else the sentences.
     """
     if torch.isnan(loss.detach()).any():
         for stats in moe_stats(extra).values():
@@ -75,16 +75,16 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
         sentences = sample["id"].tolist()
         raise FloatingPointError(
             f"The loss is NaN in the batch of sentences {sentences[:8]}"
-            f"{'...' if len(sentences) > 8 else ''}. Checkpoints already written are whole: "
-            "go on from the last one with a lower `--lr`, a lower `--clip-norm`, or in fp32."
+            f"{'...' if len(sentences) > 8 else ''}. Checkpoints already written are unaffected: "
+            "resume from the last one with a lower `--lr`, a lower `--clip-norm`, or in fp32."
         )
 
 
 def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log the columns of Table 6, and what the gates did, from the outputs of batches and ranks.
+    """Log the columns of Table 6 and the gates' statistics, from the outputs of batches and ranks.
 
-    Those of training are means over updates, whose balance the losses train. Those of evaluation
-    are of all tokens together: a mean over batches would grow as batches get smaller.
+    In training they are means over updates, whose balance the losses improve. In evaluation they
+    are computed over all tokens together: a mean over batches would grow as batches get smaller.
     """
     sample_size = sum(log["sample_size"] for log in logging_outputs)
     is_training = "balance_loss" in logging_outputs[0]
@@ -111,7 +111,7 @@ def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
 
 
 def balance_columns(layers: List[str], sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Compute all columns of all layers from sums, then the layers' means, `moe_cv_load` etc."""
+    """Compute every layer's columns from sums, and the means over layers, `moe_cv_load` etc."""
     rows = {layer: layer_metrics(layer, sums) for layer in layers}
     columns = {f"{layer}_moe_{key}": row[key] for layer, row in rows.items() for key in row}
     for key in rows[layers[0]]:
@@ -123,8 +123,8 @@ def layer_metrics(layer: str, sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Compute a layer's columns from sums over all tokens of an update or of an evaluation.
 
     Returns:
-        Those of `balance_metrics`; the mean `gate_entropy` (nats) and `gate_margin` of a token; the
-        mean `rows_per_expert`, and the number of `idle_experts`, which had no row.
+        The columns of `balance_metrics`; the mean `gate_entropy` (nats) and `gate_margin` of a
+        token; the mean `rows_per_expert`; and the number of `idle_experts`, which had no row.
     """
     importance, load, rows, *gate_sums = (
         sums[f"{layer}_moe_{key}"] for key in (*STATS, *GATE_STATS)
@@ -139,6 +139,6 @@ def layer_metrics(layer: str, sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def _column_of_all(column: str, layers: List[str], names: List[str], meters: Any) -> float:
-    """Compute one column from the sums that are logged."""
+    """Compute one column from the logged sums."""
     sums = {name: torch.as_tensor(meters[f"_{name}"].sum) for name in names}
     return round(balance_columns(layers, sums)[column].item(), 3)

@@ -1,4 +1,4 @@
-"""`--criterion moe_cross_entropy`: language models."""
+"""`--criterion moe_cross_entropy`, for language models."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ class MoECrossEntropyConfig(FairseqDataclass):
     sampled_softmax: int = field(
         default=0,
         metadata={
-            "help": "in training, estimate the softmax from this many draws of the vocabulary, one "
-            "set for a batch; 0: compute it in full, as evaluation always does"
+            "help": "in training, estimate the softmax from this many samples of the vocabulary, "
+            "drawn once for each batch; 0: compute it in full, as evaluation always does"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
 def _check_plain_softmax(model: nn.Module) -> None:
-    """Refuse a model whose output is not yet logits.
+    """Reject a model whose output is not logits.
 
     Raises:
         ValueError: naming the options.
@@ -39,17 +39,18 @@ def _check_plain_softmax(model: nn.Module) -> None:
     if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
         raise ValueError(
             "`--criterion` must be adaptive_loss with `--adaptive-softmax-cutoff`, but is "
-            "moe_cross_entropy, which needs the logits of all symbols. Leave the cut-offs out."
+            "moe_cross_entropy, which needs the logits of all symbols. Use that criterion, or "
+            "leave the cut-offs out."
         )
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
 class MoECrossEntropy(FairseqCriterion):
-    """Cross-entropy of all words, ends of sentences included, plus the balance losses.
+    """Cross-entropy of all tokens, including end marks, plus the balance losses.
 
-    With --sampled-softmax N, the training log's `nll_loss` and `ppl` are estimates too, and on
-    average too low: the column `sampled_softmax`, N, stands beside them. Those of validation are
-    exact, and without it.
+    With --sampled-softmax N, the training log's `nll_loss` and `ppl` are estimates too, too low on
+    average; the additional column `sampled_softmax` = N says so. In validation they are exact, and
+    the column is absent.
     """
 
     adds_balance_losses = True
@@ -58,9 +59,9 @@ class MoECrossEntropy(FairseqCriterion):
         super().__init__(task)
         self.sentence_avg, self.num_draws = sentence_avg, sampled_softmax
         dictionary = task.target_dictionary
-        # fairseq's dictionaries fall in frequency after the special symbols. Of those, the end of
-        # sentence and then the unknown word stand right before the words, and are frequent; the
-        # two before them, beginning and padding, are never a target, and so the rarest.
+        # fairseq's dictionaries are sorted by falling frequency after the special symbols. The last
+        # two of these, end mark and unknown word, are frequent; the first two, begin mark and
+        # padding, are never targets, so they rank as the rarest.
         self.first_class = dictionary.eos()
         if not 0 <= sampled_softmax <= len(dictionary):
             raise ValueError(
@@ -72,7 +73,7 @@ class MoECrossEntropy(FairseqCriterion):
     def forward(
         self, model: nn.Module, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, int, Dict[str, Tensor]]:
-        """Compute the loss of a batch, its sample size and what to log."""
+        """Return the loss of a batch, its sample size and its log."""
         _check_plain_softmax(model)
         is_sampled = model.training and self.num_draws > 0
         nll, extra = self._sampled(model, sample) if is_sampled else self._full(model, sample)
@@ -85,7 +86,7 @@ class MoECrossEntropy(FairseqCriterion):
             "sample_size": sample_size,
         }
         if is_sampled:
-            # Summed over batches and ranks like all columns, so the constant has to have a weight.
+            # Columns are summed over batches and ranks, so the constant needs a weight.
             logging_output["sampled_softmax"] = self.num_draws * num_tokens
         loss = nll.sum() if reduce else nll
         loss = add_balance(loss, sample_size, extra, logging_output, model.training)
@@ -94,7 +95,7 @@ class MoECrossEntropy(FairseqCriterion):
         return loss, sample_size, logging_output
 
     def _full(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give the (N,) negative log-likelihoods of all targets, and the model's second output."""
+        """Return the negative log-likelihoods of all N targets, and the model's second output."""
         logits, extra = model(**sample["net_input"])
         is_token = sample["target"].ne(self.padding_idx)
         target = sample["target"][is_token]
@@ -106,12 +107,12 @@ class MoECrossEntropy(FairseqCriterion):
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
     def _sampled(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
-        """Give estimates of the same, without computing all logits."""
+        """Return estimates of the same, without computing all logits."""
         output = getattr(model.decoder, "output", None)
         if not isinstance(output, nn.Linear):
             raise ValueError(
-                "`--sampled-softmax` must be 0 with models that are not this plugin's, but is "
-                f"{self.num_draws}: their softmax layer is not known."
+                "`--sampled-softmax` must be 0 with models of other plugins or of fairseq, whose "
+                f"softmax layer is unknown, but is {self.num_draws}."
             )
         features, extra = model(**sample["net_input"], features_only=True)
         weight = output.weight
@@ -121,7 +122,7 @@ class MoECrossEntropy(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
-        """Log the summed outputs of all batches and ranks of one update, losses in bits."""
+        """Log the summed outputs of all batches and ranks of one update, with losses in bits."""
         for key, divisor in (("loss", "sample_size"), ("nll_loss", "ntokens")):
             total = sum(log[key] for log in logging_outputs)
             weight = sum(log[divisor] for log in logging_outputs)
@@ -135,5 +136,5 @@ class MoECrossEntropy(FairseqCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """Tell the trainer that ranks log equal keys."""
+        """Return True: all ranks log the same keys."""
         return True

@@ -33,7 +33,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     def forward(
         self, model: nn.Module, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, int, Dict[str, Tensor]]:
-        """Compute the loss of a batch, its sample size and what to log."""
+        """Return the loss of a batch, its sample size and its log."""
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]

@@ -1,4 +1,4 @@
-"""One description of a network, from its modules: cost cards, and plans for a cluster."""
+"""Cost cards and cluster plans, from one description of a network that is read off its modules."""
 
 from nmt_moe.planning.architectures import (
     VOCABULARY,

@@ -1,4 +1,4 @@
-"""What to change in a training so that it fits into the memory of a device."""
+"""What to change so that training fits into a device's memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MOST_DEVICES = 4096
 
 
 def largest_size(setup: Setup) -> int:
-    """Return the largest number of devices that can share the experts, as fairseq-train takes."""
+    """Return the largest number of devices that can share the experts, as fairseq-train chooses."""
     if not setup.num_moe_layers or setup.moe is None:
         return 1
     return math.gcd(setup.devices, setup.moe.num_groups or setup.moe.num_experts)
 
 
 def halved_until_fits(setup: Setup, device: Device) -> Setup:
-    """Return a setup whose batch is halved until it fits, or holds a single sentence."""
+    """Return a setup whose batch is halved until it fits or holds one sentence."""
     while not make_plan(setup, device, 1.0).fits and setup.batch.sentences > 1:
         smaller = replace(setup.batch, sentences=setup.batch.sentences // 2)
         setup = replace(setup, batch=smaller)
@@ -30,7 +30,7 @@ def halved_until_fits(setup: Setup, device: Device) -> Setup:
 
 
 def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
-    """Yield what could be changed, one at a time, the cheapest first."""
+    """Yield possible changes, one at a time, the cheapest first."""
     if setup.num_moe_layers and not setup.factored:
         yield "--optimizer factored_adam", replace(setup, factored=True)
     is_lm = isinstance(setup.config, LSTMLMConfig)
@@ -58,10 +58,10 @@ def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
 
 
 def advise(setup: Setup, device: Device) -> list[str]:
-    """Return the single changes that make a setup fit; if none does, changes that do together.
+    """Return single changes that make a setup fit; if none does, changes that do together.
 
     Returns:
-        Ways, each of them enough; empty if there is none.
+        Changes, each of them sufficient; empty if there are none.
     """
     found = list(changes(setup, device))
     ways = [name for name, changed in found if make_plan(changed, device, 1.0).fits]
@@ -72,7 +72,7 @@ def advise(setup: Setup, device: Device) -> list[str]:
         left = [(name, changed) for name, changed in changes(current, device) if changed != current]
         if not left:
             return []
-        # What saves the most memory, next.
+        # Add the change that saves the most memory.
         name, current = min(left, key=lambda way: make_plan(way[1], device, 1.0).total_memory)
         names.append(name)
     return [" with ".join(names)]

@@ -12,12 +12,12 @@ from typing import Any
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 
 NetworkConfig = LSTMLMConfig | GNMTConfig
-# The language benchmark's words; GNMT's 32K wordpieces.
+# The words of the language-model benchmark; GNMT's 32K wordpieces.
 VOCABULARY = {LSTMLMConfig: 793_471, GNMTConfig: 32_000}
 
 
 def find_options() -> dict[str, tuple[type, argparse.Namespace]]:
-    """Return, by architecture, the model's dataclass of options and what it sets of them."""
+    """Return, by architecture, the model's dataclass of options and the options it sets."""
     logging.disable(logging.INFO)  # fairseq logs while it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def find_configs() -> dict[str, NetworkConfig]:
 
 
 def make_config(options: Any, args: argparse.Namespace) -> NetworkConfig:
-    """Turn the options of a model into its sizes.
+    """Build the sizes of a model from its options.
 
     Raises:
         ValueError: naming the option, its rule and its value.
@@ -54,12 +54,16 @@ def check_known(names: Sequence[str], known: Sequence[str]) -> None:
     """Reject a name that is not known.
 
     Raises:
-        ValueError: naming it and the closest known names, or all.
+        ValueError: naming it and the closest known names, or all names.
     """
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)
-            advice = f"Close to it: {', '.join(close)}." if close else f"Known: {', '.join(known)}."
+            advice = (
+                f"Similar names: {', '.join(close)}."
+                if close
+                else f"Known names: {', '.join(known)}."
+            )
             raise ValueError(
                 f"`--arch` must be an architecture of this project, but is '{name}'. {advice}"
             )

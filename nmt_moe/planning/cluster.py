@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a training step on each device of a cluster, as predicted."""
+"""Predict memory, traffic and time of a training step on each device of a cluster."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from nmt_moe.planning.mixture import kept_by_mixture, ranks_per_token, rows_per_
 from nmt_moe.planning.network import count, describe
 from nmt_moe.planning.recorder import Network
 
-# fairseq's legacy_ddp sums up gradients in a buffer of at most as many numbers; larger parameters
-# go by themselves.
+# fairseq's legacy_ddp reduces gradients in a buffer of at most this many numbers; larger parameters
+# are reduced by themselves.
 BUFFER_NUMBERS = 2**28
-# Share of a device's memory that a plan may fill: the rest is for the runtime, and lost to gaps.
+# Share of a device's memory that a plan may fill; the rest is for the runtime and fragmentation.
 FILLED = 0.9
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training: its network, and how it is spread over devices.
+    """A training setup: the network, and how it is spread over devices.
 
     Attributes:
         config: The network's sizes.
-        batch: What each device reads at a time.
-        devices: Their number.
-        size: Of them, those that share the experts.
-        factored: Whether the optimizer is factored Adam; else Adam.
-        precision: "fp32"; "half", with copies in fp32; "memory-efficient" half, without.
+        batch: What each device processes at a time.
+        devices: Number of devices.
+        size: Devices that share the experts.
+        factored: Whether the optimizer is factored Adam instead of Adam.
+        precision: "fp32"; "half", with fp32 copies of the weights; "memory-efficient", half
+            precision without them.
     """
 
     config: NetworkConfig
@@ -47,8 +48,8 @@ class Setup:
         moe = self.moe
         if getattr(self.config, "decoder_moe", moe) != moe:
             raise ValueError(
-                "`decoder_num_experts` must be 0 or `num_experts` here: a plan is for layers of "
-                "the same size. Plan with the larger number."
+                "`decoder_num_experts` must be 0 or `num_experts` here, because a plan assumes "
+                "layers of the same size. Plan with the larger number."
             )
         if moe is not None:
             name = "num_groups" if moe.num_groups else "num_experts"
@@ -57,26 +58,26 @@ class Setup:
 
     @property
     def moe(self) -> MoEConfig | None:
-        """Sizes of the MoE layers, if there are any."""
+        """Return the sizes of the MoE layers, if there are any."""
         return self.config.moe
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers whose experts can be spread."""
+        """Return the number of MoE layers whose experts can be spread."""
         return describe_setup(self).num_moe_layers
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of one device.
+    """Counts for one device.
 
     Attributes:
         dense: Parameters that are not experts.
-        buffered: Of these, those that gradients' buffer has room for.
+        buffered: Dense parameters whose gradients fit into the buffer.
         experts: Parameters of its experts.
         factored: Rows and columns of its experts' matrices.
         macs: Multiply-adds of the forward pass of a batch, by part.
-        weights: Parameters that these read, by part.
+        weights: Parameters that these operations read, by part.
     """
 
     dense: int
@@ -88,12 +89,12 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         return self.dense + self.experts
 
 
 def count_sizes(setup: Setup) -> Sizes:
-    """Count the parameters and products of one device's network."""
+    """Count the parameters and operations of one device's network."""
     network = describe_setup(setup)
     width, batch = setup.config.model_dim, setup.batch
     softmax = batch.vocab_size * width
@@ -118,7 +119,7 @@ def count_sizes(setup: Setup) -> Sizes:
 
 
 def describe_setup(setup: Setup) -> Network:
-    """Describe the network of a setup; of its parameters, every batch tells the same."""
+    """Describe the network of a setup; its parameters do not depend on the batch."""
     return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
 
 
@@ -143,7 +144,7 @@ def count_activations(setup: Setup) -> tuple[dict[str, int], int]:
 
 
 def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
-    """Predict the bytes of one device by part; their sum is an upper bound of the peak."""
+    """Predict the bytes on one device, by part; their sum is an upper bound of the peak."""
     total = sizes.total
     number, copies = {"fp32": (4, 0), "half": (2, 4), "memory-efficient": (2, 0)}[setup.precision]
     optimizer = 8 * total
@@ -163,9 +164,9 @@ def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """Predict the bytes that one device sends in a step, by purpose.
 
-    The exchange: tokens with their gates to the ranks of their experts and answers back, both
-    again as gradients, the ids of experts, and three counts for each rank. Balance: importance and
-    load of all experts (in a hierarchy of groups too), forward and backward.
+    Exchange: tokens with their gates to the ranks of their experts, and results back; gradients of
+    both; the ids of experts; and three counts for each rank. Balance: importance and load of all
+    experts (in a hierarchy, also of groups), forward and backward.
     """
     number = 4 if setup.precision == "fp32" else 2
     devices, size, moe = setup.devices, setup.size, setup.moe
@@ -191,11 +192,11 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def predict_time(
     setup: Setup, sizes: Sizes, traffic: dict[str, int], device: Device, utilisation: float
 ) -> dict[str, float]:
-    """Predict the seconds of one step by part; nothing overlaps.
+    """Predict the seconds of one step, by part; nothing overlaps.
 
-    A product takes the longer of its operations at `utilisation` of the device's FLOP/s and of
-    reading its weights: an LSTM's at each position of the sentences, others once, forward and
-    backward, and their gradient written.
+    A product takes as long as its operations at `utilisation` of the device's FLOP/s, or as long as
+    the traffic of its weights, whichever is longer. Weights are read forward and backward (an
+    LSTM's at each position of the sentences), and their gradient is written once.
     """
     number = 4 if setup.precision == "fp32" else 2
     flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)
@@ -203,13 +204,13 @@ def predict_time(
     for part, macs in sizes.macs.items():
         passes = 3.0
         if part == "experts" and setup.moe is not None and setup.moe.recomputes:
-            passes = 3.5  # the first of the two products once more
+            passes = 3.5  # the first of the two products is recomputed
         operations = passes * 2 * macs
         reads = 2 * setup.batch.length + 1 if part == "LSTM" else 3
         moved = reads * sizes.weights[part] * number
         seconds[part] = max(operations / flops, moved / device.memory_bandwidth)
-    # Adam reads weights, gradients and both moments and writes all but the gradients; factored
-    # Adam reads the gradients of experts twice.
+    # Adam reads weights, gradients and both moments, and writes all of these except gradients;
+    # factored Adam reads the gradients of experts twice.
     adam, factored = 28, 16
     moved = adam * sizes.dense + (factored if setup.factored else adam) * sizes.experts
     seconds["optimizer"] = moved / device.memory_bandwidth
@@ -222,12 +223,12 @@ class Plan:
     """What one device holds and does in a step.
 
     Attributes:
-        memory: Bytes by part.
-        activations: Bytes by part of the network.
-        traffic: Bytes sent by purpose.
-        seconds: By part.
-        parameters: On this device, and in the whole cluster.
-        capacity: Bytes a plan may fill.
+        memory: Bytes, by part.
+        activations: Bytes, by part of the network.
+        traffic: Bytes sent, by purpose.
+        seconds: Time, by part.
+        parameters: Parameters on this device, and in the whole cluster.
+        capacity: Bytes that a plan may fill.
     """
 
     memory: dict[str, int]
@@ -244,12 +245,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the memory."""
+        """Return whether the plan fits into the device's memory."""
         return self.total_memory <= self.capacity
 
 
 def make_plan(setup: Setup, device: Device, utilisation: float) -> Plan:
-    """Predict memory, traffic and time."""
+    """Predict the memory, traffic and time of a setup on a device."""
     sizes = count_sizes(setup)
     traffic = predict_traffic(setup, sizes)
     return Plan(

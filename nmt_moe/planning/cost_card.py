@@ -10,7 +10,7 @@ from nmt_moe.planning.batch import Batch
 from nmt_moe.planning.network import describe
 
 BYTES = 4
-# The paper counts these; attention, embedding and (of language models) the softmax are left out.
+# Parts that the paper counts; attention, embedding and a language model's softmax are left out.
 COUNTED = ("LSTM", "gates", "experts")
 
 
@@ -19,19 +19,20 @@ class Card:
     """The costs of one architecture; memory in bytes, all in float32.
 
     Attributes:
-        architecture: Name.
+        architecture: Its name.
         vocab_size: V.
         ops: Multiply-adds of the forward pass for a token: LSTMs with their projections, both
-            matrices of each gate that is evaluated, the experts a token goes to; of a translation
-            model (a source and a target token) the softmax too.
+            matrices of each gate that is evaluated, the experts a token goes to; in a translation
+            model (for a source and a target token) also the softmax.
         params: The weights of LSTMs, gates and experts, and one bias for each gate of an LSTM.
-        active: Those of `params` that one token meets.
-        total: All numbers that torch keeps.
-        parts: Multiply-adds by weights of each part, those left out of `ops` too.
-        weights_bytes: Of `total`.
-        gradients_bytes: Of `total`.
-        adam_bytes: Both moments of Adam.
-        factored_adam_bytes: What factored Adam keeps: of an expert matrix, rows and columns.
+        active: The part of `params` that one token uses.
+        total: All numbers that torch stores.
+        parts: Multiply-adds of each part, including those left out of `ops`.
+        weights_bytes: Memory of `total`.
+        gradients_bytes: Memory of its gradients.
+        adam_bytes: Memory of both moments of Adam.
+        factored_adam_bytes: Memory of factored Adam, which keeps a row and a column of each expert
+            matrix.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """
@@ -50,14 +51,14 @@ class Card:
 
 
 def make_card(architecture: str, config: NetworkConfig, vocab_size: int) -> Card:
-    """Count the costs of a network; nothing is allocated."""
+    """Count the costs of a network, without allocating it."""
     network = describe(config, Batch(1, 1, vocab_size))
     parts: dict[str, int] = {}
     for product in network.products:
         if product.weight:
             parts[product.part] = parts.get(product.part, 0) + product.macs
     counted = [weight for weight in network.weights if weight.part in COUNTED]
-    # torch gives an LSTM a second bias, which adds nothing.
+    # torch's LSTM has a second, redundant bias.
     biases = sum(weight.size for weight in counted if "bias_ih" in weight.name)
     ops = sum(parts.get(part, 0) for part in COUNTED)
     total = sum(weight.size for weight in network.weights) + 2 * parts["softmax"]

@@ -1,4 +1,4 @@
-"""Devices that clusters are made of, by their data sheets."""
+"""Devices of clusters, described by their data sheets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Device:
     Attributes:
         flops: Operations per second in float32; a multiplication and an addition are two.
         half_flops: The same in half precision; 0 if the device has none.
-        memory: Bytes.
-        memory_bandwidth: Of its memory.
-        bandwidth: Of its link to other devices, one way.
+        memory: Size of its memory.
+        memory_bandwidth: Bandwidth of its memory.
+        bandwidth: Bandwidth of its link to other devices, one way.
         source: Where the numbers come from.
         is_cpu: Whether it is a CPU.
     """

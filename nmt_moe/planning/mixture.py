@@ -1,9 +1,9 @@
-"""What an MoE layer multiplies and keeps for the backward pass.
+"""What an MoE layer multiplies, and keeps for the backward pass.
 
-Its operations are fused and read the values of tensors, so torch cannot report them from shapes
-alone; a test holds these statements against what torch saves and computes. Letters: N tokens of a
-side on a device, D model dim, H hidden width of an expert, E experts, G groups, K experts (or
-groups) a token.
+Its operations are fused and depend on the values of tensors, so torch cannot report them from
+shapes alone; a test compares these formulas with what torch saves and computes. Letters: N tokens
+of a side on a device, D model dim, H hidden dim of an expert, E experts, G groups, K experts (or
+groups) per token.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from nmt_moe.planning.batch import Batch
 
 
 def rows_per_token(moe: MoEConfig) -> int:
-    """Return how many experts a token goes to; with strict balance, on average."""
+    """Return how many experts a token goes to (with strict balance, on average)."""
     if moe.gate == "softmax":
         return moe.num_experts
     return moe.top_k**2 if moe.num_groups else moe.top_k
 
 
 def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the rows that a gate's matrix multiplies, and the matrices that share them.
+    """Return the rows that a gate's weight multiplies, and the number of matrices that share them.
 
-    A matrix (D, E) sees all tokens; of (G, D, E / G), each token meets those of its K groups.
+    One matrix (D, E) multiplies all tokens; of G matrices (D, E / G), each token uses those of its
+    K groups.
     """
     return (tokens, 1) if weight.dim() == 2 else (tokens * moe.top_k, len(weight))
 
 
 def ranks_per_token(moe: MoEConfig, size: int) -> float:
-    """Return how many of `size` ranks hold any of a token's experts, where all are equally likely.
+    """Return how many of `size` ranks hold any of a token's experts, if all are equally likely.
 
-    A rank is missed if all choices fall on others: drawn without replacement, as gates do for a
-    token, of experts or (in a hierarchy, whose groups stay whole) of groups.
+    A rank gets no row of a token if all the token's choices fall on other ranks. Choices are made
+    without replacement, among experts or, in a hierarchy (whose groups stay whole), among groups.
     """
     if moe.gate == "softmax":
         return size
@@ -47,14 +48,14 @@ def ranks_per_token(moe: MoEConfig, size: int) -> float:
 
 
 def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]:
-    """Return the bytes that a layer keeps whose experts are spread over `size` ranks, by part."""
+    """Return the bytes kept by a layer whose experts are spread over `size` ranks, by part."""
     dim, rows, number = moe.model_dim, rows_per_token(moe), batch.number_bytes
-    # The tokens, and in half precision their copy in float32 for the gate; the answers are kept by
+    # The tokens and, in half precision, their float32 copy for the gate; the outputs are kept by
     # the sigmoid that follows.
     tokens = (number if number == 4 else number + 4) * dim
     hidden = 0 if moe.recomputes else rows * moe.hidden_dim * number
     if not batch.on_cpu:
-        hidden += 2 * rows * dim * number  # gathered tokens and answers, a row for each expert
+        hidden += 2 * rows * dim * number  # gathered tokens and outputs, one row for each expert
     exchange = 0.0
     if size > 1:
         slots = (8 + 8 + 4 + 1) * rows
@@ -68,9 +69,9 @@ def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]
 
 
 def _gate_bytes(moe: MoEConfig) -> float:
-    """Return the bytes of a token's gate: logits of both levels, always in fp32, and its choice."""
+    """Return the bytes of a token's gate: logits of both levels (always fp32), and its choices."""
     k, groups = moe.top_k, moe.num_groups
-    level = 17 if moe.gate == "strictly_balanced" else 8  # bytes for each logit, all tensors
+    level = 17 if moe.gate == "strictly_balanced" else 8  # bytes for each logit, over all tensors
     if moe.gate == "softmax":
         return 12 * moe.num_experts + 28 * moe.num_experts
     if not groups:

@@ -1,9 +1,10 @@
-"""The one description of a network: its parameters, matrix products and activations.
+"""Describe a network: its parameters, matrix products and activations.
 
 Modules are built and run on the meta device, which holds shapes but no numbers, so that a model of
 137 billion parameters takes no memory. torch reports every matrix product and every tensor that the
-forward pass saves for the backward pass; a new layer made of torch's operations needs nothing here.
-Only the MoE layer, whose fused operations read the values of tensors, is stated in `mixture`.
+forward pass saves for the backward pass; a new layer made of torch's operations needs no code here.
+Only the MoE layer, whose fused operations depend on the values of tensors, is described by
+formulas, in `mixture`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from nmt_moe.planning.recorder import Network, Product, Recorder, is_matrix
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a batch, by part: multiply-adds of the forward pass, and bytes that it keeps."""
+    """Multiply-adds of a batch's forward pass, and bytes that it keeps, by part."""
 
     macs: dict[str, float]
     kept: dict[str, float]
 
 
 def count(config: NetworkConfig, batch: Batch) -> Totals:
-    """Return the totals of a batch, in a time that does not grow with its length.
+    """Return the totals of a batch, in time independent of its length.
 
-    Steps of LSTMs cost alike and attention costs the product of both lengths, so totals are
-    quadratic in the length and linear in the sentences: three short runs fix them.
+    All steps of an LSTM cost the same, and attention costs the product of both lengths, so totals
+    are quadratic in the length and linear in the sentences: three short runs determine them.
     """
     lengths = (2, 3, 4)
     runs = [describe(config, replace(batch, sentences=1, length=length)) for length in lengths]
@@ -58,7 +59,7 @@ def count(config: NetworkConfig, batch: Batch) -> Totals:
 
 
 def build_modules(config: NetworkConfig, vocab_size: int) -> list[nn.Module]:
-    """Build all but the softmax layer on the meta device."""
+    """Build all modules except the softmax layer on the meta device."""
     with torch.device("meta"):
         embedding = nn.Embedding(vocab_size, config.model_dim)
         if isinstance(config, LSTMLMConfig):
@@ -78,7 +79,7 @@ def describe(config: NetworkConfig, batch: Batch) -> Network:
                 recorder.network.num_moe_layers += 1
                 _replace_forward(layer, partial(_mix, layer, recorder))
             elif isinstance(layer, nn.Dropout) and not batch.on_cpu and layer.p > 0:
-                # GPUs keep a mask of a byte for each number, CPUs one of numbers.
+                # GPUs keep a mask of one byte for each number, CPUs one of numbers.
                 _replace_forward(layer, partial(_fused_dropout, layer.p))
     with recorder.recording():
         tokens = torch.zeros(batch.sentences, batch.length, dtype=torch.int64, device="meta")
@@ -117,7 +118,7 @@ def _fused_dropout(p: float, x: Tensor) -> Tensor:
 
 
 def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tensor, None]:
-    """Replace the forward pass of an MoE layer: note its products alone."""
+    """Stand in for the forward pass of an MoE layer: only record its products."""
     config, tokens = layer.config, len(x)
     for name, weight in layer.gate.named_parameters():
         if is_matrix(name):
@@ -132,9 +133,9 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return what oneDNN's workspace holds above torch's own LSTM, as measured.
+    """Return the extra bytes of oneDNN's workspace over torch's own LSTM, as measured.
 
-    CPUs run oneDNN's LSTM where there is no projection: gates, states and room for all their
-    gradients, (15 + 12 / length) numbers a cell where torch's own keeps 6.
+    CPUs run oneDNN's LSTM if there is no projection. It keeps gates, states and space for all their
+    gradients: (15 + 12 / length) numbers per cell and step, where torch's own keeps 6.
     """
     return batch.tokens * (9 + 12 / batch.length) * layer.hidden_size * batch.number_bytes

@@ -1,4 +1,4 @@
-"""What a network on the meta device computes and keeps: its matrix products and saved tensors."""
+"""Record what a network on the meta device computes and keeps: products and saved tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nmt_moe.nn.lstm_lm import ResidualDeepExpert
 from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import is_expert
 
-# Parts of a network, by the class of a module; what a module holds belongs to the innermost.
+# Parts of a network, by a module's class; a parameter belongs to the innermost such module.
 PARTS: dict[type[nn.Module], str] = {
     nn.Embedding: "embeddings",
     BidirectionalLSTM: "LSTM",
@@ -37,14 +37,14 @@ class Product:
     """Matrix products of the forward pass, each (rows, inner) @ (inner, cols).
 
     Attributes:
-        part: Of the network.
+        part: The part of the network.
         weight: Name of the parameter on the right; empty for a product of two activations.
-        rows: Of one call; with `experts`, of all of them.
+        rows: Rows of one call; with `experts`, rows of all of them.
         inner: The dimension summed over.
-        cols: Of the result.
-        steps: Calls that wait for one another and share the right-hand matrix.
-        batch: Pairs of matrices, each with `rows` of its own, in one call.
-        experts: Right-hand matrices that share the rows among them.
+        cols: Columns of the result.
+        steps: Sequential calls that share the right-hand matrix.
+        batch: Pairs of matrices in one call, each with its own `rows`.
+        experts: Right-hand matrices among which the rows are divided.
     """
 
     part: str
@@ -67,9 +67,9 @@ class Weight:
     """One parameter.
 
     Attributes:
-        part: Of the network.
-        name: Within its network.
-        shape: As torch has it.
+        part: The part of the network.
+        name: Its name within the network.
+        shape: Its shape in torch.
         is_expert: Whether it belongs to experts that ranks can share.
     """
 
@@ -85,17 +85,17 @@ class Weight:
 
     @property
     def factored_size(self) -> int:
-        """Rows and columns of its matrices, which factored Adam keeps."""
+        """Return the number of rows and columns of its matrices, which factored Adam keeps."""
         return self.shape[:-2].numel() * (self.shape[-2] + self.shape[-1])
 
     @property
     def is_matrix(self) -> bool:
-        """Whether tokens are multiplied with it; biases and thresholds are added or compared."""
+        """Return whether tokens are multiplied by it, unlike biases and thresholds."""
         return is_matrix(self.name)
 
 
 def is_matrix(name: str) -> bool:
-    """Return whether tokens are multiplied with a parameter."""
+    """Return whether tokens are multiplied by the parameter of this name."""
     return "bias" not in name and "threshold" not in name
 
 
@@ -104,9 +104,10 @@ class Network:
     """What the forward pass of a batch does and keeps.
 
     Attributes:
-        weights: All but the embedding and the softmax layer.
-        products: Equal products of one weight are one entry; the softmax layer's is the last.
-        kept: Bytes kept for the backward pass, by part; without MoE layers' own (`mixture`).
+        weights: All parameters except those of the embedding and the softmax layer.
+        products: Matrix products; equal products of one weight share an entry, and the softmax
+            layer's is the last.
+        kept: Bytes kept for the backward pass, by part, excluding those of MoE layers (`mixture`).
         num_moe_layers: MoE layers whose experts can be spread over ranks.
     """
 
@@ -124,7 +125,7 @@ class Network:
 
 
 class Recorder(TorchDispatchMode):
-    """Note the products and saved tensors of modules on the meta device."""
+    """Record the products and saved tensors of modules on the meta device."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
@@ -132,11 +133,11 @@ class Recorder(TorchDispatchMode):
         self.part = "other"
         self._modules = modules
         self._parameters: dict[int, tuple[str, str]] = {}
-        self._known: dict[int, Any] = {}  # saved once, or a parameter
+        self._known: dict[int, Any] = {}  # saved already, or a parameter
         self._index: dict[tuple, int] = {}
 
     def own(self, parameter: Tensor, part: str, name: str) -> None:
-        """Know a tensor that is not an activation: a parameter, or the input."""
+        """Register a tensor that is not an activation: a parameter, or the input."""
         storage = parameter.untyped_storage()
         self._parameters[storage._cdata] = part, name
         self._known[storage._cdata] = storage
@@ -146,7 +147,7 @@ class Recorder(TorchDispatchMode):
         self.network.kept[part] = self.network.kept.get(part, 0) + count
 
     def add(self, product: Product, owner: int = 0) -> None:
-        """Note a product; the same once more is a step of the first."""
+        """Record a product; a repetition counts as another step of the first."""
         key = (owner, product) if owner else (len(self.network.products), product)
         if key not in self._index:
             self._index[key] = len(self.network.products)
@@ -154,7 +155,7 @@ class Recorder(TorchDispatchMode):
             return
         index = self._index[key]
         known = self.network.products[index]
-        # The inputs of an LSTM are all there, so its device multiplies them at once.
+        # All inputs of an LSTM are known in advance, so the device multiplies them at once.
         if "_ih" in product.weight:
             known = replace(known, rows=known.rows + product.rows)
         else:
@@ -163,7 +164,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is called inside."""
+        """Record everything called within the context."""
         removable = []
         for network in self._modules:
             parts = _find_parts(network)
@@ -191,7 +192,7 @@ class Recorder(TorchDispatchMode):
         return enter
 
     def _leave(self, parts: dict[str, str], name: str) -> Callable:
-        """Return to the part around; what follows at the top, as dropout, belongs to this part."""
+        """Return to the enclosing part; at the top level, following dropout belongs to this one."""
         around = parts[name.rpartition(".")[0]]
 
         def leave(*_: Any) -> None:
@@ -226,7 +227,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _find_parts(network: nn.Module) -> dict[str, str]:
-    """Return the part of every module, by name: its own, or that of the module around it."""
+    """Return the part of every module, by name: its own, or that of the enclosing module."""
     found = {"": "other"}
     for name, module in network.named_modules():
         if name:

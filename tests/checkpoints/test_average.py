@@ -109,7 +109,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_a_damaged_or_foreign_file_is_named(tmp_path):
     whole = save(tmp_path / "1.pt", [1.0]).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cut\.pt` .* is not a whole fairseq checkpoint"):
+    with pytest.raises(ValueError, match=r"cut\.pt` .* fairseq checkpoint"):
         read_checkpoint(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: has no `model`"):

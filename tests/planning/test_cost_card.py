@@ -163,10 +163,10 @@ def test_an_unknown_name_lists_the_close_ones():
     result = run("--arch", "lstm_moe_lm_4096")
     assert result.exit_code == 1
     message = "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'"
-    assert f"{message}. Close to it: lstm_moe_lm_4096h" in result.stderr
+    assert f"{message}. Similar names: lstm_moe_lm_4096h" in result.stderr
     # Names are in lower case.
-    assert "'LSTM_GNMT_'. Close to it: lstm_gnmt, " in run("--arch", "LSTM_GNMT_").stderr
-    assert 0 < run("--arch", "LSTM").stderr.partition("Close to it: ")[2].count("lstm") < 10
+    assert "'LSTM_GNMT_'. Similar names: lstm_gnmt, " in run("--arch", "LSTM_GNMT_").stderr
+    assert 0 < run("--arch", "LSTM").stderr.partition("Similar names: ")[2].count("lstm") < 10
 
 
 def test_a_name_that_is_like_none_lists_all():

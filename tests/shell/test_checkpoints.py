@@ -58,6 +58,6 @@ def test_a_dictionary_that_does_not_fit_is_named_as_the_reason(stock):
     few.mkdir()
     (few / "dict.aa.txt").write_text("".join(words[:2]))
     (few / "dict.bb.txt").write_text("".join(words))
-    message = r"encoder\.embed_tokens\.weight is \(\d+, 8\), not \(\d+, 8\).* other dictionaries"
+    message = r"encoder\.embed_tokens\.weight is \(\d+, 8\), not \(\d+, 8\).* dictionaries"
     with pytest.raises(ValueError, match=message):
         load_with_fairseq(stock, "models/checkpoint_last.pt", data="few")
