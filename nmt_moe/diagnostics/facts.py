@@ -1,4 +1,4 @@
-"""Versions, processor, memory, devices: what one asks first when something does not work."""
+"""Versions, processor, memory, devices: the first questions when something does not work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from nmt_moe import __version__
 from nmt_moe.diagnostics.requirements import HOST, compare_requirements, describe, known_extras
 
-# Instructions that products are much faster with.
+# Instruction sets that make matrix products much faster.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp")
 COMPILERS = ("c++", "g++", "clang++")
-# Variables that change what the programs do.
+# Environment variables that change how the programs behave.
 VARIABLES = ("NMT_MOE_", "OMP_", "MKL_", "MALLOC_", "CUDA_", "NCCL_", "TORCH", "TRITON_", "PYTHON")
 GIB = 2**30
 
@@ -25,9 +25,9 @@ Facts = dict[str, dict[str, Any]]
 
 
 def collect_facts() -> Facts:
-    """Return what is here, by group and name.
+    """Return facts about this installation, by group and name.
 
-    A fact that cannot be found is None. Paths in the home folder begin with `~`.
+    A fact that cannot be determined is None. Paths in the home folder begin with `~`.
     """
     return {
         "software": _software(),
@@ -135,7 +135,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _ask_torch(question: Any) -> Any:
-    """Return an answer of torch, or why there is none."""
+    """Return torch's answer, or why there is none."""
     try:
         import torch
 
@@ -145,7 +145,7 @@ def _ask_torch(question: Any) -> Any:
 
 
 def _commit() -> str:
-    """Return the commit of the code and whether it is altered, if it lies in a clone."""
+    """Return the commit of the code and whether it is modified, if this is a clone."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""
@@ -155,7 +155,7 @@ def _commit() -> str:
 
 
 def _compiler() -> str | None:
-    """Return the first line that the C++ compiler prints of itself."""
+    """Return the first line of the C++ compiler's version text."""
     given = os.environ.get("CXX")
     for name in (given.split()[0],) if given and given.strip() else COMPILERS:
         if shutil.which(name) is not None:
@@ -184,6 +184,6 @@ def _gib(number: int | None) -> str | None:
 
 
 def _shorten(text: str) -> str:
-    """Replace the home folder by ~, so that a report can be pasted without a user's name."""
+    """Replace the home folder with ~, so that a report can be pasted without a user's name."""
     home = os.path.expanduser("~")
     return text.replace(home, "~") if len(home) > 1 else text

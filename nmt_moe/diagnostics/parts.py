@@ -1,4 +1,4 @@
-"""Each part of the product, tried on something tiny."""
+"""Try each part of the product on something tiny."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INSTALL = "pip install 'nmt-moe[{}]'"
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the product did here.
+    """The result of trying one part of the product.
 
     Attributes:
         name: What users call it.
-        works: Whether it did what it should; None for a part that this machine does not need.
-        note: How it works here, or why it does not, and what to do.
+        works: Whether it worked; None for a part that this machine does not need.
+        note: How it works here, or why it does not and what to do.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Part:
     note: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the attributes as plain values."""
         return asdict(self)
 
 
 class NotHereError(Exception):
-    """A part that cannot work on this machine, and needs no repair."""
+    """Raised for a part that cannot work on this machine, and need not."""
 
 
 def try_parts() -> list[Part]:
@@ -57,7 +57,7 @@ def try_parts() -> list[Part]:
     ]
 
 
-# What users call a part -> the extra that brings its packages.
+# What users call a part -> the extra that installs its packages.
 EXTRAS = {"HTTP server": "serve", "figures": "plot", "demo": "demo"}
 
 
@@ -71,7 +71,7 @@ def _try(name: str, attempt: Callable[[], str]) -> Part:
 
 
 def _try_layer() -> str:
-    """Compute forwards and backwards, and compare with the sum of the paper's equation 1."""
+    """Run forward and backward, and compare the output with equation 1 of the paper."""
     import torch
 
     from nmt_moe.moe import MoEConfig, MoELayer
@@ -89,7 +89,7 @@ def _try_layer() -> str:
     y.sum().backward()
     if not difference < 1e-5:
         raise RuntimeError(f"its output differs from its definition by {difference:.1e}")
-    return "forwards and backwards, on the CPU"
+    return "forward and backward, on the CPU"
 
 
 def _try_gpu() -> str:
@@ -115,10 +115,11 @@ def _try_gpu() -> str:
     if not difference < 1e-2 * results[0].abs().max().item():
         raise RuntimeError(f"the GPU's result differs from the CPU's by {difference:.1e}")
     if find_spec("triton") is None:
-        return "by torch's operations: Triton, whose kernels are faster, is not installed"
+        return "using torch's operations: Triton, whose kernels are faster, is not installed"
     if failed := failed_kernels():
-        return f"by torch's operations for {', '.join(failed)}: Triton's kernels fail their trial"
-    return "by Triton's kernels, equal to the CPU's"
+        names = ", ".join(failed)
+        return f"using torch's operations for {names}, whose Triton kernels failed their trial"
+    return "using Triton's kernels, with the CPU's results"
 
 
 def _try_products() -> str:
@@ -137,8 +138,8 @@ def _try_products() -> str:
         )
         error = (product(x) - expected).norm() / expected.norm()
         if not error < 0.05:
-            raise RuntimeError(f"products in {dtype} have a relative error of {error:.2f}")
-    return "products are right"
+            raise RuntimeError(f"matrix products in {dtype} have a relative error of {error:.2f}")
+    return "matrix products are right"
 
 
 def _try_bundles() -> str:
@@ -167,7 +168,7 @@ def _try_training() -> str:
         )
     broken = find_broken()
     if broken:
-        raise RuntimeError(f"{broken[0]}; see the README for its installation")
+        raise RuntimeError(f"{broken[0]}; see the README on how to install it")
     from fairseq.models import MODEL_REGISTRY
 
     from nmt_moe import plugin
@@ -216,5 +217,5 @@ def _try_extra(name: str, extra: str) -> Part:
     return _try(name, attempt)
 
 
-# What proves that an extra's packages work.
+# Modules whose import shows that an extra's packages work.
 MODULES = {"plot": ("matplotlib",), "serve": ("fastapi", "uvicorn", "prometheus_client")}

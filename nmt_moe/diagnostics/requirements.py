@@ -1,4 +1,4 @@
-"""The packages that nmt_moe needs, compared with those that are here."""
+"""Compare the packages that nmt_moe needs with those installed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-# What only an import proves: compiled parts that fit this Python and this torch.
+# Modules to import, because only that shows whether compiled parts fit this Python and torch.
 IMPORTS = (
     "torch",
     "fairseq",
     "fairseq.data.data_utils_fast",
     "fairseq.data.token_block_utils_fast",
 )
-HOST = "fairseq"  # its distribution has more than one name, so it is known by its import
+HOST = "fairseq"  # its distribution has more than one name, so it is recognised by its import
 
 
 def read_requirements() -> tuple[str, list[str]]:
-    """Return the Python versions and the requirements of nmt_moe, extras as markers.
+    """Return the Python versions and the requirements of nmt_moe, with extras as markers.
 
-    They come from the `setup.cfg` of a clone, else from the installed distribution.
+    They are read from the `setup.cfg` of a clone, or else from the installed distribution.
     """
     setup = configparser.ConfigParser()
     if not setup.read(Path(__file__).parents[2] / "setup.cfg", encoding="utf-8"):
@@ -46,14 +46,14 @@ def known_extras() -> list[str]:
 
 
 def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | None, str]]:
-    """Return the version of each package that is needed, and what is wrong with it.
+    """Return the version of each required package, and what is wrong with it.
 
     Args:
-        extras: Whose packages are needed too.
+        extras: Extras whose packages are required too.
 
     Returns:
-        By name, the version or None, and a line such as "torch>=2.6: has 2.5.1"; "" if it fits.
-        `fairseq` is left out: it is known by its import.
+        By name, the version or None, and a line such as "torch>=2.6: has 2.5.1", or "" if it fits.
+        `fairseq` is left out, as it is recognised by its import.
     """
     found: dict[str, tuple[str | None, str]] = {}
     for need in map(Requirement, read_requirements()[1]):
@@ -74,7 +74,7 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
 
 
 def find_missing(extras: tuple[str, ...]) -> list[str]:
-    """Return a line for each requirement that is absent or has another version."""
+    """Return a line for each requirement that is missing or has a wrong version."""
     pythons = read_requirements()[0]
     here = ".".join(map(str, sys.version_info[:3]))
     missing = [] if here in SpecifierSet(pythons) else [f"python{pythons}: is {here}"]
@@ -82,7 +82,7 @@ def find_missing(extras: tuple[str, ...]) -> list[str]:
 
 
 def find_broken() -> list[str]:
-    """Return a line for the first module that is absent or whose import fails."""
+    """Return a line for the first module that is missing or whose import fails."""
     for module in IMPORTS:
         try:
             importlib.import_module(module)
@@ -92,6 +92,6 @@ def find_broken() -> list[str]:
 
 
 def describe(error: BaseException) -> str:
-    """Return the kind of an exception and the first line of its message."""
+    """Return the type of an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Equal contexts are shown once, so more are looked at than are kept.
+# Duplicate contexts are dropped, so more candidates are examined than kept.
 SPARE = 4
 
 
 class TopContexts:
-    """The tokens with the largest gates of each expert, whose contexts differ.
+    """For each expert, the tokens with the largest gates and distinct contexts.
 
     Args:
         num_experts: E.
-        most: Contexts of an expert.
+        most: Most contexts for an expert.
 
     Source: Shazeer et al. 2017, Appendix E, Table 9.
     """
@@ -34,7 +34,7 @@ class TopContexts:
         Args:
             expert_ids: (N, K) int64; E in empty slots.
             gates: (N, K) float32.
-            describe: Gets the index of a token and returns its `context`, with further values.
+            describe: Maps the index of a token to its `context` and further values.
         """
         width = expert_ids.shape[1]
         order = gates.flatten().argsort(descending=True, stable=True)
@@ -69,9 +69,9 @@ class TopContexts:
             if tuple(row["context"]) not in seen:
                 seen.add(tuple(row["context"]))
                 found.append(row)
-        found.sort(key=lambda one: -one["gate"])  # stable: of equal gates the first in the text
+        found.sort(key=lambda one: -one["gate"])  # stable: ties keep the order of the text
         del found[self.most :]
 
     def of(self, expert: int) -> list[dict[str, Any]]:
-        """Return the contexts of an expert, by falling gate."""
+        """Return the contexts of an expert, largest gate first."""
         return self._found.get(expert, [])

@@ -1,4 +1,4 @@
-"""Everything that is collected of one MoE layer while a model reads texts."""
+"""Everything collected about one MoE layer while a model reads texts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nmt_moe.inspection.tokens import classes_of, context_of, frequency_band
 from nmt_moe.inspection.usage import ExpertUsage
 from nmt_moe.moe import output_similarity, routing_saturation
 
-# Experts with contexts and over-use in the dump; the busiest.
+# Experts with contexts and over-use in the JSON output: the busiest ones.
 MAX_DETAILED = 2048
-# Experts of matrices: pairs, similarity of outputs; the busiest.
+# Experts in matrices (pairs, similarity of outputs): the busiest ones.
 MAX_MATRIX = 32
 NUM_CONTEXTS, NUM_FEATURES, NUM_PAIRS = 10, 10, 12
-# Tokens for the similarity of outputs.
+# Tokens on which the similarity of outputs is measured.
 NUM_SAMPLES = 256
 
 
@@ -35,7 +35,7 @@ class LayerReport:
         side: "encoder" or "decoder".
         moe: The layer.
         parts: Names of the parts.
-        has_pieces: Whether tokens are sentencepiece's.
+        has_pieces: Whether tokens are sentencepiece pieces.
     """
 
     def __init__(self, side: str, moe: Any, parts: Sequence[str], has_pieces: bool) -> None:
@@ -44,13 +44,13 @@ class LayerReport:
         self.usages = [ExpertUsage(num_experts) for _ in parts]
         self.contexts = TopContexts(num_experts, NUM_CONTEXTS)
         self.pieces, self.classes = FeatureCounts(num_experts), FeatureCounts(num_experts)
-        # The decoder's layer reads the piece before the one that it writes.
+        # The decoder's layer reads the piece before the one it predicts.
         self.read = FeatureCounts(num_experts) if side == "decoder" else None
         self._samples: list[Tensor] = []
         self._num_kept = self._num_pairs = self._num_changed = self._num_compared = 0.0
 
     def add(self, part: int, readings: Sequence[Reading]) -> None:
-        """Add sentences of a part, whose routing has the layer's inputs."""
+        """Add sentences of a part; their routing must include the layer's inputs."""
         if not readings:
             return
         routings = [one.routings[self.side] for one in readings]
@@ -87,7 +87,7 @@ class LayerReport:
             self._samples.append(_thin_out(torch.cat(inputs), NUM_SAMPLES).clone())
 
     def compare(self, before: Sequence[Routing], after: Sequence[Routing]) -> None:
-        """Add the routing of the same tokens in another checkpoint, `before`, and in this one."""
+        """Add the routing of the same tokens by another checkpoint (`before`) and by this one."""
         num_experts = self.moe.config.num_experts
         ids = [torch.cat([one.expert_ids for one in own]) for own in (before, after)]
         pairs = float((ids[1] < num_experts).sum())
@@ -99,7 +99,7 @@ class LayerReport:
         self._num_compared += len(ids[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return all results as plain values."""
         config = self.moe.config
         total = ExpertUsage(config.num_experts)
         for usage in self.usages:
@@ -174,7 +174,7 @@ class LayerReport:
 
     @torch.inference_mode()
     def _similarity(self, experts: list[int]) -> dict[str, Any] | None:
-        """Return the mean cosine of the outputs of each two experts for the same tokens."""
+        """Return the mean cosine between the outputs of every two experts for the same tokens."""
         if len(experts) < 2 or not self._samples:
             return None
         x = _thin_out(torch.cat(self._samples), NUM_SAMPLES)
@@ -190,7 +190,7 @@ class LayerReport:
 
 
 def make_layers(model: Translator | LanguageModel, parts: Sequence[str]) -> dict[str, LayerReport]:
-    """Return an empty report of each MoE layer."""
+    """Return an empty report for each MoE layer."""
     has_pieces = model.config.has_pieces
     return {
         side: LayerReport(side, moe, parts, has_pieces) for side, moe in model.moe_layers.items()
@@ -210,7 +210,7 @@ def _pair_matrix(usage: ExpertUsage, experts: list[int]) -> dict[str, Any] | Non
 
 
 def _thin_out(rows: Tensor, most: int) -> Tensor:
-    """Return at most so many rows, evenly spaced."""
+    """Return at most `most` rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, most).long()]

@@ -1,15 +1,15 @@
 """What experts are used for more often than by chance.
 
-Of the N tokens of a text, n are an instance of a feature (a piece or a class), m were sent to an
-expert, and k are both. By chance the expert would get the share m / N of the feature's tokens. The
-lift is (k / n) / (m / N), and its lower bound
+Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and k
+both. By chance the expert would get the share m / N of the feature's tokens. The lift is
+(k / n) / (m / N), and its lower bound
 
     Wilson's lower bound of k / n  /  Wilson's upper bound of m / N,
 
-each at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni), so that if
-tokens were independent, all lower bounds of a layer would hold at once with a probability of 95 %.
-A feature is listed if its lower bound is above 1, in the order of lower bounds; both shares of a
-rare expert are uncertain, so a few tokens do not make it a specialist.
+each at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni). If tokens were
+independent, all lower bounds of a layer would hold together with a probability of 95 %. A feature
+is listed if its lower bound is above 1, in the order of lower bounds. Both shares of a rare expert
+are uncertain, so a few tokens do not make it a specialist.
 
 Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
 """
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.05
-# Rarer features and fewer uses are not compared.
+# Features and uses below these counts are not compared.
 MIN_COUNT = 5
 
 
 def wilson_interval(count: int, total: int, z: float) -> tuple[float, float]:
-    """Return Wilson's interval of a share, z standard deviations wide on each side."""
+    """Return Wilson's interval for a share, z standard deviations on each side."""
     if total == 0:
         return 0.0, 1.0
     share, square = count / total, z * z
@@ -42,20 +42,20 @@ def wilson_interval(count: int, total: int, z: float) -> tuple[float, float]:
 
 
 class FeatureCounts:
-    """How often each expert was used for each feature of a token."""
+    """Counts of how often each expert was used for each feature."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.names: list[str] = []
         self.totals: Counter[int] = Counter()
-        self.uses: Counter[int] = Counter()  # by feature * E + expert
+        self.uses: Counter[int] = Counter()  # key: feature * E + expert
         self._numbers: dict[str, int] = {}
 
     def add(self, features: Sequence[Iterable[str]], expert_ids: Tensor) -> None:
         """Add tokens.
 
         Args:
-            features: Of each of N tokens.
+            features: The features of each of N tokens.
             expert_ids: (N, K) int64; E in empty slots.
         """
         rows, numbers = [], []
@@ -79,7 +79,7 @@ class FeatureCounts:
         return number
 
     def grouped(self, group_of: Callable[[int], str]) -> FeatureCounts:
-        """Return counts of groups of features; `group_of` gets the count of a feature."""
+        """Return counts for groups of features; `group_of` maps a feature's count to its group."""
         result = FeatureCounts(self.num_experts)
         groups = {n: result._number(group_of(total)) for n, total in self.totals.items()}
         for number, total in self.totals.items():
@@ -91,21 +91,21 @@ class FeatureCounts:
 
     @property
     def num_features(self) -> int:
-        """Features that are frequent enough to be compared."""
+        """Return the number of features frequent enough to be compared."""
         return sum(total >= MIN_COUNT for total in self.totals.values())
 
 
 def find_overuse(
     counts: FeatureCounts, load: Sequence[int], num_tokens: int, num_comparisons: int, most: int
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return what each expert is used for more than by chance, by falling lower bound.
+    """Return what each expert is used for more than by chance, largest lower bound first.
 
     Args:
-        counts: Of features.
-        load: E, the tokens of each expert.
+        counts: Counts of features.
+        load: The tokens of each of E experts.
         num_tokens: N.
         num_comparisons: M, over all features of the layer.
-        most: Features of an expert.
+        most: Most features for an expert.
 
     Returns:
         By expert, rows of `feature`, `uses` k, `count` n, `lift`, and its bounds `low` and `high`.

@@ -1,7 +1,7 @@
-"""A report as one HTML page, made of its values alone.
+"""Render a report's values as one HTML page.
 
-The page has no script and no outside address, and its policy allows neither; every text is escaped
-by the template.
+The page has no script and no external address, and its policy allows neither; the template escapes
+every text.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from nmt_moe.inspection.tokens import MARK
 
 MAX_BYTES = 5_000_000
 FOLDER = Path(__file__).parent
-# Bars of a figure of loads; of more experts, the busiest.
+# Most bars in a figure of loads; with more experts, the busiest are shown.
 MAX_BARS = 256
-# Pieces on each side of a figure of attention.
+# Most pieces on each side of a figure of attention.
 MAX_ATTENTION = 60
-# Smaller weights of attention are left blank.
+# Smaller attention weights are left blank.
 MIN_WEIGHT = 0.03
 
 
 @dataclass(frozen=True)
 class Caps:
-    """How much a page shows; it is halved until the page is small enough.
+    """How much a page shows; halved until the page is small enough.
 
     Attributes:
-        experts: Of each layer, the busiest.
-        contexts: Of each expert.
-        features: In each list of an expert's over-use.
-        sentences: Piece by piece.
-        characters: Of a line of text; longer ones are cut.
+        experts: Experts in each layer, the busiest ones.
+        contexts: Contexts for each expert.
+        features: Features in each list of an expert's over-use.
+        sentences: Sentences shown piece by piece.
+        characters: Characters in a line of text; longer lines are cut.
     """
 
     experts: int = 48
@@ -49,7 +49,7 @@ class Caps:
     characters: int = 1000
 
     def halved(self) -> Caps:
-        """Return smaller caps."""
+        """Return caps of half the size."""
         return replace(
             self,
             experts=max(1, self.experts // 2),
@@ -61,17 +61,17 @@ class Caps:
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """Return the page of a report: under 5 MB, whatever the report holds.
+    """Return the page of a report: under 5 MB, whatever the report contains.
 
     Args:
-        report: That `make_report` returned, or that was read from its JSON.
+        report: The values that `make_report` returned, or their JSON, parsed.
 
     Raises:
-        ValueError: it is not a report, or one of another version.
+        ValueError: if it is not a report, or has another version.
     """
     if not isinstance(report, Mapping) or report.get("format") != FORMAT:
         raise ValueError(
-            f"the values are not a report: `format` is not '{FORMAT}'. Give what `nmt-moe report "
+            f"the values are not a report: `format` is not '{FORMAT}'. Pass what `nmt-moe report "
             "--json` wrote."
         )
     if report.get("format_version") != VERSION:
@@ -98,7 +98,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         if smaller == caps:
             raise ValueError(
                 f"the page cannot be made smaller than {MAX_BYTES} bytes: the report has "
-                f"{len(report['parts'])} parts. Make one of fewer texts."
+                f"{len(report['parts'])} parts. Report on fewer texts."
             )
         caps = smaller
 
@@ -118,7 +118,7 @@ def _environment() -> Environment:
 
 
 def direction(text: str | Sequence[str]) -> str:
-    """Return "rtl" for text whose first letter is written from right to left, else "ltr"."""
+    """Return "rtl" for text whose first letter belongs to a right-to-left script, else "ltr"."""
     for character in MARK.sub("", text if isinstance(text, str) else " ".join(text)):
         kind = unicodedata.bidirectional(character)
         if kind in ("R", "AL"):
@@ -129,13 +129,13 @@ def direction(text: str | Sequence[str]) -> str:
 
 
 def cut(text: str | None, most: int) -> str:
-    """Return a text of at most so many characters."""
+    """Return a text cut to at most `most` characters."""
     text = text or ""
     return text if len(text) <= most else text[:most] + "…"
 
 
 def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
-    """Return row, column and weight of what a figure of attention shows."""
+    """Return row, column and weight of each cell in a figure of attention."""
     return [
         (row, column, weight)
         for row, weights in enumerate(attention[:MAX_ATTENTION])
@@ -145,12 +145,12 @@ def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int
 
 
 def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
-    """Return a layer as it is shown."""
+    """Return a layer's values as the page shows them."""
     usage, num_experts = layer["usage"], layer["num_experts"]
     order = sorted(range(num_experts), key=lambda expert: -usage["load"][expert])
     shown = sorted(order[:MAX_BARS]) if num_experts <= MAX_BARS else order[:MAX_BARS]
     total = max(usage["num_tokens"], 1)
-    # Each token has K experts, and gates that add up to 1.
+    # Each token has K experts, and gates that sum to 1.
     largest = max(max(usage["load"]) / total, layer["top_k"] / num_experts, 1e-9)
     heaviest = max(max(usage["importance"]) / total, 1 / num_experts, 1e-9)
     bars = [
@@ -176,7 +176,7 @@ def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
 
 
 def _pair_cells(matrix: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the cells of pairs: their lift as a value from -1 (never) to 1 (4 times chance)."""
+    """Return the cells of pairs, with lift as a value from -1 (never) to 1 (4 times chance)."""
     if matrix is None:
         return []
     cells = []

@@ -1,4 +1,4 @@
-"""Pairs: experts that are used together, and languages that use the same experts."""
+"""Pairs of experts that are used together, and of languages that use the same experts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from nmt_moe.inspection.overuse import LEVEL, MIN_COUNT, wilson_interval
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Rounds of iterative proportional fitting; few experts that always go together need most.
+# Rounds of iterative proportional fitting; a few experts always used together need the most.
 ROUNDS = 500
 
 
 def expected_pairs(coactivation: Tensor) -> Tensor:
-    """Compute the pairs that experts of the same use would make by chance.
+    """Compute the expected number of pairs, if experts with the same load were paired by chance.
 
     A token's experts differ, so chance is quasi-independence: a_i a_j off the diagonal, with the
-    factors a for which each expert is in as many pairs as it was.
+    factors a such that each expert is in as many pairs as observed.
 
     Args:
         coactivation: (E, E) int64, symmetric with 0 on the diagonal.
@@ -40,11 +40,11 @@ def expected_pairs(coactivation: Tensor) -> Tensor:
 
 
 def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
-    """Return the pairs of experts that come together most often and most rarely against chance.
+    """Return the pairs of experts most over- and under-represented compared with chance.
 
     Args:
-        usage: Of a layer.
-        most: Pairs in each list.
+        usage: The usage of a layer.
+        most: Most pairs in each list.
 
     Returns:
         `over` and `under`: rows of `experts`, `count`, `expected`, `lift`, and its bounds `low` and
@@ -79,10 +79,10 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
 
 
 def load_overlap(one: ExpertUsage, other: ExpertUsage) -> float:
-    """Compute how much two texts share of a layer's experts.
+    """Compute how much two texts use the same experts of a layer.
 
     Returns:
-        The sum over experts of the smaller of both shares of the load: 1 for equal shares, 0 where
+        The sum over experts of the smaller of the two shares of the load: 1 for equal shares, 0 if
         no expert is used by both.
     """
     shares = [usage.load.double() / usage.load.sum().clamp_min(1) for usage in (one, other)]

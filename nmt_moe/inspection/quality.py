@@ -1,4 +1,4 @@
-"""How good translations are: scores, by length and word frequency, best and worst sentences."""
+"""Score translations: overall, by length and word frequency, with best and worst sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nmt_moe.scoring.words import f_measure_by_frequency
 
 # Resamples of the paired bootstrap.
 NUM_SAMPLES = 1000
-# Best and worst sentences; differences against another model.
+# Sentences in each list of best, worst and most different ones.
 NUM_EXTREMES = 8
 
 
@@ -28,12 +28,12 @@ def score_translations(
     """Score translations of a text.
 
     Args:
-        sources: Lines.
+        sources: Source lines.
         hypotheses: Their translations.
-        references: Other translations of them.
-        language: Of the references, for sacrebleu's tokens; None for "13a".
-        others: Translations of another model, to compare with.
-        lines: Their indices in the text, by which sentences are named; None for all lines.
+        references: Their reference translations.
+        language: Language of the references, for sacrebleu's tokeniser; None for "13a".
+        others: Another model's translations, to compare with.
+        lines: Indices of these lines in the text, for naming sentences; None for all lines.
 
     Returns:
         `scores` (BLEU and chrF with their signatures), `by_length`, `by_frequency`, `best` and
@@ -93,7 +93,7 @@ def _describe_lines(
 
 
 def _find_extremes(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the best and worst lines, and those that differ most from the other model's."""
+    """Return the best and worst lines, and those that differ most from the other model."""
     order = sorted(rows, key=lambda row: -row["chrf"])
     count = min(NUM_EXTREMES, len(order) // 2)
     found = {"best": order[:count], "worst": order[::-1][:count]}
@@ -114,5 +114,5 @@ def _sentence_scores(hypotheses: Sequence[str], references: Sequence[str]) -> li
 
 
 def language_of(name: str | None) -> str | None:
-    """Return a language if a name looks like one, such as the ending of a file's."""
+    """Return a name, such as a file extension, if it looks like a language; else None."""
     return name if name is not None and re.fullmatch(r"[a-z]{2,3}([-_]\w+)?", name) else None

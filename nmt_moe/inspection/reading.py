@@ -1,4 +1,4 @@
-"""A model reads a text, and what its experts did is collected."""
+"""Run a model over a text, and collect what its experts did."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nmt_moe.inference import (
 )
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Lines that are read at once: enough for batches of about equally long sentences.
+# Lines read at once: enough to form batches of similar lengths.
 CHUNK_LINES = 128
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A sentence as a model read it.
+    """A sentence that a model has read.
 
     Attributes:
         line: Its index in the text.
-        source_tokens: S, what the encoder read; empty of a language model.
-        target: The score of what was written: the reference, the model's own translation, or the
-            line of a language model.
-        routings: Of the layers "encoder", for each of `source_tokens`, and "decoder", for each
-            piece of the target and the end mark; only the layers that the model has.
+        source_tokens: The S tokens that the encoder read; empty for a language model.
+        target: Score of the target: the reference, the model's own translation, or a language
+            model's line.
+        routings: Routing in "encoder", for each of `source_tokens`, and in "decoder", for each
+            piece of the target and the end mark; only for layers that the model has.
     """
 
     line: int
@@ -44,14 +44,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class TextUsage:
-    """How a model's experts are used over a text.
+    """How a model's experts are used on a text.
 
     Attributes:
-        layers: Of "encoder" and "decoder": those that the model has.
-        score: Of the references or of a language model's text; of the model's own translations
-            otherwise. None if all lines are blank.
-        num_lines: Of the text.
-        num_blank: Lines that are left out: they, or their references, are blank.
+        layers: Usage in "encoder" and "decoder", as far as the model has them.
+        score: Score of the references or of a language model's text; otherwise of the model's own
+            translations. None if all lines are blank.
+        num_lines: Number of lines.
+        num_blank: Lines left out because they or their references are blank.
     """
 
     layers: dict[str, ExpertUsage]
@@ -72,16 +72,16 @@ def collect_usage(
     """Run a model over a text and count how its experts are used.
 
     Args:
-        model: What reads.
+        model: The model that reads it.
         texts: Lines; blank ones are left out.
-        references: A translation of each, which the decoder reads as it is given (teacher
-            forcing). Without, it reads the model's own translations.
-        target_lang: Of a multilingual model.
-        progress: Show a bar on standard error.
-        search: Options of `Translator.translate`, without references.
+        references: A translation of each line, for the decoder to read (teacher forcing); None to
+            read the model's own translations.
+        target_lang: Target language of a multilingual model.
+        progress: Whether to show a bar on standard error.
+        search: Options of `Translator.translate`, if there are no references.
 
     Raises:
-        ValueError: as `read_text`.
+        ValueError: as in `read_text`.
     """
     layers = {side: ExpertUsage(moe.config.num_experts) for side, moe in model.moe_layers.items()}
     scores, lines = [], set()
@@ -89,14 +89,15 @@ def collect_usage(
         model, texts, references, target_lang, progress=progress, with_inputs=False, **search
     ):
         add_readings(layers, chunk)
-        scores += [replace(one.target, routing=None) for one in chunk]  # it would fill memory
+        # Routing would fill the memory.
+        scores += [replace(one.target, routing=None) for one in chunk]
         lines |= {one.line for one in chunk}
     total = total_score(scores) if scores else None
     return TextUsage(layers, total, len(texts), len(texts) - len(lines))
 
 
 def add_readings(layers: dict[str, ExpertUsage], readings: Sequence[Reading]) -> None:
-    """Add sentences to the usage of each layer."""
+    """Add sentences to each layer's usage."""
     for side, usage in layers.items():
         routings = [one.routings[side] for one in readings]
         if routings:
@@ -114,14 +115,14 @@ def read_text(
     with_inputs: bool = False,
     **search: Any,
 ) -> Iterator[list[Reading]]:
-    """Yield the sentences of a text, some lines at a time.
+    """Yield the sentences of a text, several lines at a time.
 
-    Lines that are blank, or whose reference is, are left out. Arguments are those of
-    `collect_usage`; `with_inputs` keeps what the MoE layers read.
+    Lines that are blank, or whose reference is blank, are left out. Arguments are those of
+    `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:
-        ValueError: there are more texts than references or fewer; a language model is given what
-            only a translator knows; or as of `Translator.translate`.
+        ValueError: if the numbers of texts and references differ; if a language model gets options
+            for translation; or as in `Translator.translate`.
     """
     if references is not None and len(references) != len(texts):
         raise ValueError(
@@ -130,7 +131,10 @@ def read_text(
         )
     is_translator = isinstance(model, Translator)
     if not is_translator and (references is not None or target_lang is not None or search):
-        raise ValueError("a language model has no references, target languages or search.")
+        raise ValueError(
+            "a language model has no references, target languages or search options. Leave them "
+            "out."
+        )
     given = texts if references is None else references
     kept = [
         number

@@ -1,6 +1,6 @@
-"""The report of a model on a text, as plain values: what the page shows and a notebook reads.
+"""Report on a model and a text as plain values, for the page and for notebooks.
 
-Its keys are described in `docs/report.md`.
+`docs/report.md` describes the keys.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FORMAT, VERSION = "nmt_moe report", 1
 
 
 def load_model(folder: Path | str) -> Translator | LanguageModel:
-    """Open a bundle of either kind.
+    """Open a bundle of a translation or a language model.
 
     Raises:
-        ValueError: naming the file that is missing, altered or of a newer format.
+        ValueError: naming the file that is missing, changed or of a newer format.
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
@@ -40,27 +40,27 @@ def make_report(
     against: Path | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Run a bundle over a text, and describe what its experts do and how good it is.
+    """Run a bundle over a text, and describe what its experts do and how well it translates.
 
     Args:
-        folder: Of the bundle.
-        parts: Of the text; several for several languages.
+        folder: Folder of the bundle.
+        parts: Parts of the text, such as one for each language.
         against: Another bundle to compare with: another model, or another checkpoint of this one.
-        progress: Show bars on standard error.
+        progress: Whether to show bars on standard error.
 
     Returns:
-        Values for JSON.
+        Values that JSON can hold.
 
     Raises:
-        ValueError: a bundle cannot be opened or is of another kind; a language is not the model's;
-            or there is nothing to read.
+        ValueError: if a bundle cannot be opened or is of another kind, a language is not one of the
+            model's, or there is nothing to read.
     """
     model = load_model(folder)
     other = None if against is None else load_model(against)
     if other is not None and type(other) is not type(model):
         raise ValueError(
-            f"`{against}` is not of the kind of `{folder}`: one is a translator, one a language "
-            "model. Name two of the same kind."
+            f"`{against}` and `{folder}` must be of the same kind, but one is a translator and one "
+            "a language model. Name two of the same kind."
         )
     for one in (model, other):
         if one is not None:
@@ -86,7 +86,7 @@ def make_report(
 
 
 def _check_parts(model: Translator | LanguageModel, parts: Sequence[Part]) -> None:
-    """Reject languages and references that the model has no use for, before anything is read."""
+    """Reject languages and references that the model cannot use, before anything is read."""
     if not parts:
         raise ValueError("`parts` must have at least one text, but is empty.")
     for part in parts:
@@ -132,7 +132,8 @@ def _read_part(
     ):
         for layer in layers.values():
             layer.add(number, chunk)
-        scores += [replace(one.target, routing=None) for one in chunk]  # it would fill memory
+        # Routing would fill the memory.
+        scores += [replace(one.target, routing=None) for one in chunk]
         lines |= {one.line for one in chunk}
         if other is not None:
             theirs += _read_again(model, other, part, chunk, layers)
@@ -171,7 +172,7 @@ def _read_again(
     chunk: Sequence[Reading],
     layers: dict[str, LayerReport],
 ) -> list[LineScore]:
-    """Let the other model read the same, and compare the routing where tokens are the same."""
+    """Let the other model read the same text, and compare the routing of identical tokens."""
     lines = [one.line for one in chunk]
     again: list[tuple[dict[str, Routing | None], list[str], LineScore]]
     if isinstance(other, LanguageModel):
@@ -186,7 +187,7 @@ def _read_again(
             for p in pairs
         ]
     else:
-        return []  # its own translations are other texts
+        return []  # its own translations are different texts
     for side, layer in layers.items():
         moe = other.moe_layers.get(side)
         if moe is None or moe.config.num_experts != layer.moe.config.num_experts:

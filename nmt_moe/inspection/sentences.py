@@ -1,4 +1,4 @@
-"""Sentences of a text, shown piece by piece."""
+"""Show sentences of a text piece by piece."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from nmt_moe.inference import LanguageModel, Sentence, Translator
 
-# Sentences that are shown piece by piece, of all parts together, and of a part at least.
+# Sentences shown piece by piece: most over all parts, and fewest for each part.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
-# Of a sentence that is shown piece by piece, on each side.
+# Most pieces, on each side, of a sentence shown piece by piece.
 MAX_SHOWN_PIECES = 128
 
 
 @dataclass(frozen=True)
 class Part:
-    """A text, and what is known of it.
+    """A text, and what is known about it.
 
     Attributes:
-        name: Of the part, such as its language.
+        name: Name of the part, such as its language.
         text: Lines.
-        references: A translation of each, or None.
-        target_lang: Of a multilingual model.
-        language: Of the references, if known.
+        references: A translation of each line, or None.
+        target_lang: Target language of a multilingual model.
+        language: Language of the references, if known.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tokens among their neighbours: the words around one, and the classes it belongs to."""
+"""Tokens in context: the words around a token, and the classes it belongs to."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Sequence
 
 SPACE = "▁"
 MARK = re.compile(r"<2[^<>]+>|</s>")
-# Words and characters on each side of the word in the middle.
+# Most words and characters on each side of the middle word.
 AROUND_WORDS, AROUND_CHARACTERS = 6, 48
-# Upper ends of bands of how often a piece is in the text.
+# Upper ends of the frequency bands of pieces.
 FREQUENCY_ENDS = (1, 9, 99, 999)
 
 
 def begins_word(token: str, has_pieces: bool) -> bool:
-    """Whether a word begins with a token; marks are words, and so is each token without pieces."""
+    """Return whether a token begins a word; special symbols and whole words do."""
     return not has_pieces or token.startswith(SPACE) or MARK.fullmatch(token) is not None
 
 
 def context_of(tokens: Sequence[str], index: int, has_pieces: bool = True) -> list[str]:
-    """Return a token among whole words.
+    """Return a token in the context of whole words.
 
     Args:
-        tokens: Of a sentence.
-        index: Of the token.
-        has_pieces: Whether tokens are sentencepiece's; else words.
+        tokens: The tokens of a sentence.
+        index: Index of the token.
+        has_pieces: Whether tokens are sentencepiece pieces and not words.
 
     Returns:
         Five texts: the words before, the beginning of the token's word, the token, the rest of its
@@ -35,12 +35,13 @@ def context_of(tokens: Sequence[str], index: int, has_pieces: bool = True) -> li
     first = max((n for n in starts if n <= index), default=0)
     end = min((n for n in starts if n > index), default=len(tokens))
     if MARK.fullmatch(tokens[first]):
-        first, end = index, index + 1  # pieces never follow a mark within its word
+        first, end = index, index + 1  # special symbols are never part of a longer word
     left, right = tokens[:first], tokens[end:]
     return [
         _shorten(_text(left, has_pieces).split(" ")[-AROUND_WORDS:], keep_end=True),
         _text(tokens[first:index], has_pieces),
-        _text(tokens[index : index + 1], has_pieces) or tokens[index],  # a space may be a piece
+        # A piece may be just a space.
+        _text(tokens[index : index + 1], has_pieces) or tokens[index],
         _text(tokens[index + 1 : end], has_pieces),
         _shorten(_text(right, has_pieces).split(" ")[:AROUND_WORDS], keep_end=False),
     ]
@@ -63,10 +64,10 @@ def _shorten(words: list[str], keep_end: bool) -> str:
 
 
 def classes_of(tokens: Sequence[str], has_pieces: bool = True) -> list[list[str]]:
-    """Return the classes of each token that its form and its position show.
+    """Return the classes of each token that follow from its form and position.
 
-    There is no tagger: classes are of spelling (digit, punctuation, upper case, capitalised), of
-    the position in the word, and of the position in the sentence.
+    No tagger is used: classes describe spelling (digit, punctuation, upper case, capitalised),
+    position in the word and position in the sentence.
     """
     is_word = [MARK.fullmatch(token) is None for token in tokens]
     order = [n for n, is_own in enumerate(is_word) if is_own]
@@ -111,7 +112,7 @@ def _spelling(text: str) -> list[str]:
 
 
 def frequency_band(count: int) -> str:
-    """Return the band of how often a piece is in the text."""
+    """Return the frequency band of a piece."""
     start = 1
     for end in FREQUENCY_ENDS:
         if count <= end:

@@ -1,4 +1,4 @@
-"""How a layer's experts are used over a text: sums, and the columns of Table 6 made of them."""
+"""How a layer's experts are used on a text: sums, and the columns of Table 6 computed from them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from nmt_moe.checks import check_shape, check_whole
 from nmt_moe.moe import balance_metrics, effective_experts, gate_entropy, gate_margin
 
-# Pairs of so many experts take 32 MiB.
+# The pairs of this many experts take 32 MiB.
 MAX_PAIRED_EXPERTS = 2048
 
 
 class ExpertUsage:
-    """Sums over the tokens of a text in one MoE layer, added up batch by batch.
+    """Sums over the tokens of a text in one MoE layer, accumulated batch by batch.
 
     Attributes:
         num_experts: E.
-        num_tokens: N, those without an expert included.
-        load: (E,) int64, the tokens that were sent to each expert.
+        num_tokens: N, including tokens without an expert.
+        load: (E,) int64, the number of tokens sent to each expert.
         importance: (E,) float64, the sum of each expert's gates (Shazeer et al. 2017, eq. 6).
         squares: (E,) float64, the sum of each expert's squared gates.
-        coactivation: (E, E) int64, the tokens that were sent to both experts, symmetric with 0 on
+        coactivation: (E, E) int64, the number of tokens sent to both experts, symmetric with 0 on
             the diagonal; None if there are more than `MAX_PAIRED_EXPERTS`.
     """
 
@@ -46,7 +46,7 @@ class ExpertUsage:
             gates: (N, K) float32 or wider; 0 in empty slots.
 
         Raises:
-            ValueError: the shapes differ, or an id is not from 0 to E.
+            ValueError: if the shapes differ, or an id is not from 0 to E.
         """
         check_shape("expert_ids", expert_ids, (None, None), "(N, K)")
         check_shape("gates", gates, tuple(expert_ids.shape), "(N, K)")
@@ -60,7 +60,7 @@ class ExpertUsage:
             )
         gates = gates.double()
         flat, weights = expert_ids.flatten(), gates.flatten()
-        size = num_experts + 1  # the last is that of empty slots
+        size = num_experts + 1  # the last one counts empty slots
         self.num_tokens += len(expert_ids)
         self.load += flat.bincount(minlength=size)[:-1]
         self.importance += flat.bincount(weights, minlength=size)[:-1]
@@ -84,10 +84,10 @@ class ExpertUsage:
                 self.coactivation.index_put_((second, first), counts, accumulate=True)
 
     def __iadd__(self, other: ExpertUsage) -> Self:
-        """Add what was counted over another text."""
+        """Add the counts of another text."""
         if other.num_experts != self.num_experts:
             raise ValueError(
-                f"`other` must be of {self.num_experts} experts, but is of {other.num_experts}."
+                f"`other` must have {self.num_experts} experts, but has {other.num_experts}."
             )
         self.num_tokens += other.num_tokens
         for name in ("load", "importance", "squares"):
@@ -100,37 +100,37 @@ class ExpertUsage:
 
     @property
     def cv_importance(self) -> float:
-        """Coefficient of variation of the importance (Table 6)."""
+        """Return the coefficient of variation of the importance (Table 6)."""
         return self._balance["cv_importance"]
 
     @property
     def cv_load(self) -> float:
-        """Coefficient of variation of the load (Table 6)."""
+        """Return the coefficient of variation of the load (Table 6)."""
         return self._balance["cv_load"]
 
     @property
     def max_load(self) -> float:
-        """The largest load over the mean load (Table 6)."""
+        """Return the largest load over the mean load (Table 6)."""
         return self._balance["max_load"]
 
     @property
     def idle_experts(self) -> int:
-        """Experts without a token."""
+        """Return the number of experts without a token."""
         return int((self.load == 0).sum())
 
     @property
     def effective_experts(self) -> float:
-        """Equally used experts that would be as uneven: exp of the entropy of the load."""
+        """Return the effective number of experts: exp of the entropy of the load."""
         return float(effective_experts(self.load.double()))
 
     @property
     def gate_entropy(self) -> float:
-        """Mean entropy of a token's gates, nats."""
+        """Return the mean entropy of a token's gates, in nats."""
         return self._entropy / max(self.num_tokens, 1)
 
     @property
     def gate_margin(self) -> float:
-        """Mean of a token's largest gate less its second largest."""
+        """Return the mean difference between a token's largest and second largest gate."""
         return self._margin / max(self.num_tokens, 1)
 
     @property
@@ -139,7 +139,7 @@ class ExpertUsage:
         return {name: float(value) for name, value in columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the pairs."""
+        """Return the sums as plain values, without the pairs."""
         return {
             "num_tokens": self.num_tokens,
             **self._balance,

@@ -1,4 +1,4 @@
-"""A model before and after a change."""
+"""Compare a model before and after a change."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ SAMPLE_TOKENS = 256
 
 
 def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> StoredBundle:
-    """Return the bundle that reads text for a model: itself, or that of a checkpoint.
+    """Return the bundle that reads text for a model: the model itself, or a checkpoint's bundle.
 
     Raises:
-        ValueError: a checkpoint is given no bundle, or that of another model.
+        ValueError: if a checkpoint has no bundle, or that of another model.
     """
     if isinstance(model, StoredBundle):
         if bundle is not None:
-            raise ValueError("`--bundle` is for checkpoints: a bundle reads text itself.")
+            raise ValueError(
+                "`--bundle` is only for checkpoints; a bundle reads text itself. Leave it out."
+            )
         return model
     if bundle is None:
         raise ValueError(
             f"`{model.path}` is a checkpoint, which has no pieces to read text with. Add the "
-            "bundle that `nmt-moe export` made of it: `--bundle FOLDER`."
+            "bundle that `nmt-moe export` made from it: `--bundle FOLDER`."
         )
     reader = StoredBundle.read(bundle)
     for side, layer in model.layers.items():
         other = reader.layers.get(side)
         for name, value in layer.gate.items():
-            # Gates are stored in float32 in bundles of every dtype.
+            # Bundles of every dtype store gates in float32.
             stored = None if other is None else other.gate.get(name)
             if stored is not None and not torch.equal(stored, value.float()):
                 raise ValueError(
@@ -56,13 +58,13 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
 def changed_reader(
     model: Checkpoint | StoredBundle, reader: StoredBundle, output: Path, layers: Layers
 ) -> Iterator[Path]:
-    """Give a bundle that has been changed as a model was.
+    """Yield a bundle that has been changed in the same way as a model.
 
     Args:
-        model: That was changed.
-        reader: The bundle that reads for it.
+        model: The model that was changed.
+        reader: The bundle that reads text for it.
         output: Where the changed model was written.
-        layers: Those of the reader, changed likewise.
+        layers: The reader's layers, changed in the same way.
     """
     if isinstance(model, StoredBundle):
         yield output
@@ -74,7 +76,7 @@ def changed_reader(
 
 
 def measure_perplexity(folder: Path, parts: Sequence[Part], *, progress: bool = False) -> float:
-    """Return the perplexity per piece of all references, or of a language model's texts."""
+    """Return the perplexity per piece, of the references or of a language model's texts."""
     model = load_model(folder)
     usages = [
         collect_usage(model, one.text, one.references, one.target_lang, progress=progress)
@@ -95,7 +97,7 @@ def measure_difference(before: Layer, after: Layer) -> float:
         weight_in, weight_out = layer.float_experts()
         module.load_state_dict(
             {
-                **module.state_dict(),  # bundles have no weights of noise
+                **module.state_dict(),  # bundles do not store the noise weights
                 **{f"gate.{name}": value for name, value in layer.gate.items()},
                 "experts.weight_in": weight_in,
                 "experts.weight_out": weight_out,

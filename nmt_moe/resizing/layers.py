@@ -1,4 +1,4 @@
-"""An MoE layer as it is stored, whose experts can be taken, merged or multiplied."""
+"""An MoE layer as stored, whose experts can be selected, merged or multiplied."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nmt_moe.inference.storing import store
 from nmt_moe.inference.weights import DIGEST, EXPERTS_IN, EXPERTS_OUT, SCALE
 from nmt_moe.moe import MoEConfig
 
-# A gate of two levels keeps the first level's parameters under this prefix; those of the second are
-# (G, ..., E / G).
+# A hierarchical gate keeps the first level's parameters under this prefix; those of the second
+# level have the shape (G, ..., E / G).
 PRIMARY, SECONDARY = "primary.", "secondary_"
 
 
@@ -22,12 +22,12 @@ class Layer:
     """The gate and the experts of one layer.
 
     Attributes:
-        moe: Sizes.
-        gate: Parameters by the names of the gate's state: (..., E), or (G, ..., E / G) of a second
-            level.
-        experts: (E, ...) tensors, as they are stored.
-        dtype: Of a bundle, where each output has a row; None for a checkpoint's (E, D, H) and
-            (E, H, D).
+        moe: Its sizes.
+        gate: The gate's parameters by their names in its state: (..., E), or (G, ..., E / G) for a
+            second level.
+        experts: (E, ...) tensors, as stored.
+        dtype: The bundle's dtype; in a bundle, each output has a row. None for a checkpoint, with
+            (E, D, H) and (E, H, D).
     """
 
     moe: MoEConfig
@@ -39,10 +39,10 @@ class Layer:
         """Return the layer with some of its experts, in the order given.
 
         Args:
-            ids: Of the experts; with groups, as many of each group.
+            ids: Ids of the experts; with groups, equally many from each group.
 
         Raises:
-            ValueError: too few, repeated, or not as many of each group.
+            ValueError: if there are too few, some are repeated, or groups have different numbers.
         """
         moe = replace(self.moe, num_experts=len(ids))
         index = torch.tensor(ids)
@@ -54,13 +54,13 @@ class Layer:
         return replace(self, moe=moe, gate=gate, experts=experts)
 
     def _by_group(self, index: Tensor) -> Tensor:
-        """Return the experts' numbers within their groups: (G, E' / G)."""
+        """Return the experts' indices within their groups: (G, E' / G)."""
         size = self.moe.group_size
         index = index.sort().values
         counts = (index // size).bincount(minlength=self.moe.num_groups)
         if counts.min() != counts.max():
             raise ValueError(
-                "`ids` must have as many experts of each group, but has from "
+                "`ids` must have equally many experts from each group, but has from "
                 f"{int(counts.min())} to {int(counts.max())}."
             )
         return (index % size).view(self.moe.num_groups, -1)
@@ -78,7 +78,7 @@ class Layer:
         return found[0], found[1]
 
     def with_experts(self, weight_in: Tensor, weight_out: Tensor) -> Layer:
-        """Return the layer with other experts, stored as these were.
+        """Return the layer with other experts, stored in the same way.
 
         Args:
             weight_in: (E', D, H).
@@ -94,7 +94,7 @@ class Layer:
 
 
 def _take(name: str, value: Tensor, local: Tensor) -> Tensor:
-    """Pick columns of a gate's parameter."""
+    """Select columns of a gate's parameter."""
     if local.dim() == 1:
         return value[..., local].contiguous()
     if name.startswith(PRIMARY):

@@ -1,4 +1,4 @@
-"""Several experts into one."""
+"""Merge several experts into one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nmt_moe.resizing.layers import Layer
 
 
 def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
-    """Merge each expert that is not kept into the kept one that is most like it.
+    """Merge each expert that is not kept into the most similar kept one.
 
-    Two experts are alike if the gate scores tokens alike for both: by the cosine of their columns
-    of the gate's weight. Hidden units are matched before weights are averaged, each expert weighing
-    as much as its share; so are the columns of the gate.
+    Two experts are similar if the gate scores tokens similarly for both, measured by the cosine of
+    their columns of the gate's weight. Hidden units are matched; then weights are averaged, each
+    expert weighted by its share. The gate's columns are averaged likewise.
 
     Args:
         layer: The layer.
-        kept: Numbers of experts; with groups, as many of each.
-        shares: (E,), what each expert did on a text.
+        kept: Ids of the kept experts; with groups, equally many from each group.
+        shares: (E,), each expert's share of what the layer did on a text.
 
     Returns:
-        The layer with the experts of `kept`, each of them the mean of those that are like it.
+        The layer with the experts `kept`, each the weighted mean of those merged into it.
 
     Source: Li et al. 2024, "Merge, Then Compress" (MC-SMoE).
     """
@@ -49,11 +49,11 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
 
 
 def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
-    """Return the kept expert that each of E experts is merged into: itself, if it is kept.
+    """Return, for each of E experts, the kept one it is merged into: itself, if it is kept.
 
     Args:
-        columns: (E, D), the gate's weights of each.
-        kept: Numbers of experts.
+        columns: (E, D), the gate's weights for each expert.
+        kept: Ids of the kept experts.
         num_groups: G; experts are merged within their group. 0 for a flat gate.
     """
     likeness = F.normalize(columns.float(), dim=1)
@@ -70,7 +70,7 @@ def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
 
 
 def gate_columns(layer: Layer) -> Tensor:
-    """Return the weights that the gate scores each expert with: (E, D)."""
+    """Return the weights with which the gate scores each expert: (E, D)."""
     weight = layer.gate["secondary_gate_weight" if layer.moe.num_groups else "gate_weight"]
     return weight.mT.flatten(0, -2)
 
@@ -81,10 +81,10 @@ def match_units(
     """Return an expert's matrices with its hidden units in the order of another's.
 
     Args:
-        weight_in: (E, D, H) of all experts.
-        weight_out: (E, H, D).
+        weight_in: (E, D, H), of all experts.
+        weight_out: (E, H, D), of all experts.
         one: The expert whose order is kept.
-        other: The expert whose units are reordered, which changes nothing of what it computes.
+        other: The expert whose units are reordered, which does not change its function.
 
     Returns:
         (D, H) and (H, D).
@@ -103,7 +103,7 @@ def match_units(
 def _average_columns(
     layer: Layer, gates: dict[str, Tensor], expert: int, members: list[int], share: Tensor
 ) -> None:
-    """Give an expert's column of each parameter of the gate the mean of its members' columns."""
+    """Set each kept expert's column of the gate's parameters to its members' mean."""
     for name, value in gates.items():
         if name.startswith("primary."):
             continue

@@ -1,4 +1,4 @@
-"""Trained models whose experts are to be changed: checkpoints, and bundles."""
+"""Trained models whose experts are to be changed: checkpoints and bundles."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_model(path: Path) -> Checkpoint | StoredBundle:
     """Read a checkpoint, or a bundle if `path` is a folder.
 
     Raises:
-        ValueError: it is damaged, or has no MoE layers.
+        ValueError: if it is damaged or has no MoE layers.
     """
     found = StoredBundle.read(path) if path.is_dir() else Checkpoint.read(path)
     if not found.layers:
@@ -55,7 +55,7 @@ def read_model(path: Path) -> Checkpoint | StoredBundle:
 
 
 def new_network(network: Network, layers: Layers) -> Network:
-    """Return the sizes of a network with other layers."""
+    """Return the sizes of a network with other MoE layers."""
     moe = layers["encoder" if "encoder" in layers else "decoder"].moe
     if not isinstance(network, GNMTConfig):
         return replace(network, moe=moe)
@@ -69,10 +69,10 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        path: Of the file.
-        network: Sizes.
-        layers: By side, "encoder" and "decoder".
-        state: Its content.
+        path: Its file.
+        network: Its sizes.
+        layers: Its MoE layers by side, "encoder" and "decoder".
+        state: Its contents.
     """
 
     path: Path
@@ -82,21 +82,21 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Read one with all its experts, without the optimizer's state."""
+        """Read a checkpoint with all its experts, without the optimizer state."""
         state = load_checkpoint(path, with_optimizer=False)
         network = read_network(path, state).config
         return cls(path, network, _find_layers(network, state["model"]), state)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the checkpoint with other layers, without the optimizer's state.
+        """Write the checkpoint with other layers, without the optimizer state.
 
-        `fairseq-train --finetune-from-model` goes on from it.
+        `fairseq-train --finetune-from-model` trains it further.
 
         Args:
-            output: What to write.
-            layers: By side.
-            note: Kept in the checkpoint's `extra_state`, under "resized".
-            is_overwritten: Replace an output that exists.
+            output: The file to write.
+            layers: The layers, by side.
+            note: Text stored in the checkpoint's `extra_state`, under "resized".
+            is_overwritten: Whether to replace an output that exists.
         """
         check_output(output, is_overwritten)
         _check_other(output, self.path)
@@ -119,7 +119,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle whose weights are mapped; attributes as of `Checkpoint`."""
+    """A bundle whose weights are mapped; attributes as in `Checkpoint`."""
 
     path: Path
     config: BundleConfig
@@ -133,7 +133,7 @@ class StoredBundle:
 
     @classmethod
     def read(cls, folder: Path) -> StoredBundle:
-        """Read one, and compare every file and expert with its digest."""
+        """Read a bundle, and compare every file and expert with its digest."""
         verify_bundle(folder)
         config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
         dense = map_file(folder / WEIGHTS)
@@ -146,7 +146,7 @@ class StoredBundle:
         return cls(folder, config, _find_layers(config.network, parameters, config.dtype), dense)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the bundle with other layers; arguments as of `Checkpoint.write`.
+        """Write the bundle with other layers; arguments as in `Checkpoint.write`.
 
         The note becomes a section of the model card.
         """
@@ -185,7 +185,9 @@ class StoredBundle:
 
 def _check_other(output: Path, path: Path) -> None:
     if output.exists() and output.samefile(path):
-        raise ValueError(f"`{output}` is the model itself, which stays as it is. Name another.")
+        raise ValueError(
+            f"`{output}` is the model itself, which is never changed. Name another output."
+        )
 
 
 def _find_layers(
@@ -199,7 +201,7 @@ def _find_layers(
             of_side = parts.setdefault(found[1], {"gate": {}, "experts": {}})
             of_side[found[2]][found[3]] = value
     layers = {}
-    for side in sorted(parts, reverse=True):  # the encoder first
+    for side in sorted(parts, reverse=True):  # encoder first
         moe = _moe_of(network, side)
         assert moe is not None
         layers[side] = Layer(moe, parts[side]["gate"], parts[side]["experts"], dtype)
@@ -213,7 +215,7 @@ def _moe_of(network: Network, side: str) -> MoEConfig | None:
 
 
 def _set_options(model: Any, network: Network) -> Any:
-    """Return the options of a checkpoint's model with other sizes of its layers."""
+    """Return the options of a checkpoint's model with other layer sizes."""
     moe = network.moe
     assert moe is not None
     options = dict(vars(model)) if isinstance(model, argparse.Namespace) else dict(model)

@@ -1,4 +1,4 @@
-"""Which experts to keep."""
+"""Choose which experts to keep."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SCOPES = ("layer", "model")
 def choose_experts(
     shares: Mapping[str, Tensor], moe: Mapping[str, MoEConfig], keep: int, scope: str = "layer"
 ) -> dict[str, list[int]]:
-    """Choose the experts to keep: those with the largest shares, equal ones by their number.
+    """Choose the experts with the largest shares; ties go to the smaller id.
 
     Args:
-        shares: (E,) of each layer, each adding up to 1.
+        shares: (E,) for each layer, each summing to 1.
         moe: Sizes of each layer.
-        keep: Experts of a layer; with the scope "model", the layers' mean.
-        scope: "layer" keeps as many in each layer; "model" takes the experts of all layers with the
-            smallest shares, but leaves each layer enough for every token's choice.
+        keep: Experts to keep in each layer; with the scope "model", on average.
+        scope: "layer" keeps equally many in each layer; "model" drops the experts with the smallest
+            shares of all layers, but leaves each layer enough for every token's choice.
 
     Returns:
-        Of each layer, rising numbers of experts.
+        For each layer, the ids of experts in ascending order.
 
     Raises:
         ValueError: naming the option, its rule and its value.

@@ -1,4 +1,4 @@
-"""What each expert does on text: what pruning and merging decide by."""
+"""Measure what each expert does on a text, on which pruning and merging are based."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ExpertSurvey:
     """What the experts of one layer did on a text.
 
     Attributes:
-        usage: Tokens and gates.
+        usage: Counts of tokens and sums of gates.
         contribution: (E,) float64, the sum over an expert's tokens of its gate times the norm of
-            its output: how much of the layer's output came from it.
+            its output, which is how much it contributed to the layer's output.
     """
 
     def __init__(self, layer: MoE) -> None:
@@ -31,7 +31,7 @@ class ExpertSurvey:
         self.contribution = torch.zeros(layer.config.num_experts, dtype=torch.float64)
 
     def add(self, routing: Routing) -> None:
-        """Add tokens, whose inputs were kept."""
+        """Add tokens, whose inputs must have been kept."""
         self.usage.add(routing.expert_ids, routing.gates)
         assert routing.inputs is not None
         for expert in routing.expert_ids.unique().tolist():
@@ -44,7 +44,7 @@ class ExpertSurvey:
             self.contribution[expert] += (gates * norms).double().sum()
 
     def values(self, criterion: str) -> Tensor:
-        """Return what experts are ranked by: (E,) float64."""
+        """Return the values by which to rank experts: (E,) float64."""
         if criterion == "contribution":
             return self.contribution
         return getattr(self.usage, criterion).double()
@@ -55,9 +55,9 @@ class Survey:
     """What a model did on one text.
 
     Attributes:
-        layers: By side, "encoder" and "decoder".
-        score: Of the references or of a language model's text; None without references, or
-            without a line that is not blank.
+        layers: The layers by side, "encoder" and "decoder".
+        score: Score of the references or of a language model's text; None without references, or if
+            all lines are blank.
     """
 
     layers: dict[str, ExpertSurvey]
@@ -69,15 +69,15 @@ def survey(model: Translator | LanguageModel, part: Part, *, progress: bool = Fa
     """Run a model over a text.
 
     Args:
-        model: What reads.
+        model: The model that reads it.
         part: The text to read, with or without references.
-        progress: Show a bar on standard error.
+        progress: Whether to show a bar on standard error.
 
     Raises:
-        ValueError: the model has no experts, or the text cannot be read.
+        ValueError: if the model has no experts, or the text cannot be read.
     """
     if not model.moe_layers:
-        raise ValueError("the model has no experts.")
+        raise ValueError("the model has no experts. Name a mixture-of-experts model.")
     found = Survey({side: ExpertSurvey(layer) for side, layer in model.moe_layers.items()})
     scores = []
     for chunk in read_text(
@@ -106,12 +106,12 @@ def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) ->
     """Return each expert's share of what its layer did, over several texts.
 
     Args:
-        surveys: One of each text.
+        surveys: One for each text.
         criterion: "contribution", "importance" or "load".
-        is_equal: Texts count equally, however long they are.
+        is_equal: Whether texts count equally, whatever their length.
 
     Returns:
-        By side, (E,) float64 that adds up to 1.
+        By side, (E,) float64, summing to 1.
     """
     check_choice("criterion", criterion, CRITERIA)
     found = {}

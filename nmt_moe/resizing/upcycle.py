@@ -1,4 +1,4 @@
-"""From one network that every token takes to several experts."""
+"""Turn the one network that every token uses into several experts."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from nmt_moe.resizing.layers import Layer
 def upcycle(layer: Layer, num_experts: int, top_k: int) -> Layer:
     """Return a layer whose experts are copies of the only one.
 
-    Its gate starts at zero, as that of a new layer, and gates add up to 1, so the output is the
-    same whichever experts a token is sent to. The noise of the gate sends copies different tokens
-    in training, from which they learn different things. A token costs `top_k` times as much.
+    The gate's weights start at zero, as in a new layer, and gates sum to 1, so the output is the
+    same whichever experts a token is sent to. In training, the gate's noise sends different tokens
+    to the copies, which therefore learn different things. A token costs `top_k` times as much.
 
     Args:
-        layer: With one expert.
+        layer: A layer with one expert.
         num_experts: E.
         top_k: K.
 
     Raises:
-        ValueError: the layer has several experts, or a number cannot be.
+        ValueError: if the layer has several experts, or a number is out of range.
 
     Source: Komatsuzaki et al. 2023, "Sparse Upcycling".
     """
     check_whole("num_experts", num_experts, 2)
     if layer.moe.num_experts != 1:
         raise ValueError(
-            f"the model has {layer.moe.num_experts} experts a layer, but only a single one can be "
-            "copied. Name a dense model, such as one of `--arch lstm_gnmt_small`."
+            f"the model has {layer.moe.num_experts} experts in a layer, but only a single one can "
+            "be copied. Name a dense model, such as one of `--arch lstm_gnmt_small`."
         )
     moe: MoEConfig = replace(layer.moe, num_experts=num_experts, top_k=top_k)
     gate = {
         name: torch.zeros(*value.shape[:-1], num_experts, dtype=value.dtype)
         for name, value in layer.gate.items()
     }
-    if "threshold" in gate:  # what a gate of weight zero gives each expert
+    if "threshold" in gate:  # the value of a gate with zero weights for each expert
         gate["threshold"].fill_(1 / num_experts)
     experts = {
         name: value.expand(num_experts, *value.shape[1:]).contiguous()

@@ -1,4 +1,4 @@
-"""A server that translates: LibreTranslate's API, DeepL's, our own, and a page.
+"""A server that translates: the APIs of LibreTranslate and DeepL, our own, and a web page.
 
 Needs the packages of the extra `serve`.
 """

@@ -24,14 +24,14 @@ from nmt_moe.serving.service import Service
 
 logger = logging.getLogger(LOGGER)
 
-# nginx' number for a client that closed its connection.
+# nginx's status for a client that closed its connection.
 CLIENT_GONE = 499
-# What is left of a refused body is read and thrown away for so long, and until so long a pause.
+# Seconds to read and discard the rest of a refused body, in total and in one pause.
 LINGER_SECONDS, LINGER_PAUSE = 30.0, 2.0
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return the application of a service; it starts and ends the service's thread."""
+    """Return a service's application, which starts and ends the service's thread."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health", tags=["Care"])
     async def health(request: Request) -> dict[str, str]:
-        """Translate a token with every model."""
+        """Check that every model can translate a token."""
         async for _ in request.stream():
             pass
         await service.probe(request)
@@ -65,7 +65,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/metrics", tags=["Care"])
     async def metrics() -> Response:
-        """Show counts and times in Prometheus' format."""
+        """Return counts and times in Prometheus' format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(Front, service=service)
@@ -93,8 +93,8 @@ async def _handle_refusal(_: Request, error: Exception) -> Response:
 async def _handle_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {
-        404: "There is nothing at this path. See /docs.",
-        405: f"{request.method} does not work here. See /docs.",
+        404: "Nothing exists at this path. See /docs.",
+        405: f"{request.method} is not allowed here. See /docs.",
     }
     message = messages.get(error.status_code, str(error.detail))
     return _refused(RequestError(error.status_code, message, dict(error.headers or {})))
@@ -116,7 +116,7 @@ class Front:
 
     Args:
         app: The application.
-        service: Whose limits and metrics.
+        service: The service whose limits and metrics apply.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -143,7 +143,7 @@ class Front:
                 status = message["status"]
                 message["headers"] = [*message["headers"], *SAFE_HEADERS]
             elif has_more and not message.get("more_body", False):
-                # Closing now would reset the connection, and the client might miss the answer.
+                # Closing now would reset the connection, and the client might miss the response.
                 await send({**message, "more_body": True})
                 message = {"type": "http.response.body", "body": b""}
                 with suppress(TimeoutError):
@@ -156,14 +156,14 @@ class Front:
         self.service.num_open += waits
         try:
             if waits and self.service.num_open > self.service.settings.max_waiting:
-                error = BusyError("Too many requests wait. Ask again later.")
+                error = BusyError("Too many requests are waiting. Try again later.")
                 await _refused(error)(scope, receive_noted, send_noted)
             else:
                 await self.app(scope, receive_noted, send_noted)
         except Exception:
             logger.exception("failed")
             if not status:
-                failed = RequestError(500, "The server failed. Its log says where.")
+                failed = RequestError(500, "The server failed. See its log.")
                 await _refused(failed)(scope, receive_noted, send_noted)
         finally:
             self.service.num_open -= waits

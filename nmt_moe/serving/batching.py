@@ -1,9 +1,10 @@
-"""Lines of all waiting requests, translated together by one thread.
+"""Translate the lines of all waiting requests together, in one thread.
 
-The thread takes the request that has waited longest, and with it every other that asks for the same
-search, one line of each in turn, so that a long request does not hold up short ones. While it
-translates, requests gather. Where several clients ask, those that a batch has answered may be about
-to ask again: only then it waits, at most `MAX_WAIT`, until there are as many requests as before.
+The thread takes the request that has waited longest, and with it every other request for the same
+search, one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
+requests queue up. If there are several clients, those whose requests were just answered may be
+about to send the next: only then does the thread wait, at most `MAX_WAIT`, until there are as many
+requests as before.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from nmt_moe.inference import Translation, Translator
 
 logger = logging.getLogger(__name__)
 
-# Of a batch's lines. Pieces are known only once a model has cut the text; about four characters
-# are one, so that this is about the translator's own `batch_tokens`.
+# Characters in a batch. Pieces are known only once a model has split the text; four characters are
+# about one piece, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
-# Seconds that the thread waits for more requests, and after a batch for how long it may.
+# Seconds the thread waits for more requests, and how long after a batch it may do so.
 MAX_WAIT = 0.02
 RECENT = 0.1
 
 
 @dataclass(frozen=True)
 class Search:
-    """What must be equal for lines to be translated together."""
+    """Settings that must be equal for lines to be translated together."""
 
     translator: Translator
     target_lang: str | None
@@ -56,29 +57,29 @@ class Search:
 
 
 class Job:
-    """Lines that one request wants.
+    """The lines of one request.
 
     Attributes:
-        search: How.
-        lines: At least one, of text.
-        done: Their translations, in their order.
+        search: How to translate them.
+        lines: At least one line with text.
+        done: Their translations, in order.
     """
 
     def __init__(self, search: Search, lines: Sequence[str]) -> None:
         self.search, self.lines = search, list(lines)
         self.done: Future[list[Translation]] = Future()
-        self.done.set_running_or_notify_cancel()  # from now on only the batcher ends it
+        self.done.set_running_or_notify_cancel()  # from now on only the batcher completes it
         self._num_taken = 0
         self._results: dict[int, Translation] = {}
 
     @property
     def has_more(self) -> bool:
-        """Whether there are lines that no batch has taken."""
+        """Return whether there are lines that no batch has taken."""
         return self._num_taken < len(self.lines) and not self.done.done()
 
     @property
     def next_line(self) -> str:
-        """The next line."""
+        """Return the next line."""
         return self.lines[self._num_taken]
 
     def take(self) -> int:
@@ -87,7 +88,7 @@ class Job:
         return self._num_taken - 1
 
     def put(self, index: int, result: Translation | Exception) -> None:
-        """Keep the result of a line; with the last, or with the first that failed, it is done."""
+        """Store a line's result; the last one, or the first failure, completes the job."""
         if isinstance(result, Exception):
             if not self.done.done():
                 self.done.set_exception(result)
@@ -101,9 +102,9 @@ class Batcher:
     """The thread that translates.
 
     Args:
-        num_threads: Of torch in it; None for torch's own.
-        is_batching: Whether requests are put together; without, one follows the other.
-        observe: Called after each batch with its requests, its lines and its seconds.
+        num_threads: Threads that torch uses in it; None for torch's default.
+        is_batching: Whether requests are batched together instead of translated one after another.
+        observe: Called after each batch with its numbers of requests, lines and seconds.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Translate what waits, then end the thread."""
+        """Translate what is waiting, then end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -133,11 +134,11 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Jobs with lines that no batch has taken."""
+        """Return the number of jobs with lines that no batch has taken."""
         return len(self._jobs)
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue."""
+        """Add a job to the queue."""
         with self._changed:
             if self._is_closing:
                 raise RuntimeError("the batcher is closed")
@@ -145,14 +146,14 @@ class Batcher:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job's lines that no batch has taken; `done` is never set."""
+        """Drop a job's remaining lines; `done` is never set."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
 
     def _work(self) -> None:
         if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)  # of this thread
+            torch.set_num_threads(self._num_threads)  # for this thread
         while True:
             with self._changed:
                 while not self._jobs and not self._is_closing:
@@ -192,7 +193,7 @@ class Batcher:
                 same.append(job)
         served = {id(job) for job, _ in taken}
         left = [job for job in self._jobs if job.has_more]
-        left.sort(key=lambda job: id(job) in served)  # stable: those that got nothing come first
+        left.sort(key=lambda job: id(job) in served)  # stable: jobs that were not served come first
         self._jobs = deque(left)
         return taken
 
@@ -203,13 +204,14 @@ class Batcher:
         results: Sequence[Translation | Exception]
         try:
             results = search.translate(lines)
-        except Exception:  # whatever it is: one request's failure is not the others'
-            logger.warning("a batch failed; its lines are translated one by one")
+        except Exception:  # any kind: one request's failure must not fail the others
+            logger.warning("a batch failed; translating its lines one by one")
             results = [_translate_one(search, line) for line in lines]
         jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
         self._observe(len(jobs), len(taken), self._answered - started)
-        num_others = len(self._jobs)  # before an answer lets its client ask again
+        # Counted before an answer lets its client send the next request.
+        num_others = len(self._jobs)
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)
         if self._is_batching:

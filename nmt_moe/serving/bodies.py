@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON and forms, read within limits, their fields checked."""
+"""Request bodies: JSON and forms, read within limits, with checked fields."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read a body.
 
     Raises:
-        RequestError: it is too large, of which at most `max_bytes` are kept, or too slow.
-        ClientGoneError: it was not sent to its end.
+        RequestError: if it is too slow or too large; at most `max_bytes` are kept.
+        ClientGoneError: if it was not sent completely.
     """
     too_large = RequestError(
-        413, f"The body must have at most {max_bytes} bytes. Ask for less at a time."
+        413, f"The body must have at most {max_bytes} bytes. Send less at a time."
     )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
@@ -52,7 +52,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                     return bytes(body)
     except TimeoutError:
         raise RequestError(
-            408, f"The body was not whole after {BODY_SECONDS:g} seconds. Send it again."
+            408, f"The body was incomplete after {BODY_SECONDS:g} seconds. Send it again."
         ) from None
 
 
@@ -60,13 +60,13 @@ async def read_fields(request: Request, model: type[Fields], max_bytes: int) -> 
     """Read a body's fields.
 
     Args:
-        request: Whose body is JSON, a form, or none, which then stands for no fields.
-        model: Of the fields; each has a description that completes the sentence "it must be".
-        max_bytes: Of the body.
+        request: The request; its body is JSON, a form, or empty, which means no fields.
+        model: Class of the fields; each has a description that completes "it must be".
+        max_bytes: Limit for the body.
 
     Raises:
-        RequestError: it is not well-formed, or naming the first field that is missing or wrong.
-        ClientGoneError: it was not sent to its end.
+        RequestError: if it is malformed, or naming the first field that is missing or wrong.
+        ClientGoneError: if it was not sent completely.
     """
     body = await read_body(request, max_bytes)
     kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
@@ -87,7 +87,7 @@ def check_fields(content: dict[str, Any], model: type[Fields], strict: bool) -> 
     """Check the values of fields.
 
     Raises:
-        RequestError: naming the first that is missing or wrong.
+        RequestError: naming the first field that is missing or wrong.
     """
     try:
         return model.model_validate(content, strict=strict)
@@ -112,8 +112,8 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         raise RequestError(400, f"The body is not JSON: {error.msg}, {where}.") from None
     except UnicodeDecodeError:
         raise RequestError(400, "The body is not JSON: it is not UTF-8.") from None
-    except ValueError:  # a constant such as NaN; a number of thousands of digits
-        raise RequestError(400, "The body is not JSON: it has a number that is none.") from None
+    except ValueError:  # a constant such as NaN, or a number of thousands of digits
+        raise RequestError(400, "The body is not JSON: it has an invalid number.") from None
     if not isinstance(content, dict):
         raise RequestError(400, f"The body must be a JSON object, but is {show(content)}.")
     return content
@@ -141,9 +141,9 @@ async def _parse_multipart(request: Request, body: bytes) -> dict[str, Any]:
         )
         form = await parser.parse()
     except MultiPartException as error:
-        raise RequestError(400, f"The form is not well-formed: {error.message}") from None
+        raise RequestError(400, f"The form is malformed: {error.message}") from None
     except (KeyError, UnicodeDecodeError, LookupError):
-        raise RequestError(400, "The form is not well-formed.") from None
+        raise RequestError(400, "The form is malformed.") from None
     names = dict.fromkeys(form.keys())
     values = {name: [str(one) for one in form.getlist(name)] for name in names}
     return {name: own if len(own) > 1 else own[0] for name, own in values.items()}

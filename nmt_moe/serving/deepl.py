@@ -1,4 +1,4 @@
-"""DeepL's API for texts (https://developers.deepl.com), as its clients call it."""
+"""DeepL's API for translating text (https://developers.deepl.com), as its clients call it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nmt_moe.serving.models import match, name_of
 from nmt_moe.serving.openapi import describe_body
 from nmt_moe.serving.service import AUTO, Service, Wish
 
-# What DeepL answers where there is no limit.
+# DeepL's response if there is no limit.
 UNLIMITED = 1_000_000_000_000
-# Wishes that no bundle can fulfil; others, such as `context`, are hints and are left aside.
+# Fields that no bundle can honour; others, such as `context`, are hints and are ignored.
 NOT_OFFERED = ("glossary_id", "glossary_ids", "style_id", "custom_instructions")
 
 
@@ -44,13 +44,13 @@ class LanguagesFields(BaseModel):
 
 
 def make_router(service: Service) -> APIRouter:
-    """Return the routes."""
+    """Return the API's routes."""
     router = APIRouter(tags=["DeepL"])
     max_body = service.settings.max_body
 
     @router.post("/v2/translate", openapi_extra=describe_body(DeepLFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate texts. The key, if one is needed: `Authorization: DeepL-Auth-Key KEY`."""
+        """Translate texts. If a key is required: `Authorization: DeepL-Auth-Key KEY`."""
         fields = await read_fields(request, DeepLFields, max_body)
         service.check_key(request, fields.auth_key)
         texts = [fields.text] if isinstance(fields.text, str) else fields.text
@@ -68,7 +68,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v2/languages")
     async def languages(request: Request) -> list[dict[str, Any]]:
-        """List the languages that are read, or with `type` target those that are written."""
+        """List the source languages, or with `type` target the target languages."""
         fields = await read_fields(request, LanguagesFields, max_body)
         if request.query_params:
             fields = check_fields(dict(request.query_params), LanguagesFields, strict=False)
@@ -83,7 +83,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v2/usage")
     async def usage(request: Request) -> dict[str, int]:
-        """Say how many characters were to be translated since the server started."""
+        """Return how many characters clients have sent for translation since the server started."""
         service.check_key(request, request.query_params.get("auth_key"))
         return {"character_count": service.num_characters, "character_limit": UNLIMITED}
 
@@ -93,12 +93,12 @@ def make_router(service: Service) -> APIRouter:
 def _make_wish(service: Service, fields: DeepLFields) -> Wish:
     for name in NOT_OFFERED:
         if getattr(fields, name) is not None:
-            raise RequestError(400, f"`{name}` must be left out: this server does not have it.")
+            raise RequestError(400, f"`{name}` must be left out: this server does not support it.")
     if fields.formality not in ("default", "prefer_more", "prefer_less"):
         raise RequestError(
             400,
             "`formality` must be default, prefer_more or prefer_less, but is "
-            f"{show(fields.formality)}: no model here has a choice.",
+            f"{show(fields.formality)}: no model here offers a choice.",
         )
     if fields.tag_handling not in (None, "", "html"):
         raise RequestError(

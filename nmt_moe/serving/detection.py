@@ -1,4 +1,4 @@
-"""Which of the known languages a text is in: py3langid, offline."""
+"""Detect which of the known languages a text is in, with py3langid, offline."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nmt_moe.serving.errors import RequestError
 
 @dataclass(frozen=True)
 class Detection:
-    """A language, and how likely it is.
+    """A language and its likelihood.
 
     Attributes:
-        language: One that the server reads.
-        confidence: Percent, among all languages that the detector knows, whether the server reads
-            them or not; 0 for text without letters and for languages that it does not know.
+        language: A source language of the server.
+        confidence: Percent, relative to all languages that the detector knows, not only the
+            server's; 0 for text without letters and for languages unknown to the detector.
     """
 
     language: str
@@ -27,10 +27,10 @@ class Detection:
 
 
 class Detector:
-    """Tells the languages of a server apart.
+    """Distinguish the languages of a server.
 
     Args:
-        languages: That the server reads.
+        languages: The server's source languages.
     """
 
     def __init__(self, languages: Sequence[str]) -> None:
@@ -44,12 +44,12 @@ class Detector:
     def detect(self, text: str) -> list[Detection]:
         """Return the server's languages, the most likely first.
 
-        The first call takes a second or two: the detector's table is read.
+        The first call takes a second or two, to load the detector's table.
 
         Raises:
-            RequestError: there are several languages, and the detector does not know them all.
+            RequestError: if there are several languages and the detector does not know them all.
         """
-        with self._lock:  # the first call makes the table
+        with self._lock:  # the first call loads the table
             identifier = self._identifier
         known = set(identifier.labels)
         codes = {name: name.replace("_", "-").lower().split("-")[0] for name in self.languages}
@@ -57,8 +57,8 @@ class Detector:
         if unknown and len(self.languages) > 1:
             raise RequestError(
                 400,
-                f"`source` cannot be found out here: nothing tells {unknown[0]} from other "
-                f"languages. Name one of {', '.join(self.languages)}.",
+                f"`source` cannot be detected here: the detector does not know {unknown[0]}. Name "
+                f"one of {', '.join(self.languages)}.",
             )
         shares = dict(identifier.rank(text)) if any(map(str.isalpha, text)) else {}
         found = [

@@ -1,4 +1,4 @@
-"""Requests that cannot be answered, as the client sees them."""
+"""Errors that a client receives."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class RequestError(Exception):
     """A request that is refused.
 
     Attributes:
-        status: Of the HTTP response.
-        message: Names what is wrong; without text of the user's but short wrong values.
-        headers: Further ones of the response.
+        status: Status of the HTTP response.
+        message: What is wrong; it quotes no text of the user's except short wrong values.
+        headers: Further headers of the response.
     """
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
@@ -22,18 +22,18 @@ class RequestError(Exception):
 
 
 class BusyError(RequestError):
-    """Too much is asked at a time; the client may come again."""
+    """The server is overloaded; the client may try again."""
 
     def __init__(self, message: str, seconds: int = 1) -> None:
         super().__init__(503, message, {"Retry-After": str(seconds)})
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before it got a response."""
 
 
 def show(value: Any) -> str:
-    """Return a wrong value for a message: short, in one line, always encodable."""
+    """Return a wrong value for use in a message: short, on one line, always encodable."""
     if isinstance(value, str):
         short = repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
         return short.encode("utf-8", "backslashreplace").decode("utf-8")

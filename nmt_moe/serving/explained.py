@@ -1,4 +1,4 @@
-"""Our own API: translations with words, attention and experts."""
+"""Our own API: translations with word alignment, attention and experts."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v1/translate", openapi_extra=describe_body(ExplainedFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate texts; show what the model did.
+        """Translate texts, and show what the model did.
 
-        Of each text: `text`, `alternatives`, `source` with `confidence`, `target`, `num_experts`
-        (0 of a dense model), and `lines`: null of a line without letters, which is left as it is,
-        else `text`, `score` and `sentences`. Of each sentence: `pieces` and `source_pieces`;
-        `log_probs` of each piece and of the end mark; `alignment`, the index of the source piece
-        that each piece attends to most; `words` and `source_words`, each with the index of its
-        `first` piece and the one after its `last`; `links`, of each word the indices of source
-        words with their shares of its attention; `experts` of each piece, which wrote it, and
-        `source_experts`, which read it: numbers and gates, largest first.
+        Each text has `text`, `alternatives`, `source` with `confidence`, `target`, `num_experts` (0
+        for a dense model), and `lines`: null for a line without letters, which is returned
+        unchanged, else `text`, `score` and `sentences`. Each sentence has `pieces` and
+        `source_pieces`; `log_probs` of each piece and of the end mark; `alignment`, the index of
+        the source piece that each piece attends to most; `words` and `source_words`, each with the
+        index of its `first` piece and the index after its `last`; `links`, for each word the
+        indices of source words with their shares of its attention; and, as lists of expert and gate
+        with the largest gate first, `experts` for each piece and `source_experts` for each source
+        piece.
         """
         fields = await read_fields(request, ExplainedFields, max_body)
         service.check_key(request, fields.api_key)

@@ -1,4 +1,4 @@
-"""What a translation shows of itself: words, which source words each attends to, experts."""
+"""Explain a translation: its words, the source words each attends to, and experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nmt_moe.inference import Sentence, Translation, separator_of
 from nmt_moe.serving.models import Model
 
-# Of a word's attention; what is less is left out.
+# Smaller shares of a word's attention are left out.
 LEAST_SHARE = 0.05
 START = "▁"
 
@@ -22,7 +22,7 @@ class Word:
     """Pieces that a reader sees as one word, or as punctuation.
 
     Attributes:
-        text: Without spaces.
+        text: Its text, without spaces.
         first: Index of its first piece.
         last: Index after its last piece.
         space: Whether there is a space before it.
@@ -35,12 +35,12 @@ class Word:
 
 
 def find_words(pieces: Sequence[str], has_pieces: bool, is_spaced: bool) -> list[Word]:
-    """Join pieces to words, so that each piece belongs to one.
+    """Group pieces into words; each piece belongs to one word.
 
     Args:
-        pieces: Of a sentence.
-        has_pieces: Whether they are sentence pieces; else they are words.
-        is_spaced: Whether the language puts spaces between words; without, each piece is one.
+        pieces: The pieces of a sentence.
+        has_pieces: Whether they are sentence pieces and not whole words.
+        is_spaced: Whether the language puts spaces between words; if not, each piece is a word.
     """
     starts = [
         not has_pieces or not is_spaced or piece.startswith(START) or _changes(before, piece)
@@ -60,7 +60,7 @@ def find_words(pieces: Sequence[str], has_pieces: bool, is_spaced: bool) -> list
 
 
 def _changes(before: str, piece: str) -> bool:
-    """Whether a word ends between two pieces because one is punctuation and the other is not."""
+    """Return whether a word ends between two pieces because just one of them is punctuation."""
     return before.strip(START) != "" and _is_punctuation(before) != _is_punctuation(piece)
 
 
@@ -72,16 +72,16 @@ def _is_punctuation(piece: str) -> bool:
 def link_words(
     attention: Tensor, words: Sequence[Word], source_words: Sequence[Word]
 ) -> list[list[tuple[int, float]]]:
-    """Say which source words each word attends to.
+    """Return which source words each word attends to.
 
     Args:
-        attention: (T, S) of pieces.
-        words: Of the T pieces.
-        source_words: Of the S pieces.
+        attention: (T, S), attention between pieces.
+        words: The words of the T pieces.
+        source_words: The words of the S pieces.
 
     Returns:
-        Of each word, indices of source words with their shares of the attention to all of them,
-        the mean of the word's pieces; largest first, without those below `LEAST_SHARE`.
+        For each word, indices of source words with their shares of the attention to all source
+        words, averaged over the word's pieces; largest first, without those below `LEAST_SHARE`.
     """
     links = []
     for word in words:
@@ -94,7 +94,7 @@ def link_words(
 
 
 def explain_line(line: Translation, model: Model, source: str, target: str) -> dict[str, Any]:
-    """Return plain values: a line's text, score and sentences."""
+    """Return a line's text, score and sentences as plain values."""
     sentences = [_explain(one, model, source, target) for one in line.sentences]
     return {"text": line.text, "score": line.score, "sentences": sentences}
 

@@ -1,4 +1,4 @@
-"""API keys: a file of one a line."""
+"""API keys, read from a file with one key a line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Read keys, one a line; blank lines and lines that begin with # are left out.
+    """Read keys, one a line; skip blank lines and lines that begin with #.
 
     Raises:
-        ValueError: it has no key, is not text, or a key has spaces in it.
-        OSError: it cannot be read.
+        ValueError: if the file has no key, is not text, or a key contains spaces.
+        OSError: if it cannot be read.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -23,14 +23,16 @@ def read_keys(path: Path) -> tuple[str, ...]:
     keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     for number, key in keys:
         if len(key.split()) != 1:
-            raise ValueError(f"`{path}` has more than one word in line {number}. One key a line.")
+            raise ValueError(
+                f"`{path}` has more than one word in line {number}. Write one key a line."
+            )
     if not keys:
-        raise ValueError(f"`{path}` has no key. Write one a line.")
+        raise ValueError(f"`{path}` has no key. Write one key a line.")
     return tuple(key for _, key in keys)
 
 
 class Keys:
-    """Compares keys in a time that does not tell how much of one is right."""
+    """Compare keys in time that does not reveal how much of a key is right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -39,7 +41,7 @@ class Keys:
         return bool(self._digests)
 
     def know(self, key: str) -> bool:
-        """Whether a key is one of them; all are compared in any case."""
+        """Return whether a key is one of them; always compare with all."""
         digest = _digest(key)
         return sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
 

@@ -1,4 +1,4 @@
-"""The API of LibreTranslate (https://docs.libretranslate.com), without files and suggestions."""
+"""LibreTranslate's API (https://docs.libretranslate.com), without files and suggestions."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class DetectFields(BaseModel):
 
 
 def make_router(service: Service) -> APIRouter:
-    """Return the routes."""
+    """Return the API's routes."""
     router = APIRouter(tags=["LibreTranslate"])
     max_body = service.settings.max_body
 
     @router.post("/translate", openapi_extra=describe_body(TranslateFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate a text or a list of texts; for `source` auto also say its language."""
+        """Translate a text or a list of texts; if `source` is auto, also return its language."""
         fields = await read_fields(request, TranslateFields, max_body)
         service.check_key(request, fields.api_key)
         is_one = isinstance(fields.q, str)
@@ -58,7 +58,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/detect", openapi_extra=describe_body(DetectFields))
     async def detect(request: Request) -> list[dict[str, Any]]:
-        """Say which of the server's languages a text is in, the most likely first."""
+        """Detect which of the server's languages a text is in; the most likely comes first."""
         fields = await read_fields(request, DetectFields, max_body)
         service.check_key(request, fields.api_key)
         texts = [fields.q] if isinstance(fields.q, str) else fields.q
@@ -67,7 +67,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/languages")
     async def languages() -> list[dict[str, Any]]:
-        """List the languages that are translated, each with those it is translated into."""
+        """List the source languages, each with its target languages."""
         models = service.models
         return [
             {"code": code, "name": name_of(code), "targets": models.targets_of(code)}
@@ -76,7 +76,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/frontend/settings")
     async def settings() -> dict[str, Any]:
-        """Tell a page what it may ask for."""
+        """Return the limits and defaults that a web page needs."""
         models = service.models
         source = models.sources[0]
         chosen = {"source": source, "target": models.targets_of(source)[0]}
@@ -100,7 +100,7 @@ def make_wish(service: Service, fields: TranslateFields) -> Wish:
     """Check languages and options.
 
     Raises:
-        RequestError: naming the field.
+        RequestError: naming the wrong field.
     """
     if fields.format not in ("text", "html"):
         raise RequestError(400, f"`format` must be text or html, but is {show(fields.format)}.")

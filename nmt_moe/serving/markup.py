@@ -1,4 +1,4 @@
-"""HTML in, HTML out: texts are translated, marks stay as they are."""
+"""Translate the texts within HTML; keep tags as they are."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ VOID = {
     *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param"),
     *("source", "track", "wbr"),
 }
-# Elements whose end may be left out.
+# Elements whose end tag may be omitted.
 SELF_ENDING = {
     *("html", "head", "body", "p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot"),
     *("colgroup", "option", "optgroup", "rt", "rp"),
 }
-# Their content is no text.
+# Elements whose content is not text.
 UNTOUCHED = {"script", "style"}
-# Line ends in them are line ends.
+# Elements in which line ends matter.
 PREFORMATTED = {"pre", "textarea", "listing"}
 
 
 class SplitMarkup(HTMLParser):
-    """The texts of a piece of HTML.
+    """The texts within a fragment of HTML.
 
     Not translated: scripts, style sheets, elements with `translate="no"` or of the class
-    `notranslate`, comments, attributes. Tags are kept letter by letter; an end that belongs to no
-    start is dropped, and one that is missing is added.
+    `notranslate`, comments, attributes. Tags are kept verbatim; an end tag without a start tag is
+    dropped, and a missing end tag is added.
 
     Attributes:
-        texts: To be translated, in their order, without references such as `&amp;`.
+        texts: The texts to translate, in order, with references such as `&amp;` resolved.
     """
 
     def __init__(self, content: str) -> None:
         super().__init__(convert_charrefs=True)
         self.texts: list[str] = []
-        self._parts: list[str | tuple[str, str]] = []  # marks; (space before, space after) a text
+        # Markup, or (space before, space after) of a text.
+        self._parts: list[str | tuple[str, str]] = []
         self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
         self._num_open: Counter[str] = Counter()
-        self._text = ""  # since the last mark
-        # What follows the last ">" is text: left to the parser it would take it quadratic time.
+        self._text = ""  # text since the last tag
+        # What follows the last ">" is text; the parser would need quadratic time for it.
         end = content.rfind(">") + 1
         self.feed(content[:end])
         if self.cdata_elem is not None:
             self.feed(content[end:])
-            self.feed(f"</{self.cdata_elem}>")  # else the parser drops a script without an end
+            self.feed(f"</{self.cdata_elem}>")  # the parser would drop a script without an end tag
             end = len(content)
         self.close()
         self.handle_data(unescape(content[end:]))
@@ -62,7 +63,7 @@ class SplitMarkup(HTMLParser):
         )
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Keep a tag, and know whether its content is translated."""
+        """Keep a start tag, and record whether its content is translated."""
         self._mark(self.get_starttag_text() or "")
         if tag in VOID:
             return
@@ -81,7 +82,7 @@ class SplitMarkup(HTMLParser):
         self._mark(self.get_starttag_text() or "")
 
     def handle_endtag(self, tag: str) -> None:
-        """Keep an end that belongs to a start."""
+        """Keep an end tag that has a start tag."""
         if not self._num_open[tag]:
             return
         while self._open[-1][0] != tag:
@@ -89,7 +90,7 @@ class SplitMarkup(HTMLParser):
         self._end(is_written=True)
 
     def handle_data(self, data: str) -> None:
-        """Keep a text, which may come in parts."""
+        """Keep a text, which may arrive in parts."""
         self._text += data
 
     def handle_comment(self, data: str) -> None:
@@ -109,12 +110,12 @@ class SplitMarkup(HTMLParser):
         self._mark(f"<![{data}]>")
 
     def _mark(self, mark: str) -> None:
-        """Keep a mark, before which the text ends."""
+        """Keep markup; the text before it ends here."""
         self._end_text()
         self._parts.append(mark)
 
     def _end_text(self) -> None:
-        """Keep the text since the last mark: to be translated, or as it is."""
+        """Keep the text since the last tag, to be translated or unchanged."""
         text, self._text = self._text, ""
         name, is_translated, is_preformatted = self._open[-1] if self._open else ("", True, False)
         core = text.strip()
@@ -128,7 +129,7 @@ class SplitMarkup(HTMLParser):
             self.texts.append(core if is_preformatted else " ".join(core.split()))
 
     def _end(self, is_written: bool = False) -> None:
-        """End the innermost element; where its end is not written, only if it must have one."""
+        """End the innermost element; if its end tag is not written, add it where it is required."""
         self._end_text()
         name = self._open.pop()[0]
         self._num_open[name] -= 1

@@ -1,4 +1,4 @@
-"""The bundles of a server: which translates from which language into which."""
+"""The bundles of a server, by the language pairs that they translate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAMED = re.compile(r"(.+)=([\w-]+):([\w-]+)", re.DOTALL)
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One bundle that is served.
+    """One bundle of the server.
 
     Attributes:
-        folder: As the user named it.
-        translator: Of the bundle.
-        config: Of the bundle.
-        sources: Languages that it reads.
-        targets: Languages that it writes.
+        folder: Its folder, as the user named it.
+        translator: Its translator.
+        config: Its configuration.
+        sources: Its source languages.
+        targets: Its target languages.
     """
 
     folder: str
@@ -33,17 +33,17 @@ class Model:
     targets: tuple[str, ...]
 
     def target_option(self, target: str) -> str | None:
-        """Return the translator's `target_lang`: only a multilingual model has a choice."""
+        """Return the translator's `target_lang`; None unless the model is multilingual."""
         return target if self.config.is_multilingual else None
 
 
 class Models:
-    """All bundles of a server, by pair of languages.
+    """All bundles of a server, by language pair.
 
     Attributes:
-        opened: In the order of the command line.
-        sources: All languages that can be read, sorted.
-        targets: All languages that can be written, sorted.
+        opened: The bundles, in the order of the command line.
+        sources: All source languages, sorted.
+        targets: All target languages, sorted.
     """
 
     def __init__(self, opened: Sequence[Model]) -> None:
@@ -62,12 +62,12 @@ class Models:
         """Open bundles.
 
         Args:
-            folders: That `nmt-moe export` wrote; `FOLDER=en:de` names the languages of a bundle of
-                one direction, instead of its own names if it has any.
+            folders: Folders that `nmt-moe export` wrote. `FOLDER=en:de` names the languages of a
+                bundle with one direction, overriding its own names if it has any.
 
         Raises:
-            ValueError: naming a folder that is not a whole bundle, has no names of languages, or
-                translates a pair that another one translates.
+            ValueError: naming a folder that is not a complete bundle, does not name its languages,
+                or translates the same pair as another one.
         """
         if not folders:
             raise ValueError("`folders` must name at least one bundle, but is empty.")
@@ -82,14 +82,14 @@ class Models:
             )
 
     def targets_of(self, source: str) -> list[str]:
-        """Return the languages into which a language is translated, sorted."""
+        """Return the target languages of a source language, sorted."""
         return sorted(target for own, target in self._by_pair if own == source)
 
     def find(self, source: str, target: str) -> Model:
-        """Return the bundle of a pair.
+        """Return the bundle for a pair.
 
         Raises:
-            RequestError: there is none.
+            RequestError: if there is none.
         """
         if (source, target) not in self._by_pair:
             known = ", ".join(self.targets_of(source))
@@ -100,12 +100,13 @@ class Models:
 
 
 def match(field: str, code: str, known: Sequence[str]) -> str:
-    """Return the language that a client's code means.
+    """Return the language that a client's code stands for.
 
-    Case and the kind of dash do not matter; a variant such as EN-GB means en if only that is known.
+    Case and the kind of dash do not matter; a variant such as EN-GB stands for en if only en is
+    known.
 
     Raises:
-        RequestError: there is none.
+        RequestError: if there is none.
     """
     plain = {_plain(name): name for name in known}
     wanted = _plain(code)
@@ -113,7 +114,8 @@ def match(field: str, code: str, known: Sequence[str]) -> str:
         if one in plain:
             return plain[one]
     raise RequestError(
-        400, f"`{field}` must be one of {', '.join(known)}, but is {show(code)}: it is not known."
+        400,
+        f"`{field}` must be one of {', '.join(known)}, but is {show(code)}, which is not known.",
     )
 
 
@@ -122,13 +124,16 @@ def _plain(code: str) -> str:
 
 
 def open_model(folder: str) -> Model:
-    """Open one bundle: see `Models.open`."""
+    """Open one bundle, as described in `Models.open`."""
     named = NAMED.fullmatch(folder)
     path = named[1] if named else folder
     bundle = open_bundle(path, "translation")
     config = bundle.config
     if named and config.is_multilingual:
-        raise ValueError(f"`{path}` translates {len(config.languages)} languages: name none of it.")
+        raise ValueError(
+            f"`{path}` translates {len(config.languages)} languages and names them itself: leave "
+            "`=...` out."
+        )
     languages = tuple(named.groups()[1:]) if named else config.languages
     if config.is_multilingual:
         return Model(path, Translator([bundle]), config, languages, languages)
@@ -140,7 +145,7 @@ def open_model(folder: str) -> Model:
 
 
 def name_of(code: str) -> str:
-    """Return a language's English name, with its variant if it has one; its code if unknown."""
+    """Return a language's English name with its variant, if any; its code if it is unknown."""
     base, _, variant = code.replace("-", "_").partition("_")
     name = Locale("en").languages.get(base.lower(), code)
     return f"{name} ({variant})" if variant and name != code else name

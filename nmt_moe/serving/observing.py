@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, and logs as lines of JSON; neither holds a text of a user's."""
+"""Metrics for Prometheus, and logs as lines of JSON; neither contains users' text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Metrics:
     """What `/metrics` shows.
 
     Args:
-        num_waiting: Returns the requests that wait for a batch.
-        num_open: Returns the requests that are read, wait or are translated.
+        num_waiting: Returns the number of requests waiting for a batch.
+        num_open: Returns the number of requests being read, waiting or being translated.
     """
 
     def __init__(self, num_waiting: Callable[[], int], num_open: Callable[[], int]) -> None:
@@ -40,27 +40,29 @@ class Metrics:
         gauge = partial(Gauge, namespace="nmt_moe", registry=self.registry)
         self.requests = counter("requests", "Answered requests.", ["path", "status"])
         self.seconds = histogram(
-            "request_seconds", "From head to answer.", ["path"], buckets=SECONDS
+            "request_seconds", "From request head to response.", ["path"], buckets=SECONDS
         )
-        self.characters = counter("characters", "Characters of texts to translate.")
-        self.batch_requests = histogram(
-            "batch_requests", "Requests whose lines a batch has.", buckets=COUNTS
+        self.characters = counter("characters", "Characters in texts to translate.")
+        self.batch_requests = histogram("batch_requests", "Requests in a batch.", buckets=COUNTS)
+        self.batch_lines = histogram("batch_lines", "Lines in a batch.", buckets=COUNTS)
+        self.batch_seconds = histogram(
+            "batch_seconds", "Time to translate a batch.", buckets=SECONDS
         )
-        self.batch_lines = histogram("batch_lines", "Lines of a batch.", buckets=COUNTS)
-        self.batch_seconds = histogram("batch_seconds", "Translation of a batch.", buckets=SECONDS)
-        gauge("waiting_requests", "Waiting for a batch.").set_function(num_waiting)
-        gauge("open_requests", "Read, waiting or translated.").set_function(num_open)
+        gauge("waiting_requests", "Requests waiting for a batch.").set_function(num_waiting)
+        gauge("open_requests", "Requests being read, waiting or being translated.").set_function(
+            num_open
+        )
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
     def observe_batch(self, num_requests: int, num_lines: int, seconds: float) -> None:
-        """Count a batch."""
+        """Record a batch."""
         self.batch_requests.observe(num_requests)
         self.batch_lines.observe(num_lines)
         self.batch_seconds.observe(seconds)
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request; `path` is that of a route, so that there are few."""
+        """Record a request; `path` is a route's, so that there are few."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 
@@ -68,11 +70,12 @@ class Metrics:
 class JsonLines(logging.Formatter):
     """A record as one line of JSON: time, level, event, and the fields of `extra={"fields": ...}`.
 
-    Of an exception only its kind and its place in the code are written: its message may quote text.
+    Only the type of an exception and its place in the code are written, as its message may quote
+    text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return a record's line."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         content: dict[str, Any] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
@@ -88,7 +91,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the server's logs, and errors of its libraries, to standard error as lines of JSON."""
+    """Write the server's logs and its libraries' errors to standard error as lines of JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("", logging.ERROR), (LOGGER, logging.INFO)):

@@ -1,4 +1,4 @@
-"""The description of bodies in the OpenAPI document, and a page that shows it."""
+"""Describe request bodies in the OpenAPI document, and render it as a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 
 def describe_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a route's `openapi_extra` for a body of JSON or of a form."""
+    """Return a route's `openapi_extra` for a JSON or form body."""
     schema = model.model_json_schema()
     kinds = ("application/json", "application/x-www-form-urlencoded", "multipart/form-data")
     return {"requestBody": {"required": True, "content": {k: {"schema": schema} for k in kinds}}}
@@ -29,14 +29,14 @@ td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 </style></head><body>
 <h1>API of this server</h1>
 <p>For programs: <a href="openapi.json">openapi.json</a>. To try it out:
-<a href="./">the page</a>. Errors are <code>{"error": "what is wrong"}</code>.</p>
+<a href="./">the web page</a>. Errors are <code>{"error": "what is wrong"}</code>.</p>
 BODY
 </body></html>
 """
 
 
 def render_page(document: dict[str, Any]) -> str:
-    """Return an OpenAPI document as a page that needs nothing from elsewhere."""
+    """Return an OpenAPI document as a self-contained page."""
     parts = []
     for path, methods in document["paths"].items():
         for method, route in methods.items():
@@ -54,7 +54,7 @@ def _fields(schema: dict[str, Any]) -> str:
     needed = schema.get("required", [])
     rows = [
         f"<tr><td><code>{escape(name)}</code></td><td>{escape(field.get('description', ''))}</td>"
-        f"<td>{'needed' if name in needed else ''}</td></tr>"
+        f"<td>{'required' if name in needed else ''}</td></tr>"
         for name, field in schema["properties"].items()
     ]
     return f"<table>{''.join(rows)}</table>"

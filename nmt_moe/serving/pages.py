@@ -1,4 +1,4 @@
-"""What a browser is shown: the page, and the description of the APIs."""
+"""The pages for a browser: the web page, and the description of the APIs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nmt_moe.serving.openapi import render_page
 
 
 def make_router(app: FastAPI) -> APIRouter:
-    """Return the routes of an application's pages."""
+    """Return the routes of the pages."""
     router = APIRouter(include_in_schema=False)
     page = files("nmt_moe.serving").joinpath("page.html").read_text("utf-8")
 
@@ -34,9 +34,9 @@ def _answer(page: str) -> HTMLResponse:
 
 
 def make_policy(page: str) -> str:
-    """Return a policy under which only the page's own script and style work.
+    """Return a content security policy that allows only the page's own script and style.
 
-    They are named by their digests; nothing is loaded, and only this server is asked.
+    They are identified by their digests; nothing is loaded, and requests go only to this server.
     """
     parts = {"default-src": "'none'", "connect-src": "'self'", "base-uri": "'none'"}
     parts["img-src"] = "data:"  # the empty icon

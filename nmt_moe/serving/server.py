@@ -1,4 +1,4 @@
-"""Run a service with uvicorn until it is told to end."""
+"""Run a service with uvicorn until it is stopped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ logger = logging.getLogger(LOGGER)
 
 
 def serve(service: Service, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is in flight.
+    """Serve until SIGTERM or SIGINT, then finish the requests in flight.
 
     Args:
-        service: To serve.
+        service: The service to run.
         host: Address to listen on.
-        port: To listen on; 0 for a free one, which the log names.
+        port: Port to listen on; 0 for a free one, which the log names.
 
     Raises:
-        ValueError: `port` is out of range.
-        OSError: the address cannot be listened on.
+        ValueError: if `port` is out of range.
+        OSError: if the address cannot be listened on.
     """
     check_whole("port", port, 0, 65535)
     log_as_json()
@@ -43,7 +43,7 @@ def serve(service: Service, host: str, port: int) -> None:
         lifespan="on",
         ws="none",
     )
-    # uvicorn ends by raising the signal again that ended it: an end that was asked for is none.
+    # uvicorn ends by raising the signal that ended it again; a requested end is not an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     names = {
@@ -57,12 +57,12 @@ def serve(service: Service, host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Of TCP by name: else asyncio leaves Nagle's delay on, 40 ms an answer.
+    # TCP is named explicitly: otherwise asyncio keeps Nagle's delay, 40 ms for each response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen(128)  # before the log says so
+        listening.listen(128)  # before the log announces it
     except OSError as error:
         listening.close()
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}.") from None

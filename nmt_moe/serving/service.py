@@ -1,4 +1,4 @@
-"""What every API of the server does: check texts, find the language, translate, answer in time."""
+"""What all APIs of the server share: check texts, detect languages, translate, meet deadlines."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from nmt_moe.serving.texts import Answer, SplitText
 
 AUTO = "auto"
 KEY_KINDS = ("bearer", "deepl-auth-key")
-# A token that every model translates, for `/health`.
+# What every model translates for `/health`.
 PROBE = "a"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How texts are to be translated.
+    """How to translate texts.
 
     Attributes:
-        source: A language of the server; "auto" for each text's own.
+        source: A language of the server; "auto" to detect each text's.
         target: A language of the server.
         format: "text" or "html".
-        alternatives: Further translations of each text.
-        beam: Hypotheses that are followed; None for the bundle's default.
-        with_experts: Whether the experts of each piece are wanted.
-        length_penalty_alpha: Of the search; None for the bundle's default.
-        coverage_penalty_beta: Of the search; None for the bundle's default.
+        alternatives: Number of further translations of each text.
+        beam: Beam size; None for the bundle's default.
+        with_experts: Whether to return the experts of each piece.
+        length_penalty_alpha: Length penalty; None for the bundle's default.
+        coverage_penalty_beta: Coverage penalty; None for the bundle's default.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Wish:
     coverage_penalty_beta: float | None = None
 
     def search(self, model: Model) -> Search:
-        """Return the search that a model shall do."""
+        """Return the search to run with a model."""
         beam = model.translator.defaults.beam_size if self.beam is None else self.beam
         return Search(
             model.translator,
@@ -71,7 +71,7 @@ class Answered:
 
     Attributes:
         detection: The text's language.
-        model: That translated it; None of a text that was in the target language.
+        model: The model that translated it; None for a text already in the target language.
         answer: The translation.
     """
 
@@ -84,12 +84,12 @@ class Service:
     """The models of a server, and the queue before them.
 
     Attributes:
-        models: By pair of languages.
-        settings: Limits.
-        keys: Who may ask.
-        metrics: What happened.
-        num_open: Requests that are read, wait or are translated.
-        num_characters: Of all texts that were to be translated.
+        models: The bundles, by language pair.
+        settings: Limits of the server.
+        keys: The API keys that are accepted.
+        metrics: Counts and times.
+        num_open: Requests being read, waiting or being translated.
+        num_characters: Characters in all texts sent for translation.
     """
 
     def __init__(
@@ -106,14 +106,15 @@ class Service:
         self._detector = Detector(models.sources)
 
     def check_key(self, request: Request, key: str | None) -> None:
-        """Refuse a request without a right key.
+        """Refuse a request without a valid key.
 
         Args:
-            request: Whose header Authorization may have it: `Bearer KEY`, `DeepL-Auth-Key KEY`.
-            key: From a field; None if there is none.
+            request: The request; its header Authorization may be `Bearer KEY` or `DeepL-Auth-Key
+                KEY`.
+            key: A key from a field; None if there is none.
 
         Raises:
-            RequestError: 403.
+            RequestError: with status 403.
         """
         if not self.keys:
             return
@@ -121,24 +122,24 @@ class Service:
         key = key or (value.strip() if kind.lower() in KEY_KINDS else None)
         if not key:
             raise RequestError(
-                403, "An API key is needed: as `api_key`, or as `Authorization: Bearer KEY`."
+                403, "An API key is required: as `api_key`, or as `Authorization: Bearer KEY`."
             )
         if not self.keys.know(key):
-            raise RequestError(403, "The API key is not known.")
+            raise RequestError(403, "The API key is not valid.")
 
     def find_source(self, field: str, code: str) -> str:
-        """Return the language that a client's code means, or `AUTO`.
+        """Return the language that a client's code stands for, or `AUTO`.
 
         Raises:
-            RequestError: there is none.
+            RequestError: if there is none.
         """
         return AUTO if code.lower() == AUTO else match(field, code, self.models.sources)
 
     def check_texts(self, field: str, texts: Sequence[str]) -> None:
-        """Refuse texts that are too many, too long or no text.
+        """Refuse texts that are too many, too long or not text.
 
         Raises:
-            RequestError: naming the limit, or the text.
+            RequestError: naming the limit or the text.
         """
         limits = self.settings
         if len(texts) > limits.max_items:
@@ -156,16 +157,16 @@ class Service:
             _check_text(field, f"text {number}", text)
 
     async def detect(self, text: str) -> list[Detection]:
-        """Return the server's languages, the most likely of the text first."""
+        """Return the server's languages, the most likely for the text first."""
         return await asyncio.to_thread(self._detector.detect, text)
 
     async def translate(self, request: Request, texts: Sequence[str], wish: Wish) -> list[Answered]:
-        """Translate texts that were checked.
+        """Translate texts that have been checked.
 
         Raises:
-            RequestError: the pair of languages is not served, an option is out of range, or there
-                was no time.
-            ClientGoneError: nobody waits any more.
+            RequestError: if the language pair is not served, an option is out of range, or time ran
+                out.
+            ClientGoneError: if the client has closed its connection.
         """
         _check_options(wish)
         detections = [await self._source_of(text, wish.source) for text in texts]
@@ -185,7 +186,7 @@ class Service:
         """Let every model translate a token.
 
         Raises:
-            RequestError: one does not answer in time.
+            RequestError: if one does not answer in time.
         """
         jobs = []
         for model in self.models.opened:
@@ -209,7 +210,8 @@ class Service:
         marked = [await asyncio.to_thread(SplitMarkup, text) for text in texts]
         inner = [text for one in marked for text in one.texts]
         for text in inner:
-            _check_text("q", "a text in the HTML", text)  # references such as &#13; count now
+            # References such as &#13; are resolved now.
+            _check_text("q", "a text in the HTML", text)
         owners = [model for model, one in zip(models, marked, strict=True) for _ in one.texts]
         found = iter(await self._run(request, inner, owners, wish))
         return [
@@ -223,7 +225,7 @@ class Service:
         models: Sequence[Model | None],
         wish: Wish,
     ) -> list[Answer]:
-        """Translate texts, each with its model, or not at all; one job for each model."""
+        """Translate texts, each with its model if it needs one, as one job for each model."""
         split = [
             SplitText(text, model is not None) for text, model in zip(texts, models, strict=True)
         ]
@@ -240,7 +242,7 @@ class Service:
         ]
 
     async def _wait(self, request: Request, jobs: list[Job]) -> list[list[Translation]]:
-        """Put jobs into the queue; return their results, or drop them when nobody waits."""
+        """Queue jobs and return their results, or drop them if the client is gone."""
         if not jobs:
             return []
         for job in jobs:
@@ -259,8 +261,8 @@ class Service:
             if gone in done:
                 raise ClientGoneError
             raise BusyError(
-                f"There was no answer after {self.settings.time_limit:g} seconds. Ask for less at "
-                "a time, or later."
+                f"There was no answer after {self.settings.time_limit:g} seconds. Send less at a "
+                "time, or try later."
             )
         finally:
             gone.cancel()
@@ -270,7 +272,7 @@ class Service:
 
 
 async def _wait_until_gone(request: Request) -> None:
-    """Return when the client has closed its connection; the body must have been read."""
+    """Return once the client has closed its connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -295,7 +297,7 @@ def _check_options(wish: Wish) -> None:
 
 
 def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:
-    """Return HTML; the n-th alternative has the n-th of each text, or its best."""
+    """Return HTML; the n-th alternative uses the n-th of each text, or its best one."""
     results = [split.join([one.text for one in answers])]
     for rank in range(
         min(num_alternatives, max([len(a.alternatives) for a in answers], default=0))

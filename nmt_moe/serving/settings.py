@@ -1,4 +1,4 @@
-"""What a server is allowed to be asked for."""
+"""Limits on what clients may request."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 
 from nmt_moe.checks import check_range, check_whole
 
-# Of one search; each hypothesis costs as much as one more sentence.
+# Largest beam; each hypothesis costs as much as a further sentence.
 MAX_BEAM = 20
 MAX_ALTERNATIVES = 10
-# A body that is not whole after so many seconds is refused.
+# A body that is incomplete after this many seconds is refused.
 BODY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Limits and rights of a server.
+    """Limits and access rights of a server.
 
     Attributes:
-        max_characters: Of all texts of a request.
-        max_items: Texts of a request.
-        max_waiting: Requests that are read, wait or are translated at a time; further ones get
-            status 503.
-        time_limit: Seconds until a request that is not answered gets status 503.
-        origins: Web pages elsewhere that may ask, such as "https://example.org"; "*" for all.
-        keys: One of which each request must show; none: everyone may ask.
+        max_characters: Most characters in all texts of a request.
+        max_items: Most texts in a request.
+        max_waiting: Most requests being read, waiting or being translated at a time; further ones
+            get status 503.
+        time_limit: Seconds after which an unanswered request gets status 503.
+        origins: Other web origins that may send requests, such as "https://example.org"; "*" for
+            all.
+        keys: API keys, one of which each request must present; empty: no key is required.
     """
 
     max_characters: int = 20_000
@@ -48,5 +49,5 @@ class ServerSettings:
 
     @property
     def max_body(self) -> int:
-        """Bytes of a body: a character takes 12 at most, in JSON's and in a form's escapes."""
+        """Return the most bytes in a body; an escaped character takes up to 12."""
         return 12 * self.max_characters + 64 * self.max_items + 4096

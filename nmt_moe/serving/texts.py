@@ -1,7 +1,7 @@
-"""Texts to lines that are translated, and back.
+"""Split texts into lines to translate, and join the translations.
 
-Lines without a letter (blank ones, numbers, emoji) are answered as they are: there is nothing to
-translate, and a model would invent something.
+Lines without a letter (blank ones, numbers, emoji) are returned unchanged: there is nothing to
+translate, and a model would make something up.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Answer:
     """The translation of a text.
 
     Attributes:
-        text: The best.
-        alternatives: Others, best first, each once.
-        lines: The translation of each line; None of one that was left as it is.
+        text: The best translation.
+        alternatives: Other translations, best first, without duplicates.
+        lines: The translation of each line; None for a line that was left unchanged.
     """
 
     text: str
@@ -28,15 +28,15 @@ class Answer:
 
 
 class SplitText:
-    """A text's lines.
+    """A text, split into lines.
 
     Args:
-        text: Any.
-        is_foreign: Whether it is to be translated at all.
+        text: Any text.
+        is_foreign: Whether it needs translation at all.
 
     Attributes:
-        lines: All of them.
-        wanted: Those that are translated, in their order.
+        lines: All lines.
+        wanted: The lines to translate, in order.
     """
 
     def __init__(self, text: str, is_foreign: bool = True) -> None:
@@ -47,7 +47,7 @@ class SplitText:
         ]
 
     def join(self, translated: Sequence[Translation], num_alternatives: int = 0) -> Answer:
-        """Return the answer, of which the n-th alternative joins the n-th best of each line."""
+        """Return the answer; its n-th alternative joins the n-th best translation of each line."""
         left = iter(translated)
         of_lines = [next(left) if wanted else None for wanted in self._is_wanted]
         num_ranks = min([len(one.hypotheses) for one in translated], default=1)
@@ -58,5 +58,5 @@ class SplitText:
             )
             for rank in range(num_ranks)
         ]
-        best, *others = dict.fromkeys(texts)  # each once, in order
+        best, *others = dict.fromkeys(texts)  # without duplicates, in order
         return Answer(best, others[:num_alternatives], of_lines)

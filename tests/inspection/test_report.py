@@ -314,7 +314,7 @@ def test_what_is_no_report_is_named(bundle: Path, report: dict[str, Any], tmp_pa
     with pytest.raises(ValueError, match="must have at least one text"):
         make_report(bundle, [])
     other = make_bundle(tmp_path, LM)[0]
-    with pytest.raises(ValueError, match="one is a translator, one a language model"):
+    with pytest.raises(ValueError, match="must be of the same kind"):
         make_report(bundle, [Part("text", TEXT)], against=other)
 
 

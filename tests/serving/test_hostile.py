@@ -238,7 +238,7 @@ def test_more_requests_than_may_wait_are_told_to_come_again(held):
         refused = server.post("/translate", GOOD)
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
-        assert "Ask again" in refused.json()["error"]
+        assert "again later" in refused.json()["error"]
         assert (
             httpx.get(f"{server.url}/metrics").status_code == 200
         )  # can be looked at all the same
@@ -290,6 +290,6 @@ def test_a_failure_of_the_model_is_one_message_and_no_text(held, caplog):
     translate, translator.translate = translator.translate, fail
     answer = server.post("/translate", GOOD)
     assert answer.status_code == 500
-    assert answer.json()["error"] == "The server failed. Its log says where."
+    assert answer.json()["error"].startswith("The server failed.")
     translator.translate = translate
     assert server.post("/translate", GOOD).status_code == 200
