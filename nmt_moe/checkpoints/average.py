@@ -1,4 +1,4 @@
-"""Average the parameters of several checkpoints of one training."""
+"""Average the parameters of several checkpoints of one training run."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from nmt_moe.checkpoints.reader import count_updates, load_checkpoint
 
 BY_EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
-# fairseq: the metric's name, its value with three digits, and a random digit for equal values.
+# fairseq's names: the metric, its value with three digits, and a random digit to break ties.
 BY_SCORE = re.compile(r"checkpoint\.best_.+?_(-?\d+\.\d+)\.pt")
 
 
@@ -21,10 +21,10 @@ def find_numbered(
     """Find the `count` newest checkpoints whose names have a number, oldest first.
 
     Args:
-        folder: Where they are.
+        folder: Their folder.
         pattern: `BY_EPOCH` or `BY_UPDATE`.
-        count: How many.
-        upper_bound: The largest number to take.
+        count: How many to find.
+        upper_bound: The largest number to include.
 
     Raises:
         ValueError: if there are fewer.
@@ -37,9 +37,9 @@ def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[
     """Find the `count` newest checkpoints of epochs and updates, by updates, oldest first.
 
     Args:
-        folder: Where they are.
-        count: How many.
-        upper_bound: The largest number of updates to take.
+        folder: Their folder.
+        count: How many to find.
+        upper_bound: The largest number of updates to include.
 
     Raises:
         ValueError: if there are fewer.
@@ -51,9 +51,9 @@ def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[
 
 
 def find_best(folder: Path, count: int) -> list[Path]:
-    """Find the `count` best checkpoints of those that `--keep-best-checkpoints` left, best last.
+    """Find the `count` best checkpoints that `--keep-best-checkpoints` kept, best last.
 
-    Whether a larger metric is better is in their configuration.
+    Their configuration says whether a larger metric is better.
 
     Raises:
         ValueError: if there are fewer.
@@ -71,7 +71,7 @@ def _is_larger_better(path: Path) -> bool:
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"`{folder}` does not exist: no such folder")
     matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((float(match[1]), path) for match, path in matches if match)
 
@@ -79,16 +79,16 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]
 def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
     if len(found) < count:
         raise ValueError(
-            f"{folder} has {len(found)} checkpoints of that kind, but {count} were asked for"
+            f"`{folder}` has {len(found)} checkpoints of that kind, but {count} were asked for"
         )
     return found[-count:]
 
 
 def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
-    """Average each parameter over the checkpoints, in float64; integers are those of the last.
+    """Average each parameter over the checkpoints, in float64; integers come from the last one.
 
     Raises:
-        ValueError: two checkpoints differ in the names, shapes or dtypes of their parameters.
+        ValueError: if two checkpoints differ in the names, shapes or dtypes of their parameters.
     """
     sums: dict[str, Tensor] = {}
     layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
@@ -113,9 +113,9 @@ def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(paths: list[Path], output: Path, is_overwritten: bool = False) -> None:
-    """Write the averaged checkpoint; the rest is that of the last, less the optimizer's state.
+    """Write the averaged checkpoint; all else is the last one's, without the optimizer state.
 
-    It translates, but training cannot go on from it.
+    It can translate, but training cannot resume from it.
 
     Raises:
         ValueError: if a checkpoint cannot be read, they differ, or the output exists.

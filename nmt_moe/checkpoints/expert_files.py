@@ -1,4 +1,4 @@
-"""Files of experts beside a checkpoint: each holds a range of them, and their optimizer's state."""
+"""Expert files beside a checkpoint: each holds a range of experts, and their optimizer state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from nmt_moe.parallel import (
 )
 from nmt_moe.text.digests import compute_sha256
 
-# Weights of trainings in half precision: fairseq saves them as float32, files of experts did not.
+# Weights from training in half precision: fairseq saves them as float32, expert files did not.
 HALVES = {torch.float16, torch.bfloat16}
 PRECISIONS = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
@@ -43,22 +43,22 @@ ByIndex = dict[int, ByName]
 def save_experts(
     folder: Path, num_experts: int, model: ByName, optimizer: ByIndex, group: ExpertParallelGroup
 ) -> dict[str, Any] | None:
-    """Write this rank's experts beside a checkpoint to come, unless a lower rank holds the same.
+    """Write this rank's experts for a checkpoint about to be saved, unless a lower rank does.
 
-    All ranks must call. No rank needs memory for the experts of others.
+    All ranks must call this. No rank needs memory for the experts of others.
 
     Args:
-        folder: Of the checkpoint, the same for all ranks.
+        folder: Folder of the checkpoint, the same for all ranks.
         num_experts: E.
         model: (L, ...) parameters by name.
-        optimizer: (L, ...) state by the parameter's index in the optimizer, and name.
-        group: The ranks that hold the others.
+        optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
+        group: The ranks that hold the other experts.
 
     Returns:
         The checkpoint's manifest; None on ranks whose experts another rank writes.
 
     Raises:
-        FileNotFoundError: if the first rank does not see what another rank wrote.
+        FileNotFoundError: if the first rank does not find what another rank wrote.
     """
     if not is_first_replica(group):
         return None
@@ -78,14 +78,14 @@ def save_experts(
 def write_expert_file(
     folder: Path, save_id: str, owned: slice, model: ByName, optimizer: ByIndex
 ) -> dict[str, Any]:
-    """Write a range of experts, whole or not at all.
+    """Write a range of experts, completely or not at all.
 
     Args:
-        folder: Of the checkpoint.
-        save_id: Of the checkpoint.
+        folder: Folder of the checkpoint.
+        save_id: Save id of the checkpoint.
         owned: Global ids of the experts.
         model: (L, ...) parameters by name.
-        optimizer: (L, ...) state by the parameter's index in the optimizer, and name.
+        optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
 
     Returns:
         Its entry in the manifest.
@@ -104,17 +104,17 @@ def write_expert_file(
 def restore_experts(
     path: Path, state: dict[str, Any], owned: slice | None = None, with_optimizer: bool = True
 ) -> None:
-    """Put experts from their files back into a checkpoint that was read.
+    """Add experts from their files to a checkpoint that was read.
 
     Args:
-        path: Of the checkpoint, whose folder has the files.
-        state: Its content. One that has its experts is left as it is.
-        owned: Global ids of those wanted; None for all. Only files with any of them are read.
-        with_optimizer: Also their optimizer's state.
+        path: Path of the checkpoint, whose folder has the files.
+        state: Its contents; unchanged if it has its experts already.
+        owned: Global ids of the experts to add; None for all. Other files are not read.
+        with_optimizer: Whether to add their optimizer state too.
 
     Raises:
-        ValueError: naming a file that is missing, damaged, of another save, or does not hold what
-            the checkpoint says, or the experts that no file, or more than one, has.
+        ValueError: naming a file that is missing, damaged, from another save, or does not match the
+            checkpoint; or the experts that are in no file or in several.
     """
     if state.get(MANIFEST) is None:
         return
@@ -135,7 +135,7 @@ def restore_experts(
 def _fill(
     target: dict[str, Any], parts: list[ByName], entries: Sequence[Mapping[str, Any]], owned: slice
 ) -> None:
-    """Add the experts `owned` (global ids) to `target`, out of the values of several files."""
+    """Copy the experts `owned` (global ids) from the values of several files to `target`."""
     for name, first in parts[0].items():
         dtype = torch.float32 if first.dtype in HALVES else first.dtype
         target[name] = first.new_empty(owned.stop - owned.start, *first.shape[1:], dtype=dtype)
@@ -149,22 +149,22 @@ def _fill(
 def read_expert_file(
     path: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read one file of a checkpoint's experts and verify that it is what the manifest says.
+    """Read one expert file of a checkpoint, and verify that it matches the manifest.
 
     Args:
-        path: Of the checkpoint.
-        manifest: Of the checkpoint, checked.
-        entry: Of the file, in the manifest.
+        path: Path of the checkpoint.
+        manifest: The checkpoint's manifest, already checked.
+        entry: The file's entry in the manifest.
 
     Returns:
-        What `write_expert_file` was given; tensors are mapped from the file, not yet in memory.
+        What was passed to `write_expert_file`; tensors are mapped from the file, not yet in memory.
 
     Raises:
-        ValueError: naming the file, if it is missing, damaged or of another save.
+        ValueError: naming the file, if it is missing, damaged or from another save.
     """
     part = path.parent / entry["name"]
     experts = f"experts {entry['start']} to {entry['stop'] - 1} of `{path.name}`"
-    way_out = "Copy it again from the training's folder, or name another checkpoint."
+    way_out = "Copy it again from the training folder, or name another checkpoint."
     if not part.is_file():
         raise ValueError(f"`{part}` is missing: it holds {experts}. {way_out}")
     is_whole = part.stat().st_size == entry["bytes"] and compute_sha256(part) == entry["sha256"]
@@ -176,11 +176,11 @@ def read_expert_file(
     if save_id != manifest["save_id"]:
         raise ValueError(
             f"`{part}` is of another save ({shown(save_id)}) than `{path.name}` "
-            f"({manifest['save_id']}), and cannot be its {experts}. {way_out}"
+            f"({manifest['save_id']}), so it cannot hold {experts}. {way_out}"
         )
     if not is_whole or content is None:
         raise ValueError(
-            f"`{part}` is damaged: its size or sha256 is not that in `{path.name}`. "
+            f"`{part}` is damaged: its size or sha256 differs from the one in `{path.name}`. "
             f"It holds {experts}. {way_out}"
         )
     return content
@@ -192,16 +192,18 @@ def _check_content(
     entries: Sequence[Mapping[str, Any]],
     parts: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Check that files hold the parameters and optimizer states that the checkpoint lacks.
+    """Check that the files hold the parameters and optimizer states that the checkpoint lacks.
 
     Raises:
-        ValueError: naming the file, and what differs.
+        ValueError: naming the file and what differs.
     """
     names = expert_names(path, state)
     optimizer = state.get("last_optimizer_state")
     states = optimizer.get("state") if isinstance(optimizer, dict) else {}
     if not isinstance(states, dict):
-        raise ValueError(f"`{path}` has an optimizer's state {shown(states)}. {COPY_AGAIN}")
+        raise ValueError(
+            f"`{path}` has the optimizer state {shown(states)}, which is not a table. {COPY_AGAIN}"
+        )
     dtypes = {value.dtype for value in state["model"].values()}
     dtypes |= HALVES if _is_in_half_precision(state) else set()
     for entry, part in zip(entries, parts, strict=True):
@@ -211,15 +213,15 @@ def _check_content(
                 if name in state["model"]:
                     raise ValueError(f"it has {shown(name)}, which the checkpoint has itself")
                 if value.dtype not in dtypes:
-                    raise ValueError(f"{shown(name)} is {value.dtype}, like no other parameter")
+                    raise ValueError(f"{shown(name)} is {value.dtype}, unlike all other parameters")
             for index, values in part["optimizer"].items():
                 repeated = values.keys() & (states.get(index) or {}).keys()
                 if repeated:
                     raise ValueError(f"it repeats state {shown(repeated)} of parameter {index}")
         except ValueError as error:
             raise ValueError(
-                f"`{path.parent / entry['name']}` does not hold the experts that `{path.name}` "
-                f"lacks: {error}. {COPY_AGAIN}"
+                f"`{path.parent / entry['name']}` does not hold the experts missing from "
+                f"`{path.name}`: {error}. {COPY_AGAIN}"
             ) from None
         for key in ("model", "optimizer"):
             check_finite_values(path.parent / entry["name"], part[key], key)
@@ -249,13 +251,13 @@ def _check_part(
     if not model or model.keys() != expected:
         raise ValueError(f"it has the parameters {shown(sorted(model))}, not {shown(expected)}")
     if not isinstance(optimizer, dict) or not optimizer.keys() <= (names or optimizer).keys():
-        raise ValueError(f"its optimizer's state is {shown(optimizer)}")
+        raise ValueError(f"its optimizer state is {shown(optimizer)}")
     for index, values in optimizer.items():
         if not isinstance(index, int):
-            raise ValueError(f"its optimizer's state has the parameter {shown(index)}")
+            raise ValueError(f"its optimizer state has the parameter {shown(index)}")
         _check_tensors(values, count)
     if _layout(part) != _layout(first):
-        raise ValueError("its shapes, dtypes or names are not those of the first file")
+        raise ValueError("its shapes, dtypes or names differ from those of the first file")
 
 
 def _check_tensors(values: Any, count: int) -> None:
@@ -266,12 +268,13 @@ def _check_tensors(values: Any, count: int) -> None:
             raise ValueError(f"{shown(name)} is not a tensor")
         if len(value) != count or value.numel() == 0:
             raise ValueError(
-                f"{shown(name)} has the shape {tuple(value.shape)}, which is not {count} experts"
+                f"{shown(name)} has the shape {tuple(value.shape)}, which does not fit {count} "
+                "experts"
             )
 
 
 def _layout(part: Mapping[str, Any]) -> Any:
-    """Return names, shapes of one expert and dtypes of all tensors in a file."""
+    """Return the name, shape (for one expert) and dtype of every tensor in a file."""
     return [
         {name: (value.shape[1:], value.dtype) for name, value in values.items()}
         for values in (part["model"], *(v for _, v in sorted(part["optimizer"].items())))
@@ -279,7 +282,7 @@ def _layout(part: Mapping[str, Any]) -> Any:
 
 
 def rows_of(values: Mapping[str, Any], count: int) -> ByName:
-    """Return what of an optimizer's state has one row for each of `count` experts."""
+    """Return the values of an optimizer state that have one row for each of `count` experts."""
     return {
         name: value
         for name, value in sorted(values.items())
@@ -288,7 +291,7 @@ def rows_of(values: Mapping[str, Any], count: int) -> ByName:
 
 
 def remove_unused_files(folder: Path) -> None:
-    """Delete files of experts that no checkpoint of the folder refers to."""
+    """Delete expert files to which no checkpoint in the folder refers."""
     found = set(folder.glob(f"{PREFIX}*.pt"))
     for path in folder.glob(f"{PREFIX}*.pt.tmp"):
         path.unlink()
@@ -303,9 +306,10 @@ def remove_unused_files(folder: Path) -> None:
 
 
 def _files_used_by(path: Path, names: set[str]) -> set[str]:
-    """Return which of the files `names` a checkpoint refers to.
+    """Return to which of the files `names` a checkpoint refers.
 
-    Those of a damaged one are found by their names in its bytes; all, if the file cannot be opened.
+    In a damaged checkpoint, the names are searched for in its bytes; if it cannot be opened, all
+    names are returned.
     """
     try:
         state = read_file(path, is_header_only=True)

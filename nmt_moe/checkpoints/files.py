@@ -1,4 +1,4 @@
-"""Read and write files in torch's format: nothing is executed, and everything is checked."""
+"""Read and write files in torch's format; nothing is executed, and everything is checked."""
 
 import argparse
 import os
@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# A file's own description of its tensors: about 200 bytes each.
+# Largest description of a file's tensors, which takes about 200 bytes each.
 MAX_PICKLE_BYTES = 64 * 2**20
-# Values in nested containers, tensors counted as one.
+# Most values in nested containers, counting each tensor as one.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
 
-# A training does not end because a disk is full, or a network away, for a moment.
+# A disk that is briefly full, or a brief network outage, should not end training.
 ATTEMPTS = 3
 PAUSE = 2.5  # seconds between two attempts
 
@@ -36,24 +36,24 @@ def shown(value: Any) -> str:
 def read_file(path: Path, is_header_only: bool = False) -> Any:
     """Read a file that `torch.save` wrote.
 
-    Sizes are compared with the file's before anything is allocated, every part with its CRC.
+    Before anything is allocated, sizes are compared with the file's and every part with its CRC.
 
     Args:
         path: The file.
-        is_header_only: Map tensors from the file and check neither CRCs nor values: for those who
-            want the rest.
+        is_header_only: Whether to map tensors from the file and check neither CRCs nor values, for
+            callers that need only the rest.
 
     Returns:
         What was saved; tensors are on the CPU.
 
     Raises:
         ValueError: naming the file, if it is missing or damaged, or holds an object that could run
-            code, or tensors that are not plain.
+            code, or tensors of an unusual kind.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"`{path}` does not exist: no such file")
     try:
-        # One open file from the check to the load: another may take its name meanwhile.
+        # Keep the file open from check to load, because another file may take its name meanwhile.
         with path.open("rb") as file:
             is_archive = _check_archive(file, with_digests=not is_header_only)
             file.seek(0)
@@ -63,17 +63,17 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
                     source, map_location="cpu", weights_only=True, mmap=source is path
                 )
         _check_values(content)
-    except Exception as error:  # a hostile pickle raises anything
+    except Exception as error:  # a hostile pickle may raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # of the file system, which names the file itself
+            raise  # from the file system; it names the file already
         raise ValueError(_describe(path, error)) from None
     return content
 
 
 def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
-    """Check sizes and CRCs of a zip's parts; return False if it is not one.
+    """Check the sizes and CRCs of a zip file's parts; return False if it is not a zip file.
 
-    torch itself compares no CRC, and would load damaged weights without a word.
+    torch itself checks no CRC and would silently load damaged weights.
 
     Raises:
         ValueError: naming the part.
@@ -88,7 +88,7 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
         if sum(part.file_size for part in parts) > size:
             raise ValueError("its parts claim more bytes than it has")
         if len({part.filename for part in parts}) < len(parts):
-            raise ValueError("two of its parts have one name")
+            raise ValueError("two of its parts have the same name")
         for part in parts:
             if part.filename.endswith("/data.pkl") and part.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its part {shown(part.filename)} has {part.file_size} bytes")
@@ -99,7 +99,7 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
 
 
 def _check_values(content: Any) -> None:
-    """Reject containers that expand without end, and tensors larger than what holds them."""
+    """Reject containers that expand without end, and tensors larger than their storage."""
     for count, (value, depth) in enumerate(_walk(content)):
         if count >= MAX_VALUES or depth > MAX_DEPTH:
             raise ValueError("its containers are nested too deeply or hold too many values")
@@ -108,7 +108,7 @@ def _check_values(content: Any) -> None:
 
 
 def _walk(content: Any) -> Iterator[tuple[Any, int]]:
-    """Yield a value and all in it, each with its depth in containers."""
+    """Yield a value and everything in it, each with its depth of nesting."""
     stack = [(content, 0)]
     while stack:
         value, depth = stack.pop()
@@ -130,12 +130,12 @@ def _check_tensor(value: Tensor) -> None:
 
 
 def check_finite_values(path: Path, tensors: Any, name: str) -> None:
-    """Reject NaN and infinities in a nest of containers.
+    """Reject NaN and infinities in nested containers.
 
     Args:
-        path: The file they are from.
-        tensors: A tensor, or containers of them and of other values.
-        name: What to call it.
+        path: The file that they come from.
+        tensors: A tensor, or containers of tensors and other values.
+        name: Their name in errors.
 
     Raises:
         ValueError: naming the file and the tensor.
@@ -155,14 +155,14 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
 
 
 def _describe(path: Path, error: Exception) -> str:
-    """Say why a file could not be read, and what to do, without torch's advice to trust it."""
+    """Return why a file could not be read, and what to do, without torch's advice to trust it."""
     text = str(error)
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text)
     if found:
         return (
             f"the checkpoint `{path}` holds a Python object of type {shown(found[1])}, which is "
             "not loaded, because unpickling it could run code. This plugin's checkpoints hold no "
-            "such object: take another file, or save it again without that object."
+            "such object: use another file, or save it again without that object."
         )
     reason = (
         text.rpartition("WeightsUnpickler error: ")[2].strip() or "without a reason"
@@ -171,15 +171,14 @@ def _describe(path: Path, error: Exception) -> str:
         reason = "another kind of archive"
     cause = f"{type(error).__name__}: {shown(reason)[1:-1]}"
     return (
-        f"`{path}` ({path.stat().st_size} bytes) is not a whole fairseq checkpoint: it is "
-        f"truncated, corrupted or another kind of file ({cause}). "
-        f"{COPY_AGAIN}"
+        f"`{path}` ({path.stat().st_size} bytes) is not a complete fairseq checkpoint: it is "
+        f"truncated, corrupted or another kind of file ({cause}). {COPY_AGAIN}"
     )
 
 
 @contextmanager
 def _allowing_settings() -> Iterator[None]:
-    """Let torch's safe loader take an argparse.Namespace and nothing else.
+    """Let torch's safe loader accept argparse.Namespace, and nothing else.
 
     It holds the settings of models without a dataclass, and is plain data.
     """
@@ -203,7 +202,7 @@ def check_output(path: Path, is_overwritten: bool) -> None:
 
 
 def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
-    """Write a file with `torch.save`, whole or not at all.
+    """Write a file with `torch.save`, completely or not at all.
 
     Args:
         path: The file.
@@ -211,8 +210,8 @@ def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
         attempts: How often to try, `PAUSE` apart; each attempt starts with an empty file.
 
     Raises:
-        OSError: naming the file and the reason, for example a full disk; the file that had the
-            name before is untouched.
+        OSError: naming the file and the reason, for example a full disk; an existing file of that
+            name is untouched.
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -227,10 +226,10 @@ def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file, whole or not at all.
+    """Copy a file, completely or not at all.
 
     Raises:
-        OSError: naming the file and the reason; the file that had the name before is untouched.
+        OSError: naming the file and the reason; an existing file of that name is untouched.
     """
     with source.open("rb") as old:
         try:
@@ -242,29 +241,29 @@ def copy_whole(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open an unfinished file that takes the name `path` once it is written to the disk."""
+    """Open a temporary file that is renamed to `path` once it is written to disk."""
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with create_exclusively(unfinished) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
+            os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(unfinished, path)
     except (OSError, RuntimeError):
-        with suppress(OSError):  # of a folder that cannot be written, say
+        with suppress(OSError):  # for example if the folder is not writable
             unfinished.unlink(missing_ok=True)
         raise
 
 
 def create_exclusively(path: Path) -> BinaryIO:
-    """Open a new file for writing; what had its name is removed, and no link is followed."""
+    """Open a new file for writing; remove any file of that name, and follow no link."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
-    """Return one error for a failed write; torch hides the system's behind one of its own."""
+    """Return an error for a failed write; torch hides the system's error behind its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -275,6 +274,6 @@ def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
         free = "its folder cannot be opened"
     return OSError(
         f"cannot write `{path}`: {reason.splitlines()[0]}. It needs {size / 1e6:.1f} MB, and "
-        f"{free}. All files written before are whole. Make room, or name another folder, and "
-        "start the same command again: a training goes on from its last checkpoint."
+        f"{free}. All files written before are complete. Make room, or name another folder, and "
+        "run the same command again: training resumes from the last checkpoint."
     )

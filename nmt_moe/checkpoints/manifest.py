@@ -1,14 +1,14 @@
 """The manifest of a checkpoint whose experts are in files beside it.
 
-A checkpoint `checkpoint_last.pt` without its experts has a manifest under the key `expert_files`:
+A checkpoint `checkpoint_last.pt` without its experts has a manifest, under the key `expert_files`:
 
     {"save_id": "1f0c...", "num_experts": 8, "files": [
         {"name": "experts-1f0c...-0-4.pt", "save_id": "1f0c...", "start": 0, "stop": 4,
          "bytes": 81920, "sha256": "..."},
         {"name": "experts-1f0c...-4-8.pt", "start": 4, "stop": 8, ...}]}
 
-Names are never used twice, and the checkpoint is written last. So its copies share the files, and
-until it is whole the checkpoint before it has all of its own.
+Names are never reused, and the checkpoint is written last. Copies of it therefore share the files,
+and the previous checkpoint keeps all its files until the new one is complete.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from nmt_moe.checkpoints.files import COPY_AGAIN, shown
 
 MANIFEST = "expert_files"
-# Key in a checkpoint's extra state: names of experts by their index in the optimizer's state.
+# Key of a checkpoint's extra state: names of experts by their index in the optimizer state.
 EXPERT_NAMES = "expert_places"
 PREFIX = "experts-"
 SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")
@@ -30,7 +30,7 @@ MAX_EXPERTS = 2**20
 
 
 def new_save_id() -> str:
-    """Draw what names one save; not from torch's generator, which training owns."""
+    """Return a random id for one save, without using torch's generator, which training needs."""
     return secrets.token_hex(8)
 
 
@@ -46,11 +46,11 @@ def make_manifest(save_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
-    """Reject a manifest that is malformed or whose files do not hold each expert once.
+    """Reject a manifest that is malformed or whose files do not hold each expert exactly once.
 
     Args:
         path: The checkpoint.
-        state: Its content, with a manifest.
+        state: Its contents, with a manifest.
 
     Raises:
         ValueError: naming the checkpoint and what is wrong.
@@ -66,7 +66,7 @@ def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
 
 def _check_fields(manifest: Any) -> None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
-        raise ValueError(f"has a manifest of experts that is malformed: {shown(manifest)}")
+        raise ValueError(f"has a malformed manifest of experts: {shown(manifest)}")
     save_id: Any = manifest.get("save_id")
     num_experts: Any = manifest.get("num_experts")
     if not _is_text(save_id, SAVE_ID):
@@ -74,17 +74,17 @@ def _check_fields(manifest: Any) -> None:
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
         raise ValueError(f"has a manifest of {shown(num_experts)} experts")
     if len(manifest["files"]) > num_experts:
-        raise ValueError(f"has more files of experts than its {num_experts} experts")
+        raise ValueError(f"has more expert files than its {num_experts} experts")
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or not all(
             _is_count(entry.get(key)) for key in ("start", "stop", "bytes")
         ):
-            raise ValueError(f"has a malformed file of experts in its manifest: {shown(entry)}")
+            raise ValueError(f"has a malformed expert file in its manifest: {shown(entry)}")
         owned = slice(entry["start"], entry["stop"])
         if entry.get("name") != expert_file_name(save_id, owned) or owned.start >= owned.stop:
-            raise ValueError(f"has a file of experts with the name {shown(entry.get('name'))}")
+            raise ValueError(f"has an expert file with the name {shown(entry.get('name'))}")
         if not _is_text(entry.get("sha256"), SHA256):
-            raise ValueError(f"has a file of experts with the sha256 {shown(entry.get('sha256'))}")
+            raise ValueError(f"has an expert file with the sha256 {shown(entry.get('sha256'))}")
 
 
 def _is_count(value: Any) -> bool:
@@ -121,10 +121,10 @@ def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
 
 
 def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
-    """Return the names of parameters of experts by their index in the optimizer's state.
+    """Return the names of experts' parameters by their index in the optimizer state.
 
     Returns:
-        {} for a checkpoint that does not say: it has none, or is of an older version.
+        The names; {} if the checkpoint does not say: it has no experts or is from an older version.
 
     Raises:
         ValueError: naming the checkpoint, if the entry is malformed.

@@ -1,4 +1,4 @@
-"""The networks that checkpoints of this package hold: kind, sizes, parameters."""
+"""The networks that nmt_moe's checkpoints hold: kind, sizes, parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 
 Config = TypeVar("Config")
 
-# Options of version 0.1.0 and their names since.
+# Options of version 0.1.0 and their present names.
 EARLY_NAMES = {
     "moe_top_k": "top_k",
     "expert_hidden_dim": "hidden_dim",
@@ -37,9 +37,9 @@ class SavedNetwork:
 
     Attributes:
         architecture: Its name in fairseq, such as `lstm_moe_gnmt_small`.
-        config: `GNMTConfig` of a translation model, `LSTMLMConfig` of a language model.
-        parameters: By the names that `nmt_moe.nn` gives them, behind `encoder.` or `decoder.`;
-            without the wrapper's `network.`.
+        config: `GNMTConfig` for a translation model, `LSTMLMConfig` for a language model.
+        parameters: Parameters by their names in `nmt_moe.nn`, prefixed with `encoder.` or
+            `decoder.`, without the wrapper's `network.`.
     """
 
     architecture: str
@@ -48,14 +48,14 @@ class SavedNetwork:
 
 
 def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
-    """Read what a checkpoint says of its network.
+    """Read a checkpoint's description of its network.
 
     Args:
-        path: What errors call it.
-        state: Its content, with all experts.
+        path: Its name in errors.
+        state: Its contents, with all experts.
 
     Raises:
-        ValueError: it holds another kind of model, or a configuration that cannot be built.
+        ValueError: if it holds another kind of model, or a configuration that cannot be built.
     """
     cfg = state.get("cfg")
     options = _as_dict(cfg.get("model")) if isinstance(cfg, Mapping) else {}
@@ -75,8 +75,8 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     if not isinstance(architecture, str) or not needed <= options.keys():
         raise ValueError(
             f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe's. Name "
-            "a checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or a "
-            "relative of theirs."
+            "a checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or one of "
+            "their variants."
         )
     try:
         moe = None if options.get("dense") else _pick(MoEConfig, options)

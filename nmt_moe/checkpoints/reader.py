@@ -11,10 +11,10 @@ from nmt_moe.checkpoints.manifest import MANIFEST, check_manifest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and check a checkpoint without the files of experts beside it.
+    """Read and check a checkpoint, without the expert files beside it.
 
-    Nothing in it is executed. Sizes are bounded by the file's, CRCs compared, parameters plain
-    and finite, and a manifest complete.
+    Nothing in it is executed. Sizes are bounded by the file's, CRCs are compared, parameters must
+    be plain and finite, and a manifest must be complete.
 
     Raises:
         ValueError: if the file is missing, damaged, or not a checkpoint of fairseq.
@@ -22,12 +22,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     state = read_file(path)
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"{path}: has no `model`, so it is not a checkpoint of fairseq")
+        raise ValueError(f"`{path}` has no `model`, so it is not a checkpoint of fairseq")
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"`{path}` has {shown(name)} as a parameter. {COPY_AGAIN}")
     if not isinstance(state.get("last_optimizer_state"), dict | None):
-        raise ValueError(f"`{path}` has an optimizer's state that is not a table. {COPY_AGAIN}")
+        raise ValueError(f"`{path}` has an optimizer state that is not a table. {COPY_AGAIN}")
     check_finite_values(path, model, "model")
     check_finite_values(path, state.get("last_optimizer_state"), "last_optimizer_state")
     if state.get(MANIFEST) is not None:
@@ -39,11 +39,11 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
     """Read and check a checkpoint with all its experts.
 
     Args:
-        path: The checkpoint; files of experts are read from its folder.
-        with_optimizer: Also the optimizer's state of experts in files.
+        path: The checkpoint; expert files are read from its folder.
+        with_optimizer: Whether to read the optimizer state of experts in files too.
 
     Raises:
-        ValueError: naming the file that is missing, damaged or does not hold what it should.
+        ValueError: naming the file that is missing, damaged or does not match.
     """
     state = read_checkpoint(path)
     restore_experts(path, state, with_optimizer=with_optimizer)
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
 
 
 def count_updates(path: Path) -> int:
-    """Return how many updates a checkpoint has had, from its header.
+    """Return from a checkpoint's header how many updates it has had.
 
     Raises:
         ValueError: if the file cannot be read or does not say.

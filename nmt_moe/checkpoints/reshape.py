@@ -1,4 +1,4 @@
-"""Merge a checkpoint with its files of experts into one, or split it into other files."""
+"""Merge a checkpoint and its expert files into one file, or split its experts into files."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from nmt_moe.checks import check_divisor
 
 
 def merge(path: Path, output: Path, is_overwritten: bool = False) -> None:
-    """Write a checkpoint, with its experts and their optimizer's state, as one file.
+    """Write a checkpoint, with its experts and their optimizer state, as one file.
 
     Raises:
-        ValueError: if the checkpoint is not whole, or the output exists.
+        ValueError: if the checkpoint is incomplete, or the output exists.
     """
     check_output(output, is_overwritten)
     write_whole(output, load_checkpoint(path))
@@ -24,8 +24,8 @@ def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False
     """Write a checkpoint with its experts in `num_files` files beside it.
 
     Raises:
-        ValueError: if the checkpoint is not whole, has no experts, or a number that `num_files`
-            does not divide, or the output exists.
+        ValueError: if the checkpoint is incomplete or has no experts, `num_files` does not divide
+            their number, or the output exists.
     """
     check_output(output, is_overwritten)
     state = load_checkpoint(path)
@@ -34,12 +34,12 @@ def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False
 
 
 def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
-    """Write a checkpoint that has its experts as one with files of experts.
+    """Write a checkpoint that includes its experts as one with expert files.
 
     Args:
         state: The checkpoint; changed.
-        path: What to write; the files are written to its folder.
-        num_files: Files; a divisor of the number of experts.
+        path: The checkpoint to write; the files are written to its folder.
+        num_files: Number of files, a divisor of the number of experts.
 
     Raises:
         ValueError: if it does not say which of its parameters are experts, or `num_files` does not
@@ -49,13 +49,14 @@ def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
     if not names:
         raise ValueError(
             "the checkpoint does not say which of its parameters are experts: it has none, or was "
-            "trained with --fp16's flat gradients or an older version. Train it one update further."
+            "trained with --fp16's flat gradients or an older version. Train it for one more "
+            "update."
         )
     counts = {len(state["model"][name]) for name in names.values()}
     if len(counts) > 1:
         raise ValueError(
             f"the checkpoint has layers of {min(counts)} and {max(counts)} experts, which cannot "
-            "be in the same files. Use it as it is, in one file."
+            "share files. Use it as it is, in one file."
         )
     num_experts = counts.pop()
     check_divisor("--files", num_files, "`num_experts`", num_experts)

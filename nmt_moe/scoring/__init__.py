@@ -1,1 +1,1 @@
-"""Scores of translations, the logs they come from, and their drawings. Needs no fairseq."""
+"""Score translations, read logs, draw figures. Needs no fairseq."""

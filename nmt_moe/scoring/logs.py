@@ -1,4 +1,4 @@
-"""The one reader of fairseq's logs: training, validation, generation, evaluation."""
+"""Read fairseq's logs: training, validation, generation, evaluation."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ TRAINING = ("train_inner", "train")  # within an epoch and at its end
 
 @dataclass
 class Run:
-    """The entries of one training.
+    """The log entries of one training run.
 
     Attributes:
         label: Its name in a legend.
-        columns: For each column, such as `valid.ppl`, its value at each number of updates.
+        columns: For each column, such as `valid.ppl`, the value at each number of updates.
     """
 
     label: str
     columns: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def curve(self, names: Sequence[str]) -> tuple[list[int], list[float]]:
-        """Return the points of the first of `names` that was logged, by rising update."""
+        """Return the points of the first of `names` that was logged, in order of updates."""
         points = next((self.columns[name] for name in names if name in self.columns), {})
         updates = sorted(points)
         return updates, [points[update] for update in updates]
 
     @property
     def is_estimated(self) -> bool:
-        """Whether the training loss is estimated from a sample of the classes."""
+        """Return whether the training loss is estimated from a sample of the classes."""
         return any(f"{split}.sampled_softmax" in self.columns for split in TRAINING)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What fairseq-eval-lm found.
+    """The result of fairseq-eval-lm.
 
     Attributes:
         bits: Loss per token.
-        tokens: How many were scored, ends of sentence included.
+        tokens: Number of tokens scored, including end marks.
     """
 
     bits: float
@@ -56,8 +56,8 @@ def read_runs(names: Sequence[str]) -> list[Run]:
     """Read each FILE or LABEL=FILE.
 
     Raises:
-        ValueError: a file is not a log.
-        OSError: a file cannot be opened.
+        ValueError: if a file is not a log.
+        OSError: if a file cannot be opened.
     """
     given = []
     for name in names:
@@ -70,11 +70,11 @@ def read_runs(names: Sequence[str]) -> list[Run]:
 
 
 def name_files(files: Sequence[Path]) -> dict[Path, str]:
-    """Name files by their stems, or by the shortest ends of their paths that differ."""
+    """Name files by their stems, or by the shortest path suffixes that differ."""
     names = {file: file.stem for file in files}
     parts = {file: Path(os.path.abspath(file)).parts for file in files}
     for file, own in parts.items():
-        # One file that is written in two ways differs nowhere.
+        # The same file named in two ways never differs.
         others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
         if others:
             end = 1
@@ -88,8 +88,8 @@ def read_file(label: str, file: Path) -> Run:
     """Read one log.
 
     Raises:
-        ValueError: it is not a log.
-        OSError: it cannot be opened.
+        ValueError: if it is not a log.
+        OSError: if it cannot be opened.
     """
     with file.open(encoding="utf-8", errors="replace") as lines:
         run = read_run(label, lines)
@@ -99,7 +99,7 @@ def read_file(label: str, file: Path) -> Run:
 
 
 def read_run(label: str, lines: Iterable[str]) -> Run:
-    """Collect the entries of a training's log; of two for one update the later counts."""
+    """Collect the entries of a training log; if an update occurs twice, the later entry counts."""
     run = Run(label)
     for entry in read_entries(lines):
         split = split_of(entry)
@@ -116,7 +116,7 @@ def read_run(label: str, lines: Iterable[str]) -> Run:
 
 
 def read_entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects that end lines, as `--log-format json` writes them."""
+    """Yield the JSON objects at the ends of lines, as `--log-format json` writes them."""
     for line in lines:
         try:
             entry = json.loads(line[line.index('{"') :])
@@ -127,12 +127,12 @@ def read_entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def split_of(entry: dict[str, Any]) -> str:
-    """Return the split that an entry is of: train_inner within an epoch, else one of SPLITS."""
+    """Return the split of an entry: train_inner within an epoch, else one of SPLITS."""
     return next((name for name in SPLITS if f"{name}_num_updates" in entry), "train_inner")
 
 
 def as_number(value: Any) -> float | None:
-    """Read a number, which fairseq writes as text; None for anything else, or if not finite."""
+    """Parse a number, which fairseq writes as text; return None if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -141,7 +141,7 @@ def as_number(value: Any) -> float | None:
 
 
 def format_progress(entry: dict[str, Any]) -> str | None:
-    """Return one short line of a report within an epoch or of a validation; None for others."""
+    """Return one short line for an entry within an epoch or of a validation; None for others."""
     split = split_of(entry)
     if split not in ("train_inner", "valid"):
         return None
@@ -154,10 +154,10 @@ def format_progress(entry: dict[str, Any]) -> str | None:
 
 
 def read_loss(lines: Iterable[str]) -> Loss:
-    """Return the last result in fairseq-eval-lm's output, whose perplexity has two digits only.
+    """Return the last result in fairseq-eval-lm's output, whose perplexity has only two digits.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is none.
     """
     bits = tokens = None
     for line in lines:
@@ -166,7 +166,7 @@ def read_loss(lines: Iterable[str]) -> Loss:
         if found := re.search(r"Loss \(base 2\): ([^\s,]+)", line):
             bits = as_number(found[1])
     if bits is None or tokens is None:
-        raise ValueError("holds no loss of fairseq-eval-lm: the evaluation did not end")
+        raise ValueError("has no loss of fairseq-eval-lm: the evaluation did not finish")
     return Loss(bits, tokens)
 
 
@@ -174,14 +174,14 @@ def read_hypotheses(lines: Iterable[str]) -> list[str]:
     """Return the best translation of each sentence in fairseq-generate's output, in text order.
 
     Raises:
-        ValueError: there is none, a sentence is missing, or there are several runs.
+        ValueError: if there are none, a sentence is missing, or there are several runs.
     """
     best: dict[int, str] = {}
     previous = None
     for line in lines:
         if found := re.match(r"D-(\d+)\t[^\t]*\t(.*)", line, re.DOTALL):
             number = int(found[1])
-            if number in best and number != previous:  # an n-best list stands together
+            if number in best and number != previous:  # the lines of an n-best list are consecutive
                 raise ValueError(f"sentence {number} is translated twice: are these several runs?")
             best.setdefault(number, found[2])
             previous = number

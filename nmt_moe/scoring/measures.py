@@ -1,7 +1,7 @@
-"""Measures of a translation: BLEU as each convention counts it, chrF and TER, with signatures.
+"""Measures of a translation: BLEU by several conventions, chrF and TER, with signatures.
 
-All figures come from sacrebleu; a measure only brings both texts into the form that its convention
-counts.
+All scores come from sacrebleu; a measure only brings both texts into the form that its convention
+prescribes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sacrebleu.significance import PairedTest
 
 from nmt_moe.text.parallel import check_parallel, read_good_lines
 
-# Spaces to Python, letters to multi-bleu.perl, which reads bytes: a non-breaking space for one.
+# Spaces in Python but letters in multi-bleu.perl, which reads bytes, such as a non-breaking space.
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
-# Source lengths in words at which a row of --src ends.
+# Source lengths, in words, at which the rows of --src end.
 LENGTH_ENDS = (10, 20, 30, 40, 50)
-# Languages by their other names, and sacrebleu's tokens of those that Moses and 13a cannot cut.
+# Other names of languages, and sacrebleu's tokenisers for those that Moses and 13a cannot split.
 LANGUAGE_NAMES = {"zho": "zh", "cmn": "zh", "yue": "zh", "jpn": "ja", "kor": "ko", "tha": "th"}
 LANGUAGE_NAMES |= {"khm": "km", "lao": "lo", "mya": "my"}
 TOKENS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
@@ -34,9 +34,9 @@ WITHOUT_SPACES = ("zh", "ja", "th", "km", "lo", "my")
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure: how both texts are brought into form, and sacrebleu's metric for that form.
+    """One score: how both texts are prepared, and sacrebleu's metric for that form.
 
-    note: what the metric's signature does not know.
+    note: what the metric's signature does not include.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Measure:
     note: str = ""
 
     def prepare_text(self, lines: Sequence[str]) -> list[str]:
-        """Bring all lines into form."""
+        """Return all lines in the prepared form."""
         return [self.prepare(line) for line in lines]
 
     def describe(self, signature: object) -> str:
@@ -54,23 +54,23 @@ class Measure:
 
 
 def keep(line: str) -> str:
-    """Return a line as it is."""
+    """Return a line unchanged."""
     return line
 
 
 def split_compounds(line: str) -> str:
-    """Take hyphenated compounds of a tokenised line apart.
+    """Split the hyphenated compounds of a tokenised line.
 
-    From left to right without overlap, so that the second hyphen of a-b-c stays, as in the Perl
-    one-liner that everybody used.
+    This works from left to right without overlap, so that the second hyphen of a-b-c stays, as in
+    the widely used Perl one-liner.
     """
     return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
 
 
 def make_tokenizer(language: str | None) -> tuple[Callable[[str], str], str]:
-    """Return the function that tokenises a line, and its name for signatures.
+    """Return a function that tokenises a line, and its name for signatures.
 
-    language: of the texts; None if they are tokenised already.
+    language: language of the texts; None if they are tokenised already.
     """
     if language is None:
         return _keep_words, "as given"
@@ -87,12 +87,12 @@ def _keep_words(line: str) -> str:
 
 
 def make_measures(language: str | None, tokens: str | None = None) -> list[Measure]:
-    """List the figures for texts in `language` (None: tokenised already, multi-bleu alone).
+    """Return the measures for texts in `language` (None: tokenised already, only multi-bleu).
 
-    tokens: sacrebleu's tokeniser instead of that of the language.
+    tokens: a sacrebleu tokeniser to use instead of the language's.
 
     Raises:
-        ValueError: the language has no tokeniser here; naming the ones to choose from.
+        ValueError: naming the tokenisers to choose from, if the language has none here.
     """
     chosen = choose_tokens(language, tokens)
     plain = [
@@ -101,7 +101,7 @@ def make_measures(language: str | None, tokens: str | None = None) -> list[Measu
         Measure("ter", keep, TER),
     ]
     if language in WITHOUT_SPACES:
-        return plain  # Moses does not cut them
+        return plain  # Moses cannot split these languages
     tokenize, name = make_tokenizer(language)
     note = f"words:{name}"
     measures = [
@@ -121,7 +121,7 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
     """Return sacrebleu's tokenisers for a language.
 
     Raises:
-        ValueError: there is none, sacrebleu does not know it, or its package is not installed.
+        ValueError: if there is none, sacrebleu does not know it, or its package is not installed.
     """
     if tokens is None:
         if language in WITHOUT_SPACES and language not in TOKENS:
@@ -145,10 +145,9 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
 
 
 def validation_tokens(language: str) -> str:
-    """Return sacrebleu's tokeniser for BLEU of a validation: one that needs no other package.
+    """Return a sacrebleu tokeniser for BLEU in validation that needs no further package.
 
-    language: such as `ja`, `jpn` or `zh_CN`. Those written without spaces are compared by
-    characters.
+    language: such as `ja`, `jpn` or `zh_CN`. Languages without spaces are compared by characters.
     """
     name = re.split("[-_]", language.lower())[0]
     name = LANGUAGE_NAMES.get(name, name)
@@ -162,15 +161,15 @@ def _bleu(tokens: str) -> Callable[[], Metric]:
 
 
 def _multi_bleu(lowercase: bool = False) -> Callable[[], Metric]:
-    # force: sacrebleu warns of tokenised text, which is what this figure is about.
+    # force: sacrebleu warns about tokenised text, which is intended here.
     return lambda: BLEU(tokenize="none", smooth_method="none", lowercase=lowercase, force=True)
 
 
 def score(measure: Measure, hypotheses: list[str], references: list[list[str]]) -> dict:
     """Return a measure's name, its score in percent, details and signature.
 
-    references: one text or more, each of as many lines as `hypotheses`.
-    details: for BLEU the precisions, brevity penalty and lengths in words.
+    references: one or more texts, each with as many lines as `hypotheses`.
+    details: for BLEU, the precisions, brevity penalty and lengths in words.
     """
     metric = measure.make_metric()
     result = metric.corpus_score(
@@ -191,11 +190,11 @@ def compare(
     references: list[list[str]],
     num_samples: int,
 ) -> dict:
-    """Test by paired bootstrap (Koehn 2004, sacrebleu's) whether two translations differ.
+    """Test whether two translations differ, by paired bootstrap (Koehn 2004, as in sacrebleu).
 
     Returns:
-        Both scores, each with the mean and the half width of its 95% interval over the resamples,
-        and p: how probable a difference of this size is between equally good translations.
+        Both scores, each with the mean and the half-width of its 95% interval over the resamples;
+        and p, the probability of a difference of this size between equally good translations.
     """
     systems: list[tuple[str, Sequence[str]]] = [
         (name, measure.prepare_text(lines))
@@ -207,10 +206,10 @@ def compare(
     )
     signatures, scores = test()
     (key,) = signatures
-    other, this = cast(Any, scores[key])  # results, the names apart
-    # sacrebleu counts resamples that exceed the difference, and finds none if all are equal.
+    other, this = cast(Any, scores[key])  # results, without the names
+    # sacrebleu counts resamples that exceed the difference; if all are equal, there are none.
     is_same = systems[0][1] == systems[1][1]
-    # float(): JSON does not take numpy's numbers.
+    # float(), because JSON does not accept numpy's numbers.
     return {
         "name": measure.name,
         "score": float(this.score),
@@ -227,7 +226,7 @@ def compare(
 def score_by_source(
     measure: Measure, hypotheses: list[str], references: list[list[str]], sources: list[str]
 ) -> dict:
-    """Score by the length of the source in words, and count translations that repeat it."""
+    """Score by source length in words, and count translations that copy their source."""
     rows = []
     start = 1
     for end in (*LENGTH_ENDS, None):
@@ -253,30 +252,31 @@ def read_texts(paths: Sequence[Path]) -> list[list[str]]:
     """Read files of equally many lines; an empty translation is allowed.
 
     Raises:
-        ValueError: a line cannot be read, or a file has no text, another length, or fairseq's log.
-        OSError: a file cannot be opened.
+        ValueError: if a line cannot be read, or a file has no text, another number of lines, or is
+            the log of fairseq-generate.
+        OSError: if a file cannot be opened.
     """
     texts = [list(read_good_lines(path, allow_empty=True)) for path in paths]
     for path, text in zip(paths, texts, strict=True):
         if any(re.match(r"[DHS]-\d+\t", line) for line in text):
             raise ValueError(
-                f"`{path}` is the output of fairseq-generate, not a translation. Take the D- lines "
-                f"in the text's order: nmt-moe hypotheses {path} > translation.txt"
+                f"`{path}` is the output of fairseq-generate, not a translation. Extract the D- "
+                f"lines in the text's order: nmt-moe hypotheses {path} > translation.txt"
             )
     check_parallel(paths, allow_empty=True)
     for path, text in zip(paths, texts, strict=True):
         if not any(line.strip() for line in text):
             raise ValueError(
-                f"`{path}`: all {len(text)} lines are empty, there is nothing to score"
+                f"`{path}`: all {len(text)} lines are empty, so there is nothing to score"
             )
     return texts
 
 
 def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> str | None:
-    """Return the language of the texts in two letters: `name`, or the ending of the reference's.
+    """Return the two-letter language of the texts: `name`, or else the reference's extension.
 
     Raises:
-        ValueError: neither is a language.
+        ValueError: if that is not a language.
     """
     if is_tokenized:
         if name is not None:
@@ -287,7 +287,7 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
     language = LANGUAGE_NAMES.get(language, language)
     if not re.fullmatch(r"[a-z]{2}", language):
         raise ValueError(
-            f"`--lang` must be a language of two letters, but is '{name}' (taken from the name of "
-            "the reference when it is not given). Give --lang de, for example."
+            f"`--lang` must be a language of two letters, but is '{name}' (the extension of the "
+            "reference, unless it is set). Set it, for example --lang de."
         )
     return language

@@ -1,8 +1,8 @@
-"""Alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
+"""Tune alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
 
-Each point picks from every sentence's list the translation with the best
-log P / ((5 + length) / 6)^alpha + beta * coverage. Of fairseq-generate's output, log-probabilities
-are read from the P- lines (four decimals of a bit each token), attention from the A- lines (six
+Each point picks from every n-best list the translation with the best
+log P / ((5 + length) / 6)^alpha + beta * coverage. In fairseq-generate's output, the P- lines have
+log-probabilities (in bits per token, with four decimals) and the A- lines attention (with six
 decimals). The last source position is the end mark, which is not a word.
 
 Source: Wu et al. 2016, section 7, eq. 14 and Table 2.
@@ -31,10 +31,10 @@ class Hypothesis:
     """One translation as fairseq-generate printed it.
 
     Attributes:
-        text: Detokenised.
-        log_probability: Nats.
-        length: Tokens, the end mark counted.
-        coverage: Nats, at most 0.
+        text: The detokenised text.
+        log_probability: In nats.
+        length: Tokens, including the end mark.
+        coverage: In nats, at most 0.
     """
 
     text: str
@@ -55,7 +55,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
     """Read the output of fairseq-generate.
 
     Raises:
-        ValueError: a hypothesis lacks a line or has a damaged one, or there is no hypothesis.
+        ValueError: if a hypothesis lacks a line or has a damaged one, or there is no hypothesis.
     """
     nbest = NBest()
     columns: dict[str, str] = {}
@@ -94,7 +94,7 @@ def _check_words(nbest: NBest) -> None:
     texts = [one.text for several in nbest.hypotheses.values() for one in several]
     if 2 * sum("▁" in text for text in texts) > len(texts):
         raise ValueError(
-            "the translations (D- lines) are sentence pieces, on which BLEU is another figure. Run "
+            "the translations (D- lines) are sentence pieces, on which BLEU differs. Run "
             "fairseq-generate with `--remove-bpe sentencepiece`."
         )
 
@@ -108,7 +108,7 @@ def _missing_attention(row: str) -> str:
 
 
 def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
-    """Put the D-, P- and A- lines of a hypothesis together."""
+    """Combine the D-, P- and A- lines of a hypothesis."""
     if "-" in columns["A"]:
         raise ValueError("A- lines are hard alignments; run with `--print-alignment soft`")
     log_probs = [float(value) * math.log(2) for value in columns["P"].split()]
@@ -127,7 +127,7 @@ def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
 
 
 def choose(hypotheses: Sequence[Hypothesis], alpha: float, beta: float) -> Hypothesis:
-    """Pick the best of a list; of equal ones the first."""
+    """Return the best hypothesis of a list; the first, if several are equal."""
     scores = normalised_score(
         torch.tensor([one.log_probability for one in hypotheses]),
         torch.tensor([float(one.length) for one in hypotheses]),
@@ -144,14 +144,14 @@ def score_grid(
     """Compute BLEU at every point; return it with sacrebleu's signature.
 
     Raises:
-        ValueError: a sentence has no reference.
+        ValueError: if a sentence has no reference.
     """
     numbers = sorted(nbest.hypotheses)
     without = [number for number in numbers if number not in references]
     if without:
         raise ValueError(
-            f"{len(without)} sentences have no reference, sentence {without[0]} first. "
-            "Give the text of the same split with `--reference`."
+            f"{len(without)} sentences have no reference, the first being sentence {without[0]}. "
+            "Name the text of the same split with `--reference`."
         )
     metric = BLEU(references=[[references[number] for number in numbers]])
     grid = {}
@@ -163,7 +163,7 @@ def score_grid(
 
 
 def format_grid(grid: Grid) -> str:
-    """Write the grid with alpha downwards, beta across; a star marks the best."""
+    """Return the grid as text, with alpha downwards and beta across; a star marks the best."""
     alphas, betas = axes_of(grid)
     best = max(grid, key=grid.__getitem__)
     rows = [" alpha\\beta" + "".join(f"{beta:>9g}" for beta in betas)]
@@ -184,7 +184,7 @@ def draw_grid(grid: Grid, output: Path) -> None:
     """Draw a grid as PNG.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     alphas, betas = axes_of(grid)
     figure = make_figure(1.6 + 0.8 * len(betas), 1.4 + 0.6 * len(alphas))
@@ -204,7 +204,7 @@ def draw_grid(grid: Grid, output: Path) -> None:
 
 
 def check_grid(alphas: Sequence[float], betas: Sequence[float]) -> None:
-    """Refuse values that the search refuses.
+    """Reject values that the search rejects.
 
     Raises:
         ValueError: naming the option and the value.

@@ -1,4 +1,4 @@
-"""Drawings of trainings. They need matplotlib.
+"""Draw training curves. Needs matplotlib.
 
 Source: Shazeer et al. 2017, Figure 2 and Table 6.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from nmt_moe.scoring.logs import Run
 
 LOSSES = ["train_inner.nll_loss", "train.nll_loss", "valid.nll_loss"]
-# Title, and the columns drawn in a panel.
+# Title of a panel, and the columns drawn in it.
 PANELS = [
     ("loss, bits per token", LOSSES),
     ("perplexity, validation", ["valid.ppl"]),
@@ -23,7 +23,7 @@ PANELS = [
 
 
 def check_output(output: Path) -> None:
-    """Refuse, before anything is read, a file that cannot be written.
+    """Reject a file that cannot be written, before anything is read.
 
     Raises:
         ValueError: naming the folder that is missing.
@@ -39,7 +39,7 @@ def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
     """Write the panels as PNG.
 
     Raises:
-        ValueError: matplotlib is not installed, or there is nothing to draw.
+        ValueError: if matplotlib is not installed, or there is nothing to draw.
     """
     panels = [panel for panel in PANELS if any(run.curve(panel[1])[0] for run in runs)]
     if not panels:
@@ -53,7 +53,7 @@ def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
 
 
 def draw_panel(axes: Any, name: str, columns: Sequence[str], runs: Sequence[Run]) -> None:
-    """Draw one panel: a colour for each run, dashes where validation is drawn beside it."""
+    """Draw one panel: a colour for each run; training is dashed if validation is drawn too."""
     trained = [column for column in columns if column.startswith("train")]
     validated = [column for column in columns if column.startswith("valid")]
     for index, run in enumerate(runs):
@@ -74,10 +74,10 @@ def draw_panel(axes: Any, name: str, columns: Sequence[str], runs: Sequence[Run]
 
 
 def make_figure(width: float, height: float) -> Any:
-    """Return an empty figure of matplotlib; width and height in inches.
+    """Return an empty matplotlib figure; width and height are in inches.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,30 +1,30 @@
-"""How well words are translated, by how frequent they are."""
+"""How well words are translated, by their frequency."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-# Frequencies at which a band ends; the last has no end.
+# Frequencies at which the bands end; the last band is open.
 BAND_ENDS = (1, 4, 9, 99, 999)
 
 
 def f_measure_by_frequency(
     hypotheses: Sequence[str], references: Sequence[str], tokenize: Callable[[str], str]
 ) -> list[dict[str, float | int | str]]:
-    """Compare the words of translations with those of references, whatever their order.
+    """Compare the words of translations with those of references, in any order.
 
-    A word of a translation matches one of its sentence's reference of the same form. Its band is
-    that of its frequency in all references.
+    A word of a translation matches an identical word of the sentence's reference. Bands are ranges
+    of a word's frequency in all references.
 
     Args:
         hypotheses: Translations.
-        references: As many.
-        tokenize: Puts spaces between the words of a line.
+        references: Their references, equally many.
+        tokenize: Function that puts spaces between the words of a line.
 
     Returns:
         A row for each band that has words: `frequency`, `words` of the references, `precision`,
-        `recall` and `f_measure` in percent. In the band 0 are words that no reference has.
+        `recall` and `f_measure` in percent. Band 0 holds words that occur in no reference.
 
     Source: Neubig et al. 2019, compare-mt, section 2.2.
     """
@@ -51,7 +51,7 @@ def f_measure_by_frequency(
 
 
 def _band(frequency: int) -> int:
-    """Return the number of a band: 0 of words that no reference has."""
+    """Return the index of a frequency's band; 0 for words that occur in no reference."""
     return 0 if frequency == 0 else 1 + sum(frequency > end for end in BAND_ENDS)
 
 

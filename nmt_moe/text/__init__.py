@@ -1,1 +1,1 @@
-"""Text: its lines and its pieces. Needs neither torch nor fairseq."""
+"""Lines of text and sentence pieces. Needs neither torch nor fairseq."""

@@ -1,4 +1,4 @@
-"""SHA-256 of files, beside them in the form that `sha256sum -c` reads."""
+"""SHA-256 digests of files, stored beside them in the format of `sha256sum -c`."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,25 +13,25 @@ def compute_sha256(path: Path) -> str:
 
 
 def write_digests(digests: Path, files: Iterable[Path]) -> None:
-    """Write the digests of files, which are in the folder of `digests`."""
+    """Write the digests of files in the same folder as `digests`."""
     lines = [f"{compute_sha256(file)}  {file.name}\n" for file in files]
     digests.write_text("".join(lines), encoding="utf-8")
 
 
 def check_digests(digests: Path, writer: str, way_out: str) -> None:
-    """Compare files with their digests, where both are there; unchanged files are read once.
+    """Compare files with their digests, if both exist; unchanged files are read only once.
 
     Args:
-        digests: What `write_digests` wrote.
+        digests: The file that `write_digests` wrote.
         writer: The program that wrote the files, for errors.
-        way_out: How to get whole ones, for errors.
+        way_out: How to get intact files, for errors.
 
     Raises:
-        ValueError: naming the file that is another one.
+        ValueError: naming the file that differs.
     """
     if not digests.is_file():
         return
-    # Whatever the bytes: damage of the digests themselves is a digest that differs.
+    # Any bytes are accepted: a damaged digest is simply one that differs.
     for line in digests.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = digests.parent / Path(name).name
@@ -41,8 +41,7 @@ def check_digests(digests: Path, writer: str, way_out: str) -> None:
         if _compute_once(file, status.st_size, status.st_mtime_ns) != digest:
             raise ValueError(
                 f"`{file}` is damaged: it is not the file that {writer} wrote, whose digest is in "
-                f"`{digests}`. {way_out} If you have replaced it by another, remove "
-                f"`{digests.name}`."
+                f"`{digests}`. {way_out} If you replaced it yourself, remove `{digests.name}`."
             )
 
 

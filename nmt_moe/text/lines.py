@@ -1,15 +1,15 @@
-r"""The one reader of text: what a line is, and which lines are refused.
+r"""Read text: what a line is, and which lines are rejected.
 
-- `\n` ends a line, and nothing else does: files have as many lines as `wc -l` counts, and one more
-  if the last has no end. `\r\n` is one end; the carriage return is not part of the line.
-- U+0085, U+2028, U+2029, the vertical tab and the form feed are text, like any other white space.
+- Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last has no
+  end. `\r\n` is one line end; the carriage return is not part of the line.
+- U+0085, U+2028, U+2029, vertical tabs and form feeds are text, like any other white space.
 - A byte order mark at the start of a file is dropped, with a warning.
-- Refused by file and line: bytes that are not UTF-8; a carriage return within a line; NUL and all
-  other control characters of ASCII but the three above (tab, vertical tab, form feed); lines of
-  more than `MAX_LINE_BYTES`. So every other program that reads an accepted file counts its lines
-  as we do, and the memory that a line takes is bounded.
-- A name that ends in `.gz` or `.xz` is read through gzip or xz, to its end, so that its checksum is
-  compared.
+- Rejected, naming file and line: bytes that are not UTF-8; a carriage return within a line; NUL and
+  all other ASCII control characters except tab, vertical tab and form feed; lines longer than
+  `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts the same lines, and the
+  memory for a line is bounded.
+- A file named `*.gz` or `*.xz` is read through gzip or xz, to its end, so that its checksum is
+  verified.
 """
 
 import codecs
@@ -42,8 +42,8 @@ class BadLine:
     """A line that cannot be used.
 
     Attributes:
-        number: Of the line, counted from 1.
-        reason: What is wrong with it; follows "line 3".
+        number: Line number, counted from 1.
+        reason: What is wrong with it; continues the words "line 3".
         advice: How to correct it.
     """
 
@@ -62,16 +62,16 @@ def read_lines(
     """Yield the lines of a file, without their ends.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         start: Byte at which the first line begins, one of `chunk_offsets`; errors count lines from
             there.
         end: Byte at which the last line ends; None for the whole file.
-        allow_controls: Leave control characters and carriage returns in their lines, for text that
-            is cleaned afterwards.
+        allow_controls: Whether to accept control characters and carriage returns, for text that is
+            cleaned afterwards.
 
     Raises:
-        ValueError: naming file, line and reason; or that a packed file is not whole.
-        OSError: the file cannot be opened.
+        ValueError: naming file, line and reason; or if a compressed file is incomplete.
+        OSError: if the file cannot be opened.
     """
     name = os.fspath(path)
     origin = f", counted from byte {start}," if start else ""
@@ -86,16 +86,16 @@ def read_lines(
 
 
 def count_lines(path: Path) -> int:
-    """Return the number of lines of a file, all of which have been checked.
+    """Check all lines of a file, and return their number.
 
     Raises:
-        ValueError, OSError: as `read_lines`.
+        ValueError, OSError: as in `read_lines`.
     """
     return sum(1 for _ in read_lines(path))
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; through gzip or xz if its name ends in `.gz` or `.xz`."""
+    """Open a file for reading, through gzip or xz if its name ends in `.gz` or `.xz`."""
     if os.fspath(path).endswith(".gz"):
         return cast(BinaryIO, gzip.open(path))
     if os.fspath(path).endswith(".xz"):
@@ -105,10 +105,10 @@ def open_bytes(path: Path) -> BinaryIO:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
-    """Open a text to write; None stands for standard output.
+    """Open a text file for writing; None stands for standard output.
 
-    A file appears when it is whole: until then it has another name beside its own, which a failure
-    removes. What is not a file, such as /dev/null or a pipe, is written at once.
+    The file appears only when it is complete: until then it has a temporary name in the same
+    folder, and a failure removes it. /dev/null, pipes and the like are written directly.
     """
     if path is None:
         if sys.stdout is None:
@@ -141,25 +141,25 @@ def scan_lines(
     max_bytes: int = MAX_LINE_BYTES,
     allow_controls: bool = False,
 ) -> Iterator[str | BadLine]:
-    """Yield each line of a stream, or what is wrong with it; other lines are not lost.
+    """Yield each line of a stream, or what is wrong with it, and continue with the next line.
 
-    A line is yielded as soon as its end has come, so the stream may be a terminal or a pipe.
+    A line is yielded as soon as it ends, so the stream may be a terminal or a pipe.
 
     Args:
-        stream: At the start of a line.
-        name: What the warning of a byte order mark calls it.
-        start: Byte at which the stream is; such a mark is text where it is not 0.
-        end: Stop at this byte of the stream, at which a line ends.
-        max_bytes: Longer lines are bad lines; no more of them is kept.
-        allow_controls: As for `read_lines`.
+        stream: The stream, at the start of a line.
+        name: Its name in warnings.
+        start: Position of the stream in bytes; a byte order mark is dropped only at 0.
+        end: Position in bytes, at the end of a line, at which to stop.
+        max_bytes: Longest line; longer ones are bad lines, and the rest of them is not kept.
+        allow_controls: As in `read_lines`.
 
     Raises:
-        ValueError: a packed file is not whole.
+        ValueError: if a compressed file is incomplete.
     """
     try:
         yield from _scan_lines(stream, name, start, end, max_bytes, allow_controls)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
-        raise ValueError(f"`{name}` is not a whole packed file: {error}.") from error
+        raise ValueError(f"`{name}` is not a complete compressed file: {error}.") from error
 
 
 def _scan_lines(
@@ -181,7 +181,7 @@ def _scan_lines(
             _warn_of_byte_order_mark(name)
             line = line[1:]
             if raw == codecs.BOM_UTF8:
-                return  # nothing but the mark: an empty file
+                return  # the file is empty apart from the mark
         yield line
 
 
@@ -193,16 +193,16 @@ def in_chunks(lines: Iterable[str | BadLine], size: int) -> Iterator[list[str | 
 
 
 def chunk_offsets(path: Path, num_chunks: int) -> list[int]:
-    """Cut a file into chunks of about equal size, between lines.
+    """Divide a file between lines into chunks of about equal size.
 
     Returns:
-        num_chunks + 1 offsets in bytes, never decreasing: the first 0, the last the file's size.
+        num_chunks + 1 offsets in bytes, never decreasing: the first is 0, the last the file's size.
     """
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         offsets = [0]
         for chunk in range(1, num_chunks):
-            # From the byte before: a chunk may begin where a line does.
+            # Start one byte earlier, so that a chunk can begin exactly where a line does.
             stream.seek(max(size * chunk // num_chunks - 1, 0))
             _skip_to_end(stream, b"")
             offsets.append(stream.tell() if size else 0)
@@ -216,7 +216,7 @@ def _without_end(raw: bytes) -> bytes:
 
 
 def _skip_to_end(stream: BinaryIO, raw: bytes) -> None:
-    """Read on until the line is over whose last part is `raw`."""
+    """Read on to the end of the line whose latest part is `raw`."""
     while not raw.endswith(b"\n"):
         raw = stream.readline(SKIPPED_AT_ONCE)
         if not raw:
@@ -255,5 +255,5 @@ def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
 
 @cache
 def _warn_of_byte_order_mark(name: str) -> None:
-    """Warn once of each file."""
+    """Warn once for each file."""
     logger.warning("`%s` begins with a byte order mark (U+FEFF): it is dropped", name)

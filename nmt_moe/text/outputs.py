@@ -1,4 +1,4 @@
-"""Files that a program writes: none is one that it reads, and each appears when it is whole."""
+"""Output files: none may be an input, and each appears only when it is complete."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Reject an output that is an input, another output or a folder.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming the output.
     """
     taken = {path.resolve() for path in inputs}
     for path in outputs:
@@ -18,15 +18,15 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         if path.exists() and not path.is_file():  # such as /dev/null
             continue
         if path.resolve() in taken:
-            raise ValueError(f"`{path}` is named twice: give each output a name of its own.")
+            raise ValueError(f"`{path}` is named twice. Choose a separate name for each output.")
         taken.add(path.resolve())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a `.part` that takes the name `path` unless there is an error.
+    """Yield a temporary `.part` name; rename it to `path` unless there is an error.
 
-    What is not a file, such as /dev/null, is not replaced.
+    /dev/null and the like are not replaced.
     """
     if path.exists() and not path.is_file():
         yield path

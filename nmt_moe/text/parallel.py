@@ -1,4 +1,4 @@
-"""Texts whose lines belong together."""
+"""Parallel texts, whose lines correspond."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nmt_moe.text.lines import read_lines
 
 
 def check_parallel(paths: Iterable[Path], allow_empty: bool = False) -> int:
-    """Return the number of lines that all files share.
+    """Check that files are parallel, and return their number of lines.
 
     Raises:
-        ValueError: a line is refused by `read_lines`, or is empty; a file has no lines; or two
-            files differ in length.
-        OSError: a file cannot be opened.
+        ValueError: if `read_lines` rejects a line, a line is empty, a file has no lines, or two
+            files have different numbers of lines.
+        OSError: if a file cannot be opened.
     """
     counts = {path: sum(1 for _ in read_good_lines(path, allow_empty)) for path in paths}
     for path, count in counts.items():
@@ -24,8 +24,8 @@ def check_parallel(paths: Iterable[Path], allow_empty: bool = False) -> int:
         listed = ", ".join(f"`{path}` has {count}" for path, count in counts.items())
         raise ValueError(
             f"the files must have the same number of lines, but {listed}: line "
-            f"{min(counts.values()) + 1} is the first without a partner. Find the pair that "
-            "shifted, or cut all files alike."
+            f"{min(counts.values()) + 1} is the first without a counterpart. Find the pair that "
+            "shifted, or cut all files to the same length."
         )
     return next(iter(counts.values()))
 
@@ -34,7 +34,7 @@ def read_good_lines(path: Path, allow_empty: bool = False) -> Iterator[str]:
     """Yield the lines of a file.
 
     Raises:
-        ValueError: a line is refused by `read_lines`, or is empty.
+        ValueError: if `read_lines` rejects a line, or a line is empty.
     """
     for number, line in enumerate(read_lines(path), start=1):
         if not allow_empty and not line.strip():

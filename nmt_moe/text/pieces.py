@@ -1,4 +1,4 @@
-"""Sentence pieces: a vocabulary with its fairseq dictionary, and text cut into its pieces."""
+"""Sentence pieces: learn a vocabulary and its fairseq dictionary, and split text into pieces."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from nmt_moe.text.lines import read_lines
 from nmt_moe.text.outputs import check_outputs, replacing
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
-# sentencepiece leaves out longer lines, and those that have the character it keeps for itself.
+# sentencepiece leaves out longer lines, and those with the character it reserves for itself.
 MAX_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"
-# fairseq takes text apart at each of these, so that no piece may hold any.
+# fairseq splits text at each of these, so no piece may contain one.
 WHITE_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a vocabulary was learnt from.
+    """How a vocabulary was learnt.
 
     Attributes:
-        num_pieces: Entries of the dictionary.
-        left_out: Why lines were left out, and how many for each reason.
+        num_pieces: Entries in the dictionary.
+        left_out: Number of lines left out, for each reason.
     """
 
     num_pieces: int
@@ -56,23 +56,24 @@ def train(
     """Write a sentencepiece model, its digest beside it, and the dictionary of its pieces.
 
     Args:
-        inputs: Texts of one sentence a line.
-        model: To write.
-        dictionary: To write, in fairseq's format.
-        vocab_size: Number of pieces, the three included that fairseq adds itself.
+        inputs: Texts with one sentence a line.
+        model: Model file to write.
+        dictionary: Dictionary file to write, in fairseq's format.
+        vocab_size: Number of pieces, including the three that fairseq adds itself.
         model_type: "unigram" or "bpe".
-        hard_vocab_limit: With less text than `vocab_size` pieces ask for, raise; else learn fewer.
-        character_coverage: Share of the text's characters that must be pieces; the rarest beyond it
+        hard_vocab_limit: Whether to raise an error, instead of learning fewer pieces, if the text
+            is too small for `vocab_size` pieces.
+        character_coverage: Share of the text's characters that must be pieces; rarer characters
             become unknown.
-        normalization: What happens to text before it is cut, one of `NORMALIZATIONS`: NFKC with or
-            without sentencepiece's treatment of spaces, canonical composition only, or nothing but
-            that all white space is a space.
+        normalization: How text is normalised before it is split, one of `NORMALIZATIONS`: NFKC with
+            or without sentencepiece's treatment of spaces, canonical composition only, or only
+            turning white space into spaces.
         max_sentence_bytes: Longer lines are left out.
 
     Raises:
-        ValueError: a text has a line that cannot be read, or is too small for so many pieces; a
-            number is out of its range, or an output is a text or the other output.
-        OSError: a file cannot be opened.
+        ValueError: if a line cannot be read, the text is too small for so many pieces, a number is
+            out of range, or an output is a text or the other output.
+        OSError: if a file cannot be opened.
     """
     left_out: Counter[str] = Counter()
     failure: list[ValueError] = []
@@ -83,7 +84,7 @@ def train(
                 if len(line.encode()) > max_sentence_bytes:
                     left_out[f"of more than {max_sentence_bytes} bytes"] += 1
                 elif RESERVED in line:
-                    left_out[f"with {RESERVED}, which sentencepiece keeps for itself"] += 1
+                    left_out[f"with {RESERVED}, which sentencepiece reserves for itself"] += 1
                 else:
                     yield with_plain_spaces(line)
         except ValueError as error:
@@ -121,7 +122,7 @@ def train(
         processor = load(new_model)
         special = {processor.unk_id(), processor.bos_id(), processor.eos_id()}
         pieces = [processor.id_to_piece(i) for i in range(len(processor)) if i not in special]
-        # fairseq wants a count beside each entry; it matters only where a dictionary is cut.
+        # fairseq requires a count for each entry; it matters only if a dictionary is truncated.
         rows = "".join(f"{piece} 1\n" for piece in pieces)
         new_dictionary.write_text(rows, encoding="utf-8")
         digests_of(model).unlink(missing_ok=True)  # of an earlier model
@@ -130,7 +131,7 @@ def train(
 
 
 def _check_training(vocab_size: int, character_coverage: float, max_sentence_bytes: int) -> None:
-    """Reject numbers that sentencepiece refuses without a reason."""
+    """Reject numbers that sentencepiece rejects without giving a reason."""
     for name, value, low, high in (
         ("--vocab-size", vocab_size, 4, 2**31 - 1),
         ("--character-coverage", character_coverage, 0.98, 1),
@@ -141,7 +142,7 @@ def _check_training(vocab_size: int, character_coverage: float, max_sentence_byt
 
 
 def digests_of(model: Path) -> Path:
-    """Return the file with a model's digest: one flipped bit is another vocabulary."""
+    """Return the file for a model's digest, as one flipped bit makes another vocabulary."""
     return model.with_name(f"{model.name}.sha256")
 
 
@@ -149,8 +150,8 @@ def load(model: Path) -> sentencepiece.SentencePieceProcessor:
     """Load a sentencepiece model.
 
     Raises:
-        ValueError: the file is not a whole model, or not the one whose digest is beside it.
-        OSError: it cannot be opened.
+        ValueError: if the file is not a complete model, or does not match the digest beside it.
+        OSError: if it cannot be opened.
     """
     check_digests(digests_of(model), "`nmt-moe pieces train`", "Copy it again, or learn it again.")
     content = model.read_bytes()
@@ -160,8 +161,8 @@ def load(model: Path) -> sentencepiece.SentencePieceProcessor:
         return processor
     except RuntimeError:
         raise ValueError(
-            f"`{model}` is not a whole sentencepiece model ({len(content)} bytes). Copy it again, "
-            "or learn it again with `nmt-moe pieces train`."
+            f"`{model}` is not a complete sentencepiece model ({len(content)} bytes). Copy it "
+            "again, or learn it again with `nmt-moe pieces train`."
         ) from None
 
 
@@ -172,14 +173,14 @@ def encode(
     alpha: float = 0.2,
     seed: int = 1,
 ) -> Iterator[str]:
-    """Yield lines as pieces; then `samples` more passes, cut at random.
+    """Yield lines split into pieces; then `samples` further passes, split at random.
 
     White space of any kind counts as a space.
 
-    alpha: how much likely cuts are preferred: 0 for not at all.
+    alpha: how strongly likely splits are preferred; 0: not at all.
 
     Raises:
-        ValueError: naming `--samples` or `--alpha`, if it cannot be.
+        ValueError: naming `--samples` or `--alpha`, if it is out of range.
 
     Source: Kudo 2018 (subword regularisation), section 3.
     """
@@ -199,21 +200,22 @@ def encode(
 
 
 def with_plain_spaces(line: str) -> str:
-    """Return a line with a space for each character that is white space."""
+    """Return a line with each white-space character replaced by a space."""
     return WHITE_SPACE.sub(" ", line)
 
 
 def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """Yield the text of lines of pieces."""
+    """Yield the text of each line of pieces."""
     for line in lines:
         yield processor.decode_pieces(line.split(" "))
 
 
 class WordSampler:
-    """Cuts words at random, a unigram model's likelier cuts more often.
+    """Split words at random, more often in the ways that a unigram model finds likelier.
 
-    sentencepiece's own sampling cannot be repeated: its seed does not reach its generator. A
-    unigram model cuts each word by itself, so drawing word by word is the same distribution.
+    sentencepiece's own sampling is not reproducible: its seed does not reach its generator. A
+    unigram model splits each word independently, so sampling word by word gives the same
+    distribution.
     """
 
     def __init__(
@@ -225,20 +227,20 @@ class WordSampler:
         self.cuts: dict[str, tuple[list[str], list[float]]] = {}
 
     def __call__(self, line: str) -> str:
-        """Draw a cut of every word of a line."""
-        # The pieces joined are the normalised line, each of its words behind a mark.
+        """Draw a split for every word of a line."""
+        # Joined, the pieces are the normalised line, with a marker before each word.
         words = re.findall("▁[^▁]*|^[^▁]+", "".join(self.processor.encode(line, out_type=str)))
         return " ".join(self.cut(word) for word in words)
 
     def cut(self, word: str) -> str:
-        """Draw a cut of a word."""
+        """Draw a split of a word."""
         if word not in self.cuts:
             self.cuts[word] = self.find_cuts(word)
         cuts, cumulative_weights = self.cuts[word]
         return self.generator.choices(cuts, cum_weights=cumulative_weights)[0]
 
     def find_cuts(self, word: str) -> tuple[list[str], list[float]]:
-        """Return the likeliest cuts of a word with the running sums of p ** alpha."""
+        """Return the likeliest splits of a word, with the cumulative sums of p ** alpha."""
         plain = word.removeprefix("▁")
         found = self.processor.nbest_encode(plain, nbest_size=64, out_type=str)
         scores = [self.alpha * self.log_probability(cut) for cut in found]
@@ -246,12 +248,12 @@ class WordSampler:
         return [" ".join(cut) for cut in found], list(itertools.accumulate(weights))
 
     def log_probability(self, pieces: list[str]) -> float:
-        """Sum the unigram scores in nats; a piece outside the vocabulary counts nothing."""
+        """Sum the unigram scores in nats; a piece outside the vocabulary counts as 0."""
         return sum(self.processor.get_score(self.processor.piece_to_id(piece)) for piece in pieces)
 
 
 def _normalization_flags(name: str, folder: Path) -> dict[str, Any]:
-    """Return sentencepiece's flags; it has no canonical composition, which is given as a table."""
+    """Return sentencepiece's flags; canonical composition, which it lacks, is passed as a table."""
     if name != "nfc":
         return {"normalization_rule_name": name}
     rules = {
@@ -272,7 +274,7 @@ def _normalization_flags(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _partly_composed(parts: str) -> Iterator[str]:
-    """Yield the ways to write a character as a composed beginning and marks in any order."""
+    """Yield all ways to write a character as a composed base and combining marks in any order."""
     for marks in itertools.permutations(parts[1:]):
         spelled = parts[0] + "".join(marks)
         if unicodedata.normalize("NFD", spelled) == parts:

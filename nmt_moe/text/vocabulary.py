@@ -1,4 +1,4 @@
-"""fairseq's dictionaries as lists of symbols, and text as their numbers."""
+"""fairseq's dictionaries as lists of symbols, and text as their indices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nmt_moe.text.lines import read_lines
 
-# What fairseq puts before the words of every dictionary.
+# The symbols that fairseq puts before the words of every dictionary.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 MARKS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = " #fairseq:overwrite"
@@ -17,11 +17,11 @@ OVERWRITE = " #fairseq:overwrite"
 class Vocabulary:
     """The symbols of one side of a model, in the order of its embedding.
 
-    Text never becomes a mark: a piece that is spelled as one is an unknown word.
+    Text never becomes a special symbol: a piece spelled like one is an unknown word.
 
     Args:
-        symbols: All of them, fairseq's four marks first.
-        language_marks: Further symbols that no text may hold.
+        symbols: All symbols, with fairseq's four special ones first.
+        language_marks: Further symbols that never stand for text.
     """
 
     def __init__(self, symbols: Sequence[str], language_marks: Sequence[str] = ()) -> None:
@@ -35,23 +35,23 @@ class Vocabulary:
         return len(self.symbols)
 
     def numbers(self, pieces: Iterable[str]) -> list[int]:
-        """Return the number of each piece; that of `<unk>` for what is not a word of this side."""
+        """Return the index of each piece; `<unk>`'s for pieces that are not words of this side."""
         return [self._numbers.get(piece, UNK) for piece in pieces]
 
     def mark(self, name: str) -> int:
-        """Return the number of a language's mark."""
+        """Return the index of a language token."""
         return self._marks[name]
 
 
 def read_symbols(path: str | os.PathLike[str]) -> list[str]:
-    """Read a dictionary that fairseq wrote: a word and its count a line.
+    """Read a dictionary that fairseq wrote, with a word and its count on each line.
 
     Returns:
-        All symbols in fairseq's order: its four marks, then the words.
+        All symbols in fairseq's order: its four special symbols, then the words.
 
     Raises:
-        ValueError: naming file and line, if a row is malformed or a word comes twice.
-        OSError: the file cannot be opened.
+        ValueError: naming file and line, if a line is malformed or a word is repeated.
+        OSError: if the file cannot be opened.
     """
     symbols = list(MARKS)
     seen = set(symbols)
@@ -60,10 +60,10 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
         is_again = row.endswith(OVERWRITE)
         word, _, count = row.removesuffix(OVERWRITE).rpartition(" ")
         if not word or not count.isdecimal() or (word in seen and not is_again):
-            fault = "has a word that came before" if word in seen else "is not a word and its count"
+            fault = "repeats a word" if word in seen else "is not a word and its count"
             raise ValueError(
                 f"the dictionary `{path}`, line {number} {fault}: {line[:80]!r}. It is damaged or "
-                "not a dictionary: copy it again, or let fairseq-preprocess write it."
+                "not a dictionary: copy it again, or write a new one with fairseq-preprocess."
             )
         symbols.append(word)
         seen.add(word)
@@ -73,16 +73,16 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
 
 
 def find_dictionary(folder: Path, language: str | None) -> Path:
-    """Return the dictionary of a language in a folder of binarised data; `dict.txt` without one.
+    """Return a language's dictionary in a folder of binarised data; `dict.txt` if there is none.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: if it does not exist.
     """
     path = folder / ("dict.txt" if language is None else f"dict.{language}.txt")
     if not path.is_file():
         there = ", ".join(sorted(found.name for found in folder.glob("dict*.txt"))) or "none"
         raise ValueError(
             f"`{path}` is missing; dictionaries in `{folder}`: {there}. Name the folder that "
-            "fairseq-preprocess wrote, in which the model was trained."
+            "fairseq-preprocess wrote and that the model was trained on."
         )
     return path

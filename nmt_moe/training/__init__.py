@@ -1,4 +1,4 @@
-"""One update as pure functions."""
+"""The computations of one update, as pure functions."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (

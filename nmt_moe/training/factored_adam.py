@@ -1,4 +1,4 @@
-"""Adam whose state for experts is a row and a column instead of two matrices."""
+"""Adam that keeps, for each expert matrix, a row and a column instead of two matrices."""
 
 import math
 from collections import defaultdict
@@ -16,13 +16,13 @@ from nmt_moe.parallel import is_expert
 
 
 class FactoredAdam(torch.optim.Optimizer):
-    """Adam; for experts without first moment and with a factored second one.
+    """Adam; for experts, without a first moment and with a factored second moment.
 
     An expert matrix (the last two dimensions) keeps the running means of its squared gradient over
-    each row and each column; outer(row_mean, column_mean) / mean(row_mean) stands for the second
-    moment. That is exact where squared gradients have rank 1. Everything else is trained by Adam.
-    Means are kept in float32 (float64 for float64) whatever the parameter's dtype, also across
-    `load_state_dict`.
+    each row and each column; outer(row_mean, column_mean) / mean(row_mean) approximates the second
+    moment; this is exact if squared gradients have rank 1. All other parameters are trained by
+    Adam. Means are kept in float32 (float64 for float64) whatever the parameter's dtype, even
+    across `load_state_dict`.
 
     With t the number of updates, each step is
 
@@ -30,22 +30,23 @@ class FactoredAdam(torch.optim.Optimizer):
         weight -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * first / (sqrt(second) + eps)
 
     where `first` is the gradient itself and beta1 is 0 for experts. Weight decay is decoupled, and
-    eps stands where fairseq's Adam has it. An expert without tokens has a gradient of 0: its means
-    decay by beta2 and its weights only by weight decay. t counts updates of the whole tensor.
+    eps is placed as in fairseq's Adam. An expert without tokens has a gradient of 0: its means
+    decay by beta2, its weights only by weight decay. t counts updates of the whole tensor.
 
     Args:
         params: Parameters, or groups of them. A group's `factored` says whether its parameters are
-            treated as experts'; None, the default, follows `mark_expert`, as done by `MoELayer`.
+            treated as experts'; None, the default, follows `mark_expert`, which `MoELayer` calls.
         lr: Learning rate.
         betas: Shares of the old first and second moment in the new ones.
-        eps: Greater than 0.
-        weight_decay: Per unit of learning rate.
-        factored: For groups that do not say it.
+        eps: Added to the root of the second moment; greater than 0.
+        weight_decay: Weight decay per unit of learning rate.
+        factored: Value for groups that do not set it.
 
     Raises:
-        ValueError: if an option is out of its range, or a factored parameter is no matrix.
+        ValueError: if an option is out of range, or a factored parameter is not a matrix.
 
-    Source: Shazeer et al. 2017, Appendix D; Kingma and Ba 2015, end of section 2 (where eps is).
+    Source: Shazeer et al. 2017, Appendix D; Kingma and Ba 2015, end of section 2 (for the place of
+    eps).
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class FactoredAdam(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of plain Adam's checkpoints
+        for group in self.param_groups:  # missing from plain Adam's checkpoints
             group.setdefault("factored", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after a check of its options and parameters."""
+        """Check the options and parameters of a group, and add it."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -76,7 +77,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Do one update of all parameters that have a gradient.
+        """Update all parameters that have a gradient.
 
         Args:
             closure: Computes the loss again, with its gradients.
@@ -89,7 +90,7 @@ class FactoredAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # What shares one call; a parameter that needs a copy for it has its own.
+            # Parameters that share one call; one that would have to be copied gets its own.
             batches: dict[tuple, list[Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -108,13 +109,13 @@ class FactoredAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave.
+        """Load what `state_dict` returned.
 
         Args:
-            state_dict: Also that of torch's or fairseq's Adam, if no parameter is factored.
+            state_dict: May come from torch's or fairseq's Adam, if no parameter is factored.
 
         Raises:
-            ValueError: if the state is not that of these parameters.
+            ValueError: if the state does not fit these parameters.
         """
         loaded = []
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
@@ -126,13 +127,13 @@ class FactoredAdam(torch.optim.Optimizer):
                     _check_state(number, parameter, factored, saved)
                     loaded.append((parameter, saved))
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; the means keep theirs.
+        # torch casts state to the parameter's dtype, but the means must keep theirs.
         for parameter, saved in loaded:
             state = {name: _like_means(saved[name], parameter) for name in saved if name != "step"}
             self.state[parameter] = {"step": int(saved["step"]), **state}
 
     def _state(self, parameter: Parameter, factored: bool | None) -> dict[str, Any]:
-        """Return a parameter's state, made at its first update."""
+        """Return a parameter's state, created at its first update."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -157,7 +158,7 @@ class FactoredAdam(torch.optim.Optimizer):
         )
 
     def _step_dense(self, parameters: list[Parameter], group: dict[str, Any]) -> None:
-        """Run torch's Adam of one pass on parameters of the same update, device and dtype."""
+        """Run torch's fused Adam on parameters with the same update number, device and dtype."""
         states = [self.state[parameter] for parameter in parameters]
         dtype = _means_dtype(parameters[0])
         weights = [p.detach().to(dtype).contiguous() for p in parameters]
@@ -177,7 +178,7 @@ class FactoredAdam(torch.optim.Optimizer):
             beta2=beta2,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            # torch adds it to the root of the corrected second moment.
+            # torch adds eps to the root of the corrected second moment.
             eps=group["eps"] / math.sqrt(1 - beta2**step),
             maximize=False,
         )
@@ -187,7 +188,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
 
 def _needs_copy(parameter: Parameter) -> bool:
-    """Return whether torch's Adam, which wants one dtype and whole rows, cannot run in@number."""
+    """Return whether torch's Adam, which needs one dtype and whole rows, cannot run in place."""
     return parameter.dtype != _means_dtype(parameter) or not parameter.is_contiguous()
 
 
@@ -227,17 +228,16 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` must be at least 0 and less than 1, but is {beta}.")
     if not group["eps"] > 0:
         raise ValueError(
-            f"`eps` must be greater than 0, but is {group['eps']}: where all gradients "
-            "so far were 0 it alone is divided by. Use 1e-8."
+            f"`eps` must be greater than 0, but is {group['eps']}: it is the whole divisor while "
+            "all gradients have been 0. Use 1e-8."
         )
     for number, parameter in enumerate(group["params"]):
         factored = _is_factored(parameter, group["factored"])
         if factored and (parameter.dim() < 2 or not parameter.is_contiguous()):
             raise ValueError(
-                f"a factored parameter must be contiguous and have 2 dimensions or more, but "
+                "a factored parameter must be contiguous and have at least 2 dimensions, but "
                 f"number {number} of its group has the shape {tuple(parameter.shape)} and strides "
-                f"{parameter.stride()}. "
-                "Put it into a group with factored=False."
+                f"{parameter.stride()}. Put it into a group with factored=False."
             )
 
 
@@ -247,8 +247,9 @@ def _check_state(number: int, parameter: Parameter, factored: bool, saved: dict[
         raise ValueError(
             f"the saved state of parameter {number} {tuple(parameter.shape)} must be "
             f"{', '.join(sorted(['step', *wanted]))}, but is {', '.join(sorted(saved))}: it was "
-            f"saved by another optimizer, or as {'dense' if factored else 'expert'} parameter. "
-            "Load the file with that optimizer, or begin with a new state."
+            "saved by another optimizer, or as a parameter of the kind "
+            f"{'dense' if factored else 'expert'}. Load the file with that optimizer, or start "
+            "with a new state."
         )
     for name, shape in wanted.items():
         if saved[name].shape != shape:

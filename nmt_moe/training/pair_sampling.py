@@ -1,4 +1,4 @@
-"""How often a model of many language pairs sees each of them."""
+"""How often training on many language pairs uses each of them."""
 
 from collections.abc import Mapping
 
@@ -13,19 +13,19 @@ def passes_per_epoch(
     temperature: float = 1.0,
     oversampling: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Compute how many times an epoch goes through each pair's sentences.
+    """Compute how many passes an epoch makes over each pair's sentences.
 
-    A pair of n of all N sentences gets a share of an epoch in proportion to (n / N)^(1 / T), and an
-    epoch keeps its N sentences: at T = 1 each pair is passed once; at larger T rare pairs more than
-    once and frequent ones less; as T grows all get equal shares.
+    A pair with n of the N sentences gets a share of an epoch in proportion to (n / N)^(1 / T); an
+    epoch keeps N sentences. At T = 1 there is one pass over each pair; at larger T there is more
+    than one over rare pairs and less than one over frequent ones; as T grows, shares become equal.
 
     Args:
-        sizes: Sentences of each pair, 1 at least.
+        sizes: Sentences of each pair, at least 1.
         temperature: T, at least 1.
-        oversampling: Passes of some pairs, which for them replace what the temperature gives.
+        oversampling: Passes over some pairs, which replace those that the temperature implies.
 
     Returns:
-        Passes of each pair, in the order of `sizes`.
+        Passes over each pair, in the order of `sizes`.
 
     Raises:
         ValueError: naming the pair or the value.
@@ -49,22 +49,22 @@ def passes_per_epoch(
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return how many sentences an epoch takes of a pair that has `size`, 1 at least."""
+    """Return how many sentences an epoch takes from a pair that has `size`; at least 1."""
     return max(1, round(size * passes))
 
 
 def sentences_of_epoch(size: int, passes: float, epoch: int, seed: int) -> Tensor:
-    """Draw the sentences of one pair that an epoch takes.
+    """Draw the sentences of one pair for an epoch.
 
-    Epochs go on where the last one ended, through one random order of all sentences after another.
-    So no sentence is drawn more than once more often than another, however many epochs there are,
-    and any epoch can be drawn without those before it.
+    Each epoch continues where the previous one ended, in a sequence of random orders of all
+    sentences. Over any number of epochs, the counts of two sentences therefore differ by at most 1,
+    and any epoch can be drawn without the previous ones.
 
     Args:
         size: Sentences of the pair.
-        passes: How often an epoch goes through them.
-        epoch: Counted from 1.
-        seed: Other seeds give other orders.
+        passes: Passes over them in an epoch.
+        epoch: The epoch, counted from 1.
+        seed: Determines the random orders.
 
     Returns:
         (round(size * passes),) int64, from 0 to size - 1, with repetitions if passes > 1.
@@ -77,6 +77,6 @@ def sentences_of_epoch(size: int, passes: float, epoch: int, seed: int) -> Tenso
 
 
 def random_order(size: int, number: int, seed: int) -> Tensor:
-    """Give the `number`-th of the random orders of `size` things; (size,) int64."""
+    """Return the `number`-th random order of `size` items: (size,) int64."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     return torch.randperm(size, generator=generator)

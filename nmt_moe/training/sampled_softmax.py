@@ -1,20 +1,21 @@
-"""The loss of a softmax over many classes, estimated from a few: importance sampling.
+"""Estimate the loss of a softmax over many classes from a few, by importance sampling.
 
 The softmax's negative log-likelihood is log Z - logit_target, where Z = sum_i exp(logit_i) over all
-V classes. Here Z is estimated: the target is taken as it is, every other class only if it was
-drawn, and then divided by the chance of that,
+V classes. Here Z is estimated: the target always counts, every other class only if it was drawn,
+divided by the probability of that:
 
-    Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i but the target
+    Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i except the target
 
-What is unbiased: the mean of Z^ over all draws is Z, and the mean of its gradient is that of Z,
-whatever the number of draws. What is only consistent: log Z^, hence the loss and its gradient.
-Their bias falls as 1 / draws; the loss is too low on average (Jensen). Where every class was
+Z^ is unbiased: its mean over all draws is Z, and the mean of its gradient is the gradient of Z,
+whatever the number of draws. log Z^, and hence the loss and its gradient, is only consistent: the
+bias falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
 certain to be drawn, all are exact.
 
-Draws are with replacement and duplicates are dropped, for then P(i is drawn) = 1 - (1 - p_i)^draws
-is known. To draw until a wanted number of classes is together leaves it unknown, and to count a
-class as often as it was drawn has the same mean and a larger variance, most of all where p_i is
-large. So N draws give fewer than N classes: about 4600 for N = 8192 and V = 793,471.
+Draws are with replacement, and duplicates are dropped, because then
+P(i is drawn) = 1 - (1 - p_i)^draws is known. Drawing until there is a given number of distinct
+classes would leave it unknown; counting a class as often as it was drawn has the same mean but a
+larger variance, most of all where p_i is large. N draws therefore give fewer than N classes: about
+4600 for N = 8192 and V = 793,471.
 
 Source: Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; Bengio and Senecal 2003.
 """
@@ -34,8 +35,8 @@ class ClassSample:
     """Classes drawn for one batch.
 
     Attributes:
-        ids: (S,) int64, each once, in rising rank.
-        expected_count: (S,) float64. The chance that the class is among them, in (0, 1].
+        ids: (S,) int64, distinct, in order of rank.
+        expected_count: (S,) float64, the probability that the class is among them, in (0, 1].
     """
 
     ids: Tensor
@@ -43,7 +44,7 @@ class ClassSample:
 
 
 def log_uniform_probability(rank: Tensor, num_classes: int) -> Tensor:
-    """Give the chance that one draw is the class of a rank: nearly Zipf's law.
+    """Return the probability that one draw is the class of a given rank: nearly Zipf's law.
 
     Args:
         rank: int64, from 0, the most frequent class, to V - 1.
@@ -63,12 +64,12 @@ def draw_classes(
     Args:
         num_draws: Draws with replacement; at most V.
         num_classes: V.
-        first_id: The most frequent class. Frequency falls with the id from there on, and those
-            below it are the rarest: rank r has the id (first_id + r) % V.
-        device: Of the result.
+        first_id: The most frequent class. Frequency falls with the id from there on, and lower ids
+            are the rarest: rank r has the id (first_id + r) % V.
+        device: Device of the result.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
     check_range("num_draws", num_draws, 1, num_classes)
     check_range("first_id", first_id, 0, num_classes - 1)
@@ -83,14 +84,14 @@ def draw_classes(
 def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassSample) -> Tensor:
     """Estimate the negative log-likelihood of a softmax layer from a few of its classes.
 
-    The partition sum's estimate is unbiased, that of its logarithm is not: on average the result is
-    too low. The bias of the result and of its gradient falls as 1 / draws.
+    The estimate of the partition sum is unbiased, but that of its logarithm is not: the result is
+    too low on average. The bias of the result and of its gradient falls as 1 / draws.
 
     A drawn class that is a token's target (an accidental hit) does not count as drawn for it.
 
     Args:
         features: (N, D).
-        weight: (V, D), of the softmax layer.
+        weight: (V, D), the weight of the softmax layer.
         target: (N,) int64.
         sample: The classes drawn for all N tokens.
 
@@ -98,7 +99,7 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
         (N,) float32 (float64 for float64 features), in nats.
     """
     num_drawn = len(sample.ids)
-    # One gather, so that the backward pass makes one gradient of the size of `weight`.
+    # One gather, so that the backward pass allocates just one gradient of the size of `weight`.
     rows = F.embedding(torch.cat([sample.ids, target]), weight)
     wide = torch.promote_types(features.dtype, torch.float32)
     target_logit = (features.to(wide) * rows[num_drawn:].to(wide)).sum(1)

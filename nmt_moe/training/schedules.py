@@ -4,17 +4,17 @@
 def warmup_hold_inverse_sqrt(
     update: int, peak: float, warmup_updates: int, hold_updates: int, start: float = 0.0
 ) -> float:
-    """Grow linearly, hold, then fall as 1 / sqrt(update).
+    """Return a learning rate that rises linearly, stays constant, then falls as 1 / sqrt(update).
 
     Args:
         update: Updates done so far.
-        peak: Rate after the warm-up.
+        peak: Learning rate after the warm-up.
         warmup_updates: Updates from `start` to `peak`.
         hold_updates: Updates at `peak` after the warm-up.
-        start: Rate at update 0, if there is a warm-up.
+        start: Learning rate at update 0, if there is a warm-up.
 
     Returns:
-        The rate of the next update.
+        The learning rate of the next update.
 
     Source: Shazeer et al. 2017, Appendix E (2000 updates of warm-up, 8000 held).
     """

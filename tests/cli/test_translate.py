@@ -188,7 +188,7 @@ def test_a_packed_file_that_is_not_whole_is_one_message(bundle: Path, text: Path
         path = tmp_path / name
         path.write_bytes(damaged)
         result = call("translate", bundle, path, "--output", tmp_path / "out")
-        assert_mistake(result, "translate", f"`{path}` is not a whole packed file")
+        assert_mistake(result, "translate", f"`{path}` is not a complete compressed file")
         assert not (tmp_path / "out").exists()
 
 

@@ -204,7 +204,7 @@ def test_a_dictionary_that_is_not_that_of_the_training_is_refused(tmp_path: Path
     dictionary.write_text("\n".join([*rows[:-2], rows[-1], rows[-2]]) + "\n")
     assert_refused("the target dictionary is not the one", path, data, pieces)
     dictionary.write_text("\n".join([*rows[:-1], rows[0]]) + "\n")
-    assert_refused("has a word that came before", path, data, pieces)
+    assert_refused("repeats a word", path, data, pieces)
     dictionary.write_text("")
     assert_refused("has no words", path, data, pieces)
     dictionary.unlink()

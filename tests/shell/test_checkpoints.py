@@ -18,7 +18,9 @@ def test_a_checkpoint_of_fairseq_loads_under_the_safe_loader(stock):
 @pytest.mark.parametrize("kind", ["truncated", "changed", "empty", "text"])
 def test_a_damaged_checkpoint_is_named(stock, kind):
     name = damage(stock, kind)
-    with pytest.raises(ValueError, match=rf"{name}` \(\d+ bytes\) is not a whole fairseq checkp"):
+    with pytest.raises(
+        ValueError, match=rf"{name}` \(\d+ bytes\) is not a complete fairseq checkp"
+    ):
         load_with_fairseq(stock, name)
 
 

@@ -170,5 +170,5 @@ def test_gzipped_text_is_read_to_the_end_and_its_checksum_compared(tmp_path: Pat
     packed[-6] ^= 1
     for damaged in (packed, packed[:-9], b"ba\n"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"`{path}` is not a whole packed file"):
+        with pytest.raises(ValueError, match=rf"`{path}` is not a complete compressed file"):
             list(read_lines(path))
