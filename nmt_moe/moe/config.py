@@ -7,14 +7,14 @@ from nmt_moe.checks import check_choice, check_divides, check_range, check_whole
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 RECOMPUTE = ("auto", "always", "never")
 
-# From this hidden width on, "auto" recomputes: a row's hidden activations are then many times the
-# row itself, and the product that gives them back costs a sixth of the experts' work at most.
+# From this hidden width on, "auto" recomputes: a row's hidden activations are then many times
+# larger than the row itself, and recomputing them costs at most a sixth of the experts' work.
 LARGE_HIDDEN_DIM = 4096
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Describe one MoE layer; refuses what cannot be built.
+    """Describe one MoE layer; values that cannot be built are rejected.
 
     Attributes:
         model_dim: D, width of tokens.
@@ -24,11 +24,11 @@ class MoEConfig:
             "strictly_balanced" keeps this number on average; "softmax" takes all experts.
         gate: One of `GATES`.
         num_groups: G, groups of a hierarchical gate; 0 for a flat one.
-        importance_weight: w_importance of eq. 7.
-        load_weight: w_load of eq. 11.
-        recompute: Whether experts compute their hidden activations again in the backward pass, with
-            the same routing, instead of keeping them: "always", "never", or "auto", which does so
-            where `hidden_dim` is at least 4096 (Appendix D).
+        importance_weight: w_importance in eq. 7.
+        load_weight: w_load in eq. 11.
+        recompute: Whether to recompute experts' hidden activations in the backward pass, with the
+            same routing, instead of keeping them: "always", "never", or "auto", which does so if
+            `hidden_dim` is at least 4096 (Appendix D).
 
     Raises:
         ValueError: naming the field, its rule and its value.
@@ -64,17 +64,17 @@ class MoEConfig:
                 "takes all experts anyway. Use 'noisy_top_k' or 'strictly_balanced'."
             )
         check_divides("num_experts", self.num_experts, "`num_groups`", self.num_groups)
-        # The same number at both levels, so neither may have fewer to choose from.
+        # Both levels choose the same number, so neither may have fewer to choose from.
         check_range("top_k", self.top_k, 1, min(self.num_groups, self.group_size))
 
     @property
     def group_size(self) -> int:
-        """Experts of a group."""
+        """Return the number of experts in a group."""
         return self.num_experts // self.num_groups
 
     @property
     def recomputes(self) -> bool:
-        """Whether experts' hidden activations are computed again in the backward pass."""
+        """Return whether experts' hidden activations are recomputed in the backward pass."""
         return self.recompute == "always" or (
             self.recompute == "auto" and self.hidden_dim >= LARGE_HIDDEN_DIM
         )

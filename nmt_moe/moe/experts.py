@@ -1,4 +1,4 @@
-"""The experts: feed-forward networks of one hidden ReLU layer."""
+"""The experts: feed-forward networks with one hidden ReLU layer."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -12,7 +12,7 @@ from nmt_moe.parallel import ALONE, ExpertParallelGroup, cut_shard, mark_expert
 
 
 class Experts(nn.Module):
-    """The experts of a layer that this rank holds, without biases.
+    """The experts of a layer that this rank holds; they have no biases.
 
     Attributes:
         weight_in: (L, D, H), uniform within `init_range`, or within 1 / sqrt(D) if that is None.
@@ -41,11 +41,11 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights.
 
-        Each expert has a seed of its own, drawn from torch's CPU generator. So its weights, and
-        what is drawn after them, do not depend on the number of ranks.
+        Each expert has its own seed, drawn from torch's CPU generator, so that its weights, and
+        whatever is drawn after them, do not depend on the number of ranks.
         """
         if self.weight_in.is_meta:
-            return  # whatever its number of experts, nothing is allocated
+            return  # on the meta device, so nothing is allocated for any number of experts
         seeds = torch.randint(2**62, 2**63 - 1, (self.num_experts,), device="cpu")
         generator = torch.Generator(self.weight_in.device)
         weights = [
@@ -58,7 +58,7 @@ class Experts(nn.Module):
                 weight[expert].uniform_(-bound, bound, generator=generator)
 
     def _mark(self) -> None:
-        """Mark the weights. Where torch creates them again, the marks are gone."""
+        """Mark the weights, again whenever torch has recreated them without their marks."""
         for weight in (self.weight_in, self.weight_out):
             mark_expert(weight, self.group)
 
@@ -74,7 +74,7 @@ class Experts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Cut this rank's experts out of the weights of all."""
+        """Take this rank's experts out of weights of all experts."""
         for name in ("weight_in", "weight_out"):
             whole = state_dict.get(f"{prefix}{name}")
             if self.group.size > 1 and whole is not None and len(whole) == self.num_experts:
@@ -99,6 +99,6 @@ class Experts(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which experts compute: that of the tokens, or autocast's."""
+    """Return the dtype in which experts compute: the tokens', or autocast's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,11 +1,11 @@
 """Gates: which experts a token goes to, and with what weight.
 
-All compute logits, noise, softmax and load in float32 (or float64 for float64 tokens), whatever the
-model's dtype or autocast says. All are called with the same arguments and return a `Gating`.
+All gates compute logits, noise, softmax and load in float32 (float64 for float64 tokens), whatever
+the model's dtype or autocast. All take the same arguments and return a `Gating`.
 
-Attributes that all gates have:
-    can_balance_load: Whether another load was possible, so that there is a load loss.
-    waits: Whether the host waits for the device, since the number of slots depends on the tokens.
+All gates have these attributes:
+    can_balance_load: Whether the load can vary, so that there is a load loss.
+    waits: Whether the host waits for the device, because the number of slots depends on the tokens.
 """
 
 import math
@@ -17,12 +17,12 @@ from nmt_moe.kernels import Gating, gate_logits, noisy_top_k, row_groups
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype gates are computed in: float32, or wider if `x` is."""
+    """Return the dtype in which gates are computed: float32, or wider if `x` is."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 class SoftmaxGate(nn.Module):
-    """Take all experts: the dense baseline.
+    """Use all experts: the dense baseline.
 
     Source: Shazeer et al. 2017, eq. 2.
     """
@@ -34,7 +34,7 @@ class SoftmaxGate(nn.Module):
         self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
 
     def forward(self, x: Tensor, noise: None = None, row_offsets: Tensor | None = None) -> Gating:
-        """Weigh all experts; arguments as of `NoisyTopKGate`, without noise."""
+        """Compute the gates of all experts; arguments as in `NoisyTopKGate`, without noise."""
         num_tokens, num_experts = len(x), self.gate_weight.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
@@ -48,13 +48,13 @@ class SoftmaxGate(nn.Module):
 
 
 class NoisyTopKGate(nn.Module):
-    """Keep the k largest of the noisy gate logits, and softmax over what is kept.
+    """Keep the k largest noisy gate logits, and take the softmax over them.
 
     Both weights start at zero, so that noise alone balances the first batches (Appendix A).
 
     Attributes:
         gate_weight: (D, E), or (G, D, E) with `num_groups`.
-        noise_weight: The same.
+        noise_weight: Of the same shape.
 
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """
@@ -62,13 +62,13 @@ class NoisyTopKGate(nn.Module):
     waits = False
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
-        """Make the gate.
+        """Build the gate.
 
         Args:
             model_dim: D.
             num_experts: E.
             top_k: K.
-            num_groups: G for one gate for each of G groups of rows; 0 for one gate.
+            num_groups: G, to build a gate for each of G groups of rows; 0 for a single gate.
         """
         super().__init__()
         self.top_k, self.can_balance_load = top_k, top_k < num_experts
@@ -87,11 +87,11 @@ class NoisyTopKGate(nn.Module):
 
         Args:
             x: (N, D).
-            noise: (N, E) standard normal; drawn when None. Used in training only.
-            row_offsets: With groups (G + 1,) int64, group g owns rows [offsets[g],
-                offsets[g + 1]). Else (3,) int64 [0, number of tokens, N]: the rows after the
-                tokens are padding, of zeros. None where there is none.
-            row_weight: (N,). Weighs the gates of each row in `importance`; None for ones.
+            noise: (N, E) standard normal, used only in training; None to draw it.
+            row_offsets: With groups, (G + 1,) int64: group g owns rows
+                [offsets[g], offsets[g + 1]). Without groups, (3,) int64 [0, number of tokens, N]:
+                the rows after the tokens are padding, with zeros. None if there is no padding.
+            row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
         """
         dtype = gate_dtype(x)
         has_groups = self.gate_weight.dim() == 3
@@ -111,12 +111,13 @@ class NoisyTopKGate(nn.Module):
 
 
 class StrictlyBalancedGate(nn.Module):
-    """Give every expert the same number of tokens in training, by threshold in evaluation.
+    """Send the same number of tokens to every expert in training; use thresholds in evaluation.
 
-    Of N tokens each expert takes its best m = ceil(K N / E). Equal scores (as at the start, when
-    the weight is zero) go to expert i from token i m on, cyclically, so that the first batches
-    spread evenly. The thresholds learn by `batchwise_threshold_loss`, averaged over tokens so that
-    its gradient does not grow with the batch; it has no gradient for the gate's weight.
+    Of N tokens, each expert takes its best m = ceil(K N / E). With equal scores (as at the start,
+    when the weight is zero), expert i takes tokens from token i m on, cyclically, so that the first
+    batches spread evenly. The thresholds are trained by `batchwise_threshold_loss`, averaged over
+    tokens so that its gradient does not grow with the batch; it has no gradient with respect to the
+    gate's weight.
 
     Attributes:
         gate_weight: (D, E), or (G, D, E) with `num_groups`.
@@ -128,12 +129,12 @@ class StrictlyBalancedGate(nn.Module):
     can_balance_load, waits = False, True
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
-        """Make the gate; arguments as of `NoisyTopKGate`."""
+        """Build the gate; arguments as in `NoisyTopKGate`."""
         super().__init__()
         self.top_k = top_k
         shape = weight_shape(model_dim, num_experts, num_groups)
         self.gate_weight = nn.Parameter(torch.zeros(shape))
-        # What a gate of weight zero gives each expert.
+        # The gate of each expert while the weight is zero.
         threshold_shape = *shape[:-2], num_experts
         self.threshold = nn.Parameter(torch.full(threshold_shape, 1 / num_experts))
 
@@ -144,16 +145,16 @@ class StrictlyBalancedGate(nn.Module):
         row_offsets: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Gating:
-        """Choose the tokens of each expert; arguments as of `NoisyTopKGate`, without noise.
+        """Choose the tokens of each expert; arguments as in `NoisyTopKGate`, without noise.
 
-        With groups, each is a batch of its own. There is no padding.
+        With groups, each group is a batch of its own. There is no padding.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
             logits, _ = gate_logits(x.to(dtype), self.gate_weight.to(dtype), None, row_offsets)
             probs, threshold = logits.detach().softmax(dim=1), self.threshold.to(dtype)
             if row_offsets is not None:
-                # By indexing: the gradient of equal indices is then summed in a fixed order.
+                # Indexing sums the gradients of equal indices in a fixed order.
                 threshold = threshold[row_groups(row_offsets, len(x))]
             if self.training:
                 mask = batchwise_mask(probs, self.top_k, row_offsets)
@@ -168,21 +169,21 @@ class StrictlyBalancedGate(nn.Module):
                 else torch.segment_reduce(values, "sum", offsets=row_offsets)
                 for values in (weighted, mask.to(dtype))
             )
-        # One wait for both numbers.
+        # Both numbers are fetched in one wait.
         num_slots, num_rows = torch.stack([_most(mask), mask.sum()]).tolist()
         gates, expert_ids = to_slots(masked, mask, max(num_slots, 1))
         return Gating(gates, expert_ids, importance, load, load.long(), loss, num_rows)
 
 
 def weight_shape(model_dim: int, num_experts: int, num_groups: int) -> tuple[int, ...]:
-    """Return the shape of a gate's weight, or of those of several groups' gates."""
+    """Return the shape of a gate's weight, or of the stacked weights of several groups' gates."""
     return (num_groups, model_dim, num_experts) if num_groups else (model_dim, num_experts)
 
 
 def empty_padding(
     gates: Tensor, expert_ids: Tensor, num_experts: int, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Take the experts (N, K) from rows that are padding, from row `row_offsets[1]` on."""
+    """Remove the experts (N, K) of padding rows, which start at row `row_offsets[1]`."""
     is_padding = torch.arange(len(gates), device=gates.device) >= row_offsets[1]
     is_padding = is_padding.unsqueeze(1)
     return gates.masked_fill(is_padding, 0.0), expert_ids.masked_fill(is_padding, num_experts)
@@ -192,13 +193,13 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     """Keep each expert's best m = ceil(K N / E) tokens.
 
     Args:
-        probs: (N, E). G_sigma.
-        top_k: K, tokens' average number of experts.
-        row_offsets: (G + 1,) int64. Each group, which owns rows [offsets[g], offsets[g + 1]), is
-            a batch of its own; None for one batch.
+        probs: (N, E), G_sigma.
+        top_k: K, the average number of experts per token.
+        row_offsets: (G + 1,) int64. Each group, with rows [offsets[g], offsets[g + 1]), is a batch
+            of its own; None for a single batch.
 
     Returns:
-        (N, E) bool with exactly m ones in each column of a group.
+        (N, E) bool, with exactly m ones in each column of a group.
 
     Source: Shazeer et al. 2017, eq. 18.
     """
@@ -209,9 +210,9 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     chosen_per_expert = (top_k * sizes + num_experts - 1) // num_experts
     groups = row_groups(row_offsets, num_rows)
     first, size, chosen = row_offsets[groups], sizes[groups], chosen_per_expert[groups]
-    index = torch.arange(num_rows, device=probs.device) - first  # within the group
+    index = torch.arange(num_rows, device=probs.device) - first  # index within the group
     start = torch.arange(num_experts, device=probs.device) * chosen.unsqueeze(1)
-    # Column i begins at its group's token i m.
+    # Column i starts at token i m of its group.
     token = first.unsqueeze(1) + (index.unsqueeze(1) + start) % size.unsqueeze(1)
     order = probs.detach().gather(0, token).sort(dim=0, descending=True, stable=True).indices
     if len(sizes) > 1:
@@ -221,10 +222,10 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
 
 
 def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Keep what is over its expert's threshold; and NaN, so that it shows in the gates.
+    """Keep values above their expert's threshold, and NaN, so that it shows in the gates.
 
     Args:
-        probs: (N, E). G_sigma.
+        probs: (N, E), G_sigma.
         threshold: (E,), or (N, E) for rows of several gates.
 
     Returns:
@@ -236,10 +237,9 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 without any expert.
+    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for tokens without experts.
 
-    Computed as a softmax over the kept logits, since all kept G_sigma may be too small for their
-    dtype.
+    This is computed as a softmax over the kept logits, because all kept G_sigma may underflow.
 
     Args:
         logits: (N, E).
@@ -247,20 +247,21 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 
     Source: Shazeer et al. 2017, eqs. 2 and 16.
     """
-    left_out = ~mask & mask.any(dim=1, keepdim=True)  # all columns of a row would give NaN
+    # Leaving out all columns of a row would give NaN.
+    left_out = ~mask & mask.any(dim=1, keepdim=True)
     return logits.masked_fill(left_out, -math.inf).softmax(dim=1).masked_fill(~mask, 0.0)
 
 
 def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
-    """Penalise thresholds that choose other tokens than the batch does.
+    """Penalise thresholds whose choice of tokens differs from the batch's.
 
     Args:
-        probs: (N, E). G_sigma, X of the paper.
-        threshold: (E,). T.
-        mask: (N, E) bool. What the batch chose.
+        probs: (N, E), G_sigma; X in the paper.
+        threshold: (E,), T in the paper.
+        mask: (N, E) bool, the choice in the batch.
 
     Returns:
-        A scalar, summed over tokens and experts; 0 where both masks agree, else positive.
+        A scalar, summed over tokens and experts; 0 if both masks agree, else positive.
 
     Source: Shazeer et al. 2017, eqs. 19-20.
     """
@@ -272,17 +273,18 @@ def to_slots(dense: Tensor, mask: Tensor, num_slots: int) -> tuple[Tensor, Tenso
     """List each token's experts.
 
     Args:
-        dense: (N, E). Gates, 0 where `mask` is False.
+        dense: (N, E), gates, 0 where `mask` is False.
         mask: (N, E) bool.
-        num_slots: K, as many as the busiest token needs.
+        num_slots: K, the largest number of experts of any token.
 
     Returns:
-        (N, K) gates and (N, K) int64 ids by rising id; empty slots have the gate 0 and the id E.
+        (N, K) gates and (N, K) int64 ids in ascending order; empty slots have the gate 0 and the id
+        E.
     """
     ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :num_slots]
     return dense.gather(1, ids), ids.masked_fill(~mask.gather(1, ids), mask.shape[1])
 
 
 def _most(mask: Tensor) -> Tensor:
-    """Return the largest number of experts of a token; 0 without tokens."""
+    """Return the largest number of experts of any token; 0 if there are no tokens."""
     return mask.sum(1).max() if len(mask) else mask.sum()

@@ -1,4 +1,4 @@
-"""Gates of two levels: a token's groups first, then the experts of each of its groups."""
+"""Hierarchical gates: choose a token's groups, then experts within each of these groups."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ FlatGate = NoisyTopKGate | StrictlyBalancedGate
 
 
 class HierarchicalGate(nn.Module):
-    """A gate over groups, and in each group a gate over its experts for the tokens it gets.
+    """A gate over groups, and for each group a gate over its experts.
 
-    Expert j of group i is expert i * group_size + j. Its gate is the product of both levels'.
+    Expert j of group i is expert i * group_size + j. Its gate is the product of both levels' gates.
 
     Attributes:
         primary: One gate over G groups.
-        secondary: G gates over E / G experts. In checkpoints `secondary.gate_weight` is called
-            `secondary_gate_weight`, and so are its other parameters.
+        secondary: G gates over E / G experts. In checkpoints, `secondary.gate_weight` is called
+            `secondary_gate_weight`, and likewise for its other parameters.
 
     Source: Shazeer et al. 2017, Appendix B, eqs. 12-14.
     """
 
     def __init__(self, primary: FlatGate, secondary: FlatGate) -> None:
         super().__init__()
-        # The order of parameters is that of saved optimizer states.
+        # The order of parameters must stay that of saved optimizer states.
         self.secondary, self.primary = secondary, primary
         self.num_groups, _, self.group_size = secondary.gate_weight.shape
         self.can_balance_load = primary.can_balance_load or secondary.can_balance_load
@@ -47,8 +47,8 @@ class HierarchicalGate(nn.Module):
 
         Args:
             x: (N, D).
-            noise: (N, G) and (N, E) standard normal; drawn when None. Used in training only, and
-                only by noisy gates.
+            noise: (N, G) and (N, E) standard normal, used only by noisy gates in training; None to
+                draw it.
             row_offsets: As in `NoisyTopKGate`.
         """
         primary_noise, secondary_noise = (None, None) if noise is None else noise
@@ -75,9 +75,9 @@ class HierarchicalGate(nn.Module):
         )
 
     def _mean_load(self, primary: Gating) -> Tensor:
-        """Return the load of each group for each of its tokens, in training over all ranks: (G,).
+        """Return each group's load divided by its tokens, in training over all ranks: (G,).
 
-        So that the loads of all ranks' batches add up to the load of one batch of all tokens.
+        Thus the loads of all ranks' batches add up to the load of one batch of all tokens.
         """
         balance = torch.stack([primary.load, primary.tokens_per_expert.to(primary.load.dtype)])
         if self.training:
@@ -85,7 +85,7 @@ class HierarchicalGate(nn.Module):
         return balance[0] / balance[1].clamp(min=1)
 
     def _row_noise(self, noise: Tensor, plan: RowPlan) -> Tensor:
-        """Pick each row's (R, E / G) noise from (N, E)."""
+        """Select each row's noise: (R, E / G) from (N, E)."""
         row_group = row_groups(plan.offsets, len(plan.row_token))
         return noise.view(-1, self.num_groups, self.group_size)[plan.row_token, row_group]
 
@@ -107,8 +107,8 @@ class HierarchicalGate(nn.Module):
 
 
 def _by_row(gates: Tensor, plan: RowPlan) -> Tensor:
-    """Return the gate of each row, (R,), of gates (N, K)."""
-    # One more element: empty slots write there.
+    """Return the gate of each row, (R,), from gates (N, K)."""
+    # One extra element, to which empty slots write.
     row_gates = gates.new_zeros(len(plan.row_token) + 1)
     return row_gates.scatter(0, plan.token_rows.flatten(), gates.flatten())[:-1]
 

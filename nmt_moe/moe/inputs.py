@@ -1,4 +1,4 @@
-"""What a layer may be called with."""
+"""Check the inputs of a layer."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def check_inputs(
     padding_mask: Tensor | None,
     noise: Noise | None,
 ) -> None:
-    """Reject tensors that do not fit an expert's weight or each other.
+    """Reject tensors that do not fit the layer's weights or each other.
 
     Raises:
         ValueError: naming the tensor, its shape, dtype or device, and what it must be.
@@ -38,7 +38,7 @@ def check_inputs(
 
 
 def _check_noise(config: MoEConfig, noise: Noise, x: Tensor) -> None:
-    """Reject noise of another form than the gate draws."""
+    """Reject noise that differs in form from what the gate draws."""
     if config.gate != "noisy_top_k":
         raise ValueError(f"`noise` must be None with the gate '{config.gate}', which draws none.")
     num_groups, num_experts = config.num_groups, config.num_experts

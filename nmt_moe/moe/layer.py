@@ -20,8 +20,8 @@ Gate = SoftmaxGate | NoisyTopKGate | StrictlyBalancedGate | HierarchicalGate
 class MoELayer(nn.Module):
     """Send each token to its top-k experts and add up their weighted outputs.
 
-    No token is dropped and no expert has a capacity. The sum over a token's experts runs in a
-    fixed order, so equal inputs give equal bits.
+    No token is dropped, and experts have no capacity limit. A token's experts are summed in a fixed
+    order, so equal inputs give bit-identical outputs.
 
     Source: Shazeer et al. 2017, section 2, figure 1.
     """
@@ -33,14 +33,14 @@ class MoELayer(nn.Module):
         group: ExpertParallelGroup = ALONE,
         init_range: float | None = None,
     ) -> None:
-        """Make the layer.
+        """Build the layer.
 
         Args:
             config: Its sizes and choices.
-            name: What errors call it.
+            name: Its name in errors.
             group: The ranks that share the experts. All of them must call the layer, and go
                 backward through it, the same number of times, with or without tokens.
-            init_range: Experts' weights are drawn uniformly within it; by default within
+            init_range: Range of the uniform distribution of experts' weights; by default
                 1 / sqrt(number of inputs).
 
         Raises:
@@ -60,7 +60,7 @@ class MoELayer(nn.Module):
         self.group = group
 
     def extra_repr(self) -> str:
-        """Return what `print` shows of the layer's sizes and choices."""
+        """Return the layer's sizes and choices, for `print`."""
         config = self.config
         words = [
             f"model_dim={config.model_dim}, hidden_dim={config.hidden_dim}",
@@ -77,23 +77,23 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, MoEStats]:
         """Compute y = sum_i G(x)_i E_i(x).
 
-        In training on a GPU the host does not wait for the device (strictly balanced gates and
-        experts spread over ranks aside): tokens that are not finite are then left to
-        `MoEStats.check_finite`.
+        In training on a GPU, the host does not wait for the device (except with strictly balanced
+        gates or experts spread over ranks); call `MoEStats.check_finite` to find tokens that are
+        not finite.
 
-        `torch.compile` leaves the layer out, as its shapes depend on the choice of experts: a model
-        is compiled around it, and cannot be with `fullgraph=True` or `torch.export`.
+        `torch.compile` skips the layer, because its shapes depend on the choice of experts: a model
+        is compiled around it, but `fullgraph=True` and `torch.export` do not work.
 
         Args:
             x: (N, D).
-            padding_mask: (N,) bool, True = padding. Such rows of y are 0; they reach no expert,
-                no loss and no statistic.
+            padding_mask: (N,) bool, True = padding. Padding reaches no expert, loss or statistic;
+                its rows of y are 0.
             noise: (N, E) standard normal, to reproduce a pass; with groups, a tuple of (N, G) and
-                (N, E). Drawn when None. Used only by noisy gates in training.
+                (N, E). Used only by noisy gates in training; None to draw it.
 
         Returns:
             y: (N, D), in the dtype of x.
-            stats: Choice, balance and balance losses of this batch.
+            stats: Choice of experts, balance and balance losses of this batch.
 
         Raises:
             ValueError: if a shape, dtype or device does not fit.
@@ -127,7 +127,7 @@ class MoELayer(nn.Module):
     def _mix(self, x: Tensor, gates: Tensor, route: Route) -> Tensor:
         """Send tokens (N, D) to their experts and add up the outputs: (N, D).
 
-        Gates stay in float32 or wider: rounded to half precision, they would not add up to 1.
+        Gates stay in float32 or wider: rounded to half precision, they would not sum to 1.
         """
         arrivals = route.to_experts(x.to(compute_dtype(x)), gates)
         plan = plan_rows(arrivals.expert_ids, self.experts.num_local_experts, arrivals.num_rows)
@@ -136,10 +136,10 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def serve(self) -> None:
-        """Compute for the tokens of other ranks until all ranks of the group have called this.
+        """Compute experts for other ranks' tokens until all ranks of the group have called this.
 
-        For loops that need more passes on some ranks than on others, such as a search: a rank that
-        has finished its own calls this, and all ranks of the group return together.
+        This is for loops that run longer on some ranks than on others, such as a search: a rank
+        that has finished calls this, and all ranks of the group return together.
         """
         weight = self.experts.weight_in
         x = weight.new_empty(0, self.config.model_dim)
@@ -149,10 +149,10 @@ class MoELayer(nn.Module):
             self._mix(x, gates, route)
 
     def _balance(self, gating: Gating, rows: Unpadded, num_rows: int) -> MoEStats:
-        """Compute the balance losses of what the gate chose."""
+        """Compute the balance losses of the gate's choice."""
         config, importance, load = self.config, gating.importance, gating.load
         if self.training:
-            # A part of a batch is less even than the whole, so balance is judged over all ranks.
+            # Part of a batch is less balanced than all of it, so balance spans all ranks.
             importance, load = sum_over_ranks(torch.stack([importance, load]))
         load_weight = config.load_weight if self.gate.can_balance_load else 0.0
         return MoEStats(
@@ -165,7 +165,7 @@ class MoELayer(nn.Module):
         )
 
 
-# `torch.compiler.disable` without importing the compiler here, which takes seconds.
+# Does what `torch.compiler.disable` does, without importing the compiler, which takes seconds.
 @torch._disable_dynamo
 def _compute_uncompiled(
     layer: MoELayer, x: Tensor, padding_mask: Tensor | None, noise: Noise | None
@@ -174,7 +174,7 @@ def _compute_uncompiled(
 
 
 def build_gate(config: MoEConfig) -> Gate:
-    """Make the gate that `config` names."""
+    """Build the gate that `config` names."""
     if config.gate == "softmax":
         return SoftmaxGate(config.model_dim, config.num_experts)
     gate = NoisyTopKGate if config.gate == "noisy_top_k" else StrictlyBalancedGate

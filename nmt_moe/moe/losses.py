@@ -1,4 +1,4 @@
-"""The losses that keep experts equally used."""
+"""The losses that balance the use of experts."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def squared_cv(values: Tensor) -> Tensor:
         values: (E,) non-negative. The variance is the population's (divided by E).
 
     Returns:
-        A scalar; 0 where all values are zero, and for a single expert; NaN if a value is.
+        A scalar; 0 if all values are zero or there is a single expert; NaN if any value is.
 
     Source: Shazeer et al. 2017, eqs. 7 and 11.
     """
@@ -22,7 +22,7 @@ def squared_cv(values: Tensor) -> Tensor:
 
 
 def importance_loss(importance: Tensor, weight: float) -> Tensor:
-    """Penalise unequal sums of gates.
+    """Penalise unequal importance.
 
     Args:
         importance: (E,) float32 or wider, the sum of each expert's gates over the batch.
@@ -37,7 +37,7 @@ def importance_loss(importance: Tensor, weight: float) -> Tensor:
 
 
 def load_loss(load: Tensor, weight: float) -> Tensor:
-    """Penalise unequal expected numbers of tokens.
+    """Penalise unequal load.
 
     Args:
         load: (E,) float32 or wider, the smooth estimate of each expert's number of tokens.

@@ -1,4 +1,4 @@
-"""Batches of tokens with padding between them."""
+"""Batches of tokens with padding."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ from nmt_moe.kernels import is_on_host
 
 @dataclass(frozen=True)
 class Unpadded:
-    """The rows of a batch (N, ...) that the layer computes: M of them, the tokens first.
+    """The M rows of a batch (N, ...) on which the layer computes, tokens first.
 
-    Where the host can count the tokens without waiting, padding is dropped: M is their number.
-    Elsewhere M = N, and padding follows the tokens as zeros.
+    If the host can count the tokens without waiting, padding is dropped and M is the number of
+    tokens. Otherwise M = N, and padding follows the tokens as zeros.
 
     Attributes:
-        index: (M,) int64. The row of the batch that each is; None for all, in their order.
-        row_offsets: (3,) int64, [0, number of tokens, N], where padding follows; else None.
+        index: (M,) int64, the row of the batch for each row here; None for all rows in order.
+        row_offsets: (3,) int64, [0, number of tokens, N], if padding follows; else None.
     """
 
     index: Tensor | None = None
     row_offsets: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """Take the rows (M, ...) of a batch (N, ...)."""
+        """Select the rows (M, ...) of a batch (N, ...)."""
         if self.index is None:
             return x
         rows = x.index_select(0, self.index)
@@ -34,10 +34,10 @@ class Unpadded:
         return rows.masked_fill(is_padding.unsqueeze(1), 0.0)
 
     def put_back(self, rows: Tensor, num_rows: int, padding: float = 0) -> Tensor:
-        """Put rows (M, ...) where they belong in a batch (N, ...) with `padding` elsewhere."""
+        """Put rows (M, ...) back into a batch (N, ...), with `padding` elsewhere."""
         if self.index is None:
             return rows
-        # Indices differ, so index_copy is deterministic.
+        # Indices are distinct, so index_copy is deterministic.
         batch = rows.new_full((num_rows, *rows.shape[1:]), padding)
         return batch.index_copy(0, self.index, rows)
 
@@ -46,7 +46,7 @@ def drop_padding(padding_mask: Tensor | None, may_wait: bool) -> Unpadded:
     """Find the tokens of a batch.
 
     Args:
-        padding_mask: (N,) bool, True = padding; None for none.
+        padding_mask: (N,) bool, True = padding; None if there is none.
         may_wait: Whether the host may wait for the device of `padding_mask`.
     """
     if padding_mask is None:

@@ -1,6 +1,7 @@
-"""How gates decide and how far experts differ: what tells whether experts have begun to learn.
+"""How decisive gates are and how much experts differ: signs that experts specialise.
 
-Balance (`nmt_moe.moe.stats`) says whether all experts are used; these say whether it matters which.
+Balance (`nmt_moe.moe.stats`) shows whether all experts are used; these values show whether it
+matters which ones.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 def gate_entropy(gates: Tensor) -> Tensor:
     """Compute the entropy of each token's gates.
 
-    A young gate weighs all chosen experts alike (log K); the entropy falls as it learns.
+    A new gate weights all chosen experts equally (entropy log K); the entropy falls as it learns.
 
     Args:
         gates: (N, K) non-negative; rows without an expert are 0.
@@ -23,13 +24,13 @@ def gate_entropy(gates: Tensor) -> Tensor:
 
 
 def gate_margin(gates: Tensor) -> Tensor:
-    """Subtract each token's second largest gate from its largest.
+    """Compute the difference between each token's largest and second largest gate.
 
     Args:
         gates: (N, K) non-negative; rows without an expert are 0.
 
     Returns:
-        (N,) from 0 to 1; the gate itself where K is 1.
+        (N,) from 0 to 1; the gate itself if K is 1.
     """
     if gates.shape[1] == 1:
         return gates.squeeze(1)
@@ -38,16 +39,16 @@ def gate_margin(gates: Tensor) -> Tensor:
 
 
 def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tensor:
-    """Compute the share of experts that the same tokens kept from one checkpoint to another.
+    """Compute the share of experts that tokens keep from one checkpoint to another.
 
     Args:
-        before: (N, K1) int64. Experts of each token; `num_experts` in empty slots.
-        after: (N, K2) int64. Those of the later checkpoint.
+        before: (N, K1) int64, experts of each token; `num_experts` in empty slots.
+        after: (N, K2) int64, the same in the later checkpoint.
         num_experts: E.
 
     Returns:
-        A scalar from 0 to 1: of all (token, expert) pairs of `after`, those in `before`. Gates that
-        choose by chance keep K1 / E.
+        A scalar from 0 to 1: the share of (token, expert) pairs of `after` that are in `before`.
+        With random gates it is K1 / E.
 
     Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), section 5.1.
     """
@@ -56,7 +57,7 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
 
 
 def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-    """Compute what every expert makes of every token, chosen or not.
+    """Compute every expert's output for every token, chosen or not.
 
     Args:
         x: (N, D).
@@ -76,7 +77,7 @@ def output_similarity(outputs: Tensor) -> Tensor:
         outputs: (E, N, D), of at least two experts.
 
     Returns:
-        A scalar: 1 for copies of one expert, near 0 for experts that have nothing in common.
+        A scalar: 1 for copies of one expert, near 0 for experts with nothing in common.
 
     Raises:
         ValueError: if there are fewer than two experts.
@@ -84,6 +85,6 @@ def output_similarity(outputs: Tensor) -> Tensor:
     num_experts = len(outputs)
     if num_experts < 2:
         raise ValueError(f"`outputs` must be those of at least 2 experts, but is of {num_experts}.")
-    # The square of a sum of unit vectors holds each pair's cosine twice, and 1 for each vector.
+    # The squared norm of a sum of unit vectors is twice the sum of all cosines, plus 1 per vector.
     squares = F.normalize(outputs, dim=2).sum(0).square().sum(1)
     return ((squares - num_experts) / (num_experts * (num_experts - 1))).mean()

@@ -1,4 +1,4 @@
-"""What one pass through an MoE layer reports besides its output."""
+"""What one pass through an MoE layer returns besides its output."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from nmt_moe.moe.padding import Unpadded
 
 @dataclass(frozen=True)
 class MoEStats:
-    """What the gate chose in one batch, its balance, and the losses made of it.
+    """The gate's choice in one batch, its balance, and the balance losses.
 
     Attributes:
-        gating: What the gate chose, for the rows of `rows`.
-        rows: Which rows of the batch were given to the gate.
-        num_rows: N, rows of the batch, padding included.
+        gating: The gate's choice, for the rows `rows`.
+        rows: Which rows of the batch the gate received.
+        num_rows: N, the rows of the batch, including padding.
         importance_loss: Scalar, weighted (eq. 7).
         load_loss: Scalar, weighted (eq. 11).
-        name: What errors call the layer.
+        name: The layer's name in errors.
     """
 
     gating: Gating
@@ -33,51 +33,51 @@ class MoEStats:
 
     @property
     def expert_ids(self) -> Tensor:
-        """(N, K) int64. The experts of each token; E in empty slots and for padding."""
+        """Return the experts of each token, (N, K) int64; E in empty slots and for padding."""
         num_experts = len(self.importance)
         return self.rows.put_back(self.gating.expert_ids, self.num_rows, num_experts)
 
     @property
     def gates(self) -> Tensor:
-        """(N, K) float32 or wider. The weights of `expert_ids`; 0 in empty slots."""
+        """Return the weights of `expert_ids`, (N, K) float32 or wider; 0 in empty slots."""
         return self.rows.put_back(self.gating.gates, self.num_rows)
 
     @property
     def importance(self) -> Tensor:
-        """(E,) float32 or wider. Sum of each expert's gates (eq. 6)."""
+        """Return the sum of each expert's gates (eq. 6), (E,) float32 or wider."""
         return self.gating.importance
 
     @property
     def load(self) -> Tensor:
-        """(E,) float32 or wider. Expected number of tokens of each expert (see `Gating`)."""
+        """Return the expected tokens of each expert, (E,) float32 or wider (see `Gating`)."""
         return self.gating.load
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """(E,) int64. Tokens sent to each expert."""
+        """Return the number of tokens sent to each expert, (E,) int64."""
         return self.gating.tokens_per_expert
 
     @property
     def threshold_loss(self) -> Tensor:
-        """Scalar, trains the thresholds of strictly balanced gates (eq. 20, the mean over tokens).
+        """Return the loss for strictly balanced gates' thresholds (eq. 20, the mean over tokens).
 
-        0 with other gates and in evaluation.
+        It is 0 with other gates and in evaluation.
         """
         loss = self.gating.threshold_loss
         return self.importance.new_zeros(()) if loss is None else loss
 
     @property
     def balance_loss(self) -> Tensor:
-        """Weighted sum of the loss terms: one scalar to add to the loss per token."""
+        """Return the sum of the weighted losses: a scalar to add to the mean loss per token."""
         return self.importance_loss + self.load_loss + self.threshold_loss
 
     def check_finite(self) -> None:
-        """Reject tokens and gate weights that are not finite; waits for their device.
+        """Reject tokens and gate weights that are not finite; this waits for the device.
 
         Raises:
             FloatingPointError: naming the layer.
         """
-        # Whatever is not finite in a token or in a gate's weight shows in its gates, hence here.
+        # Any value of a token or gate weight that is not finite shows in the gates, hence here.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 
@@ -101,13 +101,13 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 
 
 def effective_experts(counts: Tensor) -> Tensor:
-    """Compute how many equally used experts would be as uneven as those that were used.
+    """Compute the effective number of experts: how many equally used ones have the same entropy.
 
     Args:
-        counts: (..., E) non-negative, tokens of each expert.
+        counts: (..., E) non-negative, the tokens of each expert.
 
     Returns:
-        (...): exp of the entropy of each row's shares, from 1 to E; 0 where a row has no token.
+        (...): exp of the entropy of each row's shares, from 1 to E; 0 if a row has no tokens.
     """
     total = counts.sum(-1, keepdim=True)
     shares = counts / total.clamp_min(1e-9)

@@ -1,4 +1,4 @@
-"""Networks around the MoE layer; torch alone."""
+"""Networks around the MoE layer; they need only torch."""
 
 from nmt_moe.nn.attention import (
     ATTENTIONS,

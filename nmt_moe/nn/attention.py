@@ -1,15 +1,16 @@
-"""Attention of the decoder over the encoder's outputs, in the paper's two forms."""
+"""The decoder's attention over the encoder's outputs, in the paper's two forms."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Weigh source positions by a query.
+    """Weight source positions by their relevance to a query.
 
-    V starts at 1 / sqrt(D): drawn like a matrix, all weights would start equal; starting at 1,
-    scores reach +-D as soon as the tanh saturate, and at a high learning rate the weights settle
-    for good on one position (the end of the sentence) before attention is learnt.
+    V starts at 1 / sqrt(D). If it were drawn like a matrix, all attention weights would start
+    equal; if it started at 1, scores would reach +-D as soon as the tanh saturates, and at a high
+    learning rate the weights would get stuck on one position (the end of the sentence) before
+    attention is learnt.
 
     Source: Shazeer et al. 2017, Appendix G.
     """
@@ -21,11 +22,11 @@ class Attention(nn.Module):
 
     @staticmethod
     def keys(projected: Tensor) -> Tensor:
-        """Return the keys, (B, S, D), of the projected source x U, (B, S, D)."""
+        """Return the keys, (B, S, D), for the projected source x U, (B, S, D)."""
         raise NotImplementedError
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Return A(x_i, y_j), (B, T, S), of the projected queries y W, (B, T, D), and the keys."""
+        """Return A(x_i, y_j), (B, T, S), for the projected queries y W, (B, T, D), and the keys."""
         raise NotImplementedError
 
     def forward(
@@ -50,7 +51,7 @@ class Attention(nn.Module):
 
 
 class ProductAttention(Attention):
-    """sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d): one matrix product over all pairs of steps.
+    """Score by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d): one matrix product for all pairs.
 
     Source: Shazeer et al. 2017, eq. 22.
     """
@@ -66,14 +67,14 @@ class ProductAttention(Attention):
 
 
 class AdditiveAttention(Attention):
-    """sum_d V_d tanh((x_i U)_d + (y_j W)_d), GNMT's attention; takes memory for (B, T, S, D).
+    """Score by sum_d V_d tanh((x_i U)_d + (y_j W)_d), as GNMT does; needs memory (B, T, S, D).
 
     Source: Shazeer et al. 2017, eq. 21.
     """
 
     @staticmethod
     def keys(projected: Tensor) -> Tensor:
-        """Return x U as it is."""
+        """Return x U unchanged."""
         return projected
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ ATTENTIONS: dict[str, type[Attention]] = {
 
 
 class AttentionKeys(nn.Module):
-    """The attention's part that depends on the source alone, computed once for each sentence."""
+    """The part of attention that depends only on the source, computed once for each sentence."""
 
     def __init__(self, model_dim: int, attention: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The decoder's first LSTM in the paper's wiring: it attends, and takes in what it attended to."""
+"""The decoder's first LSTM in the paper's wiring: it attends, and receives the context."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from nmt_moe.nn.lstm import State
 
 
 class AttentiveLSTM(nn.Module):
-    """An LSTM, projected unless as wide as its cells, whose input at each step is [x; context].
+    """An LSTM whose input at each step is [x; context], with a projection if D and H differ.
 
-    The context of a step is what the output of the step before attends to (at the first step the
-    zero output, hence all positions equally), as in GNMT. Steps cannot run at once.
+    As in GNMT, the context of a step is what the previous step's output attends to (at the first
+    step an output of zeros, hence all positions equally). Steps cannot run in parallel.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.
     """
@@ -26,7 +26,7 @@ class AttentiveLSTM(nn.Module):
         super().__init__()
         self.attention = ATTENTIONS[attention](model_dim)
         self.weight_x = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
-        # Columns of the context, then of the output before: both are there at each step.
+        # Columns for the context, then for the previous output; both are inputs at each step.
         self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
         self.hidden_dim = hidden_dim
@@ -42,8 +42,8 @@ class AttentiveLSTM(nn.Module):
 
         Args:
             x: (T, B, D).
-            encoder_out: Of the same B sentences.
-            state: Output (B, D) and cells (B, H) of the step before; zeros when None.
+            encoder_out: The encoding of the same B sentences.
+            state: Output (B, D) and cells (B, H) of the previous step; None for zeros.
 
         Returns:
             (T, B, D) outputs, (B, T, S) attention weights, and the state after the last step.
@@ -99,11 +99,11 @@ class AttentiveLSTM(nn.Module):
 
 
 class _CollectWeightGradient(torch.autograd.Function):
-    """Compute the recurrent weights' gradient in one product over all steps.
+    """Compute the gradient of the recurrent weights in one product over all steps.
 
     Autograd would add up one product per step, each over few rows. The gates of all steps pass
-    through here before the recurrent part is added, so their gradient is known when the last of
-    them comes back; `inputs` is filled by the steps in between.
+    through this function before the recurrent part is added, so their gradients are complete when
+    its backward pass runs; meanwhile the steps have filled `inputs`.
     """
 
     @staticmethod

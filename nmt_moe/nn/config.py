@@ -18,22 +18,23 @@ def _check_moe_dim(model_dim: int, moe: MoEConfig | None) -> None:
 
 @dataclass(frozen=True)
 class GNMTConfig:
-    """Describe one GNMT-style encoder and decoder.
+    """Describe a GNMT-style encoder and decoder.
 
     Attributes:
         model_dim: D, width of embeddings and of every layer's input and output.
-        lstm_hidden_dim: Cells of an LSTM; projected to D unless equal to it.
-        encoder_layers: LSTMs of the encoder; the bidirectional bottom pair counts as two.
-        decoder_layers: LSTMs of the decoder.
+        lstm_hidden_dim: Cells in each LSTM; projected to D unless equal to it.
+        encoder_layers: LSTMs in the encoder; the bidirectional bottom pair counts as two.
+        decoder_layers: LSTMs in the decoder.
         attention: "product" (eq. 22) or "additive" (eq. 21).
-        attention_wiring: "recurrent": decoder LSTM 1 takes the context its own previous output
-            attends to; "parallel": decoder LSTM 1 runs ahead, its outputs query the attention at
-            once and the context goes into LSTM 2.
-        dropout: Chance that an output of an embedding, LSTM or MoE layer is zeroed in training.
-        init_range: Weights start uniform within this, gates and biases aside.
+        attention_wiring: "recurrent": decoder LSTM 1 receives the context to which its previous
+            output attends; "parallel": decoder LSTM 1 first runs over all steps, all its outputs
+            attend at once, and the context goes into LSTM 2.
+        dropout: Probability that an output of an embedding, LSTM or MoE layer is zeroed in
+            training.
+        init_range: Initial weights, except those of gates and biases, are uniform within +-this.
         moe: Sizes of both MoE layers; None leaves them out.
-        decoder_num_experts: Experts of the decoder's MoE layer, if not as many as the encoder's: of
-            a model that was pruned; 0 for the same number.
+        decoder_num_experts: Experts in the decoder's MoE layer, if their number differs from the
+            encoder's (in a pruned model); 0 for the same number.
 
     Raises:
         ValueError: naming the field, its rule and its value.
@@ -55,7 +56,7 @@ class GNMTConfig:
     def __post_init__(self) -> None:
         check_whole("model_dim", self.model_dim, 1)
         check_whole("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
-        # The MoE lies between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
+        # The MoE layer is between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
         check_whole("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
         check_whole("decoder_layers", self.decoder_layers, 2)
         check_choice("attention", self.attention, tuple(ATTENTIONS))
@@ -73,12 +74,12 @@ class GNMTConfig:
             _ = self.decoder_moe
         except ValueError as error:
             raise ValueError(
-                f"`decoder_num_experts` {self.decoder_num_experts} cannot be: {error}"
+                f"`decoder_num_experts` {self.decoder_num_experts} is not possible: {error}"
             ) from None
 
     @property
     def decoder_moe(self) -> MoEConfig | None:
-        """Sizes of the decoder's MoE layer."""
+        """Return the sizes of the decoder's MoE layer."""
         if self.moe is None or not self.decoder_num_experts:
             return self.moe
         return replace(self.moe, num_experts=self.decoder_num_experts)
@@ -86,16 +87,16 @@ class GNMTConfig:
 
 @dataclass(frozen=True)
 class LSTMLMConfig:
-    """Describe one language model.
+    """Describe a language model.
 
     Attributes:
         model_dim: D, width of the embedding and of every layer's input and output.
-        lstm_hidden_dim: Cells of an LSTM; projected to D unless equal to it.
-        lstm_layers: LSTMs in all; the MoE layer follows the first.
-        expert_layers: Hidden layers of an expert; more than 1 only of a single expert, which every
-            token takes, so that it needs no gate (MoE-1-Deep).
-        dropout: Chance that an output of a layer is zeroed in training.
-        init_range: Weights start uniform within this, gates and biases aside.
+        lstm_hidden_dim: Cells in each LSTM; projected to D unless equal to it.
+        lstm_layers: Number of LSTMs; the MoE layer follows the first.
+        expert_layers: Hidden layers in an expert; more than 1 only with a single expert, which
+            every token uses and which needs no gate (MoE-1-Deep).
+        dropout: Probability that an output of a layer is zeroed in training.
+        init_range: Initial weights, except those of gates and biases, are uniform within +-this.
         moe: Sizes of the MoE layer; None leaves it out.
 
     Raises:

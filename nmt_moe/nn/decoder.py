@@ -16,15 +16,15 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
 class DecoderOutput(NamedTuple):
-    """What one pass of the decoder gives.
+    """The result of one pass of the decoder.
 
     Attributes:
         features: (B, T, D), input of the softmax layer.
-        attention: (B, T, S), weights over the source tokens, each row sums to 1.
+        attention: (B, T, S), weights over the source tokens; each row sums to 1.
         moe_stats: Statistics of the decoder's MoE layer, if it has one.
-        state: After the last step.
+        state: The LSTMs' state after the last step.
     """
 
     features: Tensor
@@ -34,7 +34,7 @@ class DecoderOutput(NamedTuple):
 
 
 class GNMTDecoder(nn.Module):
-    """LSTM 1 with attention, an MoE layer, and further LSTMs, all with residuals.
+    """LSTM 1 with attention, an MoE layer, and further LSTMs, all with residual connections.
 
     Source: Shazeer et al. 2017, Appendix E.
     """
@@ -66,7 +66,7 @@ class GNMTDecoder(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights: its owner has drawn it
+        self.embedding = embedding  # after init_weights, as the owner has initialised it
 
     def forward(
         self,
@@ -75,13 +75,13 @@ class GNMTDecoder(nn.Module):
         state: LSTMState | None = None,
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
-        """Decode all given steps, or go on from `state`.
+        """Decode all given steps, or continue from `state`.
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.
-            encoder_out: Of the same B sentences.
-            state: After the step before; None at the start.
-            padding_mask: (B, T) bool, True = padding: kept from experts, losses and statistics.
+            encoder_out: The encoding of the same B sentences.
+            state: The state after the previous step; None at the start.
+            padding_mask: (B, T) bool, True = padding, which reaches no expert, loss or statistic.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * (1 + len(self.layers))
@@ -106,8 +106,8 @@ class GNMTDecoder(nn.Module):
         """Run LSTM 1 and the attention, in the configured wiring.
 
         Returns:
-            (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the context for LSTM 2
-            (T, B, D) if it takes one, and LSTM 1's new state.
+            (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the context (T, B, D) for LSTM
+            2 if it receives one, and LSTM 1's new state.
         """
         if self.attention is None:
             out, weights, new_state = self.bottom(x, encoder_out, state)

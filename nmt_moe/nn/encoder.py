@@ -14,13 +14,13 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
 class EncoderOutput(NamedTuple):
-    """What the decoder needs of the source.
+    """What the decoder needs from the encoder.
 
     Attributes:
         source: (B, S, D), aligned with the source tokens.
-        keys: (B, S, D), the attention's part that depends on the source alone.
+        keys: (B, S, D), the part of attention that depends only on the source.
         padding_mask: (B, S) bool, True = padding.
         sentence: (B,) int64, which of the encoded sentences each row is.
         moe_stats: Statistics of the encoder's MoE layer, if it has one.
@@ -33,9 +33,9 @@ class EncoderOutput(NamedTuple):
     moe_stats: MoEStats | None
 
     def reorder(self, new_order: Tensor) -> "EncoderOutput":
-        """Pick rows: `new_order` (B',) int64 holds the old row of each new one.
+        """Select rows: `new_order` (B',) int64 holds the old row of each new one.
 
-        A beam search mostly exchanges hypotheses of the same sentence: then nothing is copied.
+        A beam search mostly exchanges hypotheses of the same sentence; then nothing is copied.
         """
         sentence = self.sentence.index_select(0, new_order)
         if torch.equal(sentence, self.sentence):
@@ -50,7 +50,7 @@ class EncoderOutput(NamedTuple):
 
 
 class GNMTEncoder(nn.Module):
-    """A bidirectional pair of LSTMs, an MoE layer, and further LSTMs, all with residuals.
+    """A bidirectional pair of LSTMs, an MoE layer, and further LSTMs, with residual connections.
 
     Source: Shazeer et al. 2017, Appendix E.
     """
@@ -73,7 +73,7 @@ class GNMTEncoder(nn.Module):
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights: its owner has drawn it
+        self.embedding = embedding  # after init_weights, as the owner has initialised it
 
     def forward(self, src_tokens: Tensor, padding_mask: Tensor) -> EncoderOutput:
         """Encode a batch.
@@ -83,9 +83,9 @@ class GNMTEncoder(nn.Module):
             padding_mask: (B, S) bool, True = padding.
 
         Returns:
-            The encoding, aligned with `src_tokens`; rows of padding are 0.
+            The encoding, aligned with `src_tokens`; padding rows are 0.
         """
-        # Tokens first, padding last, whichever side it came from.
+        # Move tokens first and padding last, whichever side it was on.
         order = padding_mask.byte().argsort(dim=1, stable=True)
         lengths = (~padding_mask).sum(1)
         right_mask = padding_mask.gather(1, order).t()  # (S, B)

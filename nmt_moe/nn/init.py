@@ -6,12 +6,12 @@ from nmt_moe.parallel import is_expert
 
 
 def init_weights(module: nn.Module, init_range: float) -> None:
-    """Draw the weights of a network.
+    """Initialise the weights of a network.
 
-    Matrices are uniform within `init_range`; experts, gates, biases and vectors keep what their
-    module gave them, except that LSTM biases start at 0 and those of forget gates at 1.
+    Matrices are uniform within +-`init_range`. Experts, gates, biases and vectors keep the values
+    from their modules, except that LSTM biases start at 0, and those of forget gates at 1.
 
-    Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates at zero).
+    Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates start at 0).
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1 and ".gate." not in name and not is_expert(parameter):

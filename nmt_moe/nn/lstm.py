@@ -10,13 +10,13 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 
 State = tuple[Tensor, Tensor]
 
-# Not a warning to a user: the path it announces is the faster one for these sizes.
+# Irrelevant for users: the path it announces is the faster one for these sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
 @dataclass(frozen=True)
 class LSTMState:
-    """All LSTMs of a decoder or language model between two steps.
+    """The state of all LSTMs of a decoder or language model between two steps.
 
     Attributes:
         hidden: (B, layers, D), outputs.
@@ -27,14 +27,14 @@ class LSTMState:
     cell: Tensor
 
     def reorder(self, new_order: Tensor) -> "LSTMState":
-        """Pick hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
+        """Select hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
         return LSTMState(
             self.hidden.index_select(0, new_order), self.cell.index_select(0, new_order)
         )
 
 
 class ProjectedLSTM(nn.Module):
-    """One LSTM layer whose cells are projected before they recur.
+    """An LSTM layer with a recurrent projection.
 
     Source: Sak et al. 2014 (without peepholes).
     """
@@ -49,8 +49,8 @@ class ProjectedLSTM(nn.Module):
 
         Args:
             x: (T, B, input_dim).
-            state: Output (B, output_dim) and cells (B, hidden_dim) of the step before; zeros when
-                None.
+            state: Output (B, output_dim) and cells (B, hidden_dim) of the previous step; None for
+                zeros.
 
         Returns:
             (T, B, output_dim), and the state after the last step.
@@ -68,7 +68,7 @@ class ProjectedLSTM(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTMs, one from each end of the sentence, outputs summed.
+    """Two LSTMs, one from each end of the sentence, with their outputs summed.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.2.
     """
@@ -79,14 +79,14 @@ class BidirectionalLSTM(nn.Module):
         self.backwards = ProjectedLSTM(input_dim, hidden_dim, output_dim)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Run both ways.
+        """Run in both directions.
 
         Args:
             x: (S, B, input_dim), padded at the end.
             lengths: (B,) int64, tokens of each sentence.
 
         Returns:
-            (S, B, output_dim). What stands at padded positions is not defined.
+            (S, B, output_dim). The values at padded positions are undefined.
         """
         turn = turned_positions(lengths, len(x)).unsqueeze(2)
         backwards, _ = self.backwards(torch.take_along_dim(x, turn, dim=0))
@@ -94,7 +94,7 @@ class BidirectionalLSTM(nn.Module):
 
 
 def turned_positions(lengths: Tensor, num_positions: int) -> Tensor:
-    """Index that turns each sentence round and leaves its padding; its own inverse.
+    """Return the index that reverses each sentence but not its padding; it is its own inverse.
 
     Args:
         lengths: (B,) int64.

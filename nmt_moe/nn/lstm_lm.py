@@ -14,14 +14,14 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
 class LMOutput(NamedTuple):
-    """What one pass of the language model gives.
+    """The result of one pass of the language model.
 
     Attributes:
         features: (B, T, D), input of the softmax layer.
         moe_stats: Statistics of the MoE layer, if there is one with a gate.
-        state: Of the LSTMs, after the last step.
+        state: The LSTMs' state after the last step.
     """
 
     features: Tensor
@@ -30,9 +30,9 @@ class LMOutput(NamedTuple):
 
 
 class ResidualDeepExpert(nn.Module):
-    """One expert of several hidden ReLU layers, a sigmoid, dropout, and the residual.
+    """A single expert with several hidden ReLU layers, a sigmoid, dropout, and the residual.
 
-    It replaces an MoE layer; like experts, it has no biases.
+    It replaces an MoE layer; like other experts, it has no biases.
 
     Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
     """
@@ -47,7 +47,7 @@ class ResidualDeepExpert(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, None]:
-        """Apply the expert to (T, B, D). It keeps no statistics, so padding does not matter."""
+        """Apply the expert to (T, B, D). Padding does not matter, as there are no statistics."""
         *inner, last = self.products
         y = x
         for product in inner:
@@ -56,9 +56,9 @@ class ResidualDeepExpert(nn.Module):
 
 
 class LSTMLanguageModel(nn.Module):
-    """Embedding, LSTM, MoE layer, further LSTMs; the softmax layer is its user's.
+    """Embedding, LSTM, MoE layer, further LSTMs; the softmax layer is up to the caller.
 
-    After every layer: dropout, then the layer's input is added.
+    After every layer comes dropout; then the layer's input is added.
 
     Source: Shazeer et al. 2017, Appendix C.1.
     """
@@ -85,7 +85,7 @@ class LSTMLanguageModel(nn.Module):
             )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights: its owner has drawn it
+        self.embedding = embedding  # after init_weights, as the owner has initialised it
 
     def forward(
         self,
@@ -93,12 +93,12 @@ class LSTMLanguageModel(nn.Module):
         state: LSTMState | None = None,
         padding_mask: Tensor | None = None,
     ) -> LMOutput:
-        """Read all given tokens, or go on from `state`.
+        """Read all given tokens, or continue from `state`.
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.
-            state: After the token before; None at the start.
-            padding_mask: (B, T) bool, True = padding: kept from experts, losses and statistics.
+            state: The state after the previous token; None at the start.
+            padding_mask: (B, T) bool, True = padding, which reaches no expert, loss or statistic.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * len(self.layers)

@@ -1,4 +1,4 @@
-"""What concerns several ranks: the only folder that may call collectives."""
+"""Everything that involves several ranks: the only package that calls collectives."""
 
 from nmt_moe.parallel.exchange import Exchange, Route, make_exchange
 from nmt_moe.parallel.gradients import average_shard_gradients, clip_gradients, shard_norm

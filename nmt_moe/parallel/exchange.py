@@ -1,4 +1,4 @@
-"""Tokens are sent to the ranks that hold their experts, and the experts' sums back."""
+"""Send tokens to the ranks that hold their experts, and the experts' sums back."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from nmt_moe.parallel.groups import ExpertParallelGroup
 
 
 class Arrivals(NamedTuple):
-    """Tokens where their experts are.
+    """Tokens on the rank of their experts.
 
     Attributes:
         x: (M, D).
-        gates: (M, K), in the dtype they were sent in; 0 in empty slots.
+        gates: (M, K), in the dtype in which they were sent; 0 in empty slots.
         expert_ids: (M, K) int64, counted from this rank's first expert; L in an empty slot.
-        num_rows: The slots that are not empty, if known.
+        num_rows: Number of slots that are not empty, if known.
     """
 
     x: Tensor
@@ -30,7 +30,7 @@ class Arrivals(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalRoute:
-    """Every expert is on this rank: tokens stay where they are."""
+    """The route when every expert is on this rank: tokens stay where they are."""
 
     expert_ids: Tensor
     num_rows: int | None
@@ -46,33 +46,33 @@ class LocalRoute:
 
 
 class LocalExchange:
-    """The exchange of a rank that holds all experts: it does nothing."""
+    """The exchange of a rank that holds all experts; it does nothing."""
 
     def route(
         self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
     ) -> LocalRoute:
-        """Find out which tokens go to which rank. All ranks of the group must call.
+        """Determine which tokens go to which rank. All ranks of the group must call this.
 
         Args:
             expert_ids: (N, K) int64; E in an empty slot.
-            num_rows: The slots that are not empty, if known.
-            is_done: This rank has no more tokens of its own and only computes for the others.
+            num_rows: Number of slots that are not empty, if known.
+            is_done: Whether this rank has no more tokens of its own and only computes for others.
         """
         return LocalRoute(expert_ids, num_rows, is_done)
 
 
 @dataclass(frozen=True)
 class AllToAllRoute:
-    """How many tokens go from which rank to which.
+    """How many tokens each rank sends to each other rank.
 
     All ranks of the group must call each method, and go backward through it, in the same order.
 
     Attributes:
-        plan: This rank's tokens sorted by the rank they are sent to, once for each rank.
-        expert_ids: (N, K) int64, global; E in an empty slot. K is the largest of all ranks.
+        plan: This rank's tokens sorted by destination rank, once for each destination.
+        expert_ids: (N, K) int64, global; E in an empty slot. K is the largest over all ranks.
         send_counts: P numbers, the tokens this rank sends to each rank of its group.
-        recv_counts: P numbers, the tokens it receives from each.
-        all_done: Whether all ranks of the group said that they are done.
+        recv_counts: P numbers, the tokens it receives from each rank.
+        all_done: Whether all ranks of the group are done.
         owned: The global ids of this rank's experts.
         members: torch's process group.
     """
@@ -92,17 +92,17 @@ class AllToAllRoute:
         ids = self._send(self.expert_ids.index_select(0, self.plan.row_token).int()).long()
         is_here = (ids >= self.owned.start) & (ids < self.owned.stop)
         local_ids = torch.where(is_here, ids - self.owned.start, self.owned.stop - self.owned.start)
-        # The counts of the route made the host wait already.
+        # The host has already waited for the counts of the route.
         num_rows = int(is_here.sum())
         return Arrivals(x, gates.masked_fill(~is_here, 0.0), local_ids, num_rows)
 
     def to_tokens(self, y: Tensor) -> Tensor:
-        """Send the sums back to the ranks the tokens came from and add up those of each token."""
+        """Send the sums back to the ranks of their tokens, and add up those of each token."""
         rows = _AllToAll.apply(y, self.recv_counts, self.send_counts, self.members)
         return combine_rows(rows, None, self.plan)
 
     def _send_both(self, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Send vectors and gates, at once unless gates are wider (of half precision)."""
+        """Send vectors and gates, together unless the gates' dtype is wider (half precision)."""
         if x.dtype != gates.dtype:
             return self._send(gather_rows(x, self.plan)), self._send(gather_rows(gates, self.plan))
         received = self._send(gather_rows(torch.cat([x, gates], dim=1), self.plan))
@@ -113,11 +113,11 @@ class AllToAllRoute:
 
 
 class AllToAllExchange:
-    """Each rank of the group holds its own experts.
+    """The exchange when each rank of the group holds its own experts.
 
-    A token is sent once to each rank that holds any of its experts, with its gates, and the rank
-    sends one row back: the weighted sum of its experts' outputs. So at most min(K, P) rows for each
-    token pass the network each way.
+    A token is sent once, with its gates, to each rank that holds any of its experts, and that rank
+    sends one vector back: the weighted sum of its experts' outputs. At most min(K, P) vectors per
+    token thus cross the network in each direction.
 
     Source: Shazeer et al. 2017, section 3.1.
     """
@@ -139,7 +139,7 @@ class AllToAllExchange:
         ones = [1] * group.size
         distributed.all_to_all_single(received, sent, ones, ones, group=group.members)
         recv_counts, all_slots, all_done = received.t().tolist()
-        # Gates that give each token as many experts as they like may have another K on each rank.
+        # With gates that may choose any number of experts for a token, K differs between ranks.
         spare = max(all_slots) - num_slots
         return AllToAllRoute(
             plan,
@@ -157,7 +157,7 @@ Route = LocalRoute | AllToAllRoute
 
 
 def make_exchange(num_experts: int, group: ExpertParallelGroup) -> Exchange:
-    """Return the exchange of `num_experts` experts spread over the ranks of `group`."""
+    """Return the exchange for `num_experts` experts spread over the ranks of `group`."""
     return LocalExchange() if group.size == 1 else AllToAllExchange(num_experts, group)
 
 
@@ -165,7 +165,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
     """Plan one row for each rank that a token is sent to.
 
     Args:
-        ranks: (N, K) int64. The rank of each slot's expert; P in an empty slot.
+        ranks: (N, K) int64, the rank of each slot's expert; P in an empty slot.
         num_ranks: P.
     """
     ranks = ranks.sort(dim=1).values
@@ -175,7 +175,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Its backward pass is also called where there is not a single row, as peers wait for it."""
+    """An all-to-all whose backward pass runs even without any row, because peers wait for it."""
 
     @staticmethod
     def forward(

@@ -10,14 +10,14 @@ from nmt_moe.parallel.marks import shard_group
 
 
 def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
-    """Scale the gradients of shards as data parallelism scales those of the other parameters.
+    """Average the gradients of shards as data parallelism averages those of other parameters.
 
-    The exchange has already summed them over the tokens of this rank's group; what is left is the
-    sum over replicas, and the division by the number of all ranks. All ranks must call, after
+    The exchange has already summed them over the tokens of this rank's group; what remains is the
+    sum over replicas and the division by the number of all ranks. All ranks must call this, after
     the last backward pass of an update, with parameters in the same order.
 
     Args:
-        parameters: Those that are not shards are left as they are.
+        parameters: The parameters; those that are not shards are not changed.
     """
     for parameter in parameters:
         group = shard_group(parameter)
@@ -25,19 +25,19 @@ def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(group.world_size)  # first, or float16 may overflow
+        parameter.grad.div_(group.world_size)  # before the sum, or float16 may overflow
         if group.replicas is not None:
             distributed.all_reduce(parameter.grad, group=group.replicas)
 
 
 def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tensor:
-    """Compute the norm of the gradients of all experts, whichever rank holds them.
+    """Compute the norm of the gradients of all experts, on any rank.
 
-    All ranks of the group must call.
+    All ranks of the group must call this.
 
     Args:
-        gradients: Of this rank's shards; at least one.
-        group: The ranks.
+        gradients: Gradients of this rank's shards, at least one.
+        group: The ranks that share the experts.
 
     Returns:
         A scalar, float32 or wider, equal on all ranks.
@@ -53,17 +53,17 @@ def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tenso
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients down, if their norm is larger than `max_norm`, to that norm.
+    """Scale all gradients down to the norm `max_norm`, if theirs is larger.
 
-    Shards count with those of the other ranks, so the norm and the scale are those of one process
-    with all experts. All ranks must call, once gradients are averaged.
+    Other ranks' shards are included, so the norm and the scale are those of one process with all
+    experts. All ranks must call this, once gradients are averaged.
 
     Args:
-        parameters: Dense ones and shards; those without a gradient are skipped.
-        max_norm: 0 for no limit.
+        parameters: Dense parameters and shards; those without a gradient are skipped.
+        max_norm: The largest norm; 0 for no limit.
 
     Returns:
-        A scalar, the norm before.
+        A scalar, the norm before scaling.
     """
     groups, dense, shards = [], [], []
     for parameter in parameters:

@@ -11,16 +11,16 @@ from nmt_moe.checks import check_divides, check_range
 
 @dataclass(frozen=True)
 class ExpertParallelGroup:
-    """The ranks that together hold every expert once, as one of them sees it.
+    """The ranks that together hold every expert once, as seen by one of them.
 
     Ranks [g P, (g + 1) P) of the world are group g, and rank p of each group holds the experts
-    [p L, (p + 1) L), L = E / P. The same ranks of all groups are replicas: they hold the same
-    experts and average their gradients.
+    [p L, (p + 1) L), L = E / P. Ranks with the same p in different groups are replicas: they hold
+    the same experts and average their gradients.
 
     Attributes:
-        size: P; 1 where every rank holds all experts.
+        size: P; 1 if every rank holds all experts.
         rank: This rank within its group, from 0 to P - 1.
-        num_replicas: Groups in the world.
+        num_replicas: Number of groups in the world.
         members: torch's process group of the P ranks; None if P is 1.
         replicas: torch's process group of the ranks with the same experts; None if P is all.
 
@@ -35,7 +35,7 @@ class ExpertParallelGroup:
 
     @property
     def world_size(self) -> int:
-        """Ranks of all groups."""
+        """Return the number of ranks in all groups."""
         return self.size * self.num_replicas
 
     def owned(self, num_experts: int) -> slice:
@@ -44,7 +44,7 @@ class ExpertParallelGroup:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# The group of a layer that holds all experts on this rank.
+# The group for a layer with all experts on this rank.
 ALONE = ExpertParallelGroup()
 
 
@@ -53,16 +53,16 @@ def make_expert_parallel_group(
 ) -> ExpertParallelGroup:
     """Spread experts over the ranks of the default process group.
 
-    All ranks must call, with the same arguments. Without a process group there is one rank.
+    All ranks must call this, with the same arguments. Without a process group there is one rank.
 
     Args:
         num_experts: E.
         num_groups: G of a hierarchical gate, whose groups stay whole; 0 for a flat one.
-        size: P; a divisor of the number of ranks and of E (with groups: of G). 0 for the largest
-            there is: all ranks, if E (or G) is a multiple of their number.
+        size: P, a divisor of the number of ranks and of E (with groups: of G); 0 for the largest
+            one, which is all ranks if E (or G) is a multiple of their number.
 
     Returns:
-        The group of this rank.
+        This rank's group.
 
     Raises:
         ValueError: if P does not divide them.
@@ -80,7 +80,7 @@ def make_expert_parallel_group(
     rank, num_replicas = distributed.get_rank(), world_size // size
     if num_replicas == 1:
         return ExpertParallelGroup(size, rank, 1, distributed.group.WORLD)
-    # Every rank takes part in making every group, also those it does not belong to.
+    # Every rank must take part in creating every group, even those it does not belong to.
     members = [
         distributed.new_group(list(range(first, first + size)))
         for first in range(0, world_size, size)

@@ -13,7 +13,7 @@ def is_first_replica(group: ExpertParallelGroup) -> bool:
 
 
 def from_first_rank(value: Any, group: ExpertParallelGroup) -> Any:
-    """Return the value that the first rank of the group passed. All its ranks must call."""
+    """Return the value passed by the group's first rank. All ranks of the group must call this."""
     values = [value]
     first = distributed.get_global_rank(group.members, 0)
     distributed.broadcast_object_list(values, src=first, group=group.members)
@@ -21,7 +21,7 @@ def from_first_rank(value: Any, group: ExpertParallelGroup) -> Any:
 
 
 def gather_from_ranks(value: Any, group: ExpertParallelGroup) -> list[Any]:
-    """Return the values that the ranks of the group passed. All its ranks must call."""
+    """Return the values passed by the group's ranks. All ranks of the group must call this."""
     values: list[Any] = [None] * group.size
     distributed.all_gather_object(values, value, group=group.members)
     return values

@@ -10,15 +10,15 @@ from torch.autograd.function import once_differentiable
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a tensor over all ranks; differentiable.
 
-    All ranks of the default process group must call, and go backward through it, the same number of
-    times. Without a process group, or with one rank, the tensor comes back as it is.
+    All ranks of the default process group must call this, and go backward through it, the same
+    number of times. Without a process group, or with one rank, the tensor is returned unchanged.
 
     Args:
-        values: Of the same shape on all ranks.
+        values: A tensor of the same shape on all ranks.
 
     Returns:
-        The sum, equal on all ranks. What reaches `values` in the backward pass is the sum over
-        ranks of the gradients of the result.
+        The sum, equal on all ranks. The gradient of `values` is the sum over ranks of the gradients
+        of the result.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return values
@@ -45,5 +45,5 @@ def _all_reduce(values: Tensor) -> Tensor:
 
 
 def ring_bytes(num_bytes: int, world_size: int) -> int:
-    """Return the bytes that each rank sends to sum tensors of `num_bytes` in a ring."""
+    """Return the bytes that each rank sends to sum `num_bytes` in a ring all-reduce."""
     return 2 * num_bytes * (world_size - 1) // world_size
