@@ -1,6 +1,6 @@
-"""From a trained checkpoint to a translator: bundles, and programs that open them.
+"""From a trained checkpoint to a translator: write bundles, open them, translate and score.
 
-Needs torch, sentencepiece and safetensors; no fairseq.
+Needs torch, sentencepiece and safetensors, but not fairseq.
 """
 
 from nmt_moe.inference.bundle import DTYPES, BundleConfig, SearchDefaults, TextPipeline

@@ -2,16 +2,16 @@
 
     config.json               format, network, languages, text pipeline, search defaults
     vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
-    source.model, target.model  sentencepiece models; `pieces.model` where both sides share one
-    model.safetensors         all weights but those of experts
+    source.model, target.model  sentencepiece models; `pieces.model` if both sides share one
+    model.safetensors         all weights except those of experts
     experts.encoder.safetensors, experts.decoder.safetensors
                               experts, and the sha256 of each, so that only those are read that a
-                              sentence is sent to
+                              sentence uses
     README.md                 the model card
     SHA256SUMS                of all files above, for `nmt-moe verify` and `sha256sum --check`
 
-Nothing in it is executed: JSON, safetensors, and sentencepiece's own format, whose parts are
-numbers and text. Weights are mapped from their files, not read.
+Nothing in it is executed: its formats are JSON, safetensors, and sentencepiece's own, which holds
+only numbers and text. Weights are mapped from their files, not read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG, VOCABULARY, WEIGHTS, CARD, SUMS = (
 )
 DTYPES = ("float32", "bfloat16", "int8")
 KINDS = {"translation": GNMTConfig, "language_model": LSTMLMConfig}
-# Larger ones are not what they claim to be.
+# Larger files are not what they claim to be.
 MAX_BYTES = {CONFIG: 2**20, VOCABULARY: 2**28, SUMS: 2**20}
 ROW = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
@@ -49,11 +49,12 @@ EXPORT_AGAIN = "Copy the folder again, or export the model again with `nmt-moe e
 
 @dataclass(frozen=True)
 class SearchDefaults:
-    """What `translate` does unless it is told otherwise; names as of `BeamConfig`.
+    """Defaults of `translate`; names as in `BeamConfig`.
 
     Attributes:
-        max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces, the end
-            mark counted.
+        max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces,
+        including
+            the end mark.
     """
 
     beam_size: int = 5
@@ -75,12 +76,12 @@ class SearchDefaults:
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """What happens to a source text before it is cut into pieces, as in training.
+    """What is done to source text before it is split into pieces, as in training.
 
     Attributes:
-        lowercase: It is lower-cased.
-        normalize_punctuation: Moses' normalisation of punctuation.
-        max_source_pieces: Longer texts are split into sentences, and longer sentences cut.
+        lowercase: Whether to lower-case it.
+        normalize_punctuation: Whether to normalise punctuation as Moses does.
+        max_source_pieces: Longer texts are split into sentences, and longer sentences are cut.
     """
 
     lowercase: bool = False
@@ -95,20 +96,21 @@ class TextPipeline:
 
 @dataclass(frozen=True)
 class BundleConfig:
-    """The content of `config.json`.
+    """The contents of `config.json`.
 
     Attributes:
         kind: "translation" or "language_model".
         architecture: Its name in fairseq.
-        dtype: In which weights are stored, one of `DTYPES`.
-        network: Sizes.
-        languages: Names of the languages: [source, target] of one direction, all of a multilingual
-            model, whose marks `<2xx>` the vocabulary has; may be empty.
-        directions: Of a multilingual model, those that were trained, such as "en-fr"; else empty.
-        text: Before pieces.
-        search: Defaults.
-        has_pieces: Whether there are sentencepiece models; without, text is words between spaces.
-        shared_weights: Weights that are stored once, by their other names.
+        dtype: The dtype in which weights are stored, one of `DTYPES`.
+        network: Sizes of the network.
+        languages: Names of the languages: [source, target] for one direction; for a multilingual
+            model all languages, whose tokens `<2xx>` are in the vocabulary. May be empty.
+        directions: Directions such as "en-fr" on which a multilingual model was trained; else
+            empty.
+        text: What is done to text before it is split into pieces.
+        search: Defaults of the search.
+        has_pieces: Whether there are sentencepiece models; if not, words are split at spaces.
+        shared_weights: Weights that are stored under another name, with that name.
     """
 
     kind: str
@@ -133,7 +135,7 @@ class BundleConfig:
 
     @property
     def is_multilingual(self) -> bool:
-        """Whether a mark in front of the source names the target language."""
+        """Return whether a token before the source names the target language."""
         return bool(self.directions)
 
     def moe_of(self, side: str) -> MoEConfig | None:
@@ -144,7 +146,7 @@ class BundleConfig:
         return network.moe if side == "decoder" else None
 
     def to_json(self) -> str:
-        """Return the text of `config.json`."""
+        """Return the configuration as the text of `config.json`."""
         content = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -155,10 +157,10 @@ def _check_bool(name: str, value: bool) -> None:
 
 
 def parse_config(path: Path, content: bytes) -> BundleConfig:
-    """Read `config.json`.
+    """Parse `config.json`.
 
     Raises:
-        ValueError: it is not that of a bundle, of a newer format, or has values that cannot be.
+        ValueError: if it is not a bundle's, is of a newer format, or has impossible values.
     """
     try:
         table = json.loads(content)
@@ -193,7 +195,7 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder has the configuration of a bundle, of whatever version."""
+    """Return whether a folder has a bundle's configuration, of any version."""
     try:
         table = json.loads(read_small(folder, CONFIG))
     except (ValueError, RecursionError, OSError):
@@ -219,7 +221,7 @@ def read_small(folder: Path, name: str) -> bytes:
     """Read a small file of a bundle.
 
     Raises:
-        ValueError: it is missing, or larger than it may be.
+        ValueError: if it is missing, or larger than allowed.
     """
     path = folder / name
     if not folder.is_dir():
@@ -227,10 +229,10 @@ def read_small(folder: Path, name: str) -> bytes:
         raise ValueError(f"`{folder}` {what}. Name a folder that `nmt-moe export` wrote.")
     if not path.is_file():
         advice = "Name a folder that `nmt-moe export` wrote." if name == CONFIG else EXPORT_AGAIN
-        raise ValueError(f"`{folder}` has no `{name}`, so it is not a whole bundle. {advice}")
+        raise ValueError(f"`{folder}` has no `{name}`, so it is not a complete bundle. {advice}")
     size = path.stat().st_size
     if size > MAX_BYTES.get(name, 2**30):
-        raise ValueError(f"`{path}` has {size} bytes, more than it can have. {EXPORT_AGAIN}")
+        raise ValueError(f"`{path}` has {size} bytes, more than it may have. {EXPORT_AGAIN}")
     return path.read_bytes()
 
 
@@ -241,14 +243,14 @@ def read_sums(folder: Path) -> dict[str, str]:
         The sha256 of each file, in hexadecimal.
 
     Raises:
-        ValueError: it is missing or malformed, or names a file that is missing.
+        ValueError: if it is missing or malformed, or names a file that is missing.
     """
     path = folder / SUMS
     sums = {}
     for row in read_small(folder, SUMS).decode("utf-8", "replace").removesuffix("\n").split("\n"):
         found = ROW.fullmatch(row)
         if found is None:
-            raise ValueError(f"`{path}` has the row {row[:80]!r}. {EXPORT_AGAIN}")
+            raise ValueError(f"`{path}` has the malformed line {row[:80]!r}. {EXPORT_AGAIN}")
         sums[found[2]] = found[1]
         if not (folder / found[2]).is_file():
             raise ValueError(f"`{folder}` has no `{found[2]}`. {EXPORT_AGAIN}")
@@ -259,7 +261,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_content(folder: Path, name: str, sums: Mapping[str, str], content: bytes) -> None:
-    """Reject the content of a file whose sha256 is another.
+    """Reject the contents of a file if their sha256 differs from the listed one.
 
     Raises:
         ValueError: naming the file.
@@ -268,7 +270,7 @@ def check_content(folder: Path, name: str, sums: Mapping[str, str], content: byt
 
 
 def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
-    """Reject a file whose sha256 is another.
+    """Reject a file if its sha256 differs from the listed one.
 
     Raises:
         ValueError: naming the file.
@@ -280,4 +282,6 @@ def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
     if path.name not in sums:
         raise ValueError(f"`{path.parent / SUMS}` does not list `{path.name}`. {EXPORT_AGAIN}")
     if sums[path.name] != digest:
-        raise ValueError(f"`{path}` was altered: its sha256 is not that in {SUMS}. {EXPORT_AGAIN}")
+        raise ValueError(
+            f"`{path}` was altered: its sha256 differs from that in {SUMS}. {EXPORT_AGAIN}"
+        )

@@ -18,7 +18,7 @@ from nmt_moe.inference.bundle import BundleConfig
 from nmt_moe.text.digests import compute_sha256
 from nmt_moe.text.vocabulary import Vocabulary
 
-# Groups of a checkpoint's configuration that are options of one registered class each, and the
+# Groups of a checkpoint's configuration that hold the options of one registered class each, and the
 # option that names the class.
 CLASSES = {
     "task": "task",
@@ -27,8 +27,8 @@ CLASSES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr-scheduler",
 }
-# Options of other groups that change what is learnt. Those of tasks are flags that turn off what is
-# on, which a list of values cannot tell.
+# Options of other groups that affect what is learnt. Those of tasks include flags that turn off a
+# default, which a list of values cannot express.
 GENERAL = {
     "task": (
         "source_lang",
@@ -51,10 +51,10 @@ class Origin:
     """Where a bundle comes from.
 
     Attributes:
-        checkpoint: Its path.
+        checkpoint: Path of the checkpoint.
         data: Folder of binarised data.
-        state: Content of the checkpoint.
-        scores: Text on how good it is, such as sacrebleu's output with signatures.
+        state: Contents of the checkpoint.
+        scores: Text about the model's quality, such as sacrebleu's output with signatures.
     """
 
     checkpoint: Path
@@ -182,7 +182,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def _commit() -> str:
-    """Return the commit of the code, if it lies in a clone."""
+    """Return the commit of the code, if this is a clone."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""What a search found, as the results that a translator returns."""
+"""Turn the hypotheses of a search into the results that a translator returns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def describe(
 
     Args:
         cut: Pieces of each source.
-        found: Hypotheses of each, best first.
-        num_marks: Marks in front of a source, which results leave out.
-        symbols: Of the target's vocabulary.
-        target: Joins pieces.
+        found: Hypotheses for each source, best first.
+        num_marks: Number of language tokens before each source, which results leave out.
+        symbols: Symbols of the target's vocabulary.
+        target: Joins pieces into text.
     """
     sentences = []
     for pieces, of_sentence in zip(cut, found, strict=True):
@@ -58,14 +58,14 @@ def add_experts(
     found: Sequence[list[Found]],
     num_marks: int,
 ) -> list[Sentence]:
-    """Add the experts of each piece, of one network.
+    """Add the experts of each piece, in one network.
 
     Args:
-        network: Reads sources and hypotheses again.
-        sentences: Of `describe`.
-        sources: Tokens of each, with marks and end mark.
-        found: As of `describe`.
-        num_marks: As of `describe`.
+        network: The network, which reads sources and hypotheses again.
+        sentences: What `describe` returned.
+        sources: Tokens of each source, with language token and end mark.
+        found: As in `describe`.
+        num_marks: As in `describe`.
     """
     repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
     targets = [one.tokens[:-1].tolist() for own in found for one in own]
@@ -83,14 +83,14 @@ def add_experts(
 
 
 def _experts(routing: Routing | None, num_tokens: int) -> Experts:
-    """Return the experts of the first tokens; of a dense network, none for each."""
+    """Return the experts of the first tokens; for a dense network, none for each token."""
     return [[] for _ in range(num_tokens)] if routing is None else routing[:num_tokens].to_experts()
 
 
 def join_sentences(
     by_line: Sequence[list[Sentence]], separator: str, num_hypotheses: int
 ) -> Translation:
-    """Join the sentences of each line, and the lines of a text."""
+    """Join the sentences of each line, and the lines of each text."""
     sentences = [sentence for of_line in by_line for sentence in of_line]
     shortest = min([len(one.hypotheses) for one in sentences], default=1)
     texts = [

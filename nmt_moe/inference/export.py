@@ -1,4 +1,4 @@
-"""Turn a checkpoint of a training into a bundle."""
+"""Turn a checkpoint into a bundle."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pieces:
-    """The sentencepiece models of a training.
+    """The sentencepiece models used in training.
 
     Attributes:
-        source: Of the source, or of both sides.
-        target: Of the target, if it has one of its own.
+        source: Model of the source, or of both sides.
+        target: Model of the target, if it has its own.
     """
 
     source: Path | None = None
@@ -68,11 +68,11 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Description:
-    """What a bundle says of itself beside its weights.
+    """What a bundle describes besides its weights.
 
     Attributes:
-        languages: [source, target] where the checkpoint and its data do not say.
-        text: What happens to source text before pieces.
+        languages: [source, target], if neither the checkpoint nor its data name them.
+        text: What is done to source text before it is split into pieces.
         search: Defaults of the search.
         scores: Text for the model card.
     """
@@ -95,19 +95,19 @@ def export(
     """Write a bundle.
 
     Args:
-        checkpoint: Of one or several processes, averaged or not.
+        checkpoint: A checkpoint from one or several processes, averaged or not.
         data: The folder of binarised data that it was trained on.
-        pieces: The models that cut its texts.
-        output: The folder to write; it appears when it is whole.
-        dtype: Of the weights, one of `DTYPES`.
-        description: What else to say.
-        is_overwritten: Replace an output that exists.
+        pieces: The sentencepiece models that split its texts.
+        output: The folder to write; it appears once it is complete.
+        dtype: The dtype of stored weights, one of `DTYPES`.
+        description: Further information.
+        is_overwritten: Whether to replace an output that exists.
 
     Returns:
-        What was written, in words.
+        A description of what was written.
 
     Raises:
-        ValueError: naming what is missing or does not fit together.
+        ValueError: naming what is missing or inconsistent.
     """
     check_choice("dtype", dtype, DTYPES)
     check_output(output, is_overwritten)
@@ -177,7 +177,7 @@ def check_replaceable(output: Path) -> None:
 def _find_languages(
     state: Mapping[str, Any], data: Path, network: SavedNetwork, given: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the languages, and the directions of a multilingual model."""
+    """Return the languages, and a multilingual model's directions."""
     task = state.get("task_state") or {}
     if "languages" in task:
         if given:
@@ -192,7 +192,7 @@ def _find_languages(
     options = cfg.get("task") or {}
     options = options if isinstance(options, dict) else vars(options)
     if len(given) == 1:
-        raise ValueError("`--source-lang` and `--target-lang` must be given together, or neither.")
+        raise ValueError("`--source-lang` and `--target-lang` must be set together, or neither.")
     if given:
         return given, ()
     if options.get("source_lang") and options.get("target_lang"):
@@ -200,7 +200,7 @@ def _find_languages(
     found = {path.name.split(".")[1] for path in data.glob("train*.*-*.*.idx")}
     if len(found) != 1:
         raise ValueError(
-            f"the checkpoint does not say its languages, and `{data}` has training text of "
+            f"the checkpoint does not name its languages, and `{data}` has training text of "
             f"{len(found)} pairs. Add --source-lang and --target-lang."
         )
     source, _, target = found.pop().partition("-")
@@ -222,7 +222,7 @@ def _find_vocabularies(
         if symbols[: len(own)] != own:
             raise ValueError(
                 f"the dictionary of `{data}` is not the one that the checkpoint was trained with. "
-                "Name the folder of its training."
+                "Name the folder that it was trained on."
             )
         vocabulary = Vocabulary(symbols, [language_mark(name) for name in languages])
         return {"source": vocabulary, "target": vocabulary}
@@ -250,7 +250,7 @@ def _check_sizes(path: Path, network: SavedNetwork, vocabularies: dict[str, Voca
 def _check_digests(
     path: Path, state: Mapping[str, Any], vocabularies: dict[str, Vocabulary]
 ) -> None:
-    """Reject a dictionary with other symbols than that of the training; early ones kept none."""
+    """Reject a dictionary other than that of training; early checkpoints have no digest."""
     sides = {"source": "encoder", "target": "decoder"}
     for side, vocabulary in vocabularies.items():
         digest = state["model"].get(f"{sides[side]}.dictionary_check.digest")
@@ -264,7 +264,7 @@ def _check_digests(
 
 
 def _find_shared(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the tables that equal an earlier one, each with its name."""
+    """Return the names of tables that equal an earlier one, each with the earlier one's name."""
     names = ("encoder.embedding.weight", "decoder.embedding.weight", "decoder.output.weight")
     there = [name for name in names if name in parameters]
     shared = {}
@@ -282,14 +282,14 @@ def _write_pieces(
     if pieces.source is None:
         if any(sum("▁" in s for s in v.symbols) > len(v) / 2 for v in vocabularies.values()):
             logger.warning(
-                "Most words of the dictionary have ▁, but no `--pieces` is named: the bundle takes "
-                "text that is cut into pieces already, and gives such text."
+                "Most words of the dictionary have ▁, but `--pieces` is missing: the bundle will "
+                "expect text that is already split into pieces, and return such text."
             )
         return
     target = pieces.target or pieces.source
     files = {"source": pieces.source, "target": target}
     contents = {side: files[side].read_bytes() for side in vocabularies}
-    advice = "Name the model that cut the texts of the training, with `--pieces`."
+    advice = "With `--pieces`, name the model that split the training texts."
     for side, content in contents.items():
         processor = load_pieces(content, str(files[side]), advice)
         check_pieces(processor, vocabularies[side], str(files[side]), advice)

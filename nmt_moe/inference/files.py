@@ -1,4 +1,4 @@
-"""Translate files."""
+"""Translate files of text."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def translate_file(
     progress: bool = True,
     **options: Any,
 ) -> int:
-    """Translate a file of one text a line; packed if its name ends in `.gz` or `.xz`.
+    """Translate a file with one text a line, compressed if its name ends in `.gz` or `.xz`.
 
     Args:
-        translator: What translates.
-        source: To read. It is not held in memory.
-        output: To write, one line for each; it appears when it is whole.
-        target_lang: As of `Translator.translate`.
-        progress: Show a bar on standard error.
+        translator: The translator.
+        source: File to read; it is not held in memory.
+        output: File to write, with as many lines; it appears once it is complete.
+        target_lang: As in `Translator.translate`.
+        progress: Whether to show a bar on standard error.
         options: Further options of `Translator.translate`.
 
     Returns:
         The number of lines.
 
     Raises:
-        ValueError: naming the lines that could not be translated. The output is whole even so; it
-            has blank lines for them.
-        OSError: a file cannot be opened or written.
+        ValueError: naming the lines that could not be translated. The output is complete all the
+            same, with blank lines for them.
+        OSError: if a file cannot be opened or written.
     """
     faults: list[BadLine] = []
     count = 0
@@ -66,7 +66,7 @@ def show_progress(
 
 
 def count_ends(source: Path | str) -> int | None:
-    """Return the number of lines of a plain file, for a bar; None of a packed file or a pipe."""
+    """Return the number of lines of a plain file; None for a compressed file or a pipe."""
     if os.fspath(source).endswith((".gz", ".xz")) or not os.path.isfile(source):
         return None
     with open(source, "rb") as stream:
@@ -74,13 +74,13 @@ def count_ends(source: Path | str) -> int | None:
 
 
 def describe_faults(faults: list[BadLine], most: int = 10) -> str:
-    """Return sentences that name bad lines."""
+    """Return a message that names bad lines."""
     named = [f"line {one.number} {one.reason}. {one.advice}" for one in faults[:most]]
     more = len(faults) - len(named)
-    return " ".join([*named, f"So have {more} more."] if more else named)
+    return " ".join([*named, f"{more} more lines are bad."] if more else named)
 
 
 def scan_stream(stream: BinaryIO, name: str) -> tuple[Iterator[str | BadLine], int]:
-    """Return the lines of standard input, and how many to read ahead: one from a terminal."""
+    """Return the lines of a stream, and how many to read ahead: one from a terminal."""
     is_terminal = stream.isatty()
     return scan_lines(stream, name), 1 if is_terminal else READ_AHEAD

@@ -1,4 +1,4 @@
-"""Networks read translations that are given: teacher forcing."""
+"""Let networks read given translations: teacher forcing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nmt_moe.text.vocabulary import EOS, PAD
 
 @dataclass(frozen=True)
 class Forced:
-    """What the networks make of a sentence whose target of T tokens is given.
+    """The networks' results for a sentence with a given target of T tokens.
 
     Attributes:
-        log_probs: T + 1, of each token and of the end mark, nats.
+        log_probs: T + 1 log-probabilities, of each token and the end mark, in nats.
         attention: (T + 1, S) float32.
-        source, target: The routing of the S source tokens, and of the T + 1 tokens written, in the
-            first network; None if it has no MoE layers.
+        source, target: Routing of the S source tokens and of the T + 1 target tokens in the first
+            network; None if it has no MoE layers.
     """
 
     log_probs: list[float]
@@ -37,17 +37,17 @@ def force_decode(
     targets: list[list[int]],
     with_inputs: bool = False,
 ) -> list[Forced]:
-    """Let networks read given translations: teacher forcing.
+    """Let networks read given translations (teacher forcing).
 
     Args:
-        ensemble: Of networks.
+        ensemble: The networks.
         sentences: Sources with their end marks.
         targets: A translation of each, without end mark.
-        with_inputs: Keep what the MoE layers read.
+        with_inputs: Whether to keep the inputs of the MoE layers.
 
     Returns:
-        For each sentence. The experts of a target token are those that wrote it: its predecessor's
-        vector went through them.
+        A result for each sentence. The experts of a target token are those that predicted it, to
+        which its predecessor's vector was sent.
     """
     of_source, of_target = (Trace([], [], [] if with_inputs else None) for _ in range(2))
     state = ensemble.start(sentences, of_source)
@@ -81,7 +81,7 @@ def force_in_batches(
 ) -> list[Forced]:
     """Do what `force_decode` does for any number of sentences, in their order.
 
-    batch_tokens: Tokens of a side that are read at once, padding included.
+    batch_tokens: most tokens on a side that are read at once, including padding.
     """
     lengths = [max(len(s), len(t) + 1) for s, t in zip(sentences, targets, strict=True)]
     results: dict[int, Forced] = {}
@@ -92,7 +92,7 @@ def force_in_batches(
 
 
 def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
-    """Return the routing of each sentence of a call that took all, one after the other."""
+    """Return each sentence's routing, from a call that concatenated all sentences."""
     if not trace.expert_ids:
         return None
     inputs = trace.inputs[0].split(lengths) if trace.inputs else [None] * len(lengths)
@@ -101,7 +101,7 @@ def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
 
 
 def _stack_routing(trace: Trace, num_rows: int) -> list[Routing] | None:
-    """Return the routing of each row of calls that each took a step of all."""
+    """Return each row's routing, from calls that each made one step for all rows."""
     if not trace.expert_ids:
         return None
     inputs = torch.stack(trace.inputs, dim=1) if trace.inputs else [None] * num_rows

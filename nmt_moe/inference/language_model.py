@@ -1,4 +1,4 @@
-"""The probability of text, and text drawn from a model."""
+"""Score text with a language model, and sample text from it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BATCH_TOKENS = 4096
 
 
 class LanguageModel:
-    """Score and draw lines of text with a bundle. Make one with `LanguageModel.load`.
+    """Score and sample lines of text with a bundle, opened by `LanguageModel.load`.
 
     Every line starts from a zero state, as a sentence does in training with
     `--sample-break-mode eos`.
 
     Attributes:
-        defaults: Of a search.
-        config: Of the bundle.
-        vocabularies: Of "target".
+        defaults: Search defaults of the bundle.
+        config: Configuration of the bundle.
+        vocabularies: Vocabulary of "target".
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -50,7 +50,7 @@ class LanguageModel:
         """Open a bundle.
 
         Raises:
-            ValueError: naming the file that is missing, altered or of a newer format.
+            ValueError: naming the file that is missing, changed or of a newer format.
         """
         return cls(open_bundle(folder, "language_model"))
 
@@ -66,15 +66,14 @@ class LanguageModel:
         """Return the probability of each line.
 
         Args:
-            lines: Any number, without line ends; one string stands for a list of one. A line
-                without words is the probability of an empty line.
-            batch_tokens: Pieces that are read at once, padding included.
-            with_experts: Also return the experts of each piece.
-            with_inputs: Also return what the MoE layer read.
+            lines: Any number of lines, without line ends; a string stands for a list of one. A line
+                without words is scored as an empty line.
+            batch_tokens: Most pieces that are read at once, including padding.
+            with_experts: Whether to return the experts of each piece too.
+            with_inputs: Whether to return the inputs of the MoE layer too.
 
         Raises:
-            ValueError: naming a line that holds a line end, control characters or half a surrogate
-                pair.
+            ValueError: naming a line with a line end, control characters or half a surrogate pair.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
             raise ValueError(f"`lines` must be strings, but is {type(lines).__name__}.")
@@ -97,7 +96,7 @@ class LanguageModel:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """The MoE layer, as "decoder"; none of a dense model."""
+        """Return the MoE layer, as "decoder"; nothing for a dense model."""
         layer = self._network.moe
         return {"decoder": layer} if isinstance(layer, MoE) else {}
 
@@ -124,14 +123,14 @@ class LanguageModel:
         max_pieces: int = 200,
         seed: int = 1,
     ) -> list[str]:
-        """Draw lines.
+        """Sample lines.
 
         Args:
-            num_samples: How many.
-            prefix: What each begins with.
-            temperature: What logits are divided by; lower ones draw likelier pieces.
+            num_samples: Number of lines.
+            prefix: How each line begins.
+            temperature: Divisor of the logits; lower values make likely pieces more frequent.
             max_pieces: Longer lines are cut.
-            seed: Of the draws. Equal seeds give equal lines.
+            seed: Seed of the random numbers. Equal seeds give equal lines.
 
         Raises:
             ValueError: naming the option that is out of range.
@@ -168,9 +167,9 @@ class LanguageModel:
 
 
 def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
-    """Return the routing of each row of a call that took all rows step by step.
+    """Return each row's routing, from a call that processed all rows step by step.
 
-    lengths: Of the rows, never rising.
+    lengths: lengths of the rows, in descending order.
     """
     if not trace.expert_ids:
         return [None] * len(lengths)
@@ -183,7 +182,7 @@ def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
 
 
 def _check_line(name: str, line: str) -> None:
-    """Reject what is not one line of text."""
+    """Reject anything but one line of text."""
     if not isinstance(line, str):
         raise ValueError(f"{name} must be a string, but is {type(line).__name__}.")
     fault = "has a line end within it" if "\n" in line else find_fault(line)

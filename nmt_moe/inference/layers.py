@@ -1,4 +1,4 @@
-"""The layers of the networks without gradients, dropout or statistics, over a bundle's weights.
+"""The networks' layers without gradients, dropout or statistics, on a bundle's weights.
 
 Each computes what its namesake in `nmt_moe.nn` computes in evaluation; the tests compare them.
 """
@@ -19,20 +19,20 @@ from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
 
-# Up to so many gate logits are sorted whole, which is then the cheapest way to the largest.
+# Up to this many gate logits are fully sorted, which is then the fastest way to the largest.
 FEW_LOGITS = 1 << 14
-# A step of a search of one sentence has so few rows.
+# Rows in a step when a single sentence is searched.
 FEW_ROWS = 8
 
 
 @dataclass
 class Trace:
-    """The experts that tokens were sent to, layer by layer, in the order of the calls.
+    """The experts to which tokens were sent, in the order of the calls.
 
     Attributes:
-        expert_ids: (N, K) int64 of each call; E in empty slots.
-        gates: (N, K) float32 of each call.
-        inputs: (N, D) float32 of each call, what the layer read; None to keep none.
+        expert_ids: (N, K) int64 for each call; E in empty slots.
+        gates: (N, K) float32 for each call.
+        inputs: (N, D) float32 for each call, the layer's inputs; None to keep none.
     """
 
     expert_ids: list[Tensor]
@@ -41,7 +41,7 @@ class Trace:
 
 
 class LSTM:
-    """An LSTM, projected if it has such weights.
+    """An LSTM, with a projection if it has weights for one.
 
     Source: Sak et al. 2014 (without peepholes).
     """
@@ -61,7 +61,7 @@ class LSTM:
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(self, x: Tensor, state: State) -> State:
-        """Take a step: (R, I) and the state give the new state, whose first part is the output."""
+        """Take a step: map (R, I) and a state to the new state, whose first part is the output."""
         return self._update(self.of_input(x), state)
 
     def run(self, x: Tensor, lengths: list[int]) -> Tensor:
@@ -69,7 +69,7 @@ class LSTM:
 
         Args:
             x: (S, B, I).
-            lengths: Of each sentence, never rising.
+            lengths: Length of each sentence, in descending order.
 
         Returns:
             (S, B, O); 0 at padded positions.
@@ -91,14 +91,14 @@ class LSTM:
 
 
 class BidirectionalLSTM:
-    """Two LSTMs, one from each end of the sentence, outputs summed."""
+    """Two LSTMs, one from each end of the sentence, with their outputs summed."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.forwards = LSTM(weights, f"{name}.forwards")
         self.backwards = LSTM(weights, f"{name}.backwards")
 
     def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
-        """Run over whole sentences: arguments as of `LSTM.run`.
+        """Run over whole sentences; arguments as in `LSTM.run`.
 
         turn: (S, B) int64, from `turned_positions`.
         """
@@ -142,20 +142,20 @@ class MoE:
         return y.sigmoid_().add_(x)
 
     def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
-        """Compute what experts make of tokens, chosen or not.
+        """Compute experts' outputs for tokens, chosen or not.
 
         Args:
-            x: (N, D), what the layer reads: `Routing.inputs`.
-            expert_ids: Of E' experts.
+            x: (N, D), inputs of the layer: `Routing.inputs`.
+            expert_ids: Ids of E' experts.
 
         Returns:
-            (E', N, D) float32, before the sum over experts and its sigmoid.
+            (E', N, D) float32, before the sum over experts and the sigmoid.
         """
         into, out = self.experts.weight_in, self.experts.weight_out
         return torch.stack([out[e](into[e](x).relu_()) for e in expert_ids])
 
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
-        """Multiply a few tokens by all experts at once, most of which they need anyway."""
+        """Multiply a few tokens by all experts at once, as they need most of them anyway."""
         into, out = self.experts.joined
         all_gates = x.new_zeros(len(x), self.experts.num_experts + 1)
         all_gates.scatter_(1, expert_ids, gates)
@@ -169,17 +169,15 @@ class MoE:
         if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
             gating = self.gate(x)
             return gating.gates, gating.expert_ids
-        # The gate of a training also counts and weighs its choice, which costs more than to choose.
+        # The gate for training also counts and weights its choice, which costs more than choosing.
         logits = x @ self.gate.gate_weight
-        values, ids = logits.sort(
-            dim=1, descending=True, stable=True
-        )  # equal ones: lowest id first
+        values, ids = logits.sort(dim=1, descending=True, stable=True)  # ties: lowest id first
         top_k = self.config.top_k
         return values[:, :top_k].softmax(dim=1), ids[:, :top_k]
 
 
 class DeepExpert:
-    """One expert of several hidden layers in the place of an MoE layer.
+    """A single expert with several hidden layers, in place of an MoE layer.
 
     Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
     """
@@ -198,7 +196,7 @@ class DeepExpert:
 
 
 class Attention:
-    """The attention, both forms; queries are of a step.
+    """Attention in both forms, for the queries of one step.
 
     Source: Shazeer et al. 2017, Appendix G.
     """
@@ -209,13 +207,13 @@ class Attention:
         self.is_product = kind == "product"
 
     def __call__(self, query: Tensor, keys: Tensor, source: Tensor, bias: Tensor) -> State:
-        """Attend from (B, W, D) queries.
+        """Attend from each query.
 
         Args:
             query: (B, W, D).
             keys: (B, S, D).
             source: (B, S, D).
-            bias: (B, 1, S), 0 or, for padding, -inf.
+            bias: (B, 1, S), 0, or -inf for padding.
 
         Returns:
             (B, W, D) context and (B, W, S) weights.

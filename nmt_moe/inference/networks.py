@@ -1,4 +1,4 @@
-"""The networks of a bundle: an encoder and a decoder, or a language model, a step at a time."""
+"""The networks of a bundle, a step at a time: an encoder and a decoder, or a language model."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from nmt_moe.kernels import PackedLinear, lstm_step
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
-# Finished sentences are dropped from the encoder's outputs, which costs a copy of the others, once
-# so many are finished.
+# Share of finished sentences from which on they are dropped from the encoder's outputs, which costs
+# a copy of the others.
 DROPPED_AT = 0.3
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder needs of B encoded sentences.
+    """What the decoder needs from B encoded sentences.
 
     Attributes:
         source: (B, S, D), the encoder's outputs; 0 at padding.
-        keys: (B, S, D), the attention's part that depends on the source alone.
-        bias: (B, 1, S), 0 or, for padding, -inf.
+        keys: (B, S, D), the part of attention that depends only on the source.
+        bias: (B, 1, S), 0, or -inf for padding.
     """
 
     source: Tensor
@@ -49,11 +49,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What the decoder keeps of R rows; those of a sentence follow each other.
+    """The decoder's state for R rows; the rows of a sentence are consecutive.
 
     Attributes:
-        memory: Of sentences, in the rows' order.
-        sentence: (R,) int64, the row of `memory` of each.
+        memory: The sentences, in the order of the rows.
+        sentence: (R,) int64, the row of `memory` for each.
         layers: The state of each LSTM.
     """
 
@@ -72,7 +72,7 @@ class DecoderState:
 
 
 class TranslationNetwork:
-    """A GNMT-style encoder and decoder with its softmax layer.
+    """A GNMT-style encoder and decoder with the softmax layer.
 
     Source: Shazeer et al. 2017, Appendix E; `nmt_moe.nn.GNMTEncoder`, `GNMTDecoder`.
     """
@@ -108,9 +108,9 @@ class TranslationNetwork:
         """Encode B sentences of at least one token.
 
         Args:
-            sentences: Numbers of the tokens.
-            pad: What fills shorter sentences up; never read.
-            trace: Gets the experts of all tokens, one sentence after the other.
+            sentences: Token ids.
+            pad: Fills up shorter sentences; never read.
+            trace: Receives the experts of all tokens, one sentence after another.
         """
         order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
         lengths = [len(sentences[number]) for number in order]
@@ -149,9 +149,9 @@ class TranslationNetwork:
         """Predict the next token: the `step` of `beam_search`.
 
         Args:
-            tokens: (R, T) int64, of which the last is read.
-            state: After the tokens before.
-            trace: Gets the experts of the last tokens.
+            tokens: (R, T) int64, of which only the last is read.
+            state: The state after the previous tokens.
+            trace: Receives the experts of the last tokens.
 
         Returns:
             (R, V) log-probabilities, (R, S) attention, and the state.
@@ -183,7 +183,7 @@ class TranslationNetwork:
 
 
 def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
-    """Bring the last call's tokens, step by step of sorted sentences, into the sentences' order."""
+    """Reorder the last call's tokens from steps of sorted sentences to whole sentences in order."""
     number = torch.zeros(is_token.shape, dtype=torch.int64)
     number[is_token] = torch.arange(int(is_token.sum()))
     columns = torch.tensor(order).argsort()
@@ -194,7 +194,7 @@ def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
 
 
 class _AttentiveLSTM:
-    """An LSTM that takes in a context too: `nmt_moe.nn.attentive_lstm`."""
+    """An LSTM that also receives a context, as in `nmt_moe.nn.attentive_lstm`."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.of_input = weights.linear(f"{name}.weight_x", weights[f"{name}.bias_ih"])
@@ -211,14 +211,14 @@ class _AttentiveLSTM:
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(self, x: Tensor, context: Tensor, state: State) -> State:
-        """Take a step: (R, D), (R, D) and the state give the new state."""
+        """Take a step: map (R, D) inputs, (R, D) contexts and the state to the new state."""
         recurrent = torch.cat([context, state[0]], dim=1)
         gates = self.of_recurrent(recurrent, self.of_input(x))
         return lstm_step(gates, state[1], self.projection)
 
 
 class _Slots:
-    """Rows in slots, as many for each sentence, so that its keys are read once for all its rows.
+    """Rows in slots, equally many for each sentence, so that its keys are read once for all rows.
 
     Args:
         sentence: (R,) int64, ascending.
@@ -235,14 +235,14 @@ class _Slots:
             self.index = sentence * self.width + rank
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Give (R, D) rows as (B, W, D); 0 in empty slots."""
+        """Return (R, D) rows as (B, W, D); 0 in empty slots."""
         if self.index is None:
             return rows.view(self.num_sentences, self.width, -1)
         slots = rows.new_zeros(self.num_sentences * self.width, rows.shape[1])
         return slots.index_copy_(0, self.index, rows).view(self.num_sentences, self.width, -1)
 
     def collect(self, slots: Tensor) -> Tensor:
-        """Give (B, W, D) as (R, D) rows."""
+        """Return (B, W, D) as (R, D) rows."""
         flat = slots.flatten(0, 1)
         return flat if self.index is None else flat[self.index]
 
@@ -264,7 +264,7 @@ class LanguageNetwork:
         elif config.moe is not None:
             self.moe = MoE(weights, folder, "decoder", config.moe, weights.config.dtype)
         self.output = weights.linear("decoder.output.weight")
-        # Fewer than the vocabulary has, if the rarest words are read but never predicted.
+        # Smaller than the vocabulary, if the rarest words are read but never predicted.
         self.num_outputs = len(weights["decoder.output.weight"])
 
     def start(self, num_rows: int) -> list[State]:
@@ -274,7 +274,7 @@ class LanguageNetwork:
     def step(
         self, tokens: Tensor, states: list[State], trace: Trace | None = None
     ) -> tuple[Tensor, list[State]]:
-        """Predict the next token: (R,) int64 and states to (R, V) log-probabilities and states."""
+        """Predict the next token: map (R,) int64 and states to (R, V) log-probabilities, states."""
         x, new_states = self.embedding(tokens), []
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if index == 1 and self.moe is not None:
@@ -289,13 +289,13 @@ class LanguageNetwork:
         """Return the log-probability of each target.
 
         Args:
-            tokens: (T, B) int64, what is read.
-            lengths: Of each row, never rising.
-            targets: (T, B) int64, what follows.
-            trace: Gets the experts of the tokens.
+            tokens: (T, B) int64, the tokens to read.
+            lengths: Length of each row, in descending order.
+            targets: (T, B) int64, the tokens that follow.
+            trace: Receives the experts of the tokens.
 
         Returns:
-            (T, B) float32, nats; 0 at padding.
+            (T, B) float32, in nats; 0 at padding.
         """
         is_token = torch.arange(len(tokens)).unsqueeze(1) < torch.tensor(lengths)
         x = self.embedding(tokens)

@@ -1,4 +1,4 @@
-"""Open a bundle, and verify one."""
+"""Open and verify bundles."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ JOINT_PIECES = "pieces.model"
 
 
 def language_mark(language: str) -> str:
-    """Return the symbol that asks for a target language at the start of the source.
+    """Return the symbol that requests a target language at the start of the source.
 
     Source: Johnson et al. 2017, section 3.
     """
@@ -47,11 +47,11 @@ class Bundle:
     """An open bundle.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         config: Its configuration.
-        vocabularies: Of "source" and "target"; a language model has the second alone.
-        processors: Of the same sides; None where text is words between spaces.
-        network: Over weights that are mapped from the files.
+        vocabularies: Vocabularies of "source" and "target"; a language model has only the latter.
+        processors: sentencepiece models of the same sides; None if words are split at spaces.
+        network: Its network, with weights mapped from the files.
     """
 
     folder: Path
@@ -64,15 +64,15 @@ class Bundle:
 def open_bundle(folder: Path | str, kind: str) -> Bundle:
     """Open a bundle.
 
-    All files are compared with their sha256 but those of experts, each of which is compared before
-    its first use.
+    All files are compared with their sha256, except that each expert is compared before its first
+    use.
 
     Args:
-        folder: That `nmt-moe export` wrote.
+        folder: A folder that `nmt-moe export` wrote.
         kind: "translation" or "language_model".
 
     Raises:
-        ValueError: naming what is missing, altered, newer, of another kind, or does not fit.
+        ValueError: naming what is missing, changed, too new, of another kind, or inconsistent.
     """
     folder = Path(folder)
     content = read_small(folder, CONFIG)
@@ -102,7 +102,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
 
 
 def _models(bundle: Bundle) -> dict[str, bytes | None]:
-    """Return the content of a bundle's sentencepiece models."""
+    """Return the contents of a bundle's sentencepiece models."""
     return {
         side: None if one is None else one.serialized_model_proto()
         for side, one in bundle.processors.items()
@@ -110,7 +110,7 @@ def _models(bundle: Bundle) -> dict[str, bytes | None]:
 
 
 def check_same(first: Bundle, other: Bundle) -> None:
-    """Reject bundles that cannot be one ensemble."""
+    """Reject bundles that cannot form an ensemble."""
     pairs: dict[str, list[Any]] = {
         "vocabulary": [{s: v.symbols for s, v in b.vocabularies.items()} for b in (first, other)],
         "pieces": [_models(bundle) for bundle in (first, other)],
@@ -129,10 +129,10 @@ def verify_bundle(folder: Path | str) -> str:
     """Read a whole bundle, and compare every file and every expert with its digest.
 
     Returns:
-        What it has, in words.
+        A description of its contents.
 
     Raises:
-        ValueError: naming what is missing, altered or does not fit.
+        ValueError: naming what is missing, changed or inconsistent.
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
@@ -196,7 +196,7 @@ def _read_vocabularies(
 
 
 def _is_symbol(value: Any) -> bool:
-    """Whether a value is text that can be written as a part of a line."""
+    """Return whether a value is text that can be part of a line."""
     return isinstance(value, str) and re.search("[\n\ud800-\udfff]", value) is None
 
 
@@ -217,26 +217,26 @@ def load_pieces(content: bytes, name: str, advice: str) -> Processor:
     """Load a sentencepiece model.
 
     Raises:
-        ValueError: it is not a whole one.
+        ValueError: if it is not a complete model.
     """
     processor = Processor()
     try:
         processor.LoadFromSerializedProto(content)
     except RuntimeError:
-        raise ValueError(f"`{name}` is not a whole sentencepiece model. {advice}") from None
+        raise ValueError(f"`{name}` is not a complete sentencepiece model. {advice}") from None
     return processor
 
 
-# Of a vocabulary's words, so many may be no pieces of the model: texts have runs of characters that
-# no piece has.
+# Share of a vocabulary's words that need not be pieces of the model, because texts have runs of
+# characters that are in no piece.
 FOREIGN_SHARE = 0.05
 
 
 def check_pieces(processor: Processor, vocabulary: Vocabulary, name: str, advice: str) -> None:
-    """Reject a sentencepiece model that is not the one of a vocabulary.
+    """Reject a sentencepiece model that does not belong to a vocabulary.
 
     Raises:
-        ValueError: too many of the vocabulary's words are not pieces of the model.
+        ValueError: if too many of the vocabulary's words are not pieces of the model.
     """
     pieces = {processor.id_to_piece(number) for number in range(len(processor))}
     own = set(MARKS) | set(vocabulary.language_marks)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmt_moe.text.vocabulary import UNK
 
-# Of each piece, the experts it was sent to with their gates, largest first.
+# For each piece, the experts to which it was sent, with their gates, largest first.
 Experts = list[list[tuple[int, float]]]
 
 
@@ -22,7 +22,7 @@ class Routing:
     Attributes:
         expert_ids: (N, K) int64; E in empty slots.
         gates: (N, K) float32; 0 in empty slots.
-        inputs: (N, D) float32, what the layer read, if it was asked for.
+        inputs: (N, D) float32, the layer's inputs, if requested.
     """
 
     expert_ids: Tensor
@@ -30,12 +30,12 @@ class Routing:
     inputs: Tensor | None = None
 
     def __getitem__(self, tokens: slice | Tensor) -> Routing:
-        """Return the routing of some of the tokens."""
+        """Return the routing of selected tokens."""
         inputs = None if self.inputs is None else self.inputs[tokens]
         return Routing(self.expert_ids[tokens], self.gates[tokens], inputs)
 
     def to_experts(self) -> Experts:
-        """Return plain values, without empty slots."""
+        """Return experts and gates as plain values, without empty slots."""
         order = self.gates.argsort(dim=1, descending=True, stable=True)
         ids, gates = (part.gather(1, order).tolist() for part in (self.expert_ids, self.gates))
         return [
@@ -49,14 +49,14 @@ class Hypothesis:
     """One translation of one sentence, of T pieces.
 
     Attributes:
-        text: Without the end mark.
-        score: What hypotheses are ranked by, nats: log P divided by the length penalty, with the
-            coverage penalty if there is one.
-        pieces: T.
-        log_probs: T + 1, log P of each piece and of the end mark, nats.
-        alignment: T, for each piece the index of the source piece that it attends to most.
+        text: Its text, without the end mark.
+        score: The score by which hypotheses are ranked, in nats: log P divided by the length
+            penalty, plus the coverage penalty if there is one.
+        pieces: The T pieces.
+        log_probs: T + 1 log-probabilities, of each piece and the end mark, in nats.
+        alignment: T indices; for each piece, the source piece to which it attends most.
         attention: (T, S) float32, over all pieces of the source.
-        experts: Of the decoder's layer for each piece, if they were asked for.
+        experts: Experts of the decoder's layer for each piece, if requested.
     """
 
     text: str
@@ -68,7 +68,7 @@ class Hypothesis:
     experts: Experts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the attention."""
+        """Return the attributes as plain values, without the attention."""
         content = {
             "text": self.text,
             "score": self.score,
@@ -84,9 +84,9 @@ class Sentence:
     """A sentence and its translations.
 
     Attributes:
-        pieces: S, of the source.
-        hypotheses: Best first.
-        experts: Of the encoder's layer for each piece of the source, if they were asked for.
+        pieces: The S pieces of the source.
+        hypotheses: Hypotheses, best first.
+        experts: Experts of the encoder's layer for each piece of the source, if requested.
     """
 
     pieces: list[str]
@@ -94,7 +94,7 @@ class Sentence:
     experts: Experts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the attributes as plain values."""
         hypotheses = [one.to_dict() for one in self.hypotheses]
         content: dict[str, Any] = {"pieces": self.pieces, "hypotheses": hypotheses}
         return content if self.experts is None else {**content, "experts": self.experts}
@@ -105,11 +105,11 @@ class Translation:
     """The translation of a text.
 
     Attributes:
-        text: The best; "" of a text without words.
-        score: The sum of its sentences' scores, nats; 0 without words.
-        hypotheses: Texts, best first: of a text of several sentences, the n-th joins the n-th best
-            of each.
-        sentences: What the text was cut into: one sentence unless it is long or has several lines.
+        text: The best translation; "" for a text without words.
+        score: The sum of its sentences' scores, in nats; 0 without words.
+        hypotheses: Texts, best first; for several sentences, the n-th text joins the n-th best
+            hypotheses.
+        sentences: The sentences of the text: one, unless it is long or has several lines.
     """
 
     text: str
@@ -119,17 +119,17 @@ class Translation:
 
     @property
     def source_pieces(self) -> list[str]:
-        """The pieces of the source, one sentence after the other."""
+        """Return the pieces of the source, one sentence after another."""
         return [piece for one in self.sentences for piece in one.pieces]
 
     @property
     def pieces(self) -> list[str]:
-        """The pieces of `text`, one sentence after the other."""
+        """Return the pieces of `text`, one sentence after another."""
         return [piece for one in self._best for piece in one.pieces]
 
     @property
     def alignment(self) -> list[int]:
-        """For each of `pieces`, the index in `source_pieces` of what it attends to most."""
+        """Return, for each of `pieces`, the index in `source_pieces` to which it attends most."""
         found, first = [], 0
         for sentence, best in zip(self.sentences, self._best, strict=True):
             found += [first + index for index in best.alignment]
@@ -138,12 +138,12 @@ class Translation:
 
     @property
     def source_experts(self) -> Experts | None:
-        """The experts of each of `source_pieces`, if they were asked for."""
+        """Return the experts of each of `source_pieces`, if requested."""
         return _concatenate([one.experts for one in self.sentences])
 
     @property
     def experts(self) -> Experts | None:
-        """The experts of each of `pieces`, if they were asked for."""
+        """Return the experts of each of `pieces`, if requested."""
         return _concatenate([one.experts for one in self._best])
 
     @property
@@ -151,7 +151,7 @@ class Translation:
         return [one.hypotheses[0] for one in self.sentences]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the attributes as plain values, for JSON."""
         sentences = [one.to_dict() for one in self.sentences]
         hypotheses = self.hypotheses
         return {
@@ -169,17 +169,18 @@ def _concatenate(parts: list[Experts | None]) -> Experts | None:
 
 @dataclass(frozen=True)
 class LineScore:
-    """How likely a model finds a line; the end of the line is counted everywhere.
+    """A model's score for a line; all values include the end of the line.
 
     Attributes:
-        log_prob: Of the line, nats.
+        log_prob: Log-probability of the line, in nats.
         pieces: Its pieces.
-        log_probs: Of each piece and of the end, nats.
-        num_words: Runs of characters between white space.
-        num_characters: Of the line.
-        num_unknown: Pieces that are not in the vocabulary; they make a line seem likelier.
-        routing: Of the MoE layer for each piece and the end, if it was asked for. The experts of a
-            piece are those that wrote it: its predecessor's vector went through them.
+        log_probs: Log-probabilities of each piece and of the end, in nats.
+        num_words: Number of words, separated by white space.
+        num_characters: Number of characters.
+        num_unknown: Number of pieces that are not in the vocabulary; they make a line seem
+            likelier.
+        routing: Routing in the MoE layer for each piece and the end, if requested. The experts of a
+            piece are those that predicted it, to which its predecessor's vector was sent.
     """
 
     log_prob: float
@@ -192,22 +193,22 @@ class LineScore:
 
     @property
     def perplexity_per_piece(self) -> float:
-        """Perplexity over pieces and the end."""
+        """Return the perplexity per piece, including the end."""
         return _perplexity(self.log_prob, len(self.log_probs))
 
     @property
     def perplexity_per_word(self) -> float:
-        """Perplexity over words and the end."""
+        """Return the perplexity per word, including the end."""
         return _perplexity(self.log_prob, self.num_words + 1)
 
     @property
     def perplexity_per_character(self) -> float:
-        """Perplexity over characters and the end."""
+        """Return the perplexity per character, including the end."""
         return _perplexity(self.log_prob, self.num_characters + 1)
 
     @property
     def bits_per_character(self) -> float:
-        """Loss in bits over characters and the end."""
+        """Return the loss in bits per character, including the end."""
         return -self.log_prob / math.log(2) / (self.num_characters + 1)
 
 
@@ -221,19 +222,19 @@ def _perplexity(log_prob: float, count: int) -> float:
 def score_line(
     line: str, pieces: list[str], numbers: list[int], log_probs: list[float]
 ) -> LineScore:
-    """Put the score of a line together, from its pieces' numbers and log-probabilities."""
+    """Build the score of a line from its pieces' ids and log-probabilities."""
     return LineScore(
         math.fsum(log_probs), pieces, log_probs, len(line.split()), len(line), numbers.count(UNK)
     )
 
 
 def total_score(scores: Sequence[LineScore]) -> LineScore:
-    """Return the score of a text of several lines, without the pieces' own.
+    """Return the score of a text of several lines, without values for single pieces.
 
-    Its perplexities are those of the text: each line's end is counted.
+    Its perplexities are those of the whole text, including the end of each line.
 
     Raises:
-        ValueError: there is no line.
+        ValueError: if there are no lines.
     """
     if not scores:
         raise ValueError("`scores` must have at least one line, but is empty.")
@@ -250,14 +251,14 @@ def total_score(scores: Sequence[LineScore]) -> LineScore:
 
 @dataclass(frozen=True)
 class PairScore:
-    """How likely a translator finds a reference of a text.
+    """A translator's score for a reference translation of a text.
 
     Attributes:
-        source_tokens: S, the pieces that the encoder reads, with the language mark of a
-            multilingual model and the end mark.
-        target: Of the reference, T pieces.
+        source_tokens: The S tokens that the encoder reads: the pieces, a multilingual model's
+            language token, and the end mark.
+        target: Score of the reference, which has T pieces.
         attention: (T + 1, S) float32, for each piece of the reference and its end mark.
-        routing: Of the encoder's layer for each of `source_tokens`, if it was asked for.
+        routing: Routing in the encoder's layer for each of `source_tokens`, if requested.
     """
 
     source_tokens: list[str]

@@ -1,4 +1,4 @@
-"""Sentences of pieces to hypotheses: batches, beam search, ensembles, experts of each piece."""
+"""Find hypotheses for sentences of pieces: batches, beam search, ensembles."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a translation may be: a S + b pieces for S source pieces, the end mark counted."""
+    """How long a translation may be: a S + b pieces for S source pieces, including the end mark."""
 
     a: float
     b: int
 
     def of(self, source: Sequence[int]) -> int:
-        """Return the most pieces without the end mark, for a source with its end mark."""
+        """Return the most pieces, without the end mark, for a source with its end mark."""
         return int(self.a * len(source) + self.b)
 
 
@@ -43,13 +43,13 @@ class EnsembleState:
 
 
 class Ensemble:
-    """Networks whose probabilities are averaged; one of them is itself."""
+    """Networks whose probabilities are averaged; a single network is used as it is."""
 
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
 
     def start(self, sentences: list[list[int]], trace: Trace | None = None) -> EnsembleState:
-        """Encode sentences; `trace` gets the experts of the first network."""
+        """Encode sentences; `trace` receives the experts of the first network."""
         traces = [trace, *[None] * (len(self.networks) - 1)]
         pairs = zip(self.networks, traces, strict=True)
         return EnsembleState([one.start(one.encode(sentences, PAD, own)) for one, own in pairs])
@@ -69,11 +69,12 @@ class Ensemble:
 
 
 def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of sentences of about the same length, the longest first.
+    """Yield batches of indices of sentences of similar length, the longest first.
 
     Args:
-        sentences: To be put into batches.
-        batch_tokens: Of a batch at most, padding included; a longer sentence is a batch of its own.
+        sentences: The sentences.
+        batch_tokens: Most tokens in a batch, including padding; a longer sentence is a batch of its
+            own.
     """
     order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
     batch: list[int] = []
@@ -125,11 +126,11 @@ def search(
     """Translate a batch.
 
     Args:
-        ensemble: Of networks.
-        sentences: Numbers of the source, with language mark and end mark.
-        config: Of the search.
-        limits: Of the hypotheses' lengths.
-        num_words: Of each source, positions that coverage counts: all but the end mark.
+        ensemble: The networks.
+        sentences: Token ids of the sources, with language token and end mark.
+        config: Configuration of the search.
+        limits: Limits of the hypotheses' lengths.
+        num_words: For each source, the positions that count for coverage: all but the end mark.
     """
     state = ensemble.start(sentences)
     start = torch.full((len(sentences),), EOS)

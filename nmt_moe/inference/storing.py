@@ -1,4 +1,4 @@
-"""How a bundle stores weights."""
+"""Store the weights of a bundle."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from nmt_moe.inference.weights import (
 )
 from nmt_moe.kernels import quantise_rows
 
-ALIGNMENT = 64  # bytes, at which weights begin: a line of the cache
+ALIGNMENT = 64  # weights start at multiples of this many bytes, a cache line
 
 
 def write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tensor]) -> None:
     """Write all weights of a network.
 
     Args:
-        folder: Of the bundle.
-        config: Of the bundle.
-        parameters: By the names of `SavedNetwork`.
+        folder: Folder of the bundle.
+        config: Configuration of the bundle.
+        parameters: Parameters by their names in `SavedNetwork`.
     """
     experts: dict[str, dict[str, Tensor]] = {}
     dense: dict[str, Tensor] = {}
     for name, value in parameters.items():
         side, _, rest = name.partition(".moe.moe.experts.")
         if rest:
-            # A row for each output, as products are computed with them.
+            # One row for each output, the layout in which products are computed.
             experts.setdefault(side, {})[rest] = value.float().mT
         elif name not in config.shared_weights and UNUSED not in name:
             dense |= store(name, value.float(), config.dtype)
@@ -62,18 +62,18 @@ def save_experts(path: Path, stored: dict[str, Tensor]) -> None:
     """Write the experts of a layer, each with its digest.
 
     Args:
-        path: Of the file.
-        stored: (E, ...) of `store`.
+        path: Path of the file.
+        stored: (E, ...) tensors from `store`.
     """
     digests = [list(expert_digest(number, stored)) for number in range(len(stored[EXPERTS_IN]))]
     save_tensors(path, {**stored, DIGEST: torch.tensor(digests, dtype=torch.uint8)})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whose tensors begin at a multiple of `ALIGNMENT` bytes."""
+    """Write a safetensors file whose tensors start at multiples of `ALIGNMENT` bytes."""
     save_file(tensors, path, {"format": "pt"})
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-    # One more entry of the header costs 9 characters: ,"pad":""
+    # An additional entry in the header takes 9 characters: ,"pad":""
     padding = " " * ((-start - 9) % ALIGNMENT)
     save_file(tensors, path, {"format": "pt", "pad": padding})

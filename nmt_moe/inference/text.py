@@ -1,4 +1,4 @@
-"""Raw text to pieces and back."""
+"""Split raw text into pieces, and join pieces into text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nmt_moe.inference.bundle import TextPipeline
 from nmt_moe.text.lines import CONTROLS, MAX_LINE_BYTES, BadLine
 from nmt_moe.text.pieces import with_plain_spaces
 
-# Languages that are written without spaces between sentences.
+# Languages written without spaces between sentences.
 UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
 
 
 def find_fault(text: str) -> str | None:
-    """Say why a text cannot be translated; None if it can.
+    """Return why a text cannot be translated; None if it can.
 
-    The rule is that of lines in files: see `nmt_moe.text.lines`.
+    The rules are those for lines in files: see `nmt_moe.text.lines`.
     """
     try:
         content = text.encode("utf-8")
@@ -37,7 +37,7 @@ def find_fault(text: str) -> str | None:
 
 
 def check_texts(texts: str | Sequence[str], name: str) -> list[str]:
-    """Return texts as a list; reject what is not text."""
+    """Return texts as a list; reject anything that is not text."""
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"`{name}s` must be strings, but is {type(texts).__name__}.")
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -58,12 +58,12 @@ def check_line(line: str | BadLine, number: int) -> str | BadLine:
 
 @dataclass
 class SourceText:
-    """Turns source text into pieces, as in training.
+    """Split source text into pieces, as in training.
 
     Attributes:
-        pipeline: What is done before.
-        processor: Cuts into pieces; None for words between spaces.
-        language: Of the text, if known: for its sentences' ends and its punctuation.
+        pipeline: What to do first.
+        processor: Splits text into pieces; None to split words at spaces.
+        language: Language of the text, if known, for splitting sentences and for punctuation.
     """
 
     pipeline: TextPipeline
@@ -73,8 +73,8 @@ class SourceText:
     def split(self, line: str) -> list[list[str]]:
         """Return the pieces of each sentence of a line; one sentence if the line is short enough.
 
-        A sentence that is too long is cut between words, or, without spaces, between pieces. None
-        of a line without text.
+        A sentence that is too long is cut between words or, without spaces, between pieces. A line
+        without text has no sentences.
         """
         pieces = self.pieces(line)
         most = self.pipeline.max_source_pieces
@@ -94,7 +94,7 @@ class SourceText:
         return cut(text, self.processor)
 
     def _sentences(self, line: str) -> list[str]:
-        import sentencex  # late: of use for long lines only
+        import sentencex  # imported late, as only long lines need it
 
         return [found.strip() for found in sentencex.segment(self.language or "en", line)]
 
@@ -107,25 +107,25 @@ class SourceText:
 
 @dataclass
 class TargetText:
-    """Turns pieces into text.
+    """Join pieces into text.
 
     Attributes:
-        processor: Of the pieces; None for words between spaces.
-        separator: Between sentences of one text.
+        processor: sentencepiece model of the pieces; None for words between spaces.
+        separator: Text between two sentences.
     """
 
     processor: sentencepiece.SentencePieceProcessor | None
     separator: str = field(default=" ")
 
     def pieces(self, text: str) -> list[str]:
-        """Return the pieces of a text, as those of the target side in training."""
+        """Return the pieces of a text, as on the target side in training."""
         return cut(text, self.processor)
 
     def join(self, pieces: list[str]) -> str:
         """Return the text of one sentence's pieces."""
         if self.processor is None:
             return " ".join(pieces)
-        # `decode_pieces` would turn unknown pieces into marks of its own.
+        # `decode_pieces` would replace unknown pieces with a symbol of its own.
         return "".join(pieces).replace("▁", " ").strip()
 
 
@@ -137,12 +137,12 @@ def cut(text: str, processor: sentencepiece.SentencePieceProcessor | None) -> li
 
 
 def separator_of(language: str | None) -> str:
-    """Return what stands between two sentences of a language."""
+    """Return the separator between two sentences of a language."""
     return "" if language is not None and re.split("[_-]", language)[0] in UNSPACED else " "
 
 
 def cut_pieces(pieces: list[str], most: int) -> list[list[str]]:
-    """Cut a sentence into parts of at most `most` pieces, between words where there are any."""
+    """Cut a sentence into parts of at most `most` pieces, between words if possible."""
     parts, first = [], 0
     while len(pieces) - first > most:
         ends = range(first + most, first + most // 2, -1)

@@ -1,4 +1,4 @@
-"""Raw text in one language to raw text in another."""
+"""Translate raw text into raw text."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
-# Source pieces of a batch, padding included: more rows a product are faster, and take memory.
+# Source pieces in a batch, including padding; products with more rows are faster, but take memory.
 BATCH_TOKENS = 1024
-# Lines that are read before they are sorted into batches.
+# Lines to read before they are sorted into batches.
 READ_AHEAD = 2048
 
 
@@ -46,16 +46,15 @@ class _Options:
 
 
 class Translator:
-    """Translate text with a bundle, or with several as an ensemble.
+    """Translate text with a bundle, or with several as an ensemble, opened by `Translator.load`.
 
-    Make one with `Translator.load`. Nothing in it depends on how texts are put into batches, but
-    for the last bits of scores.
+    Results do not depend on how texts are batched, except for the last bits of scores.
 
     Attributes:
         languages: Target languages of a multilingual model; else the target's name, if known.
-        defaults: Of the search, from the first bundle.
-        config: Of the first bundle.
-        vocabularies: Of "source" and "target".
+        defaults: Search defaults of the first bundle.
+        config: Configuration of the first bundle.
+        vocabularies: Vocabularies of "source" and "target".
     """
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
@@ -79,10 +78,10 @@ class Translator:
         """Open a bundle, or several whose probabilities are averaged.
 
         Args:
-            folder: That `nmt-moe export` wrote; a list of folders for an ensemble.
+            folder: A folder that `nmt-moe export` wrote, or a list of folders for an ensemble.
 
         Raises:
-            ValueError: naming the file that is missing, altered or of a newer format, or how two
+            ValueError: naming the file that is missing, changed or of a newer format, or how two
                 bundles of an ensemble differ.
         """
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
@@ -106,29 +105,29 @@ class Translator:
     ) -> list[Translation]:
         """Translate texts.
 
-        A text may have several lines, which stay lines; a blank one stays blank. A line of more
-        pieces than the bundle's `max_source_pieces` is split into sentences. Language marks and
-        other marks that are typed in a text are text.
+        The lines of a text are kept, and blank lines stay blank. A line with more pieces than the
+        bundle's `max_source_pieces` is split into sentences. Language tokens and other special
+        symbols typed in a text are plain text.
 
         Args:
-            texts: Any number; one string stands for a list of one.
-            target_lang: Of a multilingual model, one of `languages`.
-            beam_size: Hypotheses of a sentence that are followed; None, here and below, for the
-                bundle's own default.
-            num_hypotheses: Of each sentence to return, at most `beam_size`.
+            texts: Any number of texts; a string stands for a list of one.
+            target_lang: Target language of a multilingual model, one of `languages`.
+            beam_size: Hypotheses kept for each sentence; None, here and below, for the bundle's
+                default.
+            num_hypotheses: Hypotheses of each sentence to return, at most `beam_size`.
             length_penalty_alpha: GNMT's length normalisation; 0 = off.
             coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
-            beam_prune: GNMT's pruning, nats; 0 = off.
-            batch_tokens: Source pieces of a batch, padding included; each of torch's threads
+            beam_prune: GNMT's pruning, in nats; 0 = off.
+            batch_tokens: Most source pieces in a batch, including padding; each of torch's threads
                 translates one batch at a time.
-            with_experts: Also return the experts of each piece, of the first bundle.
+            with_experts: Whether to return the experts of each piece too, in the first bundle.
 
         Returns:
-            A translation of each text, in their order.
+            A translation of each text, in order.
 
         Raises:
-            ValueError: naming a text that holds control characters or half a surrogate pair, a
-                language that the model does not know, or an option that is out of range.
+            ValueError: naming a text with control characters or half a surrogate pair, a language
+                that the model does not know, or an option that is out of range.
         """
         return self._translate(
             check_texts(texts, "text"),
@@ -152,19 +151,19 @@ class Translator:
         read_ahead: int = READ_AHEAD,
         **options: int | float | bool | None,
     ) -> Iterator[Translation | BadLine]:
-        """Translate lines as they come: a bad line is passed on, the others are translated.
+        """Translate lines as they arrive; pass bad lines through.
 
         Args:
-            lines: For example of `nmt_moe.text.lines.scan_lines`.
-            target_lang: As of `translate`, like the other options.
-            read_ahead: Lines that are read before the first is translated.
+            lines: Lines, for example from `nmt_moe.text.lines.scan_lines`.
+            target_lang: As in `translate`, like the other options.
+            read_ahead: Lines to read before the first is translated.
             options: Further options of `translate`.
 
         Yields:
             The translation of each line, or the line that cannot be translated.
         """
         if isinstance(lines, str):
-            raise ValueError("`lines` must be lines, but is one string. Give a list of it.")
+            raise ValueError("`lines` must be lines, but is one string. Put it into a list.")
         check_whole("read_ahead", read_ahead, 1)
         self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
         source = map(check_line, lines, count(1))
@@ -183,7 +182,7 @@ class Translator:
         progress: bool = True,
         **options: int | float | bool | None,
     ) -> int:
-        """Translate a file of one text a line: see `nmt_moe.inference.files.translate_file`."""
+        """Translate a file with one text a line; see `nmt_moe.inference.files.translate_file`."""
         from nmt_moe.inference.files import translate_file
 
         return translate_file(self, source, output, target_lang, progress=progress, **options)
@@ -199,20 +198,21 @@ class Translator:
         with_experts: bool = False,
         with_inputs: bool = False,
     ) -> list[PairScore]:
-        """Return the probability of a reference of each text: teacher forcing.
+        """Score a reference translation of each text, by teacher forcing.
 
-        Nothing is split: a text is one sentence, however long it is, and so is its reference.
+        Nothing is split: a text counts as one sentence, whatever its length, and so does its
+        reference.
 
         Args:
-            texts: Any number; one string stands for a list of one.
-            references: As many.
-            target_lang: Of a multilingual model, one of `languages`.
-            batch_tokens: Pieces of a side that are read at once, padding included.
-            with_experts: Also return the experts of each piece, of the first bundle.
-            with_inputs: Also return what the MoE layers read.
+            texts: Any number of texts; a string stands for a list of one.
+            references: A reference for each text.
+            target_lang: Target language of a multilingual model, one of `languages`.
+            batch_tokens: Most pieces on a side that are read at once, including padding.
+            with_experts: Whether to return the experts of each piece too, in the first bundle.
+            with_inputs: Whether to return the inputs of the MoE layers too.
 
         Raises:
-            ValueError: as `translate`; or there are more of the one than of the other.
+            ValueError: as in `translate`, or if the numbers of texts and references differ.
         """
         texts = check_texts(texts, "text")
         references = check_texts(references, "reference")
@@ -237,15 +237,15 @@ class Translator:
         with_experts: bool = False,
         with_inputs: bool = False,
     ) -> list[PairScore]:
-        """Return the probability of texts that are cut already: see `score`.
+        """Score texts that are already split into pieces, as `score` does.
 
         Args:
             sources: Pieces of each text, such as `Sentence.pieces`.
             targets: Pieces of each reference, such as `Hypothesis.pieces`.
-            target_lang: As of `score`, like the other options.
-            batch_tokens: See `score`.
-            with_experts: See `score`.
-            with_inputs: See `score`.
+            target_lang: As in `score`.
+            batch_tokens: As in `score`.
+            with_experts: As in `score`.
+            with_inputs: As in `score`.
         """
         if len(sources) != len(targets):
             raise ValueError(
@@ -270,13 +270,13 @@ class Translator:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """The MoE layers of the first bundle, "encoder" and "decoder"; none of a dense model."""
+        """Return the first bundle's MoE layers, "encoder" and "decoder"; none for a dense model."""
         network = self._networks[0]
         layers = {"encoder": network.encoder_moe, "decoder": network.decoder_moe}
         return {side: layer for side, layer in layers.items() if layer is not None}
 
     def _mark_of(self, target_lang: str | None) -> list[int]:
-        """Return what stands in front of a source."""
+        """Return the tokens to put before a source."""
         if not self.config.is_multilingual:
             return []
         assert target_lang is not None

@@ -18,35 +18,35 @@ from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder, LSTMLanguageModel
 
 SCALE = ".scale"
-# Experts are stored as products are computed with them, a row for each output.
+# Experts are stored in the layout in which products are computed, one row for each output.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
-# Training alone reads it.
+# Read only in training.
 UNUSED = "noise_weight"
-# Elements of a layer's first matrices: up to 2 MB in float32, which stay in the cache.
+# Elements in a layer's first matrices: up to 2 MB in float32, which stays in the cache.
 SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def experts_file(side: str) -> str:
-    """Return the name of the file of the experts of the encoder or the decoder."""
+    """Return the name of the file with the encoder's or decoder's experts."""
     return f"experts.{side}.safetensors"
 
 
 def is_product(name: str, value: Tensor) -> bool:
-    """Whether a weight is one that products are computed with, and is stored in the bundle's dtype.
+    """Return whether a weight is used in matrix products, and stored in the bundle's dtype.
 
-    Gates are not: a rounded gate chooses other experts.
+    Gates are not: a rounded gate may choose other experts.
     """
     return value.dim() > 1 and ".gate." not in name
 
 
 def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all weights but experts', from the networks themselves.
+    """Return names and shapes of all weights except experts', from the networks themselves.
 
     Args:
-        config: Of the bundle.
-        sizes: Rows of the embedding of each side, "encoder" and "decoder", and "output".
+        config: Configuration of the bundle.
+        sizes: Rows of the embeddings, "encoder" and "decoder", and of "output".
     """
     network: Any = config.network
     with torch.device("meta"):
@@ -69,21 +69,21 @@ def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tu
 
 
 def _embedding(size: int, dim: int) -> nn.Embedding:
-    # Drawing weights that are not there would import torch's compiler, which takes seconds.
+    # Initialising weights on the meta device would import torch's compiler, which takes seconds.
     return nn.Embedding(size, dim, _weight=torch.empty(size, dim))
 
 
 class Weights:
-    """The weights of a bundle but those of experts, checked against its configuration.
+    """The weights of a bundle except those of experts, checked against its configuration.
 
     Args:
-        folder: Of the bundle.
+        folder: Folder of the bundle.
         config: Its configuration.
-        sizes: As of `expected_shapes`; "output" may be left out, and is then read from the file.
+        sizes: As in `expected_shapes`; "output" may be omitted, and is then read from the file.
         sums: The sha256 of each file.
 
     Raises:
-        ValueError: naming the file that is altered, or the weight that does not fit.
+        ValueError: naming the file that was changed, or the weight that does not fit.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Weights:
         return self.config.shared_weights.get(name, name) in self._tensors
 
     def linear(self, name: str, bias: Tensor | None = None) -> PackedLinear:
-        """Return the product with a weight (O, I)."""
+        """Return the matrix product with a weight (O, I)."""
         weight = self[name]
         if weight.dtype == torch.int8:
             return PackedLinear.from_int8(weight, self[self._scale_of(name)], bias)
@@ -118,11 +118,11 @@ class Weights:
         return self.config.shared_weights.get(name, name) + SCALE
 
     def _check_claims(self) -> None:
-        """Reject sizes that need more weights than there are, before anything is made of them."""
+        """Reject sizes that need more weights than exist, before anything is built from them."""
         network: Any = self.config.network
         for name in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
             if getattr(network, name, 0) > len(self._tensors):
-                self._reject(f"it has {len(self._tensors)} weights, but `{name}` is not less")
+                self._reject(f"it has {len(self._tensors)} weights, but `{name}` must be smaller")
         gates = sum(value.numel() for name, value in self._tensors.items() if ".gate." in name)
         if network.moe is not None and network.moe.num_experts > max(gates, 1):
             self._reject(f"it has no gates for {network.moe.num_experts} experts")
@@ -148,20 +148,20 @@ class Weights:
         known = {self.config.shared_weights.get(name, name) for name in want}
         unknown = have.keys() - known - {name + SCALE for name in known}
         if unknown:
-            self._reject(f"`{min(unknown)}` is not a weight of it")
+            self._reject(f"`{min(unknown)}` is not one of its weights")
 
     def _reject(self, fault: str) -> None:
         raise ValueError(f"`{self.path}` does not fit its configuration: {fault}. {EXPORT_AGAIN}")
 
 
 class Embedding:
-    """Rows of a table (V, D) that may be in bfloat16 or int8, in float32."""
+    """Look up float32 rows of a table (V, D), which may be stored in bfloat16 or int8."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
         self.weight, self.scale = weight, scale
 
     def __call__(self, numbers: Tensor) -> Tensor:
-        """Return (..., D) float32 rows of (...) int64 numbers."""
+        """Return (..., D) float32 rows for (...) int64 indices."""
         rows = self.weight[numbers].float()
         return rows if self.scale is None else rows * self.scale[numbers].unsqueeze(-1)
 
@@ -170,11 +170,11 @@ class ExpertWeights:
     """The experts of one layer, mapped from their file; each is checked before its first use.
 
     Attributes:
-        weight_in: (E, H, D), packed an expert at a time.
-        weight_out: (E, D, H).
+        weight_in: (E, H, D), packed one expert at a time.
+        weight_out: (E, D, H), likewise.
 
     Raises:
-        ValueError: the file is missing, or what it holds does not fit the configuration.
+        ValueError: if the file is missing, or its contents do not fit the configuration.
     """
 
     def __init__(self, folder: Path, side: str, moe: MoEConfig, dtype: str) -> None:
@@ -209,12 +209,12 @@ class ExpertWeights:
 
     @property
     def is_small(self) -> bool:
-        """Whether to read all experts costs less than to call one after the other."""
+        """Return whether reading all experts costs less than calling one after another."""
         return self._tensors[EXPERTS_IN].numel() <= SMALL_LAYER
 
     @cached_property
     def joined(self) -> tuple[PackedLinear, PackedLinear]:
-        """All experts as one product (E H, D), and one (D, E H) of what it gives."""
+        """Return all experts as two products, (E H, D) and then (D, E H)."""
         for expert in range(self.num_experts):
             self.check(expert)
         parts = [self._dequantised(name) for name in (EXPERTS_IN, EXPERTS_OUT)]
@@ -232,7 +232,7 @@ class ExpertWeights:
         """Compare an expert with its digest.
 
         Raises:
-            ValueError: its weights were altered.
+            ValueError: if its weights were changed.
         """
         digest = expert_digest(expert, self._tensors)
         if digest != bytes(self._tensors[DIGEST][expert].tolist()):
@@ -254,15 +254,15 @@ def expert_digest(expert: int, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a safetensors file; nothing is read but its header.
+    """Map the tensors of a safetensors file, reading only its header.
 
     Raises:
-        ValueError: the file is truncated or is not one.
+        ValueError: if the file is truncated or of another kind.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"`{path}` is not a whole safetensors file: {error}. {EXPORT_AGAIN}"
+            f"`{path}` is not a complete safetensors file: {error}. {EXPORT_AGAIN}"
         ) from None

@@ -1,13 +1,13 @@
-"""Beam search: one loop over the hypotheses that are still alive.
+"""Beam search: one loop over the live hypotheses.
 
-The model is a function: `step(tokens, state)` returns the log-probabilities of the next token, the
-attention paid while predicting it, and its new state, for R rows. A row is a live hypothesis. Rows
-of one sentence follow each other, best first. At the first step every sentence has one row; rows of
+The model is a function: for R rows, `step(tokens, state)` returns the log-probabilities of the next
+token, the attention paid while predicting it, and the new state. A row is a live hypothesis. Rows
+of a sentence are consecutive, best first. At the first step every sentence has one row; rows of
 finished sentences and of pruned hypotheses are never evaluated.
 
-With `SearchConfig` off the search is fairseq's: of a step's candidates, those among the W best that
-end are finished, the W best of the others go on, and a sentence is finished with W hypotheses or at
-its maximal length.
+With `SearchConfig` off, the search is fairseq's: among the W best candidates of a step, those that
+end are finished; the W best of the others continue; and a sentence is finished with W hypotheses or
+at its maximal length.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,19 @@ from nmt_moe.search.scores import length_penalty, log_coverage
 
 
 class StepState(Protocol):
-    """What a model keeps of each row between two steps."""
+    """What a model keeps for each row between two steps."""
 
     def reorder(self, rows: Tensor) -> Self:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
 
 
-# Tokens that share a maximum when the best are looked for among so many log-probabilities.
+# Tokens that share a maximum in the search for the best, and log-probabilities from which on it pays.
 BLOCK = 8
 BLOCKS_FROM = 1 << 17
 
 StateT = TypeVar("StateT", bound=StepState)
-# ((R, T) int64 tokens so far, start included; state) -> ((R, V) log-probabilities, which the search
-# may overwrite; (R, S) attention over the source or None; state)
+# ((R, T) int64 tokens so far, including the start; state) -> ((R, V) log-probabilities, which the
+# search may overwrite; (R, S) attention over the source or None; state)
 Step = Callable[[Tensor, StateT], tuple[Tensor, Tensor | None, StateT]]
 
 
@@ -46,13 +46,13 @@ class BeamConfig:
     """Options of a beam search.
 
     Attributes:
-        beam_size: W, hypotheses of a sentence that are followed, and that it is finished with.
+        beam_size: W, the hypotheses kept for each sentence, and the number that finish it.
         length_exponent: Without penalties in `search`, scores are log P / length^this (fairseq's
-            `--lenpen`); 0 = log P itself. The end mark counts in the length.
-        search: GNMT's penalties, which replace that, and its pruning.
+            `--lenpen`); 0 = log P itself. The length includes the end mark.
+        search: GNMT's penalties, which replace that score, and its pruning.
 
     Raises:
-        ValueError: `beam_size` is below 1.
+        ValueError: if `beam_size` is below 1.
     """
 
     beam_size: int = 5
@@ -64,7 +64,7 @@ class BeamConfig:
             raise ValueError(f"`beam_size` must be at least 1, but is {self.beam_size}.")
 
     def penalty(self, length: Any) -> Any:
-        """Return what the log-probability of a hypothesis of `length` tokens is divided by."""
+        """Return the divisor of the log-probability of a hypothesis of `length` tokens."""
         if self.search.changes_scores:
             return length_penalty(length, self.search.length_penalty_alpha)
         return length**self.length_exponent
@@ -77,9 +77,9 @@ class _Rows:
     Attributes:
         sentence: (R,) int64, ascending.
         rank: (R,) int64, 0 = the best of its sentence.
-        tokens: (R, T) int64, start included.
+        tokens: (R, T) int64, including the start.
         log_probs: (R,) float32, log-probability of the tokens.
-        received: (R, S) float32, attention summed over all steps; None where no score needs it.
+        received: (R, S) float32, attention summed over all steps; None if no score needs it.
     """
 
     sentence: Tensor
@@ -94,9 +94,9 @@ class _Candidates:
     """The best continuations of each sentence: at most C = 2W, best first.
 
     Attributes:
-        log_probs: (B, C) float32, of the whole hypothesis; -inf = no candidate.
+        log_probs: (B, C) float32, for the whole hypothesis; -inf = no candidate.
         tokens: (B, C) int64, the last token.
-        rows: (B, C) int64, the row that each continues.
+        rows: (B, C) int64, the row that each candidate continues.
     """
 
     log_probs: Tensor
@@ -117,19 +117,19 @@ def beam_search(
 
     Args:
         step: The model.
-        state: Of one row for each sentence.
-        start: (B,) int64, the token before the first of each sentence.
-        config: Beam and scores.
+        state: Its state with one row for each sentence.
+        start: (B,) int64, the start token of each sentence.
+        config: Beam size and scores.
         restrictions: Which tokens may follow.
-        source_words: (B, S) bool, True = a word that coverage counts; for a coverage penalty.
+        source_words: (B, S) bool, True = a word that counts for the coverage penalty.
 
     Returns:
-        The hypotheses of each sentence, best first, at most W. Of equal scores, the one that ended
-        first comes first; of equal candidates of a step, that of the better row, then the smaller
-        token.
+        The hypotheses of each sentence, best first, at most W. With equal scores, the one that
+        ended first comes first; with equal candidates of a step, the one from the better row, then
+        the one with the smaller token.
 
     Raises:
-        ValueError: a sentence has no hypothesis, or the attention does not fit `source_words`.
+        ValueError: if a sentence has no hypothesis, or the attention does not fit `source_words`.
 
     Source: Wu et al. 2016, section 7, for scores and pruning.
     """
@@ -164,7 +164,7 @@ def _find_candidates(
     next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
 ) -> _Candidates:
     width = config.beam_size
-    # No row has more than W candidates that go on, and one that ends.
+    # At most W continuing candidates of a row can be needed, and one that ends.
     values, tokens = _best_tokens(next_log_probs, width + 1)
     shape = num_sentences, width, values.shape[1]
     numbers = torch.arange(len(values), device=values.device)
@@ -191,12 +191,12 @@ def _find_candidates(
 
 
 def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the (R, count) best log-probabilities and tokens; of equal ones, smaller tokens."""
+    """Return the (R, count) best log-probabilities and tokens; smaller tokens win ties."""
     count = min(count, log_probs.shape[1])
-    # One more, to see whether the last has an equal.
+    # One extra, to see whether the last one is tied.
     values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
     is_tied = values[:, 1:] == values[:, :-1]
-    if is_tied.any():  # topk promises no order for these
+    if is_tied.any():  # topk guarantees no order for ties
         tied = (is_tied & values[:, 1:].isfinite()).any(dim=1).nonzero().squeeze(1)
         ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
         values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
@@ -257,7 +257,7 @@ def _goes_on(
     config: BeamConfig,
     restrictions: Restrictions,
 ) -> Tensor:
-    """Return (B, C) bool: the W best that do not end, unless nothing worth keeping can follow."""
+    """Return (B, C) bool: the W best that do not end, unless nothing good enough can follow."""
     goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.isfinite()
     goes_on &= goes_on.cumsum(dim=1) <= config.beam_size
     goes_on &= finished.is_open().unsqueeze(1)
@@ -271,7 +271,7 @@ def _goes_on(
 
 
 def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
-    """Return the rows of the next step, and which rows of this one they continue."""
+    """Return the rows of the next step, and the rows of this step that they continue."""
     sentence, index = goes_on.nonzero(as_tuple=True)
     parents = candidates.rows[sentence, index]
     tokens = candidates.tokens[sentence, index].unsqueeze(1)

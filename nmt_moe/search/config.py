@@ -1,4 +1,4 @@
-"""What GNMT adds to a beam search."""
+"""GNMT's additions to a beam search."""
 
 import math
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ class SearchConfig:
         beam_prune: GNMT's beamsize, in nats (GNMT: 3.0).
 
     Raises:
-        ValueError: one is negative, infinite or NaN.
+        ValueError: if one is negative, infinite or NaN.
 
     Source: Wu et al. 2016, section 7.
     """
@@ -35,10 +35,10 @@ class SearchConfig:
 
     @property
     def changes_scores(self) -> bool:
-        """Whether finished hypotheses get GNMT's score."""
+        """Return whether finished hypotheses get GNMT's score."""
         return self.length_penalty_alpha > 0 or self.coverage_penalty_beta > 0
 
     @property
     def is_on(self) -> bool:
-        """Whether anything differs from a plain beam search."""
+        """Return whether anything differs from a plain beam search."""
         return self.changes_scores or self.beam_prune > 0

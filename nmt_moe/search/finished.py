@@ -1,8 +1,8 @@
-"""The hypotheses that a beam search has finished, and the record that they are read from.
+"""The finished hypotheses of a beam search, and the record from which they are read.
 
-A step's rows are kept as they are evaluated, each with the row of the step before that it
-continues. A finished hypothesis is its last row; its tokens are read from there backwards, once, at
-the end. So nothing that grows with the length is moved when hypotheses change rows.
+The rows of each step are stored as they are evaluated, each with the row of the previous step that
+it continues. A finished hypothesis is stored as its last row; its tokens are traced back from there
+once, at the end. Thus nothing that grows with the length is moved when hypotheses change rows.
 """
 
 import itertools
@@ -16,13 +16,13 @@ from nmt_moe.search.pruning import within_margin
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished hypothesis of T tokens, the end mark counted.
+    """A finished hypothesis of T tokens, including the end mark.
 
     Attributes:
         tokens: (T,) int64.
-        score: () float32, what hypotheses are ranked by.
-        positional_scores: (T,) float32, log-probability of each token, nats.
-        attention: (S, T), attention to each source position at each step, if the model gives it.
+        score: () float32, by which hypotheses are ranked.
+        positional_scores: (T,) float32, log-probability of each token, in nats.
+        attention: (S, T), attention to each source position at each step, if the model returns it.
     """
 
     tokens: Tensor
@@ -33,15 +33,15 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class _Step:
-    parents: Tensor  # (R,) rows of the step before
+    parents: Tensor  # (R,) rows of the previous step
     tokens: Tensor  # (R,) the last token of each row
-    log_probs: Tensor  # (R,) of each row before this step
+    log_probs: Tensor  # (R,) for each row before this step
     attention: Tensor | None  # (R, S)
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """Hypotheses that ended at one step: all (N,), by sentence and then by rank."""
+    """Hypotheses that ended at one step: all (N,), sorted by sentence, then by rank."""
 
     sentences: Tensor
     steps: Tensor
@@ -51,18 +51,18 @@ class _Ended:
 
 
 class FinishedHypotheses:
-    """Collect hypotheses of B sentences, at most `beam_size` of each.
+    """Collect hypotheses of B sentences, at most `beam_size` for each.
 
     Args:
         num_sentences: B.
         beam_size: W.
         margin: Hypotheses that score more than this below the best of their sentence are dropped,
-            nats; 0 = none.
+            in nats; 0 drops none.
         like: A tensor on the device of the search.
 
     Attributes:
         best: (B,) float32, the best score of each sentence so far; -inf = none yet.
-        count: (B,) int64, hypotheses of each sentence.
+        count: (B,) int64, number of hypotheses of each sentence.
     """
 
     def __init__(self, num_sentences: int, beam_size: int, margin: float, like: Tensor) -> None:
@@ -76,17 +76,17 @@ class FinishedHypotheses:
     def record_step(
         self, parents: Tensor, tokens: Tensor, log_probs: Tensor, attention: Tensor | None
     ) -> None:
-        """Keep the (R,) rows of a step and their (R, S) attention."""
+        """Store the (R,) rows of a step and their (R, S) attention."""
         self._steps.append(_Step(parents, tokens, log_probs, attention))
 
     def add(self, sentences: Tensor, rows: Tensor, log_probs: Tensor, scores: Tensor) -> None:
-        """Take in hypotheses that end at the step recorded last: all (N,), `sentences` ascending.
+        """Add hypotheses that end at the step recorded last: all (N,), `sentences` ascending.
 
         Args:
-            sentences: int64.
+            sentences: int64, their sentences.
             rows: int64, the rows that the end mark continues.
-            log_probs: Of the whole hypotheses.
-            scores: What they are ranked by.
+            log_probs: Log-probabilities of the whole hypotheses.
+            scores: Scores by which to rank them.
         """
         self.best = self.best.scatter_reduce(0, sentences, scores, "amax")
         is_kept = torch.ones_like(sentences, dtype=torch.bool)
@@ -94,7 +94,9 @@ class FinishedHypotheses:
             is_kept = within_margin(scores, self.best[sentences], self.margin)
         kept_so_far = is_kept.cumsum(0)
         first = torch.searchsorted(sentences, sentences)
-        number = kept_so_far - kept_so_far[first] + is_kept[first]  # within its sentence, from 1
+        number = (
+            kept_so_far - kept_so_far[first] + is_kept[first]
+        )  # number within its sentence, from 1
         is_kept &= self.count[sentences] + number <= self.beam_size
         self.count = self.count.index_add(0, sentences, is_kept.long())
         steps = torch.full_like(rows, len(self._steps) - 1)
@@ -102,14 +104,14 @@ class FinishedHypotheses:
         self._ended.append(_Ended(*fields))
 
     def is_open(self) -> Tensor:
-        """Return (B,) bool: which sentences take more hypotheses."""
+        """Return (B,) bool: which sentences accept more hypotheses."""
         return self.count < self.beam_size
 
     def collect(self, eos: int) -> list[list[Hypothesis]]:
-        """Read the hypotheses of each sentence, best first; of equal scores, the earlier first.
+        """Return the hypotheses of each sentence, best first; with equal scores, the earlier first.
 
         Raises:
-            ValueError: a sentence has none.
+            ValueError: if a sentence has none.
         """
         if not bool(self.count.all()):
             raise ValueError(
@@ -139,7 +141,7 @@ class FinishedHypotheses:
         return found
 
     def _read_back(self, ended: _Ended, eos: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (N, T) tokens and log-probabilities and (N, T, S) attention, up to each end."""
+        """Return (N, T) tokens and log-probabilities, and (N, T, S) attention, up to each end."""
         longest = int(ended.steps.max()) + 1
         steps = self._steps[:longest]
         rows = self._trace_rows(ended, steps)  # (N, T), in the rows of all steps
@@ -148,7 +150,9 @@ class FinishedHypotheses:
         tokens = torch.cat([tokens[:, 1:], tokens.new_full((len(rows), 1), eos)], dim=1)
         tokens[number, ended.steps] = eos
         log_probs = torch.cat([step.log_probs for step in steps])[rows]
-        totals = torch.cat([log_probs, log_probs[:, :1]], dim=1)  # after each number of tokens
+        totals = torch.cat(
+            [log_probs, log_probs[:, :1]], dim=1
+        )  # totals after each number of tokens
         totals[number, ended.steps + 1] = ended.log_probs
         attention = None
         if all(step.attention is not None for step in steps):
@@ -158,7 +162,8 @@ class FinishedHypotheses:
     def _trace_rows(self, ended: _Ended, steps: list[_Step]) -> Tensor:
         """Return (N, T) int64, the row of each hypothesis at each step, counted over all steps.
 
-        On the host: it follows one number after the other. After its end a hypothesis has row 0.
+        This runs on the host, because it follows one index after another. After its end, a
+        hypothesis has row 0.
         """
         parents = [step.parents.tolist() for step in steps]
         first = [0, *itertools.accumulate(map(len, parents))]

@@ -1,4 +1,4 @@
-"""Which tokens may follow: lengths, prefixes, marks, unknown words, repetitions."""
+"""Which tokens may follow: lengths, prefixes, special symbols, unknown words, repetitions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Restrictions:
-    """What a search may choose.
+    """The tokens that a search may choose.
 
     Attributes:
         eos: The end mark.
-        pad: The padding mark, which is never chosen.
-        max_lengths: (B,) int64, most tokens of each sentence's hypotheses before the end mark.
+        pad: The padding symbol, which is never chosen.
+        max_lengths: (B,) int64, most tokens before the end mark, for each sentence's hypotheses.
         min_length: Fewest tokens before the end mark. A prefix may end earlier.
-        prefixes: (B, P) int64, tokens that each sentence's hypotheses begin with; `pad` = free.
-            They are taken whatever the other restrictions say, up to the maximal length.
-        suppressed: Tokens that are never chosen, such as other marks.
-        unk: The unknown word.
-        unk_penalty: What its log-probability is lowered by, nats; infinity = never chosen.
-        no_repeat_ngram_size: No hypothesis has the same this many tokens in a row twice; 0 = off.
+        prefixes: (B, P) int64, tokens with which each sentence's hypotheses begin; `pad` = free.
+            They override the other restrictions, up to the maximal length.
+        suppressed: Tokens that are never chosen, such as other special symbols.
+        unk: The symbol for unknown words.
+        unk_penalty: How much to lower its log-probability, in nats; infinity = never chosen.
+        no_repeat_ngram_size: Length of n-grams that no hypothesis may contain twice; 0 = off.
 
     Raises:
-        ValueError: `min_length` is above a maximal length.
+        ValueError: if `min_length` is above a maximal length.
     """
 
     eos: int
@@ -53,8 +53,8 @@ class Restrictions:
         """Rule tokens out.
 
         Args:
-            log_probs: (R, V) of the next token, changed in place; -inf = ruled out.
-            tokens: (R, T) int64 so far, start included.
+            log_probs: (R, V) for the next token, changed in place; -inf = ruled out.
+            tokens: (R, T) int64, the tokens so far, including the start.
             sentence: (R,) int64, the sentence of each row.
 
         Returns:
@@ -81,7 +81,7 @@ class Restrictions:
         return log_probs
 
     def _forced_tokens(self, length: int, sentence: Tensor) -> Tensor | None:
-        """Return (R,) the only token that each row may choose, -1 = any; None if all are free."""
+        """Return the only token that each row may choose, (R,), -1 = any; None if all are free."""
         forced = None
         if self.prefixes is not None and length < self.prefixes.shape[1]:
             forced = self.prefixes[sentence, length]
@@ -93,7 +93,7 @@ class Restrictions:
 
 
 def _rule_out_repeats(log_probs: Tensor, tokens: Tensor, size: int) -> None:
-    """Rule out tokens that would end an n-gram of `size` that the (R, T) tokens have already."""
+    """Rule out tokens that would complete an n-gram that the (R, T) tokens already contain."""
     if tokens.shape[1] < size:
         return
     ngrams = tokens.unfold(1, size, 1)  # (R, T - size + 1, size)

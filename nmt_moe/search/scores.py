@@ -1,7 +1,7 @@
-"""How GNMT compares finished hypotheses: log P(Y|X) / lp(Y) + beta * coverage.
+"""GNMT's score for finished hypotheses: log P(Y|X) / lp(Y) + beta * coverage.
 
-A hypothesis' length |Y| counts its end mark, which is a step with a probability and an attention of
-its own. The source's end mark and its padding are no source words: nothing asks to cover them. A
+A hypothesis' length |Y| includes its end mark, which is a step with its own probability and
+attention. The source's end mark and padding are not source words and need not be covered. A
 language token in the source counts as a word.
 
 Source: Wu et al. 2016, section 7, eq. 14.
@@ -10,9 +10,9 @@ Source: Wu et al. 2016, section 7, eq. 14.
 import torch
 from torch import Tensor
 
-# Attention below this counts as this: a word that no step attended to costs beta * 13.8 instead of
-# everything (attention underflows to 0 in half precision). It is also the last digit that
-# fairseq-generate prints, so printed attention gives the score that the search gave.
+# Smaller attention counts as this value, so that a word without attention costs beta * 13.8 instead
+# of infinity (attention underflows to 0 in half precision). It is also the last digit that
+# fairseq-generate prints, so printed attention reproduces the search's score.
 COVERAGE_FLOOR = 1e-6
 
 
@@ -20,8 +20,8 @@ def length_penalty(length: float | Tensor, alpha: float) -> float | Tensor:
     """Compute lp(Y) = ((5 + |Y|) / 6)^alpha.
 
     Args:
-        length: Target tokens, the end mark counted.
-        alpha: 0 gives 1 for every length.
+        length: Target tokens, including the end mark.
+        alpha: The exponent; 0 gives 1 for every length.
 
     Source: Wu et al. 2016, section 7.
     """
@@ -32,15 +32,16 @@ def log_coverage(attention: Tensor | None, source_words: Tensor) -> Tensor:
     """Compute the sum over source words of log min(attention received, 1).
 
     Args:
-        attention: (N, S), what each source position received from all steps of a hypothesis.
+        attention: (N, S), the attention each source position received over all steps of a
+            hypothesis.
         source_words: (N, S) bool, False = padding or end mark, which do not count.
 
     Returns:
-        (N,) float32 or wider, nats, at most 0; `beta` times this is the coverage penalty. Each word
-        contributes at least log `COVERAGE_FLOOR`.
+        (N,) float32 or wider, in nats, at most 0; `beta` times this is the coverage penalty. Each
+        word contributes at least log `COVERAGE_FLOOR`.
 
     Raises:
-        ValueError: the model gives no attention, or not over the source.
+        ValueError: if the model returns no attention, or not over the source.
 
     Source: Wu et al. 2016, section 7.
     """
@@ -49,11 +50,11 @@ def log_coverage(attention: Tensor | None, source_words: Tensor) -> Tensor:
         found = "none" if attention is None else f"over {attention.shape[1]} positions"
         raise ValueError(
             f"`--coverage-penalty-beta` needs attention over the {num_positions} source positions, "
-            f"but the model gives {found}. Leave it 0."
+            f"but the model gives {found}. Set it to 0."
         )
     wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
     logs = wide.clamp(min=COVERAGE_FLOOR, max=1.0).log()
-    # Chosen, not multiplied: what stands at padding may be NaN.
+    # Selected instead of multiplied, because values at padding may be NaN.
     return torch.where(source_words, logs, 0.0).sum(dim=1)
 
 
@@ -64,8 +65,8 @@ def normalised_score(
 
     Args:
         log_probability: (N,) nats, log P(Y|X).
-        length: Target tokens, the end mark counted, of all or (N,) of each.
-        coverage: (N,) from `log_coverage`; not looked at if beta is 0.
+        length: Target tokens, including the end mark, for all, or (N,) for each.
+        coverage: (N,) from `log_coverage`; ignored if beta is 0.
         alpha: Strength of the length normalisation.
         beta: Weight of the coverage penalty.
 

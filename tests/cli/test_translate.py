@@ -313,7 +313,7 @@ def test_export_reads_its_options(tmp_path: Path):
     assert call("export", path, *flags, "--overwrite").exit_code == 0
     flags[-1] = tmp_path / "other"
     half = call("export", path, *flags, "--source-lang", "aa")
-    assert_mistake(half, "export", "must be given together")
+    assert_mistake(half, "export", "must be set together")
     own = call("export", path, "--data", data, "--target-pieces", pieces, "--output", flags[-1])
     assert_mistake(own, "export", "`--target-pieces` needs `--pieces`")
     (tmp_path / "scores").write_bytes(b"\xff\n")

@@ -368,7 +368,7 @@ def test_a_header_that_claims_too_much_is_refused(bundle: Path, name: str):
     ]:
         write_header(path, header, length)
         seal(bundle)
-        assert_not_opened(bundle, f"`{path}` is not a whole safetensors file")
+        assert_not_opened(bundle, f"`{path}` is not a complete safetensors file")
 
 
 class Hostile:

@@ -218,10 +218,10 @@ def test_pieces_that_are_not_those_of_the_training_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     content = pieces.read_bytes()
     pieces.write_bytes(content[: len(content) // 2])
-    advice = "Name the model that cut the texts of the training, with `--pieces`"
-    assert_refused(f"is not a whole sentencepiece model. {advice}", path, data, pieces)
+    advice = "With `--pieces`, name the model"
+    assert_refused(f"is not a complete sentencepiece model. {advice}", path, data, pieces)
     pieces.write_bytes(b"")
-    assert_refused(f"is not a whole sentencepiece model. {advice}", path, data, pieces)
+    assert_refused(f"is not a complete sentencepiece model. {advice}", path, data, pieces)
     pieces.unlink()
     assert_refused("No such file", path, data, pieces)
     words = "".join(f"{chr(0x4E00 + n)}{chr(0x4E10 + n)} {chr(0x4E20 + n)}\n" for n in range(60))
@@ -248,7 +248,7 @@ def test_a_bundle_without_the_pieces_of_its_dictionary_is_warned_of(
     for language in ("aa", "bb"):
         (data / f"dict.{language}.txt").write_text("\n".join(marked[:-1]) + "\n")
     export(path, data, Pieces(), tmp_path / "pieces")
-    assert "no `--pieces` is named" in caplog.text
+    assert "`--pieces` is missing" in caplog.text
 
 
 def test_data_that_are_not_there_and_languages_that_nobody_names_are_refused(tmp_path: Path):
@@ -262,7 +262,7 @@ def test_data_that_are_not_there_and_languages_that_nobody_names_are_refused(tmp
     (data / "train.aa-cc.aa.idx").touch()
     assert_refused("training text of 2 pairs. Add --source-lang", path, data, pieces)
     half = replace(DESCRIPTION, languages=("aa",))
-    assert_refused("must be given together", path, data, pieces, description=half)
+    assert_refused("must be set together", path, data, pieces, description=half)
     wrong = replace(DESCRIPTION, languages=("aa", "zz"))
     assert_refused("dict.zz.txt` is missing", path, data, pieces, description=wrong)
     named = replace(DESCRIPTION, languages=("aa", "bb"))
