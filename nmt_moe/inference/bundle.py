@@ -53,8 +53,7 @@ class SearchDefaults:
 
     Attributes:
         max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces,
-        including
-            the end mark.
+            including the end mark.
     """
 
     beam_size: int = 5
