@@ -1,30 +1,30 @@
-# Shared by every recipe; to be sourced, not run: `source recipes/common.sh`.
+# Shared by all recipes; source it, do not run it: `source recipes/common.sh`.
 # shellcheck shell=bash
 
 if [[ -z ${BASH_VERSINFO[0]:-} || ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -lt 44 ]]; then
-  echo "error: the recipes need bash 4.4 or newer, but this is ${BASH_VERSION:-another shell}. On macOS: brew install bash," \
-    "and run the script with that one: \$(brew --prefix)/bin/bash $0" >&2
+  echo "error: the recipes need bash 4.4 or newer, but this is ${BASH_VERSION:-another shell}. On macOS: run 'brew install bash'" \
+    "and start the script with that: \$(brew --prefix)/bin/bash $0" >&2
   exit 1
 fi
-# A failure inside $(...) ends the script too.
+# A failure inside $(...) also ends the script.
 shopt -s inherit_errexit
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# One thread for each process unless the caller says otherwise: more threads than free cores slow small models down.
+# One thread per process unless the caller sets another number: more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# glibc gives large blocks back to the kernel when they are freed, and every training step pays for fresh pages again:
-# a quarter of a small model's step. These keep what was freed (other C libraries ignore them).
+# glibc returns large blocks to the kernel when they are freed, and every training step pays for fresh pages again:
+# a quarter of a small model's step. These settings keep freed blocks (other C libraries ignore them).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
-# Makes sorting and character handling the same on every machine.
+# Sort and handle characters in the same way on every machine.
 export LC_ALL=C.UTF-8 PYTHONUTF8=1
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 
-# fairseq drops the last batch of every pass whose size is no multiple of 8 (this option's default), and with it up to
+# fairseq drops a pass's last batch if its size is not a multiple of 8 (this option's default), and with it up to
 # 7 sentences of a test set.
 # shellcheck disable=SC2034
 EVERY_SENTENCE=(--required-batch-size-multiple 1)
-# What train_logged and nmt-moe plot read.
+# The log format that train_logged and nmt-moe plot read.
 # shellcheck disable=SC2034
 LOG_FORMAT=(--log-format json)
 
@@ -35,7 +35,7 @@ die() {
   exit 1
 }
 
-# manual_if_asked [ARGUMENT]: for -h or --help, print the comment block at the top of the script that was started, and end.
+# manual_if_asked [ARGUMENT]: for -h or --help, print the comment at the top of the started script, and exit.
 manual_if_asked() {
   [[ ${1:-} == -h || ${1:-} == --help ]] || return 0
   awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$0"
@@ -43,7 +43,7 @@ manual_if_asked() {
 }
 
 # use_environment: put the commands of the project's environment (fairseq-train, sacrebleu, ...) on PATH.
-# NMT_MOE_PYTHON=/path/to/python names an environment that has everything; otherwise tools/setup.sh makes .venv.
+# NMT_MOE_PYTHON=/path/to/python names a complete environment; otherwise tools/setup.sh makes .venv.
 use_environment() {
   local python
   if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
@@ -54,14 +54,14 @@ use_environment() {
     python=$REPOSITORY/.venv/bin/python
   fi
   [[ -x $(dirname "$python")/fairseq-train ]] ||
-    die "there is no fairseq-train beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to a complete one"
+    die "no fairseq-train exists beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to a complete one"
   PATH=$(dirname "$python"):$PATH
-  # Scripts that are called by this one need no second look at the environment.
+  # Scripts called by this one need not check the environment again.
   NMT_MOE_PYTHON=$python
   export PATH NMT_MOE_PYTHON
 }
 
-# nmt-moe COMMAND...: the project's command, also where only its folder is there.
+# nmt-moe COMMAND...: the project's command, even if it is not installed.
 nmt-moe() { python -m nmt_moe.cli "$@"; }
 
 # export_bundle CHECKPOINT FOLDER ARGUMENT...: write a model as a bundle, which needs neither fairseq nor its data.
@@ -70,15 +70,15 @@ export_bundle() {
   say "exported: $2"
 }
 
-# digest: sha256 of standard input.
+# digest: print the sha256 of standard input.
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
-# step_key PREVIOUS NAME SETTINGS: the key of a step that follows the one with the key PREVIOUS (empty for the first).
+# step_key PREVIOUS NAME SETTINGS: print the key of a step after the one with the key PREVIOUS (empty for the first).
 step_key() { printf '%s|%s|%s' "$1" "$2" "$3" | digest; }
 
-# run_step FOLDER NAME KEY COMMAND...: run COMMAND unless FOLDER/.steps/NAME says that a step with the same KEY ended well:
-# the same settings after the same earlier steps. So a second run goes on where the first failed, and a changed setting
-# repeats its own step and all that follow. With DRY_RUN=1 it only prints what it would do.
+# run_step FOLDER NAME KEY COMMAND...: run COMMAND unless FOLDER/.steps/NAME says that a step with the same KEY (the same
+# settings after the same earlier steps) has succeeded. Thus a second run continues where the first failed, and a changed
+# setting repeats its step and all that follow. With DRY_RUN=1 it only prints what it would do.
 run_step() {
   local stamp=$1/.steps/$2 name=$2 key=$3
   shift 3
@@ -98,19 +98,19 @@ run_step() {
   printf '%s' "$key" >"$stamp"
 }
 
-# show_command COMMAND...: print a command as it could be typed.
+# show_command COMMAND...: print a command in a form that can be pasted.
 show_command() {
   printf '    '
   printf ' %q' "$@"
   printf '\n'
 }
 
-# require_whole NAME SMALLEST: refuse a variable that is not a whole number of at least SMALLEST.
+# require_whole NAME SMALLEST: reject a variable that is not a whole number of at least SMALLEST.
 require_whole() {
   [[ ${!1} =~ ^[0-9]{1,9}$ && $((10#${!1})) -ge $2 ]] || die "$1 must be a whole number of at least $2, but is '${!1}'"
 }
 
-# require_choice NAME CHOICE...: refuse a variable that is none of the choices.
+# require_choice NAME CHOICE...: reject a variable that is not one of the choices.
 require_choice() {
   local name=$1 choice
   shift
@@ -118,22 +118,22 @@ require_choice() {
   die "$name must be one of: $*; but is '${!name}'"
 }
 
-# require_number NAME: refuse a variable that is not a decimal number of at least 0, such as 0.01 or 1e-2.
+# require_number NAME: reject a variable that is not a decimal number of at least 0, such as 0.01 or 1e-2.
 require_number() {
   [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ ]] || die "$1 must be a number of at least 0, but is '${!1}'"
 }
 
-# require_positive NAME: refuse a variable that is not a number above 0.
+# require_positive NAME: reject a variable that is not a number above 0.
 require_positive() {
   [[ ${!1} =~ ^[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$ && ${!1%%[eE]*} =~ [1-9] ]] ||
     die "$1 must be a number above 0, but is '${!1}'"
 }
 
-# require_share NAME: refuse a variable that is not from 0 to below 1.
+# require_share NAME: reject a variable that is not from 0 to below 1.
 require_share() { [[ ${!1} =~ ^(0|0?\.[0-9]+)$ ]] || die "$1 must be from 0 to below 1, but is '${!1}'"; }
 
-# check_settings: of the variables that recipes have in common, refuse those that are set to what they cannot be. Every
-# script calls it before it does anything.
+# check_settings: reject impossible values of the variables that recipes share. Every script calls this before it does
+# anything.
 check_settings() {
   local name
   for name in UPDATES EPOCHS MAX_TOKENS VALID_TOKENS BATCH_WORDS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS GPUS NODES BEAM \
@@ -155,7 +155,7 @@ check_settings() {
   [[ -z ${AVERAGE+set} || -z ${UPDATES+set} || -z ${SAVE_INTERVAL+set} ]] || check_averaging
 }
 
-# check_averaging: the last AVERAGE checkpoints must exist, and the last of them be that of the last update.
+# check_averaging: the last AVERAGE checkpoints must exist, and the very last must be that of the last update.
 check_averaging() {
   ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
     die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
@@ -166,15 +166,15 @@ require_multiple() {
   ((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
 }
 
-# require_flags ARGUMENT...: refuse arguments that do not begin with a flag.
+# require_flags ARGUMENT...: reject arguments that do not begin with a flag.
 require_flags() {
   (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes flags of fairseq-train, which begin with -, not '$1'"
 }
 
-# show_end LOG: the end of a log, on standard error.
+# show_end LOG: print the end of a log on standard error.
 show_end() { tail -n 15 "$1" >&2; }
 
-# logged LOG COMMAND...: run with all output in LOG; show its end when the command fails.
+# logged LOG COMMAND...: run a command with all output in LOG; show the end of LOG if the command fails.
 logged() {
   local log=$1
   shift
@@ -184,7 +184,7 @@ logged() {
   }
 }
 
-# quietly COMMAND...: run a command whose warnings are known; show them if it fails.
+# quietly COMMAND...: run a command with known warnings; show them only if it fails.
 quietly() {
   local messages
   messages=$(mktemp)
@@ -196,7 +196,7 @@ quietly() {
   rm -f "$messages"
 }
 
-# translate_logged OUTPUT ARGUMENT...: translate with fairseq-generate, its log beside OUTPUT, the translations into OUTPUT.
+# translate_logged OUTPUT ARGUMENT...: translate with fairseq-generate into OUTPUT, with the log beside it.
 translate_logged() {
   local output=$1
   shift
@@ -205,30 +205,30 @@ translate_logged() {
   nmt-moe hypotheses "$output.log" >"$output"
 }
 
-# set_device: turn DEVICE (auto, cpu or cuda) into DEVICE_FLAGS for fairseq; auto takes a GPU when there is one.
+# set_device: turn DEVICE (auto, cpu or cuda) into DEVICE_FLAGS for fairseq; auto uses a GPU if there is one.
 # shellcheck disable=SC2034
 set_device() {
   DEVICE_FLAGS=()
   if [[ $DEVICE == cpu ]]; then DEVICE_FLAGS=(--cpu); fi
   if [[ $DEVICE == cuda ]]; then
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-      die "DEVICE=cuda, but torch finds no CUDA device here; DEVICE=auto or cpu runs on the processor"
+      die "DEVICE=cuda, but torch finds no CUDA device here; use DEVICE=auto or cpu to run on the CPU"
   fi
 }
 
-# train_logged LOG COMMAND...: append fairseq-train's output to LOG and show of it one short line for each report. COMMAND
-# must have LOG_FORMAT.
+# train_logged LOG COMMAND...: append fairseq-train's output to LOG, and show one short line for each report. COMMAND
+# must include LOG_FORMAT.
 train_logged() {
   local log=$1
   shift
   "$@" 2>&1 | tee -a "$log" | python "$REPOSITORY/recipes/logs.py" progress || {
     show_end "$log"
-    die "training failed; the whole log is $log. Run the same command again to go on from the last checkpoint."
+    die "training failed; the whole log is $log. Run the same command again to resume from the last checkpoint."
   }
 }
 
-# keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS into FOLDER/settings; refuse others than those of the models or
-# finished trainings that are in FOLDER, which VARIABLE (RUN) names. A training that left neither holds nobody to its settings.
+# keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS to FOLDER/settings; refuse if FOLDER, which VARIABLE (RUN)
+# names, has models or finished training runs with other settings.
 keep_settings() {
   local folder=$1 settings=$2
   mkdir -p "$folder"
@@ -238,12 +238,12 @@ keep_settings() {
     die "$folder was trained with other settings or text (above: < then, > now). Choose another ${3:-RUN}, or remove it."
   fi
   if [[ -f $folder/settings && $(<"$folder/settings") != "$settings" && -s $folder/train.log ]]; then
-    mv "$folder/train.log" "$folder/train.$(date +%Y%m%d-%H%M%S).log" # of a training that had other settings
+    mv "$folder/train.log" "$folder/train.$(date +%Y%m%d-%H%M%S).log" # from a training run with other settings
   fi
   printf '%s\n' "$settings" >"$folder/settings"
 }
 
-# keep_or_clear FOLDER KEY: a training with other settings cannot be continued; remove what it left.
+# keep_or_clear FOLDER KEY: remove the files of a training run with other settings, which cannot be continued.
 keep_or_clear() {
   if [[ -d $1 && $(cat "$1/settings" 2>/dev/null) != "$2" ]]; then
     say "the settings changed: removing $1"

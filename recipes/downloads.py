@@ -1,4 +1,4 @@
-"""Files from the network, and out of archives: verified, bounded, read to their end."""
+"""Read files from the network and from archives: verified, bounded, and to their end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAErr
 
 
 def show_progress(iterable=None, **options):
-    """Show tqdm's bar: each second on a terminal, each half a minute in a log."""
-    from tqdm import tqdm  # not at the top: --dry-run needs the standard library alone
+    """Show tqdm's bar, updated every second on a terminal and every half minute in a log."""
+    from tqdm import tqdm  # imported late, because --dry-run needs only the standard library
 
     return tqdm(iterable, mininterval=1 if sys.stderr.isatty() else 30, **options)
 
@@ -29,17 +29,17 @@ def show_progress(iterable=None, **options):
 def download(
     path: Path, addresses: Iterable[str], digest: str | None = None, size: int | None = None
 ) -> Path:
-    """Return a file, fetched by pooch from the first address that has it; verified each time.
+    """Return a file, fetched by pooch from the first address that has it, and verified each time.
 
     Args:
-        path: The file. It appears when it is whole; one that is there with another digest or size
+        path: The file. It appears once it is complete; an existing file with another digest or size
             is fetched again.
         addresses: http, https or file addresses.
-        digest: Such as `sha256:...` or `md5:...`.
-        size: Bytes.
+        digest: A digest such as `sha256:...` or `md5:...`.
+        size: Its size in bytes.
 
     Raises:
-        ValueError: no address has it, naming each with the reason.
+        ValueError: if no address has it, naming each with the reason.
     """
     import pooch
 
@@ -56,25 +56,25 @@ def download(
                 found = path.stat().st_size
                 path.unlink()
                 raise ValueError(f"has {found} bytes, but must have {size}")
-        except Exception as error:  # requests, urllib3, http.client and pooch have their own
+        except Exception as error:  # requests, urllib3, http.client and pooch each have their own
             failures.append(f"{address}: {error}")
         else:
             return path
     listed = "\n  ".join(failures)
     raise ValueError(
-        f"{path.name} could not be downloaded:\n  {listed}\nRun again to try again, or name a "
-        "folder or mirror that has it (`--help` says how)."
+        f"{path.name} could not be downloaded:\n  {listed}\nRun this again, or name a folder or "
+        "mirror that has it (`--help` says how)."
     )
 
 
 def copy_file(address: str, output: str, _: object) -> None:
-    """Fetch a file: address, as pooch's downloaders do."""
+    """Fetch a file: address, in the form of a pooch downloader."""
     shutil.copyfile(urllib.request.url2pathname(address.removeprefix("file://")), output)
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn the many errors of a damaged archive into one ValueError."""
+    """Turn the various errors of a damaged archive into a ValueError."""
     try:
         yield
     except tarfile.FilterError as error:
@@ -89,8 +89,8 @@ def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, Bin
     The archive is read to its end, where its checksum is.
 
     Raises:
-        ValueError: it is damaged, holds a member that leaves its folder or is a device or a link
-            out of it, or lacks a name.
+        ValueError: if it is damaged, has a member outside its folder, a device or a link that
+            leaves it, or lacks a named member.
     """
     missing = set(names)
     opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
@@ -104,7 +104,7 @@ def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, Bin
                 if name in missing and member.isreg():
                     missing.remove(name)
                     yield name, tar.extractfile(member)
-        # tarfile stops at its own end mark, before the checksum at gzip's end.
+        # tarfile stops at its own end mark, before the checksum at the end of the gzip file.
         while packed.read(BLOCK):
             pass
     if missing:
@@ -115,11 +115,11 @@ def bounded(stream: BinaryIO, limit: int, name: str) -> Iterator[bytes]:
     """Yield the blocks of a stream that must end within `limit` bytes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: if it does not.
     """
     total = 0
     while block := stream.read(BLOCK):
         total += len(block)
         if total > limit:
-            raise ValueError(f"{name}: has more than {limit:,} bytes, which the text cannot have")
+            raise ValueError(f"{name}: has more than {limit:,} bytes, more than the text can have")
         yield block

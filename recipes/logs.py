@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What recipes read in fairseq's logs: `logs.py COMMAND --help`."""
+"""Read fairseq's logs for the recipes: `logs.py COMMAND --help`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> None:
 
 @command("progress", "fairseq-train ... --log-format json | logs.py progress")
 def progress() -> None:
-    """Print one short line for each report of a training, from standard input."""
+    """Print one short line for each progress report in a training log on standard input."""
     for entry in read_entries(sys.stdin):
         line = format_progress(entry)
         if line:
@@ -55,7 +55,7 @@ def perplexities(log: Path) -> None:
             if key.startswith("valid_") and key.endswith("_ppl") and "-" in key:
                 found[key.removeprefix("valid_").removesuffix("_ppl")] = value
     if not found:
-        raise ValueError(f"`{log}` holds no perplexity of a direction. Run evaluate.sh again.")
+        raise ValueError(f"`{log}` has no perplexity of any direction. Run evaluate.sh again.")
     for direction, value in found.items():
         print(direction, value)
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Make the project's environment: .venv in the repository, with the versions of tools/constraints.txt.
+# Create the project's environment: .venv in the repository, with the versions of tools/constraints.txt.
 #
 # Usage: bash tools/setup.sh [--help]
 #
 # The first run downloads torch and compiles fairseq's fast loops and the project's own (two minutes, once; it needs a
 # C++ compiler).
-# Each later run only checks, in seconds. A run that was interrupted is repaired by the next one.
-# The project itself is installed in editable form: changes to the code are live. Therefore `--user-dir nmt_moe`
-# works from the repository's folder; from elsewhere, give the folder's path.
+# Later runs only check it, in seconds. After an interruption, the next run repairs the environment.
+# The project itself is installed in editable mode: changes to the code take effect at once. `--user-dir nmt_moe`
+# works from the repository's folder; from elsewhere, use the folder's path.
 #
 # Environment variables:
-#   NMT_MOE_PYTHON  a Python that has everything already: it is checked, used as it is, and nothing is installed
-#   PYTHON          the Python 3.11 or 3.12 to make .venv from (default: the first such on PATH)
+#   NMT_MOE_PYTHON  a Python that has everything already; it is checked and used as it is, and nothing is installed
+#   PYTHON          the Python 3.11 or 3.12 from which to create .venv (default: the first such on PATH)
 #   PIP_*           pip's own settings; PIP_INDEX_URL, for instance, names another package index
 set -euo pipefail
 
@@ -30,7 +30,7 @@ die() {
 
 print_manual() { awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "${BASH_SOURCE[0]}"; }
 
-# What a Python must be for .venv to be made from it; prints what is wrong with it, if anything is.
+# Print why .venv cannot be created from a Python; print nothing if it can.
 refusal_of_python() {
   "$1" - 2>/dev/null <<'PYTHON' || echo "does not run"
 import sys
@@ -62,7 +62,7 @@ find_python() {
   die "Python 3.11 or 3.12 is needed and not on PATH${refusals}. Install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# check_environment PYTHON FLAG...: name what it lacks of what the project needs, which is read in setup.cfg.
+# check_environment PYTHON FLAG...: name what it lacks of the project's requirements, which are read from setup.cfg.
 check_environment() {
   local python=$1 missing
   shift
@@ -75,7 +75,7 @@ print(*(name for name in ("click", "packaging") if find(name) is None))')
   PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment "$@" >/dev/null
 }
 
-# use_given PYTHON: check an environment that the user chose.
+# use_given PYTHON: check an environment chosen by the user.
 use_given() {
   local python
   python=$(command -v "$1") || die "NMT_MOE_PYTHON=$1 is not a program"
@@ -86,7 +86,7 @@ use_given() {
 
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
-# All that decides what .venv holds.
+# Everything that determines the contents of .venv.
 key_of_inputs() {
   (
     cd "$ROOT"
@@ -101,8 +101,8 @@ environment_works() { check_environment "$VENV/bin/python" --extra demo --extra 
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
-# step NUMBER TEXT COMMAND...: do one step, unless its stamp says it ended well with the same inputs.
-# A step that was cut off may have left half a package behind: it is then done again over everything (AGAIN).
+# step NUMBER TEXT COMMAND...: run a step unless its stamp says that it succeeded with the same inputs.
+# An interrupted step may have left half a package behind, so it is then repeated from scratch (AGAIN).
 step() {
   local number=$1 text=$2
   shift 2
@@ -125,14 +125,14 @@ step() {
 
 make_venv() {
   local python
-  # Commands in a moved environment still name the old place.
+  # Commands in a moved environment still refer to the old place.
   if "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && [[ -z $(refusal_of_python "$VENV/bin/python") ]] &&
     [[ ! -f $STAMPS/place || $(<"$STAMPS/place") == "$VENV" ]]; then
     return
   fi
   python=$(find_python)
   say "[1/$STEPS] making $VENV from $python ($("$python" -V))"
-  [[ ! -e $VENV || -f $VENV/pyvenv.cfg || -d $STAMPS ]] || die "$VENV exists but is no virtual environment; move it away"
+  [[ ! -e $VENV || -f $VENV/pyvenv.cfg || -d $STAMPS ]] || die "$VENV exists but is not a virtual environment; move it away"
   "$python" -m venv --clear "$VENV"
 }
 
@@ -146,8 +146,8 @@ install_fairseq_needs() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" -r "$ROOT/tools/fairseq-requirements-runtime.txt"
 }
 
-# With CUDA_HOME set, fairseq would want CUDA sources that its archive lacks. What is built here is a part of
-# fairseq (see tools/fairseq_build), so it must not get into pip's cache for others.
+# With CUDA_HOME set, fairseq would need CUDA sources that its archive lacks. Only a part of fairseq is built here (see
+# tools/fairseq_build), so the result must not get into pip's cache, which others use.
 build_fairseq() {
   command -v "${CXX:-c++}" || command -v g++ || {
     echo "fairseq needs a C++ compiler, and there is none (Debian: apt-get install g++)"
@@ -162,7 +162,7 @@ install_project() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,dev]"
 }
 
-# Without it torch's own operations do the same, more slowly: no reason to stop.
+# Without them, torch's own operations do the same, only more slowly, so this is not fatal.
 compile_loops() {
   (cd "$ROOT" && "$VENV/bin/python" -m nmt_moe.kernels._cpu.build) ||
     printf 'note: the compiled loops were left out, so LSTMs train more slowly on the CPU; see %s\n' "$LOG" >&3
@@ -191,7 +191,7 @@ main() {
     use_given "$NMT_MOE_PYTHON"
     return
   fi
-  # An inherited PYTHONPATH or PYTHONHOME must decide nothing here.
+  # An inherited PYTHONPATH or PYTHONHOME must have no effect here.
   unset PYTHONPATH PYTHONHOME
   if [[ -x $VENV/bin/python && -f $STAMPS/complete && $(<"$STAMPS/complete") == "$(key_of_inputs)" ]]; then
     if environment_works; then
@@ -204,7 +204,7 @@ main() {
   make_venv
   mkdir -p "$STAMPS"
   printf '%s' "$VENV" >"$STAMPS/place"
-  # Two set-ups at once would spoil each other's work.
+  # Two concurrent set-ups would interfere with each other.
   if command -v flock >/dev/null; then
     exec 9>"$STAMPS/lock"
     flock -n 9 || {

@@ -2,14 +2,14 @@
 # Set up the environment and run the whole test suite.
 #
 # Usage: bash tools/test.sh [--help] [PYTEST ARGUMENTS...]
-#   bash tools/test.sh                                     all tests that need no GPU and take no minutes
+#   bash tools/test.sh                                     all tests except slow ones and those that need a GPU
 #   bash tools/test.sh tests/moe -n 0                      one folder, in one process
 #   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow ones
-#   bash tools/test.sh -m gpu -n 0                         on a machine with a GPU: all that runs there
+#   bash tools/test.sh -m gpu -n 0                         all GPU tests, on a machine with a GPU
 #
 # Environment variables:
-#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh); it also needs pytest, -timeout and -xdist
-#   OMP_NUM_THREADS  threads of each test process (default 1: more slow down tests that start several processes)
+#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh), with pytest, pytest-timeout, pytest-xdist
+#   OMP_NUM_THREADS  threads for each test process (default 1, as more slow down tests that start several processes)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,5 +29,5 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$ROOT"
-# The files of tests are shared out among processes, one for each core but four at most: each needs 2 GB.
+# Test files are distributed among processes, one per core but at most four, because each needs 2 GB.
 exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Perplexity against capacity: the models of Figure 2 (left) in small, their table and figures.
+"""Perplexity against capacity: small versions of the models in Figure 2 (left).
 
     capacity.py flags moe_16 --dim 64
     capacity.py report --work work --dim 64 --vocab-size 2000
 
-All models of one width cost about as much per token: the shapes of Table 7, divided by 512 / D.
+All models of one width cost about the same per token: the shapes of Table 7, divided by 512 / D.
 
 Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 """
@@ -30,11 +30,11 @@ SPLITS = ("valid", "test")
 
 
 def model_options(dim: int) -> dict[str, dict[str, Any]]:
-    """Give the options of each model of width `dim`, as Table 7 has them at 512.
+    """Return the options of each model of width `dim`, as in Table 7 for 512.
 
-    A token passes 4 experts of 2 x D hidden units in all of them but the dense ones, which have as
-    many weights in one place. Of 256 experts a flat gate at this width would cost a quarter of all
-    operations, so it has two levels, as the paper's MoE-256-h.
+    A token goes through 4 experts of 2 x D hidden units, or in dense models through a network with
+    as many weights. A flat gate for 256 experts would cost a quarter of all operations at this
+    width, so it is hierarchical, as in the paper's MoE-256-h.
     """
     experts = {"hidden_dim": 2 * dim, "top_k": 4}
     rows: dict[str, dict[str, Any]] = {
@@ -48,7 +48,8 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
         "moe_16": {"num_experts": 16, **experts},
         "moe_64": {"num_experts": 64, **experts},
         "moe_256h": {"num_experts": 256, **experts, "num_groups": 16, "top_k": 2},
-        # The paper has 16 groups; at a narrow width their gates of 64 experts cost too much.
+        # The paper has 16 groups; at a narrow width, their gates for 64 experts would cost too
+        # much.
         "moe_1024h": {"num_experts": 1024, **experts, "num_groups": 32, "top_k": 2},
     }
     return {
@@ -58,7 +59,7 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
-    """Turn options into arguments of fairseq-train."""
+    """Return options as arguments of fairseq-train."""
     flags = []
     for name, value in options.items():
         flags.append("--" + name.replace("_", "-"))
@@ -69,7 +70,7 @@ def as_flags(options: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """The end of one training: perplexity per token on the text for choosing and the unseen one."""
+    """The result of one training run: perplexity per token on valid and on test."""
 
     valid: float
     test: float
@@ -77,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A model at its best dropout; perplexities of the seeds, in their order."""
+    """A model at its best dropout, with the perplexities of the seeds in order."""
 
     name: str
     ops: int
@@ -91,7 +92,7 @@ def read_result(log: Path) -> Result:
     """Read the perplexities at the last update from a log of `--log-format json`.
 
     Raises:
-        ValueError: the training has not come to its end.
+        ValueError: if training has not finished.
     """
     found: dict[str, float] = {}
     for entry in read_entries(read_lines(log, allow_controls=True)):
@@ -100,15 +101,15 @@ def read_result(log: Path) -> Result:
                 found[split] = 2 ** float(entry[f"{split}_nll_loss"])
     missing = [split for split in SPLITS if split not in found]
     if missing:
-        raise ValueError(f"{log}: holds no perplexity of {' and '.join(missing)}. Run it again.")
+        raise ValueError(f"{log}: has no perplexity of {' and '.join(missing)}. Run it again.")
     return Result(**found)
 
 
 def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
-    """Give model -> dropout -> seed -> result, from `runs/MODEL/dropout-P/seed-S/train.log`.
+    """Return model -> dropout -> seed -> result, from `runs/MODEL/dropout-P/seed-S/train.log`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is none.
     """
     found: dict[str, dict[str, dict[str, Result]]] = {}
     for log in sorted((work / "runs").glob("*/dropout-*/seed-*/train.log")):
@@ -117,23 +118,23 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
             results = found.setdefault(log.parents[2].name, {}).setdefault(dropout, {})
             results[seed] = read_result(log)
     if not found:
-        raise ValueError(f"{work}/runs holds no finished training. Run recipes/capacity/run.sh.")
+        raise ValueError(f"{work}/runs has no finished training run. Run recipes/capacity/run.sh.")
     return found
 
 
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
-    """Give the dropout with the lowest mean perplexity on valid; test has no say.
+    """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Only the seeds that every dropout was trained with count, so that no dropout wins by its seeds.
+    Only seeds that every dropout was trained with count, so that no dropout wins by its seeds.
 
     Raises:
-        ValueError: the dropouts have no seed in common.
+        ValueError: if the dropouts have no seed in common.
     """
     seeds = set.intersection(*(set(of_seed) for of_seed in results.values()))
     if not seeds:
         raise ValueError(
-            f"the dropouts {', '.join(results)} of a model have no seed in common, so none of them "
-            "is the best. Run recipes/capacity/run.sh with one seed for all of them."
+            f"the dropouts {', '.join(results)} of a model have no seed in common, so the best "
+            "cannot be determined. Run recipes/capacity/run.sh with one seed for all of them."
         )
     return min(results, key=lambda p: statistics.mean(results[p][seed].valid for seed in seeds))
 
@@ -141,11 +142,11 @@ def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
 def make_rows(
     found: dict[str, dict[str, dict[str, Result]]], dim: int, vocab_size: int
 ) -> list[Row]:
-    """Put costs and perplexities of all trained models side by side."""
+    """Return a row with the costs and perplexities of each trained model."""
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
     from nmt_moe.planning import make_card
 
-    logging.disable(logging.INFO)  # fairseq, imported just now, lets everyone talk
+    logging.disable(logging.INFO)  # fairseq, which has just been imported, enables all logging
     rows = []
     for name, options in model_options(dim).items():
         if name in found:
@@ -158,7 +159,7 @@ def make_rows(
 
 
 def layout(rows: Sequence[Row]) -> str:
-    """Lay the rows out as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| model | ops/timestep | parameters | dropout | seeds | valid ppl | test ppl |",
         "|---|---|---|---|---|---|---|",
@@ -170,16 +171,16 @@ def layout(rows: Sequence[Row]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Give the mean, and of several values the lowest and the highest."""
+    """Return the mean, followed by the range if there are several values."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw perplexity on test against parameters, both the mean and every seed.
+    """Draw perplexity on test against parameters: the mean, and every seed.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     figure = make_figure(6.4, 4.4)
     axes = figure.subplots()
@@ -204,10 +205,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
-    """Draw perplexity on valid against updates: every seed at its model's best dropout.
+    """Draw perplexity on valid against updates, for every seed at its model's best dropout.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     figure = make_figure(6.4, 4.4)
     axes = figure.subplots()
@@ -218,7 +219,7 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
         ):
             updates, bits = read_file(label, log).curve(["valid.nll_loss"])
             axes.plot(updates, [2**value for value in bits], f"C{number}.-", label=label)
-            label = "_" + row.name  # one entry of the legend for all seeds
+            label = "_" + row.name  # one legend entry for all seeds
     axes.set_yscale("log")
     axes.set_xlabel("updates")
     axes.set_ylabel("perplexity of valid, per token")
@@ -232,7 +233,7 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Models of growing capacity: their flags, their table and figures."""
+    """Models of growing capacity: print their flags, write their table and figures."""
 
 
 DIM = click.option("--dim", type=int, required=True, help="Width of all layers.")
@@ -242,17 +243,17 @@ DIM = click.option("--dim", type=int, required=True, help="Width of all layers."
 @click.argument("model")
 @DIM
 def flags(model: str, dim: int) -> None:
-    """Print a model's flags of fairseq-train."""
+    """Print a model's flags for fairseq-train."""
     models = model_options(dim)
     if model not in models:
-        raise ValueError(f"MODELS must be of {', '.join(models)}, but has '{model}'")
+        raise ValueError(f"MODELS must be among {', '.join(models)}, but has '{model}'")
     print(" ".join(as_flags(models[model])))
 
 
 @command("report", "capacity.py report --work work --dim 64 --vocab-size 2000")
 @click.option("--work", type=Path, required=True, help="Folder of the runs.")
 @DIM
-@click.option("--vocab-size", type=int, required=True, help="Entries of the dictionary, and 4.")
+@click.option("--vocab-size", type=int, required=True, help="Entries of the dictionary, plus 4.")
 def report(work: Path, dim: int, vocab_size: int) -> None:
     """Write table.md, capacity.png and updates.png."""
     rows = make_rows(collect(work), dim, vocab_size)

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Prepare a real text for run.sh: TEXT_DIR=/a/folder prepare.sh
-#
-# Takes a text of one sentence a line apart into train, valid and test, learns sentencepiece's vocabulary on train, and
+# Splits a text with one sentence a line into train, valid and test, learns a sentencepiece vocabulary on train, and
 # writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
-#   TEXT_DIR     the folder that holds the text (no default)
-#   TRAIN, TEST  its files, plain, .gz or .xz, without that ending (train.en, val.en); TRAIN may name several
-#   VALID        another, to choose the dropout on; empty (default): the last VALID_LINES of TRAIN (5000). TEST chooses nothing
+#   TEXT_DIR     the folder with the text (no default)
+#   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en); TRAIN may name several
+#   VALID        another, for choosing the dropout; empty (default): the last VALID_LINES of TRAIN (5000)
 #   VOCAB_SIZE   pieces of the vocabulary (2000)
 #   WORK         folder to write (recipes/capacity/work)
 #   THREADS      processes for binarising (1)
@@ -49,7 +48,7 @@ binarise() {
 }
 
 (($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
-[[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder that holds the text, but is empty"
+[[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder with the text, but is empty"
 check_settings
 use_environment
 key=$(step_key "" split "$TEXT_DIR $TRAIN $TEST $VALID $VALID_LINES")
@@ -60,5 +59,5 @@ key=$(step_key "$key" cut "")
 run_step "$WORK" cut "$key" cut_texts
 key=$(step_key "$key" binarise "")
 run_step "$WORK" binarise "$key" binarise
-# run.sh goes on only with the text it began with.
+# run.sh only continues with the text it started with.
 printf '%s' "$key" >"$WORK/prepared"

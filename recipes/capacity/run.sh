@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
 # Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
-#
 # Prepares the text first (prepare.sh and its variables), trains every model at every dropout with every seed, one after
-# the other, and writes WORK/table.md, WORK/capacity.png (the perplexity of test at the dropout that is best on valid)
-# and WORK/updates.png (that of valid as training goes on). What is trained is not trained again, so seeds, dropouts and
-# models can be added later; a training that was interrupted goes on from its last checkpoint. Variables:
-#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"; there is moe_1024h too
-#   DROPOUTS   to choose from, for each model by itself ("0.0 0.1")
-#   SEEDS      of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
+# another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
+# WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models
+# can be added later; an interrupted run resumes from its last checkpoint. Variables:
+#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"; moe_1024h is available too
+#   DROPOUTS   to choose from, separately for each model ("0.0 0.1")
+#   SEEDS      for parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
-#   UPDATES    of each training (2000)
-#   SAVE_INTERVAL  updates between checkpoints, at which the perplexity of valid and test is taken too (500)
-#   BREAK_MODE     what a sample is: eos (default), a line; none, a run of BLOCK_SIZE pieces (64) across lines, as paragraphs
-#                  of a book are better trained on
-#   WORK       folder to write (recipes/capacity/work); another DIM, UPDATES or text needs another
-#   DEVICE     auto (default: a GPU when there is one), cpu or cuda
-#   THREADS    for one training process on the processor (1)
-# Every other variable is below, with its reason.
+#   UPDATES    in each run (2000)
+#   SAVE_INTERVAL  updates between checkpoints, at which perplexity on valid and test is measured too (500)
+#   BREAK_MODE     what a sample is: eos (default): a line; none: BLOCK_SIZE pieces (64) across lines, which is better for
+#                  paragraphs of a book
+#   WORK       folder to write (recipes/capacity/work); use another for another DIM, UPDATES or text
+#   DEVICE     auto (default: a GPU if there is one), cpu or cuda
+#   THREADS    for a training process on the CPU (1)
+# All other variables are below, with explanations.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -27,12 +26,12 @@ MODELS=${MODELS:-lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h}
 DROPOUTS=${DROPOUTS:-0.0 0.1}
 SEEDS=${SEEDS:-1 2 3}
 DIM=${DIM:-64}
-# Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
+# Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# At most 1000 pieces an update: 985 on average for captions, 16 to a sentence. 2000 updates = 2 million pieces.
+# At most 1000 pieces per update (985 on average for captions of 16 pieces). 2000 updates = 2 million pieces.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATES=${UPDATES:-2000}
-# The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
+# The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high after so few.
 WARMUP_UPDATES=${WARMUP_UPDATES:-100}
 LEARNING_RATE=${LEARNING_RATE:-0.01}
 CLIP_NORM=${CLIP_NORM:-5.0}

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write `train`, `valid` and `test` of texts of one sentence or paragraph a line.
+"""Write `train`, `valid` and `test` from texts with one sentence or paragraph a line.
 
-Refused, with file and line: what is missing, empty, cut off, not UTF-8, or not cut into sentences.
+Texts that are missing, empty, truncated, not UTF-8 or not split into sentences are rejected, naming
+file and line.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import click
 from nmt_moe.cli import command
 from nmt_moe.text.lines import read_lines
 
-# A longer line is a text that was not cut into sentences or paragraphs.
+# A longer line means that the text was not split into sentences or paragraphs.
 MAX_LINE_WORDS = 3000
 
 
 def find_text(folder: Path, name: str) -> Path:
-    """Return the path of a text that may be packed.
+    """Return the path of a text, which may be compressed.
 
     Raises:
-        ValueError: the folder or the text is missing.
+        ValueError: if the folder or the text is missing.
     """
     if not folder.is_dir():
-        raise ValueError(f"TEXT_DIR={folder} is not a folder. Name one that holds {name}.")
+        raise ValueError(f"TEXT_DIR={folder} is not a folder. Name the folder that has {name}.")
     for ending in ("", ".gz", ".xz"):
         if (folder / (name + ending)).is_file():
             return folder / (name + ending)
@@ -33,10 +34,10 @@ def find_text(folder: Path, name: str) -> Path:
 
 
 def read_sentences(path: Path) -> list[str]:
-    """Read the lines of a text; blank ones are left out.
+    """Return the lines of a text, without blank ones.
 
     Raises:
-        ValueError: naming file and line, of what is no text of a sentence per line.
+        ValueError: naming file and line, if it is not text with one sentence a line.
     """
     sentences = []
     for number, line in enumerate(read_lines(path, allow_controls=True), 1):
@@ -44,7 +45,7 @@ def read_sentences(path: Path) -> list[str]:
         if len(words) > MAX_LINE_WORDS:
             raise ValueError(
                 f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but has "
-                f"{len(words)}. Put each sentence on a line of its own, or cut with `fold -s`."
+                f"{len(words)}. Put each sentence on a line of its own, or split it with `fold -s`."
             )
         if words:
             sentences.append(" ".join(words))
@@ -56,13 +57,13 @@ def read_sentences(path: Path) -> list[str]:
 def split_text(
     trains: Sequence[Path], valid: Path | None, test: Path, valid_lines: int, output: Path
 ) -> dict[str, int]:
-    """Write `train`, `valid` and `test`; without `valid`, it is the end of the training text.
+    """Write `train`, `valid` and `test`; without `valid`, use the end of the training text.
 
     Returns:
-        Words and ends of sentence of each.
+        The number of words and end marks of each.
 
     Raises:
-        ValueError: a text cannot be used, or nothing would be left to train on.
+        ValueError: if a text cannot be used, or nothing would be left to train on.
     """
     sentences = [line for path in trains for line in read_sentences(path)]
     if valid is None:
@@ -85,24 +86,29 @@ def split_text(
     "split_text.py",
     "split_text.py --folder text --train train.en --test val.en --valid-lines 5000 --output work",
 )
-@click.option("--folder", type=Path, required=True, help="Where the text is.")
+@click.option("--folder", type=Path, required=True, help="Folder of the text.")
 @click.option(
-    "--train", multiple=True, required=True, help="File in the folder, plain, .gz or .xz; several."
+    "--train",
+    multiple=True,
+    required=True,
+    help="File in the folder, plain, .gz or .xz; repeatable.",
 )
-@click.option("--valid", default="", help="Another; empty: the last lines of the last --train.")
+@click.option(
+    "--valid", default="", help="Another file; empty: the last lines of the last --train."
+)
 @click.option("--test", required=True, help="Another.")
-@click.option("--valid-lines", type=int, required=True, help="Without --valid: how many lines.")
+@click.option("--valid-lines", type=int, required=True, help="Without --valid: number of lines.")
 @click.option("--output", type=Path, required=True, help="Folder to write.")
 def main(
     folder: Path, train: Sequence[str], valid: str, test: str, valid_lines: int, output: Path
 ) -> None:
-    """Write train, valid and test of texts of one sentence or paragraph a line."""
+    """Write train, valid and test from texts with one sentence or paragraph a line."""
     trains = [find_text(folder, name) for name in train]
     chosen = find_text(folder, valid) if valid else None
     for name, words in split_text(
         trains, chosen, find_text(folder, test), valid_lines, output
     ).items():
-        print(f"{name}: {words} words, ends of sentence included")
+        print(f"{name}: {words} words, including end marks")
 
 
 if __name__ == "__main__":

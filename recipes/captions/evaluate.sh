@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Perplexity of a trained model on valid and test: evaluate.sh
-#
-# Every piece counts and every end of sentence; each sentence starts from an empty state. Printed per piece, per word and
-# as bits per character, so that models with other vocabularies can be compared. Variables:
+# All pieces and end marks count; each sentence starts from an empty state. Prints perplexity per piece and per word, and
+# bits per character, so that models with different vocabularies can be compared. Variables:
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model (RUN's average.pt)
-#   MAX_TOKENS  pieces of a batch (4000)
+#   MAX_TOKENS  pieces in a batch (4000)
 #   MODEL, SEED, WORK, DEVICE, THREADS as in train.sh
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Train a language model on a real text and score it: TEXT_DIR=/a/folder train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
-#
-# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, averages
-# checkpoints and calls evaluate.sh. The defaults take a quarter of an hour of one core for 140,000 captions.
-#   MODEL   moe (default) or dense: one network in the experts' place, at equal operations per word
-#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
-#   SEED    of the parameters, the order of the text, dropout and the gates' noise (1)
+# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
+# checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
+#   MODEL   moe (default) or dense: one network instead of the experts, at equal operations per word
+#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
+#   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
 #   WORK    folder to write (recipes/captions/work)
-#   DEVICE  auto (default: a GPU when there is one), cpu or cuda
-#   THREADS for one training process on the processor (1)
+#   DEVICE  auto (default: a GPU if there is one), cpu or cuda
+#   THREADS for a training process on the CPU (1)
 #   EVALUATE=0 stops after the averaging
-# Every other variable is below, with its reason.
+# All other variables are below, with explanations.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -24,23 +23,23 @@ WORK=${WORK:-$HERE/work}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 EVALUATE=${EVALUATE:-1}
-# The shape of the paper's models, narrow: two LSTMs with the experts between them, all as wide as the embedding. The
-# embedding is the softmax layer too: fewer weights to learn from little text.
+# The shape of the paper's models, but narrow: two LSTMs with the experts between them, all as wide as the embedding. The
+# embedding is shared with the softmax layer: fewer weights to learn from little text.
 MODEL_DIM=${MODEL_DIM:-160}
-# A token passes 4 experts; together they cost 8 x 160 x 320 products, as both LSTMs do.
+# A token goes through 4 experts; together they cost 8 x 160 x 320 products, as much as both LSTMs.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 TOP_K=${TOP_K:-4}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
-# Narrow layers need larger weights than the 512 wide ones of the paper, which start within 0.04.
+# Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Against learning by heart: the same two million pieces are seen more than three times.
+# Against overfitting: the same two million pieces are seen more than three times.
 DROPOUT=${DROPOUT:-0.1}
-# Draws of the vocabulary in training; 0: the full softmax over 8,000 pieces, most of all time. Scores are always of
-# the full one. sentencepiece lists its pieces by falling frequency, as the draws need them.
+# Samples of the vocabulary in training; 0: the full softmax over 8,000 pieces, which takes most of the time. Scores
+# always use the full softmax. sentencepiece lists its pieces by falling frequency, as sampling requires.
 SAMPLES=${SAMPLES:-1000}
-# 2,000 pieces an update at most, 1,986 on average; 140,000 captions = 2.12 million pieces = 1,067 updates a pass.
+# At most 2,000 pieces per update, 1,986 on average; 140,000 captions = 2.12 million pieces = 1,067 updates per pass.
 MAX_TOKENS=${MAX_TOKENS:-2000}
-# 3.4 passes. The rate climbs, then falls linearly to 0 at the last update: the paper's 1/sqrt would still be high after so few.
+# 3.4 passes. The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high.
 UPDATES=${UPDATES:-3600}
 WARMUP_UPDATES=${WARMUP_UPDATES:-500}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
@@ -55,12 +54,12 @@ set_model_flags() {
   if [[ $MODEL == moe ]]; then
     MODEL_FLAGS+=(--num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM")
   else
-    # The paper's MoE-1-Wide: one expert that costs what TOP_K cost.
+    # The paper's MoE-1-Wide: one expert that costs as much as TOP_K experts.
     MODEL_FLAGS+=(--num-experts 1 --moe-top-k 1 --expert-hidden-dim $((TOP_K * EXPERT_HIDDEN_DIM)))
   fi
 }
 
-train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+train_model() { # resumes automatically: fairseq looks for checkpoint_last.pt
   OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
     fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" --task language_modeling \
     --sample-break-mode eos "${MODEL_FLAGS[@]}" --criterion moe_cross_entropy --sampled-softmax "$SAMPLES" \
@@ -81,7 +80,7 @@ set_device
 set_model_flags
 bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-# Without UPDATES: a finished run may be prolonged; its rate then jumps up to where a longer run would be.
+# UPDATES is left out, so that a finished run may be extended; its rate then jumps up to that of a longer run.
 settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" \
   "$SAMPLES $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES $MAX_TOKENS $SEED" "$*")
 keep_settings "$RUN_FOLDER" "$settings"

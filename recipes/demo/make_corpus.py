@@ -4,10 +4,10 @@
     on the second of May nineteen oh-one at half past seven in the evening the lamp cost one pound
     le deux mai mille neuf cent un à dix-neuf heures trente la lampe coûtait une livre
 
-The words of numbers come from num2words; the phrases round them are here. Each English sentence
-has one translation, but not word by word: other orders, 12-hour into 24-hour clock, genders. The
-same seed gives the same corpus, and no sentence stands in two of train, valid and test, on either
-side.
+The words for numbers come from num2words; the phrases around them are here. Each English sentence
+has one translation, but not word by word: word order, 12-hour and 24-hour clock, and genders
+differ. The same seed gives the same corpus, and no sentence is in two of train, valid and test, on
+either side.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def num2words(value: int, lang: str, to: str = "cardinal") -> str:
 
 @dataclass(frozen=True)
 class Item:
-    """What a sentence says, in no language; a template uses the parts that it names."""
+    """The meaning of a sentence, in no language; a template uses the parts that it names."""
 
     template: int
     thing: int
@@ -108,7 +108,8 @@ class English:
         return f"{self.hour(hour)} {'oh ' if minute < 10 else ''}{self.number(minute)}"
 
     def part_of_day(self, hour: int) -> str:
-        # Each part is shorter than twelve hours, so an hour with its part is one of the day's.
+        # Each part is shorter than twelve hours, so an hour and its part of the day are
+        # unambiguous.
         if hour < 5 or hour >= 22:
             return "at night"
         if hour < 12:
@@ -145,7 +146,7 @@ class French:
         "le billet", "le livre", "le manteau", "la lampe",
         "la table", "le vélo", "la montre", "le pain",
     ]
-    # Masculine all: a feminine noun would ask for another form of the number before it.
+    # All masculine: a feminine noun would need another form of the number before it.
     goods = ["livres", "arbres", "billets", "chevaux", "bateaux", "tableaux", "stylos", "fauteuils"]
     months = [
         "janvier", "février", "mars", "avril", "mai", "juin",
@@ -220,7 +221,7 @@ class German:
         return num2words(value, lang="de")
 
     def count(self, value: int) -> str:
-        # Before what is counted, eins loses its s.
+        # Before a noun, eins loses its s.
         return re.sub("eins$", "ein", self.number(value))
 
     def ordinal(self, value: int) -> str:
@@ -241,22 +242,22 @@ class German:
         return f"{text} und {self.count(hundredths)} {part}" if hundredths else text
 
 
-NUM_BARE = 4  # The first templates of each language are nothing but what they name.
+NUM_BARE = 4  # The first templates of each language consist only of the part they name.
 LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often a quarter: English has names of its own for these."""
+    """Draw minutes after midnight, often a quarter, for which English has special names."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)
 
 
 def draw_item(generator: random.Random) -> Item:
-    """Draw what a sentence says; small numbers are as frequent as large ones."""
+    """Draw the meaning of a sentence; small numbers are as frequent as large ones."""
     first_day = datetime.date(1800, 1, 1)
-    # Half are the bare number, price, time or date: with few words to choose from, attention is
-    # learnt in a fraction of the updates that whole sentences alone would take.
+    # Half are just a number, price, time or date: with few words to choose from, attention is
+    # learnt in a fraction of the updates that only whole sentences would take.
     is_bare = generator.random() < 0.5
     return Item(
         template=generator.randrange(NUM_BARE)
@@ -279,7 +280,7 @@ def draw_item(generator: random.Random) -> Item:
 
 
 def say(item: Item, language: str) -> str:
-    """Say in one language what `item` means."""
+    """Return the sentence for `item` in one language."""
     speaker = LANGUAGES[language]
     return speaker.templates[item.template].format(
         number=speaker.number(item.number),
@@ -296,7 +297,7 @@ def say(item: Item, language: str) -> str:
 
 
 def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
-    """Make `count` pairs; no English sentence and no translation occurs twice."""
+    """Return `count` pairs, in which no English sentence and no translation occurs twice."""
     generator = random.Random(seed)
     pairs: list[tuple[str, str]] = []
     seen_sources: set[str] = set()
@@ -315,7 +316,7 @@ def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
 def split_pairs(
     pairs: list[tuple[str, str]], sizes: dict[str, int]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Cut the pairs into named parts that share no sentence on either side."""
+    """Divide the pairs into named parts that share no sentence on either side."""
     parts, start = {}, 0
     for name, size in sizes.items():
         parts[name] = pairs[start : start + size]
@@ -351,7 +352,7 @@ PAIRS = click.IntRange(min=1)
 def main(
     folder: Path, target_lang: str, train_size: int, valid_size: int, test_size: int, seed: int
 ) -> None:
-    """Write a parallel corpus of English and French or German into FOLDER, six files."""
+    """Write a parallel corpus of English and French or German into FOLDER, as six files."""
     sizes = {"train": train_size, "valid": valid_size, "test": test_size}
     write_corpus(folder, target_lang, sizes, seed)
     click.echo(f"{sum(sizes.values())} different pairs in {folder}: {sizes}")

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# The whole way on generated text: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
-#
-# Makes a corpus of numbers, dates, times and prices written out in English and another language, trains a small
+# From generated text to a trained model and its score: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
+# Generates a corpus of numbers, dates, times and prices written out in English and another language, trains a small
 # GNMT + MoE model on it, translates sentences it has never seen, and prints BLEU, chrF and ten translations.
-# Run again, it goes on from where it stopped; a changed setting repeats what depends on it.
+# Run it again to continue where it stopped; a changed setting repeats what depends on it.
 #   --target-lang LANG   fr or de                                                TARGET_LANG (fr)
 #   --train-size N       pairs to train on                                       TRAIN_SIZE (12000)
 #   --test-size N        pairs to translate                                      TEST_SIZE (500)
 #   --updates N          updates of training                                     UPDATES (1200)
-#   --device DEVICE      auto, cpu or cuda; auto takes a GPU when there is one   DEVICE (auto)
-#   --seed N             of corpus and model                                     SEED (1)
+#   --device DEVICE      auto, cpu or cuda; auto uses a GPU if there is one      DEVICE (auto)
+#   --seed N             for corpus and model                                    SEED (1)
 #   --work FOLDER        where everything goes                                   WORK (recipes/demo/work)
-# The variables on the right mean the same. Others: VOCAB_SIZE (700 pieces at most), MAX_TOKENS (1000 pieces an update,
+# The variables on the right do the same. Others: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
 # counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
 # EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.3), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
 # (updates between two of them: 1/15 of all).
@@ -35,7 +34,7 @@ LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-96}
 NUM_EXPERTS=${NUM_EXPERTS:-8}
 TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-128}
-# A range this wide for so narrow a model lets the attention find its words in a third of the updates that 0.15 takes.
+# For so narrow a model, this wide range lets attention form in a third of the updates that 0.15 needs.
 INIT_RANGE=${INIT_RANGE:-0.3}
 DROPOUT=${DROPOUT:-0}
 BEAM=${BEAM:-5}
@@ -55,7 +54,7 @@ while (($#)); do
       printf -v "${name^^}" '%s' "$2"
       shift 2
       ;;
-    *) die "unknown argument '$1'; run.sh --help lists them, and fairseq-train's own come after --" ;;
+    *) die "unknown argument '$1'; see run.sh --help, and put fairseq-train's own flags after --" ;;
   esac
 done
 TRAIN_FLAGS=("$@")
@@ -91,7 +90,7 @@ binarise() {
 
 train() { # KEY
   keep_or_clear "$WORK/training" "$1"
-  # The rate climbs for a tenth of the training, stays for four tenths, then falls as 1/sqrt(update).
+  # The rate rises for a tenth of training, stays constant for four tenths, then falls as 1/sqrt(update).
   train_logged "$WORK/training/train.log" fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --arch lstm_moe_gnmt_small --model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" \
     --num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --dropout "$DROPOUT" \
@@ -135,7 +134,7 @@ show_translations() {
 use_environment
 set_device
 after_setup=$SECONDS
-say "English to $TARGET_LANG in $WORK; the log of the training is $WORK/training/train.log"
+say "English to $TARGET_LANG in $WORK; training log: $WORK/training/train.log"
 key=$(step_key "" corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(digest <"$HERE/make_corpus.py")")
 run_step "$WORK" corpus "$key" make_corpus
 key=$(step_key "$key" pieces "$VOCAB_SIZE")
@@ -157,7 +156,7 @@ show_translations
 printf '\n'
 cat "$WORK/score.txt"
 text='the shop opens at half past six in the evening'
-printf '\nThe trained model is a folder. It translates your own text, here after source .venv/bin/activate, or anywhere after\n'
+printf '\nThe trained model is a folder. It translates your own text: here after source .venv/bin/activate, or anywhere after\n'
 printf "pip install . (no fairseq, no compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
   "$(nmt-moe translate "$WORK/bundle" <<<"$text")"
 printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Count sentences and words of train, valid and test, and compare with what is published.
+"""Count sentences and words of train, valid and test, and compare with the published counts.
 
-The benchmark's README names 829,250,940 training tokens, a mark at each end of a sentence included,
-and the scored tokens of its held-out shards, of which sentences have one more than words. Without
-the marks of 30,301,028 sentences, 768,648,884 words are left, which others counted too.
+The benchmark's README gives 829,250,940 training tokens, including a mark at each end of a
+sentence, and the scored tokens of its held-out shards, which are words and one end mark for each
+sentence. Without the marks of 30,301,028 sentences there are 768,648,884 words, which others have
+counted too.
 
 Source: https://github.com/ciprian-chelba/1-billion-word-language-modeling-benchmark, README and
 README.corpus_generation; sentences: https://huggingface.co/datasets/lm1b.
@@ -24,19 +25,19 @@ PARTS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Counts:
-    """What a text of one sentence a line has."""
+    """Counts of a text with one sentence a line."""
 
     sentences: int
     words: int
 
     @property
     def scored(self) -> int:
-        """Tokens whose perplexity is taken: words and ends of sentence."""
+        """Return the number of scored tokens: words and end marks."""
         return self.words + self.sentences
 
 
-# What, of which part, must be how many. Of the held-out shards 00000 (test) and 00001 (valid) only
-# the sum is published.
+# The expected counts, by part and kind. For the held-out shards 00000 (test) and 00001 (valid),
+# only the sum is published.
 PUBLISHED: Mapping[tuple[str, str], int] = {
     ("train", "sentences"): 30_301_028,
     ("train", "words"): 768_648_884,
@@ -45,15 +46,15 @@ PUBLISHED: Mapping[tuple[str, str], int] = {
 }
 NAMES = {
     "sentences": "sentences",
-    "words": "words, ends of sentence not counted",
-    "scored": "words and ends of sentence",
+    "words": "words, not counting end marks",
+    "scored": "words and end marks",
 }
 
 
 def count(path: Path) -> Counts:
-    """Count lines and what ASCII white space parts, as the published figures were counted.
+    """Count lines, and words separated by ASCII white space, like the published figures.
 
-    `wc -w` leaves out words without a printable character: 2,358 of the training text.
+    `wc -w` leaves out words without a printable character: 2,358 in the training text.
     """
     sentences = words = 0
     with path.open("rb") as file:
@@ -67,7 +68,7 @@ def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, 
     """Compare with the published figures.
 
     Raises:
-        ValueError: naming every figure that differs, as it must be and as it is.
+        ValueError: naming every figure that differs, with its required and actual value.
     """
     found = {(part, what): getattr(counts[part], what) for part, what in published}
     wrong = [
@@ -83,9 +84,9 @@ def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, 
 
 @command("counts.py", "counts.py --text work/full/text --published")
 @click.option("--text", type=Path, required=True, help="Folder of train, valid and test.")
-@click.option("--published", is_flag=True, help="Refuse other counts than the benchmark's.")
+@click.option("--published", is_flag=True, help="Reject counts other than the benchmark's.")
 def main(text: Path, published: bool) -> None:
-    """Count sentences and words into `counts.tsv` beside the texts."""
+    """Count sentences and words, and write `counts.tsv` beside the texts."""
     counts = {part: count(text / part) for part in PARTS}
     for part, found in counts.items():
         print(f"{part}: {found.sentences:,} sentences, {found.words:,} words")

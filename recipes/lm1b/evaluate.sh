@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Perplexity of a trained model on the benchmark's held-out shard: evaluate.sh
-#
-# All words count and every end of sentence; each sentence starts from an empty state, as the benchmark's are shuffled.
+# All words and end marks count; each sentence starts from an empty state, because the benchmark's are shuffled.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model (RUN's checkpoint_last.pt)
 #   SUBSET      test (default: news.en.heldout-00000-of-00050) or valid
-#   MAX_TOKENS  words of a batch: all 793,471 logits of each are computed (512)
+#   MAX_TOKENS  words in a batch; all 793,471 logits of each are computed (512)
 #   SLICE, MODEL, SEED, DEVICE, WORK as in train.sh
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
@@ -41,7 +40,7 @@ found=$(python "$REPOSITORY/recipes/logs.py" loss "$log")
 read -r loss tokens <<<"$found"
 expected=$(awk -v part="$SUBSET" '$1 == part { print $2 + $3 }' "$WORK/text/counts.tsv")
 [[ $tokens == "$expected" ]] ||
-  die "$SUBSET must have $expected words and ends of sentence, as its text, but $tokens were scored; log: $log"
-printf '%s, %s: perplexity %s over %s words, ends of sentence included\n' "$SUBSET" "$RUN" \
+  die "$SUBSET must have $expected words and end marks, like its text, but $tokens were scored; log: $log"
+printf '%s, %s: perplexity %s over %s words, including end marks\n' "$SUBSET" "$RUN" \
   "$(awk "BEGIN { printf \"%.2f\", 2 ^ $loss }")" "$tokens" | tee "$WORK/$RUN/$SUBSET.txt"
 export_bundle "$CHECKPOINT" "$WORK/$RUN/bundle" --data "$WORK/data-bin" --scores "$WORK/$RUN/$SUBSET.txt"

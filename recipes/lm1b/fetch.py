@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""The text of the One Billion Word benchmark: downloaded, verified, and unpacked.
+"""Download, verify and unpack the text of the One Billion Word benchmark.
 
-The digest is the one that public loaders of the archive pin; the benchmark's own page names none.
-
-The text is written so that fairseq finds the benchmark's own words in it: white space of Unicode,
-which fairseq cuts at and the benchmark does not, is spelt `<U+00A0>`.
+The digest is the one that public loaders of the archive pin; the benchmark's own page gives none.
+The text is written so that fairseq finds the benchmark's own words in it: Unicode white space, at
+which fairseq splits words and the benchmark does not, is written as `<U+00A0>` and the like.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from recipes.downloads import bounded, download, read_members
 ADDRESS = "https://www.statmt.org/lm-benchmark"
 NAME = "1-billion-word-language-modeling-benchmark-r13output"
 SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"  # 1,792,209,805 bytes
-# Shard 00000 of 100 was held out, and is itself in 50 shards.
+# Shard 00000 of 100 is held out, and is itself divided into 50 shards.
 NUM_TRAIN, NUM_HELD_OUT = 99, 50
 # A shard has about 42 MB.
 MAX_SHARD_BYTES = 1 << 29
-# White space that fairseq would cut a word at; and what reads like its name, to keep names unique.
+# White space at which fairseq would split a word; and text that looks like its name, to keep names
+# unique.
 CUTS = re.compile(r"[^\S ]|<(?=U\+[0-9A-F]{4}>)")
 
 
@@ -45,7 +45,8 @@ def unpack(archive: Path, names: Sequence[str], target: Path) -> None:
     """Write the files `names` of the archive into the folder `target`, without their folders.
 
     Raises:
-        ValueError: the archive is cut off or damaged, lacks a file, or has one that is too large.
+        ValueError: if the archive is truncated or damaged, lacks a file, or has one that is too
+            large.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name, stream in read_members(archive, names):
@@ -54,10 +55,10 @@ def unpack(archive: Path, names: Sequence[str], target: Path) -> None:
 
 
 def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
-    """Write the first `num_lines` lines (0: all) of each shard to `output`, in their order.
+    """Write the first `num_lines` lines (0: all) of each shard to `output`, in order.
 
     Raises:
-        ValueError: they have none.
+        ValueError: if there are none.
     """
     with output.open("wb") as text:
         for shard in shards:
@@ -68,11 +69,11 @@ def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
 
 
 def keep_words(line: bytes) -> bytes:
-    """Return a line whose words, parted at ASCII white space, stay whole wherever fairseq cuts.
+    """Return a line whose words, separated by ASCII white space, fairseq will not split.
 
-    fairseq parts words at Unicode's white space too (U+0085, U+00A0, U+2028, ...), and lines at a
-    carriage return. The benchmark has words with, or of nothing but, such characters. Each word
-    becomes one word, two different ones stay different: U+00A0 is written `<U+00A0>`.
+    fairseq also splits words at Unicode white space (U+0085, U+00A0, U+2028, ...), and lines at a
+    carriage return. The benchmark has words that contain, or consist of, such characters. Each word
+    becomes one word, and different words stay different: U+00A0 is written as `<U+00A0>`.
     """
     # Bytes that are not UTF-8 are left to fairseq-preprocess, which names their line.
     words = b" ".join(line.split()).decode(errors="surrogateescape")
@@ -81,20 +82,20 @@ def keep_words(line: bytes) -> bytes:
 
 
 @command("fetch.py", "fetch.py --folder archive --target text --shards 1 --lines 20000")
-@click.option("--folder", type=Path, required=True, help="For the archive.")
-@click.option("--target", type=Path, required=True, help="For train, valid and test.")
+@click.option("--folder", type=Path, required=True, help="Folder for the archive.")
+@click.option("--target", type=Path, required=True, help="Folder for train, valid and test.")
 @click.option("--shards", type=int, default=NUM_TRAIN, help="Training shards to take.")
-@click.option("--lines", type=int, default=0, help="Of each shard; 0: all.")
+@click.option("--lines", type=int, default=0, help="Lines to take of each shard; 0: all.")
 @click.option("--address", default=ADDRESS, help="Folder of the archive (LM1B_MIRROR).")
-@click.option("--sha256", default=SHA256, help="Of the archive (LM1B_SHA256).")
+@click.option("--sha256", default=SHA256, help="Digest of the archive (LM1B_SHA256).")
 def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha256: str) -> None:
-    """Download the benchmark, verify its digest, and write the shards asked for."""
+    """Download the benchmark, verify its digest, and write the requested shards."""
     if not 1 <= shards <= NUM_TRAIN:
         raise ValueError(f"SHARDS must be from 1 to {NUM_TRAIN}, but is {shards}")
     archive = folder / f"{NAME}.tar.gz"
     download(archive, [f"{address.rstrip('/')}/{archive.name}"], f"sha256:{sha256}")
     print(f"{archive}: verified")
-    # Perplexity is reported on the first held-out shard, everywhere; the second is ours.
+    # Perplexity is always reported on the first held-out shard; the second is our valid.
     parts = {
         "train": [train_shard(number) for number in range(1, shards + 1)],
         "valid": [held_out_shard(1)],

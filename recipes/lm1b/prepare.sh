@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Prepare the One Billion Word benchmark: prepare.sh
-#
-# Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), takes training and held-out shards out of it,
-# compares the counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin and
-# compares its tokens with the text's words. Finished steps are skipped. Variables:
-#   SLICE        1: the first 20,000 lines of one training shard, for a trial on a small machine (0)
+# Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards, compares the
+# counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and compares its
+# tokens with the text's words. Finished steps are skipped. Variables:
+#   SLICE        1: the first 20,000 lines of one training shard, to try it on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
-#   SHARD_LINES  lines of each shard, held-out ones too; 0: all (0; with SLICE 20000)
-#   MIN_COUNT    rarer words are unknown: 3 gives the benchmark's own vocabulary of 793,471 (3)
-#   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); file:///... also
+#   SHARD_LINES  lines of each shard, including held-out ones; 0: all (0; with SLICE 20000)
+#   MIN_COUNT    rarer words become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
+#   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); may be file:///...
 #   LM1B_SHA256  its digest (the public one)
 #   WORK         folder to write (recipes/lm1b/work/full, or work/slice with SLICE)
 #   ARCHIVE_DIR  folder for the archive (recipes/lm1b/work)
 #   THREADS      processes for counting and binarising (2)
-# test is news.en.heldout-00000-of-00050, on which everyone reports perplexity; valid is the shard after it.
+# test is news.en.heldout-00000-of-00050, on which perplexity is usually reported; valid is the next shard.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -35,7 +34,7 @@ LM1B_SHA256=${LM1B_SHA256:-}
 WORK=${WORK:-$HERE/work/full}
 ARCHIVE_DIR=${ARCHIVE_DIR:-$HERE/work}
 THREADS=${THREADS:-2}
-# Of the whole text: words, <S>, </S> and <UNK>.
+# For the whole text: words, <S>, </S> and <UNK>.
 BENCHMARK_VOCABULARY=793471
 
 fetch_texts() {
@@ -43,7 +42,7 @@ fetch_texts() {
     ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
 }
 
-# is_whole: all of the public archive's training text, so that the published counts must come out.
+# is_whole: whether all of the public archive's training text is used, so that counts must equal the published ones.
 is_whole() { ((SHARDS == 99 && SHARD_LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
 
 count_texts() {
@@ -52,20 +51,20 @@ count_texts() {
   python "$HERE/counts.py" --text "$WORK/text" "${published[@]}"
 }
 
-binarise() { # the dictionary falls in frequency, as --sampled-softmax needs it
+binarise() { # the dictionary is sorted by falling frequency, as --sampled-softmax requires
   rm -rf "$WORK/data-bin"
   logged "$WORK/preprocess.log" fairseq-preprocess --user-dir "$REPOSITORY/nmt_moe" --only-source --trainpref "$WORK/text/train" \
     --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --thresholdsrc "$MIN_COUNT" --padding-factor 1 \
     --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
-check_tokens() { # perplexity is over the words that were counted: fairseq must have cut the text into the same
+check_tokens() { # perplexity is over the counted words, so fairseq must have split the text into the same ones
   local part sentences words expected found
   while read -r part sentences words; do
     expected="$sentences sents, $((words + sentences)) tokens"
     found=$(sed -n "s|.*/text/$part: \([0-9]* sents, [0-9]* tokens\).*|\1|p" "$WORK/preprocess.log")
     [[ $found == "$expected" ]] ||
-      die "$part must have $expected, ends of sentence included, as its text, but fairseq-preprocess found '$found':" \
+      die "$part must have $expected, including end marks, like its text, but fairseq-preprocess found '$found':" \
         "remove $WORK and prepare again; log: $WORK/preprocess.log"
   done <"$WORK/text/counts.tsv"
 }
@@ -75,7 +74,7 @@ check_vocabulary() {
   words=$(wc -l <"$WORK/data-bin/dict.txt")
   say "vocabulary: $words words that occur at least $MIN_COUNT times, and <S>, </S>, <UNK>: $((words + 3))"
   if is_whole && ((MIN_COUNT == 3)); then
-    # Within 3: whether the marks are counted is not written down anywhere.
+    # Within 3, because it is not documented whether the marks are counted.
     ((words <= BENCHMARK_VOCABULARY && words + 3 >= BENCHMARK_VOCABULARY)) ||
       die "the vocabulary must be the benchmark's, $BENCHMARK_VOCABULARY with the marks, but has $((words + 3)): remove
   $WORK and prepare again"
@@ -95,5 +94,5 @@ key=$(step_key "$key" tokens "")
 run_step "$WORK" tokens "$key" check_tokens
 key=$(step_key "$key" vocabulary "")
 run_step "$WORK" vocabulary "$key" check_vocabulary
-# train.sh resumes a model only on the text it was trained on.
+# train.sh only resumes a model on the text that it was trained on.
 printf '%s' "$key" >"$WORK/prepared"

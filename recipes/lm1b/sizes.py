@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Print the widths of a language model, its own or an eighth of them, as flags of fairseq-train.
+"""Print the widths of a language model, in full or an eighth, as flags of fairseq-train.
 
-All three are divided, and the number of experts stays, so LSTMs and experts shrink alike in every
-model, to a 64th of their operations and weights. A gate shrinks to an eighth only.
+All three widths are divided and the number of experts stays the same, so that in every model LSTMs
+and experts shrink to a 64th of their operations and weights. Gates shrink only to an eighth.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ WIDTHS = ("model_dim", "lstm_hidden_dim", "hidden_dim")
 
 
 def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
-    """Give the widths of architecture `model`, divided by `divisor`.
+    """Return the widths of architecture `model`, divided by `divisor`.
 
     Raises:
-        ValueError: it is none of this project's language models.
+        ValueError: if it is not one of this project's language models.
     """
     architectures = find_options()
-    # fairseq, and models with it, can be imported only now.
+    # Imported late, because fairseq must be set up first.
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
 
     known = [name for name, (options, _) in architectures.items() if options is LSTMMoELMConfig]
@@ -35,7 +35,7 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
 
 @command("sizes.py", "sizes.py lstm_moe_lm_32 --divide 8")
 @click.argument("model")
-@click.option("--divide", type=click.Choice(["1", "8"]), default="1", help="By this number.")
+@click.option("--divide", type=click.Choice(["1", "8"]), default="1", help="Divisor of the widths.")
 def main(model: str, divide: str) -> None:
     """Print the widths of a language model as flags of fairseq-train."""
     sizes = narrow_sizes(model, int(divide))

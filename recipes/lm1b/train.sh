@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
 # Train on the One Billion Word benchmark and score the result: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
-#
-# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, and calls
-# evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them see; prepare
-# before on one of them.
-#   SLICE      1: the model at an eighth of its widths on a slice of the text, minutes on a laptop (0)
+# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, and calls
+# evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them share; run
+# prepare.sh on one of them first.
+#   SLICE      1: the model at an eighth of its widths on a slice of the text, in minutes on a laptop (0)
 #   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
-#   RUN        name of the run, a folder in WORK (MODEL-seedSEED); another setting needs another name
+#   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
-#   NODES, NODE_RANK, MASTER   machines (1), the number of this one (0), the name of number 0 (localhost)
-#   SEED       of parameters, the order of the text, dropout and the gates' noise (1)
-#   DEVICE     auto (default: a GPU when there is one), cpu or cuda
+#   NODES, NODE_RANK, MASTER   number of machines (1), index of this one (0), host name of machine 0 (localhost)
+#   SEED       for parameters, the order of the text, dropout and the gates' noise (1)
+#   DEVICE     auto (default: a GPU if there is one), cpu or cuda
 #   EVALUATE=0 stops after training
-# Every other variable is below, with its reason.
+# All other variables are below, with explanations.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -25,7 +24,7 @@ DIVIDE=1 START=()
 if [[ $SLICE == 1 ]]; then
   WORK=${WORK:-$HERE/work/slice}
   MODEL=${MODEL:-lstm_moe_lm_32}
-  # Table 7's shapes, all widths divided by 8; narrow layers need larger weights to start with.
+  # Table 7's shapes with all widths divided by 8; narrow layers need larger initial weights.
   DIVIDE=8 START=(--init-range 0.1)
   BATCH_WORDS=${BATCH_WORDS:-2000} MAX_TOKENS=${MAX_TOKENS:-2000} SAMPLES=${SAMPLES:-1000}
   EPOCHS=${EPOCHS:-2} WARMUP_UPDATES=${WARMUP_UPDATES:-100} LEARNING_RATE=${LEARNING_RATE:-0.01}
@@ -39,32 +38,33 @@ NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER=${MASTER:-localhost}
 EVALUATE=${EVALUATE:-1}
-# The paper's batch, about 300,000 words an update. Batches are accumulated until that many are reached:
-# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Padding takes little of it: rows of like length are
-# batched together.
+# The paper's batch, about 300,000 words per update. Batches are accumulated up to that number:
+# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Little of it is padding, because rows of similar
+# length are batched together.
 BATCH_WORDS=${BATCH_WORDS:-300000}
 MAX_TOKENS=${MAX_TOKENS:-4688}
-# Table 7 is after 10 passes: 768,648,884 words + 30,301,028 ends of sentence = 798,949,912 tokens / 300,032 = 2,663 updates
-# a pass, 26,629 in all; somewhat more, since padding takes room in batches.
+# Table 7 gives results after 10 passes: 768,648,884 words + 30,301,028 end marks = 798,949,912 tokens / 300,032 = 2,663
+# updates per pass, 26,629 in all; slightly more, because batches contain padding.
 EPOCHS=${EPOCHS:-10}
-# The paper's schedule: the rate grows linearly for 1,000 updates, then falls as 1/sqrt(update). Its height is ours: the
-# paper names none.
+# The paper's schedule: the rate rises linearly for 1,000 updates, then falls as 1/sqrt(update). The peak is ours, as the
+# paper states none.
 WARMUP_UPDATES=${WARMUP_UPDATES:-1000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
-# Draws of the vocabulary in place of the 793,471 words' softmax; 8,192 as Jozefowicz et al. 2016. 0: the full softmax.
+# Samples of the vocabulary instead of the softmax over 793,471 words; 8,192 as in Jozefowicz et al. 2016. 0: full
+# softmax.
 SAMPLES=${SAMPLES:-8192}
-# Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, a few times over.
+# Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, several times over.
 VALID_TOKENS=${VALID_TOKENS:-512}
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
-set_launcher() { # what runs fairseq-train, and how many batches to accumulate
+set_launcher() { # how to run fairseq-train, and how many batches to accumulate
   local per_update
   if [[ -z ${GPUS:-} && $DEVICE == cpu ]]; then GPUS=1; fi
   GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   require_whole GPUS 1
   per_update=$((MAX_TOKENS * GPUS * NODES))
   UPDATE_FREQ=$(((BATCH_WORDS + per_update - 1) / per_update))
-  # Without the size fairseq would take every GPU it sees.
+  # Without the size, fairseq would use every GPU it sees.
   LAUNCHER=(fairseq-train) PROCESSES=(--distributed-world-size 1)
   if ((GPUS * NODES > 1)); then
     LAUNCHER=(torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS" --master-addr "$MASTER"
@@ -81,7 +81,7 @@ set_sizes() { # the widths of MODEL, which must be an architecture of this proje
   SIZES+=("${START[@]}")
 }
 
-train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+train_model() { # resumes automatically: fairseq looks for checkpoint_last.pt
   train_logged "$RUN_FOLDER/train.log" "${LAUNCHER[@]}" "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --task language_modeling --sample-break-mode eos --arch "$MODEL" "${SIZES[@]}" "${PROCESSES[@]}" \
     --criterion moe_cross_entropy --sampled-softmax "$SAMPLES" --optimizer factored_adam \

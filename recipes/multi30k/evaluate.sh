@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Translate val and test_2016_flickr with a trained model and score both: evaluate.sh [PAIR...]
-#
-# PAIR: de or fr (English to it); default: both. Tries each length penalty on val, keeps the best by lower-cased
-# tokenised BLEU, and only then translates the test set, once.
+# PAIR: de or fr (from English); default: both. Tries each length penalty on val, keeps the best by lower-cased tokenised
+# BLEU, and only then translates the test set, once.
 #   RUN          the run of train.sh (MODEL-seedSEED)
-#   CHECKPOINT   the model, or several with colons between for an ensemble (RUN's average.pt)
+#   CHECKPOINT   the model, or several separated by colons for an ensemble (RUN's average.pt)
 #   BEAM         hypotheses kept (5)
-#   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"): larger ones prefer longer translations
+#   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"); larger ones favour longer translations
 #   DEVICE, THREADS, CASE, WORK as in train.sh
 # Then writes the model as a bundle, RUN/bundle, for nmt-moe translate (not an ensemble, and not with CASE=lower, whose
 # text is tokenised). Two scores, each with sacrebleu's signature:
-#   lower-cased tokenised BLEU: translations brought to the form of the official lc.norm.tok file and compared with it;
+#   lower-cased tokenised BLEU: translations converted to the form of the official lc.norm.tok file and compared with it;
 #   cased BLEU (13a) and chrF against the raw text (not with CASE=lower).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
@@ -27,10 +26,10 @@ BATCH_SIZE=${BATCH_SIZE:-64}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-2}
 
-# checkpoints_of PAIR: the model to evaluate, or several with colons between.
+# checkpoints_of PAIR: print the model to evaluate, or several separated by colons.
 checkpoints_of() { printf '%s' "${CHECKPOINT:-$(work_folder "$1")/$RUN/average.pt}"; }
 
-# translate PAIR OUTPUT SUBSET SPLIT LENPEN: into OUTPUT, as the model writes it, and beside it in the official form.
+# translate PAIR OUTPUT SUBSET SPLIT LENPEN: translate into OUTPUT, and beside it in the official form.
 translate() {
   local pair=$1 output=$2 folder
   folder=$(work_folder "$pair")
@@ -44,8 +43,8 @@ translate() {
   fi
 }
 
-# score_tokenised PAIR OUTPUT SPLIT FORMAT-FLAG...: the official file is tokenised already: sacrebleu must take it as it is, and
-# --force says that this is meant.
+# score_tokenised PAIR OUTPUT SPLIT FORMAT-FLAG...: the official file is already tokenised, so sacrebleu must take it as
+# it is; --force says that this is intended.
 score_tokenised() {
   quietly sacrebleu "$(work_folder "$1")/text/$3.lc.norm.tok.$1" -i "$2.lc.norm.tok" --tokenize none --force "${@:4}"
 }

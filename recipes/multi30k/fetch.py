@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Texts of Multi30k, from a folder or downloaded, with their digests verified.
+"""Fetch the texts of Multi30k from a folder or the network, and verify their digests.
 
-The digests are those of the uncompressed text, so that plain and gzipped copies are equally good.
+The digests are those of the uncompressed text, so plain and gzipped copies are equally good.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from recipes.downloads import bounded, damage_named, download
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
 MAX_BYTES = 1 << 24  # the largest text has 2 MB
-# Where copies keep the files: flat with tok/ beside them, or as in the public repository.
+# Where copies have the files: flat with tok/ beside them, or as in the public repository.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 from a file in the form of sha256sum."""
+    """Return file name -> sha256 from a file in sha256sum's format."""
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     return {fields[1]: fields[0] for fields in lines if len(fields) == 2}
 
@@ -34,14 +34,14 @@ def find_local(folder: Path, name: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ValueError(f"{folder} has no {name} and no {name}.gz, neither itself nor in raw/ or tok/")
+    raise ValueError(f"{folder} has neither {name} nor {name}.gz, nor do its raw/ and tok/")
 
 
 def read_verified(path: Path, digest: str) -> bytes:
     """Return the text of a file, plain or gzipped.
 
     Raises:
-        ValueError: it is damaged, too large, or has another digest.
+        ValueError: if it is damaged, too large, or has another digest.
     """
     with damage_named(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         text = b"".join(bounded(file, MAX_BYTES, str(path)))
@@ -55,8 +55,8 @@ def fetch(name: str, digest: str, target: Path, folder: Path | None, address: st
     """Write the text of file `name` into the folder `target`, verified.
 
     Raises:
-        ValueError: the file is missing, cannot be downloaded, or has another digest; what was
-            downloaded is removed, so that the next run asks again.
+        ValueError: if the file is missing, cannot be downloaded, or has another digest; a bad
+            download is removed, so that the next run downloads it again.
     """
     if folder is not None:
         (target / name).write_bytes(read_verified(find_local(folder, name), digest))
@@ -73,13 +73,13 @@ def fetch(name: str, digest: str, target: Path, folder: Path | None, address: st
 @command("fetch.py", "fetch.py train.en train.de --target text")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--target", type=Path, required=True, help="Folder for the texts.")
-@click.option("--folder", type=Path, help="Take them from here (MULTI30K_DIR).")
-@click.option("--address", default=ADDRESS, help="Where to download from.")
+@click.option("--folder", type=Path, help="Folder to take them from (MULTI30K_DIR).")
+@click.option("--address", default=ADDRESS, help="Address to download from.")
 @click.option("--digests", type=Path, default=Path(__file__).with_name("SHA256SUMS"), help="File.")
 def main(
     names: tuple[str, ...], target: Path, folder: Path | None, address: str, digests: Path
 ) -> None:
-    """Write the texts NAMES, without .gz, into a folder, verified."""
+    """Verify the texts NAMES and write them into a folder, without .gz."""
     if folder is not None and not folder.is_dir():
         raise ValueError(f"MULTI30K_DIR={folder} is not a folder")
     known = read_digests(digests)

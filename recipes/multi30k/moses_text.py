@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Lower-case, normalise and tokenise text as Multi30k's official lc.norm.tok files were made.
 
-Standard input to standard output. The order is that of the data set's own task1-tokenize.sh:
-lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, here as sacremoses has
-them. Of the 2,014 lines of the official val and test_2016_flickr files, this gives 2,014 English,
-2,013 German and 2,012 French ones exactly.
+From standard input to standard output. The order is that of the data set's task1-tokenize.sh:
+lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, all as implemented in
+sacremoses. Of the 2,014 lines in the official val and test_2016_flickr files, this reproduces 2,014
+English, 2,013 German and 2,012 French lines exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nmt_moe.cli import command
 
 
 class OfficialTokenizer:
-    """Turns a raw line into a line of the official files."""
+    """Turn a raw line into a line of the official files."""
 
     def __init__(self, language: str) -> None:
         self.normalizer = MosesPunctNormalizer(lang=language)
@@ -32,7 +32,7 @@ class OfficialTokenizer:
 @command("moses_text.py", "moses_text.py fr <translation >translation.lc.norm.tok")
 @click.argument("language")
 def main(language: str) -> None:
-    """Bring standard input to the form of the official lc.norm.tok files of en, de, fr, ..."""
+    """Convert standard input to the form of the official lc.norm.tok files for en, de, fr, ..."""
     tokenize = OfficialTokenizer(language)
     sys.stdin.reconfigure(encoding="utf-8", newline="\n")
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")

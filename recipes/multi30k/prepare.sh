@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Prepare Multi30k for training: prepare.sh [PAIR...]        PAIR: de or fr (English to it); default: both
+# Prepare Multi30k for training: prepare.sh [PAIR...]        PAIR: de or fr (from English); default: both
 #
 # Fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
 # data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); without it they are downloaded
-#   CASE          source-lower (default): the raw text with the English side lower-cased, its case says little;
+#   CASE          source-lower (default): the raw text with the English side lower-cased, as its case says little;
 #                 one model for the cased and the lower-cased score
 #                 cased: the raw text as written
 #                 lower: the official lower-cased, tokenised text; only the lower-cased score is possible
 #   VOCAB_SIZE    pieces of the joint vocabulary (5000)
 #   PIECE_TYPE    unigram or bpe (unigram)
-#   SAMPLES       further copies of the training text, each cut into pieces differently at random (0)
-#   SAMPLE_ALPHA  unigram: sharpness of the random cuts; bpe: share of merges left out (0.2)
-#   EXTRA         further pairs to train on, EXTRA.en and EXTRA.PAIR, in the form that CASE names (none): see back_translate.sh
-#   COPIES        how often the corpus's own pairs stand in the training text (1); more weigh them up against EXTRA
+#   SAMPLES       further copies of the training text, each split into pieces differently at random (0)
+#   SAMPLE_ALPHA  unigram: sharpness of the random splits; bpe: share of merges left out (0.2)
+#   EXTRA         further pairs to train on, EXTRA.en and EXTRA.PAIR, in the form of CASE (none); see back_translate.sh
+#   COPIES        how often the training text repeats the corpus's own pairs (1), to balance them against EXTRA
 #   WORK          folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); with one PAIR only
 #   THREADS       processes for binarising (2)
 #   SHA256SUMS    digests to verify (recipes/multi30k/SHA256SUMS)
@@ -35,10 +35,10 @@ COPIES=${COPIES:-1}
 THREADS=${THREADS:-2}
 SHA256SUMS=${SHA256SUMS:-$HERE/SHA256SUMS}
 
-# official name of a split -> ours
+# the official name of a split -> our name
 SPLITS=(train val test_2016_flickr)
 
-fetch_texts() { # PAIR FOLDER: one folder of raw text, one of the official lower-cased, tokenised text
+fetch_texts() { # PAIR FOLDER: raw text, and the official lower-cased, tokenised text
   local pair=$1 folder=$2
   local split language kind names=()
   for language in en "$pair"; do
@@ -53,7 +53,7 @@ fetch_texts() { # PAIR FOLDER: one folder of raw text, one of the official lower
   done
 }
 
-select_texts() { # PAIR FOLDER: the form of the text that is trained on
+select_texts() { # PAIR FOLDER: the form of the text to train on
   local pair=$1 folder=$2
   local split language kind=""
   [[ $CASE == lower ]] && kind=.lc.norm.tok
@@ -75,14 +75,14 @@ learn_pieces() { # PAIR FOLDER
     --model "$folder/spm.model" --dictionary "$folder/dict.txt" --inputs "$folder"/selected/train.{en,"$pair"}
 }
 
-# The training text of one LANGUAGE: the corpus's own COPIES times, then EXTRA.
+# Print the training text of one LANGUAGE: the corpus's own text COPIES times, then EXTRA.
 training_text() { # FOLDER LANGUAGE
   local copy
   for ((copy = 0; copy < COPIES; copy++)); do cat "$1/selected/train.$2"; done
   [[ -z $EXTRA ]] || cat "$EXTRA.$2"
 }
 
-cut_texts() { # PAIR FOLDER: only the training text is cut in several ways; the two sides are cut independently
+cut_texts() { # PAIR FOLDER: only the training text is split in several ways; the two sides are split independently
   local pair=$1 folder=$2
   local split samples language texts
   mkdir -p "$folder/pieces"
@@ -132,7 +132,7 @@ prepare_pair() {
   run_step "$folder" cut "$key" cut_texts "$pair" "$folder"
   key=$(step_key "$key" binarise "")
   run_step "$folder" binarise "$key" binarise "$pair" "$folder"
-  # train.sh resumes a model only on the text it was trained on.
+  # train.sh only resumes a model on the text that it was trained on.
   printf '%s' "$key" >"$folder/prepared"
 }
 

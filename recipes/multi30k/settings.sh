@@ -1,12 +1,12 @@
-# What prepare.sh, train.sh and evaluate.sh agree on; sourced by them after common.sh.
+# Settings that prepare.sh, train.sh and evaluate.sh share; they source this file after common.sh.
 # shellcheck shell=bash
 # shellcheck disable=SC2034
 
-# Variables that both the text and the model depend on. WORK names everything of one language and one form of the text.
+# Variables on which both the text and the model depend. WORK is the folder for one language and one form of the text.
 CASE=${CASE:-source-lower}
 require_choice CASE cased source-lower lower
 
-# parse_pairs ARGUMENTS...: the leading arguments that are no flags into PAIRS (default: both), the rest into FLAGS.
+# parse_pairs ARGUMENTS...: put leading arguments that are not flags into PAIRS (default: both), the rest into FLAGS.
 parse_pairs() {
   PAIRS=()
   while (($#)) && [[ $1 != -* ]]; do
@@ -17,11 +17,11 @@ parse_pairs() {
   ((${#PAIRS[@]})) || PAIRS=(de fr)
   FLAGS=("$@")
   if [[ -n ${WORK:-} && ${#PAIRS[@]} -gt 1 ]]; then
-    die "WORK holds one language: name the PAIR, de or fr"
+    die "WORK is for one language: name the PAIR, de or fr"
   fi
 }
 
-# work_folder PAIR: where this pair's texts and models are.
+# work_folder PAIR: print the folder with this pair's texts and models.
 work_folder() {
   local suffix=""
   [[ $CASE == cased ]] || suffix=-$CASE

@@ -5,9 +5,9 @@
 #   CHECKPOINT   the model (RUN's average.pt)
 #   BEAM         hypotheses kept (5)
 #   LENPEN       length penalty (1.0)
-# RUN/bundle is the model for nmt-moe translate. Perplexity on valid, then BLEU and chrF of the test set by sacrebleu, cased, on raw text: 13a tokens, for Japanese
-# characters. WORK/table.md has a row for each direction and a column for each MODEL: of several runs of one, that
-# which was scored last.
+# Prints perplexity on valid, then BLEU and chrF on the test set by sacrebleu, cased, on raw text (tokenised by 13a, for
+# Japanese by characters). WORK/table.md has a row for each direction and a column for each MODEL, with the run that was
+# scored last. RUN/bundle is the model for nmt-moe translate.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -25,10 +25,10 @@ BATCH_SIZE=${BATCH_SIZE:-64}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-2}
 
-# bleu_tokens LANGUAGE: sacrebleu's tokens; Japanese has no spaces.
+# bleu_tokens LANGUAGE: print sacrebleu's tokeniser; Japanese has no spaces.
 bleu_tokens() { if [[ $1 == ja ]]; then echo char; else echo 13a; fi; }
 
-measure_perplexity() { # one line a direction: DIRECTION PERPLEXITY
+measure_perplexity() { # one line for each direction: DIRECTION PERPLEXITY
   logged "$RUN_FOLDER/validate.log" fairseq-validate "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     "${TASK_FLAGS[@]}" --lang-pairs "$(IFS=,; printf '%s' "${SCORED[*]}")" --path "$CHECKPOINT" --valid-subset valid \
     --max-tokens 4000 --skip-invalid-size-inputs-valid-test --num-workers 0 "${EVERY_SENTENCE[@]}" \
@@ -51,7 +51,7 @@ score_direction() { # DIRECTION: one line, BLEU and chrF
   printf '%s' "${scores//$'\n'/ }"
 }
 
-(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'; its variables choose"
+(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'; set its variables instead"
 require_choice MODEL moe dense single
 check_settings
 SCORED=("${DIRECTIONS[@]}")

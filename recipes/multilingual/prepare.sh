@@ -3,12 +3,12 @@
 #
 # Copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin. Finished
 # steps are skipped; a changed variable repeats what depends on it. Variables:
-#   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where they are from
-#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one line a sentence
+#   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where to get them
+#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence a line
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
-#   LANGUAGES     languages beside English ("fr de ja ko pt es" of tatoeba, "fr de cs" of multi30k)
-#   MAX_PAIRS     take at most so many training pairs of each language (all)
-#   VOCAB_SIZE    pieces of the shared vocabulary (16000 of tatoeba, 8000 of multi30k)
+#   LANGUAGES     languages besides English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
+#   MAX_PAIRS     most training pairs to use for each language (all)
+#   VOCAB_SIZE    pieces of the shared vocabulary (16000 for tatoeba, 8000 for multi30k)
 #   WORK          folder to write (recipes/multilingual/work/CORPUS-LANGUAGES)
 #   THREADS       processes for binarising (2)
 set -euo pipefail
@@ -33,7 +33,7 @@ else
   declare -A FILES=([train]=train [valid]=val [test]=test_2016_flickr)
 fi
 
-# original SPLIT PAIR LANGUAGE: the file as the corpus names it, gzipped or plain.
+# original SPLIT PAIR LANGUAGE: print the corpus' own file, gzipped or plain.
 original() {
   local name=${FILES[$1]}.$3
   [[ $CORPUS == multi30k ]] || name=$2/$name
@@ -58,7 +58,7 @@ copy_texts() {
       [[ $split != train ]] || limit=$MAX_PAIRS
       for side in en "$language"; do
         path=$(original "$split" "$pair" "$side")
-        # gzip -f passes a file on that is not gzipped. awk reads to the end, so that no pipe breaks.
+        # gzip -f passes through a file that is not gzipped. awk reads to the end, so that no pipe breaks.
         gzip -cdf "$path" | awk -v limit="$limit" 'NR <= limit' >"$WORK_FOLDER/text/$split.$pair.$side"
       done
       nmt-moe check-parallel "$WORK_FOLDER/text/$split.$pair".{en,"$language"}
@@ -66,7 +66,7 @@ copy_texts() {
   done
 }
 
-learn_pieces() { # of each distinct line once: English is in every pair
+learn_pieces() { # from each distinct line once, because English is in every pair
   local language files=()
   cat "$WORK_FOLDER"/text/train.en-*.en | sort -u >"$WORK_FOLDER/unique.en"
   for language in $LANGUAGES; do files+=("$WORK_FOLDER/text/train.en-$language.$language"); done
@@ -95,7 +95,7 @@ binarise() { # a pair's two directions read the same files
   done
 }
 
-(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; its variables choose"
+(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; set its variables instead"
 check_settings
 [[ -n $FOLDER ]] || die "$FOLDER_NAME must name the folder with the texts of CORPUS=$CORPUS, but is not set"
 [[ -d $FOLDER ]] || die "$FOLDER_NAME=$FOLDER is not a folder"
@@ -110,5 +110,5 @@ key=$(step_key "$key" cut "")
 run_step "$WORK_FOLDER" cut "$key" cut_texts
 key=$(step_key "$key" binarise "")
 run_step "$WORK_FOLDER" binarise "$key" binarise
-# train.sh resumes a model only on the text it was trained on.
+# train.sh only resumes a model on the text that it was trained on.
 printf '%s' "$key" >"$WORK_FOLDER/prepared"

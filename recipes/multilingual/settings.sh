@@ -1,8 +1,8 @@
-# What prepare.sh, train.sh and evaluate.sh agree on; sourced by them after common.sh.
+# Settings that prepare.sh, train.sh and evaluate.sh share; they source this file after common.sh.
 # shellcheck shell=bash
 # shellcheck disable=SC2034
 
-# The text: tatoeba (the paper's six languages beside English) or multi30k (three).
+# The text: tatoeba (the paper's six languages besides English) or multi30k (three).
 CORPUS=${CORPUS:-tatoeba}
 require_choice CORPUS tatoeba multi30k
 declare -A ALL_LANGUAGES=([tatoeba]="fr de ja ko pt es" [multi30k]="fr de cs")

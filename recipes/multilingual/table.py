@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Set the scores of single, dense and MoE models beside each other: table.py WORK.
+"""Compare the scores of single, dense and MoE models in a table: table.py WORK.
 
-Reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU with chrF of
-the test set. Prints one row for each direction, as Table 5 of Shazeer et al. 2017 does.
+Reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU with chrF on
+the test set. Prints one row for each direction, like Table 5 of Shazeer et al. 2017.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MISSING = "not trained"
 
 
 def read_scores(folder: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """Give perplexity, BLEU and chrF of (model, direction), of the run that was scored last.
+    """Return perplexity, BLEU and chrF by (model, direction), from the run scored last.
 
     Raises:
-        ValueError: a line has other columns.
+        ValueError: if a line has other columns.
     """
     scores = {}
     for path in sorted(folder.glob("*/scores.tsv"), key=lambda path: path.stat().st_mtime):
@@ -38,7 +38,7 @@ def read_scores(folder: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
 
 
 def count_pairs(folder: Path, direction: str) -> str:
-    """Count the training sentences of a direction; its text is named after English first."""
+    """Return the number of a direction's training sentences; file names start with English."""
     one, other = direction.split("-")
     for pair in (f"{one}-{other}", f"{other}-{one}"):
         path = folder / f"text/train.{pair}.{one}"
@@ -48,7 +48,7 @@ def count_pairs(folder: Path, direction: str) -> str:
 
 
 def make_table(folder: Path) -> list[str]:
-    """Write the rows in markdown: BLEU, with perplexity in brackets."""
+    """Return the rows in Markdown: BLEU, with perplexity in brackets."""
     scores = read_scores(folder)
     directions = list(dict.fromkeys(direction for _, direction in scores))
     titles = [HEADINGS[model] for model in MODELS]
@@ -66,14 +66,14 @@ def make_table(folder: Path) -> list[str]:
 
 
 def difference(one: tuple | None, other: tuple | None) -> str:
-    """Subtract BLEU, if both were scored."""
+    """Return the difference in BLEU, if both were scored."""
     return f"{float(one[1]) - float(other[1]):+.2f}" if one and other else "-"
 
 
 @command("table.py", "table.py work")
 @click.argument("work", type=Path)
 def main(work: Path) -> None:
-    """Print the scores of all models in the folder WORK beside each other."""
+    """Print a table that compares the scores of all models in the folder WORK."""
     lines = make_table(work)
     if len(lines) == 2:
         raise ValueError(f"no run in {work} was scored; run evaluate.sh")

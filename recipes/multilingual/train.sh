@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Train one model of all directions, or of one: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
-#
-# Prepares the text first (prepare.sh and its variables), goes on from the last checkpoint of the same run, averages
+# Train one model for all directions, or for one: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
 # checkpoints and calls evaluate.sh.
 #   MODEL   moe (default): all directions; dense: the same without experts, at equal operations per word;
-#           single: the dense model trained on DIRECTION alone
-#   DIRECTION  of single, such as en-fr
-#   TEMPERATURE, OVERSAMPLING  how often rare pairs are seen (1; none), as --sampling-temperature and --oversampling
-#   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); other settings need another
-#   SEED    of the parameters, the order of the text, dropout and the gates' noise (1)
-#   DEVICE  auto (default: a GPU when there is one), cpu or cuda
-#   THREADS for one training process on the processor (2)
-#   EVALUATE=0 stops after the averaging
-# Every other variable is at the top of the file. MODEL_SIZE=paper sets the paper's model: 512 experts of hidden width
-# 8192 in a network of width 512, which needs GPUs (nmt-moe card tells its memory).
+#           single: the dense model trained only on DIRECTION
+#   DIRECTION  for single, such as en-fr
+#   TEMPERATURE, OVERSAMPLING  how often rare pairs are seen (1; none), see --sampling-temperature and --oversampling
+#   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); use another for other settings
+#   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
+#   DEVICE  auto (default: a GPU if there is one), cpu or cuda
+#   THREADS for a training process on the CPU (2)
+#   EVALUATE=0 stops after averaging
+# All other variables are at the top of the file. MODEL_SIZE=paper selects the paper's model: 512 experts of hidden width
+# 8192 in a network of width 512, which needs GPUs (nmt-moe card prints its memory).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -31,22 +30,22 @@ EVALUATE=${EVALUATE:-1}
 TEMPERATURE=${TEMPERATURE:-1.0}
 OVERSAMPLING=${OVERSAMPLING:-}
 MODEL_SIZE=${MODEL_SIZE:-small}
-# The small network. Of the paper's, the architecture sets the sizes.
+# The small network. For the paper's model, the architecture sets the sizes.
 MODEL_DIM=${MODEL_DIM:-128}
 LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
-# A token passes 2 of NUM_EXPERTS; dense and single have one network of twice the width in their place.
+# A token goes through 2 of NUM_EXPERTS; dense and single have one network of twice the width instead.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-256}
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Learns to align more reliably than "product" where text is little (recipes/multi30k/result.md).
+# Learns to align more reliably than "product" if there is little text (recipes/multi30k/result.md).
 ATTENTION=${ATTENTION:-additive}
 DROPOUT=${DROPOUT:-0.1}
 LABEL_SMOOTHING=${LABEL_SMOOTHING:-0.1}
 CLIP_NORM=${CLIP_NORM:-5.0}
-# 2000 pieces of the longer side x UPDATE_FREQ accumulated batches: about 150 sentences of tatoeba an update.
+# 2000 pieces on the longer side x UPDATE_FREQ accumulated batches: about 150 sentences of tatoeba per update.
 MAX_TOKENS=${MAX_TOKENS:-2000}
 UPDATE_FREQ=${UPDATE_FREQ:-1}
-# The rate climbs, then falls linearly to 0 at the last update, as in recipes/multi30k.
+# The rate rises, then falls linearly to 0 at the last update, as in recipes/multi30k.
 UPDATES=${UPDATES:-20000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
@@ -61,7 +60,7 @@ set_model_flags() {
     suffix=
     experts=()
   else
-    # The target embeddings are the softmax weights too; fewer weights to learn from little text.
+    # The target embeddings are shared with the softmax: fewer weights to learn from little text.
     MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
       --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE" --attention "$ATTENTION")
     [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))
@@ -73,7 +72,7 @@ set_model_flags() {
   fi
 }
 
-train_model() { # resumes by itself: fairseq looks for checkpoint_last.pt
+train_model() { # resumes automatically: fairseq looks for checkpoint_last.pt
   OMP_NUM_THREADS=$THREADS train_logged "$RUN_FOLDER/train.log" \
     fairseq-train "$WORK_FOLDER/data-bin" --user-dir "$REPOSITORY/nmt_moe" "${TASK_FLAGS[@]}" "${PAIR_FLAGS[@]}" \
     "${MODEL_FLAGS[@]}" --criterion moe_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING" \
@@ -108,7 +107,7 @@ bash "$HERE/prepare.sh"
 set_device
 set_model_flags
 RUN_FOLDER=$WORK_FOLDER/$RUN
-# Without UPDATES: a finished run may be prolonged.
+# UPDATES is left out, so that a finished run may be extended.
 settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${PAIR_FLAGS[*]}" "${MODEL_FLAGS[*]}" \
   "$LABEL_SMOOTHING $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
 keep_settings "$RUN_FOLDER" "$settings"

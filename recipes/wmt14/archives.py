@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Download WMT14's archives, verify them, and take one corpus out of them.
+"""Download WMT14's archives, verify them, and extract a corpus from them.
 
     archives.py list --pair fr                          the archives and corpora of a pair
     archives.py fetch wmt14/training-parallel-nc-v9.tgz --downloads FOLDER
     archives.py extract news-commentary-v9 --pair fr --downloads FOLDER --target FOLDER
 
-What is expected of an archive and of a corpus (size, digest, members, lines) stands in
-manifest.json. An archive without a published digest is recorded at its first download, in
-recorded.json beside it, and checked against that from then on.
+The expected properties of archives and corpora (size, digest, members, lines) are in manifest.json.
+The digest of an archive without a published one is recorded at its first download, in recorded.json
+beside it, and checked from then on.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from recipes.downloads import BLOCK, bounded, damage_named, download, read_membe
 
 ADDRESS = "https://www.statmt.org"
 MANIFEST = Path(__file__).with_name("manifest.json")
-# On average, at most; real ones have about 130.
+# Upper limit for the average; real lines have about 130.
 MAX_LINE_BYTES = 1000
 SEGMENT = re.compile(rb"<seg[^>]*>(.*?)</seg>", re.IGNORECASE)
 
 
 def read_manifest(path: Path) -> dict:
-    """Raise ValueError if the manifest is missing or no JSON."""
+    """Read the manifest; raise ValueError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -46,7 +46,7 @@ def find_part(manifest: dict, pair: str, name: str) -> dict:
 
 
 def addresses_of(name: str, entry: dict, mirror: str) -> list[str]:
-    """Return where to look for an archive, in this order; a mirror given replaces all others."""
+    """Return the addresses of an archive, in order; a mirror replaces all others."""
     if mirror:
         return [f"{mirror.rstrip('/')}/{name}"]
     return [f"{ADDRESS}/{name}", *entry.get("mirrors", [])]
@@ -56,7 +56,7 @@ def read_records(path: Path) -> dict[str, str]:
     """Return the sha256 of archives at their first download.
 
     Raises:
-        ValueError: the file is not a JSON object.
+        ValueError: if the file is not a JSON object.
     """
     if not path.exists():
         return {}
@@ -70,20 +70,20 @@ def read_records(path: Path) -> dict[str, str]:
 
 
 def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
-    """Return the path of a verified archive, downloaded unless it is there.
+    """Return the path of a verified archive, downloading it if necessary.
 
-    For want of a published digest, the first download is read to its end and recorded.
+    Without a published digest, the first download is read to its end and recorded.
 
     Raises:
-        ValueError: no address has it as it must be; or it is not what was recorded.
+        ValueError: if no address has a matching file, or it differs from the record.
     """
-    # Archives of several years have the same name: the year stays in ours.
+    # Archives from different years share names, so ours keep the year.
     path = downloads / name.replace("/", "-")
     records = read_records(downloads / "recorded.json")
     kind = next((kind for kind in ("sha256", "md5") if kind in entry), None)
     digest = entry[kind] if kind else records.get(name)
     if kind is None and digest is not None and not isinstance(digest, str):
-        digest = digest["sha256"]  # older records have size and md5 too
+        digest = digest["sha256"]  # older records also have size and md5
     try:
         download(
             path,
@@ -105,12 +105,12 @@ def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
 
 
 def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
-    """Add an archive's digest to the records, if it can be read to its end; else remove it.
+    """Record an archive's digest if it can be read to its end; else remove the archive.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: if it cannot be read.
     """
-    # Nothing but the archive itself can tell a broken first download from a good one.
+    # Only the archive itself can tell a broken first download from a good one.
     try:
         for _ in read_members(path, ()):
             raise AssertionError
@@ -129,8 +129,8 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
 def write_text(name: str, stream: BinaryIO, path: Path, max_bytes: int) -> int:
     """Write a member as plain text, one sentence a line, and return the number of lines.
 
-    Of .sgm files the segments are written as sacrebleu writes them: white space joined, entities
-    as they are. A line feed alone ends a line.
+    From .sgm files, segments are written as sacrebleu writes them: white space joined, entities
+    unchanged. Only a line feed ends a line.
     """
     lines = 0
     if name.endswith(".gz"):
@@ -155,7 +155,8 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
     """Write a corpus as NAME.en and NAME.PAIR, and return its number of lines.
 
     Raises:
-        ValueError: see `read_members`; or the sides differ in length, or from the manifest.
+        ValueError: as in `read_members`, or if the two sides' lengths differ, or differ from the
+            manifest's.
     """
     target.mkdir(parents=True, exist_ok=True)
     languages = {part["source"]: "en", part["target"]: pair}
@@ -178,7 +179,7 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
 
 
 def list_pair(manifest: dict, pair: str, mirror: str) -> None:
-    """Print the archives and the corpora of a pair, tab-separated, the settings of a step last."""
+    """Print the archives and corpora of a pair, tab-separated, with a step's settings last."""
     for name in dict.fromkeys(part["archive"] for part in manifest["parts"][pair]):
         entry = manifest["archives"][name]
         digests = [f"{key} {entry[key]}" for key in ("bytes", "sha256", "md5") if key in entry]
@@ -196,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in (("list", None), ("fetch", "archive"), ("extract", "corpus")):
         command = commands.add_parser(name)
         command.add_argument("--manifest", type=Path, default=MANIFEST)
-        command.add_argument("--mirror", default="", help="in the place of statmt.org")
+        command.add_argument("--mirror", default="", help="address to use instead of statmt.org")
         if what is not None:
             command.add_argument("name", help=f"the {what}, as in the manifest")
             command.add_argument("--downloads", type=Path, required=True)

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Translate newstest2014 with a trained model and score it: evaluate.sh [--dry-run] [FLAG-OF-FAIRSEQ-GENERATE...]
-#
-# The scores are those of nmt-moe score, the paper's (tokenised, cased multi-bleu) first, each with its signature.
+# Prints the scores of nmt-moe score, each with its signature; the paper's (tokenised, cased multi-bleu) comes first.
 #   RUN         the run of train.sh (MODEL-seedSEED)
-#   CHECKPOINT  the model, or several with colons between for an ensemble (RUN's checkpoint_best.pt)
+#   CHECKPOINT  the model, or several separated by colons for an ensemble (RUN's checkpoint_best.pt)
 #   SUBSET      test (default: newstest2014) or valid (newstest2012 and newstest2013)
 #   BEAM        hypotheses kept (8; GNMT: 8 to 12)
-#   BATCH_SIZE  sentences at once (64)
+#   BATCH_SIZE  sentences per batch (64)
 #   LENGTH_PENALTY_ALPHA, COVERAGE_PENALTY_BETA, BEAM_PRUNE
-#               GNMT's search (0.2, 0.2, 3.0: the paper's); empty: not given, fairseq's own
+#               GNMT's search (0.2, 0.2, 3.0 as in the paper); empty: not set, fairseq's own search
 #   AGAINST     another translation of the same subset, for a paired bootstrap
 #   DEVICE, WORK as in train.sh
 set -euo pipefail
@@ -19,7 +18,7 @@ manual_if_asked "${2:-}"
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
 
-# An empty one is not passed on.
+# Empty ones are not passed on.
 LENGTH_PENALTY_ALPHA=${LENGTH_PENALTY_ALPHA-0.2}
 COVERAGE_PENALTY_BETA=${COVERAGE_PENALTY_BETA-0.2}
 BEAM_PRUNE=${BEAM_PRUNE-3.0}
@@ -29,7 +28,7 @@ SUBSET=${SUBSET:-test}
 BEAM=${BEAM:-8}
 BATCH_SIZE=${BATCH_SIZE:-64}
 OUTPUT_FOLDER=$WORK/$RUN/translations
-# The target language ends the names: score.py tokenises by it.
+# Names end with the target language, by which nmt-moe score chooses the tokeniser.
 OUTPUT=$OUTPUT_FOLDER/$SUBSET.$PAIR
 REFERENCE=$WORK/text/$SUBSET.reference
 

@@ -1,28 +1,26 @@
 #!/usr/bin/env bash
-# Prepare WMT14 as the paper has it: prepare.sh [--dry-run]
-#
-# Downloads and verifies the archives, takes the corpora out of them, cleans them, learns one 32,000-piece vocabulary
-# for both languages, cuts the text and writes fairseq's data-bin. Finished steps are skipped, a failed one is done
-# again, and a changed variable repeats what depends on it.
+# Prepare WMT14 as in the paper: prepare.sh [--dry-run]
+# Downloads and verifies the archives, extracts and cleans the corpora, learns one 32,000-piece vocabulary for both
+# languages, splits the text and writes fairseq's data-bin. Finished steps are skipped, a failed step is repeated, and a
+# changed variable repeats what depends on it.
 #   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: these, UN 2000 and Giga-fren
 #   valid           newstest2012 and newstest2013, 6003 sentences
 #   test            newstest2014, the full set of 3003 sentences
-# --dry-run prints every step and does none. Variables:
-#   WMT14_MIRROR    address in the place of https://www.statmt.org and its mirrors, with the same folders below
+# --dry-run prints every step but runs none. Variables:
+#   WMT14_MIRROR    address to use instead of https://www.statmt.org and its mirrors, with the same folders below
 #                   (wmt13/training-parallel-europarl-v7.tgz, ...): file:///folder or http
-#   DOWNLOADS       folder of the archives, shared by both pairs (recipes/wmt14/work/downloads)
+#   DOWNLOADS       folder for the archives, shared by both pairs (recipes/wmt14/work/downloads)
 #   WORK            folder to write (recipes/wmt14_en_PAIR/work)
 #   THREADS         processes (all cores)
 #   NORMALIZE       punctuation of the source (default), of both sides, or none: see recipes/wmt14/README.md
 #   VOCAB_SIZE      pieces of the vocabulary (32000)
 #   PIECE_TYPE      bpe (default, nearest to the paper's wordpieces) or unigram
-#   SAMPLE_PAIRS    pairs the vocabulary is learnt from, evenly spaced (5000000): more need more memory
-#   COVERAGE        share of the characters that get a piece (0.9995): the rest of the web's alphabets does not
+#   SAMPLE_PAIRS    pairs from which to learn the vocabulary, evenly spaced (5000000); more need more memory
+#   COVERAGE        share of the characters that the pieces must cover (0.9995), which excludes rare alphabets
 #   MAX_PIECES      longest side of a pair to train on, in pieces (250)
 #   MAX_RATIO       longer side over shorter side, in pieces, at most (1.5)
-#   MANIFEST        sizes, digests, names and lines to expect (recipes/wmt14/manifest.json)
-#
-# Disk, archives included, by estimate: 50 GB for en-fr, 7 GB for en-de.
+#   MANIFEST        expected sizes, digests, names and lines (recipes/wmt14/manifest.json)
+# Estimated disk space, including the archives: 50 GB for en-fr, 7 GB for en-de.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -47,7 +45,7 @@ archives() { # COMMAND [NAME] FLAG...
   python "$HERE/archives.py" "$@" --manifest "$MANIFEST" --mirror "$WMT14_MIRROR"
 }
 
-list_steps() { # what the pair needs, into ARCHIVES, PARTS and their settings
+list_steps() { # put what the pair needs into ARCHIVES, PARTS and their settings
   local kind name about more listing
   listing=$(archives list --pair "$PAIR")
   ARCHIVES=() PARTS=()
@@ -65,7 +63,7 @@ list_steps() { # what the pair needs, into ARCHIVES, PARTS and their settings
   done <<<"$listing"
 }
 
-# parts_of SPLIT: the corpora of a split, as names of texts.
+# parts_of SPLIT: print the corpora of a split, as names of texts.
 parts_of() {
   local name
   for name in "${PARTS[@]}"; do
@@ -81,7 +79,7 @@ clean_texts() { # SPLIT FLAG...
     --target "$WORK/text/$split" "$@" "${texts[@]}"
 }
 
-clean_evaluation_texts() { # nothing is left out; scores are against the text as it was
+clean_evaluation_texts() { # nothing is left out; scores compare with the original text
   local split language texts
   for split in valid test; do
     clean_texts "$split" --keep-all
@@ -132,7 +130,7 @@ binarise() {
   check_binarised "$log"
 }
 
-check_binarised() { # LOG: fairseq's own count of each side against the lines it was given
+check_binarised() { # LOG: compare fairseq's own count of each side with the lines it received
   local split language lines
   for split in train valid test; do
     for language in en "$PAIR"; do

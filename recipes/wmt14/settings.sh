@@ -1,4 +1,4 @@
-# What prepare.sh, train.sh and evaluate.sh agree on; sourced by them after common.sh with the pair as first argument.
+# Settings that prepare.sh, train.sh and evaluate.sh share; they source this after common.sh, with the pair as argument.
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2329
 
@@ -9,7 +9,7 @@ RECIPE=$REPOSITORY/recipes/wmt14_en_$PAIR
 WORK=${WORK:-$RECIPE/work}
 DEVICE=${DEVICE:-auto}
 
-# take_dry_run ARGUMENTS...: --dry-run into DRY_RUN, the others into FLAGS.
+# take_dry_run ARGUMENTS...: turn --dry-run into DRY_RUN, and put the others into FLAGS.
 take_dry_run() {
   local argument
   DRY_RUN=0
@@ -19,7 +19,7 @@ take_dry_run() {
   done
 }
 
-# use_environment_unless_dry: a dry run makes no environment, and needs none but a python3.
+# use_environment_unless_dry: a dry run makes no environment, and only needs python3.
 use_environment_unless_dry() {
   if [[ $DRY_RUN == 0 ]]; then
     use_environment

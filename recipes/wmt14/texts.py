@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Clean a parallel text and cut it into pieces, on several cores, pair by pair and in order.
+"""Clean a parallel text and split it into pieces, pair by pair, in order, on several cores.
 
     texts.py clean --pair fr --target text/train raw/europarl-v7 raw/commoncrawl
     texts.py cut --pair fr --model spm.model --target pieces/train text/train
 
-Each name stands for NAME.en and NAME.PAIR. Without --keep-all, pairs that cannot be trained on are
-left out, and counted by reason.
+Each name stands for NAME.en and NAME.PAIR. Without --keep-all, pairs that are unsuitable for
+training are left out, and counted by reason.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
 from nmt_moe.text.pieces import load
 from recipes.downloads import show_progress
 
-# Pairs a worker takes at once: about a tenth of a second of work.
+# Pairs that a worker takes at once: about a tenth of a second of work.
 CHUNK = 1000
 CONTROL_SPACE = re.compile(r"[\t-\r\x1c-\x1f\x85]")
 Pair = tuple[str, str]
-# As they were read.
+# A pair of lines as read.
 Lines = tuple[str | BadLine, str | BadLine]
-# What a worker made of a pair: its new form, or why it is left out.
+# A worker's result for a pair: its new form, or why it is left out.
 Result = Pair | str
 Worker = Callable[[Pair], Result]
 
 
 class Cleaner:
-    """Removes control characters and superfluous space, and normalises punctuation.
+    """Remove control characters and superfluous space, and normalise punctuation.
 
-    normalize: "source" normalises the English side alone: references keep their typographic
-        quotation marks, and so must what the model writes; "both", or "none".
+    normalize: "source" normalises only the English side, because references keep their typographic
+        quotation marks, which the model must therefore produce; "both", or "none".
     """
 
     def __init__(self, pair: str, normalize: str) -> None:
@@ -60,7 +60,7 @@ class Cleaner:
         ]
 
     def __call__(self, lines: Pair) -> Result:
-        # A tab is a control character too, and would vanish between two words.
+        # A tab is a control character too, and removing it would join two words.
         joined = [CONTROL_SPACE.sub(" ", line) for line in lines]
         source, target = (
             " ".join(clean(line).split()) for clean, line in zip(self.sides, joined, strict=True)
@@ -69,7 +69,7 @@ class Cleaner:
 
 
 class Cutter:
-    """Cuts a pair into pieces; leaves out what is too long or whose sides differ too much."""
+    """Split a pair into pieces; leave it out if it is too long or its sides differ too much."""
 
     def __init__(self, model: Path, max_pieces: int, max_ratio: float, keep_all: bool) -> None:
         self.processor: sentencepiece.SentencePieceProcessor = load(model)
@@ -94,7 +94,7 @@ _work: Worker
 
 
 def start_worker(make: Callable[[], Worker]) -> None:
-    """Make a worker process's own cleaner or cutter."""
+    """Create a worker process's own cleaner or cutter."""
     global _work
     _work = make()
 
@@ -110,7 +110,7 @@ def read_pairs(names: Sequence[Path], pair: str) -> Iterator[Lines]:
     """Yield the lines of both sides of all texts, or what is wrong with a line.
 
     Raises:
-        ValueError: a file is missing, or the sides of a text differ in length.
+        ValueError: if a file is missing, or the sides of a text differ in length.
     """
     for name in names:
         paths = [Path(f"{name}.{language}") for language in ("en", pair)]
@@ -134,10 +134,10 @@ def transform(
     threads: int,
     title: str,
 ) -> Iterator[Result]:
-    """Yield what each pair becomes, in order.
+    """Yield the result for each pair, in order.
 
-    A round of chunks is read, worked on and written before the next: reading further ahead, as
-    Pool.imap does, would bring the whole text into memory.
+    A round of chunks is read, processed and written before the next: reading further ahead, as
+    Pool.imap does, would load the whole text into memory.
     """
     with (
         multiprocessing.Pool(threads, start_worker, (make,)) as pool,
@@ -152,10 +152,10 @@ def transform(
 
 
 def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) -> Counter:
-    """Write NAME.en and NAME.PAIR; return how many pairs were kept, and left out for what reason.
+    """Write NAME.en and NAME.PAIR; return how many pairs were kept, and left out by reason.
 
     Raises:
-        ValueError: a pair would be left out though all must be kept, or none is left.
+        ValueError: if a pair would be left out although all must be kept, or none are left.
     """
     counts: Counter = Counter()
     paths = [Path(f"{target}.{language}") for language in ("en", pair)]
@@ -191,10 +191,10 @@ def transform_texts(
     keep_all: bool,
     expect: int | None,
 ) -> None:
-    """Write what a cleaner or cutter makes of texts, and print how many pairs were kept.
+    """Write the output of a cleaner or cutter, and print how many pairs were kept.
 
     Raises:
-        ValueError: as `read_pairs` and `write`; or the pairs are not as many as expected.
+        ValueError: as in `read_pairs` and `write`, or if the number of pairs is not as expected.
     """
     results = transform(read_pairs(texts, pair), make, threads, f"{title} {target.name}")
     counts = write(results, pair, target, keep_all)
@@ -210,13 +210,13 @@ COMMON = (
     click.option("--pair", type=click.Choice(["de", "fr"]), required=True),
     click.option("--target", type=Path, required=True, help="Name to write."),
     click.option("--threads", type=int, default=1, help="Processes."),
-    click.option("--keep-all", is_flag=True, help="Leave no pair out."),
-    click.option("--expect", type=int, help="Pairs that must be there."),
+    click.option("--keep-all", is_flag=True, help="Do not leave out any pair."),
+    click.option("--expect", type=int, help="Required number of pairs."),
 )
 
 
 def common_options(function: Callable) -> Callable:
-    """Add what both commands take."""
+    """Add the options that both commands share."""
     for option in reversed(COMMON):
         function = option(function)
     return function
@@ -224,7 +224,7 @@ def common_options(function: Callable) -> Callable:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Clean a parallel text and cut it into pieces; each name stands for NAME.en and NAME.PAIR."""
+    """Clean a parallel text and split it into pieces; NAME stands for NAME.en and NAME.PAIR."""
 
 
 @main.command(
@@ -247,8 +247,8 @@ def clean(pair: str, normalize: str, **options: Any) -> None:
 @click.option("--max-pieces", type=int, default=250)
 @click.option("--max-ratio", type=float, default=1.5)
 def cut(model: Path, max_pieces: int, max_ratio: float, keep_all: bool, **options: Any) -> None:
-    """Cut pairs into pieces."""
-    load(model)  # here, where a missing model is one message
+    """Split pairs into pieces."""
+    load(model)  # loaded here first, so that a missing model gives one message
     make = partial(Cutter, model, max_pieces, max_ratio, keep_all)
     transform_texts("cut", make, keep_all=keep_all, **options)
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Train the paper's model of WMT14: train.sh [--dry-run] [FLAG-OF-FAIRSEQ-TRAIN...]
-#
-# Prepares the text first (prepare.sh and its variables), then trains, and goes on from the last checkpoint of the same
-# RUN. --dry-run prints the arithmetic and the command. For more memory or speed add fairseq's flags, --bf16 for one.
-#   MODEL       moe32 (default: 32 experts, flat, 4 a token), moe512, moe2048 (hierarchies, 2 of each level), or dense
-#   GPUS        processes, one for each GPU (1): one GPU, or 8 for a machine of 8. On SLURM see recipes/wmt14/slurm.sbatch
-#   MAX_TOKENS  words for a GPU at once (16000); with less memory a part of it, 4000 for example
-#   UPDATES     of training (en-de 12000, en-fr 37000)
-#   LEARNING_RATE  held after the warm-up (0.001)
-#   OPTIMIZER   adam (default) or factored_adam: moments of the experts in a row and a column (Appendix D)
+# Train the paper's model for WMT14: train.sh [--dry-run] [FLAG-OF-FAIRSEQ-TRAIN...]
+# Prepares the text first (prepare.sh and its variables), then trains, resuming from the last checkpoint of the same RUN.
+# --dry-run prints the arithmetic and the command. To save memory or time, add fairseq's flags, such as --bf16.
+#   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
+#   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. On SLURM see recipes/wmt14/slurm.sbatch
+#   MAX_TOKENS  words on a GPU at once (16000); with less memory a fraction of that, 4000 for example
+#   UPDATES     updates to train (en-de 12000, en-fr 37000)
+#   LEARNING_RATE  rate after the warm-up (0.001)
+#   OPTIMIZER   adam (default) or factored_adam: keeps a row and a column for each matrix of an expert (Appendix D)
 #   SAVE_INTERVAL  updates between two checkpoints, each with perplexity on valid (500)
 #   RUN         name of the run, a folder in WORK (MODEL-seedSEED);  SEED (1)
 #   DEVICE      auto (default), cpu or cuda;  WORK as in prepare.sh
@@ -21,7 +20,7 @@ manual_if_asked "${2:-}"
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
 
-# The paper's batch: 64 GPUs x 16,000 words. Fewer GPUs, or fewer words at once, add up the gradients of several passes.
+# The paper's batch: 64 GPUs x 16,000 words. With fewer GPUs or words, the gradients of several passes are accumulated.
 PAPER_GPUS=64
 WORDS_PER_GPU=16000
 MAX_TOKENS=${MAX_TOKENS:-16000}
@@ -30,18 +29,18 @@ if [[ -n ${SLURM_NTASKS:-} ]]; then LAUNCH=${LAUNCH:-srun}; fi
 require_whole GPUS 1
 LAUNCH=${LAUNCH:-$( ((GPUS > 1)) && printf torchrun || printf plain)}
 
-# The paper says 2000 updates of linear warm-up and 8000 at the full rate, but neither the rate nor the number of
-# updates. It trained en-de for 1 day and en-fr for 3 on 64 K40: at 3 x 2 x 85M operations a word, 16,000 words and
-# about 1.2e12 operations a second that is 7 s an update, 12,000 updates a day.
+# The paper states 2000 updates of linear warm-up and 8000 at the full rate, but neither the rate nor the number of
+# updates. It trained en-de for 1 day and en-fr for 3 days on 64 K40: at 3 x 2 x 85M operations per word, 16,000 words and
+# about 1.2e12 operations per second, that is 7 s per update, or 12,000 updates per day.
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 HOLD_UPDATES=${HOLD_UPDATES:-8000}
 if [[ $PAIR == fr ]]; then UPDATES=${UPDATES:-37000}; fi
 UPDATES=${UPDATES:-12000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
 OPTIMIZER=${OPTIMIZER:-adam}
-# On the output of every embedding, LSTM and MoE layer.
+# Dropout on the output of every embedding, LSTM and MoE layer.
 DROPOUT=${DROPOUT:-0.4}
-# GNMT's.
+# As in GNMT.
 CLIP_NORM=${CLIP_NORM:-5.0}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 MODEL=${MODEL:-moe32}
@@ -60,11 +59,11 @@ set_model_flags() {
   MODEL_FLAGS+=(--dropout "$DROPOUT")
 }
 
-set_update_freq() { # whole passes that add up to the paper's batch
+set_update_freq() { # the number of passes that add up to the paper's batch
   local words=$((PAPER_GPUS * WORDS_PER_GPU)) at_once=$((GPUS * MAX_TOKENS))
   ((words % at_once == 0)) ||
-    die "$PAPER_GPUS x $WORDS_PER_GPU = $words words an update must be a whole number of passes of GPUS x MAX_TOKENS =" \
-      "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS that divide it, 8 and 4000 for example"
+    die "$PAPER_GPUS x $WORDS_PER_GPU = $words words an update must be a multiple of GPUS x MAX_TOKENS =" \
+      "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS whose product divides that, such as 8 and 4000"
   UPDATE_FREQ=$((words / at_once))
   say "$words words an update (the paper's $PAPER_GPUS GPUs x $WORDS_PER_GPU) =" \
     "$GPUS GPUs x $MAX_TOKENS words x $UPDATE_FREQ accumulated passes"
@@ -80,7 +79,7 @@ set_launcher() {
     torchrun) LAUNCHER=(torchrun --nproc-per-node "$GPUS" -m fairseq_cli.train) ;;
     srun)
       LAUNCHER=(srun fairseq-train)
-      # fairseq takes ranks and host from the job.
+      # fairseq takes ranks and host from the SLURM job.
       PARALLEL_FLAGS=(--distributed-world-size "$GPUS" --distributed-port "${PORT:-29500}")
       ;;
   esac
@@ -99,9 +98,9 @@ set_command() {
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${PARALLEL_FLAGS[@]}" "${FLAGS[@]}")
 }
 
-refuse_another_run() { # a training cannot go on with another network, batch or text
+refuse_another_run() { # a run cannot be resumed with another network, batch or text
   local settings
-  # Without UPDATES: a finished run may be prolonged. Without GPUS and MAX_TOKENS: the batch is the same.
+  # UPDATES is left out, so that a finished run may be extended; GPUS and MAX_TOKENS, because the batch is the same.
   settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" "$OPTIMIZER $CLIP_NORM $SEED" \
     "$LEARNING_RATE $WARMUP_UPDATES $HOLD_UPDATES" "${FLAGS[*]}")
   keep_settings "$RUN_FOLDER" "$settings"

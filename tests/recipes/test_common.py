@@ -37,7 +37,7 @@ def test_a_log_that_breaks_off_is_refused(tmp_path):
     for command, what in (("loss", "loss of fairseq-eval-lm"), ("perplexities", "perplexity")):
         done = read_log(command, log)
         assert done.exit_code == 1
-        assert f"error: `{log}` holds no {what}" in done.stderr
+        assert f"error: `{log}` has no {what}" in done.stderr
     for last in (
         "Evaluated 9 tokens\nLoss (base 2): nan, Perplexity: nan\n",
         "Evaluated 9 tokens\n",

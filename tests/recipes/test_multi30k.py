@@ -171,7 +171,7 @@ REFUSALS = [
     pytest.param(
         "prepare.sh", ["de"], {"MULTI30K_DIR": "/absent"}, "MULTI30K_DIR=/absent", id="dir"
     ),
-    pytest.param("train.sh", [], {"WORK": "x"}, "WORK holds one language", id="one-work"),
+    pytest.param("train.sh", [], {"WORK": "x"}, "WORK is for one language", id="one-work"),
     pytest.param("train.sh", ["de"], {"SEED": "x"}, "SEED must be a whole number", id="seed"),
     pytest.param("train.sh", ["de"], {"LEARNING_RATE": "0"}, "a number above 0", id="rate"),
     pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
