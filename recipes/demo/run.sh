@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # From generated text to a trained model and its score: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # Generates a corpus of numbers, dates, times and prices written out in English and another language, trains a small
 # GNMT + MoE model on it, translates sentences it has never seen, and prints BLEU, chrF and ten translations.
 # Run it again to continue where it stopped; a changed setting repeats what depends on it.
