@@ -2,6 +2,7 @@
 # Check everything: style, format, import floors, types, shell scripts, tests.
 #
 # Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
+#
 # All checks run, even after one has failed; the last line names those that failed. The environment is tools/setup.sh's
 # (with NMT_MOE_PYTHON it also needs the packages of setup.cfg's extra "dev").
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Prepare a real text for run.sh: TEXT_DIR=/a/folder prepare.sh
+#
 # Splits a text with one sentence a line into train, valid and test, learns a sentencepiece vocabulary on train, and
 # writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   TEXT_DIR     the folder with the text (no default)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
+#
 # Prepares the text first (prepare.sh and its variables), trains every model at every dropout with every seed, one after
 # another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
 # WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Prepare a real text for train.sh: TEXT_DIR=/a/folder prepare.sh
+#
 # Runs recipes/capacity/prepare.sh with a larger vocabulary and its own folder: splits a text with one sentence a line into
 # train, valid and test, learns a sentencepiece vocabulary on train, and writes fairseq's data-bin. Finished steps are
 # skipped; a changed variable repeats what depends on it. Variables:

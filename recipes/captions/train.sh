@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train a language model on a real text and score it: TEXT_DIR=/a/folder train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
 # checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
 #   MODEL   moe (default) or dense: one network instead of the experts, at equal operations per word

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Perplexity of a trained model on the benchmark's held-out shard: evaluate.sh
+#
 # All words and end marks count; each sentence starts from an empty state, because the benchmark's are shuffled.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model (RUN's checkpoint_last.pt)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Prepare the One Billion Word benchmark: prepare.sh
+#
 # Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards, compares the
 # counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and compares its
 # tokens with the text's words. Finished steps are skipped. Variables:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train on the One Billion Word benchmark and score the result: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, and calls
 # evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them share; run
 # prepare.sh on one of them first.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Translate val and test_2016_flickr with a trained model and score both: evaluate.sh [PAIR...]
+#
 # PAIR: de or fr (from English); default: both. Tries each length penalty on val, keeps the best by lower-cased tokenised
 # BLEU, and only then translates the test set, once.
 #   RUN          the run of train.sh (MODEL-seedSEED)

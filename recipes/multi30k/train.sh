@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train on Multi30k and score the result: train.sh [PAIR...] [FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # PAIR: de or fr (from English); default: both, one after the other. Prepares the text first (prepare.sh and its
 # variables), resumes from the last checkpoint of the same run, averages checkpoints, and calls evaluate.sh.
 #   MODEL   moe (default) or dense: the same without experts, at equal operations per word

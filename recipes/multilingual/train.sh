@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train one model for all directions, or for one: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
 # checkpoints and calls evaluate.sh.
 #   MODEL   moe (default): all directions; dense: the same without experts, at equal operations per word;

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Translate newstest2014 with a trained model and score it: evaluate.sh [--dry-run] [FLAG-OF-FAIRSEQ-GENERATE...]
+#
 # Prints the scores of nmt-moe score, each with its signature; the paper's (tokenised, cased multi-bleu) comes first.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model, or several separated by colons for an ensemble (RUN's checkpoint_best.pt)

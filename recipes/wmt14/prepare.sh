@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Prepare WMT14 as in the paper: prepare.sh [--dry-run]
+#
 # Downloads and verifies the archives, extracts and cleans the corpora, learns one 32,000-piece vocabulary for both
 # languages, splits the text and writes fairseq's data-bin. Finished steps are skipped, a failed step is repeated, and a
 # changed variable repeats what depends on it.
@@ -20,6 +21,7 @@
 #   MAX_PIECES      longest side of a pair to train on, in pieces (250)
 #   MAX_RATIO       longer side over shorter side, in pieces, at most (1.5)
 #   MANIFEST        expected sizes, digests, names and lines (recipes/wmt14/manifest.json)
+#
 # Estimated disk space, including the archives: 50 GB for en-fr, 7 GB for en-de.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh

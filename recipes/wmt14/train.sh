@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train the paper's model for WMT14: train.sh [--dry-run] [FLAG-OF-FAIRSEQ-TRAIN...]
+#
 # Prepares the text first (prepare.sh and its variables), then trains, resuming from the last checkpoint of the same RUN.
 # --dry-run prints the arithmetic and the command. To save memory or time, add fairseq's flags, such as --bf16.
 #   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
