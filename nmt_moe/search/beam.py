@@ -31,7 +31,7 @@ class StepState(Protocol):
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
 
 
-# Tokens that share a maximum in the search for the best, and log-probabilities from which on it pays.
+# Tokens that share a maximum when searching for the best, and the size from which this pays.
 BLOCK = 8
 BLOCKS_FROM = 1 << 17
 
