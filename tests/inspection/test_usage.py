@@ -96,7 +96,7 @@ def test_what_cannot_be_added_is_named():
         usage.add(torch.tensor([[1, 4]]), torch.ones(1, 2))
     with pytest.raises(ValueError, match="`gates`"):
         usage.add(torch.tensor([[1, 2]]), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="`other` must be of 3 experts, but is of 4"):
+    with pytest.raises(ValueError, match="`other` must have 3 experts, but has 4"):
         usage += ExpertUsage(4)
     usage.add(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
     assert usage.num_tokens == usage.cv_load == usage.gate_entropy == 0

@@ -172,7 +172,7 @@ def test_an_unknown_name_lists_the_close_ones():
 def test_a_name_that_is_like_none_lists_all():
     result = run("--arch", "zzz", "--json")
     assert result.exit_code == 1
-    listed = result.stderr.partition("but is 'zzz'. Known: ")[2].rstrip(".\n").split(", ")
+    listed = result.stderr.partition("but is 'zzz'. Known names: ")[2].rstrip(".\n").split(", ")
     assert listed == list(find_configs())
 
 

@@ -163,7 +163,7 @@ def test_a_text_that_is_cut_off_or_missing_is_named(tmp_path):
     folder = write_text(tmp_path / "text")
     packed = folder / "train.en.gz"
     packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"train\.en\.gz` is not a whole packed file"):
+    with pytest.raises(ValueError, match=r"train\.en\.gz` is not a complete compressed file"):
         split_text.read_sentences(packed)
     with pytest.raises(ValueError, match=r"has no test, test\.gz or test\.xz"):
         split_text.find_text(folder, "test")

@@ -36,7 +36,7 @@ def test_from_text_to_perplexity(tmp_path):
         text = (work / "text" / subset).read_text()
         pieces = (work / "pieces" / subset).read_text()
         found = re.fullmatch(
-            rf"{subset}, moe-seed1: perplexity ({NUMBER}) per piece \((\d+) with ends of sentence\)"
+            rf"{subset}, moe-seed1: perplexity ({NUMBER}) per piece \((\d+) with end marks\)"
             rf", {NUMBER} per word \((\d+)\), {NUMBER} bits per character \(([\d,]+)\)",
             line,
         )
@@ -74,12 +74,12 @@ def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
     files = [f"--{name}={tmp_path / name}" for name in ("pieces", "text")]
     done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=8", *files])
     assert done.stdout == (
-        "perplexity 8.00 per piece (8 with ends of sentence), 64.00 per word (4), "
+        "perplexity 8.00 per piece (8 with end marks), 64.00 per word (4), "
         f"{24 / 15:.4f} bits per character (15)\n"
     )
     # The loss of another text.
     done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=1008", *files])
-    assert "`--scored` must be 8, the pieces and ends of" in done.stderr
+    assert "`--scored` must be 8, the pieces and end" in done.stderr
 
 
 def test_an_empty_text_is_named(tmp_path):

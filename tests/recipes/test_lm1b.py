@@ -236,10 +236,10 @@ def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch):
         file.write(b"more\n")
     done = CliRunner().invoke(counts.main, command)
     assert {
-        "train": "train must have 2 sentences, but has 3; train must have 3 words, ends of "
-        "sentence not counted, but has 4",
-        "valid": "valid must have 2 words and ends of sentence, but has 4",
-        "test": "test must have 4 words and ends of sentence, but has 6",
+        "train": "train must have 2 sentences, but has 3; train must have 3 words, not "
+        "counting end marks, but has 4",
+        "valid": "valid must have 2 words and end marks, but has 4",
+        "test": "test must have 4 words and end marks, but has 6",
     }[part] in done.stderr
 
 
@@ -257,7 +257,7 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
     pretend_fetched(tmp_path / "work", "w1\u00a0w2\n", "2 40")
     error = refusal(run("train.sh", tmp_path))
     assert (
-        "train must have 1 sents, 2 tokens, ends of sentence included, as its text, but "
+        "train must have 1 sents, 2 tokens, including end marks, like its text, but "
         "fairseq-preprocess found '1 sents, 3 tokens'"
     ) in error
     assert not (tmp_path / "work/prepared").exists()
@@ -269,8 +269,8 @@ def test_the_whole_text_must_have_the_published_counts(tmp_path):
     pretend_fetched(work, "w1 w2\n", "99 0")
     error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, SHARD_LINES=0, MIN_COUNT=3))
     assert "train must have 30,301,028 sentences, but has 1" in error
-    assert "train must have 768,648,884 words, ends of sentence not counted, but has 2" in error
-    assert "test must have 159,658 words and ends of sentence, but has 3" in error
+    assert "train must have 768,648,884 words, not counting end marks, but has 2" in error
+    assert "test must have 159,658 words and end marks, but has 3" in error
     assert not (work / "data-bin").exists()
 
 

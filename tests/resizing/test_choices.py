@@ -147,7 +147,7 @@ def test_copies_get_different_gradients():
 
 def test_only_a_dense_layer_is_upcycled():
     _, layer = make_layer(FLAT)
-    with pytest.raises(ValueError, match="has 8 experts a layer, but only a single one"):
+    with pytest.raises(ValueError, match="has 8 experts in a layer, but only a single one"):
         upcycle(layer, 16, 2)
     _, layer = make_layer(ONE)
     with pytest.raises(ValueError, match="`top_k` must be from 1 to 4, but is 5"):

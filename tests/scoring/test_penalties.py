@@ -120,7 +120,7 @@ def test_bad_options_end_in_one_message(output: Path, flags: list[str], message:
 
 
 def test_a_reference_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="1 sentences have no reference, sentence 0 first"):
+    with pytest.raises(ValueError, match="1 sentences have no reference, .* sentence 0"):
         tool.score_grid(tool.read_nbest(NBEST), {}, [0.0], [0.0])
 
 

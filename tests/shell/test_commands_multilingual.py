@@ -68,7 +68,7 @@ def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Pat
 def test_max_update_bounds_the_effective_epochs_too(data: Path, tmp_path: Path):
     output = train(data, tmp_path, 50, "--max-update", 10, "--no-save", "--disable-validation")
     # 296 sentences are 19 batches of 16 at most: 10 updates are 10 / 19 of an epoch.
-    assert "epochs of this training: 0.53" in output.text
+    assert "epochs of this run: 0.53" in output.text
 
 
 def test_validation_logs_every_pair(trained: tuple[Path, Output]):

@@ -35,7 +35,7 @@ def test_a_checkpoint_of_translation_is_not_taken_for_a_language_model(
 ):
     flags = TRANSLATE if command == "generate" else TRANSLATE[:3]
     task = ["--task", "language_modeling", "--path", checkpoint]
-    with pytest.raises(ValueError, match="`lstm_moe_gnmt` translates, and is no language model"):
+    with pytest.raises(ValueError, match="`lstm_moe_gnmt` translates; it is not a language model"):
         call(command, text_data, *flags, *task)
 
 
