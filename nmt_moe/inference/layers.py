@@ -134,8 +134,8 @@ class MoE:
             trace.gates.append(gates)
             if trace.inputs is not None:
                 trace.inputs.append(x)
-        experts = self.experts
-        if len(x) <= FEW_ROWS and experts.is_small and expert_ids.numel() >= experts.num_experts:
+        experts, are_few = self.experts, x.shape[0] <= FEW_ROWS
+        if are_few and experts.is_small and expert_ids.numel() >= experts.num_experts:
             y = self._mix_all(x, gates, expert_ids)
         else:
             y = packed_mixture_ffn(x, gates, expert_ids, experts.weight_in, experts.weight_out)
@@ -157,15 +157,15 @@ class MoE:
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
         """Multiply a few tokens by all experts at once, as they need most of them anyway."""
         into, out = self.experts.joined
-        all_gates = x.new_zeros(len(x), self.experts.num_experts + 1)
+        all_gates = x.new_zeros(x.shape[0], self.experts.num_experts + 1)
         all_gates.scatter_(1, expert_ids, gates)
-        hidden = into(x).relu_().view(len(x), self.experts.num_experts, -1)
+        hidden = into(x).relu_().view(x.shape[0], self.experts.num_experts, -1)
         hidden.mul_(all_gates[:, :-1].unsqueeze(2))
         return out(hidden.flatten(1))
 
     def _choose(self, x: Tensor) -> State:
         """Return (N, K) gates and experts."""
-        num_logits = len(x) * self.config.num_experts
+        num_logits = x.shape[0] * self.config.num_experts
         if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
             gating = self.gate(x)
             return gating.gates, gating.expert_ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -65,10 +65,11 @@ class DecoderState:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
-        live, inverse = sentence.unique_consecutive(return_inverse=True)
-        if len(live) <= (1 - DROPPED_AT) * len(memory.source):
-            memory, sentence = memory.pick(live), inverse
-        return replace(self, memory=memory, sentence=sentence, layers=layers)
+        if rows.numel() < self.sentence.numel():  # else hardly a sentence has left
+            live, inverse = sentence.unique_consecutive(return_inverse=True)
+            if live.numel() <= (1 - DROPPED_AT) * memory.source.shape[0]:
+                memory, sentence = memory.pick(live), inverse
+        return type(self)(memory, sentence, layers)
 
 
 class TranslationNetwork:
@@ -138,7 +139,7 @@ class TranslationNetwork:
 
     def start(self, memory: Memory) -> DecoderState:
         """Return the state of one row for each sentence."""
-        num_rows = len(memory.source)
+        num_rows = memory.source.shape[0]
         layers = [self.decoder_bottom, *self.decoder_layers]
         states = [layer.start(num_rows) for layer in layers]
         return DecoderState(memory, torch.arange(num_rows), states)
@@ -157,7 +158,7 @@ class TranslationNetwork:
             (R, V) log-probabilities, (R, S) attention, and the state.
         """
         layers = list(state.layers)
-        slots = _Slots(state.sentence, len(state.memory.source))
+        slots = _Slots(state.sentence, state.memory.source.shape[0])
         x = self.target_embedding(tokens[:, -1])
         if isinstance(self.decoder_bottom, _AttentiveLSTM):
             context, attention = self._attend(layers[0][0], state.memory, slots)
@@ -174,7 +175,7 @@ class TranslationNetwork:
             layers[number] = layer.step(wide, layers[number])
             x = x + layers[number][0]
         log_probs = self.output(x).log_softmax(dim=1)
-        return log_probs, attention, replace(state, layers=layers)
+        return log_probs, attention, DecoderState(state.memory, state.sentence, layers)
 
     def _attend(self, query: Tensor, memory: Memory, slots: _Slots) -> State:
         spread = slots.spread(query)
@@ -226,12 +227,15 @@ class _Slots:
     """
 
     def __init__(self, sentence: Tensor, num_sentences: int) -> None:
-        counts = sentence.bincount(minlength=num_sentences)
-        self.num_sentences, self.width = num_sentences, int(counts.max())
+        self.num_sentences, self.width = num_sentences, sentence.numel()
         self.index: Tensor | None = None
-        if num_sentences * self.width != len(sentence):
+        if num_sentences == 1:
+            return
+        counts = sentence.bincount(minlength=num_sentences)
+        self.width = int(counts.max())
+        if num_sentences * self.width != sentence.numel():
             first = counts.cumsum(0) - counts
-            rank = torch.arange(len(sentence)) - first[sentence]
+            rank = torch.arange(sentence.numel()) - first[sentence]
             self.index = sentence * self.width + rank
 
     def spread(self, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ class EnsembleState:
 
     def reorder(self, rows: Tensor) -> Self:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
-        return replace(self, states=[state.reorder(rows) for state in self.states])
+        return type(self)([state.reorder(rows) for state in self.states])
 
 
 class Ensemble:

@@ -237,7 +237,8 @@ class _Int8Product:
         levels = x.abs()
         step = levels.amax(dim=1, keepdim=True).clamp_(min=SMALLEST_SCALE).div_(self._levels)
         torch.mul(x, step.reciprocal(), out=levels).round_()
-        y = self._multiply_tiles(levels) if has_tiles() and len(x) > 1 else self._multiply(levels)
+        fills_tiles = has_tiles() and x.shape[0] > 1
+        y = self._multiply_tiles(levels) if fills_tiles else self._multiply(levels)
         return y.mul_(step) if addend is None else torch.addcmul(addend, y, step)
 
     def _multiply_tiles(self, levels: Tensor) -> Tensor:

@@ -138,17 +138,17 @@ def beam_search(
     rows = _Rows(sentence, torch.zeros_like(sentence), start.unsqueeze(1), log_probs)
     finished = FinishedHypotheses(len(start), config.beam_size, config.search.beam_prune, start)
     parents = sentence
-    while len(parents):
+    while parents.numel():  # `len` of a tensor is a call of many microseconds
         next_log_probs, attention, state = step(rows.tokens, state)
         finished.record_step(parents, rows.tokens[:, -1], rows.log_probs, attention)
         if config.search.coverage_penalty_beta:
             rows = _add_attention(rows, attention)
         restricted = restrictions.apply(next_log_probs.float(), rows.tokens, rows.sentence)
-        candidates = _find_candidates(restricted, rows, len(start), config)
+        candidates = _find_candidates(restricted, rows, start.numel(), config)
         _finish(candidates, rows, finished, config, restrictions.eos, source_words)
         goes_on = _goes_on(candidates, rows, finished, config, restrictions)
         rows, parents = _continue(candidates, rows, goes_on)
-        if len(parents):
+        if parents.numel():
             state = state.reorder(parents)
     return finished.collect(restrictions.eos)
 
@@ -167,8 +167,9 @@ def _find_candidates(
     # At most W continuing candidates of a row can be needed, and one that ends.
     values, tokens = _best_tokens(next_log_probs, width + 1)
     shape = num_sentences, width, values.shape[1]
-    numbers = torch.arange(len(values), device=values.device)
-    if len(values) == num_sentences * width:  # no slot is empty
+    num_rows = values.shape[0]
+    numbers = torch.arange(num_rows, device=values.device)
+    if num_rows == num_sentences * width:  # no slot is empty
         local, all_tokens, all_rows = values.reshape(shape), tokens, numbers
         so_far = rows.log_probs
     else:
@@ -236,9 +237,9 @@ def _finish(
 ) -> None:
     """Score the hypotheses that end at this step: those among the W best candidates."""
     first = slice(config.beam_size)
-    is_end = candidates.tokens[:, first].eq(eos) & candidates.log_probs[:, first].isfinite()
+    is_end = candidates.tokens[:, first].eq(eos) & candidates.log_probs[:, first].gt(-torch.inf)
     sentence, rank = is_end.nonzero(as_tuple=True)
-    if not len(sentence):
+    if not sentence.numel():
         return
     ending, log_probs = candidates.rows[sentence, rank], candidates.log_probs[sentence, rank]
     scores = log_probs / config.penalty(rows.tokens.shape[1])
@@ -258,7 +259,7 @@ def _goes_on(
     restrictions: Restrictions,
 ) -> Tensor:
     """Return (B, C) bool: the W best that do not end, unless nothing good enough can follow."""
-    goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.isfinite()
+    goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.gt(-torch.inf)
     goes_on &= goes_on.cumsum(dim=1) <= config.beam_size
     goes_on &= finished.is_open().unsqueeze(1)
     margin = config.search.beam_prune
