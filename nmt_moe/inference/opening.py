@@ -149,7 +149,7 @@ def verify_bundle(folder: Path | str) -> str:
         experts_of_side = ExpertWeights(folder, side, moe, config.dtype)
         for expert in range(moe.num_experts):
             experts_of_side.check(expert)
-    experts = f", {' and '.join(map(str, sorted(set(counts))))} experts a layer" if counts else ""
+    experts = f", {' and '.join(map(str, sorted(set(counts))))} experts per layer" if counts else ""
     return (
         f"whole: {config.kind.replace('_', ' ')} `{config.architecture}`, {config.dtype}{experts}, "
         f"{len(sums)} files, {size / 1e6:.1f} MB"

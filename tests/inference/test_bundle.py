@@ -79,7 +79,7 @@ def assert_not_opened(folder: Path, *words: str) -> None:
 def test_a_whole_bundle_has_these_files_and_is_whole(bundle: Path):
     assert sorted(path.name for path in bundle.iterdir()) == FILES
     summary = verify_bundle(bundle)
-    assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts a layer, 7 files" in summary
+    assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts per layer, 7 files" in summary
     (bundle / "notes.txt").write_text("mine")
     assert verify_bundle(bundle) == summary
     assert Translator.load(str(bundle)).translate(TEXT)[0].text

@@ -51,7 +51,7 @@ def edit(path: Path, change: Any) -> None:
 def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     path, data, pieces, networks = make_checkpoint(tmp_path)
     summary = export(path, data, Pieces(pieces), tmp_path / "out", description=DESCRIPTION)
-    assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts a layer" in summary
+    assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts per layer" in summary
     stored = weights(tmp_path / "out")
     for side in ("encoder", "decoder"):
         for name, value in networks[side].state_dict().items():

@@ -85,7 +85,7 @@ def test_a_word_shows_its_source_words_and_experts(page: Page, multilingual: Liv
     expect(shown.locator("dd").first).to_contain_text(f"{name} {100 * share:.0f} %")
     expect(page.locator("#read .word").nth(source)).to_have_class("word linked")
     expert = sentence["experts"][sentence["words"][index]["first"]][0][0]
-    expect(shown.locator("dt")).to_have_text(["comes from", "read by", "written by"])
+    expect(shown.locator("dt")).to_have_text(["comes from", "read by", "predicted by"])
     expect(shown.locator("dd").nth(2)).to_contain_text(f"expert {expert}: ")
     page.locator("#read .word").first.hover()
     expect(shown.locator("dt").first).to_have_text("goes into")
