@@ -1,6 +1,6 @@
-"""Fast operations: torch (and, behind `_triton`, Triton) only.
+"""Fast operations; they need only torch (and, within `_triton`, Triton).
 
-Each has its plain-torch definition of the same name in `reference`, which is the tests' oracle.
+Each has a plain-torch definition of the same name in `reference`, with which the tests compare it.
 """
 
 from nmt_moe.kernels import reference

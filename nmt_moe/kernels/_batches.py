@@ -1,7 +1,7 @@
 """Neighbouring experts in one batched product, each padded to as many rows as the busiest.
 
-A product of few rows is too small to be split over cores, and starting it costs as much as it
-does: with 16 rows an expert, one product at a time took twice as long as four in a batch.
+A product of few rows is too small to be split over cores, and starting it costs as much as
+computing it: with 16 rows per expert, single products took twice as long as batches of four.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Padded rows that an expert of a batch may have on average. They cost products, but below some
-# twenty rows an expert's time is that of reading its weights.
+# Most padded rows per expert in a batch, on average. They cost operations, but below about twenty
+# rows an expert's time is that of reading its weights.
 SPARE_ROWS = 8
 MIN_EXPERTS = 4
-# Padded rows of a batch of several experts: more would not stay in the cache between products.
+# Most padded rows in a batch of several experts: more would not stay in the cache between products.
 MOST_ROWS = 512
 
 
@@ -24,9 +24,9 @@ class Batch:
     """Experts whose rows form a (C, height, F) tensor.
 
     Attributes:
-        experts: C neighbours, all with rows.
+        experts: C neighbouring experts, all with rows.
         rows: Their padded rows.
-        height: Rows of each expert, padding included.
+        height: Rows of each expert, including padding.
     """
 
     experts: slice
@@ -34,11 +34,11 @@ class Batch:
     height: int
 
     def cut(self, rows: Tensor) -> Tensor:
-        """Take this batch of padded rows: (P, F) to (C, height, F)."""
+        """Return this batch's part of padded rows: (P, F) to (C, height, F)."""
         return self.view(rows[self.rows])
 
     def view(self, rows: Tensor) -> Tensor:
-        """Part this batch's rows by expert: (C height, F) to (C, height, F)."""
+        """Return this batch's rows by expert: (C height, F) to (C, height, F)."""
         return rows.view(self.experts.stop - self.experts.start, self.height, -1)
 
 
@@ -46,13 +46,13 @@ class Batch:
 class PaddedPlan:
     """A row plan with room for padding.
 
-    Padding repeats the last row of its expert, so that what is not finite stays with the experts
-    that have it anyway; its gate is 0.
+    Padding repeats the last row of its expert, so that values that are not finite do not spread to
+    other experts; its gate is 0.
 
     Attributes:
-        batches: All experts with rows, in their order.
-        row_token: (P,) int64. The token of each padded row.
-        token_rows: (N, K) int64. The padded rows of each token; P in empty slots.
+        batches: All experts with rows, in order.
+        row_token: (P,) int64, the token of each padded row.
+        token_rows: (N, K) int64, the padded rows of each token; P in empty slots.
     """
 
     batches: list[Batch]
@@ -61,12 +61,12 @@ class PaddedPlan:
 
     @property
     def most_rows(self) -> int:
-        """Rows of the largest batch."""
+        """Return the number of rows in the largest batch."""
         return max((b.rows.stop - b.rows.start for b in self.batches), default=0)
 
 
 def plan_padding(plan: RowPlan) -> PaddedPlan:
-    """Choose which experts share a batch, and move a plan's rows apart accordingly."""
+    """Choose which experts share a batch, and add padding to a plan accordingly."""
     counts = plan.offsets.diff()
     batches = plan_batches(counts.tolist(), max(MIN_EXPERTS, torch.get_num_threads()))
     num_rows, num_padded = len(plan.row_token), batches[-1].rows.stop if batches else 0
@@ -77,7 +77,7 @@ def plan_padding(plan: RowPlan) -> PaddedPlan:
         heights[batch.experts] = batch.height
     starts = heights.cumsum(0).sub_(heights)
     expert = torch.arange(len(counts)).repeat_interleave(heights)
-    index = torch.arange(num_padded).sub_(starts[expert])  # within its expert
+    index = torch.arange(num_padded).sub_(starts[expert])  # index within its expert
     row = plan.offsets[expert] + torch.minimum(index, counts[expert] - 1)
     shift = (starts - plan.offsets[:-1]).repeat_interleave(counts)
     moved = torch.cat([torch.arange(num_rows) + shift, starts.new_tensor([num_padded])])
@@ -85,11 +85,11 @@ def plan_padding(plan: RowPlan) -> PaddedPlan:
 
 
 def plan_batches(counts: list[int], most_experts: int) -> list[Batch]:
-    """Put neighbours into batches while their padding and their size stay within the limits.
+    """Put neighbouring experts into batches, as long as padding and size stay within the limits.
 
     Args:
         counts: Rows of each expert.
-        most_experts: Experts of a batch.
+        most_experts: Most experts in a batch.
     """
     batches: list[Batch] = []
     expert = start = 0

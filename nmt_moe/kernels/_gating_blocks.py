@@ -1,7 +1,7 @@
-"""Noisy top-k gating on the CPU: blocks of rows that stay in the cache, and a backward by hand.
+"""Noisy top-k gating on the CPU, in blocks of rows that stay in the cache.
 
-Only the logits are kept in full size (N, E): the backward pass needs no more than the k + 1 largest
-of each row, which are the thresholds, and the noise there.
+The backward pass is written by hand. Only the logits are kept in full size (N, E): beyond them, the
+backward pass needs only the k + 1 largest of each row, which are the thresholds, and their noise.
 """
 
 import math
@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.reference import NOISE_FLOOR
 
-# Four buffers of this many float32 numbers fit an L2 cache of 2 MB; a power of two, so that torch
-# draws the same noise in blocks as in one go.
+# Four buffers of this many float32 numbers fit into an L2 cache of 2 MB. It is a power of two, so
+# that torch draws the same noise in blocks as at once.
 BLOCK_NUMBERS = 1 << 17
-# Rows at least this wide are searched in two steps: runs of columns first.
+# Rows at least this wide are searched in two steps, runs of columns first.
 WIDE, RUN = 512, 32
-# So few are sorted sooner than searched: a decoding step's.
+# So few, as in a decoding step, are sorted faster than searched.
 FEW_NUMBERS = 1 << 11
 
 # Phi(-10) = 8e-24 is 0 in any sum; farther out, exp and erfc underflow and run ten times slower.
@@ -31,14 +31,14 @@ INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
 class Block(NamedTuple):
-    """Rows worked on at a time, and which of them (counted from the first) are in which group."""
+    """Rows processed at a time, and which of them (counted from the first) are in which group."""
 
     rows: slice
     runs: list[tuple[int, slice]]
 
 
 def blocks(bounds: list[int], num_columns: int) -> Iterator[Block]:
-    """Cut rows into blocks; group g owns rows [bounds[g], bounds[g + 1])."""
+    """Divide rows into blocks; group g owns rows [bounds[g], bounds[g + 1])."""
     height = max(BLOCK_NUMBERS // num_columns, 1)
     group = 0
     for start in range(0, bounds[-1], height):
@@ -54,14 +54,14 @@ def blocks(bounds: list[int], num_columns: int) -> Iterator[Block]:
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find the largest scores of each row; of equal ones those with the lowest index.
+    """Find the largest scores of each row; lower indices win ties.
 
     Args:
         scores: (B, E).
-        count: At most E.
+        count: How many to find, at most E.
 
     Returns:
-        (B, count) values, falling, and (B, count) int64 indices.
+        (B, count) values in descending order, and (B, count) int64 indices.
     """
     width = scores.shape[1]
     if scores.dtype != torch.float32 or scores.numel() <= FEW_NUMBERS:
@@ -70,8 +70,8 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if width < WIDE or width % RUN or count * RUN > width // 2:
         ids = _largest_ids(scores, count)
         return scores.gather(1, ids), ids
-    # Whoever is among the largest is in one of the runs whose maxima are among the largest. Taken
-    # by rising index, the candidates keep the order of their indices.
+    # All largest scores are in runs whose maxima are among the largest. Candidates are taken in
+    # ascending order, which preserves the order of indices.
     by_run = scores.view(len(scores), width // RUN, RUN)
     runs = _largest_ids(by_run.amax(2), count).sort(dim=1).values
     candidates = by_run.gather(1, runs.unsqueeze(2).expand(-1, -1, RUN)).flatten(1)
@@ -81,15 +81,15 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest_ids(scores: Tensor, count: int) -> Tensor:
-    """Find the indices of the largest, of float32 scores.
+    """Return the indices of the largest float32 scores.
 
     A key holds the score's bits, arranged to compare as integers, above the index counted
-    backwards: all differ, and plain vectorised maxima find them in order. NaN, of either sign,
+    backwards: all keys differ, and plain vectorised maxima find them in order. NaN of either sign
     counts as infinity, so that it is chosen and shows.
     """
     last = scores.shape[1] - 1
     numbers = scores.nan_to_num(math.inf, math.inf, -math.inf)
-    bits = numbers.add_(0.0).view(torch.int32)  # -0 becomes 0, its equal
+    bits = numbers.add_(0.0).view(torch.int32)  # -0 becomes 0, which equals it
     bits = bits.bitwise_xor_(bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF))
     keys = bits.to(torch.int64).bitwise_left_shift_(32)
     keys.bitwise_or_(torch.arange(last, -1, -1))
@@ -111,14 +111,15 @@ def noise_scale(raw: Tensor, out: Tensor) -> Tensor:
 def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor) -> Tensor:
     """Compute how far each clean logit is above its threshold, in standard deviations.
 
-    The k-th largest is what an expert outside must beat, the (k+1)-th what one inside must beat.
+    The threshold of an expert that is not chosen is the k-th largest; that of a chosen one is the
+    (k+1)-th.
 
     Args:
         clean: (B, E).
         scale: (B, E).
-        top: (B, K + 1). The largest noisy logits, falling.
-        ids: (B, K + 1) int64. Their indices.
-        out: (B, E). Written and returned.
+        top: (B, K + 1), the largest noisy logits, in descending order.
+        ids: (B, K + 1) int64, their indices.
+        out: (B, E), which is written and returned.
     """
     chosen = ids[:, :-1]
     torch.sub(clean, top[:, -2:-1], out=out)
@@ -133,7 +134,7 @@ def is_inside(top: Tensor) -> Tensor:
 
 
 class BlockedNoisyTopK(torch.autograd.Function):
-    """`kernels.noisy_top_k` with (G, E) sums; arguments and results in its order."""
+    """`kernels.noisy_top_k` with (G, E) sums; arguments and results in the same order."""
 
     @staticmethod
     def forward(
@@ -150,7 +151,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
         smooth = raw_scale is not None and top_k < num_experts
         count = top_k + 1 if smooth else top_k
         top, ids = clean.new_empty(num_rows, count), row_offsets.new_empty(num_rows, count)
-        drawn = torch.empty_like(top)  # unset without noise
+        drawn = torch.empty_like(top)  # uninitialised without noise
         load = clean.new_zeros(len(bounds) - 1, num_experts)
         buffers = () if raw_scale is None else _buffers(clean)
         for rows, runs in blocks(bounds, num_experts):
@@ -205,7 +206,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
             else:
                 grad_gates = torch.addcmul(grad_gates, picked, row_weight.unsqueeze(1))
                 grad_weight = (picked * gates).sum(1)
-        # Through the softmax, to the largest noisy logits.
+        # Backward through the softmax, to the largest noisy logits.
         grad_top = torch.zeros_like(top)
         weighted = gates * grad_gates
         torch.addcmul(
@@ -234,7 +235,7 @@ def _load_backward(
     grad_top: Tensor,
     bounds: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Go back through the load estimate; adds the thresholds' gradients to `grad_top`.
+    """Run the backward pass of the load estimate; add the thresholds' gradients to `grad_top`.
 
     With z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradient is w for
     `clean`, -w for the threshold and -w z for the scale.
@@ -262,7 +263,7 @@ def _load_backward(
 
 
 def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make three (B, E) buffers for the blocks of (N, E) logits."""
+    """Return three (B, E) buffers for the blocks of (N, E) logits."""
     num_rows, width = clean.shape
     height = min(max(BLOCK_NUMBERS // width, 1), num_rows)
     first, second, third = clean.new_empty(3, height, width)
@@ -270,7 +271,7 @@ def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_by_expert(bins: Tensor, gates: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:
-    """Add up gates by (group, expert), one after the other in float64."""
+    """Add up gates by (group, expert), one after another, in float64."""
     if row_weight is not None:
         gates = gates * row_weight.unsqueeze(1)
     total = torch.zeros(like.numel(), dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Memory of large CPU tensors, used again instead of going back to the system.
+"""Reuse the memory of large CPU tensors instead of returning it to the system.
 
-Every fresh page costs a fault and a fill with zeros: for the gradient of many experts with few
+Every fresh page costs a page fault and a fill with zeros: for the gradient of many experts with few
 tokens each, as much time as the products that compute it. torch returns large CPU blocks to the
 system as soon as they are free, so each training step would pay again.
 """
@@ -22,15 +22,15 @@ PAGE_BYTES = 1 << 21
 
 
 class _Pool:
-    """Blocks that once held a tensor and now wait for the next one.
+    """Blocks that held a tensor and wait for the next one.
 
-    Blocks in use and waiting together never exceed the most that was in use at one time.
+    Blocks in use and waiting together never exceed the most that was in use at any time.
     """
 
     def __init__(self) -> None:
-        self.waiting: list[mmap.mmap] = []  # the longest waiting first
+        self.waiting: list[mmap.mmap] = []  # longest waiting first
         self.bytes_used = self.bytes_waiting = self.most_bytes_used = 0
-        # A tensor may die in any thread, also while this one is inside `take`.
+        # A tensor may be freed in any thread, even while this one is inside `take`.
         self.lock = threading.RLock()
 
     def take(self, size: int) -> mmap.mmap:
@@ -51,7 +51,7 @@ class _Pool:
             return block
 
     def give_back(self, block: mmap.mmap) -> None:
-        """Keep a block whose tensor is gone."""
+        """Keep a block whose tensor has been freed."""
         with self.lock:
             self.waiting.append(block)
             self.bytes_used -= len(block)
@@ -62,16 +62,16 @@ _POOL = _Pool()
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Make a tensor with arbitrary content, as `torch.empty`, of the dtype and device of `like`.
+    """Return an uninitialised tensor, like `torch.empty`, with the dtype and device of `like`.
 
-    Large ones on the CPU get recycled memory on huge pages, where the system has them.
+    Large ones on the CPU get recycled memory, on huge pages if the system has them.
     """
     size = math.prod(shape) * like.element_size()
     is_elsewhere = like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE")
     if is_elsewhere or size < SMALLEST_BYTES:
         return like.new_empty(shape)
     block = _POOL.take(math.ceil(size / PAGE_BYTES) * PAGE_BYTES)
-    # The tensor keeps this array alive, and nothing else does: it dies with the tensor's memory.
+    # Only the tensor keeps this array alive, so it is freed with the tensor's memory.
     owner = np.frombuffer(block, dtype=np.uint8)
     weakref.finalize(owner, _POOL.give_back, block).atexit = False
     return torch.frombuffer(owner, dtype=like.dtype, count=math.prod(shape)).view(*shape)

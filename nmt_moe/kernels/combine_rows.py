@@ -1,4 +1,4 @@
-"""Weigh the experts' outputs by the gates and add them up per token."""
+"""Weight the experts' outputs by the gates and add them up for each token."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from nmt_moe.kernels.row_plan import RowPlan
 def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     """Compute y = sum over a token's rows of gate times row.
 
-    The sum runs in the order of K, so repeated runs agree bit for bit.
+    Sums run in the order of K, so repeated runs are bit-identical.
 
     Args:
         rows: (R, D).
@@ -45,7 +45,7 @@ class _CombineRows(torch.autograd.Function):
             from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
 
             return *combine_rows_backward(grad_y, rows, gates, token_rows), None
-        # One more element: empty slots write there.
+        # One extra element, to which empty slots write.
         row_gate = rows.new_zeros(len(rows) + 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1).to(rows.dtype)
         grad_rows = grad_y.index_select(0, row_token)

@@ -21,23 +21,23 @@ def expert_ffn(
 ) -> Tensor:
     """Run each expert on its rows.
 
-    Grouped products over all experts (`grouped_gemm`), on CUDA with the ReLU and its gradient
-    inside. The backward pass is written by hand so that every expert's weight gradient is one
-    product, written where it belongs. Layers call it where there is no faster `mixture_ffn`.
+    This runs grouped products over all experts (`grouped_gemm`), with the ReLU and its gradient
+    fused on CUDA. The backward pass is written by hand, so that each expert's weight gradient is
+    one product, written in place. Layers call this if there is no faster `mixture_ffn`.
 
     Args:
-        rows: (R, D). Rows sorted by expert.
+        rows: (R, D), sorted by expert.
         weight_in: (L, D, H).
         weight_out: (L, H, D).
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
-        recompute: Compute the hidden activations again in the backward pass instead of keeping
-            the (R, H) tensor.
+        recompute: Whether to recompute the hidden activations in the backward pass instead of
+            keeping the (R, H) tensor.
 
     Returns:
         (R, D).
 
     Raises:
-        ValueError: if the shapes or the dtypes do not fit together.
+        ValueError: if shapes or dtypes do not match.
 
     Source: Shazeer et al. 2017, sections 2 and 3.2, Appendix D (recomputation).
     """
@@ -53,10 +53,10 @@ def expert_ffn(
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """All experts at once, one product after the other, so that the host never waits.
+    """All experts at once, one product after another, without waiting for the device.
 
-    The gates are not applied here: `combine_rows` reads every output anyway and multiplies
-    at no cost, and the gradient of the gates needs the outputs without them.
+    The gates are not applied here: `combine_rows` reads every output anyway and multiplies at no
+    extra cost, and the gradient of the gates needs the outputs without them.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The products that give a gate's logits: clean ones, and those of the noise's scale."""
+"""The products for a gate's logits: clean logits, and logits of the noise's scale."""
 
 from typing import Any
 
@@ -20,24 +20,24 @@ def gate_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Multiply rows by both matrices of their gate.
 
-    The backward pass adds both products' gradients of `rows` in place, without an (N, D) tensor
-    for each, and keeps their dtype under autocast, too. Groups without rows cost nothing but zeros
-    for their gradient.
+    The backward pass adds both products' gradients of `rows` in place, without an (N, D) tensor for
+    each, and keeps their dtype even under autocast. Groups without rows only cost zeros for their
+    gradient.
 
     Args:
         rows: (N, D).
         gate_weight: (D, E); with `row_offsets` (G, D, E), one for each group.
-        noise_weight: As `gate_weight`; None where no noise is wanted.
+        noise_weight: Like `gate_weight`; None for no noise.
         row_offsets: (G + 1,) int64. Group g owns rows [offsets[g], offsets[g + 1]).
 
     Returns:
-        clean: (N, E). rows @ gate_weight.
-        raw_scale: (N, E). rows @ noise_weight, or None.
+        clean: (N, E), rows @ gate_weight.
+        raw_scale: (N, E), rows @ noise_weight, or None.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if shapes do not match.
     """
-    if row_offsets is not None and not is_on_host(rows):  # no wait for the offsets
+    if row_offsets is not None and not is_on_host(rows):  # must not wait for the offsets
         clean = grouped_gemm(rows, gate_weight, row_offsets)
         if noise_weight is None:
             return clean, None

@@ -14,15 +14,15 @@ from nmt_moe.kernels.row_plan import RowPlan
 def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
 
-    Each token owns at most K rows, so its gradient is a sum over K known rows: no atomics and no
-    `index_add`, hence the same bits in every run.
+    Each token has at most K rows, so its gradient is a sum over K known rows: without atomics or
+    `index_add`, and therefore bit-identical in every run.
 
     Args:
-        x: (N, D). Vectors of the tokens.
+        x: (N, D), the tokens' vectors.
         plan: The tokens of the rows.
 
     Returns:
-        (R, D). `x[plan.row_token]`.
+        `x[plan.row_token]`, (R, D).
     """
     return _GatherRows.apply(x, plan)
 
@@ -55,7 +55,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
         rows: (R, D).
         token_rows: (N, K) int64; R for no row.
         weights: (N, K), in the dtype of `rows` or wider, 0 where there is no row; None for ones.
-            torch's own operation, without Triton, rounds them to the dtype of `rows`.
+            Without Triton, torch's own operation rounds them to the dtype of `rows`.
 
     Returns:
         (N, D).
@@ -65,6 +65,8 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
         return kernels.sum_rows(rows, token_rows, weights)
     weights = None if weights is None else weights.to(rows.dtype)
-    if len(rows) < token_rows.numel() or not is_on_host(rows):  # empty slots refer to one of zeros
+    if len(rows) < token_rows.numel() or not is_on_host(
+        rows
+    ):  # empty slots refer to a row of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

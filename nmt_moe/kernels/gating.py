@@ -1,4 +1,4 @@
-"""Noisy top-k gating from logits to gates, importance and load, and the logits themselves."""
+"""Noisy top-k gating, from logits to gates, importance and load."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from nmt_moe.kernels._backend import is_on_host, uses_triton
 from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
 from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
-# What Triton's kernels hold: columns of a row, and the k + 1 largest of them.
+# Limits of Triton's kernels: columns of a row, and the k + 1 largest of them.
 MAX_TRITON_EXPERTS, MAX_TRITON_TOP = 16384, 16
 
 
@@ -24,31 +24,30 @@ def noisy_top_k(
     row_offsets: Tensor | None = None,
     row_weight: Tensor | None = None,
 ) -> Gating:
-    """Keep the k largest of the noisy logits of each row, and softmax over what is kept.
+    """Keep the k largest noisy logits of each row, and take the softmax over them.
 
-    The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the chance
-    that expert i is among the k largest when only its own noise is drawn again; gradients pass
-    through the thresholds it must beat. Sums run in a fixed order, so equal inputs (and equal
-    states of torch's CPU generator, which governs the noise) give equal bits.
+    The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the
+    probability that expert i is among the k largest if only its own noise is redrawn; gradients
+    pass through the thresholds. Sums run in a fixed order, so equal inputs (and equal states of
+    torch's CPU generator, which determines the noise) give bit-identical results.
 
-    On a GPU the kernels take float32, up to 16384 experts and `top_k` below 16. Anything else goes
-    through plain torch there, in (N, E) tensors and with noise of the GPU's generator.
+    On a GPU the kernels handle float32, up to 16384 experts and `top_k` below 16. Anything else
+    runs in plain torch there, with (N, E) tensors and noise from the GPU's generator.
 
     Args:
-        clean: (N, E) float32 or float64. Logits without noise.
-        raw_scale: (N, E). Logits of the noise's standard deviation; None for no noise
-            (evaluation).
+        clean: (N, E) float32 or float64, logits without noise.
+        raw_scale: (N, E), logits of the noise's standard deviation; None for no noise (evaluation).
         top_k: K, from 1 to E.
-        noise: (N, E) standard normal; drawn when None. Unused without `raw_scale`.
-        row_offsets: (G + 1,) int64. Sums are taken for each group apart, which owns rows
+        noise: (N, E) standard normal, unused without `raw_scale`; None to draw it.
+        row_offsets: (G + 1,) int64. Sums are computed separately for each group, which owns rows
             [offsets[g], offsets[g + 1]); None for one sum over all rows.
-        row_weight: (N,). Weighs the gates of each row in `importance`; None for ones.
+        row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
 
     Returns:
         The choice, with (E,) sums, or (G, E) with `row_offsets`.
 
     Raises:
-        ValueError: if the shapes do not fit together, or `top_k` is out of its range.
+        ValueError: if shapes do not match, or `top_k` is out of range.
 
     Source: Shazeer et al. 2017, eqs. 3-6 and 8-10.
     """
@@ -86,13 +85,14 @@ def draw_seed() -> int:
     """Draw a seed from torch's CPU generator, without a host-device synchronisation.
 
     Returns:
-        From 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled once.
+        A number from 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled
+        once.
     """
     return int(torch.randint(2**62, 2**63 - 1, (), device="cpu"))
 
 
 class _TritonNoisyTopK(torch.autograd.Function):
-    """`noisy_top_k` with (G, E) sums, float32; arguments and results in its order."""
+    """`noisy_top_k` with (G, E) sums, in float32; arguments and results in the same order."""
 
     @staticmethod
     def forward(
@@ -140,5 +140,5 @@ class _TritonNoisyTopK(torch.autograd.Function):
 
 
 def _all_rows(clean: Tensor) -> Tensor:
-    """Make the offsets of one group without waiting for the device."""
+    """Return the offsets of a single group, without waiting for the device."""
     return torch.arange(2, device=clean.device) * len(clean)

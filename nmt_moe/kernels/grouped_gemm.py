@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each times its expert's matrix."""
+"""Multiply rows that are sorted by expert, each by its expert's matrix."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from nmt_moe.kernels._products import choose_products
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
     """Multiply each run of rows by its expert's matrix.
 
-    On the CPU there is one product for each expert that has rows, forward and backward, without
-    copies. On CUDA there is no host synchronisation: torch's grouped product where it is fast, else
-    Triton's, in float32 without TF32 unless torch allows it for products
+    On the CPU there is one product for each expert with rows, forward and backward, without copies.
+    On CUDA there is no host synchronisation: torch's grouped product if it is fast, else Triton's,
+    in float32 without TF32 unless torch allows it for matrix products
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`).
 
     Args:
-        rows: (R, D). Rows sorted by expert.
-        weight: (L, D, F), in the dtype of `rows`. One matrix per expert.
+        rows: (R, D), sorted by expert.
+        weight: (L, D, F), in the dtype of `rows`; one matrix per expert.
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]); the first
             is 0 and the last R.
 
@@ -28,7 +28,7 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
         (R, F).
 
     Raises:
-        ValueError: if the shapes or the dtypes do not fit together.
+        ValueError: if shapes or dtypes do not match.
     """
     check_shape("weight", weight, (None, None, None), "(L, D, F)")
     num_experts, dim, _ = weight.shape
@@ -39,10 +39,10 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
 
 def check_dtypes(rows: Tensor, expert_offsets: Tensor, **weights: Tensor) -> None:
-    """Refuse weights of another dtype than the rows, and offsets that are not int64.
+    """Reject weights whose dtype differs from the rows', and offsets that are not int64.
 
     Raises:
-        ValueError: naming the tensor, its dtype and the wanted one.
+        ValueError: naming the tensor, its dtype and the required one.
     """
     for name, weight in weights.items():
         if weight.dtype != rows.dtype:

@@ -17,8 +17,8 @@ from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows, sum_rows
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Up to so many rows (in evaluation: a decoding step) the time is that of reading the weights, and
-# padding and its plan cost more than batched products save.
+# Up to this many rows (in evaluation: a decoding step) the time is that of reading the weights, and
+# padding and planning it cost more than batched products save.
 FEW_ROWS = 1024
 
 
@@ -32,27 +32,27 @@ def mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    On the CPU a few experts at a time gather their tokens into one scratch that stays in the cache,
-    and the gradient of a gate is the product of its row's hidden activations and their gradient, so
-    that nothing of an expert is kept but its hidden activations. Few rows without gradients, as in
-    a decoding step, go through one expert after the other. Elsewhere it is `gather_rows`,
-    `expert_ffn` and `combine_rows`. Sums run in a fixed order: equal inputs give equal bits.
+    On the CPU, a few experts at a time gather their tokens into one scratch buffer that stays in
+    the cache. The gradient of a gate is the product of its row's hidden activations and their
+    gradient, so that only hidden activations are kept. Few rows without gradients, as in a decoding
+    step, go through one expert after another. Elsewhere this runs `gather_rows`, `expert_ffn` and
+    `combine_rows`. Sums run in a fixed order, so equal inputs give bit-identical results.
 
     Args:
         x: (N, D).
-        gates: (N, K). Weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
+        gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
             slots.
         plan: The rows of each expert.
         weight_in: (E, D, H).
         weight_out: (E, H, D).
-        recompute: Compute the hidden activations again in the backward pass, with the same
+        recompute: Whether to recompute the hidden activations in the backward pass, with the same
             routing, instead of keeping the (R, H) tensor.
 
     Returns:
         (N, D).
 
     Raises:
-        ValueError: if the shapes of weights and tokens do not fit together.
+        ValueError: if the shapes of weights and tokens do not match.
 
     Source: Shazeer et al. 2017, eq. 1, Appendix D (recomputation).
     """
@@ -73,7 +73,7 @@ def mixture_ffn(
 def _mix_few(
     x: Tensor, gates: Tensor, plan: RowPlan, weight_in: Tensor, weight_out: Tensor
 ) -> Tensor:
-    """Compute what `_MixtureFFN` does, but pad no rows and keep nothing."""
+    """Compute the same as `_MixtureFFN`, without padding rows or keeping anything."""
     rows = x.index_select(0, plan.row_token)
     products = choose_evaluation_products(rows, weight_in, weight_out, plan.offsets)
     hidden = products.multiply(rows, weight_in, relu=True)
@@ -121,7 +121,7 @@ class _MixtureFFN(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, row_token, token_rows, weight_in, weight_out, hidden = ctx.saved_tensors
         num_rows = len(row_token)
-        # Padding keeps 0; empty slots write to the last element.
+        # Padding stays 0; empty slots write to the last element.
         row_gate = x.new_zeros(num_rows + 1, 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1).to(x.dtype)
         grad_row_gate = gates.new_zeros(num_rows + 1, 1)
@@ -164,14 +164,14 @@ class _MixtureFFN(torch.autograd.Function):
 
 
 def _empty_rows(num_rows: int, x: Tensor) -> Tensor:
-    """Make (R + 1, D) rows to be written, and a last one of zeros, which empty slots refer to."""
+    """Return (R + 1, D) rows to write; the last one is zeros, for empty slots to refer to."""
     rows = _memory.empty((num_rows + 1, x.shape[1]), x)
     rows[-1].zero_()
     return rows
 
 
 def _zero_unused(batches: list[Batch], *gradients: Tensor | None) -> None:
-    """Zero the gradients of experts without rows, neighbours at once."""
+    """Set the gradients of experts without rows to zero, neighbours at once."""
     for gradient in gradients:
         if gradient is None:
             continue

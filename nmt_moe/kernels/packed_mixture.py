@@ -1,4 +1,4 @@
-"""The mixture of experts in inference: experts' weights are read when a token comes to them."""
+"""The mixture of experts in inference: an expert's weights are read when a token needs them."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from nmt_moe.checks import check_choice, check_shape
 from nmt_moe.kernels._products import loops_in_torch
 from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
 
-# Weights of a layer: 16 MiB in float32.
+# Number of weights in a layer: 16 MiB in float32.
 STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
-    """One matrix of every expert; each is packed at its first use, and nothing else of it is read.
+    """One matrix of every expert, each packed at its first use; others are not read.
 
-    The weights may be a memory-mapped file: what is not used never comes into memory. Only experts
-    that together are smaller than `STACKED_BELOW` are brought to float32 all at once.
+    The weights may be a memory-mapped file: what is not used is never loaded. Only experts that
+    together are smaller than `STACKED_BELOW` are converted to float32 all at once.
 
     Attributes:
         shape: (E, O, I).
@@ -43,16 +43,16 @@ class PackedExperts:
     def pack(
         cls, weight: Tensor, dtype: str = "float32", check: Callable[[int], None] | None = None
     ) -> "PackedExperts":
-        """Hold matrices, in another precision if asked for.
+        """Hold matrices, optionally in another precision.
 
         Args:
-            weight: (E, O, I), of floating point. A transposed view of the (E, I, O) that a
-                training keeps is as good.
+            weight: (E, O, I), floating-point. A transposed view of (E, I, O), as in training, is
+                fine.
             dtype: "float32", "bfloat16" or "int8".
             check: Called with an expert before its first use; may raise.
 
         Raises:
-            ValueError: if the shape or the dtype is not these.
+            ValueError: if the shape or dtype is wrong.
         """
         check_choice("dtype", dtype, DTYPES)
         check_shape("weight", weight, (None, None, None), "(E, O, I)")
@@ -81,7 +81,7 @@ class PackedExperts:
             check: Called with an expert before its first use; may raise.
 
         Raises:
-            ValueError: if the shapes are not these.
+            ValueError: if a shape is wrong.
         """
         check_shape("weight", weight, (None, None, None), "(E, O, I)")
         check_shape("scale", scale, tuple(weight.shape[:2]), "(E, O)")
@@ -113,7 +113,7 @@ class PackedExperts:
         return self._stacked
 
     def check(self, expert_ids: Tensor) -> None:
-        """Check the experts, (R,) int64, that have not been used."""
+        """Check those of the experts, (R,) int64, that have not been used yet."""
         if self._all_are_checked or self._check is None:
             return
         for expert in expert_ids[~self._is_checked[expert_ids]].unique().tolist():
@@ -135,12 +135,13 @@ def packed_mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    One expert after the other takes its tokens; a token's sum runs by ascending expert.
+    Experts process their tokens one after another; a token's sum runs in ascending order of
+    experts.
 
     Args:
         x: (N, D) float32.
-        gates: (N, K) float32. Weights of the chosen experts; 0 in empty slots.
-        expert_ids: (N, K) int64. E in an empty slot.
+        gates: (N, K) float32, weights of the chosen experts; 0 in empty slots.
+        expert_ids: (N, K) int64; E in an empty slot.
         weight_in: (E, H, D).
         weight_out: (E, D, H).
 
@@ -148,7 +149,7 @@ def packed_mixture_ffn(
         (N, D) float32.
 
     Raises:
-        ValueError: if the shapes of weights and tokens do not fit together.
+        ValueError: if the shapes of weights and tokens do not match.
 
     Source: Shazeer et al. 2017, eq. 1.
     """
@@ -177,7 +178,7 @@ def packed_mixture_ffn(
         hidden = F.grouped_mm(rows, stacked_in, offs=ends).relu_()
         outputs = F.grouped_mm(hidden, stacked_out, offs=ends)
     outputs.mul_(gates.flatten().index_select(0, order).unsqueeze(1))
-    # By ascending expert, whatever other tokens there are.
+    # In ascending order of experts, whatever other tokens there are.
     return torch.zeros_like(x).index_add_(0, tokens, outputs)
 
 

@@ -1,4 +1,4 @@
-"""Each operation in plain torch: its definition, and the oracle of its tests."""
+"""The definition of each operation in plain torch, with which tests compare the kernels."""
 
 from typing import NamedTuple
 
@@ -8,28 +8,28 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Added to the noise's standard deviation, so that the load estimate divides by at least this. The
-# paper's eq. 4 has none; the authors' later code has this value.
+# Added to the noise's standard deviation, so that the load estimate never divides by less. The
+# paper's eq. 4 has no such term; the authors' later code has this value.
 NOISE_FLOOR = 1e-2
 
 
-# A tuple, since that is where hooks of modules, such as fairseq's NanDetector, look for tensors.
+# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
 class Gating(NamedTuple):
-    """What a gate chose. Where rows are of several groups, sums are (G, E), one row for each group.
+    """A gate's choice. If rows belong to several groups, sums are (G, E), one row for each group.
 
     Attributes:
-        gates: (N, K) float32 or wider. Weights of the chosen experts; 0 in an empty slot. Noisy
+        gates: (N, K) float32 or wider, weights of the chosen experts; 0 in an empty slot. Noisy
             top-k gates put the largest first.
-        expert_ids: (N, K) int64. E in an empty slot: a token may have fewer than K experts. Of
-            equal logits the lowest ids come first.
-        importance: (E,). Sum of each expert's gates (eq. 6).
-        load: (E,). Of noisy gates in training, the sum of each expert's chances P(x, i) to be
-            chosen, differentiable (eqs. 8-10); else, and if all experts are chosen, their number of
-            tokens.
-        tokens_per_expert: (E,) int64. Tokens that chose each expert.
+        expert_ids: (N, K) int64; E in an empty slot, as a token may have fewer than K experts. Ties
+            go to the lowest ids.
+        importance: (E,), the sum of each expert's gates (eq. 6).
+        load: (E,). For noisy gates in training, the sum of each expert's probabilities P(x, i) of
+            being chosen, differentiable (eqs. 8-10); otherwise, and if all experts are chosen, the
+            number of tokens.
+        tokens_per_expert: (E,) int64, the number of tokens that chose each expert.
         threshold_loss: Scalar that trains the thresholds of strictly balanced gates (eq. 20, the
             mean over tokens); None with other gates.
-        num_rows: (token, expert) pairs, if the host knows them; else None.
+        num_rows: Number of (token, expert) pairs, if the host knows it; else None.
     """
 
     gates: Tensor
@@ -41,7 +41,7 @@ class Gating(NamedTuple):
     num_rows: int | None = None
 
     def first_group(self) -> "Gating":
-        """Keep the sums of the first group of rows."""
+        """Return the choice with the sums of only the first group of rows."""
         return self._replace(
             importance=self.importance[0],
             load=self.load[0],
@@ -67,8 +67,8 @@ def noisy_top_k(
     chosen = torch.zeros_like(clean).scatter(1, expert_ids, 1.0)
     probs = chosen
     if scale is not None and top_k < clean.shape[1]:
-        # An expert must beat the k-th largest of the *others*: the (k+1)-th of all where it is in
-        # now, the k-th where it is out.
+        # An expert must exceed the k-th largest of the *others*: the (k+1)-th of all if it is
+        # chosen now, the k-th if it is not.
         kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
         probs = torch.special.ndtr((clean - torch.where(noisy > next_one, next_one, kth)) / scale)
     weighted = gates if row_weight is None else gates * row_weight.unsqueeze(1)
@@ -90,7 +90,7 @@ def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
 
 def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     """Define `kernels.combine_rows`."""
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # what an empty slot refers to
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # for empty slots to refer to
     token_rows = padded[plan.token_rows]
     return (token_rows if gates is None else token_rows * gates.unsqueeze(2)).sum(1)
 
@@ -134,7 +134,7 @@ def factored_adam(
     eps: float,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Define `kernels.factored_adam`; the new weight, row and column means are returned."""
+    """Define `kernels.factored_adam`; return the new weight, row means and column means."""
     row_mean = beta2 * row_mean + (1 - beta2) * grad.square().mean(2)  # (E, D)
     column_mean = beta2 * column_mean + (1 - beta2) * grad.square().mean(1)  # (E, H)
     total = row_mean.mean(1)[:, None, None]

@@ -1,4 +1,4 @@
-"""Which row of an array sorted by bin belongs to which token."""
+"""The plan that says which token each row, sorted by bin, belongs to."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from nmt_moe.kernels._backend import is_on_host
 class RowPlan:
     """Rows sorted by bin: one for each (token, bin) pair.
 
-    A bin is whatever rows are sorted by: an expert, a group of experts, a rank.
+    A bin is what rows are sorted by: an expert, a group of experts, or a rank.
 
     Attributes:
-        row_token: (R,) int64. The token of each row; rows are sorted by bin, within a bin by token.
-        token_rows: (N, K) int64. The rows of each token, in the order of its slots: the inverse of
-            `row_token`. R in a slot that is empty.
-        offsets: (B + 1,) int64. Bin b owns rows [offsets[b], offsets[b + 1]). On a device that the
-            host would have to wait for, there may be more rows: those belong to no bin and to no
-            slot, and nobody may read them.
+        row_token: (R,) int64, the token of each row; rows are sorted by bin, then by token.
+        token_rows: (N, K) int64, the rows of each token, in the order of its slots: the inverse of
+            `row_token`. R in an empty slot.
+        offsets: (B + 1,) int64. Bin b owns rows [offsets[b], offsets[b + 1]). On a device for which
+            the host would have to wait, there may be further rows, which belong to no bin and no
+            slot and must not be read.
     """
 
     row_token: Tensor
@@ -29,13 +29,13 @@ class RowPlan:
 
 
 def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPlan:
-    """Sort the (token, bin) pairs by bin. Every pair becomes a row: none is dropped.
+    """Sort the (token, bin) pairs by bin. Every pair becomes a row; none are dropped.
 
     Args:
-        bins: (N, K) int64. The bins of each token; B in an empty slot.
+        bins: (N, K) int64, the bins of each token; B in an empty slot.
         num_bins: B.
-        num_rows: R, the slots that are not empty, if known. On the CPU it is counted; elsewhere R
-            is N K if it is None, so that the host need not wait.
+        num_rows: R, the number of slots that are not empty; None if unknown. It is then counted on
+            the CPU; elsewhere R becomes N K, so that the host need not wait.
 
     Returns:
         The plan.

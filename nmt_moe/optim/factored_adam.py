@@ -14,10 +14,10 @@ from nmt_moe.training import FactoredAdam
 
 @dataclass
 class FactoredAdamConfig(FairseqDataclass):
-    """Options of the optimizer: those of fairseq's adam, with its defaults."""
+    """Options of the optimizer: those of fairseq's adam, with the same defaults."""
 
     adam_betas: Any = field(
-        default=(0.9, 0.999), metadata={"help": "betas of Adam; experts use the second alone"}
+        default=(0.9, 0.999), metadata={"help": "betas of Adam; experts use only the second"}
     )
     adam_eps: float = field(default=1e-8, metadata={"help": "epsilon of Adam, greater than 0"})
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay, decoupled"})
@@ -26,7 +26,7 @@ class FactoredAdamConfig(FairseqDataclass):
 
 @register_optimizer("factored_adam", dataclass=FactoredAdamConfig)
 class FairseqFactoredAdam(FairseqOptimizer):
-    """Adam, which keeps a row and a column in the place of each expert's second moment."""
+    """Adam that keeps a row and a column instead of each expert matrix's second moment."""
 
     def __init__(self, cfg: FactoredAdamConfig, params: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
@@ -38,12 +38,12 @@ class FairseqFactoredAdam(FairseqOptimizer):
                 "--memory-efficient-fp16 or --bf16."
             )
         self._optimizer = FactoredAdam(params, **self.optimizer_config)
-        # fairseq would undo torch's cast of the state when it loads; here there is none.
+        # On loading, fairseq would undo torch's cast of the state; here there is no cast.
         setattr(self._optimizer, "disable_mem_eff_fp16_loading_hack", True)  # noqa: B010
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:
-        """Give the options in the words of `FactoredAdam`."""
+        """Return the options under `FactoredAdam`'s names."""
         return {
             "lr": self.cfg.lr[0],
             "betas": parse_betas(self.cfg.adam_betas),
@@ -53,26 +53,26 @@ class FairseqFactoredAdam(FairseqOptimizer):
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:
-        """Half-precision parameters are updated in float32."""
+        """Return True: half-precision parameters are updated in float32."""
         return True
 
     @property
     def supports_flat_params(self) -> bool:
-        """One long vector has no rows and columns."""
+        """Return False: one long vector has no rows and columns."""
         return False
 
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load the state of this optimizer; the overrides are those of --optimizer-overrides."""
+        """Load the state of this optimizer, with the overrides of --optimizer-overrides."""
         try:
             super().load_state_dict(state_dict, optimizer_overrides)
         except ValueError as error:
-            raise ValueError(f"{error} (--reset-optimizer begins with a new state.)") from error
+            raise ValueError(f"{error} (--reset-optimizer starts with a new state.)") from error
 
 
 def parse_betas(betas: Any) -> Tuple[float, float]:
-    """Read `(0.9, 0.999)`, or what omegaconf made of it.
+    """Parse `(0.9, 0.999)`, or omegaconf's form of it.
 
     Raises:
         ValueError: if it is not a pair of numbers.

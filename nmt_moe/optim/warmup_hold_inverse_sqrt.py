@@ -13,23 +13,23 @@ from nmt_moe.training import warmup_hold_inverse_sqrt
 
 @dataclass
 class WarmupHoldInverseSqrtConfig(FairseqDataclass):
-    """Options of the schedule; defaults are the paper's for translation."""
+    """Options of the schedule; the defaults are the paper's for translation."""
 
     warmup_updates: int = field(
-        default=2000, metadata={"help": "updates in which the rate grows linearly to --lr"}
+        default=2000, metadata={"help": "updates over which the rate rises linearly to --lr"}
     )
     hold_updates: int = field(
         default=8000, metadata={"help": "updates at --lr before it falls as 1/sqrt(update)"}
     )
     warmup_init_lr: float = field(
-        default=0.0, metadata={"help": "rate of the first update of the warm-up"}
+        default=0.0, metadata={"help": "rate at the start of the warm-up"}
     )
     lr: List[float] = II("optimization.lr")
 
 
 @register_lr_scheduler("warmup_hold_inverse_sqrt", dataclass=WarmupHoldInverseSqrtConfig)
 class WarmupHoldInverseSqrt(FairseqLRScheduler):
-    """Grow linearly, hold, fall as 1 / sqrt(update)."""
+    """A rate that rises linearly, stays constant, then falls as 1 / sqrt(update)."""
 
     def __init__(self, cfg: WarmupHoldInverseSqrtConfig, optimizer: Any) -> None:
         super().__init__(cfg, optimizer)

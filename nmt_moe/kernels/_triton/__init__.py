@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; imported only where a tensor runs them."""
+"""Triton kernels and their launchers; imported only when a tensor needs them."""

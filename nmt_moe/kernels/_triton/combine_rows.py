@@ -13,13 +13,13 @@ def combine_rows_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute gate * grad_y for each row, and <grad_y, row> for each gate.
 
-    A row belongs to one slot of one token, so each is written once: no atomics.
+    Each row belongs to one slot of one token, so each is written once, without atomics.
 
     Args:
         grad_y: (N, D).
         rows: (R, D).
         gates: (N, K).
-        token_rows: (N, K) int64; R for no row. Names every row exactly once.
+        token_rows: (N, K) int64; R for no row. It names every row exactly once.
 
     Returns:
         grad_rows: (R, D), in the dtype of `rows`.
@@ -66,7 +66,7 @@ def _combine_backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    # The K slots of the same tokens run side by side: their grad_y comes from the cache.
+    # The K slots of the same tokens run in parallel, so their grad_y comes from the cache.
     pid = tl.program_id(0)
     token = (pid // num_slots).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     slot = token * num_slots + pid % num_slots

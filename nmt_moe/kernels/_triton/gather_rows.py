@@ -1,11 +1,11 @@
-"""Rows of tokens in expert order, and sums over each token's rows: Triton."""
+"""Gather the rows of tokens, and sum over each token's rows, with Triton."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# A block holds so many elements: 32 for each thread of 4 warps.
+# Elements in a block: 32 for each thread of 4 warps.
 BLOCK_SIZE = 4096
 
 
@@ -70,7 +70,8 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 def choose_blocks(dim: int) -> tuple[int, int]:
     """Return how many vectors, and how many of their D elements, one block holds.
 
-    A whole vector where it fits, so that neighbouring threads read neighbouring addresses.
+    A block holds whole vectors if they fit, so that neighbouring threads read neighbouring
+    addresses.
     """
     block_dim = min(triton.next_power_of_2(dim), BLOCK_SIZE // 4)
     return BLOCK_SIZE // block_dim, block_dim

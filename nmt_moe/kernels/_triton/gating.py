@@ -1,4 +1,4 @@
-"""Noisy top-k gating: launchers."""
+"""Launchers for noisy top-k gating."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from nmt_moe.kernels._triton.gating_forward import (
     sum_kernel,
 )
 
-# Columns a program holds; wider rows are read in chunks of so many.
+# Columns that a program holds; wider rows are read in chunks of this size.
 MAX_BLOCK_COLUMNS = 1024
-# Numbers of a block: 8 for each thread of four warps, which leaves registers for more blocks.
+# Numbers in a block: 8 for each thread of four warps, which leaves registers for more blocks.
 BLOCK_NUMBERS = 1024
-# Some for each multiprocessor of the largest GPU, so that partial sums stay small.
+# Programs: a few for each multiprocessor of the largest GPU, so that partial sums stay small.
 MAX_PROGRAMS = 1024
 
 
@@ -27,10 +27,10 @@ class Choice(NamedTuple):
 
     Attributes:
         gates: (N, K).
-        top: (N, C). The largest noisy logits, falling.
-        ids: (N, C) int64. Where they stand.
+        top: (N, C), the largest noisy logits, in descending order.
+        ids: (N, C) int64, their columns.
         importance: (G, E).
-        load: (G, E). Of the smooth estimate; unset without it.
+        load: (G, E), the smooth estimate; uninitialised without it.
         counts: (G, E) int64.
     """
 
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How rows are shared out: each group has `splits` programs, which take turns with blocks."""
+    """How rows are distributed: each group has `splits` programs, which take turns with blocks."""
 
     splits: int
     block_rows: int
@@ -59,7 +59,7 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
         num_rows: N.
         num_groups: G.
         num_experts: E.
-        count: Numbers kept of each row.
+        count: Numbers kept for each row.
     """
     block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
     block_rows = max(BLOCK_NUMBERS // block_columns, 1)
@@ -79,7 +79,7 @@ def gating_forward(
     top_k: int,
     noise_floor: float,
 ) -> Choice:
-    """Choose experts; arguments as of `kernels.noisy_top_k`, all float32.
+    """Choose experts; arguments as in `kernels.noisy_top_k`, all float32.
 
     Args:
         clean: (N, E).
@@ -127,7 +127,7 @@ def gating_forward(
             sum_kernel[(num_groups * grid.splits, grid.chunks)](
                 *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
             )
-    # Each program wrote its own row of sums; these are added in one order.
+    # Each program wrote its own row of sums; these are added in a fixed order.
     return Choice(*choice, *(partial.sum(1) for partial in sums))
 
 
@@ -142,21 +142,21 @@ def gating_backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     noise_floor: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Go back through `gating_forward`, given its arguments.
+    """Run the backward pass of `gating_forward`, given its arguments.
 
     Args:
         clean: (N, E).
         raw_scale: (N, E), or None.
-        noise: (N, E), or None to draw again what was drawn from `seed`.
-        seed: That of the forward pass.
+        noise: (N, E), or None to redraw it from `seed`.
+        seed: The seed of the forward pass.
         row_weight: (N,), or None.
         row_offsets: (G + 1,) int64.
-        choice: Its gates (N, K), top (N, C) and ids (N, C).
+        choice: The result's gates (N, K), top (N, C) and ids (N, C).
         grads: Gradients of gates (N, K), importance (G, E) and the smooth load (G, E).
-        noise_floor: That of the forward pass.
+        noise_floor: As in the forward pass.
 
     Returns:
-        Gradients of `clean`, `raw_scale` and `row_weight`; None where that is None.
+        Gradients of `clean`, `raw_scale` and `row_weight`; None for those that are None.
     """
     clean = clean.contiguous()
     num_rows, num_experts = clean.shape
@@ -192,7 +192,7 @@ def gating_backward(
 
 
 def write_noise(seed: int, first_row: int, noise: Tensor) -> Tensor:
-    """Fill (N, E) `noise` with what the kernels draw from `seed` for rows from `first_row` on."""
+    """Fill (N, E) `noise` with the kernels' noise for `seed` and rows from `first_row` on."""
     num_rows, num_experts = noise.shape
     grid = choose_grid(num_rows, 1, num_experts, 1)
     with torch.cuda.device_of(noise):

@@ -1,4 +1,4 @@
-"""Noisy top-k gating, backward."""
+"""The backward pass of noisy top-k gating."""
 
 import triton
 import triton.language as tl
@@ -29,10 +29,10 @@ def _load_slope(
     TOP_K: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
 ):
-    """Go back through the load: (B, W) slopes by the clean logits, margins, insides.
+    """Differentiate the load: (B, W) slopes with respect to clean logits, margins, insides.
 
-    The slope by an expert's threshold is minus that by its clean logit; by the noise's scale, minus
-    slope times margin.
+    The slope with respect to an expert's threshold is minus that for its clean logit; with respect
+    to the noise's scale, it is minus slope times margin.
     """
     offsets = rows[:, None] * num_experts + columns[None, :]
     mask = row_mask[:, None] & (columns < num_experts)[None, :]
@@ -47,7 +47,7 @@ def _load_slope(
 
 @triton.jit
 def _threshold_sums(slope, inside):
-    """Sum the slopes of the experts inside, and of those outside: (B,) each."""
+    """Sum the slopes of the chosen experts, and of the others: (B,) each."""
     return tl.sum(tl.where(inside, slope, 0.0), 1), tl.sum(tl.where(inside, 0.0, slope), 1)
 
 
@@ -77,7 +77,7 @@ def backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Go back; rows wider than a block are read twice, for the thresholds and for the rest."""
+    """Run the backward pass; wider rows are read twice, for thresholds and for the rest."""
     program = tl.program_id(0).to(tl.int64)
     group = program // splits
     start, end = tl.load(row_offsets + group), tl.load(row_offsets + group + 1)

@@ -1,4 +1,4 @@
-"""Noisy top-k gating, forward: one kernel for rows that fit a block of columns, two for others."""
+"""The forward pass of noisy top-k gating: one kernel, or two for rows wider than a block."""
 
 import triton
 import triton.language as tl
@@ -42,9 +42,9 @@ def forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Do all in one pass over rows that fit a block of columns.
+    """Do everything in one pass over rows that fit into a block of columns.
 
-    Each group has `splits` programs, which take turns with its blocks of rows. Each writes its own
+    Each group has `splits` programs, which take turns with its blocks of rows; each writes its own
     row of sums.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -85,7 +85,7 @@ def forward_kernel(
         dense = tl.exp(noisy - high) / total
         if row_weight is not None:
             dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
-        # A row of NaN adds NaN to every expert, whatever the search found in it.
+        # A row with NaN adds NaN to every expert, whatever the search found in it.
         sum_gates += tl.sum(tl.where(chosen | (total != total), dense, 0.0), 0)
         if COUNT > TOP_K:
             kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
@@ -187,7 +187,7 @@ def sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Add up one chunk of columns over rows whose choice is made."""
+    """Add up a chunk of columns over rows whose experts have been chosen."""
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)
     end = tl.load(row_offsets + program // splits + 1)
@@ -232,7 +232,7 @@ def noise_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write out the noise of some rows, which the other kernels draw and forget."""
+    """Write out the noise of some rows, which the other kernels draw but do not store."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     first_column = tl.program_id(1) * BLOCK_COLUMNS

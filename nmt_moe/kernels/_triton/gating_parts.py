@@ -1,17 +1,17 @@
-"""What the kernels of noisy top-k gating share, on blocks of B rows and W columns of experts."""
+"""Parts shared by the gating kernels, for blocks of B rows and W columns of experts."""
 
 import triton
 import triton.language as tl
 
 INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-# Below the key of any score, -inf included, which may be chosen but once.
+# Smaller than the key of any score, including -inf, so that no score is chosen twice.
 TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Draw (B, W) standard normal numbers that depend on seed, row and column alone.
+    """Draw (B, W) standard normal numbers that depend only on seed, row and column.
 
     Philox with the counter (row, column / 4), 64 and 32 bits wide, gives four numbers at a time.
     """
@@ -27,7 +27,7 @@ def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
     noise_2, noise_3 = tl.pair_uniform_to_normal(
         tl.uint_to_uniform_float(bits_2), tl.uint_to_uniform_float(bits_3)
     )
-    # Four neighbouring columns share a counter, so no number moves to another thread.
+    # Four neighbouring columns share a counter, so no number moves between threads.
     fours = tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3))
     return tl.reshape(fours, (BLOCK_ROWS, BLOCK_COLUMNS))
 
@@ -59,14 +59,14 @@ def softplus(raw):
 
 @triton.jit
 def sort_keys(scores):
-    """Map float32 to int32 of the same order, above `TAKEN`: NaN as infinity, -0 as 0."""
+    """Map float32 to int32 in the same order, above `TAKEN`; NaN counts as infinity, -0 as 0."""
     bits = tl.where(scores != scores, float("inf"), scores + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def key_scores(keys):
-    """Map keys back to scores; `TAKEN`, where there was none, becomes -inf."""
+    """Map keys back to scores; `TAKEN`, which stands for no score, becomes -inf."""
     scores = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return tl.where(keys == TAKEN, float("-inf"), scores)
 
@@ -80,19 +80,19 @@ def largest(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Find the COUNT largest keys of each row; the lowest column wins among equals.
+    """Find the COUNT largest keys of each row; the lowest column wins ties.
 
     Args:
-        keys: (B, W) of `sort_keys`, `TAKEN` beyond the row.
-        columns: (1, W) or (B, W) int32. What each key's column is called.
+        keys: (B, W) keys from `sort_keys`; `TAKEN` beyond the row.
+        columns: (1, W) or (B, W) int32, the column number of each key.
         BLOCK_ROWS: B.
         WIDTH: W.
         COUNT: At most SLOTS.
         SLOTS: A power of two.
 
     Returns:
-        (B, SLOTS) keys, falling, and int32 columns, `TAKEN` and 0 from slot `COUNT` on; and
-        (B, W) int32 ranks, 1 for the largest, 0 for those that are not among them.
+        (B, SLOTS) keys in descending order and their int32 columns, `TAKEN` and 0 from slot `COUNT`
+        on; and (B, W) int32 ranks, 1 for the largest, 0 for those not found.
     """
     slots = tl.arange(0, SLOTS)[None, :]
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
@@ -111,7 +111,7 @@ def largest(
 
 @triton.jit
 def has_nan(scores):
-    """Tell which rows hold NaN, which the search takes for infinity: (B, W) -> (B,)."""
+    """Return which rows have NaN, which the search treats as infinity: (B, W) -> (B,)."""
     return tl.max((scores != scores).to(tl.int32), 1) > 0
 
 
@@ -123,7 +123,7 @@ def read_column(table, rows, row_mask, COUNT: tl.constexpr, slot: tl.constexpr):
 
 @triton.jit
 def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
-    """Tell where the chosen experts are that are strictly above the (k+1)-th."""
+    """Return where the chosen experts are that strictly exceed the (k+1)-th."""
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)
     inside = (rows[:, None] < 0) & (columns[None, :] < 0)
     for slot in tl.static_range(TOP_K):
@@ -135,7 +135,7 @@ def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
 
 @triton.jit
 def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
-    """Compute (clean - threshold) / scale; those inside must beat the (k+1)-th, else the k-th."""
+    """Compute (clean - threshold) / scale; the threshold is the k-th, inside the (k+1)-th logit."""
     kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
     return (clean - tl.where(inside, next_one, kth)) / scale
@@ -166,13 +166,13 @@ def gate_gradient(
     COUNT: tl.constexpr,
     slot: tl.constexpr,
 ):
-    """Add up what reaches the gate in slot `slot` directly and through the importance.
+    """Add up the gradients of the gate in slot `slot`, directly and through the importance.
 
     Args:
         grad_gates: (N, K), or None.
         grad_importance: (G, E), or None.
         group_start: Where the row's group begins in it.
-        weight: (B,). Of the rows in the importance.
+        weight: (B,), the weight of each row in the importance.
         ids: (N, COUNT).
         rows: (B,).
         row_mask: (B,).
@@ -181,7 +181,7 @@ def gate_gradient(
         slot: Less than K.
 
     Returns:
-        (B,) gradients, and the importance's gradient alone, not weighed.
+        (B,) gradients, and the importance's gradient alone, unweighted.
     """
     direct = weight * 0.0
     if grad_gates is not None:
@@ -206,7 +206,7 @@ def gate_dot(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Sum gate times gradient over a row: (B,); and gate times the importance's alone."""
+    """Sum gate times gradient over a row, and gate times the importance's gradient: (B,) each."""
     dot, through_dot = weight * 0.0, weight * 0.0
     for slot in tl.static_range(TOP_K):
         gate = read_column(gates, rows, row_mask, TOP_K, slot)
@@ -244,7 +244,7 @@ def spread_gradient(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Put the gradients of the largest noisy logits at their columns: (B, W), else 0.
+    """Put the gradients of the largest noisy logits in their columns: (B, W), 0 elsewhere.
 
     They come from the softmax, and through the two thresholds of the load.
     """
