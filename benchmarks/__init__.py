@@ -1,1 +1,1 @@
-"""Programs that measure. A package, or one of that name in site-packages would be imported."""
+"""Benchmark programs. A package, so that none of that name in site-packages is imported instead."""

@@ -1,4 +1,4 @@
-"""Turn the name of an architecture, and flags, into what fairseq-train would make of them."""
+"""Turn the name of an architecture, and flags, into fairseq-train's configuration."""
 
 import logging
 import warnings
@@ -27,7 +27,7 @@ def parse_training(arch: str, flags: Sequence[str], data: str = "unused") -> Dic
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop warnings and messages: fairseq's way of using hydra makes a dozen."""
+    """Suppress warnings and messages: fairseq's use of hydra causes a dozen."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 
 
 def make_dictionary(vocab_size: int) -> Dictionary:
-    """Make a dictionary of `vocab_size` symbols, fairseq's four special ones among them."""
+    """Make a dictionary of `vocab_size` symbols, including fairseq's four special ones."""
     dictionary = Dictionary()
     for at in range(vocab_size - len(dictionary)):
         dictionary.add_symbol(f"w{at}")

@@ -1,11 +1,11 @@
-"""Show how much of a bundle comes into memory: after opening, one sentence, and many.
+"""Show how much of a bundle is read into memory: after opening, one sentence, and many.
 
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
-The model has random weights, so tokens are spread over far more experts than a trained model would
-use for them: what is read after one sentence is close to the most that a sentence can need. Each
-figure is the resident size of a process of its own: of all its memory, and of the bundle's files in
-it, which are mapped and which the system can drop at any time.
+The model has random weights, so tokens use far more experts than in a trained model: what is read
+after one sentence is close to the most that a sentence can need. Each figure is measured in a
+process of its own: the resident size of all its memory, and of the bundle's mapped files in it,
+which the system can drop at any time.
 """
 
 import random
@@ -27,7 +27,7 @@ WORDS = [f"w{number}" for number in range(4000)]
 
 
 def write_bundle(folder: Path, config: GNMTConfig, dtype: str) -> Path:
-    """Export a model with random weights, whose text is words between spaces."""
+    """Export a model with random weights, whose text consists of words separated by spaces."""
     torch.manual_seed(1)
     data = folder / "data"
     data.mkdir()
@@ -74,7 +74,7 @@ def measure(folder: Path, num_sentences: int) -> None:
     chance = random.Random(1)
     lines = [" ".join(chance.choices(WORDS, k=chance.randint(8, 16))) for _ in range(num_sentences)]
     translator = Translator.load(folder)
-    # Random models end no sentence by themselves.
+    # Random models do not end sentences by themselves.
     translator.defaults = type(translator.defaults)(beam_size=5, max_len_a=1.0, max_len_b=1)
     if lines:
         translator.translate(lines)
@@ -82,9 +82,9 @@ def measure(folder: Path, num_sentences: int) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--experts", default=512, help="Of each layer.")
+@click.option("--experts", default=512, help="Experts per layer.")
 @click.option("--model-dim", default=256)
-@click.option("--hidden-dim", default=1024, help="Of an expert.")
+@click.option("--hidden-dim", default=1024, help="Hidden width of an expert.")
 @click.option("--top-k", default=2)
 @click.option("--sentences", default=3000)
 @click.option("--dtype", default="float32")
@@ -98,7 +98,7 @@ def main(
     dtype: str,
     bundle: Path | None,
 ) -> None:
-    """Write a bundle with random weights, and print what of it comes into memory."""
+    """Write a bundle with random weights, and print how much of it is read into memory."""
     if bundle is not None:
         measure(bundle, sentences)
         return
@@ -108,7 +108,7 @@ def main(
         path = write_bundle(Path(folder), config, dtype)
         on_disk = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         print(f"bundle of 2 layers of {experts} experts, {dtype}: {on_disk:.0f} MB of files\n")
-        print("| after | resident, MB | the files' part, MB | share of the files |")
+        print("| after | resident, MB | of files, MB | share of the files |")
         print("|---|--:|--:|--:|")
         for name, count in (
             ("opening", 0),

@@ -1,13 +1,13 @@
-"""Time a training step with the experts spread over processes: how much of it is exchange?
+"""Time a training step with the experts spread over processes: what share is exchange?
 
     python -m benchmarks.expert_parallel --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
 
-Each number of ranks has processes of its own, which talk over gloo on the loopback. They take
-turns; meanwhile the others wait idly. All divide the same number of sentences among them, and each
-rank holds its share of the experts. A step is what fairseq-train does: forward pass, loss, backward
-pass, the sum of dense gradients (legacy_ddp), clipping, Adam. Seconds of a part are the slowest
-rank's, waiting for others included. Bytes are what a rank sends, the mean over ranks; of dense
-gradients, what a ring sends.
+Each number of ranks has processes of its own, which communicate by gloo over the loopback. They
+take turns; meanwhile the others are idle. The same number of sentences is divided among the ranks,
+and each rank holds its share of the experts. A step is that of fairseq-train: forward pass, loss,
+backward pass, the sum of dense gradients (legacy_ddp), clipping, Adam. Seconds of a part are those
+of the slowest rank, including waiting for others. Bytes are the mean of what each rank sends; for
+dense gradients, of what a ring sends.
 """
 
 import argparse
@@ -45,7 +45,7 @@ COLUMNS = [
     "exchange MB",
     "dense MB",
 ]
-# Seconds that a rank may take for a step before the program gives up.
+# Most seconds for a step before the program gives up.
 PATIENCE = 600
 
 
@@ -53,14 +53,14 @@ class RankStep(TrainingStep):
     """One rank's part of a training step.
 
     Attributes:
-        bytes_sent: In the last step, by kind.
+        bytes_sent: Bytes sent in the last step, by kind.
     """
 
     def __init__(self, args: argparse.Namespace, rank: int, world_size: int) -> None:
         own = argparse.Namespace(**vars(args))
         own.sentences = args.sentences // world_size
         super().__init__(f"{args.arch}/{args.attention_wiring}", own)
-        torch.manual_seed(args.seed + rank)  # weights are drawn: of tokens, dropout and noise
+        torch.manual_seed(args.seed + rank)  # for tokens, dropout and noise
         dictionary = make_dictionary(args.vocab_size)
         self.sample = make_sample(dictionary, own.sentences, args.length, self.device)
         self.parallel: Any = None
@@ -70,7 +70,7 @@ class RankStep(TrainingStep):
         self.bytes_sent = {"exchange": 0, "dense": ring_bytes(dense, world_size)}
 
     def __call__(self) -> dict[str, float]:
-        """Do one update, and return the seconds of its exchange and of its sum of gradients."""
+        """Do one update; return the seconds of its exchange and of its sum of gradients."""
         with measure_traffic() as traffic:
             loss, sample_size, _ = self.criterion(self.model, self.sample)
             self.optimizer.zero_grad(set_to_none=True)
@@ -88,7 +88,7 @@ class RankStep(TrainingStep):
 def run_rank(
     rank: int, world_size: int, port: int, args: argparse.Namespace, orders: Connection
 ) -> None:
-    """Do a step whenever told to, until told to stop; send back seconds and bytes, or an error."""
+    """Do a step on each order until told to stop; send back seconds and bytes, or an error."""
     try:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
@@ -107,11 +107,11 @@ def run_rank(
 
 
 class World:
-    """The processes of one number of ranks.
+    """The processes for one number of ranks.
 
     Attributes:
         shape: What each rank holds: `experts` and `parameters`.
-        bytes_sent: By a rank in the last step, by kind; the mean over ranks.
+        bytes_sent: Mean bytes sent by a rank in the last step, by kind.
     """
 
     def __init__(self, args: argparse.Namespace, world_size: int) -> None:
@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)"
     )
-    parser.add_argument("--sentences", type=int, default=64, help="of all ranks together (64)")
-    parser.add_argument("--length", type=int, default=25, help="tokens of each, both sides (25)")
+    parser.add_argument("--sentences", type=int, default=64, help="sentences of all ranks (64)")
+    parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")
     parser.add_argument("--vocab-size", type=int, default=8000, help="symbols (8000)")
     timing.add_common_flags(parser)
     parser.set_defaults(threads=1)
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before any process starts."""
     if args.device != "cpu":
-        parser.error("--device must be cpu: the processes talk over gloo")
+        parser.error("--device must be cpu: the processes communicate by gloo")
     if "gnmt" not in args.arch or args.arch not in ARCH_MODEL_REGISTRY:
         parser.error(f"--arch: this plugin has no translation model {args.arch}")
     model_args = parse_training(args.arch, shlex.split(args.model_flags)).model

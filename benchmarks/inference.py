@@ -3,13 +3,13 @@
     python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
         --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
 
-All translate the test split of --data, with one beam and the same limits: `batch` as fast as it
-goes, sorted by length by each in its own way, and `one` sentence after the other. Timed is what
-fairseq-generate and fairseq-interactive time: their task's generator, without reading text or
-cutting it into pieces. Of bundles everything from raw text to raw text is timed, and so it is of
-CTranslate2. Start-up is measured by itself, in processes of its own.
+All translate the test split of --data with the same beam and limits: `batch` as fast as
+possible, each sorting by length in its own way, and `one` sentence after the other. The time is
+what fairseq-generate and fairseq-interactive report: their task's generator, without reading text
+or splitting it into pieces. For bundles and CTranslate2, everything from raw text to raw text is
+timed. Start-up is measured separately, in processes of its own.
 
-CPU seconds stand beside the seconds: on a machine that others use they say more. --ctranslate2
+CPU seconds are shown, too: they say more on a machine that others use. --ctranslate2
 names converted models of the same pieces, such as a Transformer trained by fairseq on the same
 text; the module must be importable (PYTHONPATH).
 """
@@ -50,10 +50,10 @@ print(json.dumps([end - start, end - imported]))
 
 
 class FairseqTranslator:
-    """fairseq's generator of a checkpoint.
+    """fairseq's generator for a checkpoint.
 
     Attributes:
-        sources: The sentences of the test split as raw text, without pieces.
+        sources: The sentences of the test split as raw text.
         references: Their translations.
     """
 
@@ -85,7 +85,7 @@ class FairseqTranslator:
         return self.task.target_dictionary.string(tokens, self.remove)
 
     def job(self, count: int, batch_size: int) -> Callable[[], list[str]]:
-        """Make a job that translates the first `count` sentences in batches of a size."""
+        """Make a job that translates the first `count` sentences in batches of `batch_size`."""
         by_length = sorted(range(count), key=self.dataset.size)
         batches = [
             self.dataset.collater([self.dataset[index] for index in by_length[i : i + batch_size]])
@@ -122,7 +122,7 @@ def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
 
 
 def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Return the same of a model that CTranslate2 has converted; `name` is FOLDER[:TYPE]."""
+    """Return the same for a model converted by CTranslate2; `name` is FOLDER[:TYPE]."""
     import ctranslate2
 
     folder, _, compute_type = name.partition(":")
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line for each bundle: seconds until it can translate, in processes of their own."""
+    """Return a line per bundle: seconds until it can translate, each in a process of its own."""
     lines = []
     for folder in folders:
         program = LOAD.format(folder=str(folder))
@@ -219,7 +219,7 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table; speed-ups are of CPU time, over fairseq's."""
+    """Lay out the table; speed-ups compare CPU time with fairseq's."""
     lines = [
         [
             row["translator"],
@@ -239,16 +239,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="that fairseq-preprocess wrote")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="for fairseq")
-    parser.add_argument("--pieces", type=Path, help="sentencepiece model; left out: words")
-    parser.add_argument("--bundles", type=Path, nargs="*", default=[], help="of the checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="output of fairseq-preprocess")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint for fairseq")
+    parser.add_argument("--pieces", type=Path, help="sentencepiece model; default: words")
+    parser.add_argument("--bundles", type=Path, nargs="*", default=[], help="bundles of the model")
     parser.add_argument(
         "--ctranslate2", nargs="*", default=[], metavar="FOLDER[:TYPE]", help="converted models"
     )
-    parser.add_argument("--sentences", type=int, default=1000, help="to translate (1000)")
-    parser.add_argument("--one", type=int, default=50, help="of them one at a time too (50)")
-    parser.add_argument("--batch", type=int, default=64, help="sentences of fairseq's batch (64)")
+    parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
+    parser.add_argument("--one", type=int, default=50, help="how many also one at a time (50)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument(
         "--max-length", type=int, default=0, help="pieces of a translation, for random weights"
@@ -260,10 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     hardware = timing.describe_hardware("cpu", args.threads)
     print(format_rows(rows))
     print(f"\n{hardware}; beam {args.beam}; medians of {args.rounds} interleaved rounds.")
-    print("Speed-ups are of CPU time over fairseq's with the same number of sentences at once.")
+    print("Speed-ups compare CPU time with fairseq's for the same number of sentences at once.")
     for row in rows:
         if row["translator"].startswith("nmt_moe, float32"):
-            print(f"Float32, {row['way']}: {row['same']:.1%} of the translations are fairseq's.")
+            print(f"Float32, {row['way']}: {row['same']:.1%} of the translations equal fairseq's.")
     for line in measure_loading(args.bundles, args.rounds):
         print(line)
     timing.write_json(args.json, args, hardware, rows)

@@ -1,10 +1,10 @@
-"""Time the products of inference: what `kernels/quantised.py` chooses by, and what it chose from.
+"""Time the products of inference: the grounds for the choices in `kernels/quantised.py`.
 
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
-A row is a matrix (outputs x inputs) and a number of activations' rows; a number is microseconds of
-CPU time, quantising activations included where a product does it. Each product goes round copies of
-its matrix, as many as a model's other weights would put between two uses.
+A row is a matrix (outputs x inputs) and a number of rows of activations; times are microseconds of
+CPU time, including quantisation of activations. Each product cycles through copies of its matrix,
+so that as many bytes lie between two uses as in a model.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def blas(weight: Tensor) -> Product:
 
 
 def blas_transposed(weight: Tensor) -> Product:
-    """Multiply with the matrix stored inputs first."""
+    """Multiply with the transposed matrix."""
     weight = weight.t().contiguous()
     return lambda x: torch.mm(x, weight)
 
@@ -82,10 +82,10 @@ def microseconds(
     calls = {}
     for name, make in CONTENDERS.items():
         if name == "_int_mm" and rows * shape[0] * shape[1] > 1 << 26 and not has_vnni():
-            continue  # a loop of plain C there
+            continue  # a plain C loop there
         products = [make(torch.randn(shape) * 0.05) for _ in range(copies)]
         for product in products:
-            product(x)  # ours pack their weights at the first call
+            product(x)  # ours pack their weights on the first call
         calls[name] = cycle(products).__next__
     found: dict[str, list[float]] = {name: [] for name in calls}
     for at in range(-1, rounds):

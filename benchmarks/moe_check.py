@@ -1,4 +1,4 @@
-"""Does a layer compute what it is measured for?"""
+"""Check that measured layers compute what they should."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 
 SMALL = Point(tokens=64, model_dim=32, hidden_dim=48, num_experts=8, top_k=4, num_groups=4)
-# Largest difference over largest value.
+# Tolerance: largest difference over largest value.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
-    """Compare a layer in evaluation with its dense definition in float32, no capacity being short.
+    """Compare a layer in evaluation with its dense definition in float32, with enough capacity.
 
     Returns:
         The largest difference over the largest value of `output`, `gradient of x` and `gradients
@@ -38,7 +38,7 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
     return {
         "output": errors[0],
         "gradient of x": errors[1],
-        # torch's maximum of a NaN is NaN.
+        # torch's maximum propagates NaN.
         "gradients of weights": torch.tensor(errors[2:]).max().item(),
     }
 
@@ -46,9 +46,9 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
 def _differentiate(
     layer: Layer, function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """Return the output, the gradient of x and those of all parameters; 0 where there is none."""
+    """Return the output and the gradients of x and all parameters; 0 where there is none."""
     x = x.clone().requires_grad_()
-    torch.manual_seed(4)  # a layer may choose at random
+    torch.manual_seed(4)  # a layer may use random numbers
     y = function(x)
     inputs = [x, *layer.parameters()]
     grads = torch.autograd.grad(y, inputs, grad_y, allow_unused=True)

@@ -1,4 +1,4 @@
-"""The gate's arithmetic on logits alone: fused, by torch, and a copy of as many bytes."""
+"""The gate's arithmetic on logits alone: fused, in torch, and a copy of the same bytes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ Gating = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def eager_gating(clean: Tensor, raw_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do it step by step, as the paper writes it.
+    """Compute the gates step by step, as in the paper.
 
     Source: Shazeer et al. 2017, eqs. 3-6 and 8-10.
     """
@@ -30,7 +30,7 @@ def eager_gating(clean: Tensor, raw_scale: Tensor, top_k: int) -> tuple[Tensor, 
 
 
 def fused_gating(clean: Tensor, raw_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do it as nmt_moe's gate does."""
+    """Compute the gates as nmt_moe does."""
     found = kernels.noisy_top_k(clean, raw_scale, top_k)
     return found.gates, found.importance, found.load
 
@@ -40,9 +40,10 @@ NAMES = (*GATINGS, "copy")
 
 
 class GatingRun:
-    """Forward and backward pass from logits (N, E); with "copy" no more than its traffic.
+    """Forward and backward pass from logits (N, E); "copy" only moves the same bytes.
 
-    That is two tensors (N, E) read forward, and in the backward pass two read and two written.
+    These are two tensors (N, E) read in the forward pass, and two read and two written in the
+    backward.
     """
 
     def __init__(self, name: str, point: Point, device: str) -> None:
@@ -60,7 +61,7 @@ class GatingRun:
             tensor.requires_grad_()
 
     def run(self, mode: str) -> None:
-        """Do it once."""
+        """Run once."""
         assert mode == "fwd+bwd", mode
         if self.gating is None:
             self.target.copy_(self.source)
@@ -72,11 +73,11 @@ class GatingRun:
         torch.autograd.backward([gates, importance, load], grads)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the tables need to know."""
-        return {"notes": "" if self.gating else "a copy of as many bytes"}
+        """Return what the tables need to know."""
+        return {"notes": "" if self.gating else "a copy of the same bytes"}
 
     def rest(self) -> None:
-        """Give back what only a run needs."""
+        """Free what only a run needs."""
         if self.gating is not None:
             for tensor in self.logits:
                 tensor.grad = None

@@ -7,13 +7,13 @@
     python -m benchmarks.moe_layer --grid scaling --json scaling.json --plot scaling.png
     python -m benchmarks.moe_layer --render paper.json
 
-Modes: "forward" in evaluation, without gradients; "fwd+bwd" in training with fresh gradients of
-tokens and weights; "step" with the optimizer; "gate" is the forward and backward pass of nmt_moe's
-gate alone. Limits: "gemm" is as many operations in dense products over all k T rows, "bmm" in n
-weight matrices with equal rows, both without allocating anything. Tokens are standard normal, and
-so are the logits of random gates: experts get unequal numbers of tokens, as in training.
+Modes: "forward", in evaluation without gradients; "fwd+bwd", in training with fresh gradients of
+tokens and weights; "step", with the optimizer; "gate", the forward and backward pass of nmt_moe's
+gate alone. Limits: "gemm", as many operations in dense products over all k T rows; "bmm", in n
+weight matrices with equal rows; both allocate nothing. Tokens are standard normal, and
+so are the logits of random gates, so that experts get unequal numbers of tokens, as in training.
 
-Each competitor has a process of its own; a round measures each once.
+Each competitor runs in its own process; a round measures each once.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from benchmarks.moe_tables import format_all
 
 
 def choose_peers(words: list[str]) -> list[str]:
-    """Return the peers that are named, or with "all" those that can be imported.
+    """Return the named peers, or with "all" those that can be imported.
 
     Raises:
         SystemExit: if one is unknown, or named and not installed.
@@ -45,7 +45,7 @@ def choose_peers(words: list[str]) -> list[str]:
     others = {**PEERS, **PLAIN}
     unknown = [word for word in words if word != "all" and word not in others]
     if unknown:
-        sys.exit(f"--peers: must be all or of {', '.join(others)}, but is {', '.join(unknown)}.")
+        sys.exit(f"--peers: must be all or among {', '.join(others)}, but is {', '.join(unknown)}.")
     named = [word for word in words if word != "all"]
     names = list(dict.fromkeys([*named, *(PEERS if "all" in words else ())]))
     missing = missing_packages(names)
@@ -75,7 +75,7 @@ def list_all() -> str:
 
 
 def choose_points(args: argparse.Namespace) -> list[Point]:
-    """Return the points of --shape, or else those of --grid that have any mode of --modes.
+    """Return the point of --shape, or those of --grid that have any mode of --modes.
 
     Raises:
         SystemExit: if --only names none of them.
@@ -96,11 +96,11 @@ def choose_points(args: argparse.Namespace) -> list[Point]:
 
 
 def measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
-    """Measure all points, and keep after each what is known."""
+    """Measure all points, saving the results after each."""
     hardware = timing.describe_hardware(args.device, args.threads)
     document: dict[str, Any] = {"settings": vars(args), "hardware": hardware, "rows": []}
     with tempfile.NamedTemporaryFile("w", prefix="moe_layer_", suffix=".log", delete=False) as log:
-        timing.say(f"what competitors print: {log.name}")
+        timing.say(f"competitors' output: {log.name}")
         match_of = {
             "device": args.device,
             "threads": args.threads,
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
 
 
 def finish(document: dict[str, Any], plot: Path | None) -> None:
-    """Print the tables, and draw if a file was named."""
+    """Print the tables, and draw the plot if a file was named."""
     print(format_all(document))
     if plot is not None:
         try:
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--peers",
         default="",
         metavar="NAMES",
-        help="layers to compare with, comma between; all: every other library that is installed",
+        help="layers to compare with, separated by commas; all: every installed library",
     )
     parser.add_argument("--grid", default="paper", choices=list(GRIDS), help="sizes (paper)")
     parser.add_argument(
@@ -140,13 +140,13 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         type=parse_shape,
         metavar="T,d,h,n,k[,groups]",
-        help="tokens, width, hidden width, experts, experts per token; in the place of --grid",
+        help="tokens, width, hidden width, experts, experts per token; instead of --grid",
     )
     parser.add_argument(
-        "--only", type=int, metavar="N", help="the grid's Nth point alone, to measure it in parts"
+        "--only", type=int, metavar="N", help="only the grid's Nth point, to measure it in parts"
     )
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, help="only these, of what a grid has; with --shape any"
+        "--modes", nargs="+", choices=MODES, help="only these modes of a grid; with --shape any"
     )
     parser.add_argument(
         "--step-limit",
@@ -155,13 +155,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="give up a layer whose step takes longer (60)",
     )
-    parser.add_argument("--list", action="store_true", help="name layers and grids, and end")
+    parser.add_argument("--list", action="store_true", help="list layers and grids, and exit")
     parser.add_argument(
-        "--check", action="store_true", help="compare with a dense definition, and end"
+        "--check", action="store_true", help="compare with a dense definition, and exit"
     )
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print what --json kept")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="print a file of --json")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw a step's time against experts"
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="plot the time of a step against the number of experts",
     )
     timing.add_common_flags(parser)
     return parser
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.prepare(args)
     peers = choose_peers([word for word in args.peers.split(",") if word])
     if args.check or args.device == "cuda":
-        # Kernels of a GPU are other code than what the tests run without one.
+        # On a GPU, kernels run that the tests without one do not cover.
         own = [name for name in OWN if not name.endswith("_adam")]
         dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
         names = [*own, *PLAIN] if args.device == "cuda" else own

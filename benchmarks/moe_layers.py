@@ -1,4 +1,4 @@
-"""MoE layers behind one form: nmt_moe's own, and what one would write with torch alone."""
+"""MoE layers with one interface: nmt_moe's own, and what one would write in plain torch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from benchmarks.moe_points import Point
 from nmt_moe.moe import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss
 
-# Room for a quarter more than the mean load, where a library has a capacity.
+# A quarter more than the mean load, for libraries with a capacity.
 CAPACITY = 1.25
 Answer = tuple[Tensor, Tensor | None]
 
 
 class Layer(nn.Module):
-    """One layer of a library, from tokens (N, D) to answers (N, D) and a balance loss or None.
+    """A layer of a library: tokens (N, D) to outputs (N, D) and a balance loss or None.
 
-    `capacity` is a layer's room for tokens of one expert over their mean number, if it has such.
+    `capacity` is the most tokens per expert divided by the mean, for libraries that have a limit.
 
     Attributes:
-        notes: Where it differs from what was asked for.
-        most_k: The largest number of experts per token it can have.
-        package: Names to import it by and to install it by; None if it comes with this project.
-        top_k: Experts per token it has here.
+        notes: How it differs from what was requested.
+        most_k: The largest supported number of experts per token.
+        package: Names for importing and for installing it; None if it belongs to this project.
+        top_k: Experts per token here.
     """
 
     notes = ""
@@ -40,15 +40,15 @@ class Layer(nn.Module):
         self.top_k = min(point.top_k, self.most_k, point.num_experts)
 
     def forward(self, x: Tensor) -> Answer:
-        """Compute the answers and the loss it would train with."""
+        """Compute the outputs and the balance loss."""
         raise NotImplementedError
 
     def gate_weights(self) -> list[Tensor]:
-        """List views (..., D, E) of the parameters that give the logits."""
+        """List views (..., D, E) of the parameters that compute the logits."""
         raise NotImplementedError
 
     def noise_weights(self) -> list[Tensor]:
-        """List the parameters of noise."""
+        """List the parameters of the noise."""
         return []
 
     def expert(self, e: int, x: Tensor) -> Tensor:
@@ -61,20 +61,20 @@ class Layer(nn.Module):
         return softmax_of_largest(x @ weight, self.top_k)
 
     def dense(self, x: Tensor) -> Tensor:
-        """Define the answer in evaluation, all experts computed."""
+        """Define the output in evaluation by computing all experts."""
         gates = self.gates(x)
         experts = range(self.point.num_experts)
         return torch.stack([gates[:, e, None] * self.expert(e, x) for e in experts]).sum(0)
 
     def expert_modules(self) -> list[nn.Module]:
-        """List modules whose input rows, where not zero, are the pairs that are computed.
+        """List modules whose nonzero input rows are the computed pairs.
 
-        None of them means that nothing is ever dropped.
+        An empty list means that nothing is ever dropped.
         """
         return []
 
     def computed_pairs(self, x: Tensor) -> int:
-        """Count the (token, expert) pairs that are computed in training."""
+        """Count the (token, expert) pairs computed in training."""
         pairs = 0
 
         def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -100,7 +100,7 @@ def softmax_of_largest(logits: Tensor, top_k: int) -> Tensor:
 
 
 class OwnLayer(Layer):
-    """nmt_moe's layer with the paper's gate, noise drawn, and both losses."""
+    """nmt_moe's layer with the paper's noisy gate and both losses."""
 
     notes = "noisy top-k gate, importance and load loss"
     is_hierarchical = False
@@ -114,7 +114,7 @@ class OwnLayer(Layer):
         return y, stats.balance_loss
 
     def gate_alone(self, x: Tensor) -> Tensor:
-        """Compute a scalar that depends on all that the gate gives."""
+        """Compute a scalar that depends on all outputs of the gate."""
         out, config = self.moe.gate(x), self.moe.config
         loss = importance_loss(out.importance, config.importance_weight)
         loss = loss + load_loss(out.load, config.load_weight)
@@ -139,7 +139,7 @@ class OwnLayer(Layer):
 class OwnHierarchicalLayer(OwnLayer):
     """nmt_moe's layer with two levels of gates."""
 
-    notes = "noisy top-k at both levels, sqrt(k) groups and in each sqrt(k) experts, both losses"
+    notes = "noisy top-k at both levels, sqrt(k) groups with sqrt(k) experts each, both losses"
     is_hierarchical = True
 
     def gate_weights(self) -> list[Tensor]:
@@ -157,7 +157,7 @@ class OwnHierarchicalLayer(OwnLayer):
 
 
 class PlainLayer(OwnLayer):
-    """nmt_moe's gate, and round it torch's own operations."""
+    """nmt_moe's gate, and otherwise torch's own operations."""
 
     def forward(self, x: Tensor) -> Answer:
         out, config = self.moe.gate(x), self.moe.config
@@ -173,7 +173,7 @@ class PlainLayer(OwnLayer):
         return y, loss + load_loss(out.load, config.load_weight)
 
     def apply_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply each expert to its run of rows (R, D), which ends before `ends` (E,)."""
+        """Apply each expert to its adjacent rows of (R, D), which end before `ends` (E,)."""
         raise NotImplementedError
 
     def computed_pairs(self, x: Tensor) -> int:
@@ -214,17 +214,17 @@ OWN: dict[str, type[Layer]] = {
     "nmt_moe_adam": OwnLayer,
     "nmt_moe_hierarchical": OwnHierarchicalLayer,
 }
-# Needs nothing but torch, and is no library: runs when named.
+# Need only torch, and are not libraries: run when named.
 PLAIN: dict[str, type[Layer]] = {"torch_loop": LoopLayer, "torch_grouped_mm": GroupedLayer}
 
 
 def build_layer(
     layer_class: type[Layer], point: Point, device: str, capacity: float = CAPACITY
 ) -> Layer:
-    """Make a layer with random weights whose logits have a standard deviation of 1.
+    """Make a layer with random weights, whose logits have a standard deviation of 1.
 
-    So experts get unequal numbers of tokens, as in training. Noise has weight zero, which is where
-    it starts; its scale is then softplus(0) + 0.01.
+    So experts get unequal numbers of tokens, as in training. The noise's weight is 0, its initial
+    value; its scale is then softplus(0) + 0.01.
     """
     torch.manual_seed(0)
     with _without_initialisation():
@@ -248,7 +248,7 @@ def build_layer(
 
 @contextlib.contextmanager
 def _without_initialisation() -> Iterator[None]:
-    """Leave weights as they are: a thousand experts' random numbers take minutes."""
+    """Skip initialisation: random numbers for a thousand experts take minutes."""
     with (
         mock.patch.object(nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor),
         mock.patch.object(nn.init, "uniform_", lambda tensor, *_, **__: tensor),

@@ -1,4 +1,4 @@
-"""The bare matrix products of an MoE layer: the least time its experts can take."""
+"""The bare matrix products of an MoE layer: a lower limit for the time of its experts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.moe_points import Point
 
 LIMITS = {
-    "gemm": "as many operations in dense products over all k T rows: no layer of experts",
+    "gemm": "as many operations in dense products over all k T rows, without experts",
     "bmm": "as many operations over n weight matrices with equal rows: the limit for an MoE",
 }
 # Repeated to fill the matrices; a prime, so that no two experts are alike.
@@ -16,7 +16,7 @@ _BLOCK = 1_000_003
 
 
 class BareProducts:
-    """Two products forward and four backward, into memory that is already there."""
+    """Two products forward and four backward, into preallocated memory."""
 
     def __init__(self, kind: str, point: Point, device: str) -> None:
         assert kind in LIMITS, kind
@@ -39,7 +39,7 @@ class BareProducts:
         self.gradients: tuple[Tensor, ...] = ()
 
     def run(self, mode: str) -> None:
-        """Do the products of "forward" or "fwd+bwd" once."""
+        """Compute the products of "forward" or "fwd+bwd" once."""
         self._multiply(self.x, self.weight_in, self.hidden)
         self._multiply(self.hidden, self.weight_out, self.y)
         if mode == "forward":
@@ -55,11 +55,11 @@ class BareProducts:
         self._multiply(self.x.transpose(1, 2), grad_hidden, grad_in)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the tables need to know."""
+        """Return what the tables need to know."""
         return {"notes": LIMITS[self.kind]}
 
     def rest(self) -> None:
-        """Give back what only a run needs: nothing."""
+        """Free what only a run needs: nothing."""
 
     def dropped(self) -> None:
         """Return None: there are no tokens to drop."""
@@ -72,7 +72,7 @@ class BareProducts:
 
 
 def fill_from(tensor: Tensor, block: Tensor, start: int) -> int:
-    """Fill a tensor with a block, repeated, from its number `start` on; return where it ended.
+    """Fill a tensor with a repeated block, from the block's index `start` on; return the end index.
 
     Drawing billions of random numbers would take longer than measuring.
     """

@@ -1,4 +1,4 @@
-"""MoE layers of other libraries, each called as its documentation says."""
+"""MoE layers of other libraries, each used as its documentation says."""
 
 import importlib.util
 import logging
@@ -10,12 +10,12 @@ from benchmarks.moe_layers import OWN, PLAIN, Answer, Layer
 from benchmarks.moe_peers_hf import HFMixtral, HFMixtralGrouped, HFReLU, HFSwitch
 from benchmarks.moe_points import Point
 
-# Dispatch by one-hot products costs the square of a group's tokens.
+# The cost of dispatch by one-hot products is quadratic in the tokens of a group.
 GROUP = 512
 
 
 def feed_forward(point: Point) -> nn.Sequential:
-    """Make one expert of the asked size, for libraries that take modules."""
+    """Make one expert of the requested size, for libraries that take modules."""
     up = nn.Linear(point.model_dim, point.hidden_dim, bias=False)
     return nn.Sequential(up, nn.ReLU(), nn.Linear(point.hidden_dim, point.model_dim, bias=False))
 
@@ -65,7 +65,7 @@ class Lucidrains(Layer):
 class STMoE(Layer):
     package = "st_moe_pytorch", "st-moe-pytorch"
     notes = (
-        "ReLU experts in the place of its GEGLU; no choice dropped at random; no straight-through "
+        "ReLU experts instead of its GEGLU; no choice dropped at random; no straight-through "
         "gradient of dispatch; "
         "capacity 1.25 k T / n; one-hot dispatch in groups of 512 tokens"
     )
@@ -128,7 +128,7 @@ class FairScale(Layer):
         return [self.moe.gate.wg.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # Random: its own, so the check covers dispatch, experts and combination alone.
+        # Random, so take its own: the check covers only dispatch, experts and combination.
         return self.moe.gate(x)[1].sum(-1)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class DeepSpeed(Layer):
 
 
 class DeepSpeedDropless(DeepSpeed):
-    notes = "drop_tokens=False: every expert padded to the fullest"
+    notes = "drop_tokens=False: every expert is padded to the largest load"
     drops = False
 
 
@@ -200,7 +200,7 @@ LAYERS = {**OWN, **PLAIN, **PEERS}
 
 
 def missing_packages(names: list[str]) -> dict[str, str]:
-    """Map those of the peers that cannot be imported to what pip has to install."""
+    """Map peers that cannot be imported to what pip must install."""
     packages = {name: PEERS[name].package for name in names if name in PEERS}
     return {
         name: package[1]

@@ -1,4 +1,4 @@
-"""MoE layers of Hugging Face's transformers, each called as its models do."""
+"""MoE layers of Hugging Face's transformers, each used as in its models."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.moe_points import Point
 
 
 def mixtral_config(point: Point, width: int, implementation: str) -> Any:
-    """Describe a Mixtral layer with experts of that hidden width."""
+    """Describe a Mixtral layer with experts of the hidden width `width`."""
     from transformers import MixtralConfig
 
     config = MixtralConfig(
@@ -118,7 +118,7 @@ class HFSwitch(Layer):
         return [self.moe.router.classifier.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # The chance itself, not renormalised over the one that is taken.
+        # The probability itself, not renormalised over the chosen expert.
         (weight,) = self.gate_weights()
         top, ids = (x @ weight).softmax(-1).max(-1, keepdim=True)
         return x.new_zeros(len(x), weight.shape[1]).scatter(1, ids, top)

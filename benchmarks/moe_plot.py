@@ -1,4 +1,4 @@
-"""A drawing of what a step costs as the number of experts grows and all else stays."""
+"""A plot of the cost of a step against the number of experts, all else being equal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ class Steps:
     """Steps of nmt_moe at one size.
 
     Attributes:
-        point: The size, but for the number of experts.
-        experts: Their numbers, rising.
-        seconds: For each of `PARTS` and `LINES` one number for each of `experts`; NaN where it was
+        point: The size, apart from the number of experts.
+        experts: The numbers of experts, ascending.
+        seconds: For each of `PARTS` and `LINES`, one number for each of `experts`; NaN if it was
             not measured.
     """
 
@@ -29,7 +29,7 @@ class Steps:
 
 
 def parts_of_steps(document: dict[str, Any]) -> Steps:
-    """Find the size with the most numbers of experts, and take its steps apart.
+    """Find the size with the most numbers of experts, and split its steps into parts.
 
     Raises:
         ValueError: if no size has two.
@@ -45,7 +45,7 @@ def parts_of_steps(document: dict[str, Any]) -> Steps:
     steps = max(by_size.values(), key=len, default={})
     if len(steps) < 2:
         raise ValueError(
-            "`--plot` must have two or more numbers of experts at otherwise one size, timed in "
+            "`--plot` must have two or more numbers of experts at one size, timed in "
             f'the modes "gate" and "step", but has {len(steps)}. Use --grid scaling.'
         )
     experts = sorted(steps)
@@ -61,14 +61,14 @@ def _parts(times: dict[str, dict[str, Timing]]) -> dict[str, float]:
         return float("nan") if timed is None else timed.samples.median
 
     step, gate = times["nmt_moe"]["step"].samples, median("nmt_moe", "gate")
-    # The gate was timed alone, so it might come out longer than the layer that it is part of.
+    # The gate was timed separately, so it may seem slower than the layer that contains it.
     rest = max(step.part("forward") + step.part("backward") - gate, 0.0)
     values = gate, rest, step.part("optimizer"), median("bmm", "fwd+bwd")
     return dict(zip((*PARTS, *LINES), (*values, median("nmt_moe_adam", "step")), strict=True))
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Draw the parts of a step, one above the other, against the number of experts.
+    """Plot the parts of a step, stacked, against the number of experts.
 
     Raises:
         ValueError: if fewer than two numbers of experts were measured at one size.

@@ -1,4 +1,4 @@
-"""The sizes that MoE layers are measured at, by name."""
+"""The sizes at which MoE layers are measured, by name."""
 
 import argparse
 import dataclasses
@@ -8,10 +8,10 @@ from typing import Any
 
 from nmt_moe.moe import MoEConfig
 
-# Whole step: with the optimizer. Gate: its own forward and backward pass with both losses.
+# Step: including the optimizer. Gate: only its forward and backward pass with both losses.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
-# What the limits do too.
+# Modes that the limits have, too.
 BARE = ("forward", "fwd+bwd")
 
 
@@ -25,12 +25,12 @@ class Point:
         hidden_dim: H.
         num_experts: E.
         top_k: K, experts per token.
-        num_groups: G of the hierarchical layer, which takes sqrt(K) groups and in each sqrt(K)
-            experts; 0 for no such layer.
+        num_groups: G of the hierarchical layer, which uses sqrt(K) groups with sqrt(K) experts
+                        each; 0 for no such layer.
         modes: What is timed, some of `MODES`.
-        dtype: Of tokens and weights, a name of torch.
+        dtype: Of tokens and weights, a torch name.
         kind: "layer", or "gating" for the gate's arithmetic on logits alone.
-        yardsticks: Competitors that this point is about, so that they run without being named.
+        yardsticks: Competitors that always run at this point, without being named.
     """
 
     tokens: int
@@ -59,7 +59,7 @@ class Point:
         return self.tokens * self.top_k / self.num_experts
 
     def flops(self) -> int:
-        """Floating-point operations of the experts' two products, forward."""
+        """Floating-point operations of the experts' two products in the forward pass."""
         return 4 * self.tokens * self.top_k * self.model_dim * self.hidden_dim
 
     def config(self, hierarchical: bool = False) -> MoEConfig:
@@ -73,20 +73,20 @@ class Point:
         )
 
     def smaller(self) -> "Point":
-        """Return a tiny point of this kind, to load what is loaded at first use."""
+        """Return a tiny point of this kind, to trigger loading on first use."""
         sizes = {"tokens": 32, "model_dim": 32, "hidden_dim": 48, "num_experts": 8}
         groups = 4 if self.num_groups else 0
         return dataclasses.replace(self, **sizes, top_k=min(self.top_k, 4), num_groups=groups)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Point":
-        """Undo `dataclasses.asdict` and a journey through JSON."""
+        """Restore a point from JSON of `dataclasses.asdict`."""
         tuples = {name: tuple(fields[name]) for name in ("modes", "yardsticks")}
         return cls(**{**fields, **tuples})
 
 
 def parse_shape(text: str) -> Point:
-    """Read "T,d,h,n,k" or "T,d,h,n,k,groups".
+    """Parse "T,d,h,n,k" or "T,d,h,n,k,groups".
 
     Raises:
         argparse.ArgumentTypeError: if the numbers do not make a layer.
@@ -98,7 +98,7 @@ def parse_shape(text: str) -> Point:
     if len(numbers) not in (5, 6):
         raise argparse.ArgumentTypeError(
             f"must be five or six whole numbers T,d,h,n,k[,groups], but is {text!r}. "
-            "Write for example 4096,512,1024,32,4."
+            "For example: 4096,512,1024,32,4."
         )
     point = Point(*numbers)
     try:
@@ -109,7 +109,7 @@ def parse_shape(text: str) -> Point:
             if math.isqrt(point.top_k) ** 2 != point.top_k:
                 raise ValueError(
                     f"k must be a square with groups, but is {point.top_k}: each of sqrt(k) "
-                    "groups gives sqrt(k) experts. Use 1, 4 or 16."
+                    "groups provides sqrt(k) experts. Use 1, 4 or 16."
                 )
             point.config(hierarchical=True)
     except ValueError as error:
@@ -130,7 +130,7 @@ def _on_gpu(tokens: int, experts: int) -> Point:
     return Point(tokens, 512, 1024, experts, 4, modes=BARE, dtype="bfloat16", yardsticks=plain)
 
 
-# 4096 experts with their gradients and Adam's two moments must fit into some 20 GB.
+# 4096 experts with their gradients and Adam's two moments must fit into about 20 GB.
 _FOUR_THOUSAND = Point(4096, 512, 256, 4096, 4, num_groups=64)
 
 GRIDS: dict[str, list[Point]] = {

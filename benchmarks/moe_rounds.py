@@ -1,7 +1,7 @@
-"""Rounds of competitors, each in a process of its own.
+"""Rounds of competitors, each in its own process.
 
-In the first round each process is started when its turn comes. As long as all fit into memory
-together they stay; else every turn of every round starts and ends a process.
+In the first round, each process is started when its turn comes. As long as all fit into memory
+together, they keep running; otherwise every turn starts and ends a process.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from benchmarks.moe_limits import LIMITS
 from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import BARE, Point
 
-# A turn repeats a short job until about so many seconds are measured, so often at most.
+# A turn repeats a short job for about this many seconds, at most this many times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
 # Imports, the first kernels on a GPU, and filling the weights.
 START_SECONDS = 300.0
@@ -33,10 +33,10 @@ class Entrant:
     """A competitor at a point.
 
     Attributes:
-        name: Of the competitor.
-        point: With the number of experts per token that it can have.
+        name: The competitor's name.
+        point: The size, with the number of experts per token that it supports.
         modes: What is timed.
-        label: The name, and where it differs the number of experts per token.
+        label: The name, and the number of experts per token if it differs.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Entrant:
 
 @dataclass
 class Record:
-    """All that is known of an entrant.
+    """All results of an entrant.
 
     Attributes:
         rounds: For each mode the samples of each round; see `Worker.measure`.
-        peaks: Bytes for each mode, the modes before it included.
-        facts: What `describe` said, and `dropped`.
+        peaks: Peak bytes for each mode, including the modes before it.
+        facts: Results of `describe` and `dropped`.
         failed: Why a mode was given up, by mode.
-        skipped: Why all was given up, or None.
+        skipped: Why everything was given up, or None.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Record:
     skipped: str | None = None
 
     def repeats(self, mode: str) -> int:
-        """Say how often the next turn runs the mode."""
+        """Return how often the next turn runs the mode."""
         known = [sample["seconds"] for samples in self.rounds.get(mode, []) for sample in samples]
         if not known:
             return 1
@@ -78,7 +78,7 @@ class Process:
     """A worker process.
 
     Raises:
-        RuntimeError: from any call, with what the worker reports, or that it died or was too slow.
+        RuntimeError: in any call, if the worker reports an error, died or was too slow.
     """
 
     def __init__(self, entrant: Entrant, device: str, threads: int, log: IO[str]) -> None:
@@ -102,10 +102,10 @@ class Process:
         )
 
     def call(self, command: str, within: float, **arguments: Any) -> Any:
-        """Send a command and wait for its answer, so many seconds at most."""
+        """Send a command and wait for its answer, at most `within` seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died; the next lines say how
+        with contextlib.suppress(BrokenPipeError):  # it died; reported below
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
         if not select.select([self._process.stdout], [], [], within)[0]:
             raise RuntimeError(f"{command} took more than {within:.0f} s")
@@ -118,14 +118,14 @@ class Process:
         return found["ok"]
 
     def close(self, now: bool = False) -> None:
-        """End the process: when it has seen the end of its input, or `now`."""
+        """End the process: at the end of its input, or `now`."""
         if now:
             self._process.kill()
         self._process.communicate()
 
 
 def entrants_of(point: Point, peers: list[str]) -> list[Entrant]:
-    """List who competes at a point: limits for each number of experts per token, ours, peers."""
+    """List the entrants at a point: limits for each number of experts per token, ours, peers."""
     if point.kind == "gating":
         return [Entrant(name, point, point.modes, name) for name in moe_gating.NAMES]
     own = ["nmt_moe", *(["nmt_moe_hierarchical"] if point.num_groups else [])]
@@ -144,7 +144,7 @@ def entrants_of(point: Point, peers: list[str]) -> list[Entrant]:
 
 
 def limit_label(name: str, top_k: int, point: Point) -> str:
-    """Name the limit for so many experts per token."""
+    """Name the limit for `top_k` experts per token."""
     return name if top_k == point.top_k else f"{name} k={top_k}"
 
 
@@ -161,7 +161,7 @@ class Match:
 
     Attributes:
         records: By label, in the order of turns.
-        stays: Whether processes stay between their turns.
+        stays: Whether processes keep running between turns.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Match:
             process.close()
 
     def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
-        """Give up the modes that were to do; the later ones do more. Without any it is all."""
+        """Give up the remaining modes, as later ones do more; without any, everything."""
         timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} given up: {reason}")
         if record.rounds.keys() - todo and todo:
             record.failed |= dict.fromkeys(todo, reason)
@@ -239,11 +239,11 @@ class Match:
         record.rounds.setdefault(mode, []).append(samples)
 
     def _decide(self, memory: dict[str, int]) -> None:
-        """End staying when the next one, as large as the largest so far, might not fit."""
+        """Stop keeping processes if another as large as the largest so far might not fit."""
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:
-            timing.say("  memory is short: from here each turn starts a process of its own")
+            timing.say("  memory is short: from now on each turn starts a process of its own")
             self.stays = False
             self._close_all()
 
@@ -254,7 +254,7 @@ class Match:
 
 
 def free_bytes(device: str) -> int:
-    """Return the memory that competitors may take, on the machine or its GPU."""
+    """Return the memory that competitors may use, on the machine or its GPU."""
     if device == "cuda":
         import torch
 
@@ -265,7 +265,7 @@ def free_bytes(device: str) -> int:
 def play_point(
     point: Point, peers: list[str], rounds: int, match_of: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure a point, and return what --json keeps of it."""
+    """Measure a point, and return what --json stores."""
     timing.say(f"{point}: {point.rows_per_expert:.3g} rows per expert")
     match = Match(entrants_of(point, peers), **match_of)
     match.play(rounds)

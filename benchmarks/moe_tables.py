@@ -1,4 +1,4 @@
-"""Tables of what moe_layer.py measured, from the JSON that it keeps."""
+"""Tables of moe_layer.py's measurements, from its JSON."""
 
 import math
 import statistics
@@ -8,12 +8,12 @@ from typing import Any
 from benchmarks import timing
 from benchmarks.moe_points import BARE, MODES, Point
 
-# A round counts as disturbed when the threads waited for a core longer than this share of the time.
+# A round is disturbed if its threads waited for a core for more than this share of the time.
 MOST_WAITED = 0.05
-# With fewer undisturbed rounds than this the median is taken over all, and marked.
+# With fewer undisturbed rounds than this, the median is taken over all rounds, and marked.
 LEAST_CLEAN = 3
 MARK = "~"
-# What times are divided by, for each kind of point.
+# The divisors of times, for each kind of point.
 YARDSTICKS = {"layer": ("bmm", "gemm"), "gating": ("copy", "eager_gating")}
 
 
@@ -31,9 +31,9 @@ class Timing:
 
 
 def summarise(rounds: list[list[dict[str, Any]]], threads: int) -> Timing:
-    """Make one number of each round, and keep the undisturbed rounds if there are enough.
+    """Reduce each round to one number, and keep the undisturbed rounds if there are enough.
 
-    A round's number is the median of its undisturbed samples, or of all if none is.
+    A round's number is the median of its undisturbed samples, or of all samples if there are none.
     """
     every, clean = timing.Samples(), timing.Samples()
     for samples in rounds:
@@ -53,7 +53,7 @@ def summarise(rounds: list[list[dict[str, Any]]], threads: int) -> Timing:
 
 
 def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, Timing]]:
-    """Return the timings by label and mode; competitors that were given up are left out."""
+    """Return the timings by label and mode; without competitors that were given up."""
     return {
         one["label"]: {mode: summarise(rounds, threads) for mode, rounds in one["rounds"].items()}
         for one in found["competitors"]
@@ -62,7 +62,7 @@ def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, 
 
 
 def format_point(found: dict[str, Any], threads: int) -> str:
-    """Lay out the table of one point under a heading; below it who was given up, and why."""
+    """Lay out the table of one point under a heading, then who was given up, and why."""
     point = Point.from_json(found["point"])
     times = summarise_point(found, threads)
     modes = [mode for mode in MODES if mode in point.modes]
@@ -79,7 +79,7 @@ def format_point(found: dict[str, Any], threads: int) -> str:
         line = [one["label"], str(one["top_k"]), *(_milliseconds(mine.get(mode)) for mode in modes)]
         line += [_milliseconds(mine.get("step"), "optimizer")] if "step" in modes else []
         line += [_ratio(times, one, mode, name, point) for mode, name in ratios]
-        # Of the mode that does most.
+        # The spread of the mode that does most.
         line.append(f"{mine[[mode for mode in modes if mode in mine][-1]].samples.spread:.0%}")
         peaks = [one["peaks"].get(mode) for mode in modes]
         line += ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
@@ -119,7 +119,7 @@ def _given_up(found: dict[str, Any]) -> list[str]:
 
 
 def format_notes(points: list[dict[str, Any]]) -> str:
-    """List once for each competitor where it differs, and its optimizer."""
+    """List how each competitor differs, and its optimizer."""
     notes: dict[str, str] = {}
     for found in points:
         for one in found["competitors"]:
@@ -136,8 +136,8 @@ def format_all(document: dict[str, Any]) -> str:
     tables = "\n\n".join(format_point(found, threads) for found in points)
     legend = (
         f"{document['hardware']}; medians of {document['settings']['rounds']} interleaved rounds. "
-        "MB: peak memory of a process of its own above its start, after the modes to the left "
-        "too. k: experts per token; a layer with fewer is compared with limits of as few. "
+        "MB: peak memory of its process above that at the start, including the modes to the left. "
+        "k: experts per token; a layer with fewer is compared with limits for the same k. "
         f"{MARK}: fewer than {LEAST_CLEAN} rounds in which threads waited for a core at most "
         f"{MOST_WAITED:.0%} of the time. dropped: (token, expert) pairs not computed."
     )

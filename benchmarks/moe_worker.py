@@ -1,7 +1,7 @@
-"""One competitor in a process of its own, told over a pipe what to do.
+"""One competitor in its own process, which takes commands from a pipe.
 
-Started by moe_rounds.py with one argument, a JSON object; it then answers each line of standard
-input, a JSON object too, with one on standard output. What libraries print goes to stderr.
+moe_rounds.py starts it with one argument, a JSON object; it answers each line of standard input,
+also a JSON object, with one on standard output. Output of libraries goes to stderr.
 """
 
 import json
@@ -23,24 +23,24 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 from nmt_moe import training
 
-# Left to all others, of what was free at the start.
+# Share of the memory free at the start that is left to other processes.
 _KEPT_FREE = 2**30
 
 
 class Competitor(Protocol):
-    """What the worker measures."""
+    """Interface of what the worker measures."""
 
     def run(self, mode: str) -> dict[str, float] | None:
-        """Do the work of a mode once; may return the seconds of its parts."""
+        """Run a mode once; may return the seconds of its parts."""
 
     def rest(self) -> None:
-        """Give back the memory that only a run needs."""
+        """Free the memory that only a run needs."""
 
     def dropped(self) -> float | None:
-        """Return the share of (token, expert) pairs not computed; None where there are none."""
+        """Return the share of (token, expert) pairs not computed; None if there are no pairs."""
 
     def describe(self) -> dict[str, Any]:
-        """Say what the tables need to know."""
+        """Return what the tables need to know."""
 
 
 class LayerRun:
@@ -59,7 +59,7 @@ class LayerRun:
         self.grad_y = (torch.randn(shape, generator=generator) / point.tokens).to(device, dtype)
 
     def run(self, mode: str) -> dict[str, float] | None:
-        """Do a forward pass, a training pass, the gate's training pass, or a whole update."""
+        """Run a forward pass, a training pass, the gate's training pass, or a complete update."""
         self.layer.train(mode != "forward")
         if mode == "forward":
             with torch.no_grad():
@@ -92,11 +92,11 @@ class LayerRun:
             parameter.grad = None
 
     def dropped(self) -> float:
-        """Run once, and count."""
+        """Run once, and return the share of pairs not computed."""
         return 1 - self.layer.computed_pairs(self.x) / (len(self.x) * self.layer.top_k)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the tables need to know."""
+        """Return what the tables need to know."""
         return {
             "notes": self.layer.notes,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
@@ -116,7 +116,7 @@ class LayerRun:
 
 
 def make_optimizer(layer: Layer, factored: bool, device: str) -> torch.optim.Optimizer:
-    """Make what updates a layer: torch's fastest Adam, or for nmt_moe's own the factored one."""
+    """Make a layer's optimizer: torch's fastest Adam, or the factored one for nmt_moe's."""
     if factored:
         return training.FactoredAdam(layer.parameters(), lr=1e-4)
     fastest = {"foreach": True} if device == "cuda" else {"fused": True}
@@ -133,7 +133,7 @@ def build(name: str, point: Point, device: str) -> Competitor:
 
 
 def waited_seconds() -> float:
-    """Return how long threads of this process that live have waited for a core, all together."""
+    """Return the total time that this process's live threads have waited for a core."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -147,7 +147,7 @@ class Worker:
     """Answers commands about one competitor.
 
     Attributes:
-        competitor: Built when the worker is.
+        competitor: What is measured.
     """
 
     def __init__(self, name: str, point: Point, device: str, modes: list[str]) -> None:
@@ -160,14 +160,14 @@ class Worker:
         self.competitor = build(name, point, device)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the tables need to know."""
+        """Return what the tables need to know."""
         return self.competitor.describe()
 
     def measure(self, mode: str, warmup: int, repeats: int) -> list[dict[str, Any]]:
-        """Run a mode `warmup` times and then `repeats` times, timed one by one.
+        """Run a mode `warmup` times, then `repeats` times, each timed.
 
         Returns:
-            For each: `seconds`, `waited` (seconds its threads waited for a core), `parts`.
+            For each run: `seconds`, `waited` (seconds that threads waited for a core), `parts`.
         """
         samples = []
         for at in range(-warmup, repeats):
@@ -184,7 +184,7 @@ class Worker:
         return samples
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: the peak so far above the start, and what is held now, all included."""
+        """Return bytes: the peak so far above the start, and all that is held now."""
         peak = timing.peak_bytes(self.device) - self._before
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -192,7 +192,7 @@ class Worker:
         return {"peak": peak, "held": self._held()}
 
     def dropped(self) -> float | None:
-        """Return the share of pairs that is not computed."""
+        """Return the share of pairs not computed."""
         return self.competitor.dropped()
 
     def _held(self) -> int:
@@ -202,13 +202,13 @@ class Worker:
 
 
 def limit_memory() -> None:
-    """Make an allocation beyond what is free an error of this process, not the kernel's kill."""
+    """Make an allocation beyond free memory an error in this process, not a kill by the kernel."""
     free = timing.available_bytes() - _KEPT_FREE
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Answer commands until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
@@ -223,7 +223,7 @@ def main() -> None:
                 point = Point.from_json(settings["point"])
                 worker = Worker(settings["name"], point, settings["device"], settings["modes"])
             found = {"ok": getattr(worker, command.pop("command"))(**command)}
-        except Exception as error:  # of any library: it is reported, and the run goes on
+        except Exception as error:  # from any library: report it and continue
             traceback.print_exc()
             first = (str(error).strip().splitlines() or [""])[0]
             found = {"error": f"{type(error).__name__}: {first[:200]}"}

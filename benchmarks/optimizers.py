@@ -1,7 +1,7 @@
-"""Time an update of expert weights: the factored Adam and the others a user could pick.
+"""Time an update of expert weights: the factored Adam and its alternatives.
 
-The weights are one (E, D, H) and one (E, H, D) tensor, as a layer of E experts has them, with a
-gradient everywhere. All but the factored one keep two numbers for each weight.
+The weights are those of a layer of E experts, one (E, D, H) and one (E, H, D) tensor, with a
+gradient everywhere. All but the factored one store two numbers for each weight.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def optimizers() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
-    """Give what makes each competitor of its parameters; fairseq's Adam only where it is."""
+    """Return each competitor's constructor; fairseq's Adam only if fairseq is installed."""
     found: dict[str, Callable[[list[Parameter]], Optimizer]] = {
         FACTORED: partial(FactoredAdam, factored=True),
         "torch fused": partial(Adam, fused=True),
@@ -51,7 +51,7 @@ def optimizers() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
 
 
 def make_parameters(args: argparse.Namespace) -> list[Parameter]:
-    """Make the weights of one competitor, with a gradient."""
+    """Make the weights of one competitor, with gradients."""
     shapes = (args.experts, args.dim, args.hidden), (args.experts, args.hidden, args.dim)
     parameters = [Parameter(torch.randn(shape, device=args.device) * 0.1) for shape in shapes]
     for parameter in parameters:
@@ -60,7 +60,7 @@ def make_parameters(args: argparse.Namespace) -> list[Parameter]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Count the bytes of what an optimizer keeps."""
+    """Return the bytes of an optimizer's state."""
     kept = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
 

@@ -1,9 +1,9 @@
-"""The matrix products that a training step of the translation model cannot do without.
+"""The matrix products that a training step of the translation model must do.
 
-They are those of the planner's description of the network. Left out is all that is not a product
-(activations, softmaxes, embeddings, dropout, sorting, the optimizer), and every product that need
-not be done: the weight gradient of a recurrent layer is one product over all steps here, and
-padding is not a token.
+They come from the planner's description of the network. Not included are other operations
+(activations, softmaxes, embeddings, dropout, sorting, the optimizer), and products that could be
+avoided: the weight gradient of a recurrent layer is one product over all steps here, and
+padding does not count as tokens.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import Tensor
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.planning import Batch, Product, describe
 
-# What a weight of an LSTM multiplies, by a part of its name.
+# The input that a weight of an LSTM multiplies, by a part of its name.
 LSTM_PARTS = {"_ih_": "input", "weight_x": "input", "_hh_": "recurrent", "recurrent": "recurrent"}
 GROUPS = {"gates": "MoE gate", "experts": "MoE experts"}
 
@@ -24,7 +24,7 @@ GROUPS = {"gates": "MoE gate", "experts": "MoE experts"}
 def model_products(config: GNMTConfig, batch: Batch) -> list[Product]:
     """List the products of one forward pass of encoder, decoder and softmax layer, in order.
 
-    Experts get equal numbers of rows, one at least, so that a tiny batch has products too.
+    Experts get equal numbers of rows, at least one, so that a tiny batch has products, too.
     """
     return [
         product
@@ -35,7 +35,7 @@ def model_products(config: GNMTConfig, batch: Batch) -> list[Product]:
 
 
 def group_of(product: Product) -> str:
-    """Return what a product belongs to, for totals."""
+    """Return the group of a product, for totals."""
     if product.part != "LSTM":
         return GROUPS.get(product.part, product.part)
     kinds = [kind for name, kind in LSTM_PARTS.items() if name in product.weight]
@@ -43,15 +43,15 @@ def group_of(product: Product) -> str:
 
 
 def training_flops(products: Iterable[Product]) -> int:
-    """Operations of forward and backward pass: each product once, and its two gradients.
+    """Count the operations of forward and backward pass: each product once, and its two gradients.
 
-    A multiplication and an addition are two.
+    A multiplication and an addition count as two.
     """
     return 6 * sum(product.macs for product in products)
 
 
 def flops_by_group(products: Iterable[Product]) -> dict[str, int]:
-    """Operations of forward and backward pass, for each group."""
+    """Count the operations of forward and backward pass by group."""
     totals: dict[str, int] = defaultdict(int)
     for product in products:
         totals[group_of(product)] += training_flops([product])
@@ -73,15 +73,15 @@ class Pool:
         return self.tensors[shape][index]
 
     def reserve(self, size: int) -> None:
-        """Make the scratch for results hold `size` numbers."""
+        """Enlarge the scratch for results to at least `size` numbers."""
         if self.scratch.numel() < size:
-            self.scratch = torch.zeros(size, device=self.device).add_(1.0)  # really there
+            self.scratch = torch.zeros(size, device=self.device).add_(1.0)  # touch the memory
 
 
 class BareProducts:
-    """Run a list of products forward, and their two gradients backward, and nothing else.
+    """Compute a list of products forward and their two gradients backward, and nothing else.
 
-    Every product has operands of its own, as in a model; results go to one scratch.
+    Every product has its own operands, as in a model; results share one scratch.
     """
 
     def __init__(self, products: Iterable[Product], pool: Pool) -> None:

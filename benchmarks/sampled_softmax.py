@@ -1,7 +1,7 @@
-"""Time the loss of a softmax layer, in full and by importance sampling, forward and backward.
+"""Time the loss of a softmax layer, full and by importance sampling, forward and backward.
 
-One step: the logits, the loss, and the gradients of features and weight; for the sampled one also
-the draw. Both make a gradient of the weight's full size, as optimizers want it.
+One step: the logits, the loss, and the gradients of features and weight; for the sampled one,
+also sampling. Both make a gradient of the weight's full size, as optimizers require it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--vocab-size", type=int, nargs="+", default=[100_000], help="V, one or more (100000)"
     )
     parser.add_argument("--draws", type=int, nargs="+", default=[8192], help="draws (8192)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a step (256)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per step (256)")
     parser.add_argument("--dim", type=int, default=512, help="width of features (512)")
     add_common_flags(parser)
     return parser

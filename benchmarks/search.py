@@ -2,15 +2,15 @@
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
-Compared are fairseq's own search ("stock", all options off), GNMT's penalties, its pruning alone,
-and both, with GNMT's values. Timed is what fairseq-generate times: its task's generator on batches
-of its own iterator, sentences sorted by length. Translations have their natural lengths, so the
-model must be trained: a random one is sure of nothing, and nothing is pruned.
+This compares fairseq's own search ("stock", all options off), GNMT's penalties, its pruning alone,
+and both, with GNMT's values. The time is what fairseq-generate reports: its task's generator on
+batches of its own iterator, sentences sorted by length. Translations have their natural lengths, so
+the model must be trained: a random one assigns similar scores to everything, and nothing is pruned.
 
-`steps` and `rows` count calls of the decoder and the hypotheses it evaluated in them. `same` is the
-share of sentences whose best translation is that of "stock" or, with both, of "penalties". `BLEU`
-compares with the data's own targets, in pieces of words as they are binarised: good for differences
-between these rows, not for anything else.
+`steps` and `rows` count calls of the decoder and the hypotheses evaluated in them. `same` is the
+share of sentences whose best translation equals that of "stock" or, with both, "penalties". `BLEU`
+compares with the data's targets, in pieces as they are binarised: use it only for differences
+between these rows.
 """
 
 import argparse
@@ -55,8 +55,8 @@ class Data:
 
     Attributes:
         model: As fairseq-generate loads it.
-        batches: Of one subset.
-        targets: The reference of each sentence, by its number.
+        batches: The batches of one subset.
+        targets: The reference of each sentence, by sentence number.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ class Data:
         }
 
     def text(self, tokens: torch.Tensor) -> str:
-        """Write tokens out as pieces of words."""
+        """Return tokens as pieces."""
         return self.task.target_dictionary.string(tokens)
 
 
@@ -91,9 +91,9 @@ class Search:
     """One search on the model; each call translates everything.
 
     Attributes:
-        num_steps: Steps of the decoder, as counted.
-        num_rows: Hypotheses that it evaluated in them.
-        best: Best translation of each sentence, by its number.
+        num_steps: Counted steps of the decoder.
+        num_rows: Hypotheses evaluated in them.
+        best: Best translation of each sentence, by sentence number.
     """
 
     def __init__(self, data: Data, config: DictConfig) -> None:
@@ -108,7 +108,7 @@ class Search:
             self.data.task.inference_step(self.generator, [self.data.model], batch)
 
     def count(self) -> None:
-        """Translate once more, and note what was evaluated and found; not timed."""
+        """Translate once more, untimed, and record what was evaluated and found."""
         decoder = self.data.model.decoder
         forward = decoder.forward
 
@@ -117,7 +117,7 @@ class Search:
             self.num_rows += len(prev_output_tokens)
             return forward(prev_output_tokens, *args, **kwargs)
 
-        # fairseq calls `forward` itself, past any hook.
+        # fairseq calls `forward` directly, so hooks do not run.
         decoder.forward = counting
         try:
             for batch in self.data.batches:
@@ -129,7 +129,7 @@ class Search:
 
 
 def generation_config(args: argparse.Namespace, flags: Sequence[str]) -> DictConfig:
-    """Return what fairseq-generate would make of the flags of a search."""
+    """Return fairseq-generate's configuration for the flags of a search."""
     line = [str(args.data), "--path", str(args.checkpoint), "--gen-subset", args.subset]
     line += ["--beam", str(args.beam), "--batch-size", str(args.batch), *flags]
     with quiet():
@@ -188,7 +188,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,8 +196,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DATA-BIN", help="its binarised data"
     )
-    parser.add_argument("--subset", default="valid", help="of the data (valid)")
-    parser.add_argument("--batch", type=int, default=64, help="sentences of a batch (64)")
+    parser.add_argument("--subset", default="valid", help="subset of the data (valid)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences per batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     timing.add_common_flags(parser)
     return parser.parse_args(argv)

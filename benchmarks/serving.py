@@ -1,17 +1,17 @@
-"""Measure `nmt-moe serve`: batches across requests, what the server adds, and many requests.
+"""Measure `nmt-moe serve`: batches across requests, the server's overhead, and many requests.
 
     python -m benchmarks.serving en-de --text test.en --source en --target de --threads 2
     python -m benchmarks.serving en-de --text test.en --source en --target de --soak 300
 
-Servers are processes of their own; clients are threads of this one, each with one connection. The
-same server with and without batches across requests takes turns, and so does one client. What the
-server adds to the translator's time is the time that the client waits less the time that the server
-spent in the translator for it, which its metrics say. Numbers of processes that wait for a core
-stand below the table: on a machine that others use, times are up to that many times longer.
+Servers run in processes of their own; clients are threads of this one, each with one connection.
+The server runs in turn with and without batches across requests, and with one client. The overhead
+is the time that the client waits minus the time that the server spends in the translator, according
+to its metrics. The machine's load is printed below the table: on a machine that others use,
+times are longer by up to that factor.
 
-`--soak` asks for an hour's worth of requests, one a second, within so many seconds: single texts,
-lists, texts of several lines, with alternatives or not, over one API or another, and some clients
-that go away. Every answer is compared with the translator's own.
+`--soak` sends an hour's requests (one per second) within the given seconds: single texts,
+lists, texts of several lines, with or without alternatives, through different APIs, from clients
+some of which disconnect. Every answer is compared with the translator's own.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Client:
         self._languages = {"source": source, "target": target}
 
     def post(self, path: str, **fields: Any) -> Any:
-        """Send JSON; return the answer, which must be a good one."""
+        """Send JSON; return the answer, whose status must be 200."""
         headers = {"Content-Type": "application/json"}
         self._connection.request("POST", path, json.dumps(fields), headers)
         answer = self._connection.getresponse()
@@ -87,22 +87,22 @@ class Client:
         return json.loads(content)
 
     def translate(self, q: str | Sequence[str], **fields: Any) -> Any:
-        """Ask LibreTranslate's API; return texts, and alternatives if they are asked for."""
+        """Use LibreTranslate's API; return texts, and alternatives if requested."""
         return self.post("/translate", q=q, **self._languages, **fields)
 
     def explain(self, text: str) -> str:
-        """Ask our own API; return the text."""
+        """Use our own API; return the text."""
         return self.post("/v1/translate", texts=text, **self._languages)["translations"][0]["text"]
 
     def leave(self, text: str) -> None:
-        """Ask, and go away without the answer."""
+        """Send a request, and disconnect without the answer."""
         body = json.dumps({"q": text, **self._languages})
         self._connection.request("POST", "/translate", body, {"Content-Type": "application/json"})
         self._connection.close()
 
 
 def read_metric(host: str, name: str) -> float:
-    """Return a number that a server counts."""
+    """Return the value of a server's metric."""
     connection = http.client.HTTPConnection(host, timeout=600)
     connection.request("GET", "/metrics")
     shown = connection.getresponse().read().decode()
@@ -115,10 +115,10 @@ def read_metric(host: str, name: str) -> float:
 def ask_at_once(
     host: str, args: argparse.Namespace, texts: Sequence[str], num_clients: int
 ) -> tuple[float, list[float]]:
-    """Let clients ask for texts, each for one after the other.
+    """Let clients request translations, each client one after the other.
 
     Returns:
-        Sentences a second, and the seconds of each request.
+        Sentences per second, and the seconds of each request.
     """
 
     def ask(own: Sequence[str]) -> list[float]:
@@ -167,17 +167,17 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
             timing.say(f"{number + 2} of {args.rounds + 1} rounds done")
     print(timing.markdown_table(COLUMNS, [_row(key, rates, waits, batches) for key in rates]))
     many = {key[1]: statistics.median(own) for key, own in rates.items() if key[0] != 1}
-    print(f"\nWith batches {many[True] / many[False]:.2f} times the sentences/s of without.")
+    print(f"\nWith batches {many[True] / many[False]:.2f} times as many sentences/s as without.")
     print(f"One client: the server adds {statistics.median(added):.1f} ms to the translator's time")
     print(f"(rounds: {', '.join(f'{value:.1f}' for value in added)}).")
     print(f"\n{timing.describe_hardware('cpu', args.threads)}; load {min(loads):.1f} to")
-    print(f"{max(loads):.1f}, {args.requests} requests of each client, {args.rounds} rounds.")
+    print(f"{max(loads):.1f}, {args.requests} requests per client, {args.rounds} rounds.")
     everything = {str(key): {"rates": rates[key], "waits": waits[key]} for key in rates}
     timing.write_json(args.json, args, cpu_load(loads), {**everything, "added": added})
 
 
 def cpu_load(loads: Sequence[float]) -> str:
-    """Name the machine and how busy it was."""
+    """Describe the machine and its load."""
     return f"{timing.cpu_model()}, load {min(loads):.1f} to {max(loads):.1f}"
 
 
@@ -197,12 +197,12 @@ def _row(key: tuple[int, bool], rates: dict, waits: dict, batches: dict) -> list
 
 @dataclass
 class Soak:
-    """An hour's worth of requests.
+    """An hour's requests.
 
     Attributes:
         texts: Sentences.
-        expected: Of each, the translator's own answer.
-        alternatives: Of each, the translator's other answers with a beam for two of them.
+        expected: The translator's own answer for each.
+        alternatives: The translator's alternatives for each, with two requested.
     """
 
     texts: list[str]
@@ -211,7 +211,7 @@ class Soak:
 
     @classmethod
     def prepare(cls, folder: str, texts: Sequence[str]) -> "Soak":
-        """Let the translator itself translate."""
+        """Compute the expected answers with the translator itself."""
         timing.say(f"translating {len(texts)} sentences without a server")
         found = Translator.load(folder).translate(list(texts), num_hypotheses=3)
         expected = {text: one.text for text, one in zip(texts, found, strict=True)}
@@ -248,10 +248,10 @@ class Soak:
     def run(
         self, host: str, languages: tuple[str, str], num_requests: int, num_clients: int
     ) -> tuple[int, int, float]:
-        """Send requests from clients at once.
+        """Send requests from several clients at once.
 
         Returns:
-            Requests without an answer, requests with another's or a wrong one, seconds.
+            Requests without an answer, requests with a wrong or another's answer, seconds.
         """
         numbers = iter(range(num_requests))
         lock = threading.Lock()
@@ -285,7 +285,7 @@ class Soak:
 
 
 def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
-    """Print what became of an hour's worth of requests; return whether all of it is right."""
+    """Print the results of an hour's requests; return whether all answers were right."""
     plan = Soak.prepare(args.folder, texts[:400])
     with served(args.folder, args.threads, True) as host:
         before = read_metric(host, "process_resident_memory_bytes")
@@ -298,25 +298,27 @@ def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
     print(
         f"{args.soak_requests} requests of {args.clients} clients in {seconds:.0f} s: {lost} lost,"
     )
-    print(f"{wrong} mixed up; {mean:.1f} requests a batch; memory grew by {grown / 1e6:.0f} MB;")
+    print(f"{wrong} mixed up; {mean:.1f} requests per batch; memory grew by {grown / 1e6:.0f} MB;")
     print(f"{timing.describe_hardware('cpu', args.threads)}, load {os.getloadavg()[0]:.1f}.")
     return lost == wrong == 0 and seconds <= args.soak
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="bundle of one pair of languages")
-    parser.add_argument("--text", required=True, help="file of short sentences, one a line")
+    parser.add_argument("folder", help="bundle for one language pair")
+    parser.add_argument("--text", required=True, help="file of short sentences, one per line")
     parser.add_argument("--source", default="en", help="language of the text (en)")
     parser.add_argument("--target", default="de", help="language of the translations (de)")
-    parser.add_argument("--clients", type=int, default=16, help="at once (16)")
-    parser.add_argument("--requests", type=int, default=6, help="of each client in a round (6)")
-    parser.add_argument("--max-words", type=int, default=12, help="of a sentence (12)")
-    parser.add_argument("--soak", type=float, metavar="SECONDS", help="an hour's requests in this")
-    parser.add_argument("--soak-requests", type=int, default=HOUR, help="in all (3600)")
+    parser.add_argument("--clients", type=int, default=16, help="clients at once (16)")
+    parser.add_argument("--requests", type=int, default=6, help="requests per client and round (6)")
+    parser.add_argument("--max-words", type=int, default=12, help="most words per sentence (12)")
+    parser.add_argument(
+        "--soak", type=float, metavar="SECONDS", help="an hour of requests in this time"
+    )
+    parser.add_argument("--soak-requests", type=int, default=HOUR, help="requests in total (3600)")
     timing.add_common_flags(parser)
     return parser.parse_args(argv)
 

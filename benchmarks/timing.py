@@ -1,7 +1,7 @@
-"""Time competitors side by side, and print what was found.
+"""Time competitors side by side, and print the results.
 
-One round measures each competitor once, A B C ... A B C ..., so that a slow minute of the machine
-hits all of them; medians over the rounds are compared.
+Each round measures every competitor once, A B C ... A B C ..., so that a slow minute of the machine
+affects all of them; medians over the rounds are compared.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 
-# Processes that programs here start run in it, so that they find these modules.
+# Processes started by these programs run in it, so that they find these modules.
 REPOSITORY = Path(__file__).resolve().parent.parent
-# A competitor runs once, and may return the seconds of its parts.
+# A job runs a competitor once, and may return the seconds of its parts.
 Job = Callable[[], Mapping[str, float] | None]
 
 
 @dataclass
 class Samples:
-    """Seconds of one competitor, a number per round.
+    """Seconds of one competitor, one number per round.
 
     Attributes:
-        seconds: The whole job.
-        parts: Named parts of it.
+        seconds: Seconds of the whole job.
+        parts: Seconds of its named parts.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -77,13 +77,13 @@ def interleave(
 
 
 def synchronise(device: str) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def peak_bytes(device: str) -> int:
-    """Return the most memory this process has held: of the GPU's allocator, or resident.
+    """Return the peak memory of this process: in the GPU's allocator, or resident.
 
     `ru_maxrss` would start at the size of the process that started this one.
     """
@@ -93,12 +93,12 @@ def peak_bytes(device: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Return the memory this process holds now."""
+    """Return the resident memory of this process."""
     return _kernel_bytes("/proc/self/status", "VmRSS")
 
 
 def available_bytes() -> int:
-    """Return the memory of the machine that processes can still get."""
+    """Return the machine's available memory."""
     return _kernel_bytes("/proc/meminfo", "MemAvailable")
 
 
@@ -110,7 +110,7 @@ def _kernel_bytes(path: str, field: str) -> int:
 
 
 def describe_hardware(device: str, threads: int) -> str:
-    """Name what a table was measured on."""
+    """Describe the hardware and versions of a measurement."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     cores = os.cpu_count()
     if device.startswith("cuda"):
@@ -129,7 +129,7 @@ def cpu_model() -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table: the first column to the left, numbers to the right."""
+    """Lay out a table: the first column aligned left, numbers right."""
     lines = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -141,15 +141,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cpu or cuda (cpu)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of weights and tokens (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
+    parser.add_argument("--seed", type=int, default=1, help="seed of weights and tokens (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all samples there")
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Apply the common flags.
 
     Raises:
-        SystemExit: a flag asks for what is not there.
+        SystemExit: if a flag asks for something that does not exist.
     """
     if args.rounds < 1 or args.threads < 1:
         sys.exit(
@@ -162,7 +162,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def write_json(path: Path | None, args: argparse.Namespace, hardware: str, rows: Any) -> None:
-    """Keep the settings, the hardware and every sample, if a file was named."""
+    """Write the settings, the hardware and every sample, if a file was named."""
     if path is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
         found = {"settings": settings, "hardware": hardware, "rows": rows}
@@ -170,5 +170,5 @@ def write_json(path: Path | None, args: argparse.Namespace, hardware: str, rows:
 
 
 def say(message: str) -> None:
-    """Tell how far the program is."""
+    """Print a message about progress to stderr."""
     print(message, file=sys.stderr, flush=True)

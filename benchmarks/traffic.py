@@ -1,4 +1,4 @@
-"""How many bytes a rank sends to others, and how long that takes."""
+"""Measure how many bytes a rank sends to others, and how long that takes."""
 
 import time
 from collections import Counter, defaultdict
@@ -16,19 +16,19 @@ from nmt_moe.parallel import ring_bytes
 
 @dataclass
 class Traffic:
-    """What this rank sent while it was measured.
+    """What this rank sent during a measurement.
 
     Attributes:
-        bytes_sent: To other ranks: "exchange", rows of tokens and their counts (all-to-all), and
-            "sum" (all-reduce), what a ring sends: 2 (W - 1) / W of the tensor.
-        seconds: By the same names, waiting for other ranks included.
+        bytes_sent: Bytes to other ranks: "exchange", rows of tokens and their counts (all-to-all),
+            and "sum" (all-reduce), as sent in a ring: 2 (W - 1) / W of the tensor.
+        seconds: Under the same names, including waiting for other ranks.
     """
 
     bytes_sent: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, kind: str, num_bytes: int, device: torch.device, call: Callable[[], Any]) -> Any:
-        """Run `call`, which sends `num_bytes`, and count both."""
+        """Run `call`, which sends `num_bytes`, and add up bytes and time."""
         _synchronise(device)
         begin = time.perf_counter()
         result = call()
@@ -40,9 +40,9 @@ class Traffic:
 
 @contextmanager
 def measure_traffic() -> Iterator[Traffic]:
-    """Count what this rank sends inside the block, backward passes included.
+    """Count what this rank sends inside the block, including backward passes.
 
-    On a GPU, each call waits for the device before and after, or its time would not show.
+    On a GPU, each call waits for the device before and after; otherwise its time would not show.
     """
     traffic = Traffic()
     all_to_all, all_reduce = distributed.all_to_all_single, distributed.all_reduce

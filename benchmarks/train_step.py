@@ -1,11 +1,11 @@
-"""Time a training step, and hold it against the bare matrix products it must do.
+"""Time a training step, and compare it with the bare matrix products it must do.
 
     python -m benchmarks.train_step --threads 2 --sentences 64 --length 25 --rounds 7
 
 A step is forward pass, loss, backward pass and Adam, on random sentences of one length, with the
-model, the criterion and the Adam that fairseq-train would take. All models, and the products of
-each (see products.py), run in turn in one process; peak memory is that of two steps in a process
-of its own, above what the imports take. Tokens are target tokens; there are as many source tokens.
+model, the criterion and the Adam that fairseq-train would use. All models, and the products of
+each (see products.py), take turns in one process; peak memory is that of two steps in a separate
+process, above that after the imports. Tokens are target tokens; there are as many source tokens.
 """
 
 import argparse
@@ -50,8 +50,8 @@ class TrainingStep:
     """One model with its optimizer and one batch; each call is one update.
 
     Attributes:
-        config: Of the model.
-        num_parameters: Shared ones counted once.
+        config: The model's configuration.
+        num_parameters: Number of parameters, shared ones counted once.
     """
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
@@ -71,7 +71,7 @@ class TrainingStep:
         self.sample = make_sample(dictionary, args.sentences, args.length, args.device)
 
     def __call__(self) -> dict[str, float]:
-        """Do one update, and return the seconds of its parts."""
+        """Do one update; return the seconds of its parts."""
         marks = [self._now()]
         loss, sample_size, _ = self.criterion(self.model, self.sample)
         marks.append(self._now())
@@ -107,12 +107,12 @@ def make_sample(dictionary: Dictionary, sentences: int, length: int, device: str
 
 
 def _shift(target: Tensor) -> Tensor:
-    """Move the last symbol to the front, as fairseq feeds the decoder."""
+    """Move the last symbol to the front, as in fairseq's decoder inputs."""
     return torch.roll(target, 1, dims=1)
 
 
 def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, int]:
-    """Return each model's peak bytes, found by this same program in a process for each."""
+    """Return each model's peak bytes, measured by this program in a process per model."""
     peaks = {}
     for name in names:
         timing.say(f"memory: {name}")
@@ -126,12 +126,12 @@ def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, int]
 
 
 def print_memory(name: str, args: argparse.Namespace) -> None:
-    """Do two steps (the first makes Adam's state), and print what they took."""
+    """Do two steps (the first creates Adam's state), and print their peak memory."""
     tiny = argparse.Namespace(**vars(args))
     tiny.sentences, tiny.length, tiny.vocab_size = 1, 2, 8
     sizes = ("--model-dim", "--lstm-hidden-dim", "--expert-hidden-dim")
     tiny.model_flags += "".join(f" {flag} 8" for flag in sizes)
-    TrainingStep(name, tiny)()  # loads what is loaded at first use, which is none of the model's
+    TrainingStep(name, tiny)()  # triggers loading on first use, which is not the model's memory
     before = timing.peak_bytes(args.device)
     step = TrainingStep(name, args)
     step()
@@ -142,7 +142,7 @@ def print_memory(name: str, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Return a row per model, and the operations of each model's products by group."""
     names = [f"{arch}/{wiring}" for arch in args.arch for wiring in args.attention_wiring]
-    # First, while this process is small: those started by it need the room.
+    # First, while this process is small: the processes it starts need the memory.
     peaks = {} if args.no_memory else measure_memory(names, args)
     batch = Batch(args.sentences, args.length, args.vocab_size)
     pool = products.Pool(args.device)
@@ -224,21 +224,21 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=list(WIRINGS),
         choices=WIRINGS,
-        help="wirings of each (both)",
+        help="attention wirings of each (both)",
     )
     parser.add_argument(
         "--model-flags", default="", metavar="FLAGS", help="more flags for every model, one string"
     )
-    parser.add_argument("--sentences", type=int, default=64, help="of a batch (64)")
-    parser.add_argument("--length", type=int, default=25, help="tokens of each, both sides (25)")
+    parser.add_argument("--sentences", type=int, default=64, help="sentences per batch (64)")
+    parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")
     parser.add_argument("--vocab-size", type=int, default=32000, help="symbols (32000)")
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)
     unknown = [arch for arch in args.arch if arch not in ARCH_MODEL_REGISTRY]
     if unknown:
-        parser.error(f"--arch: fairseq and this plugin know no {', '.join(unknown)}")
+        parser.error(f"--arch: neither fairseq nor this plugin has {', '.join(unknown)}")
     timing.prepare(args)
     if args.memory_of:
         print_memory(args.memory_of, args)

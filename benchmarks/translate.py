@@ -1,15 +1,15 @@
-"""Time fairseq-generate with lstm_moe_gnmt_small, and with fairseq's own lstm of the same widths.
+"""Time fairseq-generate with lstm_moe_gnmt_small and with fairseq's own lstm of the same widths.
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
-Timed is what fairseq-generate times: its task's generator on batches of its own iterator; with
---command also the whole command, from start to end. The models have random parameters, so every
-hypothesis is held to exactly --length tokens (min_len = max_len): all do the same number of steps,
-and no batch shrinks. Source sentences have --length tokens at most and half of that at least.
+The time is what fairseq-generate reports: its task's generator on batches of its own iterator; with
+--command, also that of the whole command. The models have random parameters, so every
+hypothesis is forced to have --length tokens (min_len = max_len): all do the same number of steps,
+and no batch shrinks. Source sentences have between --length / 2 and --length tokens.
 
 fairseq's lstm gets the embedding width, hidden size and decoder layers of ours. Its encoder must
-have as many layers as its decoder: two, as ours has with the preset's sizes, one above the other,
-but all bidirectional, where of ours the bottom one is; its LSTMs have no projection. All models
+have as many layers as its decoder: two, as ours has with the preset's sizes. In its encoder both
+are bidirectional, in ours only the bottom one; its LSTMs have no projection. All models
 share one dictionary, one set of sentences, the batch and the beam.
 """
 
@@ -55,7 +55,7 @@ def write_corpus(folder: Path, args: argparse.Namespace) -> None:
 
 
 def training_configs(folder: Path, args: argparse.Namespace) -> dict[str, DictConfig]:
-    """Return what fairseq-train would make of each competitor's flags, by its name."""
+    """Return fairseq-train's configuration for each competitor, by name."""
     flags = shlex.split(args.model_flags)
     configs = {}
     for wiring in args.attention_wiring:
@@ -85,8 +85,8 @@ class Translation:
     """One model with fairseq's generator; each call translates all batches.
 
     Attributes:
-        model: As task and flags build it.
-        num_steps: Steps of the decoder that a call takes.
+        model: The model, as built by task and flags.
+        num_steps: Steps of the decoder in a call.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Translation:
             self.batches = list(batches.next_epoch_itr(shuffle=False))
         if args.device == "cuda":
             self.batches = [utils.move_to_cuda(batch) for batch in self.batches]
-        # The step after the last token adds the end.
+        # The step after the last token adds the end mark.
         self.num_steps = len(self.batches) * (args.length + 1)
         self.length = args.length
 
@@ -119,12 +119,12 @@ class Translation:
         """Translate everything once."""
         for batch in self.batches:
             found = self.task.inference_step(self.generator, [self.model], batch)
-            # All did the same work, or times cannot be compared.
+            # Times can only be compared if all did the same work.
             assert all(len(best["tokens"]) == self.length + 1 for best, *_ in found)
 
 
 def save_checkpoint(path: Path, config: DictConfig, model: torch.nn.Module) -> None:
-    """Write what fairseq-generate reads of a checkpoint."""
+    """Write the parts of a checkpoint that fairseq-generate reads."""
     state = {
         "args": None,
         "cfg": OmegaConf.to_container(config, resolve=True, enum_to_str=True),
@@ -141,7 +141,7 @@ def save_checkpoint(path: Path, config: DictConfig, model: torch.nn.Module) -> N
 def command_job(
     config: DictConfig, model: torch.nn.Module, path: Path, args: argparse.Namespace
 ) -> Callable[[], None]:
-    """Make a job that runs the whole fairseq-generate on a model."""
+    """Make a job that runs the whole fairseq-generate command on a model."""
     save_checkpoint(path, config, model)
     line = [sys.executable, "-m", "fairseq_cli.generate"]
     line += generation_line(path.parent, path, args)
@@ -162,7 +162,7 @@ def command_job(
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each model, and with --command another for its whole command."""
+    """Return a row for each model, and with --command another for the whole command."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder, args)
@@ -221,27 +221,27 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--arch", default="lstm_moe_gnmt_small", help="of ours (lstm_moe_gnmt_small)"
+        "--arch", default="lstm_moe_gnmt_small", help="our architecture (lstm_moe_gnmt_small)"
     )
     parser.add_argument(
         "--attention-wiring",
         nargs="+",
         default=list(WIRINGS),
         choices=WIRINGS,
-        help="wirings of ours (both)",
+        help="attention wirings of ours (both)",
     )
     parser.add_argument(
         "--model-flags", default="", metavar="FLAGS", help="more flags for ours, one string"
     )
     parser.add_argument(
-        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (that of ours)"
+        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (as in ours)"
     )
-    parser.add_argument("--sentences", type=int, default=64, help="to translate (64)")
-    parser.add_argument("--batch", type=int, default=32, help="sentences of a batch (32)")
+    parser.add_argument("--sentences", type=int, default=64, help="sentences to translate (64)")
+    parser.add_argument("--batch", type=int, default=32, help="sentences per batch (32)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
-    parser.add_argument("--length", type=int, default=25, help="tokens of each translation (25)")
+    parser.add_argument("--length", type=int, default=25, help="tokens per translation (25)")
     parser.add_argument("--vocab-size", type=int, default=8000, help="symbols (8000)")
-    parser.add_argument("--command", action="store_true", help="time the whole command too")
+    parser.add_argument("--command", action="store_true", help="also time the whole command")
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)
     timing.prepare(args)
