@@ -60,4 +60,4 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
 def test_an_unknown_architecture_is_refused(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--arch", "lstm_mow"])
-    assert "know no lstm_mow" in capsys.readouterr().err
+    assert "lstm_mow" in capsys.readouterr().err
