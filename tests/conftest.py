@@ -1,4 +1,4 @@
-"""What all tests share: one thread for each process, and no test without what it needs."""
+"""Set-up for all tests: one thread per process, and tests whose needs are not met are skipped."""
 
 import importlib.util
 import logging
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported: tests that start several processes would fight for cores.
+# Before torch is imported: tests that start several processes would compete for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -24,7 +24,7 @@ if importlib.util.find_spec("fairseq") is None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as gpu what runs there, and skip what needs more CUDA devices than there are."""
+    """Mark tests that run on a GPU, and skip those that need more CUDA devices than there are."""
     needs = {"gpu": 1, "multigpu": 2}
     for item in items:
         uses_device = item.get_closest_marker("device") or "device" in item.fixturenames
@@ -37,13 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run Triton's kernels on new tensors: on the CUDA device, else interpreted on the CPU."""
+    """Run Triton's kernels on new tensors: on the CUDA device, or interpreted on the CPU."""
     pytest.importorskip("triton")
     from nmt_moe.kernels import _backend
 
     name = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(_backend, "TRITON_DEVICES", frozenset({name}))
-    monkeypatch.setenv("NMT_MOE_KERNELS", "triton")  # or torch would pass the tests of a bad kernel
+    monkeypatch.setenv("NMT_MOE_KERNELS", "triton")  # or torch would replace a bad kernel, and pass
     torch.set_default_device(name)
     yield name
     torch.set_default_device(None)
@@ -57,6 +57,6 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def _loggers_speak_again():
-    """Undo what a program that ran in this process did to have its output for itself."""
+    """Undo what a program in this process did to capture output."""
     yield
     logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""Benchmarks set torch's number of threads for their process, here that of all tests."""
+"""Restore torch's number of threads, which benchmarks set for their process."""
 
 from collections.abc import Iterator
 

@@ -95,13 +95,13 @@ def test_logits_have_a_standard_deviation_of_one_and_noise_no_weight():
         for weight in layer.gate_weights():
             assert 0.8 < (x @ weight).std() < 1.2
         assert all(not weight.any() for weight in layer.noise_weights())
-    # No two experts are alike.
+    # All experts differ.
     assert len(torch.unique(layer.moe.experts.weight_in[:, 0, 0])) == 16
 
 
 def test_dropped_tokens_are_those_that_reach_no_expert():
     class OneForAll(moe_layers.Layer):
-        """Of the rows 0 to 2, each meant for 4 experts, the last alone is computed, by one."""
+        """Of rows 0 to 2, each meant for 4 experts, only the last is computed, by one expert."""
 
         def __init__(self, point, capacity):
             super().__init__(point, capacity)
@@ -136,7 +136,7 @@ def test_eager_gating_is_the_layers_own_in_what_it_sums():
     torch.testing.assert_close(gates.sum(1), torch.ones(50))
     torch.testing.assert_close(importance.sum(), torch.tensor(50.0))
     assert load.shape == (7,)
-    # Expected numbers of tokens: near 2 of each row.
+    # Expected numbers of tokens: about 2 per row.
     assert 80 < load.sum() < 120
 
 

@@ -43,7 +43,7 @@ def test_each_does_only_what_it_can():
 
 
 class FakeProcess:
-    """Writes down what happens; one of them fails, all hold memory."""
+    """A fake that records events; one of them fails, all hold memory."""
 
     events: list[str] = []
     failing = ""
@@ -68,7 +68,7 @@ class FakeProcess:
 
 @pytest.fixture
 def play(monkeypatch):
-    """Play two rounds at a point with fake processes; give the match and the events."""
+    """Play two rounds at a point with fake processes; return the match and the events."""
 
     def run(free, failing="", modes=("fwd+bwd",)):
         monkeypatch.setattr(FakeProcess, "events", [])
@@ -90,7 +90,7 @@ def test_competitors_take_turns_and_stay_where_memory_allows(play):
     second = [f"{name} fwd+bwd" for name in names]
     assert events == [*first, *second, *(f"-{name}" for name in names)]
     assert match.stays
-    # A quarter of a second at first; then as often as half a second allows.
+    # First for a quarter of a second; then as often as half a second allows.
     counts = [len(samples) for samples in match.records["bmm"].rounds["fwd+bwd"]]
     assert counts == [1, 2]
 
@@ -104,7 +104,7 @@ def test_each_turn_has_its_own_process_where_memory_is_short(play):
         for e in (f"+{name}", f"{name} fwd+bwd", f"-{name}")
     ]
     assert events[-9:] == second
-    # The two that had stayed when memory ran short ended then.
+    # The two that were still running when memory ran short ended then.
     assert events[:-9].count("-gemm") == events[:-9].count("-bmm") == 1
 
 

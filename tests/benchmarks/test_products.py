@@ -23,12 +23,12 @@ def config(wiring="recurrent", attention="product", moe=True):
 
 
 def test_flops_by_hand_of_the_recurrent_wiring():
-    # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), experts 6 wide, 4 of them,
-    # 2 taken. Multiplications and additions, so 2 each; forward, and two gradients, so 3 each.
+    # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), 4 experts of width 6, 2 per token.
+    # Factors 2 (multiplications and additions) and 3 (forward pass and two gradients).
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
         # Three LSTMs over 10 source tokens, two over 10 target tokens, all from D to the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
-        # The same from what recurs: D, or output and context, 2 D, in decoder LSTM 1.
+        # The same for the recurrent input: D, or in decoder LSTM 1 output and context, 2 D.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
         "LSTM projection": 6 * 5 * 10 * 8 * 4,
         # 20 tokens to 4 experts, once for the logits and once for the noise.
@@ -58,9 +58,9 @@ def test_a_dense_model_has_no_products_of_an_moe():
 
 
 def test_the_list_agrees_with_what_the_model_computes(monkeypatch):
-    monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is no product that must be
-    # Of each LSTM's first step torch leaves out the gradient of the zero state, B D 4 H; in the
-    # recurrent wiring decoder LSTM 1 has one all the same, for the context, but not its query's.
+    monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is not a necessary product
+    # At each LSTM's first step, torch omits the gradient of the zero state, B D 4 H; in the
+    # recurrent wiring, decoder LSTM 1 computes it for the context, but not for its query.
     zero_state, zero_query = 2 * 2 * 4 * 32, 2 * 2 * 4 * 4
     for wiring, left_out in (
         ("parallel", 5 * zero_state),
@@ -83,7 +83,7 @@ def counted_flops(sizes):
     output = nn.Linear(sizes.model_dim, 11, bias=False)
     source = torch.randint(11, (BATCH.sentences, BATCH.length))
     target = torch.randint(11, (BATCH.sentences, BATCH.length))
-    # torch leaves products that add to a tensor in place out of its count.
+    # torch does not count products that add to a tensor in place.
     in_place = {torch.ops.aten.addmm_: count_addmm}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         encoded = encoder(source, torch.zeros_like(source, dtype=torch.bool))

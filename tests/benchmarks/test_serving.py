@@ -1,4 +1,4 @@
-"""The program that measures the server, in small: all requests are answered, each with its own."""
+"""The program that measures the server, at small size: each request gets its own answer."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of experts: what is written comes back, and what is wrong is named."""
+"""Expert files: what is written is read back, and errors are reported by name."""
 
 import argparse
 import hashlib
@@ -144,7 +144,7 @@ def test_reading_leaves_what_the_safe_loader_allows(path):
 def test_only_files_that_no_checkpoint_needs_are_deleted(path):
     folder = path.parent
     used = set(folder.glob("experts-*"))
-    for start in (0, 3):  # of a save that was cut off before its checkpoint
+    for start in (0, 3):  # from a save that was interrupted before its checkpoint
         write_expert_file(folder, "abandoned", slice(start, start + 3), {}, {})
     (folder / "experts-cut-0-3.pt.tmp").write_bytes(b"half")
     path.rename(folder / "checkpoint_best.pt")
@@ -170,7 +170,7 @@ def test_an_unfinished_file_is_created_anew_and_no_link_is_followed(path, tmp_pa
 
 
 def rewrite(path, change):
-    """Change the content of the second file of experts, and its entry in the manifest with it."""
+    """Change the content of the second expert file, and its entry in the manifest."""
     state = read(path)
     entry = state[MANIFEST]["files"][1]
     part = path.parent / entry["name"]
@@ -223,7 +223,7 @@ def test_experts_in_half_precision_are_those_of_a_training_in_it(path, precision
     with pytest.raises(ValueError, match="is torch.float16, unlike"):
         load_checkpoint(path)
     torch.save({**state, "cfg": {"common": {precision: True}}}, path)
-    expected = whole_state()["model"][NAME].half().float()  # fairseq has float32 in checkpoints
+    expected = whole_state()["model"][NAME].half().float()  # fairseq stores float32
     assert torch.equal(load_checkpoint(path)["model"][NAME], expected)
 
 

@@ -1,4 +1,4 @@
-"""`nmt-moe check-environment`: what it takes for missing."""
+"""`nmt-moe check-environment`: what it reports as missing."""
 
 import importlib.metadata
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from nmt_moe.diagnostics import requirements
 
 @pytest.fixture
 def needs(monkeypatch):
-    """Set the requirements that are read."""
+    """Replace the requirements."""
 
     def set_needs(*lines: str, python: str = ">=3.11") -> None:
         monkeypatch.setattr(requirements, "read_requirements", lambda: (python, list(lines)))

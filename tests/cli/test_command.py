@@ -1,4 +1,4 @@
-"""The command `nmt-moe` itself: its help, how quickly it starts, and how it reports mistakes."""
+"""The command `nmt-moe` itself: its help, the time it takes to start, and its error messages."""
 
 import configparser
 import importlib

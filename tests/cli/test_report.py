@@ -119,7 +119,7 @@ def test_a_failure_on_the_way_leaves_the_files_of_before(text: Path, tmp_path: P
     damaged = make_bundle(tmp_path / "damaged", description=SHORT)[0]
     experts = damaged / "experts.decoder.safetensors"
     content = bytearray(experts.read_bytes())
-    for position in range(len(content) // 2, len(content), 64):  # found when a token comes
+    for position in range(len(content) // 2, len(content), 64):  # found when a token is sent there
         content[position] ^= 1
     experts.write_bytes(content)
     page, dump = tmp_path / "report.html", tmp_path / "report.json"

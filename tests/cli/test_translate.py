@@ -44,7 +44,7 @@ def call(*arguments: object, stdin: str | bytes = b"") -> Result:
 
 
 def assert_mistake(result: Result, command: str, *words: str) -> None:
-    """See that a command ended with one message and status 1."""
+    """Check that a command ended with one message and status 1."""
     assert result.exit_code == 1, result.output
     messages = [row for row in result.stderr.splitlines() if "error:" in row]
     assert len(messages) == 1
@@ -70,7 +70,7 @@ def test_files_are_translated_one_after_the_other(
     result = call("translate", bundle, text, zipped, "--output", output, "--progress")
     assert (result.exit_code, result.stdout) == (0, "")
     assert output.read_text().splitlines() == translated * 2
-    assert "4/4" in result.stderr  # of the bar
+    assert "4/4" in result.stderr  # from the progress bar
     assert call("translate", bundle, text, "--output", output).stderr == ""
     assert output.read_text().splitlines() == translated
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "text.xz"]

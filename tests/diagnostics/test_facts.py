@@ -1,4 +1,4 @@
-"""The facts of a machine that are pasted into reports of faults."""
+"""The facts about a machine that users paste into bug reports."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The parts that are tried: what is broken is found, whatever it raises."""
+"""Trying out parts: broken ones are found, whatever they raise."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Bundles that are damaged, foreign or hostile are refused with one message and a way out."""
+"""Damaged, foreign and hostile bundles are refused with one message and advice."""
 
 import json
 import pickle
@@ -51,14 +51,14 @@ def bundle(original: Path, tmp_path: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Write the sums anew, so that what is behind them is read."""
+    """Rewrite the checksums, so that damage is found by other checks."""
     sums = folder / "SHA256SUMS"
     sums.unlink(missing_ok=True)
     write_digests(sums, sorted(path for path in folder.iterdir() if path.is_file()))
 
 
 def assert_refused(open_it: Callable[[], Any], *words: str) -> None:
-    """See that one message of one line names the fault and a way out."""
+    """Check that a message of one line names the fault and a way out."""
     start = time.process_time()
     with pytest.raises(ValueError, match=".") as caught:
         open_it()
@@ -114,7 +114,7 @@ def flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_found(bundle: Path, name: str, share: float):
     flip(bundle / name, int((bundle / name).stat().st_size * share))
-    sums = name == "SHA256SUMS"  # where the file is named whose sum is another
+    sums = name == "SHA256SUMS"  # which names the file whose checksum differs
     assert_refused(lambda: verify_bundle(bundle), *([] if sums else [f"`{bundle / name}`"]))
     if name in ("config.json", "model.safetensors", "pieces.model", "vocabulary.json"):
         assert_refused(lambda: Translator.load(bundle), f"`{bundle / name}`")
@@ -372,7 +372,7 @@ def test_a_header_that_claims_too_much_is_refused(bundle: Path, name: str):
 
 
 class Hostile:
-    """What a pickle would run."""
+    """What unpickling would run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

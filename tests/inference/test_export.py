@@ -1,4 +1,4 @@
-"""Checkpoints of every kind become bundles; what does not fit is refused, and leaves nothing."""
+"""All kinds of checkpoints become bundles; what does not fit is refused and leaves no files."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     stored = weights(tmp_path / "out")
     for side in ("encoder", "decoder"):
         for name, value in networks[side].state_dict().items():
-            if "noise_weight" in name:  # which training alone reads
+            if "noise_weight" in name:  # which only training reads
                 assert not any("noise" in one for one in stored)
             elif ".experts." in name:
                 assert torch.equal(stored[f"{side}.{name.split('.')[-1]}"], value.mT)
@@ -184,7 +184,7 @@ def test_small_dtypes_make_small_files(tmp_path: Path):
 
 
 def assert_refused(match: str, path: Path, data: Path, pieces: Path | None, **options: Any) -> None:
-    """See that an export is refused with one message, and that nothing is left of it."""
+    """Check that an export is refused with one message and leaves no files."""
     folder = path.parent
     there = sorted(folder.rglob("*"))
     with pytest.raises((ValueError, OSError), match=match) as caught:
@@ -331,7 +331,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path: Path):
     edit(path, lambda state: state["cfg"].update(model={"_name": "transformer", "dropout": 0.1}))
     assert_refused("holds the model 'transformer', which is not one of", path, data, pieces)
     path.write_bytes(content)
-    # fairseq's own LSTM has options of like names.
+    # fairseq's own LSTM has options of similar names.
     lstm = {"_name": "lstm", "encoder_layers": 3, "decoder_layers": 2, "dropout": 0.1}
     edit(path, lambda state: state["cfg"].update(model=lstm))
     assert_refused("holds the model 'lstm', which is not one of", path, data, pieces)

@@ -1,4 +1,4 @@
-"""Bundles are opened without fairseq and what belongs to it; `import nmt_moe` takes no time."""
+"""Bundles open without fairseq and its dependencies; `import nmt_moe` is fast."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The probability of lines, and lines that are drawn."""
+"""Probabilities of lines, and sampled lines."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def model(opened: tuple[LanguageModel, Any]) -> LanguageModel:
 
 
 def expected(model: LanguageModel, networks: dict[str, Any], pieces: list[str]) -> list[float]:
-    """Compute log-probabilities with the network of the training."""
+    """Compute log-probabilities with the training's network."""
     symbols = model._vocabulary.symbols
     tokens = [symbols.index(piece) if piece in symbols else 3 for piece in pieces]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_samples_follow_their_seed(model: LanguageModel):
 def test_a_prefix_is_what_each_line_begins_with(model: LanguageModel):
     for prefix in ("the cat", "a ☃"):
         assert all(line.startswith(prefix) for line in model.sample(4, prefix, max_pieces=5))
-    # The first piece that follows is drawn from what the model predicts after the prefix.
+    # The first piece after the prefix is drawn from the model's prediction.
     drawn = model.sample(400, "the cat", max_pieces=1, seed=9)
     shares = {line: drawn.count(line) / len(drawn) for line in set(drawn)}
     likely = max(shares, key=lambda line: shares[line])

@@ -1,4 +1,4 @@
-"""Experts that no token is sent to are never read from their files."""
+"""Experts to which no token is sent are never read from their files."""
 
 import gc
 import sys
@@ -12,12 +12,12 @@ from nmt_moe.inference import Pieces, export
 from tests.support.bundles import LM, MOE, make_checkpoint
 
 NUM_EXPERTS = 32
-# An expert is 2 MB, as the pages are that the system maps at once; all are 64 MB.
+# An expert has 2 MB, like the pages that the system maps at once; all have 64 MB.
 WIDE = replace(MOE, model_dim=256, hidden_dim=1024, num_experts=NUM_EXPERTS, top_k=1)
 
 
 def mapped(folder: Path) -> int:
-    """Count the bytes of the files of experts that are in this process's memory."""
+    """Return how many bytes of the expert files are in this process's memory."""
     total, is_counted = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *words = line.split()
@@ -35,7 +35,7 @@ def test_one_line_reads_few_of_many_experts(tmp_path: Path):
     folder = tmp_path / "bundle"
     export(path, data, Pieces(pieces), folder)
     path.unlink()
-    gc.collect()  # what verified the bundle has mapped it too
+    gc.collect()  # the verification has mapped it, too
     size = (folder / "experts.decoder.safetensors").stat().st_size
     assert size > NUM_EXPERTS * 2**21
     model = LanguageModel.load(folder)

@@ -1,4 +1,4 @@
-"""The networks of a bundle compute what the networks of a training do."""
+"""The networks of a bundle compute the same as the networks of a training."""
 
 from dataclasses import replace
 from pathlib import Path

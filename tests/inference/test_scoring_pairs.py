@@ -1,4 +1,4 @@
-"""The probability of references, against the networks of the training and against the search."""
+"""The probability of references, compared with the training's networks and with the search."""
 
 import math
 from dataclasses import replace

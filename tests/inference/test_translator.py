@@ -40,14 +40,14 @@ class Model:
     networks: dict[str, nn.Module]
 
     def numbers(self, pieces: list[str], mark: str = "") -> list[int]:
-        """Number a sentence's source pieces as they went into the network."""
+        """Return the numbers of a sentence's source pieces, as given to the network."""
         symbols = self.translator.vocabularies["source"].symbols
         known = {s: n for n, s in enumerate(symbols) if n > 3 and not s.startswith("<2")}
         marks = [symbols.index(mark)] if mark else []
         return [*marks, *(known.get(piece, 3) for piece in pieces), 2]
 
     def written(self, pieces: list[str]) -> list[int]:
-        """Number a hypothesis' pieces."""
+        """Return the numbers of a hypothesis's pieces."""
         symbols = self.translator.vocabularies["target"].symbols
         return [symbols.index(piece) for piece in pieces]
 
@@ -245,7 +245,7 @@ def test_attention_counts_the_pieces_of_the_text_and_no_marks(model: Model, many
 
 
 def by_token(stats: Any, count: int) -> list[dict[int, float]]:
-    """Give the experts of each token with their gates."""
+    """Return each token's experts with their gates."""
     return [
         {expert: gate for expert, gate in zip(ids, gates, strict=True) if gate > 0}
         for ids, gates in zip(

@@ -1,4 +1,4 @@
-"""What experts are for: counts, intervals, contexts and pairs against their definitions."""
+"""What experts do: counts, intervals, contexts and pairs against their definitions."""
 
 import math
 import random
@@ -44,7 +44,7 @@ def test_counts_are_those_of_a_loop():
 
 
 def test_only_what_is_certain_is_listed_and_in_the_order_of_lower_bounds():
-    # Expert 0 gets every "x", expert 1 every "rare"; the rest is by chance.
+    # Expert 0 gets every "x", expert 1 every "rare"; the rest is random.
     chance = random.Random(1)
     features, expert_ids = [], []
     for _ in range(4000):

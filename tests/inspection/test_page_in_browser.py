@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: it complains of nothing, asks for nothing, and fits."""
+"""The page of a report in a real browser: no errors, no requests, no overflow."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, list[str]]:
-    """Open the page; return also what it complains of, and what it asks for besides itself."""
+    """Open the page; also return its errors and its requests for anything besides itself."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []
@@ -54,7 +54,7 @@ def test_the_page_fits_and_complains_of_nothing(
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     # Wide tables scroll on their own.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # The policy lets the page's own style through.
+    # The policy allows the page's own style.
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 28)")
     assert page.locator("script, img, link, iframe").count() == 0

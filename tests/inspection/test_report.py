@@ -1,4 +1,4 @@
-"""The report of tiny bundles: its values against the model's own, and the page made of them."""
+"""The report of tiny bundles: its values compared with the model's own, and its page."""
 
 import html.parser
 import json
@@ -31,7 +31,7 @@ REFERENCES = ["a dog", "cat", "a red cat", " ", *HOSTILE]
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects what a page has, and sees that every element ends."""
+    """A parser that collects what a page has, and checks that every element ends."""
 
     VOID = ("meta", "br", "rect", "line")
 
@@ -65,7 +65,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def check_page(page: str) -> Reader:
-    """See that a page is whole, alone and harmless."""
+    """Check that a page is complete, self-contained and harmless."""
     assert len(page.encode()) < MAX_BYTES
     reader = Reader(page)
     assert not reader.tags.keys() & {"script", "img", "link", "iframe", "object", "form", "base"}
@@ -172,7 +172,7 @@ def test_quality_is_that_of_sacrebleu(bundle: Path, report: dict[str, Any]):
 
 
 def test_the_page_of_hostile_text_is_harmless(report: dict[str, Any]):
-    # Whole: even if pieces fell apart, whole lines are shown as references.
+    # References are shown as complete lines, not as pieces.
     page = render_page(report)
     reader = check_page(page)
     text = " ".join(reader.text)
@@ -217,7 +217,7 @@ def test_a_second_bundle_is_compared(bundle: Path, tmp_path: Path):
     text = " ".join(check_page(render_page(report)).text)
     assert "Paired bootstrap" in text
     assert "of the experts of" in text
-    # The same bundle keeps all experts, and differs nowhere.
+    # Compared with itself, a bundle differs nowhere.
     same = make_report(bundle, [Part("text", TEXT, REFERENCES)], against=bundle)
     assert {layer["saturation"]["kept"] for layer in same["layers"]} == {1.0}
     assert {layer["saturation"]["changed_tokens"] for layer in same["layers"]} == {0.0}

@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).parent.parent / "support" / "compile_factored_adam.py"
 
 def test_no_kernel_spills_registers():
     pytest.importorskip("triton")
-    # Where Triton interprets it does not compile.
+    # Triton does not compile when it interprets.
     environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(

@@ -28,7 +28,7 @@ BLOCKS = [
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """Make fresh memory NaN, so that an element nobody writes is seen."""
+    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -48,7 +48,7 @@ def make_grad(weight: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
-    """Run the operation in place; return what it made, and what its definition gives."""
+    """Run the operation in place; return its results and those of its definition."""
     expected = weight, row_mean, column_mean
     for step, grad in enumerate(grads, 1):
         options = {"step": step, **OPTIONS}
@@ -112,9 +112,9 @@ def test_low_precision_is_computed_in_float32(dtype):
 
 def test_an_update_by_hand():
     # Squared gradients [[1, 4], [4, 16]]: row means 2.5 and 10, column means 2.5 and 10, mean 6.25.
-    # A share of 0.25 is taken in. The second moment of the corner is
+    # New squares have weight 0.25. The second moment of the corner is
     # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, its root 2.
-    # The bias correction of the first update, sqrt(1 - 0.75) = 0.5, makes 4 / 2 a step of 1.
+    # The first update's bias correction, sqrt(1 - 0.75) = 0.5, turns 4 / 2 into a step of 1.
     grad = torch.tensor([[[1.0, -2.0], [2.0, 4.0]]])
     weight = torch.zeros(1, 2, 2)
     row_mean, column_mean = torch.zeros(1, 2), torch.zeros(1, 2)
@@ -178,7 +178,7 @@ def test_triton_follows_the_definition(shape, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_computes_low_precision_in_float32(dtype, device):
     state = make_state(2, 33, 65, dtype)
-    # The interpreter cuts bfloat16 off where a GPU rounds: one unit in the last place.
+    # The interpreter truncates bfloat16 where a GPU rounds: one unit in the last place.
     tolerance = {"rtol": 1e-2, "atol": 1e-4}
     assert_same(*update_both(*state, [make_grad(state[0])]), **tolerance)
 
@@ -193,7 +193,7 @@ def test_triton_gives_the_same_bits_again(device):
 
 
 def test_triton_reaches_beyond_two_to_the_31_elements(device):
-    """The second expert begins at element 2^31: memory that is reserved, and not touched."""
+    """The second expert starts at element 2^31: memory that is reserved but not touched."""
     kernel = pytest.importorskip("nmt_moe.kernels._triton.factored_adam")
     torch.use_deterministic_algorithms(False)  # would write all of the memory
     weight, row_mean, column_mean = make_state(2, 4, 8, torch.float32)

@@ -68,7 +68,7 @@ def test_sums_of_half_precision_run_in_float32(half, device):
     expected = torch.autograd.grad(theirs, wide, grad.float())
     pairs |= {"rows": (mine[0], expected[0]), "gates": (mine[1], expected[1])}
     for name, (one, other) in pairs.items():
-        # One rounding at the end, which the interpreter does by cutting off.
+        # One rounding at the end, which the interpreter does by truncation.
         step = torch.finfo(half).eps
         torch.testing.assert_close(
             one.float(), other, rtol=step, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -85,7 +85,7 @@ def test_gates_in_float32_are_not_rounded_to_the_rows_dtype(device):
     [mine] = torch.autograd.grad(ours, [gates], grad)
     [expected] = torch.autograd.grad(theirs, [gates], grad.float())
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    # One rounding, at the end; the interpreter cuts off.
+    # One rounding, at the end; the interpreter truncates.
     torch.testing.assert_close(
         ours.float(), theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5
     )

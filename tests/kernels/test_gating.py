@@ -19,7 +19,7 @@ def block_size(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Make fresh memory NaN, so that an element nobody writes is seen."""
+    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -45,7 +45,7 @@ def test_blocks_compute_the_definition(rows, experts, top_k, sizes, training):
     ],
 )
 def test_single_precision_computes_the_definition(rows, experts, top_k, training):
-    """The search for the largest has its own form there."""
+    """The search for the largest is implemented differently there."""
     inputs = make_inputs(rows, experts, torch.float32)
     assert_is_the_definition(inputs, top_k, None, training, rtol=1e-4, atol=1e-5)
 
@@ -64,7 +64,7 @@ def test_the_lowest_index_wins_among_equals(rows, width):
 
 
 def test_two_experts_by_hand():
-    # scale = softplus(0) + 0.01; without noise 1 beats 0, with the noise of 2 scales 0 wins.
+    # scale = softplus(0) + 0.01; without noise 1 beats 0; with noise of 2 scales, 0 wins.
     clean, scale = torch.tensor([[0.0, 1.0]]), torch.tensor(2.0).log() + NOISE_FLOOR
     noise = torch.tensor([[2.0 / scale, 0.0]])
     out = noisy_top_k(clean, torch.zeros(1, 2), 1, noise)

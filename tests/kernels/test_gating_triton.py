@@ -1,4 +1,4 @@
-"""Noisy top-k gating by Triton's kernels: against its definition, and its noise."""
+"""Noisy top-k gating by Triton's kernels: compared with its definition; its noise."""
 
 import importlib
 
@@ -30,15 +30,15 @@ def assert_is_right(inputs, top_k, sizes, training=True, one_by_one=False):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(device, monkeypatch):
-    """Fresh memory is NaN, so an unwritten element is seen."""
-    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs: each takes long
+    """Fill fresh memory with NaN, so that an unwritten element is noticed."""
+    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs, as each is slow
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def use_blocks(monkeypatch, columns: int, numbers: int):
-    """Hold so many columns, and so many numbers, in a block."""
+    """Set the numbers of columns and elements per block."""
     monkeypatch.setattr(launchers, "MAX_BLOCK_COLUMNS", columns)
     monkeypatch.setattr(launchers, "BLOCK_NUMBERS", numbers)
 

@@ -112,7 +112,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
     rows, weight = rows.detach(), weight.detach()
     grad = torch.randn(70, 70).to(half)
     tiles = kernels.list_tiles(offsets, 70, 32)
-    step = torch.finfo(half).eps  # the interpreter's only rounding cuts off
+    step = torch.finfo(half).eps  # the interpreter's only rounding truncates
     with poisoned_memory():
         out = kernels.multiply_rows(rows, weight, offsets, tiles)
         grad_weight = kernels.weight_gradient(rows, grad, offsets, 32)
@@ -126,7 +126,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
 
 @pytest.fixture
 def float32_settings():
-    """Undo what a test tells torch about float32 products, by both generations of settings."""
+    """Restore torch's settings for float32 products, of both generations."""
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
     for owner in (torch.backends, torch.backends.cuda.matmul):
@@ -163,7 +163,7 @@ def test_relu_and_its_gradient_by_hand(kernels):
     tiles = kernels.list_tiles(offsets, 3, 16)
     nan = float("nan")
     hidden = kernels.multiply_rows(rows, weight, offsets, tiles, relu=True)
-    expected = torch.tensor([[0.0, 4.0], [0.0, 8.0], [nan, nan]])  # a NaN is not swallowed
+    expected = torch.tensor([[0.0, 4.0], [0.0, 8.0], [nan, nan]])  # NaN is propagated
     torch.testing.assert_close(hidden, expected, equal_nan=True)
     mask = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
     masked = kernels.multiply_rows(rows, weight, offsets, tiles, mask=mask)
@@ -210,7 +210,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     tiles = kernels.list_tiles(offsets, 2, 16)
     out = kernels.multiply_rows(rows, weight, offsets, tiles)
     torch.testing.assert_close(out, rows * 3)
-    # Rows so far behind, in the operands, the answer and the mask.
+    # Rows beyond 2^31 elements, in the operands, the output and the mask.
     many = far[: 2**31 + 32].view(2**27 + 2, 16)
     many[-2:] = rows
     offsets = torch.tensor([2**27, 2**27, 2**27, 2**27 + 2])
@@ -221,7 +221,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     assert torch.equal(masked[-2:] != 0, rows > 0)
     grad = kernels.weight_gradient(many, many, offsets, 16)
     torch.testing.assert_close(grad[2], rows.t() @ rows)
-    # A gradient whose last expert lies so far behind.
+    # A gradient whose last expert lies beyond it.
     monkeypatch.setattr(torch, "empty", lambda shape, **_: far.as_strided(shape, (2**30, 16, 1)))
     grad = kernels.weight_gradient(rows, rows, offsets_of([0, 0, 2]), 16)
     torch.testing.assert_close(grad[2], rows.t() @ rows)
@@ -233,7 +233,7 @@ def test_torch_gets_the_products_that_its_kernel_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def suits(experts=32, dim=512, out_dim=1024, dtype=torch.bfloat16, device="cuda"):
-        with FakeTensorMode():  # a CUDA device that need not be there
+        with FakeTensorMode():  # works without a CUDA device
             rows = torch.empty(1000 * experts, dim, dtype=dtype, device=device)
             weight = torch.empty(experts, dim, out_dim, dtype=dtype, device=device)
             return _products.suits_grouped_mm(rows, weight)

@@ -1,4 +1,4 @@
-"""Recycled memory: tensors never share it while alive, and it does not pile up."""
+"""Recycled memory: live tensors never share it, and it does not accumulate."""
 
 import gc
 import mmap

@@ -19,7 +19,7 @@ NAMES = ("x", "gates", "weight_in", "weight_out")
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Let uninitialised tensors be NaN, so that an element nobody writes is seen."""
+    """Fill uninitialised tensors with NaN, so that an element that is never written is noticed."""
     empty = _memory.empty
     monkeypatch.setattr(
         _memory, "empty", lambda shape, like: empty(shape, like).fill_(float("nan"))
@@ -107,7 +107,7 @@ def test_who_multiplies_without_gradients_follows_from_the_operands():
     assert not takes_torchs(4, 6)
     assert not takes_torchs(6, 4)
     assert not takes_torchs(4, 8, torch.bfloat16)
-    assert not takes_torchs(4, 8, skipped=1)  # begins off its 16 bytes
+    assert not takes_torchs(4, 8, skipped=1)  # not aligned to 16 bytes
 
 
 @pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch"])
@@ -202,7 +202,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_offsets_beyond_two_to_the_31st_element():
     experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
-    # Pages that nobody touches cost nothing.
+    # Untouched pages cost nothing.
     weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
     weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
     weight_in[-1], weight_out[-1] = 0.5, 0.25

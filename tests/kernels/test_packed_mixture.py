@@ -1,4 +1,4 @@
-"""The mixture of packed experts, against the definition; unused experts stay in their file."""
+"""The mixture of packed experts, compared with the definition; unused experts are not read."""
 
 import re
 import sys
@@ -46,7 +46,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 4), (90, 3), (0, 2)])
 def test_it_is_the_mixture_of_the_training(tokens, top_k, dtype, way):
     x, gates, expert_ids, weight_in, weight_out = draw(tokens, top_k)
-    if tokens > 2:  # a token with a slot less, and one without any
+    if tokens > 2:  # a token with one slot fewer, and one without any
         expert_ids[0, -1], gates[0, -1] = NUM_EXPERTS, 0
         expert_ids[1], gates[1] = NUM_EXPERTS, 0
     expected = mixture_ffn(x, gates, plan_rows(expert_ids, NUM_EXPERTS), weight_in, weight_out)
@@ -114,7 +114,7 @@ def test_unused_experts_of_a_mapped_file_do_not_come_into_memory(dtype, tmp_path
     else:
         packed = [PackedExperts.pack(weight) for weight in (weight_in, weight_out)]
     packed_mixture_ffn(torch.ones(1, dim), torch.ones(1, 2), torch.tensor([[2, 9]]), *packed)
-    # The system may map the rest of a huge page at either end of what is read.
+    # The system may map the rest of a huge page on both sides of what is read.
     used = 2 * (weight_in[0].nbytes + weight_out[0].nbytes)
     assert 0 < resident_bytes(path) <= used + 8 * (2 << 20)
 

@@ -1,4 +1,4 @@
-"""What `-m gpu` selects where there is a GPU: every test of a kernel, in the same files."""
+"""What `-m gpu` selects on a machine with a GPU: all tests of kernels, in the same files."""
 
 import os
 import subprocess
@@ -39,5 +39,5 @@ def test_the_tests_of_kernels_are_selected_where_there_is_a_gpu(repository):
         "test_bfloat16_on_a_gpu",
         "test_a_device_computes_the_same_and_nobody_waits_for_it",
     } <= names
-    # And those of paths that run on the CPU alone are not.
+    # Tests of paths that run only on the CPU are not selected.
     assert not any("[loop" in line or "test_loop[" in line for line in selected)

@@ -1,4 +1,4 @@
-"""What an MoE layer cannot be built of."""
+"""Configurations from which no MoE layer can be built."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The gate's probabilities against what happens when the noise is drawn again."""
+"""The gate's probabilities, compared with frequencies when the noise is redrawn."""
 
 import torch
 

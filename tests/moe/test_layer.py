@@ -1,4 +1,4 @@
-"""The layer against the paper's equations, in float64, values and all gradients."""
+"""The layer compared with the paper's equations in float64: values and all gradients."""
 
 import copy
 
@@ -359,7 +359,7 @@ def test_a_model_is_compiled_around_its_layer_whatever_the_number_of_tokens():
     for tokens in (6, 7, 9):
         x = torch.randn(tokens, 6)
         torch.testing.assert_close(compiled(x), block(x))
-    # What is before the layer and after it, for 6 tokens and for any number.
+    # Operations before and after the layer, for 6 tokens and for any number.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert len(torch._dynamo.utils.counters["graph_break"]) == 1
 

@@ -1,4 +1,4 @@
-"""Balance losses, each worked by hand."""
+"""Balance losses, each computed by hand."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The layer as it runs on a GPU, or as there on CPU tensors: and no wait for the device."""
+"""The layer on a GPU, or on the same path with CPU tensors: results, and no wait for the device."""
 
 import traceback
 from pathlib import Path
@@ -14,7 +14,7 @@ from nmt_moe.moe import MoEConfig, MoELayer
 pytestmark = pytest.mark.device
 
 aten = torch.ops.aten
-# What makes the host read values of a device; `Tensor.tolist` does so without a word to torch.
+# Operations that read a device's values; torch does not intercept `Tensor.tolist`.
 READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
 OURS = str(Path(nmt_moe.__file__).parent)
 
@@ -44,7 +44,7 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch, request):
-    """Take the paths of a device that the host would have to wait for; return its name."""
+    """Take the paths of an asynchronous device; return the device's name."""
 
     def take() -> str:
         monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())
@@ -66,14 +66,14 @@ PADDING = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0], dtype=torch.bool)
 
 
 def move(tensors, device):
-    """Move a tensor or a tuple of them; None stays."""
+    """Move a tensor or a tuple of tensors; return None unchanged."""
     if isinstance(tensors, tuple):
         return tuple(tensor.to(device) for tensor in tensors)
     return None if tensors is None else tensors.to(device)
 
 
 def run(layer, padding, noise, device="cpu"):
-    """Give results and gradients of one pass, by name."""
+    """Return results and gradients of one pass, by name."""
     torch.manual_seed(3)
     x = torch.randn(11, 6, device="cpu")
     if padding is not None:
@@ -106,14 +106,14 @@ def test_a_device_computes_the_same_and_nobody_waits_for_it(
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
     with waits:
         found = run(layer, padding, noise, device)
-    if gate == "strictly_balanced":  # it asks how many experts the busiest token has
+    if gate == "strictly_balanced":  # it reads how many experts the busiest token has
         assert waits.lines
     else:
         assert not waits.lines
     for name, value in found.items():
         torch.testing.assert_close(
             value.cpu(),
-            expected[name].cpu(),  # a layer that moves takes its gradients along
+            expected[name].cpu(),  # moving a layer moves its gradients
             rtol=1e-4,
             atol=1e-5,
             msg=lambda text, name=name: f"{name}: {text}",

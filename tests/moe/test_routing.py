@@ -1,4 +1,4 @@
-"""What gates and experts have learnt, by hand and against the definition."""
+"""Measures of gates and experts, by hand and against the definition."""
 
 import math
 

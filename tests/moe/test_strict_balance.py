@@ -1,4 +1,4 @@
-"""Strictly balanced gating: equal shares, thresholds that learn the batch's choice."""
+"""Strictly balanced gating: equal shares, and thresholds that learn the choice of a batch."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from nmt_moe.moe import (
 
 def test_batchwise_mask_by_hand():
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    # k = 1, N = 4, E = 2: two tokens an expert
+    # k = 1, N = 4, E = 2: two tokens per expert
     expected = [[True, False], [True, False], [False, True], [False, True]]
     assert batchwise_mask(probs, top_k=1).tolist() == expected
 
@@ -125,8 +125,8 @@ def test_each_group_of_rows_is_a_batch_of_its_own():
 
 @pytest.mark.parametrize("groups", [0, 2])
 def test_a_token_taken_against_its_will_gets_its_expert_whole(groups):
-    # Expert 0 is sure of both tokens, and the strict balance gives one of them to expert 1, whose
-    # probability is 0 in float32.
+    # Expert 0 has probability 1 for both tokens; strict balance sends one of them to expert 1,
+    # whose probability is 0 in float32.
     layer = MoELayer(MoEConfig(2, 4, 2 * max(groups, 1), 1, "strictly_balanced", groups))
     with torch.no_grad():
         for name, weight in layer.gate.named_parameters():

@@ -1,4 +1,4 @@
-"""Sizes of networks: what layers they get, and what cannot be."""
+"""Sizes of networks: the layers they lead to, and impossible sizes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The encoder and decoder: the paper's counts, padding, and steps against whole sentences."""
+"""Encoder and decoder: the paper's counts, padding, and single steps against whole sentences."""
 
 import pytest
 import torch

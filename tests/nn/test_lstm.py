@@ -1,4 +1,4 @@
-"""LSTMs against their equations, and padding that changes nothing."""
+"""LSTMs compared with their equations; padding changes nothing."""
 
 import torch
 

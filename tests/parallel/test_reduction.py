@@ -1,4 +1,4 @@
-"""Losses of several ranks are those of one rank that has all their tokens."""
+"""Losses of several ranks equal those of one rank with all their tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Any number of ranks, each with its own experts, learns what one process with all of them does."""
+"""Any number of ranks, each with its own experts, gives the training of a single process."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +21,9 @@ from tests.support.ranks import run_ranks
 DIM, EXPERTS = 6, 8
 FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)
 GROUPED = replace(FLAT, num_groups=4, top_k=2)
-# Tokens of each rank in two accumulated batches; of two ranks each has those of two of the four.
+# Tokens of each of four ranks in two accumulated batches; each of two ranks has those of two.
 TOKENS = ((5, 3, 2, 7), (1, 4, 0, 3))
-# In the first batch this rank has padding alone.
+# In the first batch this rank has only padding.
 ONLY_PADDING = 1
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -80,7 +80,7 @@ class Network(nn.Module):
                 nn.init.normal_(parameter)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the sum over tokens of their losses, balance losses among them."""
+        """Compute the sum over tokens of their losses, including balance losses."""
         y, flat = self.flat(self.before(batch.x), batch.padding_mask, batch.noise)
         noise = batch.group_noise, batch.noise
         y, grouped = self.grouped(self.between(y).tanh(), batch.padding_mask, noise)
@@ -89,7 +89,7 @@ class Network(nn.Module):
 
 
 def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Do one update as fairseq's trainer does; give loss, norm, gradients and parameters."""
+    """Do one update like fairseq's trainer; return loss, norm, gradients and parameters."""
     share = 4 // world_size
     batches = make_batches(rank * share, (rank + 1) * share, dtype)
     network = Network(size).to(dtype)
@@ -123,7 +123,7 @@ def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dic
 
 
 def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
-    """Return what a strictly balanced layer makes of tokens with few or many experts."""
+    """Return a strictly balanced layer's results for tokens with few or many experts."""
     torch.manual_seed(0)
     config = MoEConfig(DIM, 5, EXPERTS, 2, gate="strictly_balanced")
     layer = MoELayer(config, group=make_expert_parallel_group(EXPERTS, 0, size)).eval()
@@ -137,7 +137,7 @@ def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
 
 
 def send_half(rank: int, world_size: int) -> dict[str, Any]:
-    """Send tokens in bfloat16 with gates in float32, and go backward."""
+    """Send tokens in bfloat16 with gates in float32, forward and backward."""
     exchange = make_exchange(EXPERTS, make_expert_parallel_group(EXPERTS, 0, world_size))
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(5, DIM, generator=generator).bfloat16().requires_grad_()
@@ -166,7 +166,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
     results["strict"] = run_strict_evaluation(rank, world_size, world_size)
     layer = MoELayer(FLAT, group=make_expert_parallel_group(EXPERTS, 0, world_size)).eval()
     results["passes"] = 0
-    for _ in range(rank):  # each rank has another number of passes
+    for _ in range(rank):  # each rank has a different number of passes
         layer(torch.randn(3, DIM))
         results["passes"] += 1
     layer.serve()
@@ -189,10 +189,10 @@ def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_ranks_learn_what_one_process_does(answers, dtype):
     expected = train_once(0, 1, 1, dtype)
-    assert expected["norm"] > 0.5  # so it was clipped
+    assert expected["norm"] > 0.5  # so that it is clipped
     for size in (size for size in (1, 2, 4) if size <= len(answers)):
         results = [answer[f"{size} {dtype}"] for answer in answers]
-        assert results[0].keys() == expected.keys()  # only rank 0 has whole experts
+        assert results[0].keys() == expected.keys()  # only rank 0 has complete experts
         for rank, result in enumerate(results):
             assert_all_close(result, expected, TOLERANCE[dtype], f"rank {rank}, P = {size}")
 
@@ -209,11 +209,11 @@ def test_ranks_may_differ_in_the_experts_of_a_token(answers):
 def test_gates_are_sent_in_float32_beside_tokens_of_half_precision(answers):
     found = [answer["half"] for answer in answers]
     assert {one["dtypes"] for one in found} == {("torch.bfloat16", "torch.float32")}
-    # Nothing is rounded on the way: the sums of what was sent and what arrived agree.
+    # Nothing is rounded in transit: the sums of what is sent and received agree.
     assert sum(one["sum"] for one in found) == pytest.approx(sum(x["own"] for x in found), rel=1e-6)
     for one in found:
         assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # 1.1016 in bfloat16
-        assert one["tokens"][0] == one["tokens"][1]  # one gradient from each rank it was sent to
+        assert one["tokens"][0] == one["tokens"][1]  # one gradient from each receiving rank
 
 
 def test_a_rank_that_serves_waits_for_those_with_more_passes(answers):

@@ -1,4 +1,4 @@
-"""The planner against two processes that exist, against hand-made numbers, and with bad input."""
+"""The planner, compared with two real processes and numbers by hand, and with bad input."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ TOLERANCE = 0.1
 
 
 def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
-    """Give a case's options of the model, whether its optimizer is factored, and its draws."""
+    """Return a case's model options, whether its optimizer is factored, and its samples."""
     shell = ("lm", "gnmt", "factored", "draws")
     options = {**SIZES, **{name: value for name, value in case.items() if name not in shell}}
     config = LSTMMoEGNMTConfig if case.get("gnmt") else LSTMMoELMConfig
@@ -85,7 +85,7 @@ def measure_case(case: dict[str, Any]) -> dict[str, float]:
         model = LSTMMoELM.build_model(options, task)
         del sample["net_input"]["prev_output_tokens"]
         criterion = MoECrossEntropy(task, False, draws)
-    if options.gate == "strictly_balanced":  # gates of 0 give each token experts far apart
+    if options.gate == "strictly_balanced":  # with gates of 0, each token's experts are far apart
         for name, parameter in model.named_parameters():
             if name.endswith("gate.gate_weight"):
                 torch.manual_seed(1)
@@ -146,7 +146,7 @@ def measured() -> list[dict[str, dict[str, float]]]:
 def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(name, measured):
     expected = predict(CASES[name])
     for part in measured[0][name]:
-        # Of the two, as tokens choose either.
+        # The mean of both, as tokens choose either.
         found = sum(rank[name][part] for rank in measured) / 2
         assert found == pytest.approx(expected[part], rel=TOLERANCE), part
     assert measured[0][name]["weights"] == expected["weights"]
@@ -163,10 +163,10 @@ def test_totals_of_a_long_batch_are_those_of_its_own_run(wiring: str, on_cpu: bo
 
 
 def test_ranks_of_a_token_by_hand():
-    # Both of two experts are with one of two ranks in 2 of 6 cases: (2 x 1 + 4 x 2) / 6.
+    # In 2 of 6 cases, one of two ranks holds both experts: (2 x 1 + 4 x 2) / 6.
     moe = MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, top_k=2)
     assert ranks_per_token(moe, 2) == pytest.approx(10 / 6)
-    # A hierarchy's groups stay whole: one of four groups is with one rank.
+    # A hierarchy's groups are not split: one of four groups is on one rank.
     grouped = replace(moe, num_experts=8, num_groups=4, top_k=1)
     assert ranks_per_token(grouped, 4) == pytest.approx(1)
     assert ranks_per_token(replace(moe, gate="softmax"), 4) == 4
@@ -174,7 +174,7 @@ def test_ranks_of_a_token_by_hand():
 
 def test_draws_are_different_classes_as_long_as_they_are_few():
     assert distinct_classes(1, 50) == pytest.approx(1)
-    # As the sampled softmax says of itself.
+    # As the sampled softmax's own description says.
     assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
 
 
@@ -225,7 +225,7 @@ def test_what_is_said_to_fit_does():
 def test_options_of_the_model_change_it():
     small = run("--arch", "lstm_moe_gnmt", "--num-experts", 4, "--dropout", 0)
     assert small["setup"]["config"]["moe"]["num_experts"] == 4
-    # No mask of dropout, which has a byte for each number.
+    # No dropout mask, which has one byte per element.
     assert small["activations"]["embeddings"] < 160 * 25 * 512
 
 

@@ -1,4 +1,4 @@
-"""The cost card against the paper's tables, digit for digit, and against models that exist."""
+"""The cost card, compared with the paper's tables, digit by digit, and with real models."""
 
 import json
 import tracemalloc
@@ -62,8 +62,9 @@ def test_a_language_model_costs_what_the_paper_prints(
 ):
     assert in_millions(cards[name].params) == params
     if name == "lstm_moe_lm_256":
-        # The one digit that is not the paper's. Two LSTMs, 4 experts and both gate matrices make
-        # 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752, 0.01 % too much to be rounded to 8.6.
+        # The only digit that differs from the paper's. Two LSTMs, 4 experts and both gate matrices
+        # have 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752, 0.01% too many to be rounded to
+        # 8.6.
         assert (cards[name].ops, in_millions(cards[name].ops), ops) == (8_650_752, "8.7", "8.6")
     else:
         assert in_millions(cards[name].ops) == ops
@@ -88,7 +89,7 @@ def test_translation_costs_what_the_paper_prints(
         # With and without embedding and softmax, of 32,000 wordpieces or 2^15.
         for count in (card.total, card.total + 2 * 512 * 768):
             assert f"{count / 1e9:.1f}" == params
-    if ops == 85:  # 2^15 wordpieces would do as well; 102 would be 103
+    if ops == 85:  # 2^15 wordpieces would also fit; 102 would be 103
         assert round((card.ops + 512 * 768) / 1e6) == 85
 
 

@@ -1,4 +1,4 @@
-"""The capacity recipe: equal costs, its choice of dropout, a run on a tiny text, and refusals."""
+"""The capacity recipe: equal costs, the choice of dropout, a run on a tiny text, and refusals."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_all_models_cost_the_same_and_hold_more_and_more():
     }
     sizes = {row.name: row.params for row in rows}
     assert sizes["moe_16"] == 2 * 32_768 + 16 * 16_384 + 2048 + 2 * 256
-    # In two levels every group has a gate of its own.
+    # With two levels, every group has its own gate.
     assert sizes["moe_256h"] == 2 * 32_768 + 256 * 16_384 + 2048 + 16 * 2048 + 2 * 256
 
 
@@ -79,7 +79,7 @@ def test_table_and_figure_of_given_logs(tmp_path):
     write_log(runs / "moe_4/dropout-0.0/seed-1", 4, 3)
     write_log(runs / "moe_4/dropout-0.0/seed-2", 4, 2)
     write_log(runs / "moe_4/dropout-0.1/seed-1", 6, 1)
-    (runs / "moe_16/dropout-0.0/seed-1").mkdir(parents=True)  # has not ended
+    (runs / "moe_16/dropout-0.0/seed-1").mkdir(parents=True)  # not finished
     (runs / "moe_16/dropout-0.0/seed-1/train.log").touch()
     report = ["report", "--work", tmp_path, "--dim", 64, "--vocab-size", 2000]
     done = CliRunner().invoke(capacity.main, [str(word) for word in report])
@@ -104,10 +104,10 @@ def test_from_text_to_table(tmp_path, mode):
     table = (tmp_path / "work/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| moe_16"]
     assert (tmp_path / "work/updates.png").is_file()
-    # What is trained is not trained again, and another width needs another folder.
+    # Finished trainings are not repeated, and another width needs another folder.
     again = run(**variables)
     assert again.stdout.count("seed 1: done before") == 1
-    # One that was interrupted goes on from its last checkpoint.
+    # An interrupted training continues from its last checkpoint.
     trained = tmp_path / "work/runs/moe_16/dropout-0.1/seed-1"
     (trained / "done").unlink()
     again = run(**variables)

@@ -1,4 +1,4 @@
-"""The recipe of one language model: a run on a tiny text, what its figures count, refusals."""
+"""The recipe for one language model: a run on a tiny text, its figures, refusals."""
 
 import re
 
@@ -60,15 +60,15 @@ def test_dense_costs_what_the_chosen_experts_cost(tmp_path):
     assert "--num-experts 1 --moe-top-k 1 --expert-hidden-dim 16" in settings
     assert (tmp_path / "work/dense-seed1/average.pt").is_file()
     assert "perplexity" not in done.stdout
-    # What is prepared and trained is not done again; what was left out, evaluation, is.
+    # Preparation and training are not repeated; the missing evaluation is done.
     again = run("train.sh", **variables)
     assert again.stdout.count("done before") == 4
     assert "test, dense-seed1: perplexity" in again.stdout
 
 
 def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
-    # 6 pieces and 2 ends of sentence of 3 bits each are 24 bits: 2 ** (24 / 4) for each of 4 words,
-    # and 24 / 15 for each of the 15 characters.
+    # 6 pieces and 2 end marks of 3 bits each are 24 bits: 2 ** (24 / 4) per word for 4 words,
+    # and 24 / 15 bits per character for 15 characters.
     (tmp_path / "pieces").write_text("▁ab ▁c dé\n▁new ▁word s\n")
     (tmp_path / "text").write_text("ab cdé\nnew words\n")
     files = [f"--{name}={tmp_path / name}" for name in ("pieces", "text")]
@@ -77,7 +77,7 @@ def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
         "perplexity 8.00 per piece (8 with end marks), 64.00 per word (4), "
         f"{24 / 15:.4f} bits per character (15)\n"
     )
-    # The loss of another text.
+    # The loss on another text.
     done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=1008", *files])
     assert "`--scored` must be 8, the pieces and end" in done.stderr
 

@@ -1,4 +1,4 @@
-"""What recipes share: reading the logs of fairseq, and the settings of a run."""
+"""Code shared by recipes: reading fairseq's logs, and the settings of a run."""
 
 import os
 import subprocess
@@ -87,7 +87,7 @@ def test_a_training_that_fails_ends_with_the_end_of_its_log(tmp_path):
 def test_settings_bind_once_there_is_something_trained(result, tmp_path):
     folder = tmp_path / "run"
     assert call("keep_settings", folder, "rate 1").returncode == 0
-    # Training was refused, or stopped before its first checkpoint.
+    # The training was refused, or stopped before its first checkpoint.
     assert call("keep_settings", folder, "rate 2").returncode == 0
     (folder / result).parent.mkdir(parents=True, exist_ok=True)
     (folder / result).touch()

@@ -1,4 +1,4 @@
-"""The demo: its corpus by hand, and its whole way in miniature."""
+"""The demo: its corpus by hand, and a miniature run of all its steps."""
 
 import datetime
 
@@ -141,7 +141,7 @@ SIZES = {
 
 
 def test_the_whole_way_in_miniature_and_again(tmp_path):
-    # 13 test sentences: no multiple of 8, so that a dropped last batch would show.
+    # 13 test sentences: not a multiple of 8, so that a dropped last batch would be noticed.
     flags = ["--updates", 4, "--train-size", 300, "--test-size", 13, "--device", "cpu"]
     flags += ["--target-lang", "de", "--work", tmp_path]
     first = run(*flags, **SIZES)

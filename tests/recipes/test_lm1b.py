@@ -20,12 +20,12 @@ TINY = {
     **{"SLICE": 1, "SHARDS": 2, "SHARD_LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8},
     **{"BATCH_WORDS": 200, "MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
 }
-# An archive cut in its end mark or in gzip's checksum still lists all its files.
+# An archive truncated in its end mark or in gzip's checksum still lists all its files.
 END_OF_GZIP = 6
 
 
 def write_archive(folder, texts):
-    """Write an archive of the benchmark's layout; return the variables that lead to it."""
+    """Write an archive of the benchmark's layout; return the variables that point to it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{fetch.NAME}.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -64,13 +64,13 @@ def run(script, folder, *arguments, **variables):
 
 def test_from_the_archive_to_perplexity(tmp_path):
     texts = make_texts()
-    # fairseq cuts at each of these characters, and the last ends its lines; the benchmark has words
-    # of them, and words parted by the last.
+    # fairseq splits at each of these characters, and the last ends its lines; the benchmark has
+    # words that contain them, and words separated by the last.
     cut = "\u0085 w2\u00a0w3 w4\u2028w5 w6\rw7\n".encode()
     for name in (fetch.train_shard(1), fetch.held_out_shard(0)):
         texts[name] = cut + texts[name]
     archive = write_archive(tmp_path / "mirror", texts)
-    # The dictionary has 15 words and fairseq's 4. A refused setting does not hold the run's name.
+    # The dictionary has 15 words and fairseq's 4. A refused setting does not block the run's name.
     many = run("train.sh", tmp_path, RUN="tiny", **(archive | {"SAMPLES": 1000}))
     assert "`--sampled-softmax` must be from 0 to 19" in refusal(many)
     assert "vocabulary: 15 words that occur at least 1 times" in many.stdout
@@ -99,7 +99,7 @@ def test_from_the_archive_to_perplexity(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "widths"),
-    [  # those of Table 7, divided by 8
+    [  # the sizes of Table 7, divided by 8
         ("lstm_lm_2048_512", (64, 256, 128)),
         ("lstm_moe_lm_1_wide", (64, 64, 512)),
         ("lstm_moe_lm_4096h", (64, 64, 128)),
@@ -130,7 +130,7 @@ def test_each_word_stays_one_word_and_none_becomes_another():
     assert kept == (
         "a<U+0085>b a<U+00A0>b a<U+003C>U+0085>b a<U+3000 <U+003C>U+0085><U+3000> <U+001C> a&b\n"
     )
-    # As fairseq cuts.
+    # As fairseq splits.
     assert len(kept.split()) == len(set(kept.split())) == len(words)
     assert fetch.keep_words(b"a\tb\fc\vd\re\r\n") == b"a b c d e\n"
     assert fetch.keep_words(b"a \xff") == b"a \xff\n"
@@ -160,7 +160,7 @@ def test_an_archive_that_is_cut_off_is_refused(kept, tmp_path):
     path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
-    # With the digest of what is there: the cut itself must be seen.
+    # With the digest of the truncated file: the truncation itself must be noticed.
     error = refusal(run("prepare.sh", tmp_path, **leading_to(path)))
     assert "not a complete archive" in error
 
@@ -202,8 +202,8 @@ def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path):
 
 
 def test_words_are_counted_as_the_published_ones_were(tmp_path):
-    # Bytes of white space part words, and nothing else does: no-break space, next line and zero
-    # width space do not, nor is a word of the latter two alone left out, as `wc -w` does.
+    # Only bytes of white space separate words: no-break space, next line and zero
+    # width space do not, and a word of only the latter two counts, unlike in `wc -w`.
     text = "one two\u00a0three\n\u0085 \u200b four\n\n"
     (tmp_path / "text").write_bytes(text.encode())
     found = counts.count(tmp_path / "text")
@@ -212,7 +212,7 @@ def test_words_are_counted_as_the_published_ones_were(tmp_path):
 
 
 def test_published_training_figures_fit_together():
-    # The benchmark's README counts a mark at each end of a sentence.
+    # The benchmark's README counts a mark at both ends of a sentence.
     sentences, words = (counts.PUBLISHED["train", what] for what in ("sentences", "words"))
     assert words + 2 * sentences == 829_250_940
 
@@ -244,7 +244,7 @@ def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch):
 
 
 def pretend_fetched(work, text, settings):
-    """Leave what `prepare.sh` has after its first step, with `text` in all three parts."""
+    """Write what `prepare.sh` has after its first step, with `text` in all three parts."""
     (work / "text").mkdir(parents=True)
     for part in ("train", "valid", "test"):
         (work / "text" / part).write_text(text)
@@ -264,7 +264,7 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
 
 
 def test_the_whole_text_must_have_the_published_counts(tmp_path):
-    # The texts of the public archive as if fetched, but far too short.
+    # The public archive's texts, as if downloaded, but far too short.
     work = tmp_path / "work"
     pretend_fetched(work, "w1 w2\n", "99 0")
     error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, SHARD_LINES=0, MIN_COUNT=3))

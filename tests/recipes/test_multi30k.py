@@ -76,7 +76,7 @@ def test_from_text_to_scores(corpus, tmp_path):
     done = run("train.sh", "de", "--adam-eps", "1e-9", RUN="tiny", SAMPLES=1, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     work = tmp_path / "work"
-    # 20 sentences, cut into pieces once and once more at random
+    # 20 sentences, split into pieces once, and once more at random
     assert len((work / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()) == 40
 
     scores = (work / "tiny" / "scores.txt").read_text()
@@ -97,7 +97,7 @@ def test_from_text_to_scores(corpus, tmp_path):
 def test_back_translated_captions_are_trained_on_beside_the_corpus(corpus, tmp_path):
     folder, digests = corpus
     captions = tmp_path / "captions.de.gz"
-    # One caption is a sentence of val but for case and full stop, one is blank.
+    # One caption equals a sentence of val except for case and full stop, one is blank.
     held_back = SPLITS["val"][0][1].upper().removesuffix(".")
     lines = ["Ein roter Hund ruht.", held_back, "", "Ein schwarzer Kater ruht."]
     captions.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
@@ -217,7 +217,7 @@ def test_official_form_by_hand():
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Gives one answer after the other, the last for ever."""
+    """A server that gives one answer after the other, and repeats the last."""
 
     answers: list = []
 
@@ -280,7 +280,7 @@ def test_a_target_that_is_a_folder_is_named(tmp_path):
 
 @pytest.mark.parametrize("which", ["val", "test"])
 def test_an_evaluation_whose_scorer_fails_ends_with_its_message(tmp_path, which):
-    """A translation is there; sacrebleu fails at the first score, or in the last report."""
+    """A translation exists; sacrebleu fails at the first score, or in the last report."""
     commands = tmp_path / "bin"
     commands.mkdir()
     programs = {

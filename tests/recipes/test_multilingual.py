@@ -27,7 +27,7 @@ TINY = {
     "LSTM_HIDDEN_DIM": 16,
     "NUM_EXPERTS": 4,
     "EXPERT_HIDDEN_DIM": 16,
-    # One sentence a batch: a checkpoint due at the end of an epoch would be left out by fairseq.
+    # One sentence per batch: fairseq would skip a checkpoint that is due at the end of an epoch.
     "MAX_TOKENS": 30,
     "UPDATES": 4,
     "WARMUP_UPDATES": 1,

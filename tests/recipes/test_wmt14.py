@@ -1,4 +1,4 @@
-"""The WMT14 recipes on a tiny mirror of the same layout, whole and spoilt."""
+"""The WMT14 recipes on a tiny mirror of the same layout, intact and damaged."""
 
 import errno
 import gzip
@@ -28,7 +28,7 @@ PAIRS = [
     for animal, animal_fr in ANIMALS.items()
 ]
 LONG = ("word " * 300, "mot " * 300)
-# What cannot be trained on: an empty side, a side that is no UTF-8, sides of other lengths.
+# Unusable pairs: an empty side, a side that is not UTF-8, sides of different lengths.
 BAD_PAIRS = [("Nobody answers.", "\t"), ("A broken line.", b"Une ligne \xff."), LONG]
 
 
@@ -51,9 +51,9 @@ def write_archive(path, members):
 
 
 def choose_pairs(part):
-    """Choose the sentences of a corpus: the training corpora have 25 pairs each.
+    """Choose the sentences of a corpus; the training corpora have 25 pairs each.
 
-    Europarl has three more, to leave out; News Commentary ends with a line separator of Unicode,
+    Europarl has three more, to be removed; News Commentary ends with a Unicode line separator,
     which ends no line.
     """
     if part["name"] == "europarl-v7":
@@ -71,7 +71,7 @@ def to_member(name, lines):
 
 
 def make_mirror(folder):
-    """Write all archives in miniature, and a manifest of theirs that tells what to expect."""
+    """Write all archives in miniature, and their manifest."""
     manifest = archives.read_manifest(archives.MANIFEST)
     members = {}
     for part in itertools.chain.from_iterable(manifest["parts"].values()):
@@ -127,7 +127,7 @@ def test_the_whole_of_prepare_for_french_and_again(mirror):
     assert done.returncode == 0, done.stdout + done.stderr
     work = mirror.parent / "work"
 
-    # Five corpora of 25 pairs; the cleaning takes two of the three bad ones out, the cutting one.
+    # Five corpora of 25 pairs; cleaning removes two of the three bad ones, splitting one.
     assert "train: 126 pairs; 1 left out: empty side; 1 left out: not UTF-8" in done.stdout
     assert "train: 125 pairs; 1 left out: over 250 pieces" in done.stdout
     for language in ("en", "fr"):
@@ -136,7 +136,8 @@ def test_the_whole_of_prepare_for_french_and_again(mirror):
         assert len(read(work / "pieces" / f"test.{language}")) == 4
         # every 4th of 126 pairs
         assert len(read(work / "text" / f"sample.{language}")) == 31
-    # The source's punctuation is normalised, the target's kept; the space of French is a plain one.
+    # The source's punctuation is normalised, the target's kept; the French space becomes a plain
+    # one.
     assert read(work / "text" / "test.en")[0].endswith('reads "News," and rests.')
     assert read(work / "text" / "test.fr")[0].endswith("lit « News » !")
     assert (work / "data-bin" / "train.en-fr.fr.bin").stat().st_size > 0
@@ -338,7 +339,7 @@ def test_an_archive_of_another_size_is_refused(mirror):
 def test_a_damaged_end_of_an_archive_without_digest_is_refused(mirror):
     path = mirror / UN
     content = bytearray(path.read_bytes())
-    content[-8] ^= 1  # of the checksum, behind all members
+    content[-8] ^= 1  # in the checksum, after all members
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a complete archive.*It was removed: run again"):
         fetch(mirror, UN)
@@ -379,12 +380,12 @@ def test_prepare_stops_at_a_bad_archive_and_goes_on_from_there(mirror):
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
-    # The two archives before it were stamped, and no corpus was taken out before all are there.
+    # The two archives before it were stamped; no corpus is extracted before all archives are there.
     assert done.stdout.count("done before") == 2
 
 
 def respond(mirror, content, pair="fr", **changes):
-    """Put another News Commentary into the mirror and let the manifest expect its bytes."""
+    """Put another News Commentary into the mirror, and its bytes into the manifest."""
     path = mirror / NEWS
     if isinstance(content, dict):
         write_archive(path, content)

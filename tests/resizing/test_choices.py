@@ -1,4 +1,4 @@
-"""Which experts are kept, and what merging and upcycling make of weights."""
+"""Which experts are kept, and how merging and upcycling change weights."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_the_least_used_of_all_layers_go(first, second, keep):
     kept = choose_experts(shares, moe, keep, "model")
     assert sum(map(len, kept.values())) == 2 * keep
     assert min(map(len, kept.values())) >= FLAT.top_k
-    # By definition: each layer's best two, then the best of all that are left.
+    # By definition: each layer's best two, then the best of all the others.
     ranked = {
         name: sorted(range(one.num_experts), key=lambda e, name=name: (-float(shares[name][e]), e))
         for name, one in moe.items()
@@ -133,7 +133,7 @@ def test_an_upcycled_layer_computes_what_the_dense_one_does(gate):
     if gate != "strictly_balanced":  # which may leave a token without experts in evaluation
         torch.testing.assert_close(new(x)[0], module(x)[0], rtol=0, atol=1e-12)
         assert measure_difference(layer, changed) < 1e-12
-    # In training noise chooses, and still nothing changes.
+    # In training, noise takes part in the choice, and still nothing changes.
     torch.testing.assert_close(new.train()(x)[0], module.train()(x)[0], rtol=0, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints and bundles with other experts."""
+"""Checkpoints and bundles with changed experts."""
 
 import json
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_layers_may_keep_different_numbers(tmp_path):
         "decoder": 2,
     }
     assert translator.translate(SENTENCES)
-    # Pruned again to the same number, nothing special is left.
+    # Pruned to the same number again, the options are the usual ones.
     found = prune(
         tmp_path / "pruned.pt", tmp_path / "twice.pt", {"encoder": [0, 1], "decoder": [0, 1]}
     )
@@ -176,7 +176,7 @@ def test_the_loss_of_an_upcycled_network_is_that_of_the_dense_one(tmp_path):
 
 
 def loss_of(networks: dict) -> float:
-    """Return the loss per token of drawn sentences in training, in float64."""
+    """Return the loss per token of random sentences in training, in float64."""
     for network in networks.values():
         network.double().train()
         for module in network.modules():

@@ -1,4 +1,4 @@
-"""Figures of `nmt-moe score` by hand and as multi-bleu.perl prints them, and what it refuses."""
+"""Figures of `nmt-moe score` by hand and as in multi-bleu.perl, and what it refuses."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from nmt_moe.cli import main
 from nmt_moe.scoring import measures as lib
 
-# The two sentences on which public descriptions of BLEU (Papineni et al. 2002, NLTK) show it.
+# The two sentences of public descriptions of BLEU (Papineni et al. 2002, NLTK).
 GUIDE = [
     "it is a guide to action which ensures that the military always obeys the commands of "
     "the party .",
@@ -58,7 +58,7 @@ def test_lower_cased_multi_bleu_is_that_of_the_original_script():
 
 def test_a_short_translation_pays_the_brevity_penalty_by_hand():
     found = lib.score(measures()["multi-bleu"], ["a b c d"], [["a b c d e"]])
-    # every n-gram is right: only exp(1 - 5/4) is left
+    # every n-gram is right: only the factor exp(1 - 5/4) remains
     assert found["score"] == pytest.approx(100 * math.exp(-0.25))
 
 
@@ -80,7 +80,7 @@ def test_plain_text_is_tokenised_as_moses_does():
 
 def test_compounds_are_split_from_the_left_without_overlap():
     assert lib.split_compounds("a well-known man") == "a well ##AT##-##AT## known man"
-    # what perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g' gives
+    # as perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g'
     assert lib.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
     assert lib.split_compounds("on - off") == "on - off"
 

@@ -17,7 +17,7 @@ def run(*arguments):
 
 
 def entry(**columns: float) -> str:
-    """Give a line as fairseq writes it: numbers as text, a logger's words before them."""
+    """Return a line like fairseq's: numbers as text, after a logger's prefix."""
     return "2026-01-01 | INFO | train | " + json.dumps({k: str(v) for k, v in columns.items()})
 
 
@@ -50,7 +50,7 @@ def test_entries_are_read_by_split_and_update():
     assert read.curve(["valid.ppl"]) == ([4], [22.6])
     assert read.curve(["train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
-    # The first column that was logged; none at all; a value that is not finite.
+    # The first logged column; no column; a value that is not finite.
     assert read.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["nothing"]) == ([], [])
     assert "train.gnorm" not in read.columns

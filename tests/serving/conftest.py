@@ -1,4 +1,4 @@
-"""One live server of a tiny bundle for all tests that need no settings of their own."""
+"""One live server with a tiny bundle, for all tests without settings of their own."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ else:
     from tests.support.bundles import make_bundle
     from tests.support.serving import LiveServer, make_service
 
-    # Short, so that a search takes little time.
+    # Short, so that a search is quick.
     SHORT = Description(search=SearchDefaults(beam_size=3, max_len_b=8))
 
     @pytest.fixture(scope="session")

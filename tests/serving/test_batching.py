@@ -1,4 +1,4 @@
-"""The queue: what is translated together, what is dropped, and that failures stay apart."""
+"""The queue: what is translated together, what is dropped, and the isolation of failures."""
 
 import threading
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tests.support.serving import PATIENCE
 
 
 class Recorder:
-    """Stands for a translator: answers in capitals, notes batches, and may be held up."""
+    """A fake translator: answers in capitals, records batches, and can be paused."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -112,11 +112,11 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
     assert texts(kept) == ["KEPT"]
     assert recorder.batches[1:] == [["kept"]]
     assert not dropped.done.done()
-    batcher.cancel(kept)  # too late, and no mistake
+    batcher.cancel(kept)  # too late, but not an error
 
 
 def test_a_client_that_comes_alone_never_waits(recorder: Recorder, monkeypatch):
-    """Also if its next request is there before the thread has looked: it is no other client's."""
+    """Even if its next request arrives before the thread looks: it is not another client's."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)
     batcher = Batcher()

@@ -1,4 +1,4 @@
-"""DeepL's API: what its own client sends and reads, and what is refused."""
+"""DeepL's API: what DeepL's own client sends and reads, and what is refused."""
 
 import deepl
 import httpx

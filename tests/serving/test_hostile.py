@@ -1,4 +1,4 @@
-"""Requests that nobody should send: each gets its status and a message, and leaves no trace."""
+"""Hostile requests: each gets its status and a message, and leaves no trace."""
 
 import json
 import random
@@ -154,10 +154,10 @@ KINDS: dict[Callable[[random.Random], bytes], int] = {
 
 
 def check(answer: bytes, status: int, request: bytes) -> None:
-    """See that an answer has the status and a message."""
+    """Check that an answer has the status and a message."""
     assert answer.startswith(b"HTTP/1.1 %d " % status), (request[:300], answer[:500])
     body = answer.partition(b"\r\n\r\n")[2]
-    if body != b"Invalid HTTP request received.":  # uvicorn's, before there is a request
+    if body != b"Invalid HTTP request received.":  # uvicorn's own answer
         message = json.loads(body)["error"]
         assert len(message) > 10
         assert len(message) < 300
@@ -174,7 +174,7 @@ def test_three_hundred_hostile_requests_leave_no_trace(bundle: Path):
         def attack(maker: Callable[[random.Random], bytes], seed: int) -> None:
             request = maker(random.Random(seed))
             check(raw(port, request), KINDS[maker], request)
-            if seed % 4 == 0:  # one that goes away in the middle, and one that does not wait
+            if seed % 4 == 0:  # one that disconnects midway, and one that does not wait
                 for content in (as_json()[:-5], as_json()):
                     with socket.create_connection(("127.0.0.1", port)) as connection:
                         connection.sendall(content)
@@ -204,7 +204,7 @@ def test_three_hundred_hostile_requests_leave_no_trace(bundle: Path):
 
 @pytest.fixture
 def held(bundle: Path) -> Iterator[tuple[LiveServer, threading.Event]]:
-    """Serve with room for two requests, none of which is translated before the event is set."""
+    """Serve with a queue of two requests, which wait until the event is set."""
     service = make_service(bundle, max_waiting=2)
     translator = service.models.opened[0].translator
     translate, go = translator.translate, threading.Event()
@@ -239,9 +239,7 @@ def test_more_requests_than_may_wait_are_told_to_come_again(held):
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
         assert "again later" in refused.json()["error"]
-        assert (
-            httpx.get(f"{server.url}/metrics").status_code == 200
-        )  # can be looked at all the same
+        assert httpx.get(f"{server.url}/metrics").status_code == 200  # can still be inspected
         go.set()
         assert len({future.result()["translatedText"] for future in waiting}) == 1
     assert server.post("/translate", GOOD).status_code == 200

@@ -1,4 +1,4 @@
-"""LibreTranslate's API: fields, forms, errors, and its own client."""
+"""LibreTranslate's API: fields, forms, errors, and LibreTranslate's own client."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

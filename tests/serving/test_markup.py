@@ -1,4 +1,4 @@
-"""HTML: which texts are translated, and that what comes out is HTML."""
+"""HTML: which texts are translated, and that the result is HTML."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from nmt_moe.serving.markup import SplitMarkup
 
 
 def shout(content: str) -> str:
-    """Translate into capitals."""
+    """Convert to capitals."""
     split = SplitMarkup(content)
     return split.join([text.upper() for text in split.texts])
 
@@ -61,7 +61,7 @@ PARTS = st.lists(
 
 @given(PARTS)
 def test_the_result_is_stable_html(content: str):
-    """What comes out has the same texts again, and is not changed again."""
+    """The result contains the same texts, and processing it again changes nothing."""
     split = SplitMarkup(content)
     once = split.join(split.texts)
     again = SplitMarkup(once)

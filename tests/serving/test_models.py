@@ -1,4 +1,4 @@
-"""Which bundle translates what."""
+"""Which bundle translates which languages."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Running a server: keys, origins, metrics, logs, documents, its end."""
+"""Running a server: keys, origins, metrics, logs, documents, shutdown."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the shell's tests share: tiny corpora, binarised, and models trained on them."""
+"""Fixtures of the shell's tests: tiny corpora, binarised, and models trained on them."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that never stopped: 8 epochs of 6 updates."""
+    """The folder of an uninterrupted training: 8 epochs of 6 updates."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--max-epoch", 8, "--save-interval-updates", 8]
     call("train", data, *TINY_MOE, *flags, "--save-dir", folder)
@@ -50,7 +50,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a binarised corpus and fairseq's own LSTM of two updates."""
+    """A folder with a binarised corpus and fairseq's own LSTM after two updates."""
     folder = tmp_path_factory.mktemp("stock")
     write_data(folder, "bin")
     call("train", *training(folder, "models", 2))

@@ -1,4 +1,4 @@
-"""What is wrong with the input ends a command in one message; what was written stays."""
+"""Bad input ends a command with one message; files already written are kept."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ SOON = ["--max-epoch", 20, "--no-epoch-checkpoints"]  # the fixture's checkpoint
 
 
 def put(folder: Path, name: str, number: int, line: str) -> None:
-    """Replace line `number` of a corpus' file, counted from 1."""
+    """Replace line `number` (from 1) of a corpus file."""
     lines = (folder / name).read_text(encoding="utf-8").splitlines()
     lines[number - 1] = line
     write_lines(folder / name, lines)
@@ -30,7 +30,7 @@ def preprocess(folder: Path, *flags: object) -> str:
 
 @pytest.fixture
 def own_corpus(tmp_path: Path) -> Path:
-    """A corpus that a test may spoil."""
+    """A corpus that a test may damage."""
     return write_corpus(tmp_path / "corpus")
 
 

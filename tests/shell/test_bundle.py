@@ -1,4 +1,4 @@
-"""A bundle gives what fairseq gives with the checkpoint that it was made from."""
+"""A bundle gives the same results as fairseq with the checkpoint it was made from."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, wr
 from tests.support.multilingual import SIZES, TASK, make_data
 from tests.support.training import TINY_MOE, TRANSLATE
 
-# fairseq counts bits, to 4 digits.
+# fairseq prints bits, with 4 digits.
 PRINTED = 6e-5
 DESCRIPTION = Description(search=SearchDefaults(max_len_b=20))  # as in TRANSLATE
 
@@ -43,7 +43,7 @@ SEARCHES: dict[str, tuple[list[object], dict[str, Any]]] = {
 
 
 def hypotheses_of(done: Output) -> dict[int, list[tuple[str, float]]]:
-    """Give text and score (nats) of each sentence's hypotheses."""
+    """Return text and score (nats) of each sentence's hypotheses."""
     found: dict[int, list[tuple[str, float]]] = {}
     for line in done.text.splitlines():
         if line.startswith("H-"):

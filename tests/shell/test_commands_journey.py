@@ -1,4 +1,4 @@
-"""The plugin's main job as its user does it: real commands, each a process, from any folder."""
+"""The plugin's main job as a user does it: real commands in processes, from any folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PLUGGED = ["--user-dir", PLUGIN]
 
 @pytest.fixture(scope="module")
 def scratch(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which fairseq-preprocess and fairseq-train were run."""
+    """A folder in which fairseq-preprocess and fairseq-train have run."""
     folder = tmp_path_factory.mktemp("journey")
     flags = preprocess_flags(corpus, Path("data"))
     done = run("preprocess", *flags, "--joined-dictionary", cwd=folder, is_installed=True)

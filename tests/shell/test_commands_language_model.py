@@ -1,4 +1,4 @@
-"""Language models: preprocess, train, stop and go on, eval-lm; and input that cannot be used."""
+"""Language models: preprocess, train, stop and resume, eval-lm; and unusable input."""
 
 import math
 import re
@@ -29,7 +29,7 @@ SAMPLED = ["--sampled-softmax", 8]
 
 @pytest.fixture(scope="module")
 def unbroken(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that never stopped: 4 epochs of 5 updates."""
+    """The folder of an uninterrupted training: 4 epochs of 5 updates."""
     folder = tmp_path_factory.mktemp("unbroken")
     return train(text_data, folder, "--max-epoch", 4, *SAMPLED, "--save-interval-updates", 7)
 
@@ -45,7 +45,7 @@ def records(folder: Path, column: str) -> list[dict[str, float]]:
 
 
 def evaluate(data: Path, checkpoint: Path, *flags: object) -> tuple[int, float]:
-    """Give the number of tokens and the perplexity that fairseq-eval-lm prints."""
+    """Return the number of tokens and the perplexity that fairseq-eval-lm prints."""
     done = call("eval_lm", data, *EVALUATE, "--path", checkpoint, *flags)
     tokens = re.search(r"Evaluated ([\d,]+) tokens", done.text)
     loss = re.search(r"Loss \(base 2\): ([\d.]+)", done.text)
@@ -56,7 +56,7 @@ def test_training_learns_and_logs_the_balance(unbroken: Path):
     rows = records(unbroken, "nll_loss")
     assert [row["num_updates"] for row in rows] == list(range(1, 21))
     assert all(BALANCE_KEYS | {"balance_loss", "ppl"} <= row.keys() for row in rows)
-    # Estimates are marked as such; validation has none.
+    # Estimates are marked as such; validation uses none.
     assert all(row["sampled_softmax"] == 8 for row in rows)
     assert [row["train_sampled_softmax"] for row in records(unbroken, "train_nll_loss")] == [8] * 4
     valid = records(unbroken, "valid_nll_loss")
@@ -99,7 +99,7 @@ def test_eval_lm_gives_the_perplexity_of_validation_over_all_words_and_ends(
     assert tokens == sum(len(line.split()) + 1 for line in lines)
     bits = records(unbroken, "valid_nll_loss")[-1]["valid_nll_loss"]
     assert math.log2(perplexity) == pytest.approx(bits, abs=2e-3)
-    # The batch a sentence is in changes nothing.
+    # Results do not depend on a sentence's batch.
     assert evaluate(text_data, unbroken / "checkpoint_last.pt", *flags, "--batch-size", 1) == (
         tokens,
         pytest.approx(perplexity, rel=1e-3),
@@ -153,7 +153,7 @@ def test_the_state_is_kept_between_sentences_of_a_block_and_reset_between_rows(
         )
         for mode in ("eos", "none")
     }
-    # The same tokens are scored, with another context.
+    # The same tokens are scored with more context.
     assert found["eos"][0] == found["none"][0]
     assert found["eos"][1] != pytest.approx(found["none"][1], rel=1e-3)
 
@@ -178,7 +178,7 @@ def test_the_state_is_kept_between_sentences_of_a_block_and_reset_between_rows(
 def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path, tmp_path: Path):
     train(text_data, tmp_path, *flags, "--max-epoch", 2, "--no-epoch-checkpoints")
     assert all(math.isfinite(row["loss"]) for row in records(tmp_path, "nll_loss"))
-    # Of validation, which is exact: a sampled loss goes up and down.
+    # The validation loss, which is exact: a sampled loss fluctuates.
     first, last = (row["valid_nll_loss"] for row in records(tmp_path, "valid_nll_loss"))
     assert last < first
     output = flags if "--output-dictionary-size" in flags else []
@@ -190,7 +190,7 @@ def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path,
 
 
 def preprocess(folder: Path, split: str, content: bytes) -> Path:
-    """Binarise a text, one of whose files has this content."""
+    """Binarise a text; one of its files has the given content."""
     text = write_text(folder / "text")
     (text / split).write_bytes(content)
     call("preprocess", *preprocess_flags(text, folder / "data"))
@@ -244,7 +244,7 @@ def test_a_line_longer_than_a_batch_names_the_options(tmp_path: Path):
         r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid.*"
         r"--sample-break-mode none --tokens-per-sample 100\."
     )
-    # Validation is looked at before the first update.
+    # Validation is checked before the first update.
     with without_updates(), pytest.raises(ValueError, match=match):
         train(data, tmp_path, "--max-epoch", 1, "--max-tokens", 100)
     blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 100]

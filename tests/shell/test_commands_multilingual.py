@@ -36,14 +36,14 @@ def train(data: Path, folder: Path, epochs: int, *flags: object) -> Output:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
-    """The folder and the output of 20 epochs: after 12, words may still be of another language."""
+    """Folder and output of 20 epochs: after 12, words of another language may still occur."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--save-interval-updates", 40, "--keep-last-epochs", 2, *BLEU]
     return folder, train(data, folder, 20, *flags)
 
 
 def records(output: Output) -> list[dict[str, float]]:
-    """Give the JSON entries; the options that are logged too hold JSON of their own."""
+    """Return the JSON entries; the logged options contain JSON of their own."""
     lines = [line for line in output.text.splitlines() if '_loss": "' in line]
     return Output(0, "\n".join(lines)).records()
 
@@ -57,7 +57,7 @@ def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Pat
     text = trained[1].text
     rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
     assert list(rows) == PAIRS.split(",")
-    # Of N = 240, shares 0.4, 0.4, 0.1, 0.1 have roots as 2 to 1: 80 of 96 sentences, 40 of 24.
+    # N = 240; the roots of shares 0.4, 0.4, 0.1, 0.1 are as 2 to 1: 80 of 96 sentences, 40 of 24.
     # cc-aa has 4 x 24 instead, so that an epoch has 80 + 80 + 40 + 96 = 296; 20 epochs in all.
     assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "16.67"]
     assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "33.33"]
@@ -67,7 +67,7 @@ def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Pat
 
 def test_max_update_bounds_the_effective_epochs_too(data: Path, tmp_path: Path):
     output = train(data, tmp_path, 50, "--max-update", 10, "--no-save", "--disable-validation")
-    # 296 sentences are 19 batches of 16 at most: 10 updates are 10 / 19 of an epoch.
+    # 296 sentences make 19 batches of at most 16: 10 updates are 10 / 19 of an epoch.
     assert "epochs of this run: 0.53" in output.text
 
 
@@ -77,7 +77,7 @@ def test_validation_logs_every_pair(trained: tuple[Path, Output]):
     for pair in PAIRS.split(","):
         assert last[f"valid_{pair}_ppl"] == pytest.approx(2 ** last[f"valid_{pair}_nll_loss"], 0.01)
         assert 0 <= last[f"valid_{pair}_bleu"] <= 100
-        # Sentences have 1, 2, ... 5, 1, ... words and an end each.
+        # Sentences have 1, 2, ... 5, 1, ... words and an end mark each.
         size = next(sizes for name, sizes in SIZES.items() if set(name) == set(pair))["valid"]
         tokens[pair] = sum(2 + number % 5 for number in range(size))
     mean = sum(tokens[pair] * last[f"valid_{pair}_nll_loss"] for pair in tokens)
@@ -141,7 +141,7 @@ def test_validate_repeats_the_losses_of_training(data: Path, trained: tuple[Path
         assert losses[f"valid_{pair}_nll_loss"] == last[f"valid_{pair}_nll_loss"]
 
 
-# Batches of 6 are 2 + 2 + 1 in validation: the second of two processes lacks one.
+# In validation, there are 2 + 2 + 1 batches: the second of two processes lacks one.
 UNEVEN = ["--lang-pairs", "aa-bb,bb-aa,aa-cc", "--batch-size-valid", 6]
 
 

@@ -1,4 +1,4 @@
-"""Training that stops and goes on gives the bits of one that never stopped."""
+"""A training that stops and resumes gives the same bits as an uninterrupted one."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_training_killed_within_an_epoch_gives_the_same_bits(
 
 
 def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
-    # 6 batches in 3 updates of 2; each start draws the noise of all batches anew.
+    # 6 batches in 3 updates of 2; each start draws new noise for all batches.
     flags = ["--update-freq", 2, "--save-interval-updates", 4]
     train(data, tmp_path / "one", 2, *flags)
     (tmp_path / "two").mkdir()
@@ -65,7 +65,7 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
-    # --bf16 and --fp16 train copies of the weights in float32, which are what is saved.
+    # --bf16 and --fp16 train float32 copies of the weights, and these are saved.
     train(data, tmp_path / "unbroken", 2, "--save-interval-updates", 8, *flags)
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "unbroken/checkpoint_2_8.pt", tmp_path / "resumed/checkpoint_last.pt")

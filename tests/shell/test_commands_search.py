@@ -19,7 +19,7 @@ def generate(data: Path, path: object, *flags: object) -> Output:
 
 
 def rows(done: Output, kind: str) -> list[list[str]]:
-    """Give the columns of all lines of a kind, n-best lists in full."""
+    """Return the columns of all lines of a kind, with complete n-best lists."""
     return [line.split("\t") for line in done.text.splitlines() if line.startswith(f"{kind}-")]
 
 
@@ -106,7 +106,7 @@ def test_fairseqs_own_models_are_searched_alike(data: Path, tmp_path: Path):
     training[training.index("moe_label_smoothed_cross_entropy")] = "label_smoothed_cross_entropy"
     call("train", data, *training, "--max-epoch", 1, "--save-dir", tmp_path)
     model = tmp_path / "checkpoint_last.pt"
-    # Without --print-alignment this decoder would not give its attention.
+    # Without --print-alignment, this decoder would not return its attention.
     plain = generate(data, model, *GNMT)
     aligned = generate(data, model, *GNMT, "--print-alignment", "soft")
     assert rows(plain, "H") == rows(aligned, "H")

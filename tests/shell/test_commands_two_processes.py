@@ -1,4 +1,4 @@
-"""Data-parallel training on CPU: two processes, gloo, on the loopback."""
+"""Data-parallel training on CPU: two processes with gloo over the loopback."""
 
 import math
 import socket
@@ -12,8 +12,8 @@ from tests.support.commands import PLUGIN, Output, call, run
 from tests.support.training import BALANCE_KEYS, TINY_MOE, load
 
 UPDATES = ["--max-update", 3, "--log-interval", 1, "--no-epoch-checkpoints"]
-# Neither noise nor dropout: both would be drawn anew for each process. A large epsilon, or Adam
-# would make whole steps of gradients that differ from 0 by rounding alone.
+# No noise or dropout: each process would draw its own. A large epsilon; otherwise Adam
+# would turn gradients that differ from 0 only by rounding into full steps.
 EXACT = ["--num-experts", 1, "--moe-top-k", 1, "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 
 
@@ -47,7 +47,7 @@ def test_two_processes_train_and_log_the_balance_of_both(data: Path, tmp_path: P
     first, _ = train_in_two_processes(data, tmp_path)
     records = [row for row in first.records() if "nll_loss" in row]
     assert [row["num_updates"] for row in records] == [1, 2, 3]
-    assert all(row["bsz"] == 32 for row in records)  # 16 of each process
+    assert all(row["bsz"] == 32 for row in records)  # 16 from each process
     assert all(row.keys() >= BALANCE_KEYS for row in records)
     assert all(math.isfinite(value) for row in records for value in row.values())
 

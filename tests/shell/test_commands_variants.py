@@ -35,7 +35,7 @@ VARIANTS = [
 
 
 def train(data: Path, folder: Path, flags: list[object], updates: int = 3) -> list[dict]:
-    """Train without validation, and give the log of each update."""
+    """Train without validation, and return the log of each update."""
     few = ["--max-update", updates, "--log-interval", 1, "--disable-validation"]
     done = call("train", data, *flags, *few, "--no-epoch-checkpoints", "--save-dir", folder)
     return [row for row in done.records() if "nll_loss" in row]

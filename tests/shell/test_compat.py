@@ -1,4 +1,4 @@
-"""Repairs of fairseq happen once; its corpora, batches and precision, with its own models."""
+"""Repairs of fairseq are applied once; corpora, batches and precision with fairseq's models."""
 
 import argparse
 import shutil

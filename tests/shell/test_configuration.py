@@ -41,7 +41,7 @@ def tripwire():
 def option_names(found: Any) -> set[str]:
     """Return the names of all options of a class registered with fairseq."""
     parser = argparse.ArgumentParser(allow_abbrev=False, conflict_handler="resolve")
-    with suppress(Exception):  # some classes of fairseq cannot even list their options
+    with suppress(Exception):  # some of fairseq's classes cannot list their options
         found.add_args(parser)
     names = {action.dest for action in parser._actions} - {"help"}
     dataclass = getattr(found, "__dataclass", None)
@@ -72,7 +72,7 @@ def test_nothing_that_the_host_registers_executes_a_setting(
 
 
 def test_the_tripwire_works_without_the_repair(monkeypatch):
-    monkeypatch.delitem(vars(utils), "eval")  # fairseq's own then finds Python's
+    monkeypatch.delitem(vars(utils), "eval")  # fairseq's function then finds Python's
     with suppress(TypeError):
         utils.eval_str_list(HOSTILE)
     assert sys.modules.pop(TRIPWIRE, None) == 1

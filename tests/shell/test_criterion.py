@@ -1,4 +1,4 @@
-"""The loss, what is logged of it, and that the balance weight means the same everywhere."""
+"""The loss, its log, and that the balance weight means the same everywhere."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def make_training_model(weight: float = 0.5, **options: object) -> nn.Module:
 
 
 def gradients(model: nn.Module, batches: list[dict], **options: bool) -> dict[str, Tensor]:
-    """Accumulate batches and divide by the sample size, as fairseq's trainer does."""
+    """Accumulate batches and divide by the sample size, like fairseq's trainer."""
     criterion, sample_size = make_criterion(**options), 0
     model.zero_grad()
     for batch in batches:
@@ -90,7 +90,7 @@ def test_perplexity_is_free_of_smoothing_and_of_the_balance():
     values = [reduce_metrics([log]) for log in logs]
     assert values[0]["nll_loss"] == values[1]["nll_loss"]
     assert values[0]["ppl"] == values[1]["ppl"]
-    # Nats summed over 11 tokens; fairseq logs bits for each.
+    # Nats, summed over 11 tokens; fairseq logs bits per token.
     bits = logs[0]["nll_loss"].item() / 11 / math.log(2)
     assert values[0]["nll_loss"] == pytest.approx(bits, abs=1e-3)
 
@@ -160,7 +160,7 @@ def test_young_gates_have_nearly_the_entropy_of_even_weights():
 
 
 def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
-    # As above, but reduced batch by batch, as validation does while it runs.
+    # As above, but reduced batch by batch, as during validation.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
@@ -169,7 +169,7 @@ def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
     assert values == pytest.approx(reduce_metrics(logs))
     assert values["encoder_moe_cv_load"] == 0.0
     assert values["moe_cv_load"] == 0.25
-    # In training, each update counts by itself: the mean of 0.5 and 0.5.
+    # In training, each update counts separately: the mean of 0.5 and 0.5.
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
             MoELabelSmoothedCrossEntropy.reduce_metrics([{**log, "balance_loss": 1.0}])

@@ -1,4 +1,4 @@
-"""A mistake of the user ends a command in one message; a fault of ours keeps its traceback."""
+"""A user's mistake ends a command with one message; a bug of ours keeps its traceback."""
 
 import sys
 
@@ -31,7 +31,7 @@ def test_resuming_from_a_truncated_checkpoint_ends_in_one_message(stock):
 
 
 def raised(error: Exception, module: str) -> Exception:
-    """Return the error as one that a function of `module` raised."""
+    """Return the error as if raised by a function in `module`."""
     try:
         exec("raise error", {"__name__": module, "error": error})
     except Exception as caught:

@@ -1,4 +1,4 @@
-"""Experts spread over two processes: the training of one process, in files that load anywhere."""
+"""Experts spread over two processes: the same training as in one, and files that load anywhere."""
 
 import shutil
 from pathlib import Path
@@ -23,21 +23,21 @@ from tests.support.training import (
     load_whole,
 )
 
-# Five batches, so that one of two processes stands idle in the third and last update of an epoch.
+# Five batches, so that one of two processes is idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
 FIVE_BATCHES += ["--no-epoch-checkpoints", "--importance-loss-weight", 1.0]
-# All experts for each token: neither noise nor dropout is drawn, so that one process can do it all.
-# A large epsilon, or Adam would make whole steps of gradients that differ from 0 by rounding alone.
+# All experts for each token, no noise or dropout, so that one process can give the same results.
+# A large epsilon; otherwise Adam would turn rounding errors of zero gradients into full steps.
 EXACT = [*FIVE_BATCHES, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 UNEVEN = [*FIVE_BATCHES, "--max-epoch", 2]
-# Translations end after other numbers of steps in each process.
+# Translations end after different numbers of steps in each process.
 BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 20}', "--batch-size-valid", 5]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
-    """Do all trainings of the tests below, as the start of processes is the dear part."""
+    """Do all trainings of the tests below, as starting processes is expensive."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -61,7 +61,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
 
 
 def resume_on_four(rank: int, data: Path, folder: Path) -> None:
-    """Go on from the files of two processes: four, and two groups of two."""
+    """Continue from the files of two processes: four, and two groups of two."""
     ranks = ["--distributed-world-size", 4, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
     for size in (4, 2):
@@ -81,7 +81,7 @@ def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all trainings in two processes; `resumed` goes on from one process' file."""
+    """The folder of all trainings in two processes; `resumed` continues from one process's file."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "resumed").mkdir()
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed/checkpoint_last.pt")
@@ -122,7 +122,7 @@ def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_process
     call("train", data, *flags, "--save-dir", tmp_path)
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, tmp_path / name, **TOLERANCE)
-    assert not list(tmp_path.glob("experts-*"))  # no checkpoint needs them any more
+    assert not list(tmp_path.glob("experts-*"))  # no checkpoint needs them
 
 
 @pytest.mark.timeout(590)
@@ -190,7 +190,7 @@ def test_experts_can_be_saved_before_their_optimizer_knows_them():
 
 
 def settings(**changes):
-    """Give settings that work, with changes such as `common__amp=True`."""
+    """Return valid settings, with changes such as `common__amp=True`."""
     cfg = SimpleNamespace(
         checkpoint=SimpleNamespace(write_checkpoints_asynchronously=False),
         distributed_training=SimpleNamespace(ddp_backend="legacy_ddp", zero_sharding="none"),

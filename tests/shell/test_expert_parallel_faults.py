@@ -1,4 +1,4 @@
-"""A process of a training dies: the others stop, and its checkpoints are whole."""
+"""A process of a training dies: the others stop, and all checkpoints are intact."""
 
 import errno
 import math
@@ -36,7 +36,7 @@ STOPPED_WITHIN = 60  # seconds
 
 
 def report_stop(killed_at: float) -> None:
-    """Print how long the others went on; `pytest -rP` shows it."""
+    """Print how long the others continued; `pytest -rP` shows it."""
     print(f"stopped after {time.monotonic() - killed_at:.1f} s")  # noqa: T201
 
 
@@ -128,7 +128,7 @@ def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_pa
     killed_at = time.monotonic()
     ranks[0].join(STOPPED_WITHIN)
     report_stop(killed_at)
-    assert ranks[0].exitcode == 1  # it stops, and does not wait
+    assert ranks[0].exitcode == 1  # it stops instead of waiting
     last = tmp_path / "checkpoint_last.pt"
     assert list(tmp_path.glob("experts-*.tmp"))
     state = load(last)
@@ -139,7 +139,7 @@ def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_pa
 
 
 def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
-    """Train; in the third update process 1 finds a NaN. What it raises goes to `folder/error`."""
+    """Train; in the third update, process 1 finds NaN. Errors go to `folder/error`."""
     step, updates = Trainer.train_step, []
 
     def spoiled_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
@@ -162,7 +162,7 @@ def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
 
 
 def save_where_nothing_can_be_written(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train into a folder of a read-only disk. What is said goes to `folder/error`."""
+    """Train into a folder on a read-only disk. Messages go to `folder/error`."""
 
     def mkdtemp(*_: object, **__: object) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -191,12 +191,12 @@ def test_a_read_only_save_folder_is_said_once_before_the_first_update(data: Path
 @pytest.mark.parametrize(
     ("what", "messages"),
     [
-        # The one process says what it found; the other, that the one is gone.
+        # One process says what it found; the other, that the first is gone.
         (
             "token",
             ["RuntimeError: .*Connection", "FloatingPointError: .*NaN in .*encoder's MoE layer"],
         ),
-        # The norm of gradients is one of all processes, so that all find it.
+        # The norm covers the gradients of all processes, so all find it.
         ("gradient", ["FloatingPointError: .*gradients"] * 2),
     ],
 )

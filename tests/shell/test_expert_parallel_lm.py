@@ -23,20 +23,20 @@ from tests.support.training import copy_checkpoint, load, load_whole
 
 LAST = "checkpoint_last.pt"
 FEW = ["--clip-norm", 0.5, "--no-epoch-checkpoints"]
-# All experts for each token: neither noise nor dropout is drawn, so that one process can do it all.
-# A large epsilon, or Adam would make whole steps of gradients that differ from 0 by rounding alone.
-# Five batches an epoch, so one of two processes stands idle in the third update.
+# All experts for each token, no noise or dropout, so that one process can give the same results.
+# A large epsilon; otherwise Adam would turn rounding errors of zero gradients into full steps.
+# Five batches per epoch, so that one of two processes is idle in the third update.
 EXACT = [*FEW, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 HALF = [*FEW, "--max-update", 5, "--sampled-softmax", 8, "--fp16-init-scale", 4]
 FP16 = ["fp16", "memory-efficient-fp16"]
 PRECISIONS = ["bf16", "memory-efficient-bf16", *FP16]
-# Of the five updates of `HALF`, the one in which an expert's gradient overflows.
+# The update of `HALF` (of five) in which an expert's gradient overflows.
 OVERFLOW = 3
 
 
 def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Do all trainings of the tests below, as the start of processes is the dear part."""
+    """Do all trainings of the tests below, as starting processes is expensive."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -64,7 +64,7 @@ def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def watch_parameters() -> Iterator[list[tuple[float, float]]]:
-    """Collect after each update the sums of magnitudes of dense and of expert parameters."""
+    """Record the sums of magnitudes of dense and expert parameters after each update."""
     step, seen = Trainer.train_step, []
 
     def train_step(self: Trainer, *args: Any, **kw: Any) -> Any:
@@ -81,7 +81,7 @@ def watch_parameters() -> Iterator[list[tuple[float, float]]]:
 
 @contextmanager
 def overflow_experts(is_here: bool) -> Iterator[None]:
-    """Make one number of one expert's gradient infinite, on this process, in one update."""
+    """Make one element of one expert's gradient infinite, in this process and one update."""
     average, calls = data_parallel.average_shard_gradients, []
 
     def overflow_and_average(parameters: Iterator[nn.Parameter]) -> None:
@@ -100,7 +100,7 @@ BATCHES_OF_TWO = ["--gen-subset", "test", "--sample-break-mode", "eos", "--batch
 
 
 def scores(text: str) -> tuple[int, float]:
-    """Give the number of tokens and the loss in bits that fairseq-eval-lm prints."""
+    """Return the number of tokens and the loss in bits that fairseq-eval-lm prints."""
     tokens = re.search(r"Evaluated ([\d,]+) tokens", text)
     loss = re.search(r"Loss \(base 2\): ([\d.]+)", text)
     return int(tokens[1].replace(",", "")), float(loss[1])
@@ -195,5 +195,5 @@ def test_all_processes_skip_the_update_in_which_an_expert_of_one_overflows(
     assert [dense for dense, _ in first] == [dense for dense, _ in second]
     for sums in (first, second):
         is_kept = [now == before for before, now in zip(sums, sums[1:], strict=False)]
-        # Five updates and the one that was skipped; neither dense parameters nor experts moved.
+        # Five updates and the skipped one, which changed neither dense parameters nor experts.
         assert is_kept == [step == OVERFLOW for step in range(2, 7)]

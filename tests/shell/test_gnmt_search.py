@@ -1,4 +1,4 @@
-"""GNMT's search under fairseq's generator, against an enumeration of all translations."""
+"""GNMT's search in fairseq's generator, compared with an enumeration of all translations."""
 
 import math
 from argparse import Namespace
@@ -175,7 +175,7 @@ def test_a_source_that_is_no_text_is_refused():
 
 
 class SomeTask(FairseqTask):
-    """As much of a task as `build_generator` asks for."""
+    """The part of a task that `build_generator` uses."""
 
     @property
     def target_dictionary(self) -> Any:

@@ -1,4 +1,4 @@
-"""fairseq-interactive: a line that cannot be used costs no other line its translation."""
+"""fairseq-interactive: a bad line does not prevent the translation of other lines."""
 
 import io
 import sys

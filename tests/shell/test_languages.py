@@ -1,4 +1,4 @@
-"""What names of languages, pairs and oversampling are, and which are refused."""
+"""Which values for languages, pairs and oversampling are accepted, and which are refused."""
 
 from pathlib import Path
 

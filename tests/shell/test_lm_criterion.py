@@ -1,4 +1,4 @@
-"""The language models' loss: in full, sampled, and with the balance of translation's."""
+"""The loss of language models: full, sampled, and with the same balance losses."""
 
 import math
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def make_criterion(draws: int = 0) -> MoECrossEntropy:
 
 
 def all_classes(*_: object) -> ClassSample:
-    """Draw every class for certain: then the sampled softmax is the full one."""
+    """Draw every class with certainty: then the sampled softmax equals the full one."""
     return ClassSample(torch.arange(VOCABULARY), torch.ones(VOCABULARY, dtype=torch.float64))
 
 

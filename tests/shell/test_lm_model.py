@@ -1,4 +1,4 @@
-"""The language model as fairseq calls it: architectures, options, steps of a search."""
+"""The language model as fairseq uses it: architectures, options, steps of a search."""
 
 import dataclasses
 from argparse import Namespace
@@ -19,7 +19,7 @@ ARCHITECTURES = [*TABLE_7, *TABLE_8]
 
 
 def sizes_of(architecture: str, **reduced: Any) -> LSTMMoELMConfig:
-    """Give an architecture's options with some of its sizes reduced."""
+    """Return an architecture's options with some sizes reduced."""
     args = Namespace(**reduced)
     ARCH_CONFIG_REGISTRY[architecture](args)
     return LSTMMoELMConfig(**vars(args))
@@ -27,7 +27,7 @@ def sizes_of(architecture: str, **reduced: Any) -> LSTMMoELMConfig:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
-    # Of the largest, all groups but two experts of each.
+    # All groups of the largest, but only two experts in each.
     full = sizes_of(architecture).to_config()
     few = {}
     if full.moe is not None and full.moe.num_experts > 4096:

@@ -1,4 +1,4 @@
-"""What fairseq asks of a model: batches, searches, dictionaries and options."""
+"""What fairseq requires of a model: batches, searches, dictionaries and options."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ TARGETS = ["ffab", "cd", "jjjjjjj", "a"]
 
 
 def run(model: torch.nn.Module, sources: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
-    """Give (B, T, V) logits and (B, T, S) attention."""
+    """Return (B, T, V) logits and (B, T, S) attention."""
     with torch.no_grad():
         logits, extra = model(**make_sample(sources, targets)["net_input"])
     return logits, extra["attn"][0]
@@ -96,7 +96,7 @@ def test_hypotheses_take_their_state_along_when_the_search_reorders_them(wiring:
         encoder_out = model.encoder(src_tokens, lengths)
         state: dict = {}
         decode(encoder_out, state, starts, range(2))
-        # As fairseq's search does: every submodule that can is asked to reorder.
+        # As in fairseq's search: every submodule that can reorder does so.
         model.decoder.reorder_incremental_state_scripting(state, order)
         moved = decode(
             model.encoder.reorder_encoder_out(encoder_out, order), state, after, range(2, 3)
@@ -173,7 +173,7 @@ def test_options_have_the_names_and_defaults_of_the_core():
 
 
 def another_value(name: str) -> object:
-    """Give a value other than the default."""
+    """Return a value other than the default."""
     default = getattr(LSTMMoEGNMTConfig(), name)
     if isinstance(default, str):
         return {
@@ -205,7 +205,7 @@ def test_the_default_is_the_single_pair_model_of_the_paper():
 
 
 def test_a_checkpoint_holds_plain_data_only(checkpoint: Path):
-    state = load(checkpoint)  # refuses any type that torch does not know
+    state = load(checkpoint)  # refuses types that torch does not know
     assert isinstance(state["cfg"], dict)
     assert state["cfg"]["model"]["num_experts"] == 4
     assert type(state["cfg"]["model"]) is dict

@@ -1,4 +1,4 @@
-"""Language models do not translate, and translation models are no language models."""
+"""Language models do not translate, and translation models are not language models."""
 
 from pathlib import Path
 

@@ -91,7 +91,7 @@ def test_the_clipped_norm_is_that_of_all_parameters(data: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("flag", "starts"),
-    [  # fairseq treats both kinds of numbers alike: one of each resumes
+    [  # one of each kind resumes: fairseq treats their numbers alike
         ("--fp16", (1, 2)),
         ("--bf16", (2,)),
         ("--memory-efficient-fp16", (2,)),

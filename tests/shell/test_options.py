@@ -1,4 +1,4 @@
-"""The repairs of how fairseq reads options."""
+"""The repairs of how fairseq parses options."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ def test_a_start_is_free_of_warnings_of_libraries(data: Path, tmp_path: Path):
     flags = [*TINY_MOE, "--max-update", 1, "--no-save", "--best-checkpoint-metric", "bleu"]
     done = run("train", data, "--user-dir", PLUGIN, *flags, cwd=tmp_path)
     assert "Warning" not in done.text
-    # The names of all that validation computes, before the first update.
+    # All names that validation computes, before the first update.
     message = "error: `--best-checkpoint-metric` must be one of .*loss.*ppl.*, but is bleu, which"
     assert re.search(message, done.text)
     assert "begin validation on" not in done.text

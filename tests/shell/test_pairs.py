@@ -1,4 +1,4 @@
-"""Which sentences of many language pairs an epoch draws."""
+"""Which sentences of the language pairs an epoch contains."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Tests of the plugin's registration."""
+"""The registration of the plugin."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Which processes train: those that torchrun or the user started, on any machine."""
+"""Which processes train: those started by torchrun or the user, on any machine."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.support.stock_model import LOG, run_apart, training
 
 
 def make_config(world_size: int = 1, **fields):
-    """Return the part of fairseq's configuration that says which processes there are."""
+    """Return the part of fairseq's configuration that describes the processes."""
     plan = DistributedTrainingConfig(distributed_world_size=world_size, **fields)
     parts = {"common": CommonConfig(cpu=True), "distributed_training": plan}
     return OmegaConf.create({name: OmegaConf.structured(part) for name, part in parts.items()})

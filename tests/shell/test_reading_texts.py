@@ -1,4 +1,4 @@
-"""What fairseq's readers make of a text: the lines, words and marks that are there."""
+"""What fairseq's readers find in a text: lines, words and marks."""
 
 import logging
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_texts_of_dictionaries_alone_may_have_different_lengths(own_corpus: Path
 def test_typed_marks_are_unknown_words(own_corpus: Path):
     change(own_corpus / "train.aa", 1, b"ba </s> be <pad> <s> bi <unk> <2bb>")
     text = preprocess(own_corpus)
-    # A word of any other model is a word.
+    # In other models it is an ordinary word.
     assert load(own_corpus)[0] == "ba <unk> be <unk> <unk> bi <unk> <2bb>"
     for mark in ("</s>", "<pad>", "<s>"):
         assert text.count(f"the text has the word `{mark}`") == 1

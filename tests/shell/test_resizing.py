@@ -1,4 +1,4 @@
-"""Models with other experts are trained on by fairseq's own commands."""
+"""fairseq's own commands continue training models with changed experts."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Options of a search that are refused by name, or honoured."""
+"""Options of a search: refused by name, or obeyed."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_what_eval_lm_alone_takes_is_checked(window: int, path: str, message: st
 
 
 class Block(nn.Module):
-    """A model with one dropout of fairseq's, of a name."""
+    """A model with one of fairseq's dropout modules, under a given name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_shards_are_refused_where_nothing_is_cut(data: Path, checkpoint: Path, t
 def test_diverse_beams_translate_every_batch(data: Path, checkpoint: Path):
     flags = ["--beam", 4, "--diverse-beam-groups", 4, "--diverse-beam-strength", 0.5]
     assert len(generate(data, checkpoint, *flags)) == 8
-    # One group is a plain search: what a sentence gets must be its own, whatever its number.
+    # One group is a plain search: each sentence must get its own result, whatever its number.
     one = generate(data, checkpoint, "--beam", 4, "--diverse-beam-groups", 1)
     whole = call(
         "generate",

@@ -1,4 +1,4 @@
-"""What a search evaluates: each sentence's encoding once, and only hypotheses that go on."""
+"""What a search evaluates: each sentence's encoding once, and only live hypotheses."""
 
 import math
 import random
@@ -49,14 +49,14 @@ Search = Callable[..., list[list[dict]]]
 
 
 def count_rows(module: torch.nn.Module, index: int = 0, axis: int = 0) -> list[int]:
-    """Give a list that grows by the rows of each call, read from an argument's shape."""
+    """Return a list to which each call adds its number of rows, read from an argument's shape."""
     rows: list[int] = []
     module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[index].shape[axis]))
     return rows
 
 
 def decoder_of(model: Any) -> torch.nn.Module:
-    # fairseq calls `decoder.forward` itself, past the hooks of the decoder.
+    # fairseq calls `decoder.forward` directly, so the decoder's hooks do not run.
     return model.decoder.network
 
 
@@ -159,7 +159,7 @@ def test_without_penalties_and_pruning_hypotheses_are_fairseqs_own(seed: int):
 
 
 def make_fairseqs(kind: str) -> Any:
-    """Give fairseq's Transformer or convolutional model, sharpened."""
+    """Return fairseq's Transformer or convolutional model with sharpened outputs."""
     torch.manual_seed(3)
     task = make_task()
     model: Any

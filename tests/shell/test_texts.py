@@ -1,4 +1,4 @@
-"""The repairs of how fairseq cuts a text into samples."""
+"""The repairs of how fairseq splits a text into samples."""
 
 from types import SimpleNamespace
 
@@ -52,7 +52,7 @@ def test_the_longest_line_that_can_be_counted_passes_and_one_more_token_does_not
 
 
 def test_blocks_of_many_tokens_may_hold_long_sentences():
-    # With --tokens-per-sample from 65535 on, fairseq counts in 32 bits.
+    # From --tokens-per-sample 65535 on, fairseq counts with 32 bits.
     lines = [torch.full((MOST_TOKENS + 5,), 5)]
     cut = language_modeling.TokenBlockDataset
     blocks = cut(lines, [MOST_TOKENS + 5], 70_000, pad=1, eos=2, break_mode="eos")

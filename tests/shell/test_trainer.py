@@ -1,4 +1,4 @@
-"""What a training refuses, warns of and leaves; the trainer itself."""
+"""What a training refuses, warns about and leaves behind; the trainer itself."""
 
 import copy
 import errno
@@ -141,7 +141,7 @@ def test_a_second_training_into_a_folder_is_refused_while_the_first_lives(
     finally:
         holder.kill()
         holder.wait()
-    assert (tmp_path / LOCK).exists()  # left over, it locks nothing
+    assert (tmp_path / LOCK).exists()  # a stale file locks nothing
     FolderLock(tmp_path)
 
 
@@ -282,7 +282,7 @@ def test_a_nan_in_validation_is_never_the_best(data: Path, tmp_path: Path, monke
         assert '"val_loss": 3.0' in (tmp_path / "checkpoint_best.pt").read_text()
 
 
-# Warned of
+# Warnings
 
 
 def test_a_gate_that_cannot_learn_is_said_at_the_start(data: Path, tmp_path: Path):
@@ -330,7 +330,7 @@ def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, t
     assert f"fairseq-train: stopped by {number.name}; `{last}` is " in text
     assert "Traceback" not in text
     assert num_updates(last) >= 1
-    # What waits for TensorBoard's thread, which writes every two minutes, is not lost.
+    # Events waiting for TensorBoard's thread, which writes every two minutes, are not lost.
     assert any(b"ppl" in path.read_bytes() for path in tmp_path.glob("board/train_inner/*"))
 
 
@@ -391,7 +391,7 @@ def test_a_rank_ends_once_its_launcher_is_gone():
     assert ready == b"ready\n"
     launcher.kill()
     launcher.wait()
-    # The pipe ends once the rank has ended too.
+    # The pipe ends when the rank has ended, too.
     assert launcher.stdout.read() == b""
     assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()
 

@@ -22,7 +22,7 @@ WORDS = ["the", "a", "cat", "dog", "house", "tree", "runs", "sees", "big", "red"
 
 
 def write_text(path: Path, num_lines: int = 400) -> Path:
-    """Write sentences that are easy to cut into pieces."""
+    """Write sentences that are easy to split into pieces."""
     chance = random.Random(1)
     lines = [" ".join(chance.choices(WORDS, k=chance.randint(1, 8))) for _ in range(num_lines)]
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -30,7 +30,7 @@ def write_text(path: Path, num_lines: int = 400) -> Path:
 
 
 def make_data(folder: Path, *languages: str) -> tuple[Path, Path]:
-    """Write dictionaries as fairseq-preprocess leaves them, and the model of their pieces.
+    """Write dictionaries like fairseq-preprocess, and the model of their pieces.
 
     Returns:
         The folder `data`, and the sentencepiece model.
@@ -58,7 +58,7 @@ def randomise(network: nn.Module, seed: int) -> None:
 def make_networks(
     config: GNMTConfig | LSTMLMConfig, num_symbols: int, seed: int = 1
 ) -> dict[str, nn.Module]:
-    """Build the networks that a checkpoint holds, with drawn weights, in evaluation."""
+    """Build the networks of a checkpoint with random weights, in evaluation mode."""
     dim = config.model_dim
     embeddings = [nn.Embedding(num_symbols, dim) for _ in range(2)]
     if isinstance(config, GNMTConfig):
@@ -72,7 +72,7 @@ def make_networks(
     for number, module in enumerate(modules.values()):
         randomise(module.eval(), 10 * seed + number)
     weight: Any = modules["output"].weight.data
-    # An MoE layer adds a sigmoid, which is above 0 everywhere: no symbol may profit from that.
+    # An MoE layer adds a sigmoid, which is always positive: no symbol may benefit from that.
     weight -= weight.mean(dim=1, keepdim=True)
     weight *= 2
     return modules
@@ -114,7 +114,7 @@ def make_state(
 def make_checkpoint(
     folder: Path, config: GNMTConfig | LSTMLMConfig = GNMT, seed: int = 1, languages: str = ""
 ) -> tuple[Path, Path, Path, dict[str, nn.Module]]:
-    """Write a checkpoint and the data of its training.
+    """Write a checkpoint and its training data.
 
     Args:
         folder: To write to.

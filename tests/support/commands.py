@@ -1,4 +1,4 @@
-"""Run fairseq's commands: as a user does, or in this process."""
+"""Run fairseq's commands: as a user would, or in this process."""
 
 import importlib
 import io
@@ -21,7 +21,7 @@ PLUGIN = REPOSITORY / "nmt_moe"
 
 @dataclass(frozen=True)
 class Output:
-    """What a command left: its exit status and all it printed or logged."""
+    """The result of a command: its exit status and all it printed or logged."""
 
     status: int
     text: str
@@ -62,7 +62,7 @@ def run(
 
 
 def call(command: str, *arguments: object, stdin: bytes = b"") -> Output:
-    """Run a command in this process, with the plugin registered; exceptions pass through."""
+    """Run a command in this process, with the plugin registered; exceptions propagate."""
     from fairseq.logging import metrics
 
     from nmt_moe import plugin
@@ -85,7 +85,7 @@ def call(command: str, *arguments: object, stdin: bytes = b"") -> Output:
 
 @contextmanager
 def log_into(stream: io.StringIO) -> Iterator[None]:
-    """Copy all log entries to a stream; put loggers back as they were."""
+    """Copy all log entries to a stream; restore the loggers at the end."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     root.addHandler(logging.StreamHandler(stream))

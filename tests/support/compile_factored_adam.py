@@ -1,4 +1,4 @@
-"""Compile factored Adam's kernels for GPUs that are not there; print a report."""
+"""Compile factored Adam's kernels for GPUs that need not be present; print a report."""
 
 import json
 import re
@@ -23,7 +23,7 @@ FLOATS = {"beta2", "gain", "step_size", "eps", "keep"}
 
 
 def type_of(name: str, dtype: str) -> str:
-    """Give the type that the launcher's argument has."""
+    """Return the type of the launcher's argument."""
     if name in ("weight", "grad"):
         return f"*{dtype}"
     return MEANS.get(name, "fp32" if name in FLOATS else "i32")

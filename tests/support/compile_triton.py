@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there.
+"""Compile kernels for GPUs that need not be present.
 
 Not while Triton interprets: a test has a program call `compile_launch` in a process of its own and
 print the answers as one JSON object, which `compile_report` reads.
@@ -29,7 +29,7 @@ TYPES = {
 
 
 def compile_report(program: Path) -> dict[str, Any]:
-    """Run `program` where Triton compiles instead of interpreting, and return what it prints."""
+    """Run `program` in a process in which Triton compiles, and return what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(

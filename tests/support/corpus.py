@@ -8,7 +8,7 @@ SPLITS = {"train": 96, "valid": 12, "test": 8}
 
 
 def translate(sentence: str) -> str:
-    """Turn each word round."""
+    """Reverse each word."""
     return " ".join(word[::-1] for word in sentence.split())
 
 
@@ -30,6 +30,6 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def preprocess_flags(corpus: Path, destination: Path) -> list[object]:
-    """Give fairseq-preprocess's arguments for the corpus."""
+    """Return fairseq-preprocess's arguments for the corpus."""
     prefixes = [f"--{split}pref={corpus / split}" for split in SPLITS]
     return ["-s", "aa", "-t", "bb", *prefixes, "--destdir", destination, "--workers", 1]

@@ -1,4 +1,4 @@
-"""The paper's equations token by token and expert by expert, as slow as they read."""
+"""The paper's equations, token by token and expert by expert: slow and plain."""
 
 import math
 
@@ -18,7 +18,7 @@ def squared_cv(values: Tensor) -> Tensor:
 
 
 def noisy_top_k(x: Tensor, gate_weight: Tensor, noise_weight: Tensor, noise: Tensor, top_k: int):
-    """Give one token's (n,) gates (eqs. 3-5) and chances to be chosen (eqs. 8-9)."""
+    """Return a token's (n,) gates (eqs. 3-5) and probabilities of being chosen (eqs. 8-9)."""
     clean = x @ gate_weight
     scale = F.softplus(x @ noise_weight) + 1e-2
     noisy = clean + noise * scale
@@ -36,7 +36,7 @@ def noisy_top_k(x: Tensor, gate_weight: Tensor, noise_weight: Tensor, noise: Ten
 
 
 def strictly_balanced(x: Tensor, gate_weight: Tensor, threshold: Tensor, top_k: int):
-    """Give a batch's (N, n) gates (eqs. 15-16, 18), its mask, and the loss of eq. 20, summed."""
+    """Return a batch's (N, n) gates (eqs. 15-16, 18), its mask, and the summed loss of eq. 20."""
     probs = (x @ gate_weight).softmax(1)
     num_tokens, num_experts = probs.shape
     share = math.ceil(top_k * num_tokens / num_experts)
@@ -50,13 +50,13 @@ def strictly_balanced(x: Tensor, gate_weight: Tensor, threshold: Tensor, top_k: 
     loss = x.new_zeros(())
     for j in range(num_tokens):
         for i in range(num_experts):
-            score = probs[j, i].detach()  # the loss trains the thresholds alone
+            score = probs[j, i].detach()  # the loss trains only the thresholds
             loss = loss + (float(score > threshold[i]) - mask[j, i]) * (score - threshold[i])
     return torch.stack(gates) if gates else probs, mask, loss
 
 
 def dense_gates(layer: MoELayer, x: Tensor, noise) -> tuple[Tensor, Tensor, Tensor]:
-    """Give a training batch's (N, E) gates, (E,) load, and the mean threshold loss."""
+    """Return a training batch's (N, E) gates, (E,) load, and the mean threshold loss."""
     gate, config = layer.gate, layer.config
     none = x.new_zeros(())
     if config.num_groups:
@@ -132,7 +132,7 @@ def _strict_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
 
 
 def dense_forward(layer: MoELayer, x: Tensor, noise) -> dict[str, Tensor]:
-    """Compute a training pass by the paper's equations; gradients flow through everything."""
+    """Compute a training pass by the paper's equations, differentiably."""
     config = layer.config
     gates, load, threshold_loss = dense_gates(layer, x, noise)
     answers = torch.stack(

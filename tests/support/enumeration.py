@@ -1,4 +1,4 @@
-"""All translations of a sentence up to a length, scored one by one: what a wide beam must find."""
+"""All translations of a sentence up to a length, scored one by one, as a reference for beams."""
 
 import itertools
 import math
@@ -13,16 +13,16 @@ from tests.support.models import make_dictionary, make_task, make_tokens
 
 LETTERS = "abc"
 LONGEST = 3
-# Words that may not be used. They make the dictionary large: fairseq's beam is never wider.
+# Unused words. They enlarge the dictionary, which limits fairseq's beam.
 FILLERS = "".join(chr(0x4E00 + number) for number in range(45))
 UNUSED = ["<s>", *FILLERS]
-# Holds all translations: 3 + 9 + 27 end, at most 27 are unfinished.
+# Wide enough for all translations: 3 + 9 + 27 finished ones, at most 27 unfinished.
 BEAM = 40
 DICTIONARY = make_dictionary(LETTERS + FILLERS)
 
 
 def wide_task() -> Any:
-    """Give a task whose target dictionary has `LETTERS` and `FILLERS`."""
+    """Return a task whose target dictionary has `LETTERS` and `FILLERS`."""
     return make_task(target=LETTERS + FILLERS)
 
 
@@ -72,10 +72,10 @@ def enumerate_translations(models: Sequence[Any], source: str) -> list[Translati
 
 
 def prune(translations: Sequence[Translation], margin: float, alpha: float) -> list[Translation]:
-    """Apply both prunings by their definition, where no beam is too narrow."""
+    """Apply both prunings by definition, with an unlimited beam."""
     kept = list(translations)
     for step in range(LONGEST + 1):
-        # Unfinished ones that begin alike have the same log-probability here.
+        # Unfinished ones with the same prefix have the same log-probability here.
         local = [one.log_probs[step] for one in kept if len(one.text) >= step]
         best = max(local)
         kept = [one for one in kept if len(one.text) < step or one.log_probs[step] >= best - margin]

@@ -1,4 +1,4 @@
-"""What the tests of noisy top-k gating share."""
+"""Helpers of the tests of noisy top-k gating."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nmt_moe.kernels import Gating, noisy_top_k, reference
 
-# The tensors of every choice.
+# The tensors of each result.
 FIELDS = Gating._fields[:5]
 
 SHAPES = [  # (rows, experts, per token, sizes of groups)
@@ -26,7 +26,7 @@ def offsets_of(sizes: list[int] | None) -> Tensor | None:
 
 
 def make_inputs(rows: int, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make logits, noise and row weights; the first two rows have nothing but ties."""
+    """Make logits, noise and row weights; the first two rows consist of ties."""
     torch.manual_seed(1)
     clean, raw_scale, noise = (torch.randn(rows, experts, dtype=dtype) for _ in range(3))
     for tensor in (clean, raw_scale, noise):
@@ -44,7 +44,7 @@ def assert_is_the_definition(
     one_by_one: bool = True,
     **tolerance: float,
 ):
-    """Compare results and gradients with the definition's, by name; also of one result alone."""
+    """Compare results and gradients with the definition's, by name; also for single results."""
     keywords = inputs | {"row_offsets": offsets_of(sizes), "top_k": top_k}
     if not training:
         keywords["raw_scale"] = None

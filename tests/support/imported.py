@@ -1,4 +1,4 @@
-"""Imported by the server that forks the processes of `ranks.py`, so that each has it at once."""
+"""Imports of the server that forks the processes of `ranks.py`, so that they start quickly."""
 
 import importlib
 import importlib.util

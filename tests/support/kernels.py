@@ -1,4 +1,4 @@
-"""What the tests of fast operations share."""
+"""Helpers of the tests of fast operations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-# The value of a parameter with which a test asks for the fixture `device`.
+# The parameter value with which a test requests the fixture `device`.
 ON_DEVICE = pytest.param("triton", marks=pytest.mark.device)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, leaves: dict[str, Tensor], **tolerance: float):
-    """Compare outputs, and under one random gradient the gradients of all `leaves`, by name."""
+    """Compare outputs, and the gradients of all `leaves` for a random output gradient, by name."""
     torch.testing.assert_close(ours, theirs, **tolerance)
     grad = torch.randn_like(theirs)
     tensors = list(leaves.values())
@@ -29,13 +29,13 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def offsets_of(counts: list[int]) -> Tensor:
-    """Return (L + 1,) int64 offsets of experts with so many rows each."""
+    """Return (L + 1,) int64 offsets of experts with the given numbers of rows."""
     return torch.tensor([0, *counts]).cumsum(0)
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Make fresh memory NaN, so that an element nobody writes is seen."""
+    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(1).isnan()

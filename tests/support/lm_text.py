@@ -1,4 +1,4 @@
-"""A tiny text for the recipes of language models: numbers in words."""
+"""A tiny text for the language model recipes: numbers in words."""
 
 import gzip
 import lzma
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_text(folder: Path) -> Path:
-    """Write 120 lines to train on, packed with gzip, and 20 to test on, packed with xz."""
+    """Write 120 training lines, compressed by gzip, and 20 test lines, compressed by xz."""
     chance = random.Random(1)
     digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

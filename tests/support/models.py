@@ -33,14 +33,14 @@ def make_dictionary(words: str = "abcdefghij") -> Dictionary:
 
 
 def make_task(source: str = "abcdefghij", target: str = "abcdefghij") -> Any:
-    """Return what models and criterions ask of a task; one letter is one word."""
+    """Return what models and criterions need of a task; each letter is a word."""
     return SimpleNamespace(
         source_dictionary=make_dictionary(source), target_dictionary=make_dictionary(target)
     )
 
 
 def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
-    """Build a model in evaluation mode whose gates have learned something."""
+    """Build a model in evaluation mode, whose gates are not uniform."""
     torch.manual_seed(seed)
     config = LSTMMoEGNMTConfig(**{**SIZES, **options})
     model = LSTMMoEGNMT.build_model(config, task or make_task()).eval()
@@ -51,7 +51,7 @@ def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
 
 
 def without_noise(model: nn.Module) -> nn.Module:
-    """Let the gates of a model draw zeros: noise alone tells two equal halves of a batch apart."""
+    """Make a model's noise zero: only noise makes two equal halves of a batch differ."""
 
     def give_zeros(gate: NoisyTopKGate, inputs: tuple) -> tuple:
         x, _, *rest = inputs
@@ -82,7 +82,7 @@ def make_sample(sources: list[str], targets: list[str]) -> dict[str, Any]:
     eos, pad = make_dictionary().eos(), make_dictionary().pad()
     previous = target.roll(1, dims=1)
     previous[:, 0] = eos
-    # Rolled, the end mark of shorter sentences stands before the padding, as in fairseq's own.
+    # After rolling, shorter sentences have the end mark before the padding, as in fairseq.
     previous = previous.masked_fill(torch.arange(target.shape[1]) >= lengths[:, None], pad)
     return {
         "id": torch.arange(len(sources)),

@@ -1,4 +1,4 @@
-"""A tiny task of three languages: `bb` turns the words of `aa` round, `cc` writes them large."""
+"""A tiny task of three languages: `bb` reverses the words of `aa`, `cc` has them in capitals."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.support.commands import call
 from tests.support.corpus import SOURCE_WORDS, translate, write_lines
 
 LANGUAGES = {"aa": str, "bb": translate, "cc": str.upper}
-# bb-cc has no training text: it is there to be translated without (zero-shot).
+# bb-cc has no training text: it is translated zero-shot.
 SIZES = {
     "aa-bb": {"train": 96, "valid": 12, "test": 8},
     "aa-cc": {"train": 24, "valid": 6, "test": 6},

@@ -1,4 +1,4 @@
-"""A beam search written down one hypothesis at a time, and models that are functions of tokens."""
+"""A beam search with one hypothesis at a time, and models that are functions of tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ EOS, PAD = 2, 1
 
 
 def make_model(vocab: int = 11, width: int = 4, seed: int = 1, sharpness: float = 3.0) -> Model:
-    """Give a function of (R, T) tokens and (R,) sentences: next log-probabilities and attention.
+    """Return a function of (R, T) tokens and (R,) sentences: next log-probabilities and attention.
 
-    All tokens count, and one row's answer does not depend on the others.
+    All tokens matter, and a row's result does not depend on other rows.
     """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.rand(vocab, 16, generator=generator, dtype=torch.float64)
@@ -34,7 +34,7 @@ def make_model(vocab: int = 11, width: int = 4, seed: int = 1, sharpness: float 
 
 @dataclass(frozen=True)
 class Sentences:
-    """A state that knows only which sentence each row belongs to."""
+    """A state that holds only each row's sentence."""
 
     numbers: Tensor
 
@@ -44,7 +44,7 @@ class Sentences:
 
 @dataclass
 class Stepping:
-    """A model as `step`, which notes the rows it is asked for."""
+    """A model as a `step` function that records the evaluated rows."""
 
     model: Model
     evaluated: list[set[tuple[int, ...]]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Found:
 def naive_search(
     model: Model, sentence: int, config: BeamConfig, max_length: int, min_length: int = 1
 ) -> tuple[list[Found], list[set[tuple[int, ...]]]]:
-    """Search for one sentence; give what was found, and the hypotheses evaluated at each step."""
+    """Search for one sentence; return the results and the hypotheses evaluated at each step."""
     width, margin = config.beam_size, config.search.beam_prune
     live = [Found((), 0.0, (), torch.zeros(0))]
     ended: list[Found] = []
@@ -111,7 +111,7 @@ def naive_search(
 
 
 def final(one: Found, config: BeamConfig) -> Found:
-    """Give a hypothesis its score."""
+    """Return a hypothesis's score."""
     received = one.attention.sum(0, keepdim=True)
     words = torch.ones_like(received, dtype=torch.bool)
     coverage = float(log_coverage(received, words)) * config.search.coverage_penalty_beta

@@ -1,4 +1,4 @@
-"""Programs that start at once: forks of one process that has imported torch and fairseq already.
+"""Programs that start quickly: forks of a process that has already imported torch and fairseq.
 
 Importing fairseq takes seconds, most of the time of a test that runs small commands. `python()` is
 a Python in a folder with the programs of this environment. Those that tests start most are clients:
@@ -57,7 +57,7 @@ sys.exit(status[0] if status else 1)
 
 @functools.cache
 def python() -> Path:
-    """Return a Python whose neighbours are the environment's programs; its server runs from now."""
+    """Return a Python beside the environment's programs; its server runs from now on."""
     folder = tempfile.TemporaryDirectory(prefix="programs-")
     address = str(Path(folder.name, "server"))
     client = CLIENT.format(python=sys.executable, address=address)
@@ -79,33 +79,33 @@ def python() -> Path:
 
     @atexit.register
     def stop() -> None:
-        server.communicate()  # its standard input ends, and so does it
+        server.communicate()  # it ends with its standard input
         folder.cleanup()
 
     return Path(folder.name, "python")
 
 
 class Server:
-    """Forks a process for each request, and tells the client how it ended."""
+    """A server that forks a process for each request, and sends its exit status to the client."""
 
     def __init__(self, address: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(address)
         self.listener.listen(64)
         self.clients: dict[int, socket.socket] = {}  # by process
-        # A process that ends wakes `select`.
+        # The end of a process wakes `select`.
         self.wakeup, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> list[str]:
-        """Return a program's arguments, in the process that is to be the program."""
+        """Return a program's arguments, in the process that becomes the program."""
         while True:
             sources = [sys.stdin, self.listener, self.wakeup, *self.clients.values()]
             ready, _, _ = select.select(sources, [], [])
             if sys.stdin in ready:
-                os._exit(0)  # the tests have ended, however they did
+                os._exit(0)  # the tests have ended
             if self.wakeup in ready:
                 self.wakeup.recv(4096)
                 self.report_ended()
@@ -138,7 +138,7 @@ class Server:
                 client.sendall(bytes([status if status >= 0 else 128 - status]))
 
     def leave_for(self, request: dict[str, Any], files: list[int]) -> None:
-        """Turn from a copy of the server into a process with the client's surroundings."""
+        """Turn this copy of the server into a process with the client's environment."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for connection in (self.listener, self.wakeup, self.waker, *self.clients.values()):
@@ -152,7 +152,7 @@ class Server:
 
 
 def become(arguments: list[str]) -> None:
-    """Run a program as Python would have started it."""
+    """Run a program as if started by Python."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
     name = Path(arguments[0]).name
@@ -171,7 +171,7 @@ def become(arguments: list[str]) -> None:
 
 
 def end(error: BaseException | None) -> NoReturn:
-    """End as Python does, but leave the memory to the kernel: tidying up takes half a second."""
+    """End like Python, but leave memory to the kernel: freeing it takes half a second."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -191,7 +191,7 @@ def main(address: str) -> None:
         importlib.import_module(name)
     logging.root.handlers.clear()
     gc.freeze()
-    sys.path.remove(os.getcwd())  # a program must not find the project where it would not
+    sys.path.remove(os.getcwd())  # a program must not find the project unless it would by itself
     server = Server(address)
     print("listens", flush=True)  # noqa: T201
     arguments = server.serve()
@@ -203,5 +203,5 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    # By its own name: programs become `__main__`.
+    # Under its own name: programs become `__main__`.
     importlib.import_module("tests.support.programs").main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Run a function in several processes that talk over gloo on the loopback."""
+"""Run a function in several processes that communicate by gloo over the loopback."""
 
 import multiprocessing
 import queue
@@ -17,7 +17,7 @@ CONTEXT.set_forkserver_preload(["tests.support.imported"])
 
 
 def free_port() -> int:
-    """Return a port of the loopback on which nobody listens."""
+    """Return a free port of the loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Run a recipe's script as its user does, with programs that start at once."""
+"""Run a recipe's script as a user does, with programs that start quickly."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def run_script(
     script: str, *arguments: object, **variables: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run `recipes/SCRIPT` in bash; variables of the environment are given by name."""
+    """Run `recipes/SCRIPT` in bash, with environment variables given by name."""
     settings = {"NMT_MOE_PYTHON": programs.python(), "OMP_NUM_THREADS": 1} | variables
     return subprocess.run(
         ["bash", RECIPES / script, *map(str, arguments)],
@@ -23,6 +23,6 @@ def run_script(
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the message of a script that must have refused to go on."""
+    """Return the message of a script that must have refused to continue."""
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stderr

@@ -1,4 +1,4 @@
-"""Translate with the networks of a training, which share no code with those of a bundle."""
+"""Translate with the networks of training, which share no code with those of a bundle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ EOS, PAD, UNK = 2, 1, 3
 
 @dataclass(frozen=True)
 class _Source:
-    """The sentence of every row; nothing else is kept between two steps."""
+    """The sentence of every row; nothing else is kept between steps."""
 
     tokens: list[int]
 
@@ -34,7 +34,7 @@ def predict(networks: dict[str, nn.Module], source: list[int], read: Tensor) -> 
 def mean_prediction(
     models: Sequence[dict[str, nn.Module]], source: list[int], read: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what an ensemble predicts: the logarithm of the mean probability, mean attention."""
+    """Return an ensemble's prediction: logarithm of the mean probability, mean attention."""
     results = [predict(networks, source, read) for networks in models]
     probs = torch.stack([log_probs.exp() for log_probs, _ in results]).mean(dim=0)
     return probs.log(), torch.stack([attention for _, attention in results]).mean(dim=0)
@@ -43,7 +43,7 @@ def mean_prediction(
 def translate(
     models: Sequence[dict[str, nn.Module]], source: list[int], config: BeamConfig, max_length: int
 ) -> list[Hypothesis]:
-    """Search for translations of one sentence, every step from its beginning.
+    """Search for translations of one sentence, computing every step from the start.
 
     Args:
         models: One, or an ensemble.

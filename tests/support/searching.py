@@ -25,7 +25,7 @@ def make_models(count: int = 1, sharpness: float = 4.0) -> list[Any]:
 def search(
     models: Sequence[Any], *sources: str, pad_left: bool = True, **options: Any
 ) -> list[list[dict]]:
-    """Translate sentences; options are those of the search and of fairseq's generator."""
+    """Translate sentences, with options of the search and of fairseq's generator."""
     names = SearchConfig.__dataclass_fields__
     config = SearchConfig(**{name: options.pop(name) for name in list(options) if name in names})
     options = {"beam_size": BEAM, "max_len_b": LONGEST, **options}

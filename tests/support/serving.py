@@ -1,4 +1,4 @@
-"""A server in this process on a free port of loopback, and one as a process of its own."""
+"""A server in this process on a free port of the loopback, and one in a separate process."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ import uvicorn
 
 from nmt_moe.serving import Models, ServerSettings, Service, make_app
 
-# Of everything that is waited for: under load a machine may be slow.
+# Time-out of every wait: under load a machine may be slow.
 PATIENCE = 120.0
 
 
@@ -31,7 +31,8 @@ class LiveServer:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # Of TCP by name, as the command's: else each answer waits 40 ms for Nagle's delay.
+        # Explicitly TCP, as in the command: otherwise Nagle's algorithm delays each answer by 40
+        # ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
@@ -60,14 +61,14 @@ class LiveServer:
         return httpx.post(self.url + path, json=content, headers=headers, timeout=PATIENCE)
 
     def translate(self, q: Any, **fields: Any) -> Any:
-        """Send texts to LibreTranslate's API; return the answer, which must be a good one."""
+        """Send texts to LibreTranslate's API; return the answer, whose status must be 200."""
         answer = self.post("/translate", {"q": q, "source": "aa", "target": "bb", **fields})
         assert answer.status_code == 200, answer.text
         return answer.json()
 
 
 def make_service(*folders: Path | str, is_batching: bool = True, **settings: Any) -> Service:
-    """Open bundles as the command does."""
+    """Open bundles like the command."""
     models = Models.open([str(folder) for folder in folders])
     return Service(models, ServerSettings(**settings), 1, is_batching)
 

@@ -19,7 +19,7 @@ def make_task(words: str = "abcdefghij", num_outputs: int | None = None) -> Any:
 
 
 class _Shorter:
-    """A dictionary whose end is cut off."""
+    """A dictionary whose end is missing."""
 
     def __init__(self, dictionary: Any, size: int) -> None:
         self.pad, self.eos, self.size = dictionary.pad, dictionary.eos, size
@@ -29,7 +29,7 @@ class _Shorter:
 
 
 def make_model(seed: int = 1, task: Any = None, **options: Any) -> LSTMMoELM:
-    """Build a model in evaluation mode whose gates have learned something."""
+    """Build a model in evaluation mode, whose gates are not uniform."""
     torch.manual_seed(seed)
     sizes = {**SMALL, "num_experts": 4, "top_k": 2, "hidden_dim": 8, "dropout": 0.0}
     config = LSTMMoELMConfig(**{**sizes, **options})
@@ -41,7 +41,7 @@ def make_model(seed: int = 1, task: Any = None, **options: Any) -> LSTMMoELM:
 
 
 def make_sample(*sentences: str) -> dict[str, Any]:
-    """Give a batch of a text, one sentence a row, as fairseq's collater makes it."""
+    """Return a batch of a text, one sentence per row, like fairseq's collater."""
     target, lengths = make_tokens(*sentences, pad_left=False)
     dictionary = make_dictionary()
     source = target.roll(1, dims=1)

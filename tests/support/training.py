@@ -34,14 +34,14 @@ BALANCE_KEYS = {
 
 @contextmanager
 def without_updates() -> Iterator[None]:
-    """See that no update is made."""
+    """Check that no update is made."""
     with mock.patch("fairseq.trainer.Trainer.train_step") as step:
         yield
     step.assert_not_called()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with torch's safe loader and its own list of types, no more."""
+    """Read a checkpoint with torch's safe loader and only its own list of types."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -51,14 +51,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def copy_checkpoint(path: Path, folder: Path) -> None:
-    """Copy a checkpoint with its files of experts, for a training in `folder` to go on from."""
+    """Copy a checkpoint with its expert files, so that a training in `folder` continues from it."""
     shutil.copy(path, folder / "checkpoint_last.pt")
     for entry in load(path)[MANIFEST]["files"]:
         shutil.copy(path.parent / entry["name"], folder)
 
 
 def load_whole(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with the experts that stand in files beside it."""
+    """Read a checkpoint with the experts in files beside it."""
     state = load(path)
     restore_experts(path, state)
     return state

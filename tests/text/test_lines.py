@@ -1,4 +1,4 @@
-"""What a line is: as `wc -l` counts, and as every other program that reads the file finds it."""
+"""What a line is: as `wc -l` and every other program that reads the file counts it."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ from nmt_moe.text.lines import (
     scan_lines,
 )
 
-# What other readers take for the end of a line, or for nothing at all.
+# Characters that other readers treat as the end of a line, or drop.
 ODD = "\x0b\x0c\x85\u2028\u2029\ufeff\u00a0\t é猫\U0001f600"
 TEXT = st.text(st.sampled_from([*ODD, "a", "b"]), max_size=6)
 ENDS = st.sampled_from(["\n", "\r\n"])
@@ -53,7 +53,7 @@ def test_lines_are_those_that_wc_counts(
     path = write(folder, text.encode())
     found = list(read_lines(path))
     assert len(found) == count_lines(path) == wc(path)
-    # Without a mark of its own, the first character is dropped where it looks like one.
+    # Without a byte order mark, a first character that looks like one is dropped.
     wanted = [line for line, _ in lines] + [last] * bool(last)
     if not has_mark and text.startswith("\ufeff"):
         wanted[0] = wanted[0][1:]

@@ -261,12 +261,12 @@ def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
     assert digests.read_text() == f"{hashlib.sha256(content).hexdigest()}  spm.model\n"
     for place in range(0, len(content), len(content) // 20):
         model.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        os.utime(model, (place, place))  # as a copy of another time
+        os.utime(model, (place, place))  # like a copy made at another time
         with pytest.raises(ValueError, match=match):
             pieces.load(model)
     model.write_bytes(content)
     pieces.load(model)
-    # Learnt again, or of another program: no digest, no comparison.
+    # Trained again, or by another program: no digest, no comparison.
     pieces.train([text], model, model.with_name("dict.txt"), 44)
     pieces.load(model)
     digests.unlink()

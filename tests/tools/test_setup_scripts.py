@@ -1,4 +1,4 @@
-"""Tests of the scripts that make and check the environment; none of them installs anything."""
+"""The scripts that create and check the environment; no test installs anything."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def run(command: list, cwd: Path, **variables: str) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory) -> Path:
-    """Return a Python that has nothing but the standard library."""
+    """Return a Python that has only the standard library."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False)
     return folder / "bin" / "python"
@@ -54,7 +54,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
     assert result.returncode == 1
     assert "lacks what its check itself needs: click packaging" in result.stderr
     assert "NMT_MOE_PYTHON" in result.stderr
-    # With those two, the check names all others.
+    # With these two, the check names all other packages.
     (site,) = (bare_python.parents[1] / "lib").glob("python*/site-packages")
     for package in ("click", "packaging"):
         shutil.copytree(Path(importlib.util.find_spec(package).origin).parent, site / package)

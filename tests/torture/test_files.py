@@ -1,4 +1,4 @@
-"""Checkpoints that are flipped, cut, cut off while written, or hostile: read right or refused."""
+"""Corrupt, truncated, interrupted and hostile checkpoints are read correctly or refused."""
 
 import errno
 import random
@@ -24,12 +24,12 @@ LAST = "checkpoint_last.pt"
 
 
 def amounts(few: int, many: int) -> Any:
-    """Do a test few times in the default run and many times in the slow one."""
+    """Repeat a test a few times in the default run and many times in the slow one."""
     return pytest.mark.parametrize("rounds", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def save(folder: Path, shift: float = 0.0) -> Path:
-    """Write a checkpoint with three files of experts."""
+    """Write a checkpoint with three expert files."""
     state = expert_files.whole_state()
     state["model"]["embed"] += shift
     split_checkpoint(state, folder / LAST, 3)
@@ -38,7 +38,7 @@ def save(folder: Path, shift: float = 0.0) -> Path:
 
 
 def assert_right_or_refused(path: Path, expected: dict[str, Any], change: str) -> bool:
-    """Read a changed checkpoint; return whether it was refused, by a name in its folder."""
+    """Read a changed checkpoint; return whether it was refused with the name of a file."""
     try:
         state = load_checkpoint(path)
     except ValueError as error:
@@ -61,7 +61,7 @@ def test_flipped_bits_are_noticed_wherever_they_count(rounds: int, tmp_path: Pat
         file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         refused += assert_right_or_refused(path, expected, f"byte {place} of {file.name}")
         file.write_bytes(whole)
-    assert refused > rounds / 2  # the rest is room between a zip's parts
+    assert refused > rounds / 2  # the rest are gaps between a zip's parts
 
 
 @amounts(60, 2000)
@@ -79,7 +79,7 @@ def test_files_that_are_cut_are_refused(rounds: int, tmp_path: Path):
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size, as if the disk were full."""
+    """Limit the size of files, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Whenever a process is killed, the checkpoint before is whole, and a resume loses nothing."""
+"""Whenever a process is killed, the previous checkpoint is intact, and resuming loses nothing."""
 
 import multiprocessing
 import random
@@ -20,7 +20,7 @@ LAST = "checkpoint_last.pt"
 
 
 def save_for_ever(folder: Path, first: int) -> None:
-    """Save one checkpoint after the other, with its number in the weights and in the experts."""
+    """Save one checkpoint after another, with its number in the weights and in the experts."""
     torch.set_num_threads(1)
     for number in range(first, first + 100_000):
         state = whole_state()
@@ -55,7 +55,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(rounds: int, tmp_path: 
 
 
 def train_in_a_child(*arguments: object) -> multiprocessing.Process:
-    """Start a training in a process of its own, which has imported everything."""
+    """Start a training in a separate process that has imported everything."""
     training = multiprocessing.get_context("fork").Process(target=call, args=("train", *arguments))
     training.start()
     return training

@@ -38,7 +38,7 @@ def train(layer: MoELayer, optimizer: torch.optim.Optimizer, seeds: range) -> No
 
 
 def reload(state: dict) -> dict:
-    """Write a state and read it by torch's safe loader."""
+    """Write a state and read it with torch's safe loader."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -46,7 +46,7 @@ def reload(state: dict) -> dict:
 
 
 def rank_one_grad(step: int) -> Tensor:
-    """Squares are the product of a row and a column, the same but for a factor at each update."""
+    """Squares are the product of a row and a column, the same up to a factor at each update."""
     generator = torch.Generator().manual_seed(3)
     row, column = (
         torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
@@ -58,7 +58,7 @@ def rank_one_grad(step: int) -> Tensor:
 
 def test_where_squared_gradients_have_rank_one_it_is_adam_without_momentum():
     ours, theirs = make_experts(), make_experts()
-    # So small an eps is nothing, wherever it is added.
+    # Such a small eps has no effect, wherever it is added.
     options = {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-30, "weight_decay": 0.2}
     factored = FactoredAdam([ours], **options)
     adam = torch.optim.AdamW([theirs], **options)
@@ -74,7 +74,7 @@ def test_other_parameters_are_trained_by_adam(dtype):
     torch.manual_seed(1)
     shapes = [(4, 5), (7,), (2, 3, 4), ()]
     ours = [Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    # One in another layout of memory.
+    # One with another memory layout.
     ours.append(Parameter(torch.randn(5, 4, dtype=dtype).t()))
     theirs = [Parameter(parameter.detach().clone()) for parameter in ours]
     options = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-30, "weight_decay": 0.2}
@@ -92,7 +92,7 @@ def test_other_parameters_are_trained_by_adam(dtype):
 def test_eps_is_added_to_the_root_of_the_uncorrected_moment():
     # First update, gradient 1: the moment is 0.25, its root 0.5; with eps 0.5 the divisor is 1.
     # The correction sqrt(0.25) / 0.5 of both moments and a first moment of 0.5 leave 0.5 lr;
-    # an expert has 1 in the place of the first moment and no correction for it: 0.5 lr too.
+    # an expert has 1 instead of the first moment and no correction for it: also 0.5 lr.
     for parameter in (Parameter(torch.zeros(2, 3)), make_experts(torch.float32)):
         before = parameter.detach().clone()
         parameter.grad = torch.ones_like(parameter)

@@ -1,4 +1,4 @@
-"""Sampled softmax: what is unbiased is shown by going through all possible draws."""
+"""Sampled softmax: unbiasedness is shown by enumerating all possible samples."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ V, D = 4, 3
 
 
 def make_problem(num_tokens: int = 5, num_classes: int = V, dim: int = D) -> tuple[Tensor, ...]:
-    """Give features (N, D), weight (V, D) that want gradients, and targets (N,)."""
+    """Return features (N, D) and weight (V, D), which require gradients, and targets (N,)."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -27,7 +27,7 @@ def make_problem(num_tokens: int = 5, num_classes: int = V, dim: int = D) -> tup
 
 
 def all_samples(num_draws: int) -> list[tuple[float, ClassSample]]:
-    """Give every sample that draws from V classes can make, with its chance."""
+    """Return every possible sample from V classes, with its probability."""
     p = log_uniform_probability(torch.arange(V), V)
     samples = []
     for draws in itertools.product(range(V), repeat=num_draws):
@@ -39,7 +39,7 @@ def all_samples(num_draws: int) -> list[tuple[float, ClassSample]]:
 
 
 def expected_loss(features: Tensor, weight: Tensor, target: Tensor, num_draws: int) -> Tensor:
-    """Average the estimated loss over every possible draw."""
+    """Average the estimated loss over all possible samples."""
     losses = [
         chance * sampled_nll(features, weight, target, sample).mean()
         for chance, sample in all_samples(num_draws)
@@ -61,7 +61,7 @@ def test_the_proposal_by_hand():
 
 def test_ranks_run_round_the_vocabulary_from_the_most_frequent_class():
     torch.manual_seed(1)
-    # All of 6 classes are drawn sooner or later; ids by rising rank: 2, 3, 4, 5, 0, 1.
+    # All 6 classes are drawn eventually; ids by ascending rank: 2, 3, 4, 5, 0, 1.
     sample = max((draw_classes(6, 6, 2) for _ in range(400)), key=lambda drawn: len(drawn.ids))
     assert sample.ids.tolist() == [2, 3, 4, 5, 0, 1]
     p = log_uniform_probability(torch.arange(6), 6)
@@ -134,7 +134,7 @@ def test_with_all_classes_certain_it_is_the_full_softmax_with_all_gradients():
 
 @pytest.mark.parametrize("num_draws", [1, 2, 3])
 def test_the_partition_sum_and_its_gradient_are_unbiased(num_draws: int):
-    # Exactly: over all draws, each with its chance, not by a large number of random ones.
+    # Exactly: over all samples, each with its probability, not over many random ones.
     features, weight, target = make_problem()
     logits = features @ weight.t()
     target_logit = logits.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -169,7 +169,7 @@ def test_the_loss_is_too_low_and_its_bias_falls_at_least_as_one_over_draws():
 
 
 def test_divided_by_the_true_partition_sum_the_gradient_is_that_of_the_full_softmax():
-    # d log Z = dZ / Z, so d Z^ / Z is unbiased; here by random draws, within their own error.
+    # d log Z = dZ / Z, so d Z^ / Z is unbiased; here with random samples, within their error.
     torch.manual_seed(1)
     features, weight, target = make_problem(num_tokens=8, num_classes=60, dim=4)
     weight = weight.detach() * 0.5
