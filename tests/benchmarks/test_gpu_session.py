@@ -38,7 +38,7 @@ def stub(tmp_path):
     return path
 
 
-def test_parts_run_in_order_stop_at_the_first_failure_and_go_on_there(stub, tmp_path):
+def test_parts_run_in_order_stop_at_the_first_failure_and_resume_there(stub, tmp_path):
     out, calls = tmp_path / "out", tmp_path / "calls"
     asked = {"python": stub, "CALLS": str(calls)}
     done = sit(out, **asked, FAIL="gating")

@@ -120,7 +120,7 @@ def test_dropped_tokens_are_those_that_reach_no_expert():
     assert moe_layers.Layer(TINY, 1.0).computed_pairs(torch.ones(3, 8)) == 3 * 4
 
 
-def test_the_limits_do_as_many_operations_as_the_experts():
+def test_the_limits_do_the_same_number_of_operations_as_the_experts():
     for kind in moe_limits.LIMITS:
         bare = moe_limits.BareProducts(kind, TINY, "cpu")
         for mode, passes in (("forward", 1), ("fwd+bwd", 3)):
@@ -130,7 +130,7 @@ def test_the_limits_do_as_many_operations_as_the_experts():
             assert counter.get_total_flops() == passes * TINY.flops() == passes * 48 * 8 * 12 * 4
 
 
-def test_eager_gating_is_the_layers_own_in_what_it_sums():
+def test_eager_gating_gives_the_sums_of_the_layer():
     clean, raw_scale = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0))
     gates, importance, load = moe_gating.eager_gating(clean, raw_scale, 2)
     torch.testing.assert_close(gates.sum(1), torch.ones(50))
@@ -176,7 +176,7 @@ def test_unknown_and_absent_peers_are_refused(monkeypatch, capsys):
         ("8,8,8,4,4,3", "`num_experts` must be"),
     ],
 )
-def test_a_shape_that_is_no_layer_is_refused(text, message):
+def test_an_impossible_shape_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse_shape(text)
 
@@ -192,6 +192,6 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(monkeypatch):
         moe_layer.main(["--plot", "steps.png"])
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"no file .*none.json. Make one with --json"):
         moe_layer.main(["--render", str(tmp_path / "none.json")])

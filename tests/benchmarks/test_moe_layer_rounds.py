@@ -132,7 +132,7 @@ def test_a_mode_that_fails_is_given_up_with_those_that_do_more(play):
     ]
 
 
-def test_a_worker_reports_errors_and_its_end_and_goes_on_after_errors():
+def test_a_worker_reports_errors_and_its_end_and_continues_after_errors():
     entrant = moe_rounds.entrants_of(dataclasses.replace(POINT, modes=("forward",)), [])[-1]
     with open("/dev/null", "w") as log:
         process = moe_rounds.Process(entrant, "cpu", 1, log)

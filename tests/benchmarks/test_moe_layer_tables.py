@@ -59,7 +59,7 @@ def test_disturbed_rounds_count_only_where_too_few_are_undisturbed():
     assert (found.samples.seconds, found.is_clean) == ([1.0, 1.0, 9.0], False)
 
 
-def test_the_table_divides_by_the_limit_of_as_many_experts_per_token():
+def test_the_table_divides_by_the_limit_for_the_same_experts_per_token():
     three = [[sample(2.0)]] * 3
     found = point(
         competitor("gemm", {"forward": [[sample(1.0)]] * 3}),

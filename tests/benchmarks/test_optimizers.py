@@ -21,7 +21,7 @@ def test_the_table_has_a_row_for_each_optimizer(capsys, tmp_path):
     assert [len(row["seconds"]) for row in json.loads(path.read_text())["rows"]] == [2] * len(rows)
 
 
-def test_what_an_optimizer_keeps_is_counted():
+def test_the_state_of_an_optimizer_is_counted():
     parameter = torch.nn.Parameter(torch.randn(3, 4, 8))
     parameter.grad = torch.randn(3, 4, 8)
     factored = optimizers.optimizers()[optimizers.FACTORED]([parameter])

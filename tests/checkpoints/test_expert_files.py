@@ -57,7 +57,7 @@ def restored(path, **options):
     return state
 
 
-def test_split_and_restored_is_what_it_was(path):
+def test_split_and_restored_experts_are_unchanged(path):
     state, expected = restored(path), whole_state()
     assert MANIFEST not in state
     assert torch.equal(state["model"][NAME], expected["model"][NAME])
@@ -69,7 +69,7 @@ def test_split_and_restored_is_what_it_was(path):
 
 
 @pytest.mark.parametrize("states", [{}, {1: {"step": 3}}], ids=["before any update", "plain SGD"])
-def test_experts_whose_optimizer_knows_nothing_of_them_come_back(states, tmp_path):
+def test_experts_without_optimizer_state_are_restored(states, tmp_path):
     state = whole_state()
     state["last_optimizer_state"]["state"] = states
     split_checkpoint(state, tmp_path / "checkpoint_last.pt", 3)
@@ -128,7 +128,7 @@ def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message
         restore_experts(path, state)
 
 
-def test_reading_leaves_what_the_safe_loader_allows(path):
+def test_reading_keeps_what_the_safe_loader_allows(path):
     before = torch.serialization.get_safe_globals()
     try:
         for allowed in ([], [argparse.Namespace]):

@@ -26,7 +26,7 @@ def whole(tmp_path):
     return path
 
 
-def test_split_and_merge_give_back_the_checkpoint(whole, tmp_path):
+def test_split_and_merge_restore_the_checkpoint(whole, tmp_path):
     split, merged = tmp_path / "parts/checkpoint_last.pt", tmp_path / "merged.pt"
     status, _ = run("split", whole, "--files", 2, "--output", split)
     assert status == 0

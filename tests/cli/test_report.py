@@ -115,7 +115,7 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert "--text" in result.stderr
 
 
-def test_a_failure_on_the_way_leaves_the_files_of_before(text: Path, tmp_path: Path):
+def test_a_failure_midway_leaves_the_previous_files(text: Path, tmp_path: Path):
     damaged = make_bundle(tmp_path / "damaged", description=SHORT)[0]
     experts = damaged / "experts.decoder.safetensors"
     content = bytearray(experts.read_bytes())

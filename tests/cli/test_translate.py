@@ -134,7 +134,9 @@ def test_bad_lines_are_named_and_all_others_translated(
     assert_mistake(many, "translate", "line 10 ", "20 more")
 
 
-def test_translate_file_is_whole_or_not_there(bundle: Path, text: Path, translated: list[str]):
+def test_translate_file_writes_a_complete_file_or_none(
+    bundle: Path, text: Path, translated: list[str]
+):
     translator, output = Translator.load(bundle), text.with_name("out")
     assert translator.translate_file(text, output, progress=False) == 4
     assert output.read_text().splitlines() == translated
@@ -178,7 +180,7 @@ def test_the_bar_is_on_standard_error(bundle: Path, text: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_packed_file_that_is_not_whole_is_one_message(bundle: Path, text: Path, tmp_path: Path):
+def test_a_truncated_compressed_file_gives_one_message(bundle: Path, text: Path, tmp_path: Path):
     content = text.read_bytes() * 50
     for name, damaged in {
         "cut.gz": gzip.compress(content)[:-20],
@@ -258,7 +260,7 @@ def test_a_bad_option_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_not_there_are_said_before_anything_is_translated(
+def test_missing_files_are_named_before_anything_is_translated(
     bundle: Path, text: Path, tmp_path: Path
 ):
     for name in ("none", "."):
@@ -287,7 +289,7 @@ def test_ensembles_and_languages_are_asked_for_by_option(
     assert len(found) == 2
 
 
-def test_verify_says_what_is_whole_and_what_is_not(bundle: Path, tmp_path: Path):
+def test_verify_says_what_is_complete_and_what_is_not(bundle: Path, tmp_path: Path):
     result = call("verify", bundle)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{bundle}: whole: translation `lstm_moe_gnmt`, float32")

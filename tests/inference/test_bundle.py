@@ -76,7 +76,7 @@ def assert_not_opened(folder: Path, *words: str) -> None:
     assert_refused(lambda: verify_bundle(folder), *words)
 
 
-def test_a_whole_bundle_has_these_files_and_is_whole(bundle: Path):
+def test_a_complete_bundle_has_these_files_and_is_accepted(bundle: Path):
     assert sorted(path.name for path in bundle.iterdir()) == FILES
     summary = verify_bundle(bundle)
     assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts per layer, 7 files" in summary
@@ -148,7 +148,7 @@ def test_an_altered_expert_is_found_when_a_token_comes_to_it(bundle: Path, side:
     assert "whole" in verify_bundle(bundle)
 
 
-def test_what_is_not_a_folder_of_a_bundle_is_said(bundle: Path, tmp_path: Path):
+def test_a_folder_that_is_not_a_bundle_is_named(bundle: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert_not_opened(tmp_path / "empty", "has no `config.json`", "Name a folder")
     assert_not_opened(tmp_path / "nothing", f"`{tmp_path / 'nothing'}` does not exist")

@@ -251,7 +251,7 @@ def test_a_bundle_without_the_pieces_of_its_dictionary_is_warned_of(
     assert "`--pieces` is missing" in caplog.text
 
 
-def test_data_that_are_not_there_and_languages_that_nobody_names_are_refused(tmp_path: Path):
+def test_missing_data_and_unnamed_languages_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     assert_refused("is not a folder. Name the one", path, tmp_path / "none", pieces)
     assert_refused("is not a folder. Name the one", path, pieces, pieces)
@@ -305,7 +305,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path):
             export(path, data, Pieces(pieces), bad, is_overwritten=True)
 
 
-def test_a_failure_in_the_middle_leaves_nothing_and_keeps_what_was(
+def test_a_failure_midway_leaves_no_files_and_keeps_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, data, pieces, _ = make_checkpoint(tmp_path)
@@ -355,7 +355,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path: Path):
         export(path, data, Pieces(pieces), tmp_path / "out")
 
 
-def test_the_card_tells_where_the_model_comes_from(tmp_path: Path):
+def test_the_card_says_where_the_model_comes_from(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     (data / "train.aa-bb.aa.bin").write_bytes(b"text")
 

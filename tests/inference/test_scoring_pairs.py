@@ -136,7 +136,7 @@ def test_what_cannot_be_scored_is_named(opened: tuple[Translator, Any]):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_experts_outputs_weighed_by_gates_are_what_the_layer_adds(dtype: str, tmp_path: Path):
+def test_experts_outputs_weighted_by_gates_are_what_the_layer_adds(dtype: str, tmp_path: Path):
     translator = Translator.load(make_bundle(tmp_path, dtype=dtype)[0])
     [score] = translator.score("the cat runs", "a dog", with_experts=True, with_inputs=True)
     routings = {"encoder": score.routing, "decoder": score.target.routing}

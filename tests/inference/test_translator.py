@@ -86,7 +86,7 @@ def test_each_text_gets_its_own_translation_in_the_order_given(model: Model):
     assert len(set(together)) > 2
 
 
-def test_what_has_no_words_comes_back_blank(model: Model):
+def test_a_line_without_words_gives_a_blank_line(model: Model):
     blanks = ["", " ", "\t", "\u3000", "\u2028", "\u00a0 "]
     for result in model.translator.translate(blanks, num_hypotheses=2):
         assert (result.text, result.score, result.hypotheses) == ("", 0, [""])

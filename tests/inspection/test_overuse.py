@@ -117,7 +117,7 @@ def test_equal_contexts_are_shown_once():
     assert top.of(3) == []
 
 
-def test_whole_words_stand_around_a_piece():
+def test_complete_words_surround_a_piece():
     tokens = ["<2de>", "▁un", "happi", "ness", "▁is", "▁red", ".", "</s>"]
     assert context_of(tokens, 2) == ["<2de>", "un", "happi", "ness", "is red. </s>"]
     assert context_of(tokens, 5) == ["<2de> unhappiness is", "", "red", ".", "</s>"]

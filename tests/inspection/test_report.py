@@ -303,7 +303,9 @@ def test_a_page_is_made_smaller_until_it_fits(report: dict[str, Any]):
     assert reader.tags["details"] < 100
 
 
-def test_what_is_no_report_is_named(bundle: Path, report: dict[str, Any], tmp_path: Path):
+def test_values_that_are_not_a_report_are_named(
+    bundle: Path, report: dict[str, Any], tmp_path: Path
+):
     for values in ({}, [], {"format": "another"}):
         with pytest.raises(ValueError, match="the values are not a report"):
             render_page(values)  # type: ignore[arg-type]

@@ -164,7 +164,7 @@ def test_gradients_of_any_size_move_the_weights(scale, is_compiled, request):
     torch.testing.assert_close(weight, torch.full_like(weight, -0.1))
 
 
-def test_no_experts_are_no_error():
+def test_no_experts_are_not_an_error():
     state = make_state(0, 4, 6)
     factored_adam(state[0], state[0], *state[1:], step=1, **OPTIONS)
 

@@ -197,7 +197,7 @@ def test_a_group_of_rows_has_its_own_sums():
     assert not out.load[1].any()
 
 
-def test_what_kernels_do_not_hold_takes_another_path(monkeypatch):
+def test_sizes_that_kernels_do_not_support_take_another_path(monkeypatch):
     monkeypatch.setattr(launchers, "gating_forward", None)  # a call would fail
     clean = torch.randn(3, 20)
     assert noisy_top_k(clean, clean, 16).gates.shape == (3, 16)  # too many

@@ -90,7 +90,7 @@ def test_more_experts_than_the_grouped_product_of_torch_takes(device):
     check(*make(counts, 4, 8, torch.float32))
 
 
-def test_a_gradient_nobody_needs_is_not_computed():
+def test_an_unneeded_gradient_is_not_computed():
     rows, weight, offsets = make([3, 2], 4, 5, torch.float64)
     grouped_gemm(rows.detach(), weight, offsets).sum().backward()
     assert rows.grad is None

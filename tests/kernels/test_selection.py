@@ -37,7 +37,7 @@ def test_the_tests_of_kernels_are_selected_where_there_is_a_gpu(repository):
         "test_places_beyond_two_to_the_31",
         "test_values_and_gradients",
         "test_bfloat16_on_a_gpu",
-        "test_a_device_computes_the_same_and_nobody_waits_for_it",
+        "test_a_device_computes_the_same_and_the_host_never_waits",
     } <= names
     # Tests of paths that run only on the CPU are not selected.
     assert not any("[loop" in line or "test_loop[" in line for line in selected)

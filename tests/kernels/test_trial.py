@@ -62,7 +62,7 @@ def test_sound_kernels_pass_without_a_word(kernel, dtype, untried):
         assert ask(kernel, dtype)
 
 
-def test_rows_of_more_experts_than_a_block_holds_are_tried(untried, monkeypatch):
+def test_rows_with_more_experts_than_fit_a_block_are_tried(untried, monkeypatch):
     launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
     monkeypatch.setattr(launchers, "MAX_BLOCK_COLUMNS", 16)
     monkeypatch.setattr(_trial, "GATINGS", [(5, 37, 4, [5])])
@@ -127,7 +127,7 @@ def test_a_result_that_is_not_a_number_is_found(untried, monkeypatch):
         assert not ask("gather_rows")
 
 
-def test_operations_go_on_by_torch(untried, monkeypatch):
+def test_operations_continue_with_torch(untried, monkeypatch):
     """Not one kernel works, and every operation and its gradient is what it was."""
 
     def refuse(*arguments, **options):

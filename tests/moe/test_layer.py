@@ -267,7 +267,7 @@ def test_the_papers_largest_numbers_of_experts(experts, groups):
     assert x.grad.isfinite().all()
 
 
-def test_noise_of_another_form_is_refused_in_a_hierarchy():
+def test_noise_of_another_shape_is_refused_in_a_hierarchy():
     layer, x = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=4)), torch.randn(9, 6)
     good = torch.randn(9, 4), torch.randn(9, 8)
     layer(x, noise=good)

@@ -89,7 +89,7 @@ def run(layer, padding, noise, device="cpu"):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("gate", "groups"), GATES)
-def test_a_device_computes_the_same_and_nobody_waits_for_it(
+def test_a_device_computes_the_same_and_the_host_never_waits(
     gate, groups, padded, as_on_a_device, monkeypatch
 ):
     torch.manual_seed(0)

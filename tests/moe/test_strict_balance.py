@@ -68,7 +68,7 @@ def test_a_token_that_no_expert_takes_gets_zero(training):
     assert torch.isfinite(x.grad).all()
 
 
-def test_no_expert_for_anybody_is_no_error():
+def test_a_batch_without_experts_is_not_an_error():
     layer = MoELayer(MoEConfig(6, 4, 8, 1, gate="strictly_balanced")).eval()
     layer.gate.threshold.data.fill_(1.0)
     y, stats = layer(torch.randn(5, 6))
@@ -124,7 +124,7 @@ def test_each_group_of_rows_is_a_batch_of_its_own():
 
 
 @pytest.mark.parametrize("groups", [0, 2])
-def test_a_token_taken_against_its_will_gets_its_expert_whole(groups):
+def test_a_token_assigned_with_probability_0_gets_a_gate_of_1(groups):
     # Expert 0 has probability 1 for both tokens; strict balance sends one of them to expert 1,
     # whose probability is 0 in float32.
     layer = MoELayer(MoEConfig(2, 4, 2 * max(groups, 1), 1, "strictly_balanced", groups))

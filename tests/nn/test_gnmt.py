@@ -113,7 +113,7 @@ def test_step_by_step_equals_all_steps_at_once(wiring, attention, moe):
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_reordered_hypotheses_go_on_as_their_own(wiring):
+def test_reordered_hypotheses_continue_with_their_own_state(wiring):
     encoder, decoder = build(wiring)
     source, target = tokens(5, 5, 5), tokens(4, 4, 4)
     encoded = encoder(source, source.eq(PAD))

@@ -61,7 +61,7 @@ def test_one_wide_expert_is_a_dense_network():
 
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
-def test_going_on_from_a_state_gives_what_all_steps_at_once_give(moe: MoEConfig | None):
+def test_continuing_from_a_state_equals_all_steps_at_once(moe: MoEConfig | None):
     network = build(moe=moe, lstm_layers=3)
     given = tokens(3, 7)
     whole = network(given)

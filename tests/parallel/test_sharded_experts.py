@@ -187,7 +187,7 @@ def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(590)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_ranks_learn_what_one_process_does(answers, dtype):
+def test_ranks_learn_the_same_as_one_process(answers, dtype):
     expected = train_once(0, 1, 1, dtype)
     assert expected["norm"] > 0.5  # so that it is clipped
     for size in (size for size in (1, 2, 4) if size <= len(answers)):

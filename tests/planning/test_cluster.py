@@ -212,7 +212,7 @@ def test_the_largest_model_fits_on_128_devices_of_today_but_not_on_the_paper_s_w
     assert not run(*LARGEST, "--devices", 128, "--device", "k40")["fits"]
 
 
-def test_what_is_said_to_fit_does():
+def test_advice_that_something_fits_is_true():
     flags = ["--arch", "lstm_moe_lm_1024h", "--devices", 4, "--device", "v100"]
     plan = run(*flags)
     assert not plan["fits"]

@@ -170,7 +170,7 @@ def test_an_unknown_name_lists_the_close_ones():
     assert 0 < run("--arch", "LSTM").stderr.partition("Similar names: ")[2].count("lstm") < 10
 
 
-def test_a_name_that_is_like_none_lists_all():
+def test_a_name_unlike_all_others_lists_all():
     result = run("--arch", "zzz", "--json")
     assert result.exit_code == 1
     listed = result.stderr.partition("but is 'zzz'. Known names: ")[2].rstrip(".\n").split(", ")

@@ -84,7 +84,7 @@ def test_a_training_that_fails_ends_with_the_end_of_its_log(tmp_path):
 
 
 @pytest.mark.parametrize("result", ["checkpoint_last.pt", "runs/a/done"])
-def test_settings_bind_once_there_is_something_trained(result, tmp_path):
+def test_settings_are_fixed_once_a_checkpoint_exists(result, tmp_path):
     folder = tmp_path / "run"
     assert call("keep_settings", folder, "rate 1").returncode == 0
     # The training was refused, or stopped before its first checkpoint.
@@ -149,7 +149,7 @@ def test_a_log_of_other_settings_is_put_aside(tmp_path):
     assert aside.read_text() == "old\n"
 
 
-def test_an_old_bash_is_told_which_one_is_needed(tmp_path):
+def test_an_old_bash_is_refused_with_the_version_needed(tmp_path):
     copy = tmp_path / "common.sh"
     copy.write_text(COMMON.read_text().replace("BASH_VERSINFO", "FAKE"))
     script = f'FAKE=(3 2); source "{copy}"; echo reached'

@@ -188,7 +188,7 @@ def test_a_missing_shard_is_named(tmp_path):
     assert f"has no {fetch.held_out_shard(1)}" in error
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
     path = tmp_path / "plain.tar.gz"
     path.write_bytes(gzip.compress(b"no archive\n"))
     with pytest.raises(ValueError, match="not a complete archive"):
@@ -263,7 +263,7 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
     assert not (tmp_path / "work/prepared").exists()
 
 
-def test_the_whole_text_must_have_the_published_counts(tmp_path):
+def test_the_complete_text_must_have_the_published_counts(tmp_path):
     # The public archive's texts, as if downloaded, but far too short.
     work = tmp_path / "work"
     pretend_fetched(work, "w1 w2\n", "99 0")
@@ -310,7 +310,7 @@ def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
     assert "fetch" not in done.stdout or script == "prepare.sh"
 
 
-def test_a_word_that_is_no_flag_is_refused_at_once(tmp_path):
+def test_a_word_that_is_not_a_flag_is_refused_immediately(tmp_path):
     done = run("train.sh", tmp_path, "bogus")
     assert "takes flags of fairseq-train, which begin with -, not 'bogus'" in refusal(done)
     assert not done.stdout

@@ -105,7 +105,7 @@ def test_a_variable_that_cannot_be_is_named(
     assert message in done.stderr
 
 
-def test_a_word_that_is_no_flag_is_refused_at_once(corpus: Path, tmp_path: Path):
+def test_a_word_that_is_not_a_flag_is_refused_immediately(corpus: Path, tmp_path: Path):
     given = TINY | {"TATOEBA_DIR": corpus, "WORK": tmp_path / "work"}
     done = run("train.sh", "moe", **given)
     assert done.returncode == 1

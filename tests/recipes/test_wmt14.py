@@ -122,7 +122,7 @@ def read(path):
     return path.read_bytes().decode().split("\n")[:-1]
 
 
-def test_the_whole_of_prepare_for_french_and_again(mirror):
+def test_all_of_prepare_for_french_twice(mirror):
     done = run("fr", "prepare.sh", **settings(mirror))
     assert done.returncode == 0, done.stdout + done.stderr
     work = mirror.parent / "work"
@@ -368,7 +368,7 @@ def test_a_disk_that_was_full_while_extracting_leaves_nothing_in_the_way(mirror,
     assert len((mirror.parent / "raw/news-commentary-v9.fr").read_bytes().splitlines()) == 25
 
 
-def test_prepare_stops_at_a_bad_archive_and_goes_on_from_there(mirror):
+def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     path = mirror / UN
     whole = path.read_bytes()
     path.write_bytes(b"no archive at all")

@@ -85,7 +85,7 @@ def test_units_are_matched_whatever_their_order():
 
 
 @pytest.mark.parametrize("config", [FLAT, GROUPS], ids=["flat", "groups"])
-def test_merged_copies_are_what_they_were(config):
+def test_merged_copies_are_unchanged(config):
     module, layer = make_layer(config)
     name = "secondary_gate_weight" if config.num_groups else "gate_weight"
     columns = layer.gate[name]

@@ -66,7 +66,7 @@ def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
     assert lib.score(measures()["multi-bleu"], ["a b c x"], [["a b c d"]])["score"] == 0
 
 
-def test_a_space_that_is_no_ascii_joins_as_in_the_original_script():
+def test_a_space_outside_ascii_joins_words_as_in_the_original_script():
     # multi-bleu.perl reads bytes: with a non-breaking space "a b" is one word of four.
     found = lib.score(measures()["multi-bleu"], ["a\u00a0b c d e"], [["a\u00a0b c d e"]])
     assert "hyp_len = 4 ref_len = 4" in found["details"]
@@ -142,7 +142,7 @@ def test_the_text_report_names_score_details_and_signature(texts):
     assert "words:moses-en, sacremoses " in second
 
 
-def test_the_bootstrap_tells_a_worse_translation_and_equal_ones(texts):
+def test_the_bootstrap_recognises_worse_and_equal_translations(texts):
     flags = ["--samples", "200", "--json"]
     done = run(texts["hyp"], texts["ref"], "--against", texts["other"], *flags)
     assert done.exit_code == 0, done.stderr
@@ -206,7 +206,7 @@ def test_a_reference_whose_name_has_no_language_needs_one(texts, tmp_path):
     assert "`--lang` must be a language of two letters, but is 'reference'" in done.stderr
 
 
-def test_generates_log_is_refused_with_the_command_that_takes_the_translations_out(texts):
+def test_the_log_of_generate_is_refused_with_the_command_that_extracts_translations(texts):
     write(texts["hyp"], ["D-0\t-0.5\tone", "H-0\t-0.5\tone"])
     assert "nmt-moe hypotheses" in run(texts["hyp"], texts["ref"]).stderr
 
@@ -221,7 +221,7 @@ def test_the_best_of_several_references_counts(texts, tmp_path):
 
 
 @pytest.mark.parametrize("language", ["zh", "zh_CN", "zho", "zh-Hans"])
-def test_chinese_is_cut_by_its_own_tokens(tmp_path, language):
+def test_chinese_is_split_by_its_own_tokenizer(tmp_path, language):
     texts = [write(tmp_path / f"{name}.{language}", ["我喜欢猫。"]) for name in ("hyp", "ref")]
     report = json.loads(run(*texts, "--json").stdout)
     assert [row["name"] for row in report["scores"]] == ["sacrebleu-zh", "chrf", "ter"]
@@ -258,5 +258,5 @@ def test_a_language_without_its_tokeniser_is_refused_with_a_choice(
         ("de", "13a"),
     ],
 )
-def test_validation_compares_what_has_no_spaces_by_characters(language, tokens):
+def test_validation_compares_text_without_spaces_by_characters(language, tokens):
     assert lib.validation_tokens(language) == tokens

@@ -130,7 +130,7 @@ def test_translations_in_pieces_are_refused_with_the_flag_that_joins_them():
         tool.read_nbest(pieces)
 
 
-def test_a_log_of_several_runs_is_not_taken_for_one(tmp_path: Path):
+def test_a_log_of_several_runs_is_recognised(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text("D-0\t-0.5\told\nD-0\t-0.6\tother\nD-1\t-0.5\told\nD-0\t-0.1\tnew\n")
     done = CliRunner().invoke(main, ["hypotheses", str(log)])

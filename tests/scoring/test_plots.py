@@ -85,7 +85,7 @@ def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     assert str(tmp_path) in run(*flags, tmp_path).stderr
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+def test_files_of_the_same_name_are_distinguished_by_their_folders(tmp_path: Path):
     paths = [tmp_path / name for name in ("A/train.log", "B/train.log", "C/moe.log")]
     for path in paths:
         path.parent.mkdir()

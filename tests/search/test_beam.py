@@ -145,7 +145,7 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_a_model_whose_output_is_no_number_is_refused(width: int):
+def test_a_model_whose_output_is_not_a_number_is_refused(width: int):
     def broken(tokens: Tensor, state: Sentences) -> tuple[Tensor, None, Sentences]:
         log_probs, _ = make_model()(tokens, state.numbers)
         log_probs[state.numbers == 1] = torch.nan

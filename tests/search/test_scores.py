@@ -39,7 +39,7 @@ def test_a_word_without_attention_costs_the_floor(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("padding", [0.0, 3.0, math.nan, math.inf])
-def test_what_stands_at_padding_does_not_count(padding: float):
+def test_values_at_padding_do_not_count(padding: float):
     received = torch.tensor([[padding, 0.5, padding]])
     coverage = log_coverage(received, torch.tensor([[False, True, False]]))
     assert coverage.item() == pytest.approx(math.log(0.5))

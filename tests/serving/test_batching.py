@@ -58,7 +58,7 @@ def texts(job: Job) -> list[str]:
     return [one.text for one in job.done.result(PATIENCE)]
 
 
-def test_what_waits_is_translated_together(batcher: Batcher, recorder: Recorder):
+def test_waiting_requests_are_translated_together(batcher: Batcher, recorder: Recorder):
     first = hold(batcher, recorder)
     jobs = [submit(batcher, recorder, f"line {n}") for n in range(5)]
     recorder.gate.release(2)
@@ -115,7 +115,7 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
     batcher.cancel(kept)  # too late, but not an error
 
 
-def test_a_client_that_comes_alone_never_waits(recorder: Recorder, monkeypatch):
+def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
     """Even if its next request arrives before the thread looks: it is not another client's."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)

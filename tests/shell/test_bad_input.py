@@ -85,7 +85,9 @@ def test_a_corpus_none_of_whose_pairs_fits_names_the_options(data: Path, tmp_pat
         call("train", data, *TINY_MOE, "--max-source-positions", 1, "--save-dir", tmp_path)
 
 
-def test_a_test_set_that_is_left_out_whole_is_named(own_corpus: Path, data: Path, checkpoint: Path):
+def test_a_test_set_that_is_skipped_entirely_is_named(
+    own_corpus: Path, data: Path, checkpoint: Path
+):
     write_lines(own_corpus / "test.aa", [LONG] * 8)
     preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
     flags = ["--path", checkpoint, *TRANSLATE, "--skip-invalid-size-inputs-valid-test"]
@@ -216,7 +218,7 @@ def test_another_dictionary_of_the_same_size_is_noticed(own_corpus: Path, checkp
         call("generate", own_corpus / "data", "--path", checkpoint, *TRANSLATE)
 
 
-def test_training_does_not_go_on_with_another_dictionary(
+def test_training_does_not_continue_with_another_dictionary(
     own_corpus: Path, checkpoint: Path, tmp_path: Path
 ):
     put(own_corpus, "train.aa", 1, "new words")
@@ -319,7 +321,7 @@ def test_a_wrong_user_dir_is_named(data: Path, tmp_path: Path):
         call("train", data, "--user-dir", tmp_path / "plugin", *TINY_MOE)
 
 
-def test_a_forgotten_user_dir_names_the_model_that_is_not_known(data: Path, tmp_path: Path):
+def test_a_forgotten_user_dir_names_the_unknown_model(data: Path, tmp_path: Path):
     done = run("train", data, "--arch", "lstm_moe_gnmt", cwd=tmp_path)
     assert done.status == 2
     assert "invalid choice: 'lstm_moe_gnmt'" in done.text

@@ -117,7 +117,7 @@ NO_BALANCE = ["--importance-weight", 0, "--load-weight", 0]
         ["--criterion", "cross_entropy", *NO_BALANCE],
     ],
 )
-def test_a_begin_mark_in_front_of_each_row_is_no_target(
+def test_a_begin_mark_before_each_row_is_not_a_target(
     text_data: Path, tmp_path: Path, criterion: list[object]
 ):
     epochs = ["--max-epoch", 2, "--no-epoch-checkpoints"]
@@ -212,7 +212,7 @@ def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path: Path):
         preprocess(tmp_path, "train", b"w1 w2\nw3 \xff\n")
 
 
-def test_the_readme_s_command_names_the_line_that_is_not_utf8(tmp_path: Path):
+def test_the_command_in_the_readme_names_the_line_that_is_not_utf8(tmp_path: Path):
     printed = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = [line.split() for line in printed.splitlines() if "fairseq-preprocess -" in line]
     assert all(words[1:3] == ["--user-dir", "nmt_moe"] for words in commands)

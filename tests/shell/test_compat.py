@@ -77,7 +77,7 @@ def test_fp16_and_bf16_together_are_refused(stock):
         call("train", *training(stock, "both", 2, "--fp16", "--bf16"))
 
 
-def test_bf16_is_no_tpu_unless_there_is_xla(monkeypatch):
+def test_bf16_means_a_tpu_only_if_there_is_xla(monkeypatch):
     args = argparse.Namespace(bf16=True, tpu=True)
     monkeypatch.setattr(distributed_utils, "xm", object())
     fix_flags(args)

@@ -94,7 +94,7 @@ def test_what_could_execute_is_refused_by_name(groups, message, checkpoint: Path
         checkpoint_utils.load_checkpoint_to_cpu(path)
 
 
-def test_a_checkpoint_is_whole_only_if_it_fits_its_model(checkpoint: Path, tmp_path: Path):
+def test_a_checkpoint_is_complete_only_if_it_fits_its_model(checkpoint: Path, tmp_path: Path):
     assert "fits `lstm_moe_gnmt`" in verify(checkpoint)
     name = "decoder.output.weight"
 

@@ -232,7 +232,7 @@ def test_fairseqs_own_models_train_with_the_criterion(
     assert "moe" not in done.records()[-1]
 
 
-def test_a_loss_that_is_no_number_names_its_sentences():
+def test_a_loss_that_is_not_a_number_names_its_sentences():
     model = make_training_model()
     nn.init.constant_(model.decoder.output.weight, math.nan)
     with pytest.raises(FloatingPointError, match=r"loss is NaN .* sentences \[0, 1, 2\].*`--lr`"):

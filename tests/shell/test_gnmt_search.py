@@ -166,7 +166,7 @@ def test_attention_that_does_not_cover_the_source_is_refused():
     assert search(models, SOURCE, length_penalty_alpha=0.2)
 
 
-def test_a_source_that_is_no_text_is_refused():
+def test_a_source_that_is_not_text_is_refused():
     models = make_models()
     generator = GNMTGenerator(models, DICTIONARY, SearchConfig(coverage_penalty_beta=0.2))
     sample = {"net_input": {"source": torch.zeros(1, 5), "padding_mask": None}}

@@ -139,7 +139,7 @@ def test_translation_can_be_sampled_too():
     assert "encoder_moe_load" in log
 
 
-def test_a_loss_that_is_no_number_names_its_sentences():
+def test_a_loss_that_is_not_a_number_names_its_sentences():
     model = make_model().train()
     nn.init.constant_(model.decoder.output.weight, math.nan)
     with pytest.raises(FloatingPointError, match=r"loss is NaN .* sentences \[0, 1, 2\].*`--lr`"):

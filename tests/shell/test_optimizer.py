@@ -136,7 +136,7 @@ def test_flat_half_precision_gradients_are_refused_with_the_flag_to_give(monkeyp
 
 
 @pytest.mark.parametrize("betas", ["0.9", "(0.9, 0.99, 0.5)", "(0.9; 0.99)", "('a', 'b')"])
-def test_betas_that_are_no_pair_are_refused(betas: str):
+def test_betas_that_are_not_a_pair_are_refused(betas: str):
     with pytest.raises(ValueError, match="`--adam-betas` must be a pair such as"):
         FairseqFactoredAdam(make_config(adam_betas=betas), make_parameters())
 

@@ -68,6 +68,6 @@ def test_the_end_of_an_epoch_keeps_the_rate():
         ({"hold_updates": -5}, "`--hold-updates` must be at least 0, but is -5"),
     ],
 )
-def test_what_is_no_schedule_is_refused(options: dict, message: str):
+def test_an_invalid_schedule_is_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make_schedule(**options)

@@ -207,7 +207,7 @@ def test_fairseqs_own_models_find_the_same_in_any_rows(kind: str):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["transformer", "fconv"])
-def test_rows_keep_their_source_where_a_sentence_gains_as_many_as_another_loses(kind: str):
+def test_rows_keep_their_source_if_one_sentence_gains_as_many_as_another_loses(kind: str):
     model = make_fairseqs(kind)
     ensemble = RowEnsemble([model])
     ensemble.set_decoder_beam_size(BEAM)
