@@ -27,12 +27,14 @@ class Layer(nn.Module):
         notes: How it differs from what was requested.
         most_k: The largest supported number of experts per token.
         package: Names for importing and for installing it; None if it belongs to this project.
+        has_backward: Whether it can train.
         top_k: Experts per token here.
     """
 
     notes = ""
     most_k = 1_000_000
     package: tuple[str, str] | None = None
+    has_backward = True
 
     def __init__(self, point: Point, capacity: float) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.moe_layers import OWN, PLAIN, Answer, Layer
 from benchmarks.moe_peers_hf import HFMixtral, HFMixtralGrouped, HFReLU, HFSwitch
+from benchmarks.moe_peers_vllm import VLLMCPU
 from benchmarks.moe_points import Point
 
 # The cost of dispatch by one-hot products is quadratic in the tokens of a group.
@@ -195,6 +196,7 @@ PEERS: dict[str, type[Layer]] = {
     "hf_mixtral_grouped": HFMixtralGrouped,
     "hf_relu_grouped": HFReLU,
     "hf_switch": HFSwitch,
+    "vllm_cpu": VLLMCPU,
 }
 LAYERS = {**OWN, **PLAIN, **PEERS}
 

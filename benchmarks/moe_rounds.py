@@ -151,6 +151,8 @@ def limit_label(name: str, top_k: int, point: Point) -> str:
 def _enter(name: str, point: Point) -> Entrant:
     top_k = min(point.top_k, LAYERS[name].most_k)
     modes = tuple(mode for mode in point.modes if mode != "gate" or name in OWN)
+    if not LAYERS[name].has_backward:
+        modes = tuple(mode for mode in modes if mode == "forward")
     if name == "nmt_moe_adam":
         modes = tuple(mode for mode in modes if mode == "step")
     return Entrant(name, dataclasses.replace(point, top_k=top_k), modes, name)
