@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._backend import uses_triton
+from nmt_moe.kernels._cpu import has_compiled_loops, load
 
 # Public in newer versions of torch, private in older ones, absent in 2.6.
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
@@ -78,6 +79,24 @@ class LoopProducts:
             first_idle = expert + 1
         out[first_idle:].zero_()
         return out
+
+
+class CompiledProducts(LoopProducts):
+    """Compiled loops for experts with few rows: they read a matrix faster than the library does.
+
+    An expert with more rows has its product in the library, as in `LoopProducts`.
+    """
+
+    def __init__(self, expert_offsets: Tensor) -> None:
+        super().__init__(expert_offsets.tolist())
+        self._expert_offsets = expert_offsets
+
+    def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+        if not weight.is_contiguous():
+            return super().multiply(rows, weight, relu)
+        out = rows.new_empty(len(rows), weight.shape[2])
+        load().multiply_experts(rows.contiguous(), weight, self._expert_offsets, out)
+        return out.relu_() if relu else out
 
 
 class TorchProducts:
@@ -168,6 +187,8 @@ def choose_evaluation_products(
         weight_out: (L, H, D).
         expert_offsets: (L + 1,) int64.
     """
+    if has_compiled_loops(rows, weight_in, weight_out):
+        return CompiledProducts(expert_offsets)
     if loops_in_torch(rows, weight_in, weight_out):
         return TorchProducts(expert_offsets)
     return LoopProducts(expert_offsets.tolist())

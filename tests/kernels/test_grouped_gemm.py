@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nmt_moe.kernels import _products, grouped_gemm, reference
+from nmt_moe.kernels import _products, grouped_gemm, has_compiled_loops, reference
 from nmt_moe.kernels._backend import INTERPRETED
 from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, poisoned_memory
 
@@ -278,3 +278,29 @@ def test_dtypes_that_do_not_fit_are_refused():
         grouped_gemm(rows, weight.half(), offsets)
     with pytest.raises(ValueError, match=r"`expert_offsets` must be torch.int64, .* torch.int32"):
         grouped_gemm(rows, weight, offsets.int())
+
+
+@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    ("counts", "dim", "out_dim"), [*SHAPES, pytest.param([16, 17, 1], 7, 530, id="column-blocks")]
+)
+def test_compiled_products_of_few_rows_follow_the_definition(
+    counts, dim, out_dim, dtype, tolerance
+):
+    rows, weight, offsets = (tensor.detach() for tensor in make(counts, dim, out_dim, dtype))
+    with poisoned_memory():
+        ours = _products.CompiledProducts(offsets).multiply(rows, weight, relu=True)
+    expected = reference.grouped_gemm(rows, weight, offsets).relu()
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    turned = _products.CompiledProducts(offsets).multiply(rows, weight.mT.contiguous().mT)
+    torch.testing.assert_close(turned.relu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops")
+def test_a_rows_compiled_product_does_not_depend_on_the_rows_beside_it():
+    rows, weight, _ = (tensor.detach() for tensor in make([9], 33, 300, torch.float32))
+    whole = _products.CompiledProducts(offsets_of([9])).multiply(rows, weight)
+    for row in range(9):
+        alone = _products.CompiledProducts(offsets_of([1])).multiply(rows[row : row + 1], weight)
+        assert alone[0].equal(whole[row])

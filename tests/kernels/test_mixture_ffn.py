@@ -110,7 +110,7 @@ def test_who_multiplies_without_gradients_follows_from_the_operands():
     assert not takes_torchs(4, 8, skipped=1)  # not aligned to 16 bytes
 
 
-@pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch"])
+@pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch", "has_compiled_loops", "both"])
 def test_all_ways_without_gradients_agree(changed, monkeypatch):
     leaves, ids = draw(40, 6, 3, 16, 24, torch.float32)
     plan = plan_rows(ids, 6)
@@ -119,7 +119,9 @@ def test_all_ways_without_gradients_agree(changed, monkeypatch):
         if changed == "FEW_ROWS":
             monkeypatch.setattr(import_module("nmt_moe.kernels.mixture_ffn"), changed, 0)
         else:
-            monkeypatch.setattr(_products, changed, lambda *_: False)
+            both = "loops_in_torch", "has_compiled_loops"
+            for name in both if changed == "both" else [changed]:
+                monkeypatch.setattr(_products, name, lambda *_: False)
         torch.testing.assert_close(y, call(mixture_ffn, leaves, plan))
 
 

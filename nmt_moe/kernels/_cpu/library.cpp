@@ -220,6 +220,40 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
   }
 }
 
+// rows (R, D) times their expert's matrix of weight (E, D, F): expert e owns rows [offsets[e], offsets[e + 1]). Rows of no
+// expert are left as they are in out (R, F).
+void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& offsets, Tensor out) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t experts = weight.size(0), inner = weight.size(1), width = weight.size(2);
+  const int64_t blocks = (width + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+  const auto* bounds = offsets.const_data_ptr<int64_t>();
+  TORCH_CHECK(bounds[0] >= 0 && bounds[experts] <= rows.size(0), "`offsets` must be within the rows.");
+  std::vector<int64_t> few;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t first = bounds[expert], count = bounds[expert + 1] - first;
+    if (count > FEW_ROWS) {
+      Tensor own = out.narrow(0, first, count);
+      at::mm_out(own, rows.narrow(0, first, count), weight.select(0, expert));
+    } else if (count > 0) {
+      few.push_back(expert);
+    }
+  }
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "multiply_experts", [&] {
+    const auto& loops = choose_loops<scalar_t>();
+    const auto* all_rows = rows.const_data_ptr<scalar_t>();
+    const auto* weights = weight.const_data_ptr<scalar_t>();
+    auto* outs = out.data_ptr<scalar_t>();
+    at::parallel_for(0, int64_t(few.size()) * blocks, 1, [&](int64_t start, int64_t stop) {
+      for (int64_t at = start; at < stop; ++at) {
+        const int64_t expert = few[at / blocks], column = at % blocks * COLUMN_BLOCK, first = bounds[expert];
+        loops.multiply_few(all_rows + first * inner, weights + expert * inner * width + column,
+                           outs + first * width + column, bounds[expert + 1] - first, inner,
+                           std::min(COLUMN_BLOCK, width - column), width);
+      }
+    });
+  });
+}
+
 // Logits that are worth a thread of their own.
 constexpr int64_t LOGITS_PER_THREAD = 1 << 14;
 
@@ -351,6 +385,7 @@ TORCH_LIBRARY(nmt_moe, library) {
       "Tensor weight, Tensor? projection, Tensor squashed, Tensor weights, Tensor? grad_weights, "
       "Tensor(a!) grad_outputs, Tensor(b!) grad_cell, Tensor(c!) grad_gates, Tensor(d!) grad_contexts, "
       "Tensor(e!) grad_scaled, Tensor(f!) grad_queries, Tensor(g!) grad_scores, Tensor(h!) grad_hidden) -> ()");
+  library.def("multiply_experts(Tensor rows, Tensor weight, Tensor offsets, Tensor(a!) out) -> ()");
   library.def(
       "cross_entropy(Tensor logits, Tensor target, int ignored, Tensor(a!) nll, Tensor(b!) smooth, "
       "Tensor(c!) log_sums) -> ()");
@@ -368,6 +403,7 @@ TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
   library.impl("lstm_backward", lstm_backward);
   library.impl("attentive_forward", attentive_forward);
   library.impl("attentive_backward", attentive_backward);
+  library.impl("multiply_experts", multiply_experts);
   library.impl("cross_entropy", cross_entropy);
   library.impl("cross_entropy_backward", cross_entropy_backward);
   library.impl("factored_adam", factored_adam);

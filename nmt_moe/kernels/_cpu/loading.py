@@ -44,7 +44,7 @@ def load() -> Any | None:
     operators = torch.ops.nmt_moe
     names = (
         *("lstm_step", "lstm_forward", "lstm_backward"),
-        *("attentive_forward", "attentive_backward"),
+        *("attentive_forward", "attentive_backward", "multiply_experts"),
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
     )
     # Their only overloads: looking up the right one takes as long as a small step.

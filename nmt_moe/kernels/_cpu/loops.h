@@ -5,6 +5,8 @@
 
 namespace nmt_moe {
 
+constexpr int64_t FEW_ROWS = 16, COLUMN_BLOCK = 256;
+
 template <typename T>
 struct Loops {
   // One step of an LSTM, `rows` rows of `width` cells; gates (rows, 4 width) are i, f, g, o.
@@ -25,6 +27,11 @@ struct Loops {
   void (*attend_backward)(const T* squashed, const T* scale, const T* keys, const T* source, const T* weights,
                           const T* grad_context, const T* grad_weights, T* grad_scores, T* grad_scaled, T* grad_query,
                           int64_t length, int64_t width);
+
+  // out = rows weight, for few rows: `count` up to FEW_ROWS rows of `inner`, and `columns` up to COLUMN_BLOCK columns of a
+  // weight and of a result that are both `width` wide.
+  void (*multiply_few)(const T* rows, const T* weight, T* out, int64_t count, int64_t inner, int64_t columns,
+                       int64_t width);
 
   // The logarithm of the sum of a row's exponentials, and the row's sum.
   void (*log_sum_exp)(const T* logits, T* log_sum, T* sum, int64_t width);
