@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style, format, import floors, types, shell scripts, tests.
+# Check everything: style, format, import floors, types, shell scripts, documentation (one of the tests), tests.
 #
 # Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
 #
@@ -17,7 +17,7 @@ fi
 bash "$ROOT/tools/setup.sh"
 if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
   python=$(command -v "$NMT_MOE_PYTHON")
-  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment --extra demo --extra dev
+  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment --extra demo --extra docs --extra dev
 else
   python=$ROOT/.venv/bin/python
 fi

@@ -97,7 +97,7 @@ key_of_inputs() {
   ) | digest
 }
 
-environment_works() { check_environment "$VENV/bin/python" --extra demo --extra dev; }
+environment_works() { check_environment "$VENV/bin/python" --extra demo --extra docs --extra dev; }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
@@ -159,7 +159,7 @@ build_fairseq() {
 }
 
 install_project() {
-  pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,dev]"
+  pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,docs,dev]"
 }
 
 # Without them, torch's own operations do the same, only more slowly, so this is not fatal.

@@ -22,7 +22,7 @@ fi
 bash "$ROOT/tools/setup.sh"
 if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
   python=$(command -v "$NMT_MOE_PYTHON")
-  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment --extra demo --extra test
+  PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment --extra demo --extra docs --extra test
 else
   python=$ROOT/.venv/bin/python
 fi

@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 
 from nmt_moe.diagnostics import read_requirements
 
-TESTED = ("demo", "test", "dev")
-SCRIPTS = ["setup.sh", "test.sh", "check.sh"]
+TESTED = ("demo", "docs", "test", "dev")
+SCRIPTS = ["setup.sh", "test.sh", "check.sh", "docs.sh"]
 
 
 def run(command: list, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
