@@ -17,6 +17,7 @@ logging.disable(logging.INFO)  # fairseq logs while it is imported
 
 project = "nmt_moe"
 author = "The nmt_moe authors"
+copyright = author
 release = __version__
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**", "recipes/**.md", "benchmarks/**.md"]

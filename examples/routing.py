@@ -73,7 +73,7 @@ def main() -> None:
     translator = Translator.load(args.bundle)
     [translation] = translator.translate(args.text, with_experts=True)
     num_experts = max(layer.config.num_experts for layer in translator.moe_layers.values())
-    draw(translation, num_experts).savefig(args.output, dpi=150)
+    draw(translation, num_experts).savefig(args.output, dpi=100)
     print(translation.text)
 
 

@@ -156,7 +156,7 @@ run_step "$WORK" export "$key" export_translator
 show_translations
 printf '\n'
 cat "$WORK/score.txt"
-text='the shop opens at half past six in the evening'
+text='the train leaves at half past six in the evening'
 printf '\nThe trained model is a folder. It translates your own text: here after source .venv/bin/activate, or anywhere after\n'
 printf "pip install . (no fairseq, no compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
   "$(nmt-moe translate "$WORK/bundle" <<<"$text")"

@@ -125,16 +125,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def reader(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, with bundles of other kinds."""
+def copy_for(page: str, trained: Path, tmp_path: Path) -> Path:
+    """Copy the folder for a page, with bundles of other kinds unless the page makes its own."""
     folder = tmp_path / "folder"
     shutil.copytree(trained, folder, symlinks=True)
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     shutil.copytree(folder / "en-de", folder / "en-de-int8")
-    for name, options in (("many", {"languages": "en de fr"}), ("my-language-model", {})):
-        config = {"config": LM} if name == "my-language-model" else {}
-        bundle, _ = make_bundle(tmp_path / name, **options, **config)
-        shutil.copytree(bundle, folder / name)
+    if "--output many\n" not in text:
+        shutil.copytree(make_bundle(tmp_path / "many", languages="en de fr")[0], folder / "many")
+    if "--output my-language-model\n" not in text:
+        shutil.copytree(make_bundle(tmp_path / "lm", LM)[0], folder / "my-language-model")
     return folder
 
 
@@ -182,14 +182,14 @@ def test_the_blocks_of_the_readme_run(trained: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_blocks_of_a_page_run(page: str, reader: Path):
-    run_blocks(page, reader, {})
+def test_the_blocks_of_a_page_run(page: str, trained: Path, tmp_path: Path):
+    run_blocks(page, copy_for(page, trained, tmp_path), {})
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_requests_of_the_page_on_serving_are_answered(reader: Path):
-    with serving(reader, "en-de") as port:
-        run_blocks(SERVED, reader, {}, port)
+def test_the_requests_of_the_page_on_serving_are_answered(trained: Path, tmp_path: Path):
+    with serving(trained, "en-de") as port:
+        run_blocks(SERVED, tmp_path, {}, port)
 
 
 def test_every_command_of_fairseq_loads_the_plugin():
