@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from nmt_moe import __version__
 from tests.support.pages import REPOSITORY
 
 for package in ("sphinx", "myst_parser", "furo", "fairseq"):
@@ -53,3 +55,11 @@ def test_the_api_has_names_and_docstrings(built: Path):
 
 def test_the_front_page_fits_on_a_few_screens():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    [paper] = citation["references"]
+    assert paper["url"] in (REPOSITORY / "README.md").read_text(encoding="utf-8")
