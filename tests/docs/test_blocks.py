@@ -111,7 +111,7 @@ def run_block(block: Block, folder: Path, names: dict[str, Any], port: str) -> N
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=550,
     )
     assert done.returncode == 0, f"{place}\n{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
