@@ -1,4 +1,4 @@
-"""An LSTM that attends at each step, over all steps on the CPU, by compiled steps."""
+"""An LSTM with attention at each step, over all steps on the CPU, in compiled loops."""
 
 from typing import Any
 
@@ -24,25 +24,25 @@ def attentive_lstm(
     padding_mask: Tensor,
     state: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an LSTM whose input at each step is [x; context of the output before].
+    """Run an LSTM whose input at each step is [x; context of the previous output].
 
-    Of each step only what waits for the step before runs by itself; products of x and the gradients
-    of all weights, keys and sources are one product over all steps each. Sums run in a fixed order:
+    Each step computes only what depends on the previous step; products of x and the gradients
+    of all weights, keys and sources are single products over all steps. Sums have a fixed order:
     equal inputs give equal bits.
 
     Args:
-        x: (T, B, D) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors but
-            the mask.
-        weight_x: (4 H, D). Gates in torch's order i, f, g, o.
+        x: (T, B, D) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors
+            except the mask.
+        weight_x: (4 H, D); gates in torch's order i, f, g, o.
         bias: (4 H,).
-        weight_recurrent: (4 H, 2 D): columns of the context, then of the output before.
-        projection: (D, H); None where outputs are not projected, D = H.
+        weight_recurrent: (4 H, 2 D), columns of the context, then of the previous output.
+        projection: (D, H); None if outputs are not projected, D = H.
         weight_query: (D, D), W of the attention.
         scale: (D,), V of the attention.
         keys: (B, S, D).
         source: (B, S, D).
-        padding_mask: (B, S) bool, True = padding, which gets no weight.
-        state: Output (B, D) and cells (B, H) of the step before.
+        padding_mask: (B, S) bool, True for padding, which gets weight 0.
+        state: Output (B, D) and cells (B, H) of the previous step.
 
     Returns:
         (T, B, D) outputs, (B, T, S) attention weights, and the last step's (B, H) cells.
@@ -147,5 +147,5 @@ class _AttentiveLSTM(torch.autograd.Function):
 
 
 def _over_steps(left: Tensor, right: Tensor) -> Tensor:
-    """Sum left^T right over the steps, for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
+    """Sum left^T right over steps for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
     return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))

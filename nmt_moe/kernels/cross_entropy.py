@@ -1,4 +1,4 @@
-"""Cross-entropy of logits on the CPU, plain and smoothed, in one pass there and one back."""
+"""Cross-entropy of logits on the CPU, plain and smoothed, in one pass forward and one backward."""
 
 from typing import Any
 
@@ -13,19 +13,19 @@ from nmt_moe.kernels._cpu import load
 def cross_entropy(logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Compute -log p of each row's target, and the sum of -log p over all classes.
 
-    No (N, V) tensor is made but the gradient of the logits.
+    The gradient of the logits is the only (N, V) tensor that is created.
 
     Args:
         logits: (N, V) float32 or float64 on the CPU; `has_compiled_loops` is true of it.
         target: (N,) int64, from 0 to V - 1, or `ignored`.
-        ignored: The target of rows that count nothing, such as padding.
+        ignored: The target of rows that do not count, such as padding.
 
     Returns:
-        (N,) negative log-likelihoods, and (N,) their sums over the classes, of which label
-        smoothing takes a share. 0 in rows that are ignored.
+        (N,) negative log-likelihoods, and (N,) their sums over the classes, which label smoothing
+        weighs in; 0 in ignored rows.
 
     Raises:
-        IndexError: if a target is no class.
+        IndexError: if a target is not a class.
     """
     sums: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         logits.contiguous(), target.contiguous(), ignored

@@ -1,4 +1,4 @@
-"""One update of expert matrices by Adam without first moment and with a factored second one."""
+"""An update of expert matrices by Adam without first moment and with a factored second moment."""
 
 import math
 
@@ -9,10 +9,10 @@ from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
 
-# Elements of a block: 4 MiB in float32, and as much scratch, which stay in the cache between the
-# passes; with smaller ones two threads lose time to being started. That is dearer on a GPU.
+# Elements of a block: 4 MiB in float32, and the same amount of scratch, stay in the cache between
+# passes; with smaller blocks, starting two threads costs too much, and even more on a GPU.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# Blocks of experts whose means are made at once, before their weights move.
+# Blocks of experts whose means are updated together, before their weights.
 GROUP = 4
 
 
@@ -30,22 +30,22 @@ def factored_adam(
 ) -> None:
     """Update expert matrices and their running means of squared gradients, in place.
 
-    Each matrix stands for itself. Its second moment is outer(row_mean, column_mean) /
-    mean(row_mean), hence the root of it the product of a column and a row vector. A matrix whose
-    means are all 0 keeps its values, weight decay aside. No tensor of the weights' size is made,
-    and repeated runs agree bit for bit.
+    Matrices are independent. The second moment of one is outer(row_mean, column_mean) /
+    mean(row_mean), so its root is the product of a column and a row vector. A matrix whose
+    means are all 0 keeps its values, apart from weight decay. No tensor of the weights' size is
+    created, and repeated runs agree bit for bit.
 
     Args:
         weight: (E, D, H).
-        grad: (E, D, H). All 0 for an expert without tokens, whose means only decay.
-        row_mean: (E, D). Running mean of the squared gradient over each row; float64 for weights of
-            float64, else float32, as is all arithmetic.
-        column_mean: (E, H). The same over each column.
-        step: Number of this update, from 1, for the bias correction.
+        grad: (E, D, H); 0 for an expert without tokens, whose means only decay.
+        row_mean: (E, D), running means of the squared gradient over each row; float64 for float64
+            weights, otherwise float32, like all arithmetic.
+        column_mean: (E, H), the same over each column.
+        step: Number of this update, counted from 1, for the bias correction.
         lr: Learning rate.
         beta2: Share of the old means in the new ones.
         eps: Added to the root of the uncorrected second moment.
-        weight_decay: The weights shrink by `lr * weight_decay` before the update.
+        weight_decay: The weights shrink by the share `lr * weight_decay` before the update.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -72,7 +72,7 @@ def factored_adam(
         load().factored_adam(*tensors, step_size, beta2, eps, keep)
         return
     block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
-    # As many experts at a time as a block holds, or one, by blocks of its rows.
+    # As many experts at a time as fit into a block, or one expert in blocks of its rows.
     count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
     rows = max(1, min(model_dim, block // hidden_dim))
     scratch = row_mean.new_empty(count, rows, hidden_dim)
@@ -86,10 +86,10 @@ def factored_adam(
 def _update_means(
     grad: Tensor, row_mean: Tensor, column_mean: Tensor, beta2: float, scratch: Tensor
 ) -> None:
-    """Take the squared gradient of a group of experts into their means."""
+    """Update the means of a group of experts with the squared gradient."""
     count, rows, hidden_dim = scratch.shape
     row_sum, column_sum = torch.empty_like(row_mean), torch.zeros_like(column_mean)
-    # Sums as products with ones: the library's products read their matrix faster than torch.sum.
+    # Sums as products with ones: these read their matrix faster than torch.sum.
     ones = scratch.new_ones(max(rows, hidden_dim))
     for part, part_rows, part_columns in zip(
         grad.split(count), row_sum.split(count), column_sum.split(count), strict=True
@@ -115,7 +115,7 @@ def _update_weight(
     keep: float,
     scratch: Tensor,
 ) -> None:
-    """Move the weights of a group of experts against their gradient."""
+    """Update the weights of a group of experts."""
     count, rows, _ = scratch.shape
     tiny = torch.finfo(row_mean.dtype).tiny  # instead of a mean of 0: 0 / tiny is 0
     row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_()
@@ -130,7 +130,7 @@ def _update_weight(
         ):
             root = scratch[: len(block), : block.shape[1]]
             torch.bmm(block_left, part_right, out=root)
-            moved = block.to(root.dtype)  # the same memory if the dtype is the same
+            moved = block.to(root.dtype)  # shares memory if the dtype is the same
             if keep != 1:
                 moved.mul_(keep)
             moved.addcdiv_(block_grad.to(root.dtype), root, value=-step_size)

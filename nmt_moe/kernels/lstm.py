@@ -1,4 +1,4 @@
-"""A projected LSTM over all steps, on the CPU: compiled steps, and what can wait in one product."""
+"""A projected LSTM over all steps on the CPU: compiled steps, and products over all steps."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._cpu import load
 
-# From so many steps on, turning the recurrent weights round pays: a product of few rows with a
-# transposed matrix takes up to half as long again as one with a matrix that lies as it is read.
+# Fewest steps for which transposing the recurrent weights pays: a product of few rows with a
+# transposed matrix takes up to 1.5 times as long as with a matrix stored in the order it is read.
 FEWEST_STEPS = 4
 
 
@@ -24,17 +24,17 @@ def lstm(
 ) -> tuple[Tensor, Tensor]:
     """Run an LSTM over all steps.
 
-    Of each step only the recurrent products and one fused point-wise loop run by themselves; the
-    input's part of the gates and the gradients of all weights are one product over all steps each.
-    Sums run in a fixed order: equal inputs give equal bits.
+    Each step computes only the recurrent products and one fused point-wise loop; the
+    input's part of the gates and the gradients of all weights are single products over all steps.
+    Sums have a fixed order: equal inputs give equal bits.
 
     Args:
         x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.
-        weight_ih: (4 H, I). Gates in torch's order i, f, g, o.
+        weight_ih: (4 H, I); gates in torch's order i, f, g, o.
         weight_hh: (4 H, D).
-        bias: (4 H,). The sum of torch's two.
-        weight_hr: (D, H); None where outputs are not projected, D = H.
-        state: Output (B, D) and cells (B, H) of the step before; zeros when None.
+        bias: (4 H,), the sum of torch's two biases.
+        weight_hr: (D, H); None if outputs are not projected, D = H.
+        state: Output (B, D) and cells (B, H) of the previous step; None means zeros.
 
     Returns:
         (T, B, D) outputs, and the last step's (B, H) cells.
@@ -105,7 +105,7 @@ class _LSTM(torch.autograd.Function):
 
 
 def right_operands(num_steps: int, *weights: Tensor | None) -> list[Tensor | None]:
-    """Transpose weights, (O, I) to (I, O), in memory if so many steps multiply by them."""
+    """Transpose weights, (O, I) to (I, O); in memory if enough steps multiply by them."""
     turned = [None if weight is None else weight.t() for weight in weights]
     if num_steps < FEWEST_STEPS:
         return turned

@@ -1,4 +1,4 @@
-"""LSTM cells of packed weights in inference; cells and states stay in float32."""
+"""LSTM cells with packed weights for inference; cells and states stay in float32."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from nmt_moe.kernels.quantised import PackedLinear
 def lstm_step(
     gates: Tensor, cell: Tensor, projection: PackedLinear | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Do what follows the product of a cell's gates.
+    """Compute output and cell from the gates' products.
 
     Args:
-        gates: (B, 4 H), sums before their activations, in torch's order i, f, g, o; overwritten.
-        cell: (B, H), of the step before.
-        projection: (D, H); None where outputs are not projected.
+        gates: (B, 4 H), before activation, in torch's order i, f, g, o; overwritten.
+        cell: (B, H), of the previous step.
+        projection: (D, H); None if outputs are not projected.
 
     Returns:
         (B, D) output, and (B, H) cell.

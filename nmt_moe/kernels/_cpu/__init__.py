@@ -1,4 +1,4 @@
-"""Compiled loops for the CPU: one C++ library, made once by `build` on the machine that uses it."""
+"""Compiled loops for the CPU: a C++ library that `build` compiles on the machine that uses it."""
 
 from nmt_moe.kernels._cpu.loading import has_compiled_loops, load
 

@@ -1,7 +1,7 @@
 """Compile the library: `python -m nmt_moe.kernels._cpu.build`.
 
-It takes a C++ compiler (`CXX`, else c++ or g++) and half a minute, and nothing is lost without it
-but speed: torch's own operations then do the work.
+This needs a C++ compiler (`CXX`, otherwise c++ or g++) and takes half a minute. Without the
+library, torch's own operations do the same, more slowly.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 from nmt_moe.kernels._cpu.loading import SOURCES, library_path
 
-# The loops at each level of vector instructions; the processor's is chosen when they are called.
+# The loops for each level of vector instructions; each call chooses the processor's.
 LEVELS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -26,7 +26,7 @@ LEVELS = {
     ],
 }
 COMMON = ["-std=c++20", "-fPIC"]
-# No multiply-adds but those spelt out, and no floating-point exceptions, which stop vectorisation.
+# Only explicit multiply-adds, and no floating-point exceptions, which prevent vectorisation.
 LOOPS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -40,14 +40,14 @@ def build(compiler: str) -> Path:
     """Compile the library and put it where `loading` looks for it.
 
     Raises:
-        subprocess.CalledProcessError: if the compiler fails; it has said why.
+        subprocess.CalledProcessError: if the compiler fails; it has printed why.
     """
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     kind = ["-DNMT_MOE_X86"] if is_x86 else []
     torch_folder = Path(torch.__file__).parent
     target = library_path()
     target.parent.mkdir(exist_ok=True)
-    # Beside its place, so that it appears there whole.
+    # Beside the final path, so that only a complete library appears there.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = []
 
@@ -59,7 +59,7 @@ def build(compiler: str) -> Path:
         for level, flags in LEVELS.items() if is_x86 else [("plain", [])]:
             compile_file("loops.cpp", level, [*LOOPS, *flags, f"-DNMT_MOE_LEVEL={level}"])
         includes = ["-isystem", str(torch_folder / "include")]
-        # OpenMP's functions are torch's own: a second library of it would have threads of its own.
+        # OpenMP's functions come from torch: a second OpenMP library would start its own threads.
         compile_file("library.cpp", "library", ["-O2", "-fopenmp", "-DNDEBUG", *includes])
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         made = Path(folder) / target.name
