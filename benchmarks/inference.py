@@ -5,9 +5,10 @@
 
 All translate the test split of --data with the same beam and limits: `batch` as fast as
 possible, each sorting by length in its own way, and `one` sentence after the other. The time is
-what fairseq-generate and fairseq-interactive report: their task's generator, without reading text
-or splitting it into pieces. For bundles and CTranslate2, everything from raw text to raw text is
-timed. Start-up is measured separately, in processes of its own.
+what fairseq-generate reports: its task's generator, without reading text or splitting it into
+pieces. For bundles and CTranslate2, everything from raw text to raw text is timed. With
+--interactive the command fairseq-interactive runs beside them, in a process that has started
+before; it gets a line once it has answered the last one. Start-up is measured separately.
 
 CPU seconds are shown, too: they say more on a machine that others use. --ctranslate2
 names converted models of the same pieces, such as a Transformer trained by fairseq on the same
@@ -16,6 +17,7 @@ text; the module must be importable (PYTHONPATH).
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,8 +37,13 @@ from benchmarks import timing
 from benchmarks.architectures import quiet
 from nmt_moe.inference import Translator
 
-COLUMNS = ["translator", "sentences", "ms / sentence", "CPU ms / sentence", "speed-up", "BLEU"]
+COLUMNS = [
+    *("translator", "sentences", "ms / sentence", "speed-up"),
+    *("CPU ms / sentence", "CPU speed-up", "BLEU"),
+]
 FAIRSEQ = "fairseq"
+INTERACTIVE = "fairseq-interactive"
+ANSWER = "D-"  # begins the line that fairseq-interactive answers last
 LOAD = """
 import json, time
 start = time.perf_counter()
@@ -103,6 +110,52 @@ class FairseqTranslator:
         return run
 
 
+class InteractiveCommand:
+    """The command fairseq-interactive, started, a sentence at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        line = [sys.executable, "-m", "fairseq_cli.interactive", str(args.data), "--cpu"]
+        line += ["--path", str(args.checkpoint), "--beam", str(args.beam), "--buffer-size", "1"]
+        if args.max_length:
+            line += ["--max-len-a", "0", "--max-len-b", str(args.max_length)]
+        if args.pieces:
+            line += ["--bpe", "sentencepiece", "--sentencepiece-model", str(args.pieces)]
+        line += ["--user-dir", str(timing.REPOSITORY / "nmt_moe")]
+        threads = {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            line,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **threads},
+        )
+
+    def translate(self, sources: list[str]) -> list[str]:
+        """Translate sentences, one after the other."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        texts = []
+        for source in sources:
+            print(source, file=self._process.stdin, flush=True)
+            for line in self._process.stdout:
+                if line.startswith(ANSWER):
+                    texts.append(line.rstrip("\n").split("\t")[2])
+                    break
+            else:
+                raise RuntimeError(f"{INTERACTIVE} ended with status {self._process.wait()}.")
+        return texts
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the process has taken."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
 def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
     """Return the name of a bundle, and its jobs: many sentences, and one at a time."""
     translator = Translator.load(folder)
@@ -152,12 +205,17 @@ def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each competitor and number of sentences at once."""
+    interactive = InteractiveCommand(args) if args.interactive else None
     fairseq = FairseqTranslator(args)
     sources, first = fairseq.sources, fairseq.sources[: args.one]
     work: dict[tuple[str, str], Callable[[], list[str]]] = {
         (FAIRSEQ, "batch"): fairseq.job(len(sources), args.batch),
         (FAIRSEQ, "one"): fairseq.job(len(first), 1),
     }
+    clocks: dict[str, Callable[[], float]] = {}
+    if interactive is not None:
+        work[INTERACTIVE, "one"] = lambda: interactive.translate(first)
+        clocks[INTERACTIVE] = interactive.cpu_seconds
     others = [bundle_jobs(folder, args) for folder in args.bundles]
     others += [ctranslate2_jobs(name, args) for name in args.ctranslate2]
     for name, many, one_by_one in others:
@@ -165,16 +223,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         work[name, "one"] = lambda one_by_one=one_by_one: one_by_one(first)
     texts: dict[str, list[str]] = {}
 
-    def job(key: str, run: Callable[[], list[str]]) -> timing.Job:
+    def job(key: tuple[str, str], run: Callable[[], list[str]]) -> timing.Job:
+        clock = clocks.get(key[0], time.process_time)
+
         def timed() -> Mapping[str, float]:
-            start = time.process_time()
-            texts[key] = run()
-            return {"cpu": time.process_time() - start}
+            start = clock()
+            texts[", ".join(key)] = run()
+            return {"cpu": clock() - start}
 
         return timed
 
-    jobs = {", ".join(key): job(", ".join(key), run) for key, run in work.items()}
+    jobs = {", ".join(key): job(key, run) for key, run in work.items()}
     samples = timing.interleave(jobs, args.rounds)
+    if interactive is not None:
+        interactive.close()
     rows = []
     for name, way in work:
         key = f"{name}, {way}"
@@ -189,7 +251,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "cpu": found.parts["cpu"],
                 "ms": found.median / count * 1e3,
                 "cpu_ms": found.part("cpu") / count * 1e3,
-                "speed_up": base.part("cpu") / found.part("cpu"),
+                "speed_up": base.median / found.median,
+                "cpu_speed_up": base.part("cpu") / found.part("cpu"),
                 "bleu": sacrebleu.corpus_bleu(texts[key], [fairseq.references[:count]]).score,
                 "same": statistics.mean(
                     one == other
@@ -201,32 +264,47 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line per bundle: seconds until it can translate, each in a process of its own."""
+    """Return a line per bundle: seconds until it can translate, each in a process of its own.
+
+    Warm: its files are in memory since they were last read. Cold: the system was told to drop them.
+    """
     lines = []
     for folder in folders:
-        program = LOAD.format(folder=str(folder))
-        found = [
-            json.loads(
-                subprocess.run(
-                    [sys.executable, "-c", program], check=True, capture_output=True, text=True
-                ).stdout
-            )
-            for _ in range(rounds)
-        ]
-        whole, own = (statistics.median(times) for times in zip(*found, strict=True))
-        lines.append(f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without torch's import.")
+        load_bundle(folder)
+        warm = [load_bundle(folder) for _ in range(rounds)]
+        cold = []
+        for _ in range(rounds):
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            cold.append(load_bundle(folder))
+        whole, own = (statistics.median(times) for times in zip(*warm, strict=True))
+        _, cold_own = (statistics.median(times) for times in zip(*cold, strict=True))
+        lines.append(
+            f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without torch's import; "
+            f"{cold_own:.2f} s when its files are not in memory."
+        )
     return lines
 
 
+def load_bundle(folder: Path) -> tuple[float, float]:
+    """Return the seconds to open a bundle in a process of its own, with torch's import, without."""
+    line = [sys.executable, "-c", LOAD.format(folder=str(folder))]
+    found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=timing.REPOSITORY)
+    whole, own = json.loads(found.stdout)
+    return whole, own
+
+
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table; speed-ups compare CPU time with fairseq's."""
+    """Lay out the table; speed-ups are over fairseq's generator."""
     lines = [
         [
             row["translator"],
             f"{row['sentences']} {'at once' if row['way'] == 'batch' else 'one at a time'}",
             f"{row['ms']:.1f}",
-            f"{row['cpu_ms']:.1f}",
             f"{row['speed_up']:.2f}",
+            f"{row['cpu_ms']:.1f}",
+            f"{row['cpu_speed_up']:.2f}",
             f"{row['bleu']:.1f}",
         ]
         for row in sorted(rows, key=lambda row: row["way"])
@@ -246,9 +324,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--ctranslate2", nargs="*", default=[], metavar="FOLDER[:TYPE]", help="converted models"
     )
-    parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
-    parser.add_argument("--one", type=int, default=50, help="how many also one at a time (50)")
-    parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
+    parser.add_argument(
+        "--interactive", action="store_true", help="the command fairseq-interactive too"
+    )
+    parser.add_argument("--sentences", type=int, default=1000, help="to translate (1000)")
+    parser.add_argument("--one", type=int, default=50, help="of them one at a time too (50)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences of fairseq's batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument(
         "--max-length", type=int, default=0, help="pieces of a translation, for random weights"
@@ -260,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     hardware = timing.describe_hardware("cpu", args.threads)
     print(format_rows(rows))
     print(f"\n{hardware}; beam {args.beam}; medians of {args.rounds} interleaved rounds.")
-    print("Speed-ups compare CPU time with fairseq's for the same number of sentences at once.")
+    print("Speed-ups are over fairseq's with the same number of sentences at once.")
     for row in rows:
         if row["translator"].startswith("nmt_moe, float32"):
             print(f"Float32, {row['way']}: {row['same']:.1%} of the translations equal fairseq's.")
