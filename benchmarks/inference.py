@@ -339,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.prepare(args)
     rows = measure(args)
     hardware = timing.describe_hardware("cpu", args.threads)
+    timing.write_json(args.json, args, hardware, rows)
     print(format_rows(rows))
     print(f"\n{hardware}; beam {args.beam}; medians of {args.rounds} interleaved rounds.")
     print("Speed-ups are over fairseq's with the same number of sentences at once.")
@@ -347,7 +348,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"Float32, {row['way']}: {row['same']:.1%} of the translations equal fairseq's.")
     for line in measure_loading(args.bundles, args.rounds):
         print(line)
-    timing.write_json(args.json, args, hardware, rows)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,28 @@ def fbgemm_half(weight: Tensor) -> Product:
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
+def onednn_bfloat16(weight: Tensor) -> Product:
+    """Multiply with bfloat16 weights in oneDNN's layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.bfloat16(), packed, None, "none", [], "").float()
+
+
+def onednn_int8(weight: Tensor) -> Product:
+    """Multiply with int8 weights in oneDNN's layout."""
+    levels, scale = quantise_rows(weight)
+    packed = torch.ops.onednn.qlinear_prepack(levels, None)
+    arguments = packed, scale, torch.zeros(len(scale), dtype=torch.int64), None, 1.0, 0
+    multiply = torch.ops.onednn.qlinear_pointwise
+
+    def product(x: Tensor) -> Tensor:
+        quantised, row_scale = quantise_rows(x)
+        y = multiply(quantised, 1.0, 0, *arguments, torch.float32, "none", [], "")
+        return y.mul_(row_scale.unsqueeze(1))
+
+    return product
+
+
 def int_mm(weight: Tensor) -> Product:
     """Multiply in int8 with `torch._int_mm`."""
     levels, scale = quantise_rows(weight)
@@ -65,6 +87,8 @@ CONTENDERS: dict[str, Callable[[Tensor], Product]] = {
     "transposed": blas_transposed,
     "oneDNN": onednn,
     "FBGEMM half": fbgemm_half,
+    "oneDNN bfloat16": onednn_bfloat16,
+    "oneDNN int8": onednn_int8,
     "_int_mm": int_mm,
     **{
         f"ours, {dtype}": lambda w, dtype=dtype: PackedLinear.pack(w, None, dtype)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nmt_moe.inference import Translation
 
 PATH = click.Path(path_type=Path)
+STANDARD_INPUT = Path("-")
 # Far more threads than this crash the process.
 MAX_THREADS = 1024
 
@@ -81,6 +82,7 @@ def translate(
 ) -> None:
     """Translate FILES, or standard input, with the bundle FOLDER, line by line.
 
+    Among FILES, - stands for standard input.
     Blank lines stay blank. A line that is not text (invalid UTF-8, control characters) is left
     blank and named at the end, with exit status 1; all others are translated.
     """
@@ -90,7 +92,7 @@ def translate(
     from nmt_moe.inference.translator import Translator
 
     for file in files:
-        if not file.exists() or file.is_dir():
+        if file != STANDARD_INPUT and (not file.exists() or file.is_dir()):
             raise ValueError(f"`{file}` is not a file. Name files with one sentence a line.")
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")
@@ -105,9 +107,10 @@ def translate(
         given["beam_size"] = beam
     translator = Translator.load([folder, *ensemble])
     write = _jsonl if jsonl else _text if nbest is None else _nbest
-    is_shown = progress if progress is not None else bool(files) and sys.stderr.isatty()
+    sources = [None if file == STANDARD_INPUT else file for file in files or (STANDARD_INPUT,)]
+    is_shown = progress if progress is not None else None not in sources and sys.stderr.isatty()
     with open_output(output) as stream:
-        faults = _translate(translator, files, stream, write, target_lang, is_shown, given)
+        faults = _translate(translator, sources, stream, write, target_lang, is_shown, given)
     if faults:
         raise ValueError(f"{' '.join(faults)} All other lines were translated.")
 
@@ -117,18 +120,18 @@ Write = Callable[[int, "Translation | None"], str]
 
 def _translate(
     translator: Any,
-    files: tuple[Path, ...],
+    sources: list[Path | None],
     file: TextIO,
     write: Write,
     target_lang: str | None,
     is_shown: bool,
     options: dict[str, Any],
 ) -> list[str]:
-    """Translate all inputs; return messages that name the bad lines."""
+    """Translate files and, for None, standard input; return messages that name the bad lines."""
     from nmt_moe.inference.files import count_ends, describe_faults, scan_stream, show_progress
 
     faults, number = [], 0
-    for source in files or (None,):
+    for source in sources:
         bad: list[BadLine] = []
         with ExitStack() as stack:
             stream = standard_input() if source is None else stack.enter_context(open_bytes(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Self
@@ -17,15 +17,15 @@ from nmt_moe.inference.forcing import force_in_batches
 from nmt_moe.inference.layers import MoE
 from nmt_moe.inference.networks import TranslationNetwork
 from nmt_moe.inference.opening import Bundle, check_same, language_mark, open_bundle
+from nmt_moe.inference.options import TranslationOptions
 from nmt_moe.inference.results import (
     PairScore,
     Sentence,
     Translation,
     score_line,
 )
-from nmt_moe.inference.searching import Ensemble, Limits, make_batches, run_batches, search
+from nmt_moe.inference.searching import Ensemble, make_batches, run_batches, search
 from nmt_moe.inference.text import SourceText, TargetText, check_line, check_texts, separator_of
-from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
@@ -33,16 +33,6 @@ from nmt_moe.text.vocabulary import EOS, MARKS
 BATCH_TOKENS = 1024
 # Lines to read before they are sorted into batches.
 READ_AHEAD = 2048
-
-
-@dataclass(frozen=True)
-class _Options:
-    config: BeamConfig
-    limits: Limits
-    num_hypotheses: int
-    batch_tokens: int
-    target_lang: str | None
-    with_experts: bool
 
 
 class Translator:
@@ -131,15 +121,16 @@ class Translator:
         """
         return self._translate(
             check_texts(texts, "text"),
-            self._read_options(
-                target_lang,
-                beam_size,
+            TranslationOptions.read(
+                self.defaults,
                 num_hypotheses,
-                length_penalty_alpha,
-                coverage_penalty_beta,
-                beam_prune,
                 batch_tokens,
+                self._check_language(target_lang),
                 with_experts,
+                beam_size=beam_size,
+                length_penalty_alpha=length_penalty_alpha,
+                coverage_penalty_beta=coverage_penalty_beta,
+                beam_prune=beam_prune,
             ),
         )
 
@@ -282,41 +273,6 @@ class Translator:
         assert target_lang is not None
         return [self.vocabularies["source"].mark(language_mark(target_lang))]
 
-    def _read_options(
-        self,
-        target_lang: str | None,
-        beam_size: int | None,
-        num_hypotheses: int,
-        alpha: float | None,
-        beta: float | None,
-        prune: float | None,
-        batch_tokens: int,
-        with_experts: bool,
-    ) -> _Options:
-        given = {
-            "beam_size": beam_size,
-            "length_penalty_alpha": alpha,
-            "coverage_penalty_beta": beta,
-            "beam_prune": prune,
-        }
-        set_values = {name: value for name, value in given.items() if value is not None}
-        defaults = replace(self.defaults, **set_values)  # type: ignore[arg-type]
-        check_whole("num_hypotheses", num_hypotheses, 1, defaults.beam_size)
-        check_whole("batch_tokens", batch_tokens, 1)
-        penalties = SearchConfig(
-            float(defaults.length_penalty_alpha),
-            float(defaults.coverage_penalty_beta),
-            float(defaults.beam_prune),
-        )
-        return _Options(
-            BeamConfig(defaults.beam_size, defaults.length_exponent, penalties),
-            Limits(defaults.max_len_a, defaults.max_len_b),
-            num_hypotheses,
-            batch_tokens,
-            self._check_language(target_lang),
-            with_experts,
-        )
-
     def _check_language(self, target_lang: str | None) -> str | None:
         config = self.config
         if config.is_multilingual and target_lang is None:
@@ -328,7 +284,7 @@ class Translator:
             raise ValueError(f"`target_lang` must be one of {known}, but is '{target_lang}'.")
         return target_lang
 
-    def _translate(self, texts: list[str], options: _Options) -> list[Translation]:
+    def _translate(self, texts: list[str], options: TranslationOptions) -> list[Translation]:
         lines = [text.split("\n") for text in texts]
         cut = [[self._source_text.split(line.removesuffix("\r")) for line in of] for of in lines]
         flat = [pieces for of_text in cut for of_line in of_text for pieces in of_line]
@@ -340,10 +296,12 @@ class Translator:
             results.append(join_sentences(by_line, target.separator, options.num_hypotheses))
         return results
 
-    def _target_of(self, options: _Options) -> str | None:
+    def _target_of(self, options: TranslationOptions) -> str | None:
         return options.target_lang or (self.languages[0] if self.languages else None)
 
-    def _translate_pieces(self, cut: list[list[str]], options: _Options) -> list[Sentence]:
+    def _translate_pieces(
+        self, cut: list[list[str]], options: TranslationOptions
+    ) -> list[Sentence]:
         vocabulary = self.vocabularies["source"]
         mark = self._mark_of(options.target_lang)
         sources = [[*mark, *vocabulary.numbers(pieces), EOS] for pieces in cut]

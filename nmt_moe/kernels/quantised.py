@@ -31,6 +31,9 @@ PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AV
 # half precision.
 NARROW_FROM = 1 << 18
 
+# A tile has so many rows; more rows are filled up to a multiple of the step.
+FEW_ROWS, ROWS_STEP = 16, 32
+
 # (R, I) rows, and what is added: (O,), (R, O) or None; gives (R, O).
 Product = Callable[[Tensor, Tensor | None], Tensor]
 _engine_lock = threading.Lock()
@@ -199,9 +202,12 @@ def _pack_bfloat16(weight: Tensor) -> Product:
         return _Float32Product(weight.bfloat16())
     if has_tiles():
         tiled = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous())
-        return lambda x, addend: _add(
-            _onednn_linear(x.bfloat16(), tiled, None, "none", [], "").float(), addend
-        )
+
+        def multiply_tiles(x: Tensor, addend: Tensor | None) -> Tensor:
+            y = _onednn_linear(_fill_tiles(x.bfloat16()), tiled, None, "none", [], "")
+            return _add(y[: x.shape[0]].float(), addend)
+
+        return multiply_tiles
     if not uses_fbgemm:
         rounded = weight.bfloat16()
         return lambda x, addend: _add(F.linear(x.bfloat16(), rounded).float(), addend)
@@ -209,6 +215,12 @@ def _pack_bfloat16(weight: Tensor) -> Product:
     packed = torch.ops.quantized.linear_prepack_fp16(weight.bfloat16().float(), None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
     return lambda x, addend: _add(multiply(x, packed), addend)
+
+
+def _fill_tiles(x: Tensor) -> Tensor:
+    """Add rows of zeros: oneDNN compiles a product for each number of rows that it meets."""
+    num_rows = x.shape[0]
+    return x if num_rows <= FEW_ROWS else F.pad(x, (0, 0, 0, -num_rows % ROWS_STEP))
 
 
 def _add(y: Tensor, addend: Tensor | None) -> Tensor:
@@ -246,7 +258,9 @@ class _Int8Product:
             self._zeros = torch.zeros(len(self._scale), dtype=torch.int64)
             self._tiled = torch.ops.onednn.qlinear_prepack(self._weight, None)
         arguments = self._tiled, self._scale, self._zeros, None, 1.0, 0, torch.float32
-        return _onednn_int8(levels.to(torch.int8), 1.0, 0, *arguments, "none", [], "")
+        filled = _fill_tiles(levels.to(torch.int8))
+        y = _onednn_int8(filled, 1.0, 0, *arguments, "none", [], "")
+        return y[: levels.shape[0]]
 
     def _multiply(self, levels: Tensor) -> Tensor:
         if self._packed is None:

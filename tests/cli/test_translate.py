@@ -76,6 +76,11 @@ def test_files_are_translated_one_after_the_other(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "text.xz"]
 
 
+def test_a_dash_among_files_is_standard_input(bundle: Path, text: Path, translated: list[str]):
+    result = call("translate", bundle, text, "-", stdin=text.read_bytes())
+    assert result.stdout == "".join(f"{line}\n" for line in translated * 2)
+
+
 def test_nbest_lists_have_line_score_and_text(bundle: Path, text: Path):
     rows = [
         row.split("\t")

@@ -1,0 +1,64 @@
+"""What a caller asks of a translation, over what the bundle says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from nmt_moe.checks import check_whole
+from nmt_moe.inference.bundle import SearchDefaults
+from nmt_moe.inference.searching import Limits
+from nmt_moe.search import BeamConfig, SearchConfig
+
+
+@dataclass(frozen=True)
+class TranslationOptions:
+    """The options of `Translator.translate`, checked."""
+
+    config: BeamConfig
+    limits: Limits
+    num_hypotheses: int
+    batch_tokens: int
+    target_lang: str | None
+    with_experts: bool
+
+    @classmethod
+    def read(
+        cls,
+        defaults: SearchDefaults,
+        num_hypotheses: int,
+        batch_tokens: int,
+        target_lang: str | None,
+        with_experts: bool,
+        **search: float | None,
+    ) -> Self:
+        """Put the options of a search in the place of the defaults.
+
+        Args:
+            defaults: Of the bundle.
+            num_hypotheses: As of `Translator.translate`, like all that follow.
+            batch_tokens: See there.
+            target_lang: Checked before.
+            with_experts: See there.
+            search: Fields of `defaults`; None leaves one as it is.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        given = {name: value for name, value in search.items() if value is not None}
+        defaults = replace(defaults, **given)  # type: ignore[arg-type]
+        check_whole("num_hypotheses", num_hypotheses, 1, defaults.beam_size)
+        check_whole("batch_tokens", batch_tokens, 1)
+        penalties = SearchConfig(
+            float(defaults.length_penalty_alpha),
+            float(defaults.coverage_penalty_beta),
+            float(defaults.beam_prune),
+        )
+        return cls(
+            BeamConfig(defaults.beam_size, defaults.length_exponent, penalties),
+            Limits(defaults.max_len_a, defaults.max_len_b),
+            num_hypotheses,
+            batch_tokens,
+            target_lang,
+            with_experts,
+        )
