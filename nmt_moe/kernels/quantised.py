@@ -30,6 +30,8 @@ PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AV
 # From so many weights on, less to read pays for the calls that quantise activations or round to
 # half precision.
 NARROW_FROM = 1 << 18
+# The same for bfloat16 in tiles, whose results come in bfloat16 and have to be widened.
+TILED_FROM = 1 << 20
 
 # A tile has so many rows; more rows are filled up to a multiple of the step.
 FEW_ROWS, ROWS_STEP = 16, 32
@@ -198,7 +200,8 @@ def _pack_bfloat16(weight: Tensor) -> Product:
     """Keep the weights in 16 bits; activations are rounded as well, but not by FBGEMM."""
     fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
     uses_fbgemm = has_fbgemm() and not has_tiles()
-    if weight.numel() < NARROW_FROM or (uses_fbgemm and not fits_half):
+    narrow_from = TILED_FROM if has_tiles() else NARROW_FROM
+    if weight.numel() < narrow_from or (uses_fbgemm and not fits_half):
         return _Float32Product(weight.bfloat16())
     if has_tiles():
         tiled = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous())

@@ -16,7 +16,7 @@ SHAPES = [  # (rows, inputs, outputs)
 @pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
     """Take the products of large matrices for all, also as if tiles or FBGEMM were not there."""
-    for name in ("PACKED_FROM", "NARROW_FROM"):
+    for name in ("PACKED_FROM", "NARROW_FROM", "TILED_FROM"):
         monkeypatch.setattr(quantised, name, 0)
     if request.param == "tiles":
         if not quantised.has_tiles():
