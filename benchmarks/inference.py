@@ -327,9 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--interactive", action="store_true", help="the command fairseq-interactive too"
     )
-    parser.add_argument("--sentences", type=int, default=1000, help="to translate (1000)")
-    parser.add_argument("--one", type=int, default=50, help="of them one at a time too (50)")
-    parser.add_argument("--batch", type=int, default=64, help="sentences of fairseq's batch (64)")
+    parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
+    parser.add_argument("--one", type=int, default=50, help="how many also one at a time (50)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument(
         "--max-length", type=int, default=0, help="pieces of a translation, for random weights"

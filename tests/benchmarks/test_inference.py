@@ -61,5 +61,5 @@ def test_all_translate_the_same_sentences(
         assert rows[name, "one"]["bleu"] == rows["fairseq", "one"]["bleu"]
     assert rows["fairseq", "batch"]["speed_up"] == 1
     shown = capsys.readouterr().out
-    assert "Float32, batch: 100.0% of the translations are fairseq's." in shown
+    assert "Float32, batch: 100.0% of the translations equal fairseq's." in shown
     assert shown.count(" s without torch's import; ") == 2
