@@ -182,13 +182,15 @@ def _try_gating(device: torch.device, dtype: torch.dtype) -> None:
 
 def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tensor | None) -> None:
     """Compare a forward and a backward pass; `inputs` as of the launchers, on the host."""
-    from nmt_moe.kernels._triton.gating import gating_backward, gating_forward
+    from nmt_moe.kernels._triton import gating
+
+    kernels: Any = gating
 
     clean, raw_scale, _, _, weight, offsets = inputs
     leaves = [x.requires_grad_() for x in (clean, raw_scale, weight) if x is not None]
     expected = reference.noisy_top_k(clean, raw_scale, top_k, noise, offsets, weight)
     moved = _to_launchers(inputs, device)
-    choice = gating_forward(*moved, top_k, reference.NOISE_FLOOR)
+    choice = kernels.gating_forward(*moved, top_k, reference.NOISE_FLOOR)
     smooth = raw_scale is not None
     names = ["gates", "importance", *(["load"] if smooth else [])]
     for name in names:
@@ -201,7 +203,7 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
     wanted = torch.autograd.grad(outputs, leaves, grads)
     given = _to_launchers([*grads, None, None][:3], device)
     parts = [choice.gates, choice.top, choice.ids]
-    found = gating_backward(*moved, parts, given, reference.NOISE_FLOOR)
+    found = kernels.gating_backward(*moved, parts, given, reference.NOISE_FLOOR)
     for one, other in zip((x for x in found if x is not None), wanted, strict=True):
         _compare("gradient", one, other, 1e-4)
 

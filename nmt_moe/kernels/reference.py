@@ -11,6 +11,9 @@ from nmt_moe.kernels.row_plan import RowPlan
 # Added to the noise's standard deviation, so that the load estimate never divides by less. The
 # paper's eq. 4 has no such term; the authors' later code has this value.
 NOISE_FLOOR = 1e-2
+# Farther from its threshold than noise of any scale reaches; its square divided by the floor's is
+# still a number in float32.
+LARGEST_GAP = 1e16
 
 
 # A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
@@ -70,7 +73,9 @@ def noisy_top_k(
         # An expert must exceed the k-th largest of the *others*: the (k+1)-th of all if it is
         # chosen now, the k-th if it is not.
         kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
-        probs = torch.special.ndtr((clean - torch.where(noisy > next_one, next_one, kth)) / scale)
+        gap = clean - torch.where(noisy > next_one, next_one, kth)
+        # Of an infinite gap the gradient would be 0 times infinity.
+        probs = torch.special.ndtr(gap.clamp(-LARGEST_GAP, LARGEST_GAP) / scale)
     weighted = gates if row_weight is None else gates * row_weight.unsqueeze(1)
     dense = torch.zeros_like(clean).scatter(1, expert_ids, weighted)
 

@@ -41,8 +41,11 @@ def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPl
         The plan.
     """
     num_tokens, num_slots = bins.shape
-    sorted_bins, order = bins.reshape(-1).sort(stable=True)
-    bounds = torch.arange(num_bins + 1, device=order.device)
+    keys = bins.reshape(-1)
+    if not is_on_host(bins):
+        keys = keys.int()  # GPUs sort digit by digit, so in half of the passes
+    sorted_bins, order = keys.sort(stable=True)
+    bounds = torch.arange(num_bins + 1, dtype=keys.dtype, device=order.device)
     offsets = torch.searchsorted(sorted_bins, bounds)
     if num_rows is None:
         num_rows = int(offsets[-1]) if is_on_host(bins) else len(order)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from nmt_moe.kernels import NOISE_FLOOR, noisy_top_k, reference
-from tests.support.gating import SHAPES, assert_is_the_definition, make_inputs, offsets_of
+from tests.support.gating import (
+    SHAPES,
+    assert_infinite_logits_are_right,
+    assert_is_the_definition,
+    make_inputs,
+    offsets_of,
+)
 
 blocks = importlib.import_module("nmt_moe.kernels._gating_blocks")
 
@@ -127,6 +133,10 @@ def test_far_logits_give_finite_numbers(dtype):
     assert torch.isfinite(out.load).all()
     assert torch.isfinite(clean.grad).all()
     assert torch.isfinite(raw_scale.grad).all()
+
+
+def test_noise_and_logits_of_minus_infinity():
+    assert_infinite_logits_are_right()
 
 
 def test_no_rows():

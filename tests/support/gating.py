@@ -72,5 +72,22 @@ def assert_is_the_definition(
             assert_close(f"{name} by {fields}", one, other, **tolerance)
 
 
+def assert_infinite_logits_are_right():
+    """Compare with the definition where logits of -inf get noise; no gradient may be NaN."""
+    inputs = make_inputs(9, 40, torch.float32)
+    clean, raw_scale = (inputs[name].detach().clone() for name in ("clean", "raw_scale"))
+    clean[:, 4:] = -torch.inf  # beyond the three chosen, and the one they must beat
+    results = []
+    for function in (noisy_top_k, reference.noisy_top_k):
+        leaves = clean.clone().requires_grad_(), raw_scale.clone().requires_grad_()
+        out = function(*leaves, 3, inputs["noise"])
+        loss = (out.gates * torch.arange(3)).sum() + out.importance.square().sum()
+        grads = torch.autograd.grad(loss + out.load.square().sum(), leaves)
+        results.append((*out[:5], *grads))
+    for name, one, other in zip((*FIELDS, "by clean", "by raw_scale"), *results, strict=True):
+        assert not other.isnan().any(), name
+        assert_close(name, one, other, rtol=1e-4, atol=1e-5)
+
+
 def assert_close(name: str, one: Tensor, other: Tensor, **tolerance: float):
     torch.testing.assert_close(one, other, msg=lambda text: f"{name}: {text}", **tolerance)

@@ -1,5 +1,6 @@
 """Launchers for noisy top-k gating."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Grid(NamedTuple):
     block_columns: int
     chunks: int
     slots: int
+    multiple: int  # what divides the row's width, as far as it matters
 
 
 def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) -> Grid:
@@ -66,7 +68,10 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
     chunks = triton.cdiv(num_experts, block_columns)
     splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
     slots = triton.next_power_of_2(count)
-    return Grid(max(splits, 1), block_rows, block_columns, chunks, slots)
+    # Triton looks for 16 only; four numbers are one load.
+    multiple = math.gcd(16, num_experts)
+    multiple = multiple if multiple >= 4 else 1
+    return Grid(max(splits, 1), block_rows, block_columns, chunks, slots, multiple)
 
 
 def gating_forward(
@@ -105,7 +110,7 @@ def gating_forward(
     inputs = clean, _contiguous(raw_scale), _contiguous(noise)
     weight = _contiguous(row_weight)
     choice, sums = (gates, top, ids), (importance, load, counts)
-    limits = top_k, count, noise_floor, grid.block_rows, grid.block_columns
+    limits = top_k, count, noise_floor, grid.multiple, grid.block_rows, grid.block_columns
     with torch.cuda.device_of(clean):
         if grid.chunks == 1:
             forward_kernel[(num_groups * grid.splits,)](
@@ -184,6 +189,7 @@ def gating_backward(
             gates.shape[1],
             ids.shape[1],
             noise_floor,
+            grid.multiple,
             grid.block_rows,
             grid.block_columns,
             grid.chunks,

@@ -12,6 +12,7 @@ from nmt_moe.kernels._triton.gating_parts import (
     softplus,
     spread_gradient,
 )
+from nmt_moe.kernels._triton.hints import whole
 
 
 @triton.jit
@@ -42,7 +43,9 @@ def _load_slope(
     z = margins(logits, scale, inside, top, rows, row_mask, TOP_K)
     weight = tl.load(grad_load + group_start + columns, columns < num_experts, other=0.0)
     slope = weight[None, :] * normal_density(z) / scale
-    return tl.where(mask, slope, 0.0), z, inside
+    slope = tl.where(mask, slope, 0.0)
+    # An infinite margin has the slope 0: their product is 0, too.
+    return slope, tl.where(slope == 0, 0.0, z), inside
 
 
 @triton.jit
@@ -73,11 +76,13 @@ def backward_kernel(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Run the backward pass; wider rows are read twice, for thresholds and for the rest."""
+    num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     group = program // splits
     start, end = tl.load(row_offsets + group), tl.load(row_offsets + group + 1)

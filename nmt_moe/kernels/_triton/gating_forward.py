@@ -17,6 +17,7 @@ from nmt_moe.kernels._triton.gating_parts import (
     softplus,
     sort_keys,
 )
+from nmt_moe.kernels._triton.hints import whole
 
 
 @triton.jit(do_not_specialize=["seed", "splits"])
@@ -38,6 +39,7 @@ def forward_kernel(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -47,6 +49,7 @@ def forward_kernel(
     Each group has `splits` programs, which take turns with its blocks of rows; each writes its own
     row of sums.
     """
+    num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)
     end = tl.load(row_offsets + program // splits + 1)
@@ -131,12 +134,14 @@ def select_kernel(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Find the largest noisy logits of rows read in chunks, and their softmax."""
+    num_experts = whole(num_experts, MULTIPLE)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
     keys = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
@@ -184,10 +189,12 @@ def sum_kernel(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Add up a chunk of columns over rows whose experts have been chosen."""
+    num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)
     end = tl.load(row_offsets + program // splits + 1)

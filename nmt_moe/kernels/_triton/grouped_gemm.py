@@ -8,6 +8,7 @@ narrow enough to leave registers and shared memory for loads in flight. From 128
 large as the tensor cores like them. Between the two the block holds most experts' rows at once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmt_moe.kernels._backend import INTERPRETED
+from nmt_moe.kernels._triton.hints import whole
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
 
 def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
     """Return how many rows a block holds, by the rows of an average expert (see above)."""
-    for most, block_rows in ((16, 16), (32, 32), (128, 64)):
+    # Numbers of rows spread around their mean: an expert with one more than a block holds reads its
+    # matrix twice. Larger blocks, partly empty, read it 1.0 to 1.2 times.
+    for most, block_rows in ((8, 16), (20, 32), (128, 64)):
         if num_rows <= most * num_experts:
             return block_rows
     # float32 runs outside the tensor cores, where a larger block only spills registers.
@@ -123,6 +127,8 @@ def multiply_rows(
             mask is not None,
             _input_precision(rows.dtype),
             INTERPRETED,
+            _multiple(rows, weight),
+            weight.stride(1) == 1,
             tiles.block_rows,
             shape.inner,
             shape.out,
@@ -165,6 +171,7 @@ def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_ro
             *out.stride(),
             _input_precision(rows.dtype),
             INTERPRETED,
+            _multiple(rows, grad),
             min(block_rows, 32 if is_wide else 64),
             block_dim,
             block_out,
@@ -202,6 +209,20 @@ def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dty
     return BlockShape(inner, out, warps, stages=4 if block_rows <= 32 else 3)
 
 
+def _multiple(rows: Tensor, matrix: Tensor) -> int:
+    """Return 16 or 8 if it divides all widths and strides but those of 1, else 1.
+
+    Triton looks for 16 only; without a hint it reads a width such as 1000 number by number.
+    """
+    is_transposed = matrix.dim() == 3 and matrix.mT.is_contiguous()
+    if not rows.is_contiguous() or not (matrix.is_contiguous() or is_transposed):
+        return 1
+    widths = matrix.shape[1:] if matrix.dim() == 3 else (rows.shape[1], matrix.shape[1])
+    # Of a single row or matrix the stride may be anything.
+    factor = math.gcd(16, *widths, rows.stride(0), matrix.stride(0))
+    return factor if factor >= 8 else 1
+
+
 def _input_precision(dtype: torch.dtype) -> str:
     """Return how products round their inputs: float32 means float32 unless torch allows less."""
     if dtype != torch.float32:
@@ -235,10 +256,20 @@ def _multiply_kernel(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
+    if MULTIPLE > 1:
+        inner_dim, out_dim = whole(inner_dim, MULTIPLE), whole(out_dim, MULTIPLE)
+        row_stride = whole(row_stride, MULTIPLE)
+        expert_stride = whole(expert_stride, MULTIPLE)
+        if IS_TRANSPOSED:
+            out_stride = whole(out_stride, MULTIPLE)
+        else:
+            inner_stride = whole(inner_stride, MULTIPLE)
     # The columns of one tile run side by side: they share its rows, and the next tile, often the
     # same expert's, finds the weights in the cache.
     pid = tl.program_id(0)
@@ -274,7 +305,8 @@ def _multiply_kernel(
         acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch.relu does
     if MASKED:
         relu_output = tl.load(mask + at_out, mask=inside, other=0).to(tl.float32)
-        acc = tl.where(relu_output <= 0, 0.0, acc)
+        # The sum keeps ptxas from moving the choice into the products, which it then serialises.
+        acc = tl.where(relu_output <= 0, 0.0, acc + 0.0)
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -295,10 +327,17 @@ def _weight_gradient_kernel(
     out_stride,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
+    if MULTIPLE > 1:
+        dim, out_dim = whole(dim, MULTIPLE), whole(out_dim, MULTIPLE)
+        row_stride = whole(row_stride, MULTIPLE)
+        grad_stride = whole(grad_stride, MULTIPLE)
+        expert_stride = whole(expert_stride, MULTIPLE)
+        dim_stride = whole(dim_stride, MULTIPLE)
     pid = tl.program_id(0)
     columns = tl.cdiv(out_dim, BLOCK_OUT)
     tiles = tl.cdiv(dim, BLOCK_DIM) * columns
