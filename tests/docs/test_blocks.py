@@ -21,6 +21,8 @@ from tests.support.bundles import LM, make_bundle
 from tests.support.pages import REPOSITORY, Block, blocks, pages
 
 pytest.importorskip("fairseq")
+# The first test waits for a whole training; on a busy machine that alone takes minutes.
+pytestmark = pytest.mark.timeout(1800)
 
 # The page whose blocks make what the others go on from: pieces, data, checkpoints, a bundle.
 FIRST = "docs/train.md"
