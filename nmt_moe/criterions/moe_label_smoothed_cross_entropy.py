@@ -1,6 +1,6 @@
 """`--criterion moe_label_smoothed_cross_entropy`."""
 
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
@@ -14,8 +14,10 @@ from nmt_moe.criterions._balance import add_balance, check_finite, reduce_balanc
 from nmt_moe.kernels import cross_entropy, has_compiled_loops
 
 
-def has_plain_softmax(model: nn.Module, logits: Tensor) -> bool:
+def has_plain_softmax(model: Any, logits: Tensor) -> bool:
     """Return whether compiled loops serve these logits, and a softmax gives their probabilities."""
+    while isinstance(getattr(model, "module", None), nn.Module):  # of several processes
+        model = model.module
     own = type(model).get_normalized_probs, type(model.decoder).get_normalized_probs
     stock = FairseqEncoderDecoderModel.get_normalized_probs, FairseqDecoder.get_normalized_probs
     is_adaptive = getattr(model.decoder, "adaptive_softmax", None) is not None
@@ -52,7 +54,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def compute_loss(
-        self, model: nn.Module, net_output: Tuple, sample: Dict, reduce: bool = True
+        self, model: Any, net_output: Tuple, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, Tensor]:
         """Compute fairseq's loss and negative log-likelihood; on the CPU without log-probabilities.
 

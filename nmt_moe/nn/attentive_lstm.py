@@ -81,13 +81,14 @@ class AttentiveLSTM(nn.Module):
     def _run_compiled(
         self, x: Tensor, encoder_out: EncoderOutput, state: State
     ) -> tuple[Tensor, Tensor, State]:
-        is_projected = isinstance(self.projection, nn.Linear)
+        projection: Any = self.projection
+        is_projected = isinstance(projection, nn.Linear)
         outputs, weights, cell = attentive_lstm(
             x,
             self.weight_x,
             self.bias_ih,
             self.weight_recurrent,
-            self.projection.weight if is_projected else None,
+            projection.weight if is_projected else None,
             self.attention.projection.weight,
             self.attention.scale,
             encoder_out.keys,

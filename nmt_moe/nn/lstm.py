@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class ProjectedLSTM(nn.Module):
         Returns:
             (T, B, output_dim), and the state after the last step.
         """
-        weights = self.lstm
+        weights: Any = self.lstm
         weight_hr = weights.weight_hr_l0 if weights.proj_size else None
         tensors = weights.weight_ih_l0, weights.weight_hh_l0, weights.bias_ih_l0, weight_hr
         if x.numel() > 0 and has_compiled_loops(x, *tensors, *(state or ())):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.logging import metrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmt_moe.criterions import MoELabelSmoothedCrossEntropy
+from nmt_moe.criterions import moe_label_smoothed_cross_entropy as module
 from nmt_moe.criterions._balance import add_balance, check_finite
 from nmt_moe.kernels import _backend
 from tests.support.commands import call
@@ -230,6 +232,16 @@ def test_fairseqs_own_models_train_with_the_criterion(
     done = call("train", data, *common, *flags[architecture], "--save-dir", tmp_path)
     assert "valid_ppl" in done.text
     assert "moe" not in done.records()[-1]
+
+
+def test_a_model_of_several_processes_is_recognised_under_its_wrappers(monkeypatch):
+    monkeypatch.setattr(module, "has_compiled_loops", lambda _: True)
+    model, logits = make_model(), torch.zeros(2, 8)
+    parallel = nn.Module()  # as DistributedDataParallel holds its model
+    parallel.module = model
+    assert module.has_plain_softmax(ModuleProxyWrapper(parallel), logits)
+    model.decoder.adaptive_softmax = nn.Identity()
+    assert not module.has_plain_softmax(ModuleProxyWrapper(parallel), logits)
 
 
 def test_a_loss_that_is_not_a_number_names_its_sentences():

@@ -33,7 +33,7 @@ def library_path() -> Path:
 
 
 @cache
-def load() -> Any | None:
+def load() -> Any:
     """Return the library's operators, or None where torch's own operations do the work.
 
     That is where the library was not built, and where `NMT_MOE_KERNELS=torch` says so.
