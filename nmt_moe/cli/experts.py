@@ -43,7 +43,9 @@ def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         for option in (
-            list_option("--target-lang", help="For a multilingual model: one for each text."),
+            list_option(
+                "--target-lang", help="For a multilingual model: target language of each text."
+            ),
             list_option("--reference", type=PATH, help="Translations, one file for each text."),
             list_option("--text", type=PATH, required=is_needed, help="Text to read."),
         ):

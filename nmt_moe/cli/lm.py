@@ -39,7 +39,7 @@ def score(folder: Path, file: Path | None) -> None:
     Tab-separated: log-probability in nats; perplexity per piece, per word and per character; number
     of pieces; number of pieces unknown to the model. The end of a line counts as one more piece,
     word or character. The last line, on standard error, sums up the whole text. A line that is not
-    text is left blank and named at the end, with status 1.
+    text is left blank and reported at the end, with status 1.
     """
     from nmt_moe.inference import LanguageModel, total_score
     from nmt_moe.inference.files import describe_faults, scan_stream
@@ -80,10 +80,25 @@ def _row(one: LineScore) -> str:
 @command("sample", "nmt-moe lm sample my-language-model --count 5 --prefix 'Once upon a time'")
 @click.argument("folder", type=PATH)
 @click.option("--count", default=1, show_default=True, help="Lines to sample.")
-@click.option("--prefix", default="", help="How each line begins.")
-@click.option("--temperature", default=1.0, show_default=True, help="Below 1: likelier lines.")
-@click.option("--max-pieces", default=200, show_default=True, help="Longer lines are cut.")
-@click.option("--seed", default=1, show_default=True, help="The same seed gives the same lines.")
+@click.option("--prefix", default="", help="Text with which each line begins.")
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    help="Divisor of the logits; below 1: likelier lines.",
+)
+@click.option(
+    "--max-pieces",
+    default=200,
+    show_default=True,
+    help="Most pieces of a line; longer lines are cut.",
+)
+@click.option(
+    "--seed",
+    default=1,
+    show_default=True,
+    help="Seed of the random numbers; the same seed gives the same lines.",
+)
 def sample(
     folder: Path, count: int, prefix: str, temperature: float, max_pieces: int, seed: int
 ) -> None:

@@ -54,15 +54,19 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
 @click.option("--arch", required=True, metavar="NAME", help="Architecture of this project.")
 @click.option("--devices", default=1, show_default=True, help="Number of devices.")
 @click.option(
-    "--device", type=click.Choice(list(DEVICES)), default="a100", show_default=True, help="Preset."
+    "--device",
+    type=click.Choice(list(DEVICES)),
+    default="a100",
+    show_default=True,
+    help="Preset of a device's figures.",
 )
 @click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
 @click.option("--memory", type=float, metavar="GB", help="Memory of a device [preset].")
 @click.option(
-    "--memory-bandwidth", type=float, metavar="GB/S", help="Bandwidth of its memory [preset]."
+    "--memory-bandwidth", type=float, metavar="GB/S", help="Memory bandwidth of a device [preset]."
 )
 @click.option(
-    "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of its link, one way [preset]."
+    "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of a link, one way [preset]."
 )
 @click.option(
     "--utilisation",
@@ -90,7 +94,7 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
     type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="Of weights and activations.",
+    help="Type of weights and activations.",
 )
 @click.option(
     "--expert-parallel-size",
@@ -114,10 +118,10 @@ def plan(ctx: click.Context, **values: Any) -> None:
     Traffic: bytes sent in a step: tokens to their experts and back (assuming that all experts are
     equally likely), sums for the balance losses, and the ring all-reduce of gradients.
 
-    Time: of one batch and the update after it. A matrix product takes as long as its operations (at
-    --utilisation of the device's FLOP/s) or the reading of its weights, whichever is longer; the
-    optimizer is bound by memory bandwidth, traffic by the link. Nothing overlaps, and everything
-    else is left out.
+    Time: how long one batch and the update after it take. A matrix product takes as long as its
+    operations (at --utilisation of the device's FLOP/s) or the reading of its weights, whichever is
+    longer; the optimizer is bound by memory bandwidth, traffic by the link. The model assumes that
+    nothing overlaps, and leaves everything else out.
 
     Byte counts are tested against real processes. Times are a model: no cluster was measured.
     """

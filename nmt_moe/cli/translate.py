@@ -84,7 +84,7 @@ def translate(
 
     Among FILES, - stands for standard input.
     Blank lines stay blank. A line that is not text (invalid UTF-8, control characters) is left
-    blank and named at the end, with exit status 1; all others are translated.
+    blank and reported at the end, with exit status 1; all others are translated.
     """
     import torch
 
