@@ -29,8 +29,8 @@ def check_size(path: str, state: dict[str, Any]) -> None:
     many gigabytes.
 
     Args:
-        path: The checkpoint.
-        state: Its contents, with all experts.
+        path: Path of the checkpoint.
+        state: Contents of the checkpoint, with all experts.
 
     Raises:
         ValueError: naming the setting that is too large, or both sizes.
@@ -108,7 +108,7 @@ def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
     """Return the shapes of a configuration's model, with dictionaries of the original sizes."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    # Its random initialisation must not change what a sampling search draws later.
+    # The random initialisation of this model must not change what a sampling search draws later.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = models.build_model(deepcopy(cfg), task, from_checkpoint=True)
     return _shapes({"model": model.state_dict()})

@@ -130,7 +130,7 @@ def expert_parallel_group(
     """Decide which process holds which experts; all processes must call this.
 
     Args:
-        options: As in `moe_config`.
+        options: The options of the model, a dataclass or an omegaconf container.
         moe: The sizes of an MoE layer, if there is one.
         other: The sizes of a second layer. If its number of experts differs, each process has all.
 

@@ -53,8 +53,8 @@ class NoisyTopKGate(nn.Module):
     Both weights start at zero, so that noise alone balances the first batches (Appendix A).
 
     Attributes:
-        gate_weight: (D, E), or (G, D, E) with `num_groups`.
-        noise_weight: Of the same shape.
+        gate_weight: Weights of the logits, (D, E), or (G, D, E) with `num_groups`.
+        noise_weight: Weights of the noise scale, in the shape of `gate_weight`.
 
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """
@@ -68,7 +68,7 @@ class NoisyTopKGate(nn.Module):
             model_dim: D.
             num_experts: E.
             top_k: K.
-            num_groups: G, to build a gate for each of G groups of rows; 0 for a single gate.
+            num_groups: Groups of rows, G, each with a gate of its own; 0 for a single gate.
         """
         super().__init__()
         self.top_k, self.can_balance_load = top_k, top_k < num_experts
@@ -88,7 +88,7 @@ class NoisyTopKGate(nn.Module):
         Args:
             x: (N, D).
             noise: (N, E) standard normal, used only in training; None to draw it.
-            row_offsets: With groups, (G + 1,) int64: group g owns rows
+            row_offsets: Bounds of the rows. With groups, (G + 1,) int64: group g owns rows
                 [offsets[g], offsets[g + 1]). Without groups, (3,) int64 [0, number of tokens, N]:
                 the rows after the tokens are padding, with zeros. None if there is no padding.
             row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
@@ -120,7 +120,7 @@ class StrictlyBalancedGate(nn.Module):
     gate's weight.
 
     Attributes:
-        gate_weight: (D, E), or (G, D, E) with `num_groups`.
+        gate_weight: Weights of the logits, (D, E), or (G, D, E) with `num_groups`.
         threshold: (E,) or (G, E).
 
     Source: Shazeer et al. 2017, Appendix F, eqs. 15-20.

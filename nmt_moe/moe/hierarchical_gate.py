@@ -22,7 +22,7 @@ class HierarchicalGate(nn.Module):
     Attributes:
         primary: One gate over G groups.
         secondary: G gates over E / G experts. In checkpoints, `secondary.gate_weight` is called
-            `secondary_gate_weight`, and likewise for its other parameters.
+            `secondary_gate_weight`; its other parameters are renamed in the same way.
 
     Source: Shazeer et al. 2017, Appendix B, eqs. 12-14.
     """
@@ -49,7 +49,8 @@ class HierarchicalGate(nn.Module):
             x: (N, D).
             noise: (N, G) and (N, E) standard normal, used only by noisy gates in training; None to
                 draw it.
-            row_offsets: As in `NoisyTopKGate`.
+            row_offsets: (3,) int64 [0, number of tokens, N]: the rows after the tokens are
+                padding. None if there is no padding.
         """
         primary_noise, secondary_noise = (None, None) if noise is None else noise
         primary = self.primary(x, primary_noise, row_offsets)

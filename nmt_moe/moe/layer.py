@@ -36,8 +36,8 @@ class MoELayer(nn.Module):
         """Build the layer.
 
         Args:
-            config: Its sizes and choices.
-            name: Its name in errors.
+            config: Sizes and choices of the layer.
+            name: Name of the layer in errors.
             group: The ranks that share the experts. All of them must call the layer, and go
                 backward through it, the same number of times, with or without tokens.
             init_range: Range of the uniform distribution of experts' weights; by default

@@ -102,7 +102,7 @@ class AttentiveLSTM(nn.Module):
 class _CollectWeightGradient(torch.autograd.Function):
     """Compute the gradient of the recurrent weights in one product over all steps.
 
-    Autograd would add up one product per step, each over few rows. The gates of all steps pass
+    Autograd would add up one product per step, each over a few rows. The gates of all steps pass
     through this function before the recurrent part is added, so their gradients are complete when
     its backward pass runs; meanwhile the steps have filled `inputs`.
     """

@@ -142,8 +142,8 @@ class LanguagesDictionary(Dictionary):
         """Add a language's token.
 
         Args:
-            language: Its name.
-            path: The dictionary's name in errors.
+            language: Name of the language.
+            path: Path of the dictionary, for errors.
 
         Raises:
             ValueError: if the token is a word of the texts.

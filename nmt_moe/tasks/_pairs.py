@@ -65,7 +65,7 @@ class PairsDataset(LanguagePairDataset):
             for pair, start, size in zip(self.pairs, self.starts, self.part_sizes, strict=False)
         ]
         indices = np.random.permutation(np.concatenate(drawn))
-        # By source length, then target length; sentences of equal lengths stay in random order.
+        # Sort by source and then target length; sentences of equal lengths stay in random order.
         return indices[np.lexsort((self.tgt_sizes[indices], self.src_sizes[indices]))]
 
     def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[np.ndarray]:
