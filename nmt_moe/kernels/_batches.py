@@ -1,6 +1,6 @@
 """Neighbouring experts in one batched product, each padded to as many rows as the busiest.
 
-A product of few rows is too small to be split over cores, and starting it costs as much as
+A product of a few rows is too small to be split over cores, and starting it costs as much as
 computing it: with 16 rows per expert, single products took twice as long as batches of four.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nmt_moe.kernels.row_plan import RowPlan
 
 # Most padded rows per expert in a batch, on average. They cost operations, but below about twenty
-# rows an expert's time is that of reading its weights.
+# rows an expert takes as long as reading its weights.
 SPARE_ROWS = 8
 MIN_EXPERTS = 4
 # Most padded rows in a batch of several experts: more would not stay in the cache between products.
@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         experts: C neighbouring experts, all with rows.
-        rows: Their padded rows.
+        rows: Padded rows of these experts.
         height: Rows of each expert, including padding.
     """
 

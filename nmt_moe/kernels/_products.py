@@ -15,13 +15,13 @@ from nmt_moe.kernels._cpu import has_compiled_loops, load
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )
-# torch's call takes fewer groups than this.
+# torch's grouped product accepts fewer groups than this.
 MAX_GROUPS = 1024
-# Below so many rows per expert reading the weights costs more than multiplying by them, and
-# torch's call was seen at a fifth of the bandwidth. Not measured here: there was no GPU.
+# With fewer rows per expert than this, reading the weights costs more than multiplying by them, and
+# torch's grouped product was seen at a fifth of the bandwidth. This project has not measured it.
 MIN_MEAN_ROWS = 128
-# Elsewhere torch's call is a loop that waits for the offsets: compute capability 9 is Hopper, 10
-# Blackwell.
+# On other devices torch's grouped product is a loop that waits for the offsets. Compute capability
+# 9 is Hopper, 10 Blackwell.
 FAST_CAPABILITIES = (9, 10)
 
 
@@ -42,7 +42,7 @@ class LoopProducts:
     """One `torch.mm` for each expert with rows, written where it belongs.
 
     Attributes:
-        runs: The experts that have rows, each with its slice.
+        runs: The experts that have rows, each with the slice of its rows.
     """
 
     def __init__(self, bounds: list[int]) -> None:
@@ -55,7 +55,7 @@ class LoopProducts:
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
         out = rows.new_empty(len(rows), weight.shape[2])
-        # Split at once: beside a product of few rows each slicing is felt.
+        # Split at once: slicing takes noticeable time beside a product of a few rows.
         sizes = [run.stop - run.start for _, run in self.runs]
         spare = len(rows) - sum(sizes)  # rows of no expert
         parts = zip(
@@ -82,7 +82,7 @@ class LoopProducts:
 
 
 class CompiledProducts(LoopProducts):
-    """Compiled loops for experts with few rows: they read a matrix faster than the library does.
+    """Compiled loops for experts with a few rows: they read a matrix faster than the library does.
 
     An expert with more rows has its product in the library, as in `LoopProducts`.
     """
@@ -121,7 +121,7 @@ class TorchProducts:
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         out = self._grouped_mm(rows.t(), grad)
-        # It leaves experts without rows as they are.
+        # torch's product does not write the gradients of experts without rows.
         if uses_triton(out, "grouped_gemm"):
             from nmt_moe.kernels._triton.grouped_gemm import zero_idle_experts
 
@@ -195,7 +195,7 @@ def choose_evaluation_products(
 
 
 def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:
-    """Return whether torch's grouped product takes these operands on the CPU.
+    """Return whether torch's grouped product accepts these operands on the CPU.
 
     Versions that have it under its public name do; it wants 16 bytes of alignment there too.
     """
@@ -210,7 +210,7 @@ def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:
 
 
 def suits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
-    """Return whether torch's grouped product takes these operands and is fast on them."""
+    """Return whether torch's grouped product accepts these operands and is fast on them."""
     num_experts, dim, out_dim = weight.shape
     return (
         GROUPED_MM is not None

@@ -1,7 +1,7 @@
 """Each Triton kernel against its definition, once on each device, before anything depends on it.
 
 A kernel that a compiler or a driver refuses, or that computes something else, must not end a
-training: whoever asks `is_sound` takes torch's own operations in its place. A kernel that writes
+training: whoever asks `is_sound` uses torch's own operations in its place. A kernel that writes
 where it must not ends the process all the same, as no program survives that on a GPU.
 """
 
@@ -34,9 +34,9 @@ def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
     captured once before, as PyTorch asks for anyway. A failure gives one warning.
 
     Args:
-        kernel: A key of `TRIALS`.
-        device: Where it would run.
-        dtype: Of its main operand.
+        kernel: Name of the kernel, a key of `TRIALS`.
+        device: Device on which the kernel would run.
+        dtype: Type of the kernel's main operand.
     """
     key = kernel, device, dtype
     if key not in _answers:
@@ -54,7 +54,8 @@ def failed() -> list[str]:
 
 
 def _try(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
-    # In a thread of its own, as autocast, modes of dispatch and default devices are the caller's.
+    # Run in a new thread: autocast, modes of dispatch and default devices of this one are the
+    # caller's.
     with ThreadPoolExecutor(1) as pool:
         error = pool.submit(TRIALS[kernel], device, dtype).exception()
     if error is None:

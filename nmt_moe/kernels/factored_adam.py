@@ -44,7 +44,7 @@ def factored_adam(
         step: Number of this update, counted from 1, for the bias correction.
         lr: Learning rate.
         beta2: Share of the old means in the new ones.
-        eps: Added to the root of the uncorrected second moment.
+        eps: What is added to the root of the uncorrected second moment.
         weight_decay: The weights shrink by the share `lr * weight_decay` before the update.
 
     Raises:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._cpu import load
 
-# Fewest steps for which transposing the recurrent weights pays: a product of few rows with a
+# Fewest steps for which transposing the recurrent weights pays: a product of a few rows with a
 # transposed matrix takes up to 1.5 times as long as with a matrix stored in the order it is read.
 FEWEST_STEPS = 4
 
@@ -26,7 +26,7 @@ def lstm(
 
     Each step computes only the recurrent products and one fused point-wise loop; the
     input's part of the gates and the gradients of all weights are single products over all steps.
-    Sums have a fixed order: equal inputs give equal bits.
+    Sums have a fixed order: the same inputs give the same bits.
 
     Args:
         x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.

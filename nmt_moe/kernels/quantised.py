@@ -17,26 +17,27 @@ from nmt_moe.checks import check_choice, check_shape
 
 DTYPES = ("float32", "bfloat16", "int8")
 WEIGHT_LEVELS = 127
-# FBGEMM takes unsigned activations and a zero point. Without the instructions that add products of
+# FBGEMM needs unsigned activations and a zero point. Without the instructions that add products of
 # bytes in 32 bits (VNNI), it adds pairs of them in 16 bits, saturating: 2 * 127 * 127 still fits.
 WIDE_LEVELS, NARROW_LEVELS = 127, 63
-# Divides rows of zeros without a NaN.
+# Least divisor, so that rows of zeros give no NaN.
 SMALLEST_SCALE = 1e-30
 
 # Chosen by `benchmarks/inference_products.py`; its table is in `benchmarks/results/inference.md`.
-# From so many weights on, oneDNN's product with weights in its own layout is faster than BLAS, for
+# From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
 # more than one row. One row is a vector times a matrix, read fastest when its rows are inputs.
 PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
-# From so many weights on, less to read pays for the calls that quantise activations or round to
-# half precision.
+# From this many weights on, reading fewer bytes saves more time than quantising activations or
+# rounding them to half precision costs.
 NARROW_FROM = 1 << 18
-# The same for bfloat16 in tiles, whose results come in bfloat16 and have to be widened.
+# The number of weights from which this holds for bfloat16 in tiles, whose results come in bfloat16
+# and have to be widened.
 TILED_FROM = 1 << 20
 
-# A tile has so many rows; more rows are filled up to a multiple of the step.
+# Rows of a tile; more rows are filled up to a multiple of the step.
 FEW_ROWS, ROWS_STEP = 16, 32
 
-# (R, I) rows, and what is added: (O,), (R, O) or None; gives (R, O).
+# Maps (R, I) rows and an addend, (O,), (R, O) or None, to (R, O).
 Product = Callable[[Tensor, Tensor | None], Tensor]
 _engine_lock = threading.Lock()
 
@@ -66,8 +67,8 @@ class PackedLinear:
     """y = x W^T + b, with W packed once for the processor at hand, at the first call.
 
     Attributes:
-        shape: (O, I) of W.
-        dtype: "float32", "bfloat16" or "int8": of the weights; activations come and go in float32.
+        shape: Shape of W, (O, I).
+        dtype: Type of the weights, "float32", "bfloat16" or "int8"; activations are float32.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def noisy_top_k(
         # chosen now, the k-th if it is not.
         kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
         gap = clean - torch.where(noisy > next_one, next_one, kth)
-        # Of an infinite gap the gradient would be 0 times infinity.
+        # The gradient of an infinite gap would be 0 times infinity.
         probs = torch.special.ndtr(gap.clamp(-LARGEST_GAP, LARGEST_GAP) / scale)
     weighted = gates if row_weight is None else gates * row_weight.unsqueeze(1)
     dense = torch.zeros_like(clean).scatter(1, expert_ids, weighted)

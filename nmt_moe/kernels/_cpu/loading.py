@@ -47,7 +47,7 @@ def load() -> Any:
         *("attentive_forward", "attentive_backward", "multiply_experts"),
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
     )
-    # Their only overloads: looking up the right one takes as long as a small step.
+    # Return the only overload of each: looking up the right one takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
 
 

@@ -133,7 +133,7 @@ def factored_adam(
         column_mean: (E, H) float32, contiguous.
         step_size: Learning rate with the bias correction.
         beta2: Share of the old means in the new ones.
-        eps: Added to the root of the second moment.
+        eps: What is added to the root of the second moment.
         keep: Factor of the old weights.
     """
     num_experts, model_dim, hidden_dim = weight.shape

@@ -94,7 +94,7 @@ def gating_forward(
         row_weight: (N,), or None.
         row_offsets: (G + 1,) int64, from 0 to N.
         top_k: K.
-        noise_floor: Added to the noise's standard deviation.
+        noise_floor: What is added to the noise's standard deviation.
     """
     clean = clean.contiguous()
     num_rows, num_experts = clean.shape
@@ -158,7 +158,7 @@ def gating_backward(
         row_offsets: (G + 1,) int64.
         choice: The result's gates (N, K), top (N, C) and ids (N, C).
         grads: Gradients of gates (N, K), importance (G, E) and the smooth load (G, E).
-        noise_floor: As in the forward pass.
+        noise_floor: What the forward pass added to the noise's standard deviation.
 
     Returns:
         Gradients of `clean`, `raw_scale` and `row_weight`; None for those that are None.

@@ -85,10 +85,10 @@ def largest(
     Args:
         keys: (B, W) keys from `sort_keys`; `TAKEN` beyond the row.
         columns: (1, W) or (B, W) int32, the column number of each key.
-        BLOCK_ROWS: B.
-        WIDTH: W.
-        COUNT: At most SLOTS.
-        SLOTS: A power of two.
+        BLOCK_ROWS: Rows in the block, B.
+        WIDTH: Keys in a row, W.
+        COUNT: Keys to find in each row, at most SLOTS.
+        SLOTS: Columns of the results, a power of two.
 
     Returns:
         (B, SLOTS) keys in descending order and their int32 columns, `TAKEN` and 0 from slot `COUNT`
@@ -169,16 +169,16 @@ def gate_gradient(
     """Add up the gradients of the gate in slot `slot`, directly and through the importance.
 
     Args:
-        grad_gates: (N, K), or None.
-        grad_importance: (G, E), or None.
-        group_start: Where the row's group begins in it.
+        grad_gates: (N, K) gradient of the gates, or None.
+        grad_importance: (G, E) gradient of the importance, or None.
+        group_start: Where the row's group begins in `grad_importance`.
         weight: (B,), the weight of each row in the importance.
-        ids: (N, COUNT).
-        rows: (B,).
-        row_mask: (B,).
-        TOP_K: K.
+        ids: (N, COUNT) columns of the largest logits.
+        rows: (B,) row numbers.
+        row_mask: (B,) bool, True = a row that exists.
+        TOP_K: Experts for each row, K.
         COUNT: Columns of `ids`.
-        slot: Less than K.
+        slot: Slot of the gate, from 0 to K - 1.
 
     Returns:
         (B,) gradients, and the importance's gradient alone, unweighted.
