@@ -98,8 +98,8 @@ class BundleConfig:
     """The contents of `config.json`.
 
     Attributes:
-        kind: "translation" or "language_model".
-        architecture: Its name in fairseq.
+        kind: Kind of model, "translation" or "language_model".
+        architecture: Name of the network's architecture in fairseq.
         dtype: The dtype in which weights are stored, one of `DTYPES`.
         network: Sizes of the network.
         languages: Names of the languages: [source, target] for one direction; for a multilingual

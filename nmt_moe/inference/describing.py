@@ -27,7 +27,7 @@ def describe(
         found: Hypotheses for each source, best first.
         num_marks: Number of language tokens before each source, which results leave out.
         symbols: Symbols of the target's vocabulary.
-        target: Joins pieces into text.
+        target: Object that joins pieces into text.
     """
     sentences = []
     for pieces, of_sentence in zip(cut, found, strict=True):
@@ -62,10 +62,10 @@ def add_experts(
 
     Args:
         network: The network, which reads sources and hypotheses again.
-        sentences: What `describe` returned.
+        sentences: Results without experts, from `describe`.
         sources: Tokens of each source, with language token and end mark.
-        found: As in `describe`.
-        num_marks: As in `describe`.
+        found: Hypotheses for each source, best first.
+        num_marks: Number of language tokens before each source, which results leave out.
     """
     repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
     targets = [one.tokens[:-1].tolist() for own in found for one in own]

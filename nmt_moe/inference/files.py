@@ -28,7 +28,7 @@ def translate_file(
         translator: The translator.
         source: File to read; it is not held in memory.
         output: File to write, with as many lines; it appears once it is complete.
-        target_lang: As in `Translator.translate`.
+        target_lang: Target language of a multilingual model.
         progress: Whether to show a bar on standard error.
         options: Further options of `Translator.translate`.
 

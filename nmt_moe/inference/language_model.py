@@ -31,7 +31,7 @@ class LanguageModel:
     Attributes:
         defaults: Search defaults of the bundle.
         config: Configuration of the bundle.
-        vocabularies: Vocabulary of "target".
+        vocabularies: The vocabulary, under the name "target".
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -127,10 +127,10 @@ class LanguageModel:
 
         Args:
             num_samples: Number of lines.
-            prefix: How each line begins.
+            prefix: Text with which each line begins.
             temperature: Divisor of the logits; lower values make likely pieces more frequent.
-            max_pieces: Longer lines are cut.
-            seed: Seed of the random numbers. Equal seeds give equal lines.
+            max_pieces: Most pieces of a line; longer lines are cut.
+            seed: Seed of the random numbers; the same seed gives the same lines.
 
         Raises:
             ValueError: naming the option that is out of range.

@@ -54,7 +54,7 @@ class DecoderState:
     Attributes:
         memory: The sentences, in the order of the rows.
         sentence: (R,) int64, the row of `memory` for each.
-        layers: The state of each LSTM.
+        layers: The state of each LSTM layer.
     """
 
     memory: Memory
@@ -109,9 +109,9 @@ class TranslationNetwork:
         """Encode B sentences of at least one token.
 
         Args:
-            sentences: Token ids.
-            pad: Fills up shorter sentences; never read.
-            trace: Receives the experts of all tokens, one sentence after another.
+            sentences: Token ids of each sentence.
+            pad: Token that fills up shorter sentences; never read.
+            trace: Object that receives the experts of all tokens, one sentence after another.
         """
         order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
         lengths = [len(sentences[number]) for number in order]
@@ -152,7 +152,7 @@ class TranslationNetwork:
         Args:
             tokens: (R, T) int64, of which only the last is read.
             state: The state after the previous tokens.
-            trace: Receives the experts of the last tokens.
+            trace: Object that receives the experts of the last tokens.
 
         Returns:
             (R, V) log-probabilities, (R, S) attention, and the state.
@@ -222,7 +222,7 @@ class _Slots:
     """Rows in slots, equally many for each sentence, so that its keys are read once for all rows.
 
     Args:
-        sentence: (R,) int64, ascending.
+        sentence: (R,) int64, the sentence of each row, ascending.
         num_sentences: B.
     """
 
@@ -296,7 +296,7 @@ class LanguageNetwork:
             tokens: (T, B) int64, the tokens to read.
             lengths: Length of each row, in descending order.
             targets: (T, B) int64, the tokens that follow.
-            trace: Receives the experts of the tokens.
+            trace: Object that receives the experts of the tokens.
 
         Returns:
             (T, B) float32, in nats; 0 at padding.

@@ -47,11 +47,11 @@ class Bundle:
     """An open bundle.
 
     Attributes:
-        folder: Its folder.
-        config: Its configuration.
+        folder: Folder of the bundle.
+        config: Configuration of the bundle.
         vocabularies: Vocabularies of "source" and "target"; a language model has only the latter.
-        processors: sentencepiece models of the same sides; None if words are split at spaces.
-        network: Its network, with weights mapped from the files.
+        processors: sentencepiece models by the same names; None if words are split at spaces.
+        network: Network of the bundle, with weights mapped from the files.
     """
 
     folder: Path

@@ -35,15 +35,15 @@ class TranslationOptions:
         """Put the options of a search in the place of the defaults.
 
         Args:
-            defaults: Of the bundle.
-            num_hypotheses: As of `Translator.translate`, like all that follow.
-            batch_tokens: See there.
-            target_lang: Checked before.
-            with_experts: See there.
-            search: Fields of `defaults`; None leaves one as it is.
+            defaults: Search defaults of the bundle.
+            num_hypotheses: Hypotheses of each sentence to return, at most the beam size.
+            batch_tokens: Most source pieces in a batch, including padding.
+            target_lang: Target language of a multilingual model, already checked.
+            with_experts: Whether to return the experts of each piece too.
+            search: Values for fields of `defaults`; None leaves a field as it is.
 
         Raises:
-            ValueError: an option is out of range.
+            ValueError: if an option is out of range.
         """
         given = {name: value for name, value in search.items() if value is not None}
         defaults = replace(defaults, **given)  # type: ignore[arg-type]

@@ -49,10 +49,10 @@ class Hypothesis:
     """One translation of one sentence, of T pieces.
 
     Attributes:
-        text: Its text, without the end mark.
+        text: Text of the translation, without the end mark.
         score: The score by which hypotheses are ranked, in nats: log P divided by the length
             penalty, plus the coverage penalty if there is one.
-        pieces: The T pieces.
+        pieces: The T pieces of the translation.
         log_probs: T + 1 log-probabilities, of each piece and the end mark, in nats.
         alignment: T indices; for each piece, the source piece to which it attends most.
         attention: (T, S) float32, over all pieces of the source.
@@ -106,7 +106,7 @@ class Translation:
 
     Attributes:
         text: The best translation; "" for a text without words.
-        score: The sum of its sentences' scores, in nats; 0 without words.
+        score: Sum of the scores of the text's sentences, in nats; 0 without words.
         hypotheses: Texts, best first; for several sentences, the n-th text joins the n-th best
             hypotheses.
         sentences: The sentences of the text: one, unless it is long or has several lines.
@@ -173,7 +173,7 @@ class LineScore:
 
     Attributes:
         log_prob: Log-probability of the line, in nats.
-        pieces: Its pieces.
+        pieces: Pieces of the line.
         log_probs: Log-probabilities of each piece and of the end, in nats.
         num_words: Number of words, separated by white space.
         num_characters: Number of characters.

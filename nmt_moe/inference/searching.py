@@ -72,7 +72,7 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
     """Yield batches of indices of sentences of similar length, the longest first.
 
     Args:
-        sentences: The sentences.
+        sentences: The sentences to translate.
         batch_tokens: Most tokens in a batch, including padding; a longer sentence is a batch of its
             own.
     """
@@ -130,7 +130,8 @@ def search(
         sentences: Token ids of the sources, with language token and end mark.
         config: Configuration of the search.
         limits: Limits of the hypotheses' lengths.
-        num_words: For each source, the positions that count for coverage: all but the end mark.
+        num_words: Number of positions of each source that count for coverage: all but the end
+            mark.
     """
     state = ensemble.start(sentences)
     start = torch.full((len(sentences),), EOS)

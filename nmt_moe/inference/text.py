@@ -61,8 +61,8 @@ class SourceText:
     """Split source text into pieces, as in training.
 
     Attributes:
-        pipeline: What to do first.
-        processor: Splits text into pieces; None to split words at spaces.
+        pipeline: Steps applied to text before it is split into pieces.
+        processor: sentencepiece model that splits text into pieces; None to split at spaces.
         language: Language of the text, if known, for splitting sentences and for punctuation.
     """
 

@@ -29,7 +29,7 @@ from nmt_moe.inference.text import SourceText, TargetText, check_line, check_tex
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
-# Source pieces in a batch, including padding; products with more rows are faster, but take memory.
+# Source pieces in a batch, including padding; products with more rows are faster, but need memory.
 BATCH_TOKENS = 1024
 # Lines to read before they are sorted into batches.
 READ_AHEAD = 2048
@@ -41,7 +41,8 @@ class Translator:
     Results do not depend on how texts are batched, except for the last bits of scores.
 
     Attributes:
-        languages: Target languages of a multilingual model; else the target's name, if known.
+        languages: Target languages of a multilingual model; otherwise the one target language, if
+            known.
         defaults: Search defaults of the first bundle.
         config: Configuration of the first bundle.
         vocabularies: Vocabularies of "source" and "target".
@@ -146,7 +147,7 @@ class Translator:
 
         Args:
             lines: Lines, for example from `nmt_moe.text.lines.scan_lines`.
-            target_lang: As in `translate`, like the other options.
+            target_lang: Target language of a multilingual model, one of `languages`.
             read_ahead: Lines to read before the first is translated.
             options: Further options of `translate`.
 
@@ -233,10 +234,10 @@ class Translator:
         Args:
             sources: Pieces of each text, such as `Sentence.pieces`.
             targets: Pieces of each reference, such as `Hypothesis.pieces`.
-            target_lang: As in `score`.
-            batch_tokens: As in `score`.
-            with_experts: As in `score`.
-            with_inputs: As in `score`.
+            target_lang: Target language of a multilingual model, one of `languages`.
+            batch_tokens: Most pieces on a side that are read at once, including padding.
+            with_experts: Whether to return the experts of each piece too, in the first bundle.
+            with_inputs: Whether to return the inputs of the MoE layers too.
         """
         if len(sources) != len(targets):
             raise ValueError(

@@ -78,8 +78,9 @@ class Weights:
 
     Args:
         folder: Folder of the bundle.
-        config: Its configuration.
-        sizes: As in `expected_shapes`; "output" may be omitted, and is then read from the file.
+        config: Configuration of the bundle.
+        sizes: Rows of the embeddings, "encoder" and "decoder", and of "output"; the latter may be
+            omitted, and is then read from the file.
         sums: The sha256 of each file.
 
     Raises:
@@ -170,8 +171,8 @@ class ExpertWeights:
     """The experts of one layer, mapped from their file; each is checked before its first use.
 
     Attributes:
-        weight_in: (E, H, D), packed one expert at a time.
-        weight_out: (E, D, H), likewise.
+        weight_in: (E, H, D), the experts' first matrices, packed one expert at a time.
+        weight_out: (E, D, H), the experts' second matrices, packed in the same way.
 
     Raises:
         ValueError: if the file is missing, or its contents do not fit the configuration.
