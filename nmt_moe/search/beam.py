@@ -75,7 +75,7 @@ class _Rows:
     """The R hypotheses that a step evaluates.
 
     Attributes:
-        sentence: (R,) int64, ascending.
+        sentence: (R,) int64, the sentence of each row, ascending.
         rank: (R,) int64, 0 = the best of its sentence.
         tokens: (R, T) int64, including the start.
         log_probs: (R,) float32, log-probability of the tokens.
@@ -116,11 +116,11 @@ def beam_search(
     """Search for the best continuations of `start`.
 
     Args:
-        step: The model.
-        state: Its state with one row for each sentence.
+        step: Function that runs the model on one more token of each row.
+        state: State of the model, with one row for each sentence.
         start: (B,) int64, the start token of each sentence.
-        config: Beam size and scores.
-        restrictions: Which tokens may follow.
+        config: Beam size, scores and pruning.
+        restrictions: Rules for the tokens that may follow.
         source_words: (B, S) bool, True = a word that counts for the coverage penalty.
 
     Returns:

@@ -20,7 +20,7 @@ class Hypothesis:
 
     Attributes:
         tokens: (T,) int64.
-        score: () float32, by which hypotheses are ranked.
+        score: () float32, the score by which hypotheses are ranked.
         positional_scores: (T,) float32, log-probability of each token, in nats.
         attention: (S, T), attention to each source position at each step, if the model returns it.
     """
@@ -83,8 +83,8 @@ class FinishedHypotheses:
         """Add hypotheses that end at the step recorded last: all (N,), `sentences` ascending.
 
         Args:
-            sentences: int64, their sentences.
-            rows: int64, the rows that the end mark continues.
+            sentences: int64, the sentence of each hypothesis.
+            rows: int64, the row of each hypothesis before its end mark.
             log_probs: Log-probabilities of the whole hypotheses.
             scores: Scores by which to rank them.
         """

@@ -16,7 +16,7 @@ def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
     Args:
         log_probs: (B, W, V), for the next token; -inf = ruled out already.
         alive: (B, W) bool, hypotheses whose own probability is not zero.
-        margin: Nats.
+        margin: Largest difference from the sentence's best that is kept, in nats.
 
     Returns:
         (B, W, V), with -inf for tokens more than `margin` below their sentence's best.

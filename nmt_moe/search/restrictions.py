@@ -21,7 +21,8 @@ class Restrictions:
             They override the other restrictions, up to the maximal length.
         suppressed: Tokens that are never chosen, such as other special symbols.
         unk: The symbol for unknown words.
-        unk_penalty: How much to lower its log-probability, in nats; infinity = never chosen.
+        unk_penalty: How much to lower the log-probability of `unk`, in nats; infinity = never
+            chosen.
         no_repeat_ngram_size: Length of n-grams that no hypothesis may contain twice; 0 = off.
 
     Raises:

@@ -21,7 +21,7 @@ def length_penalty(length: float | Tensor, alpha: float) -> float | Tensor:
 
     Args:
         length: Target tokens, including the end mark.
-        alpha: The exponent; 0 gives 1 for every length.
+        alpha: Exponent of the penalty; 0 gives 1 for every length.
 
     Source: Wu et al. 2016, section 7.
     """
