@@ -29,11 +29,11 @@ def score_translations(
 
     Args:
         sources: Source lines.
-        hypotheses: Their translations.
-        references: Their reference translations.
+        hypotheses: A translation of each source line.
+        references: A reference translation of each source line.
         language: Language of the references, for sacrebleu's tokeniser; None for "13a".
         others: Another model's translations, to compare with.
-        lines: Indices of these lines in the text, for naming sentences; None for all lines.
+        lines: Index of each source line in the text, for naming sentences; None for all lines.
 
     Returns:
         `scores` (BLEU and chrF with their signatures), `by_length`, `by_frequency`, `best` and

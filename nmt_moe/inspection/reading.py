@@ -28,7 +28,7 @@ class Reading:
     """A sentence that a model has read.
 
     Attributes:
-        line: Its index in the text.
+        line: Index of the sentence in the text.
         source_tokens: The S tokens that the encoder read; empty for a language model.
         target: Score of the target: the reference, the model's own translation, or a language
             model's line.
@@ -72,7 +72,7 @@ def collect_usage(
     """Run a model over a text and count how its experts are used.
 
     Args:
-        model: The model that reads it.
+        model: The model that reads the text.
         texts: Lines; blank ones are left out.
         references: A translation of each line, for the decoder to read (teacher forcing); None to
             read the model's own translations.
