@@ -22,8 +22,8 @@ class Layer:
     """The gate and the experts of one layer.
 
     Attributes:
-        moe: Its sizes.
-        gate: The gate's parameters by their names in its state: (..., E), or (G, ..., E / G) for a
+        moe: Sizes of the layer.
+        gate: Parameters of the gate by their names in its state: (..., E), or (G, ..., E / G) for a
             second level.
         experts: (E, ...) tensors, as stored.
         dtype: The bundle's dtype; in a bundle, each output has a row. None for a checkpoint, with

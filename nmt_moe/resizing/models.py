@@ -69,10 +69,10 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        path: Its file.
-        network: Its sizes.
-        layers: Its MoE layers by side, "encoder" and "decoder".
-        state: Its contents.
+        path: Path of the checkpoint.
+        network: Sizes of the network.
+        layers: MoE layers by side, "encoder" and "decoder".
+        state: Contents of the file.
     """
 
     path: Path

@@ -69,7 +69,7 @@ def survey(model: Translator | LanguageModel, part: Part, *, progress: bool = Fa
     """Run a model over a text.
 
     Args:
-        model: The model that reads it.
+        model: The model that reads the text.
         part: The text to read, with or without references.
         progress: Whether to show a bar on standard error.
 
