@@ -60,9 +60,9 @@ class Job:
     """The lines of one request.
 
     Attributes:
-        search: How to translate them.
+        search: Options with which to translate the lines.
         lines: At least one line with text.
-        done: Their translations, in order.
+        done: Translations of the lines, in order, once they are ready.
     """
 
     def __init__(self, search: Search, lines: Sequence[str]) -> None:
@@ -102,9 +102,10 @@ class Batcher:
     """The thread that translates.
 
     Args:
-        num_threads: Threads that torch uses in it; None for torch's default.
+        num_threads: Threads that torch uses in the translating thread; None for torch's default.
         is_batching: Whether requests are batched together instead of translated one after another.
-        observe: Called after each batch with its numbers of requests, lines and seconds.
+        observe: Function called after each batch with the numbers of its requests, lines and
+            seconds.
     """
 
     def __init__(

@@ -22,10 +22,10 @@ class Word:
     """Pieces that a reader sees as one word, or as punctuation.
 
     Attributes:
-        text: Its text, without spaces.
-        first: Index of its first piece.
-        last: Index after its last piece.
-        space: Whether there is a space before it.
+        text: Text of the word, without spaces.
+        first: Index of the word's first piece.
+        last: Index after the word's last piece.
+        space: Whether there is a space before the word.
     """
 
     text: str

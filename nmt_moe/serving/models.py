@@ -19,11 +19,11 @@ class Model:
     """One bundle of the server.
 
     Attributes:
-        folder: Its folder, as the user named it.
-        translator: Its translator.
-        config: Its configuration.
-        sources: Its source languages.
-        targets: Its target languages.
+        folder: Folder of the bundle, as the user wrote it.
+        translator: Translator that the bundle was opened as.
+        config: Configuration of the bundle.
+        sources: Source languages of the bundle.
+        targets: Target languages of the bundle.
     """
 
     folder: str

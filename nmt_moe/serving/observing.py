@@ -29,8 +29,9 @@ class Metrics:
     """What `/metrics` shows.
 
     Args:
-        num_waiting: Returns the number of requests waiting for a batch.
-        num_open: Returns the number of requests being read, waiting or being translated.
+        num_waiting: Function that returns the number of requests waiting for a batch.
+        num_open: Function that returns the number of requests being read, waiting or being
+            translated.
     """
 
     def __init__(self, num_waiting: Callable[[], int], num_open: Callable[[], int]) -> None:
