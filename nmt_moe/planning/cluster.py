@@ -29,10 +29,10 @@ class Setup:
         config: The network's sizes.
         batch: What each device processes at a time.
         devices: Number of devices.
-        size: Devices that share the experts.
+        size: Number of devices that share the experts.
         factored: Whether the optimizer is factored Adam instead of Adam.
-        precision: "fp32"; "half", with fp32 copies of the weights; "memory-efficient", half
-            precision without them.
+        precision: "fp32"; "half", half precision with fp32 copies of the weights; or
+            "memory-efficient", half precision without them.
     """
 
     config: NetworkConfig
@@ -74,8 +74,8 @@ class Sizes:
     Attributes:
         dense: Parameters that are not experts.
         buffered: Dense parameters whose gradients fit into the buffer.
-        experts: Parameters of its experts.
-        factored: Rows and columns of its experts' matrices.
+        experts: Parameters of the experts on the device.
+        factored: Rows and columns of the matrices of these experts.
         macs: Multiply-adds of the forward pass of a batch, by part.
         weights: Parameters that these operations read, by part.
     """
@@ -223,10 +223,10 @@ class Plan:
     """What one device holds and does in a step.
 
     Attributes:
-        memory: Bytes, by part.
-        activations: Bytes, by part of the network.
+        memory: Bytes of memory, by part.
+        activations: Bytes of activations, by part of the network.
         traffic: Bytes sent, by purpose.
-        seconds: Time, by part.
+        seconds: Time in seconds, by part.
         parameters: Parameters on this device, and in the whole cluster.
         capacity: Bytes that a plan may fill.
     """

@@ -19,7 +19,7 @@ class Card:
     """The costs of one architecture; memory in bytes, all in float32.
 
     Attributes:
-        architecture: Its name.
+        architecture: Name of the architecture.
         vocab_size: V.
         ops: Multiply-adds of the forward pass for a token: LSTMs with their projections, both
             matrices of each gate that is evaluated, the experts a token goes to; in a translation
@@ -28,8 +28,8 @@ class Card:
         active: The part of `params` that one token uses.
         total: All numbers that torch stores.
         parts: Multiply-adds of each part, including those left out of `ops`.
-        weights_bytes: Memory of `total`.
-        gradients_bytes: Memory of its gradients.
+        weights_bytes: Memory of the weights.
+        gradients_bytes: Memory of the gradients.
         adam_bytes: Memory of both moments of Adam.
         factored_adam_bytes: Memory of factored Adam, which keeps a row and a column of each expert
             matrix.

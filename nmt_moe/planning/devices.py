@@ -11,12 +11,12 @@ class Device:
 
     Attributes:
         flops: Operations per second in float32; a multiplication and an addition are two.
-        half_flops: The same in half precision; 0 if the device has none.
-        memory: Size of its memory.
-        memory_bandwidth: Bandwidth of its memory.
-        bandwidth: Bandwidth of its link to other devices, one way.
-        source: Where the numbers come from.
-        is_cpu: Whether it is a CPU.
+        half_flops: Operations per second in half precision; 0 if the device has none.
+        memory: Size of the memory.
+        memory_bandwidth: Bandwidth of the memory.
+        bandwidth: Bandwidth of the link to other devices, one way.
+        source: Document that the numbers come from.
+        is_cpu: Whether the device is a CPU.
     """
 
     flops: float

@@ -68,9 +68,9 @@ class Weight:
 
     Attributes:
         part: The part of the network.
-        name: Its name within the network.
-        shape: Its shape in torch.
-        is_expert: Whether it belongs to experts that ranks can share.
+        name: Name of the parameter within the network.
+        shape: Shape of the parameter in torch.
+        is_expert: Whether the parameter belongs to experts that ranks can share.
     """
 
     part: str
