@@ -35,9 +35,9 @@ class Attention(nn.Module):
         """Attend from each query to its sentence.
 
         Args:
-            query: (B, T, D).
+            query: (B, T, D), decoder outputs that attend.
             keys: (B, S, D), from `AttentionKeys`.
-            source: (B, S, D).
+            source: (B, S, D), the encoder's outputs.
             padding_mask: (B, S) bool, True = padding, which gets no weight.
 
         Returns:

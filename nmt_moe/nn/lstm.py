@@ -98,8 +98,8 @@ def turned_positions(lengths: Tensor, num_positions: int) -> Tensor:
     """Return the index that reverses each sentence but not its padding; it is its own inverse.
 
     Args:
-        lengths: (B,) int64.
-        num_positions: S.
+        lengths: (B,) int64, tokens of each sentence.
+        num_positions: Number of positions, S.
 
     Returns:
         (S, B) int64.
