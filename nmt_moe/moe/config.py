@@ -17,15 +17,15 @@ class MoEConfig:
     """Describe one MoE layer; values that cannot be built are rejected.
 
     Attributes:
-        model_dim: D, width of tokens.
-        hidden_dim: H, hidden width of an expert.
-        num_experts: E.
+        model_dim: Width of tokens, D.
+        hidden_dim: Hidden width of an expert, H.
+        num_experts: Number of experts, E.
         top_k: Experts per token; with groups, groups per token and experts per group and token.
             "strictly_balanced" keeps this number on average; "softmax" takes all experts.
-        gate: One of `GATES`.
-        num_groups: G, groups of a hierarchical gate; 0 for a flat one.
-        importance_weight: w_importance in eq. 7.
-        load_weight: w_load in eq. 11.
+        gate: Kind of gate, one of `GATES`.
+        num_groups: Groups of a hierarchical gate, G; 0 for a flat one.
+        importance_weight: Weight of the importance loss, w_importance in eq. 7.
+        load_weight: Weight of the load loss, w_load in eq. 11.
         recompute: Whether to recompute experts' hidden activations in the backward pass, with the
             same routing, instead of keeping them: "always", "never", or "auto", which does so if
             `hidden_dim` is at least 4096 (Appendix D).

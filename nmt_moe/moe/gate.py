@@ -65,9 +65,9 @@ class NoisyTopKGate(nn.Module):
         """Build the gate.
 
         Args:
-            model_dim: D.
-            num_experts: E.
-            top_k: K.
+            model_dim: Width of tokens, D.
+            num_experts: Number of experts, E.
+            top_k: Experts for each token, K.
             num_groups: Groups of rows, G, each with a gate of its own; 0 for a single gate.
         """
         super().__init__()
@@ -121,7 +121,7 @@ class StrictlyBalancedGate(nn.Module):
 
     Attributes:
         gate_weight: Weights of the logits, (D, E), or (G, D, E) with `num_groups`.
-        threshold: (E,) or (G, E).
+        threshold: (E,) or (G, E), the probability above which an expert is chosen.
 
     Source: Shazeer et al. 2017, Appendix F, eqs. 15-20.
     """
@@ -134,7 +134,7 @@ class StrictlyBalancedGate(nn.Module):
         self.top_k = top_k
         shape = weight_shape(model_dim, num_experts, num_groups)
         self.gate_weight = nn.Parameter(torch.zeros(shape))
-        # The gate of each expert while the weight is zero.
+        # Start at the gate that each expert has while the weight is zero.
         threshold_shape = *shape[:-2], num_experts
         self.threshold = nn.Parameter(torch.full(threshold_shape, 1 / num_experts))
 
@@ -193,8 +193,8 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     """Keep each expert's best m = ceil(K N / E) tokens.
 
     Args:
-        probs: (N, E), G_sigma.
-        top_k: K, the average number of experts per token.
+        probs: (N, E), the softmax of each row's logits, G_sigma.
+        top_k: Average number of experts per token, K.
         row_offsets: (G + 1,) int64. Each group, with rows [offsets[g], offsets[g + 1]), is a batch
             of its own; None for a single batch.
 
@@ -225,8 +225,8 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
     """Keep values above their expert's threshold, and NaN, so that it shows in the gates.
 
     Args:
-        probs: (N, E), G_sigma.
-        threshold: (E,), or (N, E) for rows of several gates.
+        probs: (N, E), the softmax of each row's logits, G_sigma.
+        threshold: (E,), the threshold of each expert, or (N, E) for rows of several gates.
 
     Returns:
         (N, E) bool.
@@ -242,8 +242,8 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     This is computed as a softmax over the kept logits, because all kept G_sigma may underflow.
 
     Args:
-        logits: (N, E).
-        mask: (N, E) bool.
+        logits: (N, E), gate logits.
+        mask: (N, E) bool, True = chosen.
 
     Source: Shazeer et al. 2017, eqs. 2 and 16.
     """
@@ -256,8 +256,8 @@ def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> 
     """Penalise thresholds whose choice of tokens differs from the batch's.
 
     Args:
-        probs: (N, E), G_sigma; X in the paper.
-        threshold: (E,), T in the paper.
+        probs: (N, E), the softmax of each row's logits, G_sigma; X in the paper.
+        threshold: (E,), the threshold of each expert, T in the paper.
         mask: (N, E) bool, the choice in the batch.
 
     Returns:
@@ -274,8 +274,8 @@ def to_slots(dense: Tensor, mask: Tensor, num_slots: int) -> tuple[Tensor, Tenso
 
     Args:
         dense: (N, E), gates, 0 where `mask` is False.
-        mask: (N, E) bool.
-        num_slots: K, the largest number of experts of any token.
+        mask: (N, E) bool, True = chosen.
+        num_slots: Largest number of experts of any token, K.
 
     Returns:
         (N, K) gates and (N, K) int64 ids in ascending order; empty slots have the gate 0 and the id

@@ -26,7 +26,7 @@ def importance_loss(importance: Tensor, weight: float) -> Tensor:
 
     Args:
         importance: (E,) float32 or wider, the sum of each expert's gates over the batch.
-        weight: w_importance.
+        weight: Weight of the loss, w_importance.
 
     Returns:
         A scalar, `weight * CV(importance)^2`.
@@ -41,7 +41,7 @@ def load_loss(load: Tensor, weight: float) -> Tensor:
 
     Args:
         load: (E,) float32 or wider, the smooth estimate of each expert's number of tokens.
-        weight: w_load.
+        weight: Weight of the loss, w_load.
 
     Returns:
         A scalar, `weight * CV(load)^2`.

@@ -44,7 +44,7 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
     Args:
         before: (N, K1) int64, experts of each token; `num_experts` in empty slots.
         after: (N, K2) int64, the same in the later checkpoint.
-        num_experts: E.
+        num_experts: Number of experts, E.
 
     Returns:
         A scalar from 0 to 1: the share of (token, expert) pairs of `after` that are in `before`.
@@ -61,8 +61,8 @@ def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
 
     Args:
         x: (N, D).
-        weight_in: (E, D, H).
-        weight_out: (E, H, D).
+        weight_in: (E, D, H), the experts' first matrices.
+        weight_out: (E, H, D), the experts' second matrices.
 
     Returns:
         (E, N, D).

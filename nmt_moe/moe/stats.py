@@ -85,8 +85,8 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
     """Compute the columns of Table 6 from sums over any number of batches.
 
     Args:
-        importance: (E,).
-        load: (E,).
+        importance: (E,), the sum of each expert's gates.
+        load: (E,), each expert's number of tokens, smooth or counted.
 
     Returns:
         `cv_importance`, `cv_load`, and `max_load`, the largest load over the mean load; scalars.
