@@ -26,7 +26,8 @@ def uses_triton(tensor: Tensor, kernel: str) -> bool:
 
     Args:
         tensor: The operation's main operand.
-        kernel: A key of `_trial.TRIALS`, tried when it is asked for the first time.
+        kernel: Name of the kernel, a key of `_trial.TRIALS`; it is tried when it is first asked
+            for.
 
     Raises:
         ValueError: if NMT_MOE_KERNELS asks for something else than "torch" or "triton", or for

@@ -167,7 +167,7 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
     Args:
         rows: (R, D).
         weight: (L, D, F).
-        expert_offsets: (L + 1,) int64.
+        expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).
     """
     if suits_grouped_mm(rows, weight):
         return TorchProducts(expert_offsets)
@@ -183,9 +183,9 @@ def choose_evaluation_products(
 
     Args:
         rows: (R, D).
-        weight_in: (L, D, H).
-        weight_out: (L, H, D).
-        expert_offsets: (L + 1,) int64.
+        weight_in: (L, D, H), the experts' first matrices.
+        weight_out: (L, H, D), the experts' second matrices.
+        expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).
     """
     if has_compiled_loops(rows, weight_in, weight_out):
         return CompiledProducts(expert_offsets)

@@ -1,4 +1,4 @@
-"""Each Triton kernel against its definition, once on each device, before anything depends on it.
+"""Compare each Triton kernel with its definition, once on each device, before it is used.
 
 A kernel that a compiler or a driver refuses, or that computes something else, must not end a
 training: whoever asks `is_sound` uses torch's own operations in its place. A kernel that writes

@@ -39,8 +39,8 @@ def attentive_lstm(
         projection: (D, H); None if outputs are not projected, D = H.
         weight_query: (D, D), W of the attention.
         scale: (D,), V of the attention.
-        keys: (B, S, D).
-        source: (B, S, D).
+        keys: (B, S, D), the part of attention that depends only on the source.
+        source: (B, S, D), the encoder's outputs.
         padding_mask: (B, S) bool, True for padding, which gets weight 0.
         state: Output (B, D) and cells (B, H) of the previous step.
 

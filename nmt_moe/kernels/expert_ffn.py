@@ -27,8 +27,8 @@ def expert_ffn(
 
     Args:
         rows: (R, D), sorted by expert.
-        weight_in: (L, D, H).
-        weight_out: (L, H, D).
+        weight_in: (L, D, H), the experts' first matrices.
+        weight_out: (L, H, D), the experts' second matrices.
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
         recompute: Whether to recompute the hidden activations in the backward pass instead of
             keeping the (R, H) tensor.

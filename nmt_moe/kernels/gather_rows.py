@@ -53,7 +53,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
     Args:
         rows: (R, D).
-        token_rows: (N, K) int64; R for no row.
+        token_rows: (N, K) int64, the rows of each token; R for no row.
         weights: (N, K), in the dtype of `rows` or wider, 0 where there is no row; None for ones.
             Without Triton, torch's own operation rounds them to the dtype of `rows`.
 

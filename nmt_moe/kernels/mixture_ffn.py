@@ -43,8 +43,8 @@ def mixture_ffn(
         gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
             slots.
         plan: The rows of each expert.
-        weight_in: (E, D, H).
-        weight_out: (E, H, D).
+        weight_in: (E, D, H), the experts' first matrices.
+        weight_out: (E, H, D), the experts' second matrices.
         recompute: Whether to recompute the hidden activations in the backward pass, with the same
             routing, instead of keeping the (R, H) tensor.
 

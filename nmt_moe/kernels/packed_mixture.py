@@ -141,9 +141,9 @@ def packed_mixture_ffn(
     Args:
         x: (N, D) float32.
         gates: (N, K) float32, weights of the chosen experts; 0 in empty slots.
-        expert_ids: (N, K) int64; E in an empty slot.
-        weight_in: (E, H, D).
-        weight_out: (E, D, H).
+        expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
+        weight_in: (E, H, D), the experts' first matrices.
+        weight_out: (E, D, H), the experts' second matrices.
 
     Returns:
         (N, D) float32.

@@ -33,7 +33,7 @@ def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPl
 
     Args:
         bins: (N, K) int64, the bins of each token; B in an empty slot.
-        num_bins: B.
+        num_bins: Number of bins, B.
         num_rows: R, the number of slots that are not empty; None if unknown. It is then counted on
             the CPU; elsewhere R becomes N K, so that the host need not wait.
 

@@ -16,9 +16,9 @@ def combine_rows_backward(
     Each row belongs to one slot of one token, so each is written once, without atomics.
 
     Args:
-        grad_y: (N, D).
+        grad_y: (N, D), gradient of the result.
         rows: (R, D).
-        gates: (N, K).
+        gates: (N, K), weights of the chosen experts.
         token_rows: (N, K) int64; R for no row. It names every row exactly once.
 
     Returns:

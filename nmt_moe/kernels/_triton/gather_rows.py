@@ -14,7 +14,7 @@ def gather_rows(x: Tensor, row_token: Tensor) -> Tensor:
 
     Args:
         x: (N, D).
-        row_token: (R,) int64.
+        row_token: (R,) int64, the token of each row.
 
     Returns:
         (R, D).
@@ -36,8 +36,8 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
     Args:
         rows: (R, D).
-        token_rows: (N, K) int64; R for no row.
-        weights: (N, K); None for ones.
+        token_rows: (N, K) int64, the rows of each token; R for no row.
+        weights: (N, K), the factor of each row; None for ones.
 
     Returns:
         (N, D), in the dtype of `rows`.

@@ -27,12 +27,13 @@ class Choice(NamedTuple):
     """Results of the forward pass; C is K + 1 if the load is smooth, else K.
 
     Attributes:
-        gates: (N, K).
+        gates: (N, K), weights of the chosen experts.
         top: (N, C), the largest noisy logits, in descending order.
         ids: (N, C) int64, their columns.
-        importance: (G, E).
-        load: (G, E), the smooth estimate; uninitialised without it.
-        counts: (G, E) int64.
+        importance: (G, E), the sum of each expert's gates.
+        load: (G, E), the smooth estimate of each expert's number of tokens; uninitialised if it is
+            not computed.
+        counts: (G, E) int64, tokens of each expert.
     """
 
     gates: Tensor
@@ -58,9 +59,9 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
     """Choose block sizes by the row's width, and the number of programs.
 
     Args:
-        num_rows: N.
-        num_groups: G.
-        num_experts: E.
+        num_rows: Number of rows, N.
+        num_groups: Number of groups, G.
+        num_experts: Number of experts, E.
         count: Numbers kept for each row.
     """
     block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
@@ -87,13 +88,13 @@ def gating_forward(
     """Choose experts; arguments as in `kernels.noisy_top_k`, all float32.
 
     Args:
-        clean: (N, E).
-        raw_scale: (N, E), or None.
+        clean: (N, E), logits without noise.
+        raw_scale: (N, E), logits of the noise's standard deviation, or None.
         noise: (N, E), or None to draw it from `seed`.
         seed: From 2^62 to 2^63 - 1, so that its type is always the same.
-        row_weight: (N,), or None.
-        row_offsets: (G + 1,) int64, from 0 to N.
-        top_k: K.
+        row_weight: (N,), the weight of each row in the importance, or None.
+        row_offsets: (G + 1,) int64, bounds of the rows of each group, from 0 to N.
+        top_k: Experts for each token, K.
         noise_floor: What is added to the noise's standard deviation.
     """
     clean = clean.contiguous()
@@ -150,12 +151,12 @@ def gating_backward(
     """Run the backward pass of `gating_forward`, given its arguments.
 
     Args:
-        clean: (N, E).
-        raw_scale: (N, E), or None.
+        clean: (N, E), logits without noise.
+        raw_scale: (N, E), logits of the noise's standard deviation, or None.
         noise: (N, E), or None to redraw it from `seed`.
         seed: The seed of the forward pass.
-        row_weight: (N,), or None.
-        row_offsets: (G + 1,) int64.
+        row_weight: (N,), the weight of each row in the importance, or None.
+        row_offsets: (G + 1,) int64, bounds of the rows of each group.
         choice: The result's gates (N, K), top (N, C) and ids (N, C).
         grads: Gradients of gates (N, K), importance (G, E) and the smooth load (G, E).
         noise_floor: What the forward pass added to the noise's standard deviation.
