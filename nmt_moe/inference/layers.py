@@ -210,9 +210,9 @@ class Attention:
         """Attend from each query.
 
         Args:
-            query: (B, W, D).
-            keys: (B, S, D).
-            source: (B, S, D).
+            query: (B, W, D), decoder outputs that attend.
+            keys: (B, S, D), the part of attention that depends only on the source.
+            source: (B, S, D), the encoder's outputs.
             bias: (B, 1, S), 0, or -inf for padding.
 
         Returns:

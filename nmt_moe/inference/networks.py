@@ -223,7 +223,7 @@ class _Slots:
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.
-        num_sentences: B.
+        num_sentences: Number of sentences, B.
     """
 
     def __init__(self, sentence: Tensor, num_sentences: int) -> None:

@@ -20,8 +20,8 @@ class Routing:
     """The experts of N tokens in one MoE layer.
 
     Attributes:
-        expert_ids: (N, K) int64; E in empty slots.
-        gates: (N, K) float32; 0 in empty slots.
+        expert_ids: (N, K) int64, the chosen experts; E in empty slots.
+        gates: (N, K) float32, weights of the chosen experts; 0 in empty slots.
         inputs: (N, D) float32, the layer's inputs, if requested.
     """
 
