@@ -54,8 +54,8 @@ class FinishedHypotheses:
     """Collect hypotheses of B sentences, at most `beam_size` for each.
 
     Args:
-        num_sentences: B.
-        beam_size: W.
+        num_sentences: Number of sentences, B.
+        beam_size: Hypotheses kept for each sentence, W.
         margin: Hypotheses that score more than this below the best of their sentence are dropped,
             in nats; 0 drops none.
         like: A tensor on the device of the search.

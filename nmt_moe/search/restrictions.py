@@ -1,4 +1,4 @@
-"""Which tokens may follow: lengths, prefixes, special symbols, unknown words, repetitions."""
+"""Rule out tokens: lengths, prefixes, special symbols, unknown words, repetitions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
