@@ -81,8 +81,8 @@ class Layer:
         """Return the layer with other experts, stored in the same way.
 
         Args:
-            weight_in: (E', D, H).
-            weight_out: (E', H, D).
+            weight_in: (E', D, H), the experts' first matrices.
+            weight_out: (E', H, D), the experts' second matrices.
         """
         experts: dict[str, Tensor] = {}
         for name, value in ((EXPERTS_IN, weight_in), (EXPERTS_OUT, weight_out)):

@@ -81,8 +81,8 @@ def match_units(
     """Return an expert's matrices with its hidden units in the order of another's.
 
     Args:
-        weight_in: (E, D, H), of all experts.
-        weight_out: (E, H, D), of all experts.
+        weight_in: (E, D, H), the experts' first matrices.
+        weight_out: (E, H, D), the experts' second matrices.
         one: The expert whose order is kept.
         other: The expert whose units are reordered, which does not change its function.
 

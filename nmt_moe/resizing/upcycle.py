@@ -20,8 +20,8 @@ def upcycle(layer: Layer, num_experts: int, top_k: int) -> Layer:
 
     Args:
         layer: A layer with one expert.
-        num_experts: E.
-        top_k: K.
+        num_experts: Number of experts, E.
+        top_k: Experts for each token, K.
 
     Raises:
         ValueError: if the layer has several experts, or a number is out of range.
