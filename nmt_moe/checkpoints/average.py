@@ -21,10 +21,10 @@ def find_numbered(
     """Find the `count` newest checkpoints whose names have a number, oldest first.
 
     Args:
-        folder: Their folder.
-        pattern: `BY_EPOCH` or `BY_UPDATE`.
-        count: How many to find.
-        upper_bound: The largest number to include.
+        folder: Folder of the checkpoints.
+        pattern: Pattern of the file names, `BY_EPOCH` or `BY_UPDATE`.
+        count: Number of checkpoints to find.
+        upper_bound: Largest epoch or update to include.
 
     Raises:
         ValueError: if there are fewer.
@@ -37,8 +37,8 @@ def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[
     """Find the `count` newest checkpoints of epochs and updates, by updates, oldest first.
 
     Args:
-        folder: Their folder.
-        count: How many to find.
+        folder: Folder of the checkpoints.
+        count: Number of checkpoints to find.
         upper_bound: The largest number of updates to include.
 
     Raises:

@@ -49,7 +49,7 @@ def save_experts(
 
     Args:
         folder: Folder of the checkpoint, the same for all ranks.
-        num_experts: E.
+        num_experts: Number of experts, E.
         model: (L, ...) parameters by name.
         optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
         group: The ranks that hold the other experts.
@@ -88,7 +88,7 @@ def write_expert_file(
         optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
 
     Returns:
-        Its entry in the manifest.
+        The file's entry in the manifest.
     """
     path = folder / expert_file_name(save_id, owned)
     header = {"save_id": save_id, "start": owned.start, "stop": owned.stop}
@@ -108,9 +108,9 @@ def restore_experts(
 
     Args:
         path: Path of the checkpoint, whose folder has the files.
-        state: Its contents; unchanged if it has its experts already.
+        state: Contents of the checkpoint; unchanged if they include the experts already.
         owned: Global ids of the experts to add; None for all. Other files are not read.
-        with_optimizer: Whether to add their optimizer state too.
+        with_optimizer: Whether to add the optimizer state of these experts too.
 
     Raises:
         ValueError: naming a file that is missing, damaged, from another save, or does not match the

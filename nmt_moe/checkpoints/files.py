@@ -133,9 +133,9 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
     """Reject NaN and infinities in nested containers.
 
     Args:
-        path: The file that they come from.
+        path: File that the values come from.
         tensors: A tensor, or containers of tensors and other values.
-        name: Their name in errors.
+        name: Name of these values in errors.
 
     Raises:
         ValueError: naming the file and the tensor.

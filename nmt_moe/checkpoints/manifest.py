@@ -49,8 +49,8 @@ def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
     """Reject a manifest that is malformed or whose files do not hold each expert exactly once.
 
     Args:
-        path: The checkpoint.
-        state: Its contents, with a manifest.
+        path: Path of the checkpoint.
+        state: Contents of the checkpoint, with a manifest.
 
     Raises:
         ValueError: naming the checkpoint and what is wrong.

@@ -36,8 +36,9 @@ class SavedNetwork:
     """A network as a checkpoint describes it.
 
     Attributes:
-        architecture: Its name in fairseq, such as `lstm_moe_gnmt_small`.
-        config: `GNMTConfig` for a translation model, `LSTMLMConfig` for a language model.
+        architecture: Name of the architecture in fairseq, such as `lstm_moe_gnmt_small`.
+        config: Sizes of the network: `GNMTConfig` for a translation model, `LSTMLMConfig` for a
+            language model.
         parameters: Parameters by their names in `nmt_moe.nn`, prefixed with `encoder.` or
             `decoder.`, without the wrapper's `network.`.
     """
@@ -51,8 +52,8 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     """Read a checkpoint's description of its network.
 
     Args:
-        path: Its name in errors.
-        state: Its contents, with all experts.
+        path: Path of the checkpoint, for errors.
+        state: Contents of the checkpoint, with all experts.
 
     Raises:
         ValueError: if it holds another kind of model, or a configuration that cannot be built.

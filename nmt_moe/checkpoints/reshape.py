@@ -37,7 +37,7 @@ def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
     """Write a checkpoint that includes its experts as one with expert files.
 
     Args:
-        state: The checkpoint; changed.
+        state: Contents of the checkpoint; changed.
         path: The checkpoint to write; the files are written to its folder.
         num_files: Number of files, a divisor of the number of experts.
 
