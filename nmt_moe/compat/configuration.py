@@ -167,8 +167,8 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
     """Reject a checkpoint's configuration that could execute code; drop the files it names.
 
     Args:
-        path: The checkpoint.
-        state: Its contents, before fairseq has touched them; changed.
+        path: Path of the checkpoint.
+        state: Contents of the checkpoint, before fairseq has touched them; changed.
 
     Raises:
         ValueError: naming the checkpoint and the setting.

@@ -57,7 +57,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
     """Reject a text with a sentence too long to be counted.
 
     Args:
-        path: The text's name in errors.
+        path: Path of the text, for errors.
         sizes: Tokens of each line, at least one line.
 
     Raises:
