@@ -54,7 +54,7 @@ class LocalExchange:
         """Determine which tokens go to which rank. All ranks of the group must call this.
 
         Args:
-            expert_ids: (N, K) int64; E in an empty slot.
+            expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
             num_rows: Number of slots that are not empty, if known.
             is_done: Whether this rank has no more tokens of its own and only computes for others.
         """
@@ -166,7 +166,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
 
     Args:
         ranks: (N, K) int64, the rank of each slot's expert; P in an empty slot.
-        num_ranks: P.
+        num_ranks: Number of ranks, P.
     """
     ranks = ranks.sort(dim=1).values
     is_repeated = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))

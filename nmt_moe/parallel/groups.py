@@ -56,7 +56,7 @@ def make_expert_parallel_group(
     All ranks must call this, with the same arguments. Without a process group there is one rank.
 
     Args:
-        num_experts: E.
+        num_experts: Number of experts, E.
         num_groups: G of a hierarchical gate, whose groups stay whole; 0 for a flat one.
         size: P, a divisor of the number of ranks and of E (with groups: of G); 0 for the largest
             one, which is all ranks if E (or G) is a multiple of their number.
