@@ -38,7 +38,7 @@ class FactoredAdam(torch.optim.Optimizer):
             treated as experts'; None, the default, follows `mark_expert`, which `MoELayer` calls.
         lr: Learning rate.
         betas: Shares of the old first and second moment in the new ones.
-        eps: Added to the root of the second moment; greater than 0.
+        eps: What is added to the root of the second moment; greater than 0.
         weight_decay: Weight decay per unit of learning rate.
         factored: Value for groups that do not set it.
 
@@ -80,7 +80,7 @@ class FactoredAdam(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         Args:
-            closure: Computes the loss again, with its gradients.
+            closure: Function that computes the loss again, with its gradients.
 
         Returns:
             The closure's loss.
@@ -112,7 +112,8 @@ class FactoredAdam(torch.optim.Optimizer):
         """Load what `state_dict` returned.
 
         Args:
-            state_dict: May come from torch's or fairseq's Adam, if no parameter is factored.
+            state_dict: State to load; it may come from torch's or fairseq's Adam, if no parameter
+                is factored.
 
         Raises:
             ValueError: if the state does not fit these parameters.

@@ -64,7 +64,7 @@ def sentences_of_epoch(size: int, passes: float, epoch: int, seed: int) -> Tenso
         size: Sentences of the pair.
         passes: Passes over them in an epoch.
         epoch: The epoch, counted from 1.
-        seed: Determines the random orders.
+        seed: Seed of the random orders.
 
     Returns:
         (round(size * passes),) int64, from 0 to size - 1, with repetitions if passes > 1.

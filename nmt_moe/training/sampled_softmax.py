@@ -48,7 +48,7 @@ def log_uniform_probability(rank: Tensor, num_classes: int) -> Tensor:
 
     Args:
         rank: int64, from 0, the most frequent class, to V - 1.
-        num_classes: V.
+        num_classes: Number of classes, V.
 
     Returns:
         float64, log((rank + 2) / (rank + 1)) / log(V + 1); sums to 1 over all ranks.
@@ -63,7 +63,7 @@ def draw_classes(
 
     Args:
         num_draws: Draws with replacement; at most V.
-        num_classes: V.
+        num_classes: Number of classes, V.
         first_id: The most frequent class. Frequency falls with the id from there on, and lower ids
             are the rarest: rank r has the id (first_id + r) % V.
         device: Device of the result.
@@ -92,7 +92,7 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
     Args:
         features: (N, D).
         weight: (V, D), the weight of the softmax layer.
-        target: (N,) int64.
+        target: (N,) int64, the class to predict.
         sample: The classes drawn for all N tokens.
 
     Returns:
