@@ -76,9 +76,9 @@ def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) 
     """Remove from a checkpoint the experts that are in expert files.
 
     Args:
-        state: The checkpoint; changed, except for the optimizer's own dictionaries.
+        state: Contents of the checkpoint; changed, except for the optimizer's own dictionaries.
         model: The experts' weights, by name.
-        optimizer: Their optimizer state, by index and name.
+        optimizer: Optimizer state of the experts, by index and name.
     """
     for name in model:
         del state["model"][name]
@@ -94,9 +94,9 @@ def cut_experts(
     """Keep only this rank's experts of a checkpoint that has all.
 
     Args:
-        state: The checkpoint; changed.
+        state: Contents of the checkpoint; changed.
         names: The experts' names, by their index in the optimizer's state.
-        group: The ranks that share them.
+        group: The ranks that share the experts.
     """
     saved = state.get("last_optimizer_state", {}).get("state", {})
     for index, name in names.items():

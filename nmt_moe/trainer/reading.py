@@ -31,7 +31,8 @@ def reading_for_training(complete: Callable[[Path, dict[str, Any]], None]) -> It
     """Let a trainer complete the checkpoints that are read.
 
     Args:
-        complete: Called with the path and contents of each checkpoint, without its expert files.
+        complete: Function called with the path and contents of each checkpoint, without its expert
+            files.
     """
     reader = checkpoint_utils.load_checkpoint_to_cpu
     read = reader.__wrapped__
