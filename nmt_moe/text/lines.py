@@ -147,11 +147,12 @@ def scan_lines(
 
     Args:
         stream: The stream, at the start of a line.
-        name: Its name in warnings.
+        name: Name of the stream in warnings.
         start: Position of the stream in bytes; a byte order mark is dropped only at 0.
         end: Position in bytes, at the end of a line, at which to stop.
         max_bytes: Longest line; longer ones are bad lines, and the rest of them is not kept.
-        allow_controls: As in `read_lines`.
+        allow_controls: Whether to accept control characters and carriage returns, for text that is
+            cleaned afterwards.
 
     Raises:
         ValueError: if a compressed file is incomplete.

@@ -65,10 +65,10 @@ def train(
             is too small for `vocab_size` pieces.
         character_coverage: Share of the text's characters that must be pieces; rarer characters
             become unknown.
-        normalization: How text is normalised before it is split, one of `NORMALIZATIONS`: NFKC with
+        normalization: Normalisation of text before it is split, one of `NORMALIZATIONS`: NFKC with
             or without sentencepiece's treatment of spaces, canonical composition only, or only
             turning white space into spaces.
-        max_sentence_bytes: Longer lines are left out.
+        max_sentence_bytes: Most bytes in a line; longer lines are left out.
 
     Raises:
         ValueError: if a line cannot be read, the text is too small for so many pieces, a number is
