@@ -20,7 +20,7 @@ class Run:
     """The log entries of one training run.
 
     Attributes:
-        label: Its name in a legend.
+        label: Name of the run in a legend.
         columns: For each column, such as `valid.ppl`, the value at each number of updates.
     """
 
@@ -74,7 +74,7 @@ def name_files(files: Sequence[Path]) -> dict[Path, str]:
     names = {file: file.stem for file in files}
     parts = {file: Path(os.path.abspath(file)).parts for file in files}
     for file, own in parts.items():
-        # The same file named in two ways never differs.
+        # Two spellings of one path never differ.
         others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
         if others:
             end = 1

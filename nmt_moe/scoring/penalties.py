@@ -32,9 +32,9 @@ class Hypothesis:
 
     Attributes:
         text: The detokenised text.
-        log_probability: In nats.
-        length: Tokens, including the end mark.
-        coverage: In nats, at most 0.
+        log_probability: Log-probability of the translation, in nats.
+        length: Number of tokens, including the end mark.
+        coverage: Logarithm of the coverage, in nats, at most 0.
     """
 
     text: str

@@ -19,7 +19,7 @@ def f_measure_by_frequency(
 
     Args:
         hypotheses: Translations.
-        references: Their references, equally many.
+        references: A reference for each translation.
         tokenize: Function that puts spaces between the words of a line.
 
     Returns:
