@@ -15,7 +15,7 @@ class Batch:
     Attributes:
         sentences: Sentences in one device's batch.
         length: Tokens in a sentence; for translation, on each side.
-        vocab_size: V.
+        vocab_size: Size of the vocabulary, V.
         num_draws: Samples of the sampled softmax; 0 for the full softmax.
         number_bytes: Bytes of an activation: 4, or 2 in half precision.
         on_cpu: Whether the device is a CPU. CPUs keep dropout masks as numbers; GPUs keep experts'

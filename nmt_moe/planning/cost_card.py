@@ -20,7 +20,7 @@ class Card:
 
     Attributes:
         architecture: Name of the architecture.
-        vocab_size: V.
+        vocab_size: Size of the vocabulary, V.
         ops: Multiply-adds of the forward pass for a token: LSTMs with their projections, both
             matrices of each gate that is evaluated, the experts a token goes to; in a translation
             model (for a source and a target token) also the softmax.
