@@ -16,7 +16,7 @@ class TopContexts:
     """For each expert, the tokens with the largest gates and distinct contexts.
 
     Args:
-        num_experts: E.
+        num_experts: Number of experts, E.
         most: Most contexts for an expert.
 
     Source: Shazeer et al. 2017, Appendix E, Table 9.
@@ -32,8 +32,8 @@ class TopContexts:
         """Add tokens.
 
         Args:
-            expert_ids: (N, K) int64; E in empty slots.
-            gates: (N, K) float32.
+            expert_ids: (N, K) int64, the chosen experts; E in empty slots.
+            gates: (N, K) float32, weights of the chosen experts.
             describe: Maps the index of a token to its `context` and further values.
         """
         width = expert_ids.shape[1]

@@ -56,7 +56,7 @@ class FeatureCounts:
 
         Args:
             features: The features of each of N tokens.
-            expert_ids: (N, K) int64; E in empty slots.
+            expert_ids: (N, K) int64, the chosen experts; E in empty slots.
         """
         rows, numbers = [], []
         for row, names in enumerate(features):
@@ -103,7 +103,7 @@ def find_overuse(
     Args:
         counts: Counts of features.
         load: The tokens of each of E experts.
-        num_tokens: N.
+        num_tokens: Number of tokens, N.
         num_comparisons: M, over all features of the layer.
         most: Most features for an expert.
 

@@ -18,7 +18,7 @@ class ExpertUsage:
     """Sums over the tokens of a text in one MoE layer, accumulated batch by batch.
 
     Attributes:
-        num_experts: E.
+        num_experts: Number of experts, E.
         num_tokens: N, including tokens without an expert.
         load: (E,) int64, the number of tokens sent to each expert.
         importance: (E,) float64, the sum of each expert's gates (Shazeer et al. 2017, eq. 6).
@@ -42,8 +42,8 @@ class ExpertUsage:
         """Add a batch.
 
         Args:
-            expert_ids: (N, K) int64; E in empty slots.
-            gates: (N, K) float32 or wider; 0 in empty slots.
+            expert_ids: (N, K) int64, the chosen experts; E in empty slots.
+            gates: (N, K) float32 or wider, weights of the chosen experts; 0 in empty slots.
 
         Raises:
             ValueError: if the shapes differ, or an id is not from 0 to E.
