@@ -222,20 +222,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", default="lstm_moe_gnmt_small", help="(lstm_moe_gnmt_small)")
+    parser.add_argument(
+        "--arch", default="lstm_moe_gnmt_small", help="architecture (lstm_moe_gnmt_small)"
+    )
     parser.add_argument(
         "--attention-wiring",
         default="parallel",
         choices=["recurrent", "parallel"],
-        help="(parallel)",
+        help="attention wiring (parallel)",
     )
-    parser.add_argument("--model-flags", default="", metavar="FLAGS", help="more, one string")
+    parser.add_argument(
+        "--model-flags", default="", metavar="FLAGS", help="more options of the model, one string"
+    )
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)"
     )
-    parser.add_argument("--sentences", type=int, default=64, help="sentences of all ranks (64)")
+    parser.add_argument(
+        "--sentences", type=int, default=64, help="sentences of all ranks together (64)"
+    )
     parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")
-    parser.add_argument("--vocab-size", type=int, default=8000, help="symbols (8000)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8000, help="symbols in the vocabulary (8000)"
+    )
     timing.add_common_flags(parser)
     parser.set_defaults(threads=1)
     args = parser.parse_args(argv)

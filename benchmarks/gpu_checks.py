@@ -15,7 +15,7 @@ from nmt_moe.kernels import reference
 from nmt_moe.moe import MoEConfig, MoELayer
 
 HALVES = torch.bfloat16, torch.float16
-# Largest difference over largest value, of one or two roundings at the end.
+# Largest difference over largest value that one or two roundings at the end can cause.
 ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 SEED = 2**62 + 12345
 
@@ -29,7 +29,7 @@ class Report:
     """Comparisons so far; the first that fails is the last.
 
     Attributes:
-        rows: What was compared, the figure, the limit, the verdict.
+        rows: Rows of the table: what was compared, the figure, the limit, the verdict.
     """
 
     rows: list[list[str]] = field(default_factory=list)
@@ -94,7 +94,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
             make = {"dtype": dtype, "device": device}
             x, rows = leaf(tokens, dim, **make), leaf(num_rows, dim, **make)
             gates = (torch.rand(ids.shape, device=device) * (ids < experts)).requires_grad_()
-            # Of the size that a layer draws, so that results are about 1.
+            # Weights are as large as those that a layer draws, so that results are about 1.
             weight_in = (leaf(experts, dim, hidden, **make) / dim**0.5).detach().requires_grad_()
             weight_out = (leaf(experts, hidden, dim, **make) / hidden**0.5).detach()
             weight_out.requires_grad_()
@@ -275,7 +275,8 @@ def _check_layer_case(
         torch.nn.init.normal_(parameter, std=1.0 if "gate" in key else 0.3)
     layer.to(device, dtype)
     padding = torch.rand(tokens, device=device) < 0.2 if padded else None
-    # Few bits, so that no rounding decides between experts: x and gate are the same in all dtypes.
+    # Use a few bits, so that x and gate are the same in all dtypes and no rounding decides between
+    # experts.
     x = torch.randn(tokens, config.model_dim).to(dtype).to(device).requires_grad_()
     wide = MoELayer(config).eval().to(device, torch.float64)
     wide.load_state_dict(layer.state_dict())

@@ -23,7 +23,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=[*CHECKS, *TABLES])
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of all parts")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for the results of all parts",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, as under a sanitizer")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no GPU")
     return parser.parse_args(words)

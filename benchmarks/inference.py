@@ -61,7 +61,7 @@ class FairseqTranslator:
 
     Attributes:
         sources: The sentences of the test split as raw text.
-        references: Their translations.
+        references: A translation of each sentence.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:

@@ -37,10 +37,10 @@ from benchmarks.moe_tables import format_all
 
 
 def choose_peers(words: list[str]) -> list[str]:
-    """Return the named peers, or with "all" those that can be imported.
+    """Return the requested peers, or with "all" those that can be imported.
 
     Raises:
-        SystemExit: if one is unknown, or named and not installed.
+        SystemExit: if one is unknown, or requested and not installed.
     """
     others = {**PEERS, **PLAIN}
     unknown = [word for word in words if word != "all" and word not in others]
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
 
 
 def finish(document: dict[str, Any], plot: Path | None) -> None:
-    """Print the tables, and draw the plot if a file was named."""
+    """Print the tables, and draw the plot if a file is given."""
     print(format_all(document))
     if plot is not None:
         try:

@@ -216,7 +216,7 @@ OWN: dict[str, type[Layer]] = {
     "nmt_moe_adam": OwnLayer,
     "nmt_moe_hierarchical": OwnHierarchicalLayer,
 }
-# Need only torch, and are not libraries: run when named.
+# These need only torch and are not libraries; they run only when requested.
 PLAIN: dict[str, type[Layer]] = {"torch_loop": LoopLayer, "torch_grouped_mm": GroupedLayer}
 
 

@@ -129,7 +129,8 @@ class FairScale(Layer):
         return [self.moe.gate.wg.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # Random, so take its own: the check covers only dispatch, experts and combination.
+        # These gates are random, so use them: the check covers only dispatch, experts and
+        # combination.
         return self.moe.gate(x)[1].sum(-1)
 
     def expert(self, e: int, x: Tensor) -> Tensor:

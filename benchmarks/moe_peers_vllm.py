@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from benchmarks.moe_layers import Answer, Layer
 from benchmarks.moe_points import Point
 
-# Its widths are multiples of this.
+# vLLM's kernels need widths that are multiples of this.
 WIDTH = 32
 
 
 def load_operators() -> None:
-    """Load its compiled operators alone: the package itself imports much that nobody needs here."""
+    """Load vLLM's compiled operators alone, as the package imports much that is not needed here."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.submodule_search_locations is not None

@@ -8,10 +8,11 @@ from typing import Any
 
 from nmt_moe.moe import MoEConfig
 
-# Step: including the optimizer. Gate: only its forward and backward pass with both losses.
+# "step" includes the optimizer; "gate" is the forward and backward pass of the gate alone, with
+# both losses.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
-# Modes that the limits have, too.
+# Modes in which the limits of the hardware are measured, too.
 BARE = ("forward", "fwd+bwd")
 
 
@@ -20,17 +21,17 @@ class Point:
     """One size of layer and batch.
 
     Attributes:
-        tokens: N.
-        model_dim: D.
-        hidden_dim: H.
-        num_experts: E.
-        top_k: K, experts per token.
-        num_groups: G of the hierarchical layer, which uses sqrt(K) groups with sqrt(K) experts
-                        each; 0 for no such layer.
+        tokens: Tokens in the batch, N.
+        model_dim: Width of tokens, D.
+        hidden_dim: Hidden width of an expert, H.
+        num_experts: Number of experts, E.
+        top_k: Experts per token, K.
+        num_groups: Groups of the hierarchical layer, G, of which each token uses sqrt(K), with
+            sqrt(K) experts each; 0 for no such layer.
         modes: What is timed, some of `MODES`.
-        dtype: Of tokens and weights, a torch name.
-        kind: "layer", or "gating" for the gate's arithmetic on logits alone.
-        yardsticks: Competitors that always run at this point, without being named.
+        dtype: Type of tokens and weights, by its name in torch.
+        kind: What is measured: "layer", or "gating" for the gate's arithmetic on logits alone.
+        yardsticks: Competitors that always run at this point, without being requested.
     """
 
     tokens: int

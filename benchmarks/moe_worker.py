@@ -1,4 +1,4 @@
-"""One competitor in its own process, which takes commands from a pipe.
+"""One competitor in its own process, which reads commands from a pipe.
 
 moe_rounds.py starts it with one argument, a JSON object; it answers each line of standard input,
 also a JSON object, with one on standard output. Output of libraries goes to stderr.
@@ -66,7 +66,7 @@ class LayerRun:
                 self.layer(self.x)
             return None
         marks = [self._now()]
-        # Fresh gradients, as in training.
+        # Start with fresh gradients, as in training.
         self.rest()
         x = self.x.detach().requires_grad_()
         if mode == "gate":

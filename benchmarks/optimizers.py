@@ -28,9 +28,9 @@ FACTORED = "nmt_moe factored"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", type=int, default=64, help="E (64)")
-    parser.add_argument("--dim", type=int, default=512, help="D (512)")
-    parser.add_argument("--hidden", type=int, default=1024, help="H (1024)")
+    parser.add_argument("--experts", type=int, default=64, help="number of experts (64)")
+    parser.add_argument("--dim", type=int, default=512, help="width of tokens (512)")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden width of an expert (1024)")
     add_common_flags(parser)
     return parser
 

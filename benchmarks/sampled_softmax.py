@@ -27,9 +27,15 @@ from nmt_moe.training import draw_classes, sampled_nll
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--vocab-size", type=int, nargs="+", default=[100_000], help="V, one or more (100000)"
+        "--vocab-size",
+        type=int,
+        nargs="+",
+        default=[100_000],
+        help="sizes of the vocabulary (100000)",
     )
-    parser.add_argument("--draws", type=int, nargs="+", default=[8192], help="draws (8192)")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=[8192], help="draws per step (8192)"
+    )
     parser.add_argument("--tokens", type=int, default=256, help="tokens per step (256)")
     parser.add_argument("--dim", type=int, default=512, help="width of features (512)")
     add_common_flags(parser)

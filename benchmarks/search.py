@@ -54,7 +54,7 @@ class Data:
     """A trained model and the batches it translates.
 
     Attributes:
-        model: As fairseq-generate loads it.
+        model: The model, as fairseq-generate loads it.
         batches: The batches of one subset.
         targets: The reference of each sentence, by sentence number.
     """
@@ -192,9 +192,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DATA-BIN", help="its binarised data"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint of a trained model",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DATA-BIN", help="binarised data of the model"
     )
     parser.add_argument("--subset", default="valid", help="subset of the data (valid)")
     parser.add_argument("--batch", type=int, default=64, help="sentences per batch (64)")

@@ -231,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sentences", type=int, default=64, help="sentences per batch (64)")
     parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="symbols (32000)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32000, help="symbols in the vocabulary (32000)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     timing.add_common_flags(parser)

@@ -240,7 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="sentences per batch (32)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument("--length", type=int, default=25, help="tokens per translation (25)")
-    parser.add_argument("--vocab-size", type=int, default=8000, help="symbols (8000)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8000, help="symbols in the vocabulary (8000)"
+    )
     parser.add_argument("--command", action="store_true", help="also time the whole command")
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)

@@ -34,9 +34,9 @@ def download(
     Args:
         path: The file. It appears once it is complete; an existing file with another digest or size
             is fetched again.
-        addresses: http, https or file addresses.
-        digest: A digest such as `sha256:...` or `md5:...`.
-        size: Its size in bytes.
+        addresses: Addresses of the file: http, https or file.
+        digest: Digest of the file, such as `sha256:...` or `md5:...`.
+        size: Size of the file in bytes.
 
     Raises:
         ValueError: if no address has it, naming each with the reason.
@@ -84,13 +84,13 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the named members of a tar archive; nothing is written, whatever the archive says.
+    """Yield the requested members of a tar archive; nothing is written, whatever the archive says.
 
     The archive is read to its end, where its checksum is.
 
     Raises:
         ValueError: if it is damaged, has a member outside its folder, a device or a link that
-            leaves it, or lacks a named member.
+            leaves it, or lacks a requested member.
     """
     missing = set(names)
     opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}

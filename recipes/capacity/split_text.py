@@ -60,7 +60,7 @@ def split_text(
     """Write `train`, `valid` and `test`; without `valid`, use the end of the training text.
 
     Returns:
-        The number of words and end marks of each.
+        The number of words and end marks of each file.
 
     Raises:
         ValueError: if a text cannot be used, or nothing would be left to train on.
@@ -94,10 +94,17 @@ def split_text(
     help="File in the folder, plain, .gz or .xz; repeatable.",
 )
 @click.option(
-    "--valid", default="", help="Another file; empty: the last lines of the last --train."
+    "--valid",
+    default="",
+    help="File of the validation set; empty: the last lines of the last --train.",
 )
-@click.option("--test", required=True, help="Another.")
-@click.option("--valid-lines", type=int, required=True, help="Without --valid: number of lines.")
+@click.option("--test", required=True, help="File of the test set.")
+@click.option(
+    "--valid-lines",
+    type=int,
+    required=True,
+    help="Lines of the validation set if --valid is empty.",
+)
 @click.option("--output", type=Path, required=True, help="Folder to write.")
 def main(
     folder: Path, train: Sequence[str], valid: str, test: str, valid_lines: int, output: Path

@@ -256,8 +256,8 @@ def draw_time(generator: random.Random) -> int:
 def draw_item(generator: random.Random) -> Item:
     """Draw the meaning of a sentence; small numbers are as frequent as large ones."""
     first_day = datetime.date(1800, 1, 1)
-    # Half are just a number, price, time or date: with few words to choose from, attention is
-    # learnt in a fraction of the updates that only whole sentences would take.
+    # Half the sentences are just a number, price, time or date: with few words to choose from,
+    # attention is learnt in a fraction of the updates that only whole sentences would take.
     is_bare = generator.random() < 0.5
     return Item(
         template=generator.randrange(NUM_BARE)
@@ -316,7 +316,7 @@ def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
 def split_pairs(
     pairs: list[tuple[str, str]], sizes: dict[str, int]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Divide the pairs into named parts that share no sentence on either side."""
+    """Divide the pairs into parts of the given sizes that share no sentence on either side."""
     parts, start = {}, 0
     for name, size in sizes.items():
         parts[name] = pairs[start : start + size]
@@ -345,7 +345,13 @@ PAIRS = click.IntRange(min=1)
 )
 @click.argument("folder", type=Path)
 @click.option("--target-lang", type=click.Choice(["de", "fr"]), default="fr", show_default=True)
-@click.option("--train-size", type=PAIRS, default=12000, show_default=True, help="In pairs.")
+@click.option(
+    "--train-size",
+    type=PAIRS,
+    default=12000,
+    show_default=True,
+    help="Sentence pairs for training.",
+)
 @click.option("--valid-size", type=PAIRS, default=300, show_default=True)
 @click.option("--test-size", type=PAIRS, default=500, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)

@@ -84,8 +84,8 @@ def keep_words(line: bytes) -> bytes:
 @command("fetch.py", "fetch.py --folder archive --target text --shards 1 --lines 20000")
 @click.option("--folder", type=Path, required=True, help="Folder for the archive.")
 @click.option("--target", type=Path, required=True, help="Folder for train, valid and test.")
-@click.option("--shards", type=int, default=NUM_TRAIN, help="Training shards to take.")
-@click.option("--lines", type=int, default=0, help="Lines to take of each shard; 0: all.")
+@click.option("--shards", type=int, default=NUM_TRAIN, help="Training shards to use.")
+@click.option("--lines", type=int, default=0, help="Lines to use of each shard; 0: all.")
 @click.option("--address", default=ADDRESS, help="Folder of the archive (LM1B_MIRROR).")
 @click.option("--sha256", default=SHA256, help="Digest of the archive (LM1B_SHA256).")
 def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha256: str) -> None:

@@ -73,9 +73,11 @@ def fetch(name: str, digest: str, target: Path, folder: Path | None, address: st
 @command("fetch.py", "fetch.py train.en train.de --target text")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--target", type=Path, required=True, help="Folder for the texts.")
-@click.option("--folder", type=Path, help="Folder to take them from (MULTI30K_DIR).")
+@click.option("--folder", type=Path, help="Folder that has the files already (MULTI30K_DIR).")
 @click.option("--address", default=ADDRESS, help="Address to download from.")
-@click.option("--digests", type=Path, default=Path(__file__).with_name("SHA256SUMS"), help="File.")
+@click.option(
+    "--digests", type=Path, default=Path(__file__).with_name("SHA256SUMS"), help="File of digests."
+)
 def main(
     names: tuple[str, ...], target: Path, folder: Path | None, address: str, digests: Path
 ) -> None:

@@ -28,7 +28,12 @@ def select(lines: Iterable[str], held_back: Iterable[str]) -> Iterator[str]:
 
 @command("select_lines.py", "select_lines.py captions.de.gz --without val.de --output mono.de")
 @click.argument("text", type=Path)
-@click.option("--without", type=Path, multiple=True, help="Text to score on; several.")
+@click.option(
+    "--without",
+    type=Path,
+    multiple=True,
+    help="Text to score on, whose lines are left out; repeatable.",
+)
 @click.option("--output", type=Path, required=True, help="File to write.")
 def main(text: Path, without: Sequence[Path], output: Path) -> None:
     """Write the lines of TEXT, plain, .gz or .xz, without blank ones and those of other texts."""

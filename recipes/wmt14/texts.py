@@ -29,11 +29,11 @@ from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
 from nmt_moe.text.pieces import load
 from recipes.downloads import show_progress
 
-# Pairs that a worker takes at once: about a tenth of a second of work.
+# Pairs that a worker processes at once: about a tenth of a second of work.
 CHUNK = 1000
 CONTROL_SPACE = re.compile(r"[\t-\r\x1c-\x1f\x85]")
 Pair = tuple[str, str]
-# A pair of lines as read.
+# A pair of lines as it was read.
 Lines = tuple[str | BadLine, str | BadLine]
 # A worker's result for a pair: its new form, or why it is left out.
 Result = Pair | str
@@ -209,7 +209,7 @@ COMMON = (
     click.argument("texts", nargs=-1, required=True, type=Path),
     click.option("--pair", type=click.Choice(["de", "fr"]), required=True),
     click.option("--target", type=Path, required=True, help="Name to write."),
-    click.option("--threads", type=int, default=1, help="Processes."),
+    click.option("--threads", type=int, default=1, help="Number of processes."),
     click.option("--keep-all", is_flag=True, help="Do not leave out any pair."),
     click.option("--expect", type=int, help="Required number of pairs."),
 )
