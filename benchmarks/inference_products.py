@@ -1,10 +1,11 @@
-"""Time the products of inference: the grounds for the choices in `kernels/quantised.py`.
+"""Time the matrix products of inference, the basis for the choices in `kernels/quantised.py`.
 
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
-A row is a matrix (outputs x inputs) and a number of rows of activations; times are microseconds of
-CPU time, including quantisation of activations. Each product cycles through copies of its matrix,
-so that as many bytes lie between two uses as in a model.
+Each line of the table is for one matrix (outputs x inputs) and one number of activation rows; times
+are microseconds of CPU time, including quantisation of activations. Each product cycles through
+copies of its matrix, so that as many bytes of weights are read between two uses of a matrix as in a
+real model.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def microseconds(
     calls = {}
     for name, make in CONTENDERS.items():
         if name == "_int_mm" and rows * shape[0] * shape[1] > 1 << 26 and not has_vnni():
-            continue  # a plain C loop there
+            continue  # without VNNI, `_int_mm` is a plain C loop
         products = [make(torch.randn(shape) * 0.05) for _ in range(copies)]
         for product in products:
             product(x)  # ours pack their weights on the first call
@@ -124,7 +125,7 @@ def microseconds(
 
 
 def has_vnni() -> bool:
-    """Return whether the processor adds products of bytes in 32 bits."""
+    """Return whether the processor can sum byte products in 32 bits (VNNI), judged by AVX-512."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -134,9 +135,14 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OxI", help="matrices")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 5, 64, 320], help="rows")
     parser.add_argument(
-        "--cache", type=int, default=64, help="MiB of float32 weights between two uses (64)"
+        "--batch", nargs="+", type=int, default=[1, 5, 64, 320], help="numbers of activation rows"
+    )
+    parser.add_argument(
+        "--cache",
+        type=int,
+        default=64,
+        help="MiB of float32 weights read between two uses of a matrix (64)",
     )
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)

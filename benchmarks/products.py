@@ -1,8 +1,8 @@
 """The matrix products that a training step of the translation model must do.
 
-They come from the planner's description of the network. Not included are other operations
-(activations, softmaxes, embeddings, dropout, sorting, the optimizer), and products that could be
-avoided: the weight gradient of a recurrent layer is one product over all steps here, and
+They come from the planner's description of the network. Other operations (activations, softmaxes,
+embeddings, dropout, sorting, the optimizer) are not included, and neither are products that could
+be avoided: here the weight gradient of a recurrent layer is a single product over all steps, and
 padding does not count as tokens.
 """
 
@@ -16,15 +16,16 @@ from torch import Tensor
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.planning import Batch, Product, describe
 
-# The input that a weight of an LSTM multiplies, by a part of its name.
+# Maps part of an LSTM weight's name to the input that the weight multiplies.
 LSTM_PARTS = {"_ih_": "input", "weight_x": "input", "_hh_": "recurrent", "recurrent": "recurrent"}
 GROUPS = {"gates": "MoE gate", "experts": "MoE experts"}
 
 
 def model_products(config: GNMTConfig, batch: Batch) -> list[Product]:
-    """List the products of one forward pass of encoder, decoder and softmax layer, in order.
+    """List the products of a forward pass through encoder, decoder and softmax layer, in order.
 
-    Experts get equal numbers of rows, at least one, so that a tiny batch has products, too.
+    Every expert gets the same number of rows, at least one, so that even a tiny batch has expert
+    products.
     """
     return [
         product
@@ -43,7 +44,7 @@ def group_of(product: Product) -> str:
 
 
 def training_flops(products: Iterable[Product]) -> int:
-    """Count the operations of forward and backward pass: each product once, and its two gradients.
+    """Count the operations of the forward and backward passes: each product and its two gradients.
 
     A multiplication and an addition count as two.
     """
@@ -51,7 +52,7 @@ def training_flops(products: Iterable[Product]) -> int:
 
 
 def flops_by_group(products: Iterable[Product]) -> dict[str, int]:
-    """Count the operations of forward and backward pass by group."""
+    """Count the operations of the forward and backward passes by group."""
     totals: dict[str, int] = defaultdict(int)
     for product in products:
         totals[group_of(product)] += training_flops([product])
@@ -73,7 +74,7 @@ class Pool:
         return self.tensors[shape][index]
 
     def reserve(self, size: int) -> None:
-        """Enlarge the scratch for results to at least `size` numbers."""
+        """Enlarge the scratch buffer for results to at least `size` numbers."""
         if self.scratch.numel() < size:
             self.scratch = torch.zeros(size, device=self.device).add_(1.0)  # touch the memory
 
@@ -81,7 +82,7 @@ class Pool:
 class BareProducts:
     """Compute a list of products forward and their two gradients backward, and nothing else.
 
-    Every product has its own operands, as in a model; results share one scratch.
+    Every product has its own operands, as in a model; results share one scratch buffer.
     """
 
     def __init__(self, products: Iterable[Product], pool: Pool) -> None:
@@ -105,7 +106,7 @@ class BareProducts:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Run all of them once."""
+        """Run all products and their gradients once."""
         for product, (left, right, _) in zip(self.products, self.operands, strict=True):
             for matrix in range(product.experts):
                 self._by_step(product, left[matrix], right[matrix])

@@ -1,17 +1,17 @@
-"""Measure `nmt-moe serve`: batches across requests, the server's overhead, and many requests.
+"""Measure `nmt-moe serve`: batching across requests, the server's overhead, and heavy load.
 
     python -m benchmarks.serving en-de --text test.en --source en --target de --threads 2
     python -m benchmarks.serving en-de --text test.en --source en --target de --soak 300
 
-Servers run in processes of their own; clients are threads of this one, each with one connection.
-The server runs in turn with and without batches across requests, and with one client. The overhead
-is the time that the client waits minus the time that the server spends in the translator, according
-to its metrics. The machine's load is printed below the table: on a machine that others use,
-times are longer by up to that factor.
+Servers run in their own processes; clients are threads of this process, each with one connection.
+Servers with and without batching across requests are measured in turn, with several clients and
+with one. The overhead is the time that the client waits minus the time that the server spends in
+the translator, according to its metrics. The machine's load is printed below the table, because on
+a shared machine other programs lengthen the times.
 
 `--soak` sends an hour's requests (one per second) within the given seconds: single texts,
-lists, texts of several lines, with or without alternatives, through different APIs, from clients
-some of which disconnect. Every answer is compared with the translator's own.
+lists, texts of several lines, with or without alternatives, through different APIs, from several
+clients, some of which disconnect early. Every answer is compared with the translator's own.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Client:
         return self.post("/v1/translate", texts=text, **self._languages)["translations"][0]["text"]
 
     def leave(self, text: str) -> None:
-        """Send a request, and disconnect without the answer."""
+        """Send a request and disconnect without waiting for the answer."""
         body = json.dumps({"q": text, **self._languages})
         self._connection.request("POST", "/translate", body, {"Content-Type": "application/json"})
         self._connection.close()
@@ -115,7 +115,7 @@ def read_metric(host: str, name: str) -> float:
 def ask_at_once(
     host: str, args: argparse.Namespace, texts: Sequence[str], num_clients: int
 ) -> tuple[float, list[float]]:
-    """Let clients request translations, each client one after the other.
+    """Let all clients request translations at once, each sending one request after another.
 
     Returns:
         Sentences per second, and the seconds of each request.
@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
                     after = [read_metric(host, name) for name in COUNTED]
                     inside, num_batches, num_requests = map(float.__sub__, after, before)
                     if number < 0:
-                        continue  # the first round reads the experts
+                        continue  # not counted: the first round loads the experts from disk
                     key = num_clients, is_batching
                     rates.setdefault(key, []).append(rate)
                     waits.setdefault(key, []).extend(waited)
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
             timing.say(f"{number + 2} of {args.rounds + 1} rounds done")
     print(timing.markdown_table(COLUMNS, [_row(key, rates, waits, batches) for key in rates]))
     many = {key[1]: statistics.median(own) for key, own in rates.items() if key[0] != 1}
-    print(f"\nWith batches {many[True] / many[False]:.2f} times as many sentences/s as without.")
+    print(f"\nBatching gives {many[True] / many[False]:.2f} times as many sentences/s.")
     print(f"One client: the server adds {statistics.median(added):.1f} ms to the translator's time")
     print(f"(rounds: {', '.join(f'{value:.1f}' for value in added)}).")
     print(f"\n{timing.describe_hardware('cpu', args.threads)}; load {min(loads):.1f} to")
@@ -202,7 +202,7 @@ class Soak:
     Attributes:
         texts: Sentences.
         expected: The translator's own answer for each.
-        alternatives: The translator's alternatives for each, with two requested.
+        alternatives: The translator's alternatives for each sentence when two are requested.
     """
 
     texts: list[str]
@@ -251,7 +251,8 @@ class Soak:
         """Send requests from several clients at once.
 
         Returns:
-            Requests without an answer, requests with a wrong or another's answer, seconds.
+            Requests without an answer, requests that got a wrong answer or another request's
+            answer, and seconds.
         """
         numbers = iter(range(num_requests))
         lock = threading.Lock()
@@ -314,9 +315,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", default="de", help="language of the translations (de)")
     parser.add_argument("--clients", type=int, default=16, help="clients at once (16)")
     parser.add_argument("--requests", type=int, default=6, help="requests per client and round (6)")
-    parser.add_argument("--max-words", type=int, default=12, help="most words per sentence (12)")
+    parser.add_argument("--max-words", type=int, default=12, help="maximum words per sentence (12)")
     parser.add_argument(
-        "--soak", type=float, metavar="SECONDS", help="an hour of requests in this time"
+        "--soak",
+        type=float,
+        metavar="SECONDS",
+        help="send an hour's requests within this many seconds",
     )
     parser.add_argument("--soak-requests", type=int, default=HOUR, help="requests in total (3600)")
     timing.add_common_flags(parser)

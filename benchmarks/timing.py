@@ -1,7 +1,7 @@
 """Time competitors side by side, and print the results.
 
-Each round measures every competitor once, A B C ... A B C ..., so that a slow minute of the machine
-affects all of them; medians over the rounds are compared.
+Each round measures every competitor once, A B C ... A B C ..., so that a temporary slowdown of the
+machine affects all of them equally; medians over the rounds are compared.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-# Processes started by these programs run in it, so that they find these modules.
+# Working directory of the processes that these programs start, so that they can import these
+# modules.
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A job runs a competitor once, and may return the seconds of its parts.
 Job = Callable[[], Mapping[str, float] | None]
@@ -26,7 +27,7 @@ Job = Callable[[], Mapping[str, float] | None]
 
 @dataclass
 class Samples:
-    """Seconds of one competitor, one number per round.
+    """Times of one competitor in seconds, one per round.
 
     Attributes:
         seconds: Seconds of the whole job.
@@ -83,7 +84,7 @@ def synchronise(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Return the peak memory of this process: in the GPU's allocator, or resident.
+    """Return this process's peak memory: allocated on the GPU or, on the CPU, resident memory.
 
     `ru_maxrss` would start at the size of the process that started this one.
     """
@@ -135,14 +136,14 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every program here."""
+    """Add the flags that all benchmark programs share."""
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (7)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cpu or cuda (cpu)"
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and tokens (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all samples there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all samples to FILE")
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -24,8 +24,9 @@ nmt-moe check-environment --extra demo --extra dev
 def check_environment(extras: tuple[str, ...]) -> None:
     """Check that this Python has everything nmt_moe needs; print what is missing.
 
-    Versions are compared with the project's requirements, and torch, fairseq and its compiled parts
-    are imported. Nothing is installed. `nmt-moe doctor` says more, also about the machine.
+    Versions are compared with the project's requirements, and torch, fairseq and fairseq's compiled
+    parts are imported. Nothing is installed. `nmt-moe doctor` reports more, including details of
+    the machine.
     """
     known = diagnostics.known_extras()
     for extra in set(extras) - set(known):

@@ -1,4 +1,4 @@
-"""`nmt-moe export`: write a checkpoint as a folder that needs neither fairseq nor its data."""
+"""`nmt-moe export`: write a checkpoint as a folder that needs neither fairseq nor training data."""
 
 from __future__ import annotations
 
@@ -34,25 +34,35 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Of the stored weights: int8 takes a quarter of the space and is faster.",
+    help="Type of the stored weights. int8 takes a quarter of the space and is faster.",
 )
-@click.option("--source-lang", help="Needed if neither the checkpoint nor its data name it.")
-@click.option("--target-lang", help="Likewise.")
+@click.option(
+    "--source-lang", help="Source language; needed if neither the checkpoint nor its data names it."
+)
+@click.option(
+    "--target-lang", help="Target language; needed if neither the checkpoint nor its data names it."
+)
 @click.option("--lowercase", is_flag=True, help="Lower-case source text, as was done for training.")
 @click.option(
-    "--normalize-punctuation", is_flag=True, help="Normalise source text as Moses does, likewise."
+    "--normalize-punctuation",
+    is_flag=True,
+    help="Normalise punctuation in source text as Moses does, as was done for training.",
 )
 @click.option("--beam", type=int, help="The bundle's default beam size.  [default: 5]")
 @click.option(
-    "--lenpen", type=float, help="Its default length exponent, as in fairseq.  [default: 1]"
+    "--lenpen",
+    type=float,
+    help="The bundle's default length exponent, as in fairseq.  [default: 1]",
 )
-@click.option("--length-penalty-alpha", type=float, help="Its default for GNMT's length penalty.")
 @click.option(
-    "--coverage-penalty-beta", type=float, help="Its default for GNMT's coverage penalty."
+    "--length-penalty-alpha", type=float, help="The bundle's default for GNMT's length penalty."
 )
-@click.option("--beam-prune", type=float, help="Its default for GNMT's pruning, nats.")
+@click.option(
+    "--coverage-penalty-beta", type=float, help="The bundle's default for GNMT's coverage penalty."
+)
+@click.option("--beam-prune", type=float, help="The bundle's default for GNMT's pruning, in nats.")
 @click.option("--scores", type=PATH, help="Text for the model card, such as sacrebleu's output.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 def export(
     checkpoint: Path,
     data: Path,

@@ -66,7 +66,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     "--hard-vocab-limit/--no-hard-vocab-limit",
     default=True,
     show_default=True,
-    help="Reject a text that is too small for so many pieces, or learn fewer.",
+    help="If the text is too small for this many pieces, reject it, or learn fewer pieces.",
 )
 @click.option(
     "--character-coverage",
@@ -89,7 +89,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     type=int,
     default=lib.MAX_SENTENCE_BYTES,
     show_default=True,
-    help="Leave out longer lines, in bytes.",
+    help="Leave out lines longer than this many bytes.",
 )
 def train(
     inputs: tuple[Path, ...],
@@ -129,12 +129,20 @@ nmt-moe pieces encode --model spm.model --samples 2 < train.en > cut.en
 @MODEL
 @INPUTS
 @OUTPUTS
-@click.option("--samples", type=int, default=0, help="Further passes, split at random.")
 @click.option(
-    "--alpha", type=float, default=0.2, help="How strongly they prefer likely splits (0.2)."
+    "--samples",
+    type=int,
+    default=0,
+    help="Number of additional copies of the text, split at random.",
 )
 @click.option(
-    "--seed", type=int, default=1, help="Of the first text; each further text adds 1 (1)."
+    "--alpha", type=float, default=0.2, help="How strongly random splits favour likely ones (0.2)."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=1,
+    help="Random seed for the first text; 1 is added for each further text (1).",
 )
 def encode(
     model: Path,
@@ -199,7 +207,9 @@ def warn_of_pieces(lines: Iterable[str], path: Path) -> Iterator[str]:
     """Return the lines; warn if most of the first 1000 are already pieces."""
     first, lines = peek(lines)
     if 2 * sum("▁" in line for line in first) > len(first):
-        logger.warning("%s: most lines have ▁ already. Is this text split into pieces twice?", path)
+        logger.warning(
+            "%s: most lines already contain ▁. Has this text already been split into pieces?", path
+        )
     return lines
 
 
@@ -207,7 +217,7 @@ def warn_of_text(lines: Iterable[str], path: Path) -> Iterator[str]:
     """Return the lines; warn if most of the first 1000 are not pieces."""
     first, lines = peek(lines)
     if 2 * sum("▁" in line for line in first if line) < len(first):
-        logger.warning("%s: most lines have no ▁. Are these pieces, or is it text?", path)
+        logger.warning("%s: most lines contain no ▁. Is this plain text instead of pieces?", path)
     return lines
 
 
@@ -219,6 +229,9 @@ def peek(lines: Iterable[str]) -> tuple[list[str], Iterator[str]]:
 
 
 def write_text(lines: Iterable[str], path: Path) -> None:
-    """Write lines to a file, which appears once it is complete, or to standard output if -."""
+    """Write lines to a file, or to standard output if `path` is -.
+
+    The file appears once it is complete.
+    """
     with open_output(None if str(path) == "-" else path) as file:
         file.writelines(line + "\n" for line in lines)

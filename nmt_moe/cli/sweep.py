@@ -39,12 +39,13 @@ def sweep(
 
     NBEST is the output of fairseq-generate. Each point of the grid ranks every n-best list by
     log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam;
-    they rank finished hypotheses. With --nbest as large as --beam and without --beam-prune, a point
-    is therefore what fairseq-generate gives with these penalties; alpha = beta = 0 is its
-    --unnormalized.
+    they rank finished hypotheses. With --nbest as large as --beam and without --beam-prune, each
+    point is therefore the BLEU of fairseq-generate's output with these penalties; alpha = beta = 0
+    corresponds to its --unnormalized.
 
-    BLEU is sacrebleu's, of the D- lines against the T- lines of the same file or --reference, which
-    has a line for each sentence of the split. For scores to compare with others', use the raw text.
+    BLEU is computed by sacrebleu. It compares the D- lines with the T- lines of the same file or
+    with --reference, which must have one line per sentence of the split. To get scores comparable
+    with published ones, give the raw text as --reference.
     """
     lib.check_grid(alphas, betas)
     found = lib.read_nbest(read_lines(nbest, allow_controls=True))

@@ -110,7 +110,7 @@ def test_decoding_undoes_encoding_from_standard_input(model, text):
 
 def test_text_that_is_cut_already_is_warned_of(model, text, caplog):
     run("encode", "--model", model, input=run("encode", "--model", model, "--input", text).stdout)
-    assert "into pieces twice?" in caplog.text
+    assert "already been split into pieces?" in caplog.text
 
 
 def test_a_likelier_cut_is_drawn_as_much_more_often_as_alpha_says(model):
@@ -225,7 +225,7 @@ def test_samples_that_cannot_be_drawn_are_named(model, text, tmp_path, flags):
 
 def test_text_that_is_not_in_pieces_is_warned_of(model, text, caplog):
     run("decode", "--model", model, "--input", text)
-    assert "Are these pieces, or is it text?" in caplog.text
+    assert "Is this plain text instead of pieces?" in caplog.text
 
 
 def test_a_missing_file_or_folder_is_named(text, tmp_path):

@@ -1,11 +1,12 @@
-"""One matrix product for each expert, over rows sorted by expert: Triton.
+"""Triton kernels for one matrix product per expert, over rows sorted by expert.
 
-The sizes of blocks are reasoned, not tuned: no GPU was at hand. With t rows per expert, a pass
-over the weights does about t multiply-adds for each element read, and an H100 or H200 needs some
-200 of them (in bf16) to be held back by arithmetic rather than by memory. So up to 32 rows per
-expert only one thing counts, that each expert's matrix streams through once: few rows in a block,
-narrow enough to leave registers and shared memory for loads in flight. From 128 on, blocks are as
-large as the tensor cores like them. Between the two the block holds most experts' rows at once.
+Block sizes were chosen by reasoning, not by tuning, because no GPU was available. With t rows per
+expert, a pass over the weights does about t multiply-adds for each element read, and an H100 or
+H200 needs about 200 of them (in bf16) before arithmetic rather than memory is the bottleneck. So up
+to 32 rows per expert, all that matters is reading each expert's matrix only once. Blocks therefore
+have few rows and are narrow enough to leave registers and shared memory for loads in flight. Above
+128 rows per expert, blocks are as large as suits the tensor cores. In between, blocks have 64 rows,
+which is large enough to hold all rows of most experts up to a mean of about 60.
 """
 
 import math
@@ -23,7 +24,9 @@ from nmt_moe.kernels._triton.hints import whole
 
 @dataclass(frozen=True)
 class TileList:
-    """Which expert's rows each block of rows holds; on the device, so that nobody waits for it.
+    """The expert that each block of rows belongs to.
+
+    Kept on the device, so that the CPU does not wait for it.
 
     Attributes:
         block_rows: Rows in a block.
@@ -37,12 +40,12 @@ class TileList:
 
 
 class BlockShape(NamedTuple):
-    """How a product of so many rows is cut.
+    """How a product over a given number of rows is divided into blocks.
 
     Attributes:
-        inner: Of D, in one step of the sum.
-        out: Of F.
-        warps: That share a block.
+        inner: Block size along D, in one step of the sum.
+        out: Block size along F.
+        warps: Number of warps that share a block.
         stages: Loads in flight, plus one.
     """
 
@@ -72,9 +75,13 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
 
 
 def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Return how many rows a block holds, by the rows of an average expert (see above)."""
-    # Numbers of rows spread around their mean: an expert with one more than a block holds reads its
-    # matrix twice. Larger blocks, partly empty, read it 1.0 to 1.2 times.
+    """Return how many rows a block holds, based on the mean number of rows per expert.
+
+    The module's docstring gives the reasons.
+    """
+    # Row counts vary around their mean. If an expert has one row more than a block holds, its
+    # matrix is read twice. With these partly empty blocks it is read at most 1.1 times on average
+    # up to a mean of 55 rows (if counts are Poisson), and 2.5 times at a mean of 128.
     for most, block_rows in ((8, 16), (20, 32), (128, 64)):
         if num_rows <= most * num_experts:
             return block_rows
@@ -94,11 +101,13 @@ def multiply_rows(
 
     Args:
         rows: (R, D), sorted by expert.
-        weight: (L, D, F), in the dtype of `rows`. Any strides, so a transpose costs nothing.
+        weight: (L, D, F), in the dtype of `rows`. Any strides are allowed, so a transpose costs
+            nothing.
         expert_offsets: (L + 1,) int64.
-        tiles: Of `expert_offsets`.
-        relu: Put a ReLU behind the product.
-        mask: (R, F). Where it is 0 or less the result is 0: a ReLU's gradient, by its output.
+        tiles: The tiles listed from `expert_offsets`.
+        relu: Apply a ReLU to the product.
+        mask: (R, F). The result is 0 where the mask is 0 or less. With a ReLU's output as the mask,
+            this is the ReLU's gradient.
 
     Returns:
         (R, F), in the dtype of `rows`.
@@ -182,7 +191,7 @@ def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_ro
 
 
 def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:
-    """Fill the gradients of experts without rows with 0, in place, and touch no other.
+    """Fill the gradients of experts without rows with 0, in place, without changing the others.
 
     Args:
         weight_grad: (L, D, F), contiguous.
@@ -196,12 +205,15 @@ def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:
 
 
 def _fit(block: int, size: int) -> int:
-    """Shrink a block to a smaller dimension; tensor cores take 16 at least."""
+    """Shrink a block to a smaller dimension; tensor cores need at least 16."""
     return max(16, min(block, triton.next_power_of_2(size)))
 
 
 def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dtype) -> BlockShape:
-    """Choose the block of a product: 128 bytes of a row, the length of a cache line."""
+    """Choose a product's block shape.
+
+    A step reads 128 bytes of each row, the length of a cache line.
+    """
     is_wide = dtype == torch.float32
     inner, out = _fit(32 if is_wide else 64, inner_dim), _fit(64 if is_wide else 128, out_dim)
     warps = 8 if block_rows * out > 64 * 128 else 4
@@ -210,15 +222,17 @@ def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dty
 
 
 def _multiple(rows: Tensor, matrix: Tensor) -> int:
-    """Return 16 or 8 if it divides all widths and strides but those of 1, else 1.
+    """Return the larger of 16 and 8 that divides all widths and all strides other than 1.
 
-    Triton looks for 16 only; without a hint it reads a width such as 1000 number by number.
+    Return 1 if neither does, or if an operand is not contiguous (a transposed matrix counts as
+    contiguous). Triton looks for 16 only; without a hint it loads rows of a width such as 1000 one
+    element at a time.
     """
     is_transposed = matrix.dim() == 3 and matrix.mT.is_contiguous()
     if not rows.is_contiguous() or not (matrix.is_contiguous() or is_transposed):
         return 1
     widths = matrix.shape[1:] if matrix.dim() == 3 else (rows.shape[1], matrix.shape[1])
-    # Of a single row or matrix the stride may be anything.
+    # If there is only one row or matrix, its stride may be anything.
     factor = math.gcd(16, *widths, rows.stride(0), matrix.stride(0))
     return factor if factor >= 8 else 1
 
@@ -228,8 +242,9 @@ def _input_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # Where torch has the newer of its two settings, reading the older one raises after the newer
-    # was set, as does `torch.get_float32_matmul_precision`; the newer follows either.
+    # If torch has the newer of its two settings, reading the older one raises an error once the
+    # newer one has been set; so does `torch.get_float32_matmul_precision`. The newer one reflects
+    # changes to either.
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
@@ -270,12 +285,12 @@ def _multiply_kernel(
             out_stride = whole(out_stride, MULTIPLE)
         else:
             inner_stride = whole(inner_stride, MULTIPLE)
-    # The columns of one tile run side by side: they share its rows, and the next tile, often the
-    # same expert's, finds the weights in the cache.
+    # Consecutive programs compute the column blocks of one tile, so they share its rows. The next
+    # tile often belongs to the same expert and finds the weights in the cache.
     pid = tl.program_id(0)
     columns = tl.cdiv(out_dim, BLOCK_OUT)
     tile = pid // columns
-    expert = tl.load(tile_expert + tile)  # int64, as all that is multiplied by a stride
+    expert = tl.load(tile_expert + tile)  # int64, like everything that is multiplied by a stride
     if expert >= num_experts:
         return
     first_row = tl.load(expert_offsets + expert)
@@ -294,7 +309,7 @@ def _multiply_kernel(
         is_inner = inner < inner_dim - start
         left = tl.load(at_rows, mask=is_row[:, None] & is_inner[None, :], other=0)
         right = tl.load(at_weight, mask=is_inner[:, None] & is_column[None, :], other=0)
-        if INTERPRETED:  # which multiplies bfloat16 wrongly
+        if INTERPRETED:  # the interpreter multiplies bfloat16 incorrectly
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         at_rows += advance * row_inner_stride
@@ -305,7 +320,8 @@ def _multiply_kernel(
         acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch.relu does
     if MASKED:
         relu_output = tl.load(mask + at_out, mask=inside, other=0).to(tl.float32)
-        # The sum keeps ptxas from moving the choice into the products, which it then serialises.
+        # Adding 0.0 keeps ptxas from moving the selection into the products, which it would then
+        # serialise.
         acc = tl.where(relu_output <= 0, 0.0, acc + 0.0)
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -358,7 +374,7 @@ def _weight_gradient_kernel(
         at_grad = grad + row[:, None] * grad_stride + column[None, :] * grad_dim_stride
         left = tl.load(at_rows, mask=is_inner[:, None] & is_row[None, :], other=0)
         right = tl.load(at_grad, mask=is_row[:, None] & is_column[None, :], other=0)
-        if INTERPRETED:  # which multiplies bfloat16 wrongly
+        if INTERPRETED:  # the interpreter multiplies bfloat16 incorrectly
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     at_out = out + expert * expert_stride
