@@ -17,7 +17,7 @@ TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
 def let_torchrun_train_on_cpu() -> None:
-    """Take rank and world size from torchrun even without a CUDA device.
+    """Use the rank and world size of torchrun even without a CUDA device.
 
     Reason: fairseq computes `rank % cuda.device_count()`, a division by zero.
     """
