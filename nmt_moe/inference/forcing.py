@@ -20,7 +20,7 @@ class Forced:
 
     Attributes:
         log_probs: T + 1 log-probabilities, of each token and the end mark, in nats.
-        attention: (T + 1, S) float32.
+        attention: (T + 1, S) float32, weights of the source tokens for each target token.
         source, target: Routing of the S source tokens and of the T + 1 target tokens in the first
             network; None if it has no MoE layers.
     """

@@ -61,14 +61,14 @@ class LSTM:
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(self, x: Tensor, state: State) -> State:
-        """Take a step: map (R, I) and a state to the new state, whose first part is the output."""
+        """Run one step: map (R, I) and a state to the new state, whose first part is the output."""
         return self._update(self.of_input(x), state)
 
     def run(self, x: Tensor, lengths: list[int]) -> Tensor:
         """Run over whole sentences.
 
         Args:
-            x: (S, B, I).
+            x: (S, B, I) inputs.
             lengths: Length of each sentence, in descending order.
 
         Returns:

@@ -212,7 +212,7 @@ class _AttentiveLSTM:
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(self, x: Tensor, context: Tensor, state: State) -> State:
-        """Take a step: map (R, D) inputs, (R, D) contexts and the state to the new state."""
+        """Run one step: map (R, D) inputs, (R, D) contexts and the state to the new state."""
         recurrent = torch.cat([context, state[0]], dim=1)
         gates = self.of_recurrent(recurrent, self.of_input(x))
         return lstm_step(gates, state[1], self.projection)

@@ -1,4 +1,4 @@
-"""What a caller asks of a translation, over what the bundle says."""
+"""Combine the options that a caller passes with the bundle's defaults."""
 
 from __future__ import annotations
 
