@@ -57,8 +57,8 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Find the largest scores of each row; lower indices win ties.
 
     Args:
-        scores: (B, E).
-        count: How many to find, at most E.
+        scores: (B, E) numbers to search.
+        count: Number of scores to find, at most E.
 
     Returns:
         (B, count) values in descending order, and (B, count) int64 indices.
@@ -115,11 +115,11 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
     (k+1)-th.
 
     Args:
-        clean: (B, E).
-        scale: (B, E).
+        clean: (B, E), logits without noise.
+        scale: (B, E), standard deviation of the noise.
         top: (B, K + 1), the largest noisy logits, in descending order.
-        ids: (B, K + 1) int64, their indices.
-        out: (B, E), which is written and returned.
+        ids: (B, K + 1) int64, the indices of these logits.
+        out: (B, E) result, which is written and returned.
     """
     chosen = ids[:, :-1]
     torch.sub(clean, top[:, -2:-1], out=out)

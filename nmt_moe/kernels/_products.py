@@ -1,4 +1,4 @@
-"""The three products of a matrix per expert, by whom they are computed."""
+"""The three products with a matrix per expert, and the choice of how they are computed."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -162,11 +162,11 @@ class TritonProducts:
 
 
 def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Products:
-    """Choose who multiplies, by device, dtype and shape alone; on CUDA nothing waits.
+    """Choose how to multiply, by device, dtype and shape alone; on CUDA nothing waits.
 
     Args:
-        rows: (R, D).
-        weight: (L, D, F).
+        rows: (R, D), sorted by expert.
+        weight: (L, D, F), the experts' matrices.
         expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).
     """
     if suits_grouped_mm(rows, weight):
@@ -179,10 +179,10 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
 def choose_evaluation_products(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Products:
-    """Choose who multiplies a few rows on the CPU, where no gradient is wanted.
+    """Choose how to multiply a few rows on the CPU, where no gradient is wanted.
 
     Args:
-        rows: (R, D).
+        rows: (R, D), sorted by expert.
         weight_in: (L, D, H), the experts' first matrices.
         weight_out: (L, H, D), the experts' second matrices.
         expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).

@@ -34,7 +34,7 @@ def attentive_lstm(
         x: (T, B, D) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors
             except the mask.
         weight_x: (4 H, D); gates in torch's order i, f, g, o.
-        bias: (4 H,).
+        bias: (4 H,), added to the gates before activation.
         weight_recurrent: (4 H, 2 D), columns of the context, then of the previous output.
         projection: (D, H); None if outputs are not projected, D = H.
         weight_query: (D, D), W of the attention.

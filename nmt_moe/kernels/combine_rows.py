@@ -17,7 +17,7 @@ def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     Sums run in the order of K, so repeated runs are bit-identical.
 
     Args:
-        rows: (R, D).
+        rows: (R, D), the experts' outputs.
         gates: (N, K), in the dtype of `rows` or wider; 0 in empty slots. None for a plain sum.
         plan: The tokens of the rows.
 

@@ -36,7 +36,7 @@ def factored_adam(
     created, and repeated runs agree bit for bit.
 
     Args:
-        weight: (E, D, H).
+        weight: (E, D, H), the experts' matrices; changed.
         grad: (E, D, H); 0 for an expert without tokens, whose means only decay.
         row_mean: (E, D), running means of the squared gradient over each row; float64 for float64
             weights, otherwise float32, like all arithmetic.

@@ -25,7 +25,7 @@ def gate_logits(
     gradient.
 
     Args:
-        rows: (N, D).
+        rows: (N, D) tokens.
         gate_weight: (D, E); with `row_offsets` (G, D, E), one for each group.
         noise_weight: Weights of the noise, in the shape of `gate_weight`; None for no noise.
         row_offsets: (G + 1,) int64. Group g owns rows [offsets[g], offsets[g + 1]).

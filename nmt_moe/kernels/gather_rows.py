@@ -52,7 +52,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     """Add up the rows of each token, in the order of K.
 
     Args:
-        rows: (R, D).
+        rows: (R, D) vectors to add up.
         token_rows: (N, K) int64, the rows of each token; R for no row.
         weights: (N, K), in the dtype of `rows` or wider, 0 where there is no row; None for ones.
             Without Triton, torch's own operation rounds them to the dtype of `rows`.

@@ -31,7 +31,7 @@ def lstm(
     Args:
         x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.
         weight_ih: (4 H, I); gates in torch's order i, f, g, o.
-        weight_hh: (4 H, D).
+        weight_hh: (4 H, D), in the same order.
         bias: (4 H,), the sum of torch's two biases.
         weight_hr: (D, H); None if outputs are not projected, D = H.
         state: Output (B, D) and cells (B, H) of the previous step; None means zeros.

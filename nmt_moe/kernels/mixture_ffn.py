@@ -39,7 +39,7 @@ def mixture_ffn(
     `combine_rows`. Sums run in a fixed order, so equal inputs give bit-identical results.
 
     Args:
-        x: (N, D).
+        x: (N, D) tokens.
         gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
             slots.
         plan: The rows of each expert.

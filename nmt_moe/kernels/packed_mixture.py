@@ -15,13 +15,13 @@ STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
-    """One matrix of every expert, each packed at its first use; others are not read.
+    """One matrix of every expert, packed when the expert is first used; others are not read.
 
     The weights may be a memory-mapped file: what is not used is never loaded. Only experts that
     together are smaller than `STACKED_BELOW` are converted to float32 all at once.
 
     Attributes:
-        shape: (E, O, I).
+        shape: Shape of the matrices, (E, O, I).
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class PackedExperts:
         Args:
             weight: (E, O, I), floating-point. A transposed view of (E, I, O), as in training, is
                 fine.
-            dtype: "float32", "bfloat16" or "int8".
-            check: Called with an expert before its first use; may raise.
+            dtype: Type in which they are packed, "float32", "bfloat16" or "int8".
+            check: Function called with an expert before its first use; may raise.
 
         Raises:
             ValueError: if the shape or dtype is wrong.
@@ -76,9 +76,9 @@ class PackedExperts:
         """Hold what `quantise_rows` returned.
 
         Args:
-            weight: (E, O, I) int8.
-            scale: (E, O) float32.
-            check: Called with an expert before its first use; may raise.
+            weight: (E, O, I) int8, quantised rows.
+            scale: (E, O) float32, factor of each row.
+            check: Function called with an expert before its first use; may raise.
 
         Raises:
             ValueError: if a shape is wrong.
@@ -139,7 +139,7 @@ def packed_mixture_ffn(
     experts.
 
     Args:
-        x: (N, D) float32.
+        x: (N, D) float32 tokens.
         gates: (N, K) float32, weights of the chosen experts; 0 in empty slots.
         expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
         weight_in: (E, H, D), the experts' first matrices.

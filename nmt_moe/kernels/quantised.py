@@ -46,7 +46,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to 255 levels, symmetric around zero.
 
     Args:
-        weight: (..., O, I), of floating point: one matrix, or one for each expert.
+        weight: (..., O, I), floating-point: one matrix, or one for each expert.
 
     Returns:
         (..., O, I) int8 from -127 to 127, and (..., O) float32 scales: their product is the
@@ -83,12 +83,12 @@ class PackedLinear:
     def pack(
         cls, weight: Tensor, bias: Tensor | None = None, dtype: str = "float32"
     ) -> "PackedLinear":
-        """Pack a matrix, in another precision if asked for.
+        """Pack a matrix, in another precision if requested.
 
         Args:
-            weight: (O, I), of floating point.
-            bias: (O,) float32.
-            dtype: "float32", "bfloat16" or "int8".
+            weight: (O, I), floating-point.
+            bias: (O,) float32, added to each result.
+            dtype: Type in which the matrix is packed, "float32", "bfloat16" or "int8".
 
         Raises:
             ValueError: if the shapes or the dtype are not these.
@@ -108,8 +108,8 @@ class PackedLinear:
 
         Args:
             weight: (O, I) int8, -128 excluded.
-            scale: (O,) float32.
-            bias: (O,) float32.
+            scale: (O,) float32, factor of each row.
+            bias: (O,) float32, added to each result.
 
         Raises:
             ValueError: if the shapes are not these.
@@ -119,10 +119,10 @@ class PackedLinear:
         return cls(weight.shape, "int8", lambda: _pack_int8(weight, scale), bias)
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Multiply.
+        """Multiply rows by W^T.
 
         Args:
-            x: (..., I) float32.
+            x: (..., I) float32 rows.
             addend: (..., O) float32, added to the product; not with a bias.
 
         Returns:

@@ -17,9 +17,9 @@ def combine_rows_backward(
 
     Args:
         grad_y: (N, D), gradient of the result.
-        rows: (R, D).
+        rows: (R, D), the experts' outputs.
         gates: (N, K), weights of the chosen experts.
-        token_rows: (N, K) int64; R for no row. It names every row exactly once.
+        token_rows: (N, K) int64; R for no row. Every row occurs exactly once.
 
     Returns:
         grad_rows: (R, D), in the dtype of `rows`.

@@ -13,7 +13,7 @@ def gather_rows(x: Tensor, row_token: Tensor) -> Tensor:
     """Copy `x[row_token]`.
 
     Args:
-        x: (N, D).
+        x: (N, D), the tokens' vectors.
         row_token: (R,) int64, the token of each row.
 
     Returns:
@@ -35,7 +35,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
     """Add up the rows of each token in float32, in the order of K.
 
     Args:
-        rows: (R, D).
+        rows: (R, D) vectors to add up.
         token_rows: (N, K) int64, the rows of each token; R for no row.
         weights: (N, K), the factor of each row; None for ones.
 
