@@ -74,7 +74,7 @@ class Experts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Take this rank's experts out of weights of all experts."""
+        """Select this rank's experts from the weights of all experts."""
         for name in ("weight_in", "weight_out"):
             whole = state_dict.get(f"{prefix}{name}")
             if self.group.size > 1 and whole is not None and len(whole) == self.num_experts:
@@ -85,8 +85,9 @@ class Experts(nn.Module):
         """Return each token's weighted sum of its experts' outputs.
 
         Args:
-            x: (N, D).
-            gates: (N, K), in the dtype of `x` or wider; 0 in empty slots.
+            x: (N, D) tokens.
+            gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
+                slots.
             plan: Which token goes to which of this rank's experts.
 
         Returns:

@@ -86,7 +86,7 @@ class NoisyTopKGate(nn.Module):
         """Choose the experts of each token.
 
         Args:
-            x: (N, D).
+            x: (N, D) tokens.
             noise: (N, E) standard normal, used only in training; None to draw it.
             row_offsets: Bounds of the rows. With groups, (G + 1,) int64: group g owns rows
                 [offsets[g], offsets[g + 1]). Without groups, (3,) int64 [0, number of tokens, N]:

@@ -46,7 +46,7 @@ class HierarchicalGate(nn.Module):
         """Choose the experts of each token.
 
         Args:
-            x: (N, D).
+            x: (N, D) tokens.
             noise: (N, G) and (N, E) standard normal, used only by noisy gates in training; None to
                 draw it.
             row_offsets: (3,) int64 [0, number of tokens, N]: the rows after the tokens are

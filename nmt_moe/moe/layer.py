@@ -85,7 +85,7 @@ class MoELayer(nn.Module):
         is compiled around it, but `fullgraph=True` and `torch.export` do not work.
 
         Args:
-            x: (N, D).
+            x: (N, D) tokens.
             padding_mask: (N,) bool, True = padding. Padding reaches no expert, loss or statistic;
                 its rows of y are 0.
             noise: (N, E) standard normal, to reproduce a pass; with groups, a tuple of (N, G) and

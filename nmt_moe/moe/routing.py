@@ -60,7 +60,7 @@ def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
     """Compute every expert's output for every token, chosen or not.
 
     Args:
-        x: (N, D).
+        x: (N, D) tokens.
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
 
