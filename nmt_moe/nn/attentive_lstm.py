@@ -41,7 +41,7 @@ class AttentiveLSTM(nn.Module):
         """Run over all steps.
 
         Args:
-            x: (T, B, D).
+            x: (T, B, D) inputs.
             encoder_out: The encoding of the same B sentences.
             state: Output (B, D) and cells (B, H) of the previous step; None for zeros.
 

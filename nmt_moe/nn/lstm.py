@@ -21,7 +21,7 @@ class LSTMState:
 
     Attributes:
         hidden: (B, layers, D), outputs.
-        cell: (B, layers, H).
+        cell: (B, layers, H), cells.
     """
 
     hidden: Tensor
@@ -49,7 +49,7 @@ class ProjectedLSTM(nn.Module):
         """Run over all steps.
 
         Args:
-            x: (T, B, input_dim).
+            x: (T, B, input_dim) inputs.
             state: Output (B, output_dim) and cells (B, hidden_dim) of the previous step; None for
                 zeros.
 

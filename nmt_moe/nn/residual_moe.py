@@ -28,7 +28,7 @@ class ResidualMoE(nn.Module):
         """Apply the layer to all positions of all sentences as one batch of tokens.
 
         Args:
-            x: (T, B, D).
+            x: (T, B, D) inputs of the layer.
             padding_mask: (T, B) bool, True = padding, or None for no padding.
 
         Returns:
