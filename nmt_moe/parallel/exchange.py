@@ -16,9 +16,11 @@ class Arrivals(NamedTuple):
     """Tokens on the rank of their experts.
 
     Attributes:
-        x: (M, D).
-        gates: (M, K), in the dtype in which they were sent; 0 in empty slots.
-        expert_ids: (M, K) int64, counted from this rank's first expert; L in an empty slot.
+        x: (M, D) tokens that this rank received.
+        gates: (M, K), weights of the chosen experts, in the dtype in which they were sent; 0 in
+            empty slots.
+        expert_ids: (M, K) int64, the chosen experts, counted from this rank's first expert; L in an
+            empty slot.
         num_rows: Number of slots that are not empty, if known.
     """
 
