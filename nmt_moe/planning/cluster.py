@@ -240,7 +240,7 @@ class Plan:
 
     @property
     def total_memory(self) -> int:
-        """Bytes."""
+        """Return the bytes of memory in total."""
         return sum(self.memory.values())
 
     @property

@@ -58,7 +58,7 @@ class Product:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds."""
+        """Return the number of multiply-adds."""
         return self.steps * self.batch * self.rows * self.inner * self.cols
 
 
@@ -80,12 +80,12 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """Numbers."""
+        """Return the number of values."""
         return self.shape.numel()
 
     @property
     def factored_size(self) -> int:
-        """Return the number of rows and columns of its matrices, which factored Adam keeps."""
+        """Return the rows and columns of the weight's matrices, which factored Adam keeps."""
         return self.shape[:-2].numel() * (self.shape[-2] + self.shape[-1])
 
     @property
