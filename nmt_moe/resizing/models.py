@@ -128,7 +128,7 @@ class StoredBundle:
 
     @property
     def network(self) -> Network:
-        """Sizes."""
+        """Return the sizes of the network."""
         return self.config.network
 
     @classmethod
