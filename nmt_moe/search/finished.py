@@ -19,7 +19,7 @@ class Hypothesis:
     """A finished hypothesis of T tokens, including the end mark.
 
     Attributes:
-        tokens: (T,) int64.
+        tokens: (T,) int64, ending with the end mark.
         score: () float32, the score by which hypotheses are ranked.
         positional_scores: (T,) float32, log-probability of each token, in nats.
         attention: (S, T), attention to each source position at each step, if the model returns it.
