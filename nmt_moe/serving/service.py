@@ -29,12 +29,12 @@ PROBE = "a"
 
 @dataclass(frozen=True)
 class Wish:
-    """How to translate texts.
+    """Options of a translation request.
 
     Attributes:
-        source: A language of the server; "auto" to detect each text's.
-        target: A language of the server.
-        format: "text" or "html".
+        source: Source language, one of the server's; "auto" to detect that of each text.
+        target: Target language, one of the server's.
+        format: Format of the texts, "text" or "html".
         alternatives: Number of further translations of each text.
         beam: Beam size; None for the bundle's default.
         with_experts: Whether to return the experts of each piece.
@@ -70,9 +70,9 @@ class Answered:
     """A text's translation.
 
     Attributes:
-        detection: The text's language.
-        model: The model that translated it; None for a text already in the target language.
-        answer: The translation.
+        detection: Detected or given language of the text.
+        model: The model that translated the text; None for a text already in the target language.
+        answer: Translation of the text.
     """
 
     detection: Detection
