@@ -97,7 +97,7 @@ class ExpertParallelTrainer(Trainer):
 
     @property
     def is_spread(self) -> bool:
-        """Whether experts are spread over ranks."""
+        """Return whether experts are spread over ranks."""
         return self.group.size > 1
 
     # Updates
@@ -107,7 +107,8 @@ class ExpertParallelTrainer(Trainer):
         if is_dummy:  # fairseq's call for the stand-in batch
             return sample, stands_in
         self._stand_in.switch(stands_in)
-        # In training, it already counts for nothing; validation counts translations as well.
+        # In training, the stand-in batch already counts for nothing. Validation also counts
+        # translations, so there the batch is left out.
         return sample, stands_in and not self.model.training
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
