@@ -90,7 +90,7 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
     A drawn class that is a token's target (an accidental hit) does not count as drawn for it.
 
     Args:
-        features: (N, D).
+        features: (N, D) inputs of the softmax layer.
         weight: (V, D), the weight of the softmax layer.
         target: (N,) int64, the class to predict.
         sample: The classes drawn for all N tokens.
