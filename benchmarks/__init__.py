@@ -1,1 +1,1 @@
-"""Benchmark programs. A package, so that none of that name in site-packages is imported instead."""
+"""Benchmark programs. This is a package, so that no other `benchmarks` is imported instead."""

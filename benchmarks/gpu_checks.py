@@ -1,4 +1,4 @@
-"""What Triton's kernels compute on this device, against their definitions in float64."""
+"""Compare what Triton's kernels compute on this device with their definitions in float64."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence

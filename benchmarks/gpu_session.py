@@ -1,4 +1,4 @@
-"""One part of a sitting on a GPU: see gpu_session.sh, which calls all of them in order.
+"""Run one part of a session on a GPU; gpu_session.sh runs all parts in order.
 
     python -m benchmarks.gpu_session rows --out OUT
     python -m benchmarks.gpu_session rows --out OUT --dry-run    # tiny, under Triton's interpreter

@@ -1,4 +1,4 @@
-"""How long kernels take on this device, as a share of the least they could."""
+"""Measure how long kernels take on this device, relative to the least time possible."""
 
 import importlib
 import itertools

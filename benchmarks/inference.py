@@ -111,7 +111,7 @@ class FairseqTranslator:
 
 
 class InteractiveCommand:
-    """The command fairseq-interactive, started, a sentence at a time."""
+    """The command fairseq-interactive in its own process, given one sentence at a time."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         line = [sys.executable, "-m", "fairseq_cli.interactive", str(args.data), "--cpu"]

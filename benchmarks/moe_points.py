@@ -56,11 +56,11 @@ class Point:
 
     @property
     def rows_per_expert(self) -> float:
-        """Mean number of tokens of an expert."""
+        """Return the mean number of tokens of an expert."""
         return self.tokens * self.top_k / self.num_experts
 
     def flops(self) -> int:
-        """Floating-point operations of the experts' two products in the forward pass."""
+        """Return the operations of the experts' two products in the forward pass."""
         return 4 * self.tokens * self.top_k * self.model_dim * self.hidden_dim
 
     def config(self, hierarchical: bool = False) -> MoEConfig:
