@@ -39,7 +39,7 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
     Before anything is allocated, sizes are compared with the file's and every part with its CRC.
 
     Args:
-        path: The file.
+        path: Path of the file.
         is_header_only: Whether to map tensors from the file and check neither CRCs nor values, for
             callers that need only the rest.
 
@@ -205,9 +205,9 @@ def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
     """Write a file with `torch.save`, completely or not at all.
 
     Args:
-        path: The file.
-        content: What to save.
-        attempts: How often to try, `PAUSE` apart; each attempt starts with an empty file.
+        path: Path of the file.
+        content: Values to save.
+        attempts: Number of attempts, `PAUSE` apart; each attempt starts with an empty file.
 
     Raises:
         OSError: naming the file and the reason, for example a full disk; an existing file of that
