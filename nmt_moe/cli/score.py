@@ -56,8 +56,8 @@ def score(
                       smoothed: the score of Moses' multi-bleu.perl, which the papers
                       on GNMT and on mixture-of-experts translation report
     multi-bleu-lowercase
-                      the same in lower case, for all letters (multi-bleu.perl -lc
-                      lowers ASCII letters only)
+                      multi-bleu in lower case, for all letters
+                      (multi-bleu.perl -lc lowers ASCII letters only)
     multi-bleu-compound-split
                       hyphenated compounds split after tokenising, a later convention.
                       It is higher; never compare it with earlier papers
@@ -66,7 +66,7 @@ def score(
                       Chinese, ja-mecab for Japanese, ko-mecab for Korean
     chrf, ter         character n-grams (chrF2); edits per 100 words (less is better)
 
-    With --tokenized, multi-bleu takes the texts as they are, and the scores that need plain text
+    With --tokenized, multi-bleu uses the texts as they are, and the scores that need plain text
     are left out.
     """  # noqa: D301 - \b keeps the table as it is
     if tokenize and tokenized:
