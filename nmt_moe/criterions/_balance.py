@@ -37,7 +37,7 @@ def add_balance(
 
     Args:
         loss: The summed loss of the batch.
-        sample_size: What the trainer will divide by.
+        sample_size: Sample size of the batch; the trainer divides the loss by the sum of these.
         extra: The model's second output; its `moe_stats` hold each layer's statistics.
         logging_output: The log of the batch, to which columns are added.
         is_training: Whether the model is in training mode.
