@@ -26,9 +26,9 @@ class Part:
     """The result of trying one part of the product.
 
     Attributes:
-        name: What users call it.
-        works: Whether it worked; None for a part that this machine does not need.
-        note: How it works here, or why it does not and what to do.
+        name: Name by which users know the part.
+        works: Whether the part worked; None for a part that this machine does not need.
+        note: How the part works on this machine, or why it does not and what to do.
     """
 
     name: str
