@@ -106,7 +106,7 @@ class BundleConfig:
             model all languages, whose tokens `<2xx>` are in the vocabulary. May be empty.
         directions: Directions such as "en-fr" on which a multilingual model was trained; else
             empty.
-        text: What is done to text before it is split into pieces.
+        text: Steps applied to text before it is split into pieces.
         search: Defaults of the search.
         has_pieces: Whether there are sentencepiece models; if not, words are split at spaces.
         shared_weights: Weights that are stored under another name, with that name.

@@ -72,7 +72,7 @@ class Description:
 
     Attributes:
         languages: [source, target], if neither the checkpoint nor its data name them.
-        text: What is done to source text before it is split into pieces.
+        text: Steps applied to source text before it is split into pieces.
         search: Defaults of the search.
         scores: Text for the model card.
     """

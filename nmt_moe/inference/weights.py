@@ -21,7 +21,7 @@ SCALE = ".scale"
 # Experts are stored in the layout in which products are computed, one row for each output.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
-# Read only in training.
+# Part of a weight's name that is used only in training.
 UNUSED = "noise_weight"
 # Elements in a layer's first matrices: up to 2 MB in float32, which stays in the cache.
 SMALL_LAYER = 1 << 19
