@@ -1,4 +1,4 @@
-"""Neighbouring experts in one batched product, each padded to as many rows as the busiest.
+"""Multiply neighbouring experts in one batched product, each padded to the rows of the busiest.
 
 A product of a few rows is too small to be split over cores, and starting it costs as much as
 computing it: with 16 rows per expert, single products took twice as long as batches of four.

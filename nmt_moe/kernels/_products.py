@@ -29,7 +29,7 @@ class Products(Protocol):
     """Products of rows with their experts' matrices, for one set of offsets."""
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
-        """Compute rows @ weight, then a ReLU if asked: (R, D), (L, D, F) -> (R, F)."""
+        """Compute rows @ weight, then a ReLU if `relu`: (R, D), (L, D, F) -> (R, F)."""
 
     def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute grad @ weight^T, 0 where `mask` (R, D) is: (R, F), (L, D, F) -> (R, D)."""
@@ -39,7 +39,7 @@ class Products(Protocol):
 
 
 class LoopProducts:
-    """One `torch.mm` for each expert with rows, written where it belongs.
+    """Products by one call of `torch.mm` for each expert with rows.
 
     Attributes:
         runs: The experts that have rows, each with the slice of its rows.

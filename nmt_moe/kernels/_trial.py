@@ -230,7 +230,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Float64 numbers of a generator of its own: a training's numbers stay what they are."""
+    """Draw float64 numbers from a separate generator, so that those of a training do not change."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)

@@ -171,7 +171,7 @@ def gate_gradient(
     Args:
         grad_gates: (N, K) gradient of the gates, or None.
         grad_importance: (G, E) gradient of the importance, or None.
-        group_start: Where the row's group begins in `grad_importance`.
+        group_start: Index at which the row's group begins in `grad_importance`.
         weight: (B,), the weight of each row in the importance.
         ids: (N, COUNT) columns of the largest logits.
         rows: (B,) row numbers.
