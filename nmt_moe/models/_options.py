@@ -61,7 +61,10 @@ class MoEOptions(FairseqDataclass):
     )
     gate: GateChoice = field(
         default=MoEConfig.gate,
-        metadata={"help": "how tokens choose experts", "argparse_alias": "--moe-gate"},
+        metadata={
+            "help": "kind of gate, by which tokens choose experts",
+            "argparse_alias": "--moe-gate",
+        },
     )
     num_groups: int = field(
         default=MoEConfig.num_groups,
@@ -87,7 +90,7 @@ class MoEOptions(FairseqDataclass):
     expert_parallel_size: int = field(
         default=0,
         metadata={
-            "help": "processes that share the experts among them; 1: each has all; 0: the "
+            "help": "processes that share the experts; 1: each process has all experts; 0: the "
             "greatest common divisor of the number of processes and that of experts (or "
             "--num-groups)"
         },

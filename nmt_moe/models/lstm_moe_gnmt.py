@@ -53,7 +53,7 @@ class LSTMMoEGNMTConfig(MoEOptions):
     )
     attention: AttentionChoice = field(
         default=GNMTConfig.attention,
-        metadata={"help": "product: eq. 22 of the paper; additive: eq. 21"},
+        metadata={"help": "form of attention; product: eq. 22 of the paper; additive: eq. 21"},
     )
     attention_wiring: WiringChoice = field(
         default=GNMTConfig.attention_wiring,
