@@ -88,7 +88,7 @@ class Experts(nn.Module):
             x: (N, D) tokens.
             gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
                 slots.
-            plan: Which token goes to which of this rank's experts.
+            plan: Rows of this rank's experts, and the token of each.
 
         Returns:
             (N, D), in the dtype of `x`.

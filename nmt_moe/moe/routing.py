@@ -42,8 +42,9 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
     """Compute the share of experts that tokens keep from one checkpoint to another.
 
     Args:
-        before: (N, K1) int64, experts of each token; `num_experts` in empty slots.
-        after: (N, K2) int64, the same in the later checkpoint.
+        before: (N, K1) int64, experts of each token in the earlier checkpoint; `num_experts` in
+            empty slots.
+        after: (N, K2) int64, experts of each token in the later checkpoint.
         num_experts: Number of experts, E.
 
     Returns:

@@ -17,11 +17,11 @@ class MoEStats:
 
     Attributes:
         gating: The gate's choice, for the rows `rows`.
-        rows: Which rows of the batch the gate received.
-        num_rows: N, the rows of the batch, including padding.
-        importance_loss: Scalar, weighted (eq. 7).
-        load_loss: Scalar, weighted (eq. 11).
-        name: The layer's name in errors.
+        rows: Rows of the batch that the gate received.
+        num_rows: Number of rows of the batch, N, including padding.
+        importance_loss: Scalar, the weighted importance loss (eq. 7).
+        load_loss: Scalar, the weighted load loss (eq. 11).
+        name: Name of the layer in errors.
     """
 
     gating: Gating
