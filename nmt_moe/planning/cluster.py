@@ -27,7 +27,7 @@ class Setup:
 
     Attributes:
         config: The network's sizes.
-        batch: What each device processes at a time.
+        batch: Batch that each device processes at a time.
         devices: Number of devices.
         size: Number of devices that share the experts.
         factored: Whether the optimizer is factored Adam instead of Adam.
