@@ -62,8 +62,8 @@ def changed_reader(
 
     Args:
         model: The model that was changed.
-        reader: The bundle that reads text for it.
-        output: Where the changed model was written.
+        reader: The bundle that reads text for the model.
+        output: Path to which the changed model was written.
         layers: The reader's layers, changed in the same way.
     """
     if isinstance(model, StoredBundle):

@@ -17,7 +17,7 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
 
     Two experts are similar if the gate scores tokens similarly for both, measured by the cosine of
     their columns of the gate's weight. Hidden units are matched; then weights are averaged, each
-    expert weighted by its share. The gate's columns are averaged likewise.
+    expert weighted by its share. The gate's columns are averaged with the same shares.
 
     Args:
         layer: The layer.
