@@ -12,7 +12,8 @@ class RequestError(Exception):
 
     Attributes:
         status: Status of the HTTP response.
-        message: What is wrong; it quotes no text of the user's except short wrong values.
+        message: Description of the error; it quotes no text of the user's except short wrong
+            values.
         headers: Further headers of the response.
     """
 

@@ -111,7 +111,7 @@ class Service:
         Args:
             request: The request; its header Authorization may be `Bearer KEY` or `DeepL-Auth-Key
                 KEY`.
-            key: A key from a field; None if there is none.
+            key: API key from a field of the request; None if it has none.
 
         Raises:
             RequestError: with status 403.
