@@ -43,8 +43,8 @@ class BadLine:
 
     Attributes:
         number: Line number, counted from 1.
-        reason: What is wrong with it; continues the words "line 3".
-        advice: How to correct it.
+        reason: What is wrong with the line; continues the words "line 3".
+        advice: How to correct the line.
     """
 
     number: int
