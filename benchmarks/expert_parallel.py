@@ -110,7 +110,7 @@ class World:
     """The processes for one number of ranks.
 
     Attributes:
-        shape: What each rank holds: `experts` and `parameters`.
+        shape: Numbers of `experts` and `parameters` on each rank.
         bytes_sent: Mean bytes sent by a rank in the last step, by kind.
     """
 

@@ -175,7 +175,7 @@ def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
 
 
 def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Return the same for a model converted by CTranslate2; `name` is FOLDER[:TYPE]."""
+    """Return the jobs of a model converted by CTranslate2; `name` is FOLDER[:TYPE]."""
     import ctranslate2
 
     folder, _, compute_type = name.partition(":")

@@ -24,11 +24,12 @@ class Layer(nn.Module):
     `capacity` is the most tokens per expert divided by the mean, for libraries that have a limit.
 
     Attributes:
-        notes: How it differs from what was requested.
+        notes: Differences between this layer and the requested one.
         most_k: The largest supported number of experts per token.
-        package: Names for importing and for installing it; None if it belongs to this project.
-        has_backward: Whether it can train.
-        top_k: Experts per token here.
+        package: Names for importing and for installing the library; None if the layer belongs to
+            this project.
+        has_backward: Whether the layer has a backward pass.
+        top_k: Experts per token in this layer.
     """
 
     notes = ""

@@ -28,9 +28,9 @@ class Point:
         top_k: Experts per token, K.
         num_groups: Groups of the hierarchical layer, G, of which each token uses sqrt(K), with
             sqrt(K) experts each; 0 for no such layer.
-        modes: What is timed, some of `MODES`.
+        modes: Modes that are timed, some of `MODES`.
         dtype: Type of tokens and weights, by its name in torch.
-        kind: What is measured: "layer", or "gating" for the gate's arithmetic on logits alone.
+        kind: Kind of measurement: "layer", or "gating" for the gate's arithmetic on logits alone.
         yardsticks: Competitors that always run at this point, without being requested.
     """
 

@@ -33,9 +33,9 @@ class Entrant:
     """A competitor at a point.
 
     Attributes:
-        name: The competitor's name.
+        name: Name of the competitor.
         point: The size, with the number of experts per token that it supports.
-        modes: What is timed.
+        modes: Modes that are timed.
         label: The name, and the number of experts per token if it differs.
     """
 
@@ -53,8 +53,8 @@ class Record:
         rounds: For each mode the samples of each round; see `Worker.measure`.
         peaks: Peak bytes for each mode, including the modes before it.
         facts: Results of `describe` and `dropped`.
-        failed: Why a mode was given up, by mode.
-        skipped: Why everything was given up, or None.
+        failed: Reason for giving up a mode, by mode.
+        skipped: Reason for giving up everything, or None.
     """
 
     name: str

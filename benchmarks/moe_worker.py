@@ -147,7 +147,7 @@ class Worker:
     """Answers commands about one competitor.
 
     Attributes:
-        competitor: What is measured.
+        competitor: The layer or gate that is measured.
     """
 
     def __init__(self, name: str, point: Point, device: str, modes: list[str]) -> None:
