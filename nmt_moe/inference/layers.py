@@ -21,7 +21,7 @@ State = tuple[Tensor, Tensor]
 
 # Up to this many gate logits are fully sorted, which is then the fastest way to the largest.
 FEW_LOGITS = 1 << 14
-# Rows in a step when a single sentence is searched.
+# Most rows in a step when a single sentence is searched.
 FEW_ROWS = 8
 
 

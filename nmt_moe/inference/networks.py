@@ -268,7 +268,7 @@ class LanguageNetwork:
         elif config.moe is not None:
             self.moe = MoE(weights, folder, "decoder", config.moe, weights.config.dtype)
         self.output = weights.linear("decoder.output.weight")
-        # Smaller than the vocabulary, if the rarest words are read but never predicted.
+        # This is less than the vocabulary if the rarest words are read but never predicted.
         self.num_outputs = len(weights["decoder.output.weight"])
 
     def start(self, num_rows: int) -> list[State]:

@@ -36,7 +36,7 @@ def write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tens
     for name, value in parameters.items():
         side, _, rest = name.partition(".moe.moe.experts.")
         if rest:
-            # One row for each output, the layout in which products are computed.
+            # Store one row for each output, the layout in which products are computed.
             experts.setdefault(side, {})[rest] = value.float().mT
         elif name not in config.shared_weights and UNUSED not in name:
             dense |= store(name, value.float(), config.dtype)
