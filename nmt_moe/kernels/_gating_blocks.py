@@ -20,7 +20,7 @@ from nmt_moe.kernels.reference import NOISE_FLOOR
 BLOCK_NUMBERS = 1 << 17
 # Rows at least this wide are searched in two steps, runs of columns first.
 WIDE, RUN = 512, 32
-# So few, as in a decoding step, are sorted faster than searched.
+# Up to this many numbers, as in a decoding step, sorting is faster than searching.
 FEW_NUMBERS = 1 << 11
 
 # Phi(-10) = 8e-24 is 0 in any sum; farther out, exp and erfc underflow and run ten times slower.

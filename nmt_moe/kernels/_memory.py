@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Below this, torch's own allocation is as fast.
+# Size of the smallest tensors whose memory is reused; below it, torch's own allocation is as fast.
 SMALLEST_BYTES = 1 << 22
-# One huge page of x86-64 and arm64.
+# Size of a huge page of x86-64 and arm64.
 PAGE_BYTES = 1 << 21
 
 

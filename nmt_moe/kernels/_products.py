@@ -11,7 +11,7 @@ from nmt_moe.kernels import _memory
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
 
-# Public in newer versions of torch, private in older ones, absent in 2.6.
+# torch's grouped product is public in newer versions, private in older ones, and absent in 2.6.
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )

@@ -154,7 +154,7 @@ def _try_factored_adam(device: torch.device, dtype: torch.dtype) -> None:
     expected = reference.factored_adam(
         weight, grad, *means, step=1, lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay
     )
-    # Copies also where device and dtype are the same: the kernel writes to them.
+    # Copy even if device and dtype are the same, because the kernel writes to the tensors.
     moved = [tensor.to(device, dtype, copy=True) for tensor in (weight, grad)]
     new_means = [tensor.to(device, torch.float32, copy=True) for tensor in means]
     factors = lr * sqrt(1 - beta2), beta2, eps, 1 - lr * weight_decay

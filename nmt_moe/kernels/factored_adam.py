@@ -12,7 +12,7 @@ from nmt_moe.kernels._cpu import has_compiled_loops, load
 # Elements of a block: 4 MiB in float32, and the same amount of scratch, stay in the cache between
 # passes; with smaller blocks, starting two threads costs too much, and even more on a GPU.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# Blocks of experts whose means are updated together, before their weights.
+# Number of blocks of experts whose means are updated together, before their weights.
 GROUP = 4
 
 

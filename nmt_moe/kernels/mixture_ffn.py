@@ -17,8 +17,8 @@ from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows, sum_rows
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Up to this many rows (in evaluation: a decoding step) the time is that of reading the weights, and
-# padding and planning it cost more than batched products save.
+# Up to this many rows (in evaluation: in a decoding step), reading the weights takes most of the
+# time, and padding and its planning cost more than batched products save.
 FEW_ROWS = 1024
 
 

@@ -10,7 +10,7 @@ from nmt_moe.checks import check_choice, check_shape
 from nmt_moe.kernels._products import loops_in_torch
 from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
 
-# Number of weights in a layer: 16 MiB in float32.
+# Most weights that are converted to float32 all at once: 16 MiB.
 STACKED_BELOW = 1 << 22
 
 
@@ -178,7 +178,7 @@ def packed_mixture_ffn(
         hidden = F.grouped_mm(rows, stacked_in, offs=ends).relu_()
         outputs = F.grouped_mm(hidden, stacked_out, offs=ends)
     outputs.mul_(gates.flatten().index_select(0, order).unsqueeze(1))
-    # In ascending order of experts, whatever other tokens there are.
+    # Add up in ascending order of experts, whatever other tokens there are.
     return torch.zeros_like(x).index_add_(0, tokens, outputs)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent
-# Holds what `build` made.
+# Folder of the library that `build` compiles.
 FOLDER = SOURCES / "lib"
 CHOICE = "NMT_MOE_KERNELS"
 DTYPES = (torch.float32, torch.float64)
-# Other classes of tensors have operations of their own.
+# The classes of tensors that the loops accept; others have operations of their own.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -69,7 +69,7 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
     chunks = triton.cdiv(num_experts, block_columns)
     splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
     slots = triton.next_power_of_2(count)
-    # Triton looks for 16 only; four numbers are one load.
+    # Triton recognises only multiples of 16 by itself; a multiple of 4 lets a load read 4 numbers.
     multiple = math.gcd(16, num_experts)
     multiple = multiple if multiple >= 4 else 1
     return Grid(max(splits, 1), block_rows, block_columns, chunks, slots, multiple)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-# Smaller than the key of any score, including -inf, so that no score is chosen twice.
+# A key smaller than that of any score, including -inf, so that no score is chosen twice.
 TAKEN = tl.constexpr(-(2**31))
 
 
