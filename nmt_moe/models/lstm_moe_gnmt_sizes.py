@@ -5,7 +5,7 @@ from typing import Any, Dict
 from nmt_moe.models import lstm_moe_gnmt as lstm_moe_gnmt  # registered first
 from nmt_moe.models._options import register_sizes
 
-# Small enough to train on a laptop.
+# The small models can be trained on a laptop.
 SMALL: Dict[str, Any] = {
     "model_dim": 256,
     "lstm_hidden_dim": 512,
@@ -16,7 +16,7 @@ SMALL: Dict[str, Any] = {
     "init_range": 0.08,
     "attention_wiring": "parallel",
 }
-# Dense, with equal operations: one network for all tokens in place of each MoE layer.
+# The dense model has the same operations: one network for all tokens in place of each MoE layer.
 SMALL_DENSE = {**SMALL, "num_experts": 1, "top_k": 1, "hidden_dim": 1024}
 
 # The paper does not state the number of groups for 512 and 2048 experts. Here it is a power of two
@@ -40,7 +40,7 @@ PAPER: Dict[str, Dict[str, Any]] = {
 LAPTOP: Dict[str, Dict[str, Any]] = {
     "lstm_moe_gnmt_small": SMALL,
     "lstm_gnmt_small": SMALL_DENSE,
-    # Twice the experts of the single-pair model, at the same operations.
+    # The multilingual model has twice the experts of the single-pair model, and equal operations.
     "lstm_moe_gnmt_multilingual_small": {**SMALL, "num_experts": 16},
     "lstm_gnmt_multilingual_small": SMALL_DENSE,
 }
