@@ -11,7 +11,7 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 
 State = tuple[Tensor, Tensor]
 
-# Irrelevant for users: the path it announces is the faster one for these sizes.
+# The warning is irrelevant for users: the path it announces is the faster one for these sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
