@@ -194,7 +194,7 @@ def _find_candidates(
 def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the (R, count) best log-probabilities and tokens; smaller tokens win ties."""
     count = min(count, log_probs.shape[1])
-    # One extra, to see whether the last one is tied.
+    # Find one extra, to see whether the last one is tied.
     values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
     is_tied = values[:, 1:] == values[:, :-1]
     if is_tied.any():  # topk guarantees no order for ties

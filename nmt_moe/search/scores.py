@@ -54,7 +54,7 @@ def log_coverage(attention: Tensor | None, source_words: Tensor) -> Tensor:
         )
     wide = attention.to(torch.promote_types(attention.dtype, torch.float32))
     logs = wide.clamp(min=COVERAGE_FLOOR, max=1.0).log()
-    # Selected instead of multiplied, because values at padding may be NaN.
+    # Select instead of multiplying, because values at padding may be NaN.
     return torch.where(source_words, logs, 0.0).sum(dim=1)
 
 
