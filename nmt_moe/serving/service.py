@@ -23,7 +23,7 @@ from nmt_moe.serving.texts import Answer, SplitText
 
 AUTO = "auto"
 KEY_KINDS = ("bearer", "deepl-auth-key")
-# What every model translates for `/health`.
+# Text that every model translates for `/health`.
 PROBE = "a"
 
 
