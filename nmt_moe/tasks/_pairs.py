@@ -53,7 +53,7 @@ class PairsDataset(LanguagePairDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the training epoch whose sentences are drawn."""
         super().set_epoch(epoch)
-        # Counted among this folder's epochs, so that each continues where its previous one ended.
+        # Count only the epochs that use this folder, so that each continues where the last ended.
         self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
