@@ -11,7 +11,7 @@ LIMITS = {
     "gemm": "as many operations in dense products over all k T rows, without experts",
     "bmm": "as many operations over n weight matrices with equal rows: the limit for an MoE",
 }
-# Repeated to fill the matrices; a prime, so that no two experts are alike.
+# Numbers in the block that is repeated to fill the matrices; a prime, so that experts differ.
 _BLOCK = 1_000_003
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.moe_points import Point
 from benchmarks.moe_tables import Timing, summarise_point
 
-# Stacked from below, then lines.
+# Parts are stacked from below; the other times are lines.
 PARTS = ("gate and losses", "experts and dispatch", "optimizer")
 LINES = {"bare products of the experts": "k--", "the step with torch's Adam": "k:"}
 

@@ -158,7 +158,7 @@ GRIDS: dict[str, list[Point]] = {
         _on_gpu(16384, 32),  # 2048
         _on_gpu(2048, 512),  # 16
         _on_gpu(512, 512),  # 4
-        _on_gpu(4096, 1024),  # 16, and more experts than torch's grouped_mm takes
+        _on_gpu(4096, 1024),  # 16, and more experts than torch's grouped_mm accepts
         # In bfloat16 Adam's moments of 4.3e9 parameters fit into 80 GB.
         Point(16384, 512, 1024, 4096, 4, modes=("step",), dtype="bfloat16"),
     ],

@@ -24,7 +24,7 @@ from benchmarks.moe_points import BARE, Point
 
 # A turn repeats a short job for about this many seconds, at most this many times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# Imports, the first kernels on a GPU, and filling the weights.
+# Most seconds for imports, the first kernels on a GPU, and filling the weights.
 START_SECONDS = 300.0
 
 

@@ -23,7 +23,7 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 from nmt_moe import training
 
-# Share of the memory free at the start that is left to other processes.
+# Bytes of the memory free at the start that are left to other processes.
 _KEPT_FREE = 2**30
 
 

@@ -47,7 +47,7 @@ def make_jobs(args: argparse.Namespace, vocab_size: int) -> Mapping[str, Job]:
     bound = args.dim**-0.5
     weight = torch.empty(vocab_size, args.dim, device=args.device).uniform_(-bound, bound)
     features = torch.randn(args.tokens, args.dim, device=args.device)
-    # Targets as frequent as the proposal thinks they are.
+    # Draw targets from the distribution that the samples are drawn from.
     ranks = torch.rand(args.tokens, dtype=torch.float64, device=args.device)
     target = ((vocab_size + 1) ** ranks).long().sub(1).clamp(0, vocab_size - 1)
     weight.requires_grad_()

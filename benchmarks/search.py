@@ -41,7 +41,7 @@ COLUMNS = [
 STOCK = "stock"
 PENALTIES = ["--length-penalty-alpha", "0.2", "--coverage-penalty-beta", "0.2"]
 PRUNING = ["--beam-prune", "3.0"]
-# GNMT's values.
+# The penalties and the margin have GNMT's values.
 SEARCHES = {
     STOCK: [],
     "penalties": PENALTIES,

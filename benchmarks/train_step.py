@@ -142,7 +142,7 @@ def print_memory(name: str, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Return a row per model, and the operations of each model's products by group."""
     names = [f"{arch}/{wiring}" for arch in args.arch for wiring in args.attention_wiring]
-    # First, while this process is small: the processes it starts need the memory.
+    # Measure this first, while this process is small: the processes it starts need the memory.
     peaks = {} if args.no_memory else measure_memory(names, args)
     batch = Batch(args.sentences, args.length, args.vocab_size)
     pool = products.Pool(args.device)

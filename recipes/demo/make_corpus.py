@@ -146,7 +146,7 @@ class French:
         "le billet", "le livre", "le manteau", "la lampe",
         "la table", "le vélo", "la montre", "le pain",
     ]
-    # All masculine: a feminine noun would need another form of the number before it.
+    # All nouns are masculine: a feminine noun would need another form of the number before it.
     goods = ["livres", "arbres", "billets", "chevaux", "bateaux", "tableaux", "stylos", "fauteuils"]
     months = [
         "janvier", "février", "mars", "avril", "mai", "juin",
