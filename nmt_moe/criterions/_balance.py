@@ -1,4 +1,4 @@
-"""What all criterions add to loss and log: the balance of the MoE layers."""
+"""Add the balance of the MoE layers to the loss and the log of a criterion."""
 
 import functools
 from typing import Any, Dict, List
