@@ -75,7 +75,7 @@ class SearchDefaults:
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """What is done to source text before it is split into pieces, as in training.
+    """Steps applied to source text before it is split into pieces, as in training.
 
     Attributes:
         lowercase: Whether to lower-case it.

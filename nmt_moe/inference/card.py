@@ -48,7 +48,7 @@ GENERAL = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a bundle comes from.
+    """The origin of a bundle.
 
     Attributes:
         checkpoint: Path of the checkpoint.

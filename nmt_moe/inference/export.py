@@ -68,7 +68,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Description:
-    """What a bundle describes besides its weights.
+    """The information in a bundle besides its weights.
 
     Attributes:
         languages: [source, target], if neither the checkpoint nor its data name them.

@@ -30,7 +30,7 @@ DROPPED_AT = 0.3
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder needs from B encoded sentences.
+    """The encodings of B sentences that the decoder needs.
 
     Attributes:
         source: (B, S, D), the encoder's outputs; 0 at padding.

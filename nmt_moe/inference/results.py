@@ -1,4 +1,4 @@
-"""What a translator returns."""
+"""The results that a translator returns."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a translation may be: a S + b pieces for S source pieces, including the end mark."""
+    """The most pieces of a translation, with end mark: a S + b for S source pieces."""
 
     a: float
     b: int
