@@ -29,7 +29,7 @@ NUM_SAMPLES = 256
 
 
 class LayerReport:
-    """What one MoE layer does over several parts of a text.
+    """The use of one MoE layer over several parts of a text.
 
     Args:
         side: "encoder" or "decoder".

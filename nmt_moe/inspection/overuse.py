@@ -1,4 +1,4 @@
-"""What experts are used for more often than by chance.
+"""Find features for which experts are used more often than by chance.
 
 Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and k
 both. By chance the expert would get the share m / N of the feature's tokens. The lift is

@@ -32,7 +32,7 @@ MIN_WEIGHT = 0.03
 
 @dataclass(frozen=True)
 class Caps:
-    """How much a page shows; halved until the page is small enough.
+    """The amount that a page shows; it is halved until the page is small enough.
 
     Attributes:
         experts: Experts in each layer, the busiest ones.

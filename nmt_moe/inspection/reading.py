@@ -44,7 +44,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class TextUsage:
-    """How a model's experts are used on a text.
+    """The use of a model's experts on a text.
 
     Attributes:
         layers: Usage in "encoder" and "decoder", as far as the model has them.

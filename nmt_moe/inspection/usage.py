@@ -1,4 +1,4 @@
-"""How a layer's experts are used on a text: sums, and the columns of Table 6 computed from them."""
+"""The use of a layer's experts on a text: sums, and the columns of Table 6 computed from them."""
 
 from __future__ import annotations
 
