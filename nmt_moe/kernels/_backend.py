@@ -1,4 +1,4 @@
-"""What operations ask about their tensors: which path runs them, whether gradients follow."""
+"""Answer what operations ask about tensors: which path runs them, whether gradients follow."""
 
 import importlib.util
 import os

@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How rows are distributed: each group has `splits` programs, which take turns with blocks."""
+    """The distribution of rows: the `splits` programs of a group take turns with its blocks."""
 
     splits: int
     block_rows: int

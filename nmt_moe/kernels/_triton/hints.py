@@ -1,4 +1,4 @@
-"""What the compiler cannot see by itself."""
+"""Tell the compiler what it cannot see by itself."""
 
 import triton
 import triton.language as tl
