@@ -1,4 +1,4 @@
-"""How decisive gates are and how much experts differ: signs that experts specialise.
+"""Measure how decisive gates are and how much experts differ: signs of specialised experts.
 
 Balance (`nmt_moe.moe.stats`) shows whether all experts are used; these values show whether it
 matters which ones.

@@ -1,4 +1,4 @@
-"""What one pass through an MoE layer returns besides its output."""
+"""The statistics that one pass through an MoE layer returns besides its output."""
 
 from dataclasses import dataclass
 
