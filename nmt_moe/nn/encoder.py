@@ -16,7 +16,7 @@ from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 # A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
 class EncoderOutput(NamedTuple):
-    """What the decoder needs from the encoder.
+    """The encoder's results that the decoder needs.
 
     Attributes:
         source: (B, S, D), aligned with the source tokens.
