@@ -65,7 +65,7 @@ class LocalExchange:
 
 @dataclass(frozen=True)
 class AllToAllRoute:
-    """How many tokens each rank sends to each other rank.
+    """The numbers of tokens that ranks send to each other.
 
     All ranks of the group must call each method, and go backward through it, in the same order.
 
@@ -73,10 +73,10 @@ class AllToAllRoute:
         plan: This rank's tokens sorted by destination rank, once for each destination.
         expert_ids: (N, K) int64, global; E in an empty slot. K is the largest over all ranks.
         send_counts: P numbers, the tokens this rank sends to each rank of its group.
-        recv_counts: P numbers, the tokens it receives from each rank.
+        recv_counts: P numbers, the tokens this rank receives from each rank.
         all_done: Whether all ranks of the group are done.
         owned: The global ids of this rank's experts.
-        members: torch's process group.
+        members: torch's process group of these ranks.
     """
 
     plan: RowPlan

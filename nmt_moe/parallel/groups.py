@@ -1,4 +1,4 @@
-"""Which ranks hold which experts."""
+"""The groups of ranks that share the experts."""
 
 import math
 from dataclasses import dataclass
