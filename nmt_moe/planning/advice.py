@@ -1,4 +1,4 @@
-"""What to change so that training fits into a device's memory."""
+"""Suggest changes that make training fit into a device's memory."""
 
 from __future__ import annotations
 

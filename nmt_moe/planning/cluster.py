@@ -220,7 +220,7 @@ def predict_time(
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device holds and does in a step.
+    """The predicted costs of a step on one device.
 
     Attributes:
         memory: Bytes of memory, by part.

@@ -1,4 +1,4 @@
-"""What an MoE layer multiplies, and keeps for the backward pass.
+"""The products of an MoE layer, and what it keeps for the backward pass.
 
 Its operations are fused and depend on the values of tensors, so torch cannot report them from
 shapes alone; a test compares these formulas with what torch saves and computes. Letters: N tokens

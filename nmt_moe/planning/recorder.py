@@ -101,7 +101,7 @@ def is_matrix(name: str) -> bool:
 
 @dataclass
 class Network:
-    """What the forward pass of a batch does and keeps.
+    """The weights and products of a forward pass, and the bytes that it keeps.
 
     Attributes:
         weights: All parameters except those of the embedding and the softmax layer.
