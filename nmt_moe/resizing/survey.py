@@ -17,7 +17,7 @@ CRITERIA = ("contribution", "importance", "load")
 
 
 class ExpertSurvey:
-    """What the experts of one layer did on a text.
+    """The use of one layer's experts on a text.
 
     Attributes:
         usage: Counts of tokens and sums of gates.
@@ -52,7 +52,7 @@ class ExpertSurvey:
 
 @dataclass
 class Survey:
-    """What a model did on one text.
+    """The results of a model that read one text.
 
     Attributes:
         layers: The layers by side, "encoder" and "decoder".
