@@ -1,4 +1,4 @@
-"""How well words are translated, by their frequency."""
+"""Measure how well words are translated, by their frequency."""
 
 from __future__ import annotations
 
