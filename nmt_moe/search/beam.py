@@ -25,7 +25,7 @@ from nmt_moe.search.scores import length_penalty, log_coverage
 
 
 class StepState(Protocol):
-    """What a model keeps for each row between two steps."""
+    """The state that a model keeps for each row between two steps."""
 
     def reorder(self, rows: Tensor) -> Self:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
