@@ -26,7 +26,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """What `/metrics` shows.
+    """The metrics that `/metrics` shows.
 
     Args:
         num_waiting: Function that returns the number of requests waiting for a batch.
