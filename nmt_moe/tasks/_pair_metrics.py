@@ -1,4 +1,4 @@
-"""What a multilingual task logs for each pair and for each language."""
+"""The metrics that a multilingual task logs for each pair and for each language."""
 
 import logging
 import math
