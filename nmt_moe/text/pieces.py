@@ -30,7 +30,7 @@ WHITE_SPACE = re.compile(r"\s")
 
 @dataclass(frozen=True)
 class Training:
-    """How a vocabulary was learnt.
+    """The results of learning a vocabulary.
 
     Attributes:
         num_pieces: Entries in the dictionary.
