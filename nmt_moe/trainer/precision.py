@@ -1,4 +1,4 @@
-"""What --fp16, --bf16 and --amp keep beside the model's weights, so that resuming is exact."""
+"""Save what --fp16, --bf16 and --amp keep beside the model's weights, for exact resuming."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
