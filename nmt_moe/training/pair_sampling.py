@@ -1,4 +1,4 @@
-"""How often training on many language pairs uses each of them."""
+"""Determine how often training on many language pairs uses each of them."""
 
 from collections.abc import Mapping
 
