@@ -12,7 +12,7 @@ from nmt_moe.moe import MoEConfig
 # both losses.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
-# Modes in which the limits of the hardware are measured, too.
+# Modes in which the bare matrix products are measured, too.
 BARE = ("forward", "fwd+bwd")
 
 

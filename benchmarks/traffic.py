@@ -16,7 +16,7 @@ from nmt_moe.parallel import ring_bytes
 
 @dataclass
 class Traffic:
-    """What this rank sent during a measurement.
+    """The traffic of this rank during a measurement.
 
     Attributes:
         bytes_sent: Bytes to other ranks: "exchange", rows of tokens and their counts (all-to-all),
