@@ -28,7 +28,7 @@ def attentive_lstm(
 
     Each step computes only what depends on the previous step; products of x and the gradients
     of all weights, keys and sources are single products over all steps. Sums have a fixed order:
-    the same inputs give the same bits.
+    the same inputs give bit-identical results.
 
     Args:
         x: (T, B, D) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors

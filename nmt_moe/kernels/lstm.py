@@ -26,7 +26,7 @@ def lstm(
 
     Each step computes only the recurrent products and one fused point-wise loop; the
     input's part of the gates and the gradients of all weights are single products over all steps.
-    Sums have a fixed order: the same inputs give the same bits.
+    Sums have a fixed order: the same inputs give bit-identical results.
 
     Args:
         x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.
