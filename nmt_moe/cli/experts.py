@@ -79,7 +79,7 @@ def _choice_options(function: Callable) -> Callable:
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: equally many from each layer; model: drop the least used of all layers.",
+            help="layer: the same number in each layer; model: drop the least used of all layers.",
         ),
         click.option(
             "--by",
