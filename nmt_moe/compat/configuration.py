@@ -240,7 +240,7 @@ def _names(group: str, settings: Any, is_flat: bool) -> list[Any]:
         raise ValueError(f"has {table!r:.80} as its {group}.")
     names = [table[key] for key in keys if table.get(key) is not None]
     if not names and not is_flat and len(table) == 1:
-        names = list(table)  # fairseq takes the only key as the name
+        names = list(table)  # fairseq uses the only key as the name
     return [name for name in names if not isinstance(name, dict)]
 
 

@@ -102,7 +102,7 @@ def _loading(initialise: Callable) -> Callable:
 def keep_typed_marks_as_text() -> None:
     """Treat `</s>`, `<s>` and `<pad>` in a text as unknown words, with a warning.
 
-    Reason: fairseq takes them for the end mark, the begin mark and padding. A dictionary may name
+    Reason: fairseq reads them as the end mark, the begin mark and padding. A dictionary may name
     further marks as `language_marks`. Programs that put marks into their own text (masked language
     models) are not affected: they encode it without `append_eos`.
     """
