@@ -219,7 +219,7 @@ class _AttentiveLSTM:
 
 
 class _Slots:
-    """Rows in slots, equally many for each sentence, so that its keys are read once for all rows.
+    """Rows in slots, the same number for each sentence, whose keys are read once for all rows.
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.

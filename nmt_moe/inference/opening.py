@@ -69,7 +69,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
 
     Args:
         folder: A folder that `nmt-moe export` wrote.
-        kind: "translation" or "language_model".
+        kind: Required kind of model, "translation" or "language_model".
 
     Raises:
         ValueError: naming what is missing, changed, too new, of another kind, or inconsistent.
