@@ -32,7 +32,7 @@ class LayerReport:
     """The use of one MoE layer over several parts of a text.
 
     Args:
-        side: "encoder" or "decoder".
+        side: Side of the network, "encoder" or "decoder".
         moe: The layer.
         parts: Names of the parts.
         has_pieces: Whether tokens are sentencepiece pieces.

@@ -104,7 +104,7 @@ def find_overuse(
         counts: Counts of features.
         load: The tokens of each of E experts.
         num_tokens: Number of tokens, N.
-        num_comparisons: M, over all features of the layer.
+        num_comparisons: Number of comparisons, M, over all features of the layer.
         most: Most features for an expert.
 
     Returns:
