@@ -109,7 +109,7 @@ def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
         ValueError: naming the option, its rule and its value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
-    # Options that an earlier version lacks take their defaults.
+    # Options that an earlier version lacks get their defaults.
     values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
