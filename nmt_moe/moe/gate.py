@@ -1,7 +1,7 @@
 """Gates: which experts a token goes to, and with what weight.
 
 All gates compute logits, noise, softmax and load in float32 (float64 for float64 tokens), whatever
-the model's dtype or autocast. All take the same arguments and return a `Gating`.
+the model's dtype or autocast. All have the same arguments and return a `Gating`.
 
 All gates have these attributes:
     can_balance_load: Whether the load can vary, so that there is a load loss.
@@ -113,7 +113,7 @@ class NoisyTopKGate(nn.Module):
 class StrictlyBalancedGate(nn.Module):
     """Send the same number of tokens to every expert in training; use thresholds in evaluation.
 
-    Of N tokens, each expert takes its best m = ceil(K N / E). With equal scores (as at the start,
+    Each expert keeps the best m = ceil(K N / E) of N tokens. With equal scores (as at the start,
     when the weight is zero), expert i takes tokens from token i m on, cyclically, so that the first
     batches spread evenly. The thresholds are trained by `batchwise_threshold_loss`, averaged over
     tokens so that its gradient does not grow with the batch; it has no gradient with respect to the
