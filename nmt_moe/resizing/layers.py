@@ -39,7 +39,7 @@ class Layer:
         """Return the layer with some of its experts, in the order given.
 
         Args:
-            ids: Ids of the experts; with groups, equally many from each group.
+            ids: Ids of the experts; with groups, the same number from each group.
 
         Raises:
             ValueError: if there are too few, some are repeated, or groups have different numbers.

@@ -21,7 +21,7 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
 
     Args:
         layer: The layer.
-        kept: Ids of the kept experts; with groups, equally many from each group.
+        kept: Ids of the kept experts; with groups, the same number from each group.
         shares: (E,), each expert's share of what the layer did on a text.
 
     Returns:

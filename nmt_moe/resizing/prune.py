@@ -22,8 +22,8 @@ def choose_experts(
         shares: (E,) for each layer, each summing to 1.
         moe: Sizes of each layer.
         keep: Experts to keep in each layer; with the scope "model", on average.
-        scope: "layer" keeps equally many in each layer; "model" drops the experts with the smallest
-            shares of all layers, but leaves each layer enough for every token's choice.
+        scope: "layer" keeps the same number in each layer; "model" drops the experts with the
+            smallest shares of all layers, but leaves each layer enough for every token's choice.
 
     Returns:
         For each layer, the ids of experts in ascending order.

@@ -107,7 +107,7 @@ def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) ->
 
     Args:
         surveys: One for each text.
-        criterion: "contribution", "importance" or "load".
+        criterion: Measure of use, "contribution", "importance" or "load".
         is_equal: Whether texts count equally, whatever their length.
 
     Returns:
