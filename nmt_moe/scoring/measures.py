@@ -249,7 +249,7 @@ def score_by_source(
 
 
 def read_texts(paths: Sequence[Path]) -> list[list[str]]:
-    """Read files of equally many lines; an empty translation is allowed.
+    """Read files with the same number of lines; an empty translation is allowed.
 
     Raises:
         ValueError: if a line cannot be read, or a file has no text, another number of lines, or is
