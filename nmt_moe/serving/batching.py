@@ -1,6 +1,6 @@
 """Translate the lines of all waiting requests together, in one thread.
 
-The thread takes the request that has waited longest, and with it every other request for the same
+The thread picks the request that has waited longest, and with it every other request for the same
 search, one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
 requests queue up. If there are several clients, those whose requests were just answered may be
 about to send the next: only then does the thread wait, at most `MAX_WAIT`, until there are as many
