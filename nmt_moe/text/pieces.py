@@ -60,7 +60,7 @@ def train(
         model: Model file to write.
         dictionary: Dictionary file to write, in fairseq's format.
         vocab_size: Number of pieces, including the three that fairseq adds itself.
-        model_type: "unigram" or "bpe".
+        model_type: Kind of sentencepiece model, "unigram" or "bpe".
         hard_vocab_limit: Whether to raise an error, instead of learning fewer pieces, if the text
             is too small for `vocab_size` pieces.
         character_coverage: Share of the text's characters that must be pieces; rarer characters
