@@ -49,7 +49,7 @@ def passes_per_epoch(
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return how many sentences an epoch takes from a pair that has `size`; at least 1."""
+    """Return how many sentences an epoch uses of a pair that has `size`; at least 1."""
     return max(1, round(size * passes))
 
 
