@@ -129,7 +129,7 @@ def main() -> None:
         sys.exit("torch sees no GPU here. --dry-run does without one.")
     args.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if args.dry_run:  # take the paths of a GPU
+        if args.dry_run:  # use the paths of a GPU
             for name, types in (("TRITON_DEVICES", {"cpu"}), ("HOST_DEVICES", set())):
                 stack.enter_context(mock.patch.object(_backend, name, frozenset(types)))
         tiny = args.tiny or args.dry_run
