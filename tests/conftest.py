@@ -49,6 +49,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     torch.set_default_device(None)
 
 
+@pytest.fixture
+def torch_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave the compiled loops out, which hooks and modes of torch do not see."""
+    from nmt_moe.kernels._cpu import load
+
+    monkeypatch.setenv("NMT_MOE_KERNELS", "torch")
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Return the folder of the checkout."""

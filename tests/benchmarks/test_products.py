@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,6 +58,7 @@ def test_a_dense_model_has_no_products_of_an_moe():
     assert not [name for name in groups if "MoE" in name]
 
 
+@pytest.mark.usefixtures("torch_operations")
 def test_the_list_agrees_with_what_the_model_computes(monkeypatch):
     monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is not a necessary product
     # At each LSTM's first step, torch omits the gradient of the zero state, B D 4 H; in the

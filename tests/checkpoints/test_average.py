@@ -112,7 +112,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.pt` .* fairseq checkpoint"):
         read_checkpoint(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list\.pt: has no `model`"):
+    with pytest.raises(ValueError, match=r"list\.pt` has no `model`"):
         read_checkpoint(tmp_path / "list.pt")
 
 

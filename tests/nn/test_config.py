@@ -29,7 +29,7 @@ def test_without_it_both_layers_are_the_same():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"decoder_num_experts": 1}, "`decoder_num_experts` 1 cannot be: `top_k`"),
+        ({"decoder_num_experts": 1}, "`decoder_num_experts` 1 is not possible: `top_k`"),
         ({"decoder_num_experts": -1}, "`decoder_num_experts` must be at least 0"),
         ({"decoder_num_experts": 3, "moe": None}, "must be 0 without MoE layers"),
     ],

@@ -129,7 +129,7 @@ def test_a_missing_file_is_named(corpus, tmp_path):
     (corpus[0] / "val.de.gz").unlink()
     done = prepare(corpus, tmp_path)
     assert done.returncode == 1
-    assert f"error: {corpus[0]} has no val.de and no val.de.gz" in done.stderr
+    assert f"error: {corpus[0]} has neither val.de nor val.de.gz" in done.stderr
 
 
 def test_a_wrong_digest_is_refused_with_both(corpus, tmp_path):

@@ -155,4 +155,4 @@ def test_without_the_extra_the_command_says_what_to_install(bundle: Path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "`fastapi` for one: pip install 'nmt-moe[serve]'" in done.stderr
+    assert "`fastapi`: pip install 'nmt-moe[serve]'" in done.stderr

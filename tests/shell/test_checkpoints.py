@@ -26,7 +26,7 @@ def test_a_damaged_checkpoint_is_named(stock, kind):
 
 def test_a_torch_file_that_is_not_a_checkpoint_is_named(stock):
     torch.save({"weights": torch.ones(3)}, stock / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: has no `model`"):
+    with pytest.raises(ValueError, match=r"other\.pt` has no `model`"):
         load_with_fairseq(stock, "other.pt")
 
 

@@ -235,8 +235,8 @@ def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
         (["-s", "dd", "-t", "aa"], "`--source-lang` must be one of aa, bb, cc, but is 'dd'"),
         (["-s", "aa", "-t", "aa"], "must differ, but are both 'aa'"),
         (["-s", "cc", "-t", "bb", "--gen-subset", "valid"], "the pair 'cc-bb' has no valid text"),
-        (["-s", "aa", "-t", "bb", "--langs", "bb,aa,cc"], "in its order, aa,bb,cc, but give bb,aa"),
-        (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but give aa,bb"),
+        (["-s", "aa", "-t", "bb", "--langs", "bb,aa,cc"], "in its order, aa,bb,cc, but name bb,aa"),
+        (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but name aa,bb"),
     ],
 )
 def test_translation_that_cannot_be_is_refused_by_name(

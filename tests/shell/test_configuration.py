@@ -134,7 +134,7 @@ def test_a_checkpoint_is_complete_only_if_it_fits_its_model(checkpoint: Path, tm
         ({"hidden_dim": 10**9}, "sets `hidden_dim` to 1000000000"),
         ({"model_dim": 10**7}, "sets `model_dim` to 10000000"),
         ({"encoder_layers": 10**6}, "sets `encoder_layers` to 1000000"),
-        ({"num_experts": 10**5, "hidden_dim": 10**5}, r"is of a model with 64\d{10}"),
+        ({"num_experts": 10**5, "hidden_dim": 10**5}, r"describes a model with 64\d{10}"),
     ],
 )
 def test_a_model_that_the_checkpoint_is_too_small_for_is_not_built(

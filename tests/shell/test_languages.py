@@ -124,7 +124,7 @@ def test_a_checkpoint_fits_its_own_languages_and_no_others():
     dictionary = make_dictionary("a", "b")
     saved = describe_languages(["en", "fr"], dictionary)
     check_languages(saved, ["en", "fr"], dictionary)
-    with pytest.raises(ValueError, match=r"order, en,fr, but give fr,en\. Add --langs en,fr"):
+    with pytest.raises(ValueError, match=r"order, en,fr, but name fr,en\. Add --langs en,fr"):
         check_languages(saved, ["fr", "en"], dictionary)
     with pytest.raises(ValueError, match="symbol 5 is 'c', not 'b'"):
         check_languages(saved, ["en", "fr"], make_dictionary("a", "c"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.testing import assert_close
 
 from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.parallel import is_expert, mark_expert
@@ -112,7 +113,8 @@ def test_half_precision_is_updated_in_float32(dtype):
         for parameter in (ours, wide):
             FactoredAdam([parameter], lr=0.1).step()
         assert ours.dtype == dtype
-        assert ours.equal(wide.to(dtype))
+        # Both add up in float32; compiled loops and torch round differently in its last bits.
+        assert_close(ours, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_experts_of_a_layer_keep_a_row_and_a_column():
