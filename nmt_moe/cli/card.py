@@ -24,7 +24,7 @@ nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.option("--vocab-size", type=int, help="Size of the vocabulary [793471; translation 32000].")
 def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
-    r"""Print what an architecture costs: operations, parameters, memory. Nothing is allocated.
+    """Print what an architecture costs: operations, parameters, memory. Nothing is allocated.
 
     The columns (M: millions, GB: 1e9 bytes; all in float32):
 
@@ -47,7 +47,7 @@ def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int |
     A translation model's token stands for one source and one target token.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
-    """
+    """  # noqa: D301 - \b keeps the table as it is
     if take_all == bool(arch):
         raise ValueError("give either `--arch` or `--all`")
     if vocab_size is not None:

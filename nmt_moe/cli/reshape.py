@@ -25,7 +25,7 @@ nmt-moe reshape split whole.pt --files 8 --output parts/checkpoint_last.pt
 def reshape(
     action: str, checkpoint: Path, output: Path | None, files: int | None, overwrite: bool
 ) -> None:
-    r"""Verify, merge or split a checkpoint.
+    """Verify, merge or split a checkpoint.
 
     Training on several processes (`--expert-parallel-size`) writes experts to files beside the
     checkpoint, and every command reads them. Use this to copy a checkpoint, or to move it to
@@ -37,7 +37,7 @@ def reshape(
     split: write its experts into `--files` files. Either kind of checkpoint will do.
 
     The optimizer state is kept.
-    """
+    """  # noqa: D301 - \b keeps the list as it is
     from nmt_moe.checkpoints import reshape as library
 
     if action == "verify":
