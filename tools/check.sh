@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style, format, import floors, types, shell scripts, documentation (one of the tests), tests.
+# Check everything: style, format, import contracts, types, shell scripts, documentation (one of the tests), tests.
 #
 # Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
 #
@@ -43,7 +43,7 @@ check_shell_scripts() {
 
 check style "$python" -m ruff check .
 check format "$python" -m ruff format --check .
-check floors env PYTHONPATH="$ROOT" "$bin/lint-imports"
+check imports env PYTHONPATH="$ROOT" "$bin/lint-imports"
 check types "$python" -m mypy
 check shell check_shell_scripts
 check tests bash tools/test.sh "$@"

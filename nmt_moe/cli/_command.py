@@ -51,7 +51,14 @@ class Command(WithExamples):
         except (ValueError, OSError) as error:
             if os.environ.get("NMT_MOE_TRACEBACK") == "1":
                 raise
-            raise Mistake(ctx.command_path, str(error)) from error
+            raise Mistake(ctx.command_path, describe_error(error)) from error
+
+
+def describe_error(error: ValueError | OSError) -> str:
+    """Return the message of an error; for the system's own, the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"`{error.filename}`: {error.strerror}. Check the path."
+    return str(error)
 
 
 class List(click.Option):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from nmt_moe import cli
 from nmt_moe.cli import main
-from nmt_moe.cli._command import Command, list_option, spread_lists
+from nmt_moe.cli._command import Command, describe_error, list_option, spread_lists
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -101,3 +101,11 @@ def test_a_list_option_takes_all_values_that_follow():
     assert runner.invoke(command, ["--inputs", "a", "b", "--inputs=c"]).exit_code == 0
     assert seen == [("a", "b", "c")]
     assert "requires an argument" in runner.invoke(command, ["--inputs"]).stderr
+
+
+def test_an_error_of_the_system_names_the_file_and_the_reason():
+    missing = FileNotFoundError(2, "No such file or directory", "corpus/missing.en")
+    expected = "`corpus/missing.en`: No such file or directory. Check the path."
+    assert describe_error(missing) == expected
+    assert describe_error(OSError("cut off")) == "cut off"
+    assert describe_error(ValueError("`--x` must be 1")) == "`--x` must be 1"

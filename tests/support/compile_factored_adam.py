@@ -12,11 +12,12 @@ from triton.compiler import ASTSource
 
 from nmt_moe.kernels._triton import factored_adam
 
-TILE = {"BLOCK_D": 32, "BLOCK_H": 256}
+COLUMNS, WARPS = factored_adam.TILE_COLUMNS, factored_adam.WARPS
+TILE = {"BLOCK_D": factored_adam.TILE_ROWS, "BLOCK_H": COLUMNS}
 KERNELS = {  # name: constants, warps
-    "_square_sums_kernel": (TILE, 8),
-    "_column_means_kernel": ({"BLOCK_H": 256}, 4),
-    "_update_kernel": ({**TILE, "BLOCK_MEAN": 512}, 8),
+    "_square_sums_kernel": (TILE, WARPS),
+    "_column_means_kernel": ({"BLOCK_H": COLUMNS}, 4),
+    "_update_kernel": ({**TILE, "BLOCK_MEAN": 512}, WARPS),
 }
 MEANS = {"row_mean": "*fp32", "column_mean": "*fp32", "column_sums": "*fp32"}
 FLOATS = {"beta2", "gain", "step_size", "eps", "keep"}
