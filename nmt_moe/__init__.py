@@ -7,14 +7,14 @@ Shape letters, the same everywhere:
     B sentences, S source positions, T target positions, N tokens after flattening, D model dim,
     H hidden dim of an expert, E experts, L experts on this rank, K experts per token,
     R rows = (token, expert) pairs, G groups of a hierarchy, P ranks, V vocabulary, W beam width.
-LSTMs stay time-first: (S, B, D).
+The tensors of LSTMs are time-first: (S, B, D).
 """
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import what opens a trained model when it is asked for: it needs torch."""
+    """Import `Translator` or `LanguageModel` only when it is used, because both need torch."""
     if name in ("Translator", "LanguageModel"):
         from nmt_moe import inference
 

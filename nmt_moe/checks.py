@@ -1,4 +1,4 @@
-"""Checks of arguments; every error states the name, the rule, the value and a way out."""
+"""Check arguments. Every error message gives the name, the rule, the value and a remedy."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -11,7 +11,7 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
     """Reject a number outside `[low, high]`, NaN, and anything that is not a number.
 
     Raises:
-        ValueError: naming the option, the bounds and the value.
+        ValueError: its message names the option, the bounds and the value.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"`{name}` must be a number, but is {value!r}.")
@@ -26,7 +26,7 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
     """Reject anything that is not an integer from `low` to `high`.
 
     Raises:
-        ValueError: naming the option, the rule or bounds and the value.
+        ValueError: its message names the option, the rule or bounds and the value.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"`{name}` must be a whole number (an int), but is {value!r}.")
@@ -37,7 +37,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Reject a name that is not one of `choices`.
 
     Raises:
-        ValueError: naming the option, the value and every choice.
+        ValueError: its message names the option, the value and every choice.
     """
     if value not in choices:
         known = ", ".join(f"'{choice}'" for choice in choices)
@@ -45,10 +45,10 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_divides(name: str, value: int, what: str, divisor: int) -> None:
-    """Reject a `value` that is not a positive multiple of `divisor` (at least 1).
+    """Reject a `value` that is not a positive multiple of `divisor`, which is at least 1.
 
     Raises:
-        ValueError: naming both numbers and the nearest values that are allowed.
+        ValueError: its message names both numbers and the nearest values that are allowed.
     """
     if value < 1 or value % divisor:
         below = value - value % divisor
@@ -62,7 +62,7 @@ def check_divisor(name: str, value: int, what: str, number: int) -> None:
     """Reject a `value` that does not divide `number`.
 
     Raises:
-        ValueError: naming both numbers and the values that are allowed.
+        ValueError: its message names both numbers and the values that are allowed.
     """
     check_whole(name, value, 1)
     if number % value:
@@ -72,10 +72,11 @@ def check_divisor(name: str, value: int, what: str, number: int) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
-    """Reject a tensor of another shape; `None` in `shape` stands for any size.
+    """Reject a tensor that does not have the given shape; None in `shape` stands for any size.
 
     Raises:
-        ValueError: naming the tensor, the required shape in letters and numbers, and its own.
+        ValueError: its message names the tensor, the required shape in letters and numbers, and its
+            own.
     """
     fits = tensor.dim() == len(shape) and all(
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
@@ -88,10 +89,11 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters:
 
 
 def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Reject a tensor of another dtype or on another device; `None` stands for any float.
+    """Reject a tensor of the wrong dtype or device; if `dtype` is None, any float is accepted.
 
     Raises:
-        ValueError: naming the tensor, its required and actual properties, and how to convert it.
+        ValueError: its message names the tensor, its required and actual properties, and how to
+            convert it.
     """
     if dtype is None and not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating-point, but is {tensor.dtype}.")
@@ -110,7 +112,7 @@ def check_finite(what: str, values: Tensor) -> None:
     """Reject infinities and NaN.
 
     Raises:
-        FloatingPointError: naming `what` is not finite, with what usually helps.
+        FloatingPointError: its message says what is not finite, and what usually helps.
     """
     if not torch.isfinite(values).all():
         raise FloatingPointError(

@@ -11,7 +11,7 @@ def register() -> None:
     otherwise fairseq merely logs "already imported". Tests and tools call this function; calling it
     again is harmless.
     """
-    # fairseq's own order for a plugin; tasks/__init__.py imports compat, criterions and optim.
+    # This is fairseq's order for plugins; tasks/__init__.py imports compat, criterions and optim.
     for folder in ("tasks", "models"):
         package = importlib.import_module(f"nmt_moe.{folder}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

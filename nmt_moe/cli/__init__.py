@@ -1,7 +1,8 @@
 """The command `nmt-moe`: one group whose subcommands are imported only when they are run.
 
-A subcommand is an entry of `COMMANDS` and a `click` command in a module of this package, which
-reads options and calls the library; `_command.command` makes one whose help ends with examples.
+Each subcommand has an entry in `COMMANDS` and a `click` command in a module of this package, which
+reads the options and calls the library. `_command.command` creates a command whose help ends with
+examples.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COMMANDS = {
     ),
     "check-parallel": (
         "nmt_moe.cli.check_parallel:check_parallel",
-        "Check that parallel texts have equally many lines, none of them empty.",
+        "Check that parallel texts have the same number of lines, none of them empty.",
     ),
     "doctor": (
         "nmt_moe.cli.doctor:doctor",
@@ -52,7 +53,7 @@ COMMANDS = {
     "lm": ("nmt_moe.cli.lm:lm", "Score text with an exported language model, or sample text."),
     "pieces": (
         "nmt_moe.cli.pieces:pieces",
-        "Learn sentence pieces, split text into them, join them again.",
+        "Learn sentence pieces, split text into them, and join them again.",
     ),
     "plan": (
         "nmt_moe.cli.plan:plan",
@@ -61,7 +62,7 @@ COMMANDS = {
     "plot": ("nmt_moe.cli.plot:plot", "Plot loss, perplexity and balance from training logs."),
     "report": (
         "nmt_moe.cli.report:report",
-        "Write a page on what a model's experts do on a text, and how well it translates.",
+        "Write a page on what a model's experts do on a text and how well the model translates.",
     ),
     "reshape": (
         "nmt_moe.cli.reshape:reshape",
@@ -69,7 +70,7 @@ COMMANDS = {
     ),
     "score": (
         "nmt_moe.cli.score:score",
-        "Score a translation: several kinds of BLEU, chrF, TER.",
+        "Score a translation with several kinds of BLEU, chrF and TER.",
     ),
     "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a web page."),
     "sweep": ("nmt_moe.cli.sweep:sweep", "Tune alpha and beta of GNMT's search: BLEU over a grid."),
@@ -89,7 +90,7 @@ class LazyGroup(click.Group):
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module; None for a name that is not a command."""
+        """Import and return a command; return None if `cmd_name` is not a command."""
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
@@ -104,8 +105,8 @@ class LazyGroup(click.Group):
 @click.group("nmt-moe", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="nmt-moe")
 def main() -> None:
-    """Mixture-of-experts translation: everything around fairseq's training and search.
+    """Work with mixture-of-experts translation models before, during and after their training.
 
-    `nmt-moe COMMAND --help` shows a command's options with examples. An error ends with one message
-    and status 1; set NMT_MOE_TRACEBACK=1 to see the traceback.
+    `nmt-moe COMMAND --help` shows a command's options with examples. A command that fails prints
+    one message and exits with status 1; set NMT_MOE_TRACEBACK=1 to see the traceback.
     """

@@ -1,4 +1,4 @@
-"""What all subcommands share: help that ends with examples, lists of values, one-line errors."""
+"""The parts that all subcommands share: examples in the help, lists of values, short errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Group(WithExamples, click.Group):
 class Command(WithExamples):
     """A command that reports a user's mistake as one message.
 
-    With NMT_MOE_TRACEBACK=1 the exception itself is raised.
+    If NMT_MOE_TRACEBACK=1 is set, the exception itself is raised.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -55,7 +55,7 @@ class Command(WithExamples):
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Return the message of an error; for the system's own, the file and the reason."""
+    """Return an error's message; for an error of the operating system, name file and reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"`{error.filename}`: {error.strerror}. Check the path."
     return str(error)
@@ -69,7 +69,7 @@ class List(click.Option):
 
 
 def spread_lists(args: list[str], names: set[str]) -> list[str]:
-    """Repeat each option of `names` before every value that follows it."""
+    """Repeat each option in `names` before every value that follows it."""
     spread: list[str] = []
     name, is_first = "", True
     for arg in args:
@@ -85,7 +85,7 @@ def spread_lists(args: list[str], names: set[str]) -> list[str]:
 def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Command]:
     """Decorate a function as the subcommand `name`; its docstring is the help.
 
-    examples: command lines, one a line.
+    `examples` contains one command line per line.
     """
     return click.command(name, cls=Command, examples=examples, **options)
 
@@ -99,7 +99,7 @@ def standard_input() -> BinaryIO:
     """Return the bytes of standard input.
 
     Raises:
-        ValueError: if it is closed.
+        ValueError: if standard input is closed.
     """
     if sys.stdin is None:
         raise ValueError("standard input is closed. Name a file, or pipe text into the command.")

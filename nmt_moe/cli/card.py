@@ -22,29 +22,31 @@ nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
 @list_option("--arch", metavar="NAME...", help="Architectures to describe.")
 @click.option("--all", "take_all", is_flag=True, help="Describe all architectures of this project.")
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
-@click.option("--vocab-size", type=int, help="Size of the vocabulary [793471; translation 32000].")
+@click.option("--vocab-size", type=int, help="Vocabulary size [793471; for translation, 32000].")
 def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
-    """Print what an architecture costs: operations, parameters, memory. Nothing is allocated.
+    """Print what an architecture costs in operations, parameters and memory. Allocate nothing.
 
     The columns (M: millions, GB: 1e9 bytes; all in float32):
 
     \b
-    ops        multiply-adds of the forward pass for a token: LSTMs with their
+    ops        multiply-adds of the forward pass for one token: LSTMs with their
                projections, both matrices of each gate that is evaluated (with
-               groups: the primary and those of the k chosen groups), the experts
-               a token goes to. Biases and attention are left out. Language
-               models leave the softmax out, translation has it: so does the paper.
-    params     the weights of all of these, evaluated or not, and one bias for each
-               gate of an LSTM; without embedding and softmax
-    active     those of params that one token meets
-    total      all numbers that torch keeps: embedding, softmax, attention, and the
-               second bias that torch gives an LSTM included
+               groups: the primary gate and those of the k chosen groups), and
+               the experts that receive the token. Biases and attention are not
+               counted. As in the paper, the softmax is counted for translation
+               models but not for language models.
+    params     the weights of these parts, whether evaluated or not, and one bias
+               for each gate of an LSTM, without embedding and softmax
+    active     the part of params that one token uses
+    total      all parameters, including embedding, softmax, attention and the
+               second bias that torch gives an LSTM
     weights, gradients, adam, factored
-               memory of total; of the two moments of Adam; of --optimizer
-               factored_adam, which keeps of each expert matrix a number for each
-               row and column. Activations come on top.
+               memory for all parameters, their gradients, the two moments of
+               Adam, and the state of --optimizer factored_adam, which keeps one
+               number for each row and each column of an expert matrix.
+               Activations need more memory in addition.
 
-    A translation model's token stands for one source and one target token.
+    In a translation model, a token stands for one source token and one target token.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """  # noqa: D301 - \b keeps the table as it is
@@ -83,7 +85,7 @@ def lay_out_cards(cards: Sequence[Card]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, numbers to the right."""
+    """Align the first column to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows

@@ -22,11 +22,11 @@ nmt-moe check-environment --extra demo --extra dev
     "--extra", "extras", multiple=True, help="Also check what this extra needs; repeatable."
 )
 def check_environment(extras: tuple[str, ...]) -> None:
-    """Check that this Python has everything nmt_moe needs; print what is missing.
+    """Check that this Python has everything nmt_moe needs, and print what is missing.
 
-    Versions are compared with the project's requirements, and torch, fairseq and fairseq's compiled
-    parts are imported. Nothing is installed. `nmt-moe doctor` reports more, including details of
-    the machine.
+    The command compares versions with the project's requirements, and imports torch, fairseq and
+    fairseq's compiled parts. It installs nothing. `nmt-moe doctor` reports more, including details
+    of the machine.
     """
     known = diagnostics.known_extras()
     for extra in set(extras) - set(known):

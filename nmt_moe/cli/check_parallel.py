@@ -16,7 +16,7 @@ from nmt_moe.text import parallel
 def check_parallel(files: tuple[Path, ...], allow_empty: bool) -> None:
     """Check that FILES are UTF-8 and have the same number of lines, none of them empty.
 
-    Only a line feed ends a line, as in fairseq. Files named *.gz and *.xz are unpacked.
+    Only a line feed ends a line, as in fairseq. Files named *.gz and *.xz are decompressed.
     """
     count = parallel.check_parallel(files, allow_empty)
     click.echo(f"{count} lines: {' '.join(path.name for path in files)}")

@@ -31,7 +31,7 @@ nmt-moe experts upcycle dense.pt --num-experts 16 --top-k 2 --output moe.pt
 """,
 )
 def experts() -> None:
-    """Examine the experts of a trained model, or write a copy with fewer or more of them.
+    """Examine the experts of a trained model, or write a copy of it with fewer or more experts.
 
     MODEL is a bundle or a checkpoint; it is not changed. To read text, a checkpoint needs the
     bundle that was exported from it.
@@ -79,14 +79,14 @@ def _choice_options(function: Callable) -> Callable:
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: the same number in each layer; model: drop the least used of all layers.",
+            help="layer: keep equally many in each layer; model: drop the least used of the model.",
         ),
         click.option(
             "--by",
             type=click.Choice(["contribution", "importance", "load"]),
             default="contribution",
             show_default=True,
-            help="Rank experts by gate times norm of the output, by gates, or by tokens.",
+            help="Rank experts by gate times output norm, by gates, or by number of tokens.",
         ),
         click.option(
             "--num-experts", type=int, required=True, help="Experts to keep in each layer."
@@ -109,8 +109,9 @@ def stats(
 ) -> None:
     """Print how the experts of the bundle FOLDER are used on a text.
 
-    For each layer: the columns of the paper's Table 6. For each expert: its share of the tokens'
-    choices, of the gates (importance), and of the output (gate times norm of the expert's output).
+    For each layer, the output contains the columns of the paper's Table 6; for each expert, it
+    contains the expert's share of the tokens' choices (load), of the gates (importance) and of the
+    output (contribution: gate times norm of the expert's output).
     """
     from nmt_moe.resizing import shares
 
@@ -161,9 +162,9 @@ nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
 def prune(model: Path, **options: Any) -> None:
     """Write a copy of MODEL with only the experts that contribute most on a text.
 
-    Tokens that chose a dropped expert go to the best of those that remain. The perplexity before
-    and after is printed for a language model, and for a translation model if there are
-    references. Train a pruned checkpoint further with `fairseq-train --finetune-from-model`.
+    Tokens that chose a dropped expert go to the best of those that remain. The command prints the
+    perplexity before and after for a language model, and for a translation model if there are
+    references. To train a pruned checkpoint further, use `fairseq-train --finetune-from-model`.
     """
     _reduce(model, is_merged=False, **options)
 
@@ -179,8 +180,9 @@ def prune(model: Path, **options: Any) -> None:
 def merge(model: Path, **options: Any) -> None:
     """Write a copy of MODEL with fewer experts, merged by averaging.
 
-    Like `prune`, but a dropped expert is averaged into the one with the most similar gate, after
-    their hidden units are matched. Needs scipy (`pip install 'nmt-moe[experts]'`).
+    This command works like `prune`, but averages a dropped expert into the one with the most
+    similar gate, after matching their hidden units. It needs scipy (`pip install
+    'nmt-moe[experts]'`).
     """
     try:
         import scipy  # noqa: F401
@@ -258,7 +260,7 @@ def _print_perplexity(
 
     scores = [one.score for one in surveys if one.score is not None]
     if len(scores) < len(surveys):
-        click.echo("perplexity: not measured; it needs a `--reference`")
+        click.echo("perplexity: not measured, because it needs a `--reference`")
         return
     before = total_score(scores).perplexity_per_piece
     with changed_reader(model, reader, output, layers) as folder:
@@ -291,11 +293,11 @@ def upcycle(
     bundle: Path | None,
     overwrite: bool,
 ) -> None:
-    """Write the dense MODEL with several experts, each a copy of its only one.
+    """Write a copy of the dense MODEL with several experts, each a copy of its only one.
 
-    The output is unchanged at first; training (`--finetune-from-model`) makes the experts differ.
-    The largest difference between the layers' outputs is printed, and the perplexity for a text
-    with references.
+    The new model's output is the same at first; training (`--finetune-from-model`) makes the
+    experts differ. The command prints the largest difference between the old and the new output of
+    each layer and, for a text with references, the perplexity before and after.
     """
     from nmt_moe import resizing
     from nmt_moe.checkpoints.files import check_output
@@ -313,7 +315,7 @@ def upcycle(
 
     changed = change(source.layers)
     note = (
-        f"Upcycled: each layer's only expert became {num_experts}, {top_k} of them for each token."
+        f"Upcycled: each layer's only expert became {num_experts}; each token uses {top_k} of them."
     )
     source.write(output, changed, note, overwrite)
     for side, layer in changed.items():

@@ -80,9 +80,9 @@ def export(
 ) -> None:
     """Write CHECKPOINT as a bundle: a folder for `nmt-moe translate` and `nmt_moe.Translator`.
 
-    CHECKPOINT may come from one process or several, be averaged or not, and hold a translation
-    model for one direction or many, or a language model. The bundle contains weights, vocabulary,
-    pieces, text pipeline, search defaults, a model card, and the sha256 of every file.
+    CHECKPOINT may have been written by one process or several, may be averaged, and may hold a
+    translation model for one direction or many, or a language model. The bundle contains weights,
+    vocabulary, pieces, text pipeline, search defaults, a model card, and the sha256 of every file.
     """
     from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline
     from nmt_moe.inference import export as write_bundle

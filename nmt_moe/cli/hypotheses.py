@@ -16,8 +16,8 @@ from nmt_moe.text.lines import read_lines
 def hypotheses(log: Path) -> None:
     """Print the best translation of each sentence (D- lines of LOG) in the order of the text.
 
-    LOG is the output of fairseq-generate; run that with --remove-bpe sentencepiece if the text was
-    split into pieces.
+    LOG is the output of fairseq-generate. If the text was split into pieces, run fairseq-generate
+    with --remove-bpe sentencepiece.
     """
     for line in read_hypotheses(read_lines(log, allow_controls=True)):
         click.echo(line)

@@ -36,10 +36,11 @@ def lm() -> None:
 def score(folder: Path, file: Path | None) -> None:
     """Print a line of numbers for each line of FILE, or of standard input.
 
-    Tab-separated: log-probability in nats; perplexity per piece, per word and per character; number
-    of pieces; number of pieces unknown to the model. The end of a line counts as one more piece,
-    word or character. The last line, on standard error, sums up the whole text. A line that is not
-    text is left blank and reported at the end, with status 1.
+    The numbers are separated by tabs: log-probability in nats; perplexity per piece, per word and
+    per character; number of pieces; number of pieces unknown to the model. The end of a line counts
+    as one more piece, word or character. At the end, a summary of the whole text is printed on
+    standard error. A line that is not text is left blank and reported at the end, with exit status
+    1.
     """
     from nmt_moe.inference import LanguageModel, total_score
     from nmt_moe.inference.files import describe_faults, scan_stream
@@ -79,19 +80,19 @@ def _row(one: LineScore) -> str:
 
 @command("sample", "nmt-moe lm sample my-language-model --count 5 --prefix 'Once upon a time'")
 @click.argument("folder", type=PATH)
-@click.option("--count", default=1, show_default=True, help="Lines to sample.")
-@click.option("--prefix", default="", help="Text with which each line begins.")
+@click.option("--count", default=1, show_default=True, help="Number of lines to sample.")
+@click.option("--prefix", default="", help="Text at the start of each line.")
 @click.option(
     "--temperature",
     default=1.0,
     show_default=True,
-    help="Divisor of the logits; below 1: likelier lines.",
+    help="Divisor of the logits; values below 1 give likelier lines.",
 )
 @click.option(
     "--max-pieces",
     default=200,
     show_default=True,
-    help="Most pieces of a line; longer lines are cut.",
+    help="Maximum number of pieces in a line; longer lines are cut off.",
 )
 @click.option(
     "--seed",

@@ -51,7 +51,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     --inputs train.en train.de
 """,
 )
-@list_option("--inputs", "--input", type=FILE, required=True, help="Texts, one sentence a line.")
+@list_option("--inputs", "--input", type=FILE, required=True, help="Texts, one sentence per line.")
 @click.option("--model", type=FILE, required=True, help="Model to write.")
 @click.option("--dictionary", type=FILE, required=True, help="fairseq dictionary to write.")
 @click.option("--vocab-size", type=int, required=True, help="Number of pieces.")
@@ -66,7 +66,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     "--hard-vocab-limit/--no-hard-vocab-limit",
     default=True,
     show_default=True,
-    help="If the text is too small for this many pieces, reject it, or learn fewer pieces.",
+    help="If the text is too small for this many pieces, fail; or else learn fewer pieces.",
 )
 @click.option(
     "--character-coverage",
@@ -136,13 +136,13 @@ nmt-moe pieces encode --model spm.model --samples 2 < train.en > cut.en
     help="Number of additional copies of the text, split at random.",
 )
 @click.option(
-    "--alpha", type=float, default=0.2, help="How strongly random splits favour likely ones (0.2)."
+    "--alpha", type=float, default=0.2, help="How strongly to favour likely splits (0.2)."
 )
 @click.option(
     "--seed",
     type=int,
     default=1,
-    help="Random seed for the first text; 1 is added for each further text (1).",
+    help="Random seed for the first text; each further text uses the next integer (1).",
 )
 def encode(
     model: Path,
@@ -154,9 +154,9 @@ def encode(
 ) -> None:
     """Split text into pieces.
 
-    With --samples the text is repeated that many more times, split differently at random each time
-    (subword regularisation, Kudo 2018; for unigram models), so that a model learns more from little
-    data. The same seed gives the same text, and the two sides of a corpus stay parallel.
+    With --samples, the text is repeated that many more times and split differently at random each
+    time, so that a model learns more from little data (subword regularisation, Kudo 2018; for
+    unigram models). The same seed gives the same text, and the two sides of a corpus stay parallel.
     """
     processor = lib.load(model)
     for source, target, number in match(inputs, outputs):
@@ -231,7 +231,7 @@ def peek(lines: Iterable[str]) -> tuple[list[str], Iterator[str]]:
 def write_text(lines: Iterable[str], path: Path) -> None:
     """Write lines to a file, or to standard output if `path` is -.
 
-    The file appears once it is complete.
+    The file appears only once it is complete.
     """
     with open_output(None if str(path) == "-" else path) as file:
         file.writelines(line + "\n" for line in lines)

@@ -58,7 +58,7 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
     type=click.Choice(list(DEVICES)),
     default="a100",
     show_default=True,
-    help="Preset of a device's figures.",
+    help="Preset with the figures of a device.",
 )
 @click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
 @click.option("--memory", type=float, metavar="GB", help="Memory of a device [preset].")
@@ -78,7 +78,7 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
     "--sentences", default=160, show_default=True, help="Sentences in the batch of a device."
 )
 @click.option("--length", default=25, show_default=True, help="Tokens in a sentence, on each side.")
-@click.option("--vocab-size", default=0, help="Size of the vocabulary [793471; translation 32000].")
+@click.option("--vocab-size", default=0, help="Vocabulary size [793471; for translation, 32000].")
 @click.option(
     "--sampled-softmax", default=0, show_default=True, help="Sampled symbols, as in fairseq-train."
 )
@@ -104,26 +104,28 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
 def plan(ctx: click.Context, **values: Any) -> None:
-    """Predict what a training step costs on each device of a cluster. Nothing is allocated.
+    """Predict what a training step costs on each device of a cluster. Allocate nothing.
 
-    Further options are those of the model, as in fairseq-train. Experts are spread over as many
-    devices as divide both the number of devices and the number of experts (or groups); everything
-    else is on every device.
+    The command also takes the model's options, as in fairseq-train. Experts are spread over the
+    largest number of devices that divides both the number of devices and the number of experts (or
+    groups); all other parameters are on every device.
 
     Memory: weights, gradients and optimizer state are exact. Activations are what the forward pass
     keeps; temporaries are the gradients of the logits and the buffer of legacy_ddp. The sum is an
     upper bound, because activations are freed while gradients are created. A plan fits if it fills
     at most 90 % of the memory.
 
-    Traffic: bytes sent in a step: tokens to their experts and back (assuming that all experts are
-    equally likely), sums for the balance losses, and the ring all-reduce of gradients.
+    Traffic: the bytes that a device sends in a step for tokens on their way to the experts and back
+    (assuming that all experts are equally likely), the sums for the balance losses, and the ring
+    all-reduce of gradients.
 
     Time: how long one batch and the update after it take. A matrix product takes as long as its
-    operations (at --utilisation of the device's FLOP/s) or the reading of its weights, whichever is
-    longer; the optimizer is bound by memory bandwidth, traffic by the link. The model assumes that
-    nothing overlaps, and leaves everything else out.
+    operations (at --utilisation of the device's FLOP/s) or as reading its weights, whichever is
+    longer; the optimizer is bound by memory bandwidth, and traffic by the link. The prediction
+    assumes that nothing overlaps, and ignores everything else.
 
-    Byte counts are tested against real processes. Times are a model: no cluster was measured.
+    Byte counts are tested against real processes. Times are only predictions: no cluster was
+    measured.
     """
     args = argparse.Namespace(**values)
     try:
@@ -170,7 +172,7 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
     """Build a setup from the options.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: its message names the option, its rule and its value.
     """
     check_range("--devices", args.devices, 1)
     check_range("--sentences", args.sentences, 1)
@@ -201,10 +203,10 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
 
 
 def make_device(args: argparse.Namespace) -> Device:
-    """Return the preset, changed by the options.
+    """Return the preset device with the figures that the options set.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: its message names the option, its rule and its value.
     """
     device = DEVICES[args.device]
     given = {

@@ -37,13 +37,13 @@ nmt-moe report my-language-model --text test.txt --output report.html
 @click.option("--against", type=PATH, help="A second bundle to compare with.")
 @click.option("--output", type=PATH, help="HTML page to write, under 5 MB.")
 @click.option(
-    "--json", "dump", type=PATH, help="JSON file to write: the values of the page, and more."
+    "--json", "dump", type=PATH, help="JSON file to write, with the page's values and more."
 )
 @click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show bars on standard error.  [default: if that is a terminal]",
+    help="Show progress bars on standard error.  [default: if that is a terminal]",
 )
 def report(
     folder: Path,
@@ -56,7 +56,7 @@ def report(
     threads: int | None,
     progress: bool | None,
 ) -> None:
-    """Report what the experts of the bundle FOLDER do on a text, and how well it translates.
+    """Report what the experts of the bundle FOLDER do on a text, and how well the model translates.
 
     The page shows the load of every layer; for each expert the contexts with the largest gates
     (Table 9 of Shazeer et al. 2017) and the pieces it is over-used for; sentences with attention
@@ -78,7 +78,7 @@ def report(
         raise ValueError("name a file to write: `--output report.html`, `--json report.json`.")
     for path in outputs:
         if not path.absolute().parent.is_dir():
-            raise ValueError(f"`{path}` must be in a folder that exists. Make its folder first.")
+            raise ValueError(f"`{path}` must be in a folder that exists. Create its folder first.")
     bundles = [one for one in (folder, against) if one is not None]
     check_outputs(
         [*text, *reference, *(file for one in bundles for file in one.glob("*"))], outputs
@@ -105,7 +105,7 @@ def read_parts(
     """Read the files of each part.
 
     Raises:
-        ValueError: if their numbers do not match, or a file is rejected.
+        ValueError: if the numbers of files or languages do not match, or a file is rejected.
     """
     from nmt_moe.inspection import Part
     from nmt_moe.scoring.measures import read_texts

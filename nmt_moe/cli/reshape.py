@@ -28,13 +28,13 @@ def reshape(
     """Verify, merge or split a checkpoint.
 
     Training on several processes (`--expert-parallel-size`) writes experts to files beside the
-    checkpoint, and every command reads them. Use this to copy a checkpoint, or to move it to
-    machines with more or less memory.
+    checkpoint, and every command reads them. Use `merge` or `split` to copy a checkpoint, or to
+    move it to machines with more or less memory.
 
     \b
-    verify: read everything, and check that it fits the model in its configuration.
+    verify: read all files, and check that they fit the model in the configuration.
     merge: write one ordinary checkpoint.
-    split: write its experts into `--files` files. Either kind of checkpoint will do.
+    split: write the experts into `--files` files. Both kinds of checkpoint are accepted.
 
     The optimizer state is kept.
     """  # noqa: D301 - \b keeps the list as it is
@@ -63,7 +63,8 @@ def verify(path: Path) -> str:
         A description of its contents.
 
     Raises:
-        ValueError: naming what is missing, damaged or of the wrong shape.
+        ValueError: if a file or tensor is missing, damaged or of the wrong shape; the message names
+            it.
     """
     from nmt_moe import plugin
     from nmt_moe.checkpoints import MANIFEST, read_checkpoint, restore_experts

@@ -24,11 +24,11 @@ nmt-moe score translation.zh reference1.zh reference2.zh --json
 @click.argument("hypothesis", type=FILE)
 @click.argument("references", nargs=-1, required=True, type=FILE)
 @click.option(
-    "--src", type=FILE, help="Source text: adds scores by source length, and counts copies."
+    "--src", type=FILE, help="Source text, to add scores by source length and to count copies."
 )
 @click.option("--against", type=FILE, help="A second translation, compared by paired bootstrap.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=1000, help="Resamples of the bootstrap (1000)."
+    "--samples", type=click.IntRange(1), default=1000, help="Number of bootstrap resamples (1000)."
 )
 @click.option(
     "--lang", help="Language of the texts (default: the extension of the first reference)."
@@ -49,18 +49,19 @@ def score(
 ) -> None:
     """Score a translation against one or more references; print each score with its signature.
 
-    Texts have one sentence a line, detokenised; all scores come from sacrebleu.
+    The texts must be detokenised, with one sentence per line. sacrebleu computes all scores.
 
     \b
     multi-bleu        both texts tokenised as by Moses (with sacremoses), cased, not
                       smoothed: the score of Moses' multi-bleu.perl, which the papers
                       on GNMT and on mixture-of-experts translation report
     multi-bleu-lowercase
-                      multi-bleu in lower case, for all letters
-                      (multi-bleu.perl -lc lowers ASCII letters only)
+                      multi-bleu with all letters in lower case
+                      (multi-bleu.perl -lc converts only ASCII letters)
     multi-bleu-compound-split
-                      hyphenated compounds split after tokenising, a later convention.
-                      It is higher; never compare it with earlier papers
+                      multi-bleu with hyphenated compounds split after tokenising, a
+                      later convention. Scores are higher; never compare them with
+                      those of earlier papers
     sacrebleu-13a, -intl
                       sacrebleu's own tokenisers, cased: the scores to publish; zh for
                       Chinese, ja-mecab for Japanese, ko-mecab for Korean
@@ -95,7 +96,7 @@ def score(
 
 
 def format_report(report: dict) -> str:
-    """Return a report as text for people."""
+    """Return a report as readable text."""
     lines = []
     for row in report["scores"]:
         lines.append(f"{row['name']:<26} {row['score']:6.2f}  {row['details']}".rstrip())

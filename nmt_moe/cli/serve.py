@@ -24,12 +24,12 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
     "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free one."
 )
 @click.option(
-    "--max-characters", type=int, help="Longest total text of a request.  [default: 20000]"
+    "--max-characters", type=int, help="Maximum characters in a request.  [default: 20000]"
 )
-@click.option("--max-items", type=int, help="Most texts in a request.  [default: 128]")
-@click.option("--max-waiting", type=int, help="Most requests at a time.  [default: 256]")
+@click.option("--max-items", type=int, help="Maximum texts in a request.  [default: 128]")
+@click.option("--max-waiting", type=int, help="Maximum requests at a time.  [default: 256]")
 @click.option("--time-limit", type=float, help="Seconds a request may take.  [default: 60]")
-@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one a line.")
+@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one per line.")
 @click.option(
     "--allow-origin", multiple=True, help="Other web origin that may send requests; *: any."
 )
@@ -43,11 +43,11 @@ def serve(
     threads: int | None,
     **limits: float | None,
 ) -> None:
-    """Serve the bundles FOLDER over HTTP: a web page at /, and the APIs described at /docs.
+    """Serve the bundles FOLDER over HTTP, with a web page at / and the APIs described at /docs.
 
     FROM:TO names the languages of a bundle that does not name them itself. Logs are lines of JSON
-    on standard error and never contain users' text. On SIGTERM the server ends once all requests
-    are answered.
+    on standard error and never contain users' text. On SIGTERM the server finishes all open
+    requests and then stops.
     """
     try:
         from nmt_moe import serving

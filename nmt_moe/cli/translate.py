@@ -1,4 +1,4 @@
-"""`nmt-moe translate`: raw text in, raw text out."""
+"""`nmt-moe translate`: translate raw text with an exported model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 STANDARD_INPUT = Path("-")
-# Far more threads than this crash the process.
+# Starting far more threads than this crashes the process.
 MAX_THREADS = 1024
 
 
@@ -46,12 +46,12 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 )
 @click.option("--beam", type=int, help="Hypotheses kept at each step.  [default: the bundle's]")
 @click.option(
-    "--nbest", type=int, help="Print the N best of each line as line, score, text, with tabs."
+    "--nbest", type=int, help="Print the N best translations: line number, tab, score, tab, text."
 )
 @click.option("--length-penalty-alpha", type=float, help="GNMT's length penalty; 0: off.")
 @click.option("--coverage-penalty-beta", type=float, help="GNMT's coverage penalty; 0: off.")
-@click.option("--beam-prune", type=float, help="GNMT's pruning, nats; 0: off.")
-@click.option("--batch-tokens", type=int, help="Source pieces translated at once.")
+@click.option("--beam-prune", type=float, help="GNMT's pruning, in nats; 0: off.")
+@click.option("--batch-tokens", type=int, help="Source pieces to translate at once.")
 @click.option(
     "--jsonl",
     is_flag=True,
@@ -64,7 +64,7 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show a bar on standard error.  [default: for files, if that is a terminal]",
+    help="Show a progress bar on standard error.  [default: for files, if that is a terminal]",
 )
 def translate(
     folder: Path,
@@ -82,9 +82,9 @@ def translate(
 ) -> None:
     """Translate FILES, or standard input, with the bundle FOLDER, line by line.
 
-    Among FILES, - stands for standard input.
-    Blank lines stay blank. A line that is not text (invalid UTF-8, control characters) is left
-    blank and reported at the end, with exit status 1; all others are translated.
+    A file named - stands for standard input. Blank lines stay blank. A line that is not text
+    (invalid UTF-8, control characters) is left blank and reported at the end, with exit status 1;
+    all other lines are translated.
     """
     import torch
 
@@ -93,7 +93,7 @@ def translate(
 
     for file in files:
         if file != STANDARD_INPUT and (not file.exists() or file.is_dir()):
-            raise ValueError(f"`{file}` is not a file. Name files with one sentence a line.")
+            raise ValueError(f"`{file}` is not a file. Name files with one sentence per line.")
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")
     if nbest is not None:

@@ -97,7 +97,7 @@ def check_files(path: str) -> None:
         path: Path of the data, without `.bin` and `.idx`.
 
     Raises:
-        ValueError: naming the file that is empty or damaged.
+        ValueError: its message names the file that is empty or damaged.
     """
     if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
         raise ValueError(
@@ -111,7 +111,8 @@ def check_index(path: str, dataset: MMapIndexedDataset) -> None:
     """Reject data whose sentences are not where the index says.
 
     Raises:
-        ValueError: naming the file and the first sentence that cannot be read, counted from 0.
+        ValueError: its message names the file and the first sentence that cannot be read, counted
+            from 0.
     """
     sizes, starts = dataset.sizes.astype(np.int64), dataset._index._pointers
     ends = np.cumsum(sizes) * np.dtype(dataset._index.dtype).itemsize
@@ -129,7 +130,7 @@ def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary)
     """Reject tokens that are not in the dictionary; warn if many are the unknown word.
 
     Raises:
-        ValueError: naming the first sentence with such a token, counted from 0.
+        ValueError: its message names the first sentence with such a token, counted from 0.
     """
     num_tokens = num_unknown = 0
     for tokens in _chunks(dataset):

@@ -131,7 +131,7 @@ def evaluate_literal(text: Any) -> Any:
     """Return the value of a literal, in which numbers and lists may be combined by `+` and `*`.
 
     Raises:
-        ValueError: naming the text, if it is anything else or has too many items.
+        ValueError: its message names the text, if it is anything else or has too many items.
     """
     if not isinstance(text, str):
         raise ValueError(f"an option must be text, but is {text!r}.")
@@ -171,7 +171,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
         state: Contents of the checkpoint, before fairseq has touched them; changed.
 
     Raises:
-        ValueError: naming the checkpoint and the setting.
+        ValueError: its message names the checkpoint and the setting.
     """
     for key in ("cfg", "args"):
         if state.get(key) is not None:

@@ -29,7 +29,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
     """Check all lines of a file; return the offsets of its chunks, and its size.
 
     Raises:
-        ValueError: naming file, line and reason.
+        ValueError: its message names file, line and reason.
     """
     count_lines_once(filename)
     return chunk_offsets(filename, num_chunks)
@@ -92,7 +92,7 @@ def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
     """Return the replacements of unknown words; None for none, {} for the source words themselves.
 
     Raises:
-        ValueError: naming the line that is not two words.
+        ValueError: its message names the line that is not two words.
     """
     if not replace_unk:
         return None if replace_unk is None else {}

@@ -36,7 +36,7 @@ def check_model_kind(cfg: Any, task: Any) -> None:
     """Compare the kind of a model with that of its task.
 
     Raises:
-        ValueError: naming the model, the task and the way out.
+        ValueError: its message names the model, the task and the way out.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     kind = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)

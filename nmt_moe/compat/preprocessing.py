@@ -39,8 +39,9 @@ def check_texts(args: Any) -> None:
     """Check all texts that fairseq-preprocess will read.
 
     Raises:
-        ValueError: naming the text that is empty, the sides that differ, or the line that is bad.
-        FileNotFoundError: naming the text that is missing.
+        ValueError: its message names the text that is empty, the sides that differ, or the line
+            that is bad.
+        FileNotFoundError: its message names the text that is missing.
     """
     for prefix in _prefixes(args):
         sides = list(_sides(args, prefix))

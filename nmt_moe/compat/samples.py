@@ -61,7 +61,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
         sizes: Tokens of each line, at least one line.
 
     Raises:
-        ValueError: naming the text, the line and its length.
+        ValueError: its message names the text, the line and its length.
     """
     longest = int(np.argmax(sizes))
     if sizes[longest] > MOST_TOKENS:

@@ -176,7 +176,7 @@ def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
     """Validate one batch, and look up the metric among those it computes.
 
     Raises:
-        ValueError: naming all metrics computed.
+        ValueError: its message names all metrics computed.
     """
     with metrics.aggregate(new_root=True) as found:
         batches = trainer.get_valid_iterator(subset).next_epoch_itr(

@@ -18,12 +18,12 @@ from torch import nn
 from nmt_moe.checks import check_choice, check_range
 from nmt_moe.search import SearchConfig
 
-# Smallest values of fairseq's options.
+# Lowest allowed values of fairseq's options.
 LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "prefix_size": 0}
 LEAST |= {"no_repeat_ngram_size": 0, "num_workers": 0, "seed": 0, "num_shards": 1}
 LEAST |= {"batch_size": 1, "max_tokens": 1}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
-# Decoding twice with these changes nothing.
+# With these, joining pieces a second time changes nothing.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
 # The piece formats that fairseq can remove from translations.
 REMOVABLE = (
@@ -38,7 +38,7 @@ def check_evaluation(args: Any) -> None:
     """Check options that only fairseq-eval-lm has; ignore other commands.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: its message names the option, its rule and its value.
     """
     if not hasattr(args, "context_window"):
         return
@@ -61,7 +61,7 @@ def check_generation(args: Any) -> None:
     """Check the search options of any namespace, ignoring those it lacks.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: its message names the option, its rule and its value.
     """
 
     def read(name: str, default: Any = None) -> Any:
@@ -95,7 +95,7 @@ def check_overrides(text: str) -> None:
     """Reject `--model-overrides` that are not a Python dictionary.
 
     Raises:
-        ValueError: naming the option and its value.
+        ValueError: its message names the option and its value.
     """
     try:
         found = ast.literal_eval(text)
@@ -113,8 +113,8 @@ def _check_sampling(args: Any, beam: int) -> None:
         for name in ("sampling_topk", "sampling_topp"):
             if (getattr(args, name, None) or -1) > 0:
                 raise ValueError(
-                    f"`{flag(name)}` has an effect only with `--sampling`. Add that, or leave it "
-                    "out."
+                    f"`{flag(name)}` has an effect only with `--sampling`. Add that option, or "
+                    "leave this one out."
                 )
         if (getattr(args, "nbest", None) or 1) > beam:
             raise ValueError(f"`--nbest` must be at most `--beam` {beam}, but is {args.nbest}.")
@@ -133,7 +133,7 @@ def _check_sampling(args: Any, beam: int) -> None:
 
 
 def check_pieces(args: Any) -> None:
-    """Reject joining pieces twice, or pieces of an unknown kind.
+    """Reject options that would join pieces twice, or that name an unknown kind of pieces.
 
     Raises:
         ValueError: if `--remove-bpe` is unknown, or is combined with a `--bpe` that would remove
@@ -146,17 +146,18 @@ def check_pieces(args: Any) -> None:
     if removed and bpe and bpe not in PLAIN_BPE:
         raise ValueError(
             f"`--remove-bpe {removed}` joins pieces that `--bpe {bpe}` joins again, which removes "
-            "all spaces. Leave `--remove-bpe` out: the D- lines have no pieces anyway."
+            "all spaces. Leave `--remove-bpe` out: the D- lines contain whole words anyway."
         )
 
 
 def check_retained_dropout(prepare: Callable) -> Callable:
     """Reject `--retain-dropout` for a model whose dropout it does not reach.
 
-    Reason: fairseq reaches only its own modules, by name, and ignores all others.
+    Reason: fairseq changes only its own dropout modules, which it finds by name, and ignores all
+    others.
 
     Raises:
-        ValueError: naming the option and the modules that can be reached.
+        ValueError: its message names the option and the modules that can be reached.
     """
 
     def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
@@ -194,7 +195,7 @@ def apply_shards(args: Namespace) -> None:
         return
     check_range("--num-shards", count, 1)
     check_range("--shard-id", shard, 0, count - 1)
-    if hasattr(args, "context_window"):  # fairseq-eval-lm, which reads them itself
+    if hasattr(args, "context_window"):  # fairseq-eval-lm reads them itself
         return
     if not hasattr(args, "beam") or hasattr(args, "buffer_size"):
         raise ValueError(
@@ -208,7 +209,7 @@ def check_bleu_options(build: Callable) -> Callable:
     """Check the options of `--eval-bleu` before the model is built.
 
     Raises:
-        ValueError: naming the option and what is wrong with its value.
+        ValueError: its message names the option and what is wrong with its value.
     """
 
     def build_model(task: TranslationTask, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +232,7 @@ def read_json(option: str, text: str | None) -> dict[str, Any]:
             f"`{option}` must be a JSON object such as '{{\"beam\": 4}}', but is {text!r}: {error}."
         ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"`{option}` must be a JSON object such as '{{\"beam\": 4}}': {text!r}.")
+        raise ValueError(f"`{option}` must be a JSON object like '{{\"beam\": 4}}', not {text!r}.")
     return found
 
 

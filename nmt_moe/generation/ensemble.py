@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class RowEnsemble(EnsembleModelWithAlignment):
-    """fairseq's ensemble, for any number of rows per sentence instead of always W."""
+    """fairseq's ensemble, with any number of rows per sentence instead of always W."""
 
     def set_decoder_beam_size(self, beam_size: int) -> None:
-        """Switch off optimisations that assume W rows per sentence, whoever switched them on."""
+        """Switch off all optimisations that assume W rows per sentence."""
         for module in self.modules():
             if getattr(module, "beam_size", None) is not None:  # BeamableMM, MultiheadAttention
                 module.beam_size = 1
@@ -37,13 +37,13 @@ class EnsembleState:
     sentence: Tensor
 
     def reorder(self, rows: Tensor) -> Self:
-        """Select rows: (R',) int64, the old row of each new one. The old state becomes invalid."""
+        """Select rows: (R',) int64, the old row of each new one. This invalidates the old state."""
         sentence = self.sentence[rows]
         if not torch.equal(sentence, self.sentence):
             if len(sentence) == len(self.sentence):
                 # If the number of rows is unchanged, the attention of fairseq's Transformer assumes
-                # that all stay with their sentences and keeps its keys. Reordering to one more row
-                # in between avoids that.
+                # that each row still belongs to the same sentence, and keeps its keys. Reordering
+                # to one row more in between avoids that.
                 self._reorder_decoders(torch.cat([rows, rows[:1]]))
                 self.encoder_outs = self.ensemble.reorder_encoder_out(self.encoder_outs, rows)
                 rows = torch.arange(len(rows), device=rows.device)

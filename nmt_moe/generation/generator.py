@@ -1,4 +1,4 @@
-"""fairseq's generator interface over `nmt_moe.search.beam_search`."""
+"""Run `nmt_moe.search.beam_search` through fairseq's generator interface."""
 
 from collections.abc import Callable
 from typing import Any
@@ -108,7 +108,7 @@ class GNMTGenerator(SequenceGenerator):
     def _align(
         self, found: list[list[dict[str, Any]]], net_input: dict[str, Tensor], extract: Callable
     ) -> None:
-        """Set the `alignment` of hypotheses, and their attention if the models align by themselves.
+        """Set the `alignment` of each hypothesis from its attention, or from models that align.
 
         Source: Garg et al. 2019, for models that align whole translations.
         """
@@ -150,7 +150,7 @@ class RescoringGenerator:
     def generate(
         self, models: Any, sample: dict[str, Any], **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
-        """Generate, rescore and sort."""
+        """Generate hypotheses, compute their scores with the penalties, and sort them."""
         found = self.generator.generate(models, sample, **kwargs)
         words = None
         if self.search_config.coverage_penalty_beta:
@@ -190,7 +190,7 @@ def source_words(net_input: dict[str, Any], dictionary: Any) -> Tensor:
             "`--coverage-penalty-beta` counts the words of a source text, but the source of this "
             "task is not text. Set it to 0."
         )
-    # Use the dictionary's end mark: a generator's may be another token, such as a language's.
+    # Use the dictionary's end mark: a generator may end with another token, such as a language's.
     return src_tokens.ne(dictionary.pad()) & src_tokens.ne(dictionary.eos())
 
 

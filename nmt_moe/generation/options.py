@@ -4,9 +4,9 @@ How an option gets from the command line to the search, and what is replaced on 
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then; our replacement adds our options, whatever the task.
-2. fairseq keeps only parsed arguments that its dataclasses list. Ours are appended to its list of
-   overrides for Hydra (`override_module_args`), so that they arrive in `cfg.generation` beside
-   `beam` and `lenpen`; only if set, so no other configuration changes.
+2. fairseq keeps only parsed arguments that its dataclasses list. Those of our options that are set
+   are appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
+   `cfg.generation` beside `beam` and `lenpen`; all other configurations stay unchanged.
 3. Tasks pass `cfg.generation` to `FairseqTask.build_generator`. Our replacement reads the options
    and passes our generator as `seq_gen_cls`. It accepts any namespace, so that
    `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` works too. With all options 0 it calls the
@@ -163,7 +163,7 @@ def _building(build: Callable) -> Callable:
     return build_generator
 
 
-# Imported late, because only commands that search need them.
+# These classes are imported late, because only commands that search need them.
 def _generator_class() -> type:
     from nmt_moe.generation.generator import GNMTGenerator
 
@@ -177,7 +177,7 @@ def _rescoring(generator: Any, config: SearchConfig) -> Any:
 
 
 def _keep_attention(models: Sequence[Any]) -> None:
-    # Some of fairseq's decoders (lstm, fconv) return it only if `--print-alignment` needs it.
+    # Some fairseq decoders (lstm, fconv) return attention only if `--print-alignment` needs it.
     for model in models:
         if hasattr(getattr(model, "decoder", None), "need_attn"):
             model.decoder.need_attn = True

@@ -263,7 +263,7 @@ def check_content(folder: Path, name: str, sums: Mapping[str, str], content: byt
     """Reject the contents of a file if their sha256 differs from the listed one.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: its message names the file.
     """
     _compare(folder / name, sums, hashlib.sha256(content).hexdigest())
 
@@ -272,7 +272,7 @@ def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
     """Reject a file if its sha256 differs from the listed one.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: its message names the file.
     """
     _compare(folder / name, sums, compute_sha256(folder / name))
 

@@ -107,7 +107,7 @@ def export(
         A description of what was written.
 
     Raises:
-        ValueError: naming what is missing or inconsistent.
+        ValueError: its message names what is missing or inconsistent.
     """
     check_choice("dtype", dtype, DTYPES)
     check_output(output, is_overwritten)

@@ -36,8 +36,8 @@ def translate_file(
         The number of lines.
 
     Raises:
-        ValueError: naming the lines that could not be translated. The output is complete all the
-            same, with blank lines for them.
+        ValueError: its message names the lines that could not be translated. The output is complete
+            all the same, with blank lines for them.
         OSError: if a file cannot be opened or written.
     """
     faults: list[BadLine] = []

@@ -50,7 +50,7 @@ class LanguageModel:
         """Open a bundle.
 
         Raises:
-            ValueError: naming the file that is missing, changed or of a newer format.
+            ValueError: its message names the file that is missing, changed or of a newer format.
         """
         return cls(open_bundle(folder, "language_model"))
 
@@ -73,7 +73,8 @@ class LanguageModel:
             with_inputs: Whether to return the inputs of the MoE layer too.
 
         Raises:
-            ValueError: naming a line with a line end, control characters or half a surrogate pair.
+            ValueError: its message names a line with a line end, control characters or half a
+                surrogate pair.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
             raise ValueError(f"`lines` must be strings, but is {type(lines).__name__}.")
@@ -133,7 +134,7 @@ class LanguageModel:
             seed: Seed of the random numbers; the same seed gives the same lines.
 
         Raises:
-            ValueError: naming the option that is out of range.
+            ValueError: its message names the option that is out of range.
         """
         check_whole("num_samples", num_samples, 1, 100_000)
         check_whole("max_pieces", max_pieces, 1, 100_000)

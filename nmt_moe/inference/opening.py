@@ -72,7 +72,8 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
         kind: Required kind of model, "translation" or "language_model".
 
     Raises:
-        ValueError: naming what is missing, changed, too new, of another kind, or inconsistent.
+        ValueError: its message names what is missing, changed, too new, of another kind, or
+            inconsistent.
     """
     folder = Path(folder)
     content = read_small(folder, CONFIG)
@@ -132,7 +133,7 @@ def verify_bundle(folder: Path | str) -> str:
         A description of its contents.
 
     Raises:
-        ValueError: naming what is missing, changed or inconsistent.
+        ValueError: its message names what is missing, changed or inconsistent.
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))

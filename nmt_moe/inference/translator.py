@@ -72,8 +72,8 @@ class Translator:
             folder: A folder that `nmt-moe export` wrote, or a list of folders for an ensemble.
 
         Raises:
-            ValueError: naming the file that is missing, changed or of a newer format, or how two
-                bundles of an ensemble differ.
+            ValueError: its message names the file that is missing, changed or of a newer format, or
+                how two bundles of an ensemble differ.
         """
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
         if not folders:
@@ -117,8 +117,8 @@ class Translator:
             A translation of each text, in order.
 
         Raises:
-            ValueError: naming a text with control characters or half a surrogate pair, a language
-                that the model does not know, or an option that is out of range.
+            ValueError: its message names a text with control characters or half a surrogate pair, a
+                language that the model does not know, or an option that is out of range.
         """
         return self._translate(
             check_texts(texts, "text"),

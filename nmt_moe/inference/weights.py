@@ -84,7 +84,7 @@ class Weights:
         sums: The sha256 of each file.
 
     Raises:
-        ValueError: naming the file that was changed, or the weight that does not fit.
+        ValueError: its message names the file that was changed, or the weight that does not fit.
     """
 
     def __init__(

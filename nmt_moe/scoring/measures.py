@@ -92,7 +92,7 @@ def make_measures(language: str | None, tokens: str | None = None) -> list[Measu
     tokens: a sacrebleu tokeniser to use instead of the language's.
 
     Raises:
-        ValueError: naming the tokenisers to choose from, if the language has none here.
+        ValueError: its message names the tokenisers to choose from, if the language has none here.
     """
     chosen = choose_tokens(language, tokens)
     plain = [

@@ -207,7 +207,7 @@ def check_grid(alphas: Sequence[float], betas: Sequence[float]) -> None:
     """Reject values that the search rejects.
 
     Raises:
-        ValueError: naming the option and the value.
+        ValueError: its message names the option and the value.
     """
     for alpha in alphas:
         SearchConfig(length_penalty_alpha=alpha)

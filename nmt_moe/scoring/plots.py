@@ -26,7 +26,7 @@ def check_output(output: Path) -> None:
     """Reject a file that cannot be written, before anything is read.
 
     Raises:
-        ValueError: naming the folder that is missing.
+        ValueError: its message names the folder that is missing.
     """
     if not output.parent.is_dir():
         raise ValueError(

@@ -65,7 +65,8 @@ async def read_fields(request: Request, model: type[Fields], max_bytes: int) -> 
         max_bytes: Limit for the body.
 
     Raises:
-        RequestError: if it is malformed, or naming the first field that is missing or wrong.
+        RequestError: if it is malformed; its message names the first field that is missing or
+            wrong.
         ClientGoneError: if it was not sent completely.
     """
     body = await read_body(request, max_bytes)
@@ -87,7 +88,7 @@ def check_fields(content: dict[str, Any], model: type[Fields], strict: bool) -> 
     """Check the values of fields.
 
     Raises:
-        RequestError: naming the first field that is missing or wrong.
+        RequestError: its message names the first field that is missing or wrong.
     """
     try:
         return model.model_validate(content, strict=strict)

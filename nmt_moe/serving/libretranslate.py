@@ -100,7 +100,7 @@ def make_wish(service: Service, fields: TranslateFields) -> Wish:
     """Check languages and options.
 
     Raises:
-        RequestError: naming the wrong field.
+        RequestError: its message names the wrong field.
     """
     if fields.format not in ("text", "html"):
         raise RequestError(400, f"`format` must be text or html, but is {show(fields.format)}.")

@@ -66,8 +66,8 @@ class Models:
                 bundle with one direction, overriding its own names if it has any.
 
         Raises:
-            ValueError: naming a folder that is not a complete bundle, does not name its languages,
-                or translates the same pair as another one.
+            ValueError: its message names a folder that is not a complete bundle, does not name its
+                languages, or translates the same pair as another one.
         """
         if not folders:
             raise ValueError("`folders` must name at least one bundle, but is empty.")

@@ -139,7 +139,7 @@ class Service:
         """Refuse texts that are too many, too long or not text.
 
         Raises:
-            RequestError: naming the limit or the text.
+            RequestError: its message names the limit or the text.
         """
         limits = self.settings
         if len(texts) > limits.max_items:

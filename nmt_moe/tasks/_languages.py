@@ -1,4 +1,4 @@
-"""Languages and pairs of a multilingual task: names, language tokens, the shared dictionary."""
+"""Names, language tokens and the shared dictionary of a multilingual task."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def parse_pair(text: str, option: str) -> Pair:
     """Parse a pair such as `en-fr`.
 
     Raises:
-        ValueError: naming the option and the text.
+        ValueError: its message names the option and the text.
     """
     languages = text.split("-")
     if len(languages) != 2 or not all(map(LANGUAGE.fullmatch, languages)):
@@ -42,7 +42,7 @@ def parse_pair(text: str, option: str) -> Pair:
             f"`{option}` must name pairs such as en-fr, separated by commas, but has '{text}'."
         )
     if languages[0] == languages[1]:
-        raise ValueError(f"`{option}`: source and target must differ, but are both in '{text}'.")
+        raise ValueError(f"`{option}`: source and target must differ, but are equal in '{text}'.")
     return Pair(*languages)
 
 
@@ -50,7 +50,7 @@ def parse_pairs(text: str) -> List[Pair]:
     """Parse `--lang-pairs`, such as `en-fr,fr-en`.
 
     Raises:
-        ValueError: naming what is malformed, repeated or missing.
+        ValueError: its message names what is malformed, repeated or missing.
     """
     if not text:
         raise ValueError(
@@ -68,7 +68,8 @@ def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
     """Parse `--langs`, such as `en,fr`; if empty, return the languages in the order of the pairs.
 
     Raises:
-        ValueError: naming the language that is malformed, repeated, or missing for a pair.
+        ValueError: if a language is malformed, repeated, or missing for a pair; the message names
+            it.
     """
     if not text:
         return list(dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target)))
@@ -91,7 +92,7 @@ def check_language(language: str, languages: Sequence[str], what: str) -> None:
     """Reject a language that the task does not have.
 
     Raises:
-        ValueError: naming it and all languages of the task.
+        ValueError: its message names the language and all languages of the task.
     """
     if language not in languages:
         raise ValueError(f"{what} must be one of {', '.join(languages)}, but is '{language}'.")
@@ -101,7 +102,7 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
     """Parse `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch over some pairs.
 
     Raises:
-        ValueError: naming the pair that is unknown, or the value that is not a number.
+        ValueError: its message names the pair that is unknown, or the value that is not a number.
     """
     passes = {}
     for word in text.split(",") if text else []:
@@ -143,7 +144,7 @@ class LanguagesDictionary(Dictionary):
 
         Args:
             language: Name of the language.
-            path: Path of the dictionary, for errors.
+            path: Path of the dictionary, for error messages.
 
         Raises:
             ValueError: if the token is a word of the texts.
@@ -152,20 +153,20 @@ class LanguagesDictionary(Dictionary):
         if token in self:
             raise ValueError(
                 f"the dictionary `{path}` has the word `{token}`, which stands for the language "
-                f"'{language}' and cannot be a word of the texts. Remove it from them, and "
-                "binarise them again."
+                f"'{language}' and cannot be a word of the texts. Remove it from the texts, "
+                "and binarise them again."
             )
         self.add_symbol(token)
         self.language_marks.add(token)
 
 
 def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDictionary:
-    """Load the dictionary that all languages share and add their tokens, in the languages' order.
+    """Load the dictionary that all languages share, and add their tokens in order.
 
     Raises:
-        FileNotFoundError: naming the language whose dictionary is missing.
-        ValueError: naming two languages whose dictionaries differ, or a language whose token is a
-            word of the texts.
+        FileNotFoundError: its message names the language whose dictionary is missing.
+        ValueError: its message names two languages whose dictionaries differ, or a language whose
+            token is a word of the texts.
     """
     dictionaries: Dict[str, LanguagesDictionary] = {}
     for language in languages:
@@ -205,11 +206,11 @@ def check_languages(
     """Reject languages, tokens or symbols that differ from the checkpoint's.
 
     Raises:
-        ValueError: naming the first difference.
+        ValueError: its message names the first difference.
     """
     if "languages" not in saved:
         raise ValueError(
-            "the checkpoint is not of a multilingual task: it stores no languages. Use one that "
+            "the checkpoint is not from a multilingual task: it stores no languages. Use one that "
             "was trained with --task translation_multilingual_gnmt, or translate with its own "
             "task."
         )
@@ -240,10 +241,10 @@ def first_difference(old: Sequence[str], new: Sequence[str]) -> Tuple[int, str, 
 def read_direction(
     source: Optional[str], target: Optional[str], languages: Sequence[str]
 ) -> Optional[Pair]:
-    """Read --source-lang and --target-lang, None if neither is given.
+    """Read --source-lang and --target-lang; return None if neither is given.
 
     Raises:
-        ValueError: naming the one that is missing, unknown, or equal to the other.
+        ValueError: if one of them is missing, unknown, or equal to the other; the message names it.
     """
     options = {"--source-lang": source, "--target-lang": target}
     if not any(options.values()):

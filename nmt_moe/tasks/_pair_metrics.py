@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
     """Copy what a batch of one pair logs into the pair's row; other rows are 0.
 
-    Thus all ranks log the same keys, whatever the pair of their batch, and fairseq can sum them.
+    All ranks then log the same keys, whichever pair their batch holds, and fairseq can sum them.
     """
     values = {
         "_pair_nll": torch.as_tensor(log["nll_loss"]).reshape(1),
@@ -33,7 +33,7 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
     if BLEU_COUNTS[0] in log:
         values["_pair_bleu"] = torch.tensor([log[key] for key in BLEU_COUNTS])
     for layer in LAYERS:
-        counts = log.get(f"{layer}_moe_load")  # in evaluation, tokens of each expert
+        counts = log.get(f"{layer}_moe_load")  # in evaluation: the number of tokens of each expert
         if counts is not None and len(counts) > 1:
             values[f"_pair_{layer}_load"] = counts
     for key, row in values.items():
@@ -124,7 +124,7 @@ def log_expert_use(meters: Any, pairs: Sequence[Pair]) -> None:
 
 
 def describe_use(language: str, counts: torch.Tensor) -> str:
-    """Return one language's line, from its (E,) counts."""
+    """Return a language's line of the table, given its (E,) counts."""
     shares = counts / counts.sum().clamp_min(1e-9)
     most = shares.sort(descending=True, stable=True).indices[:MOST_SHOWN].tolist()
     use = "  ".join(f"{expert}: {shares[expert]:.1%}" for expert in most)

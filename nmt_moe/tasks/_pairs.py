@@ -10,12 +10,12 @@ from nmt_moe.training import sentences_of_epoch, sentences_per_epoch
 
 
 class PairsDataset(LanguagePairDataset):
-    """Several pairs, each with its language token; training batches mix them.
+    """Several language pairs with their language tokens; training batches mix the pairs.
 
     Attributes:
         pairs: Names of the pairs, in the order of their sentences.
-        passes: In training, passes over each pair in an epoch. Otherwise None: every sentence
-            occurs once, and each batch holds one pair and names it.
+        passes: In training, the number of passes over each pair in an epoch. Otherwise None: every
+            sentence occurs once, and each batch holds one pair and names it.
         num_folders: Data folders that the epochs use in turn; these data are used every
             `num_folders` epochs.
     """
@@ -32,7 +32,7 @@ class PairsDataset(LanguagePairDataset):
         num_folders: int = 1,
         **options: Any,
     ) -> None:
-        """Concatenate the pairs' data sets; `options` are LanguagePairDataset's."""
+        """Concatenate the pairs' data sets; `options` are passed to LanguagePairDataset."""
         source = ConcatDataset([part.src for part in parts.values()])
         targets = [part.tgt for part in parts.values() if part.tgt is not None]
         target = ConcatDataset(targets) if targets else None
@@ -53,11 +53,12 @@ class PairsDataset(LanguagePairDataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the training epoch whose sentences are drawn."""
         super().set_epoch(epoch)
-        # Count only the epochs that use this folder, so that each continues where the last ended.
+        # Count only epochs that use this folder, so that each continues where the previous one
+        # ended.
         self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
-        """Return this epoch's indices, sorted by length; an oversampled pair's occur repeatedly."""
+        """Return this epoch's indices, sorted by length; an oversampled pair's are repeated."""
         if self.passes is None:
             return super().ordered_indices()
         drawn = [
@@ -92,11 +93,11 @@ class PairsDataset(LanguagePairDataset):
 
 
 def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
-    """Return the table of effective epochs.
+    """Return a table that shows how often a training run uses each pair.
 
     Args:
         dataset: The training set.
-        epochs: Epochs of the whole training run; infinity if no option limits it.
+        epochs: Number of epochs of the whole training run; infinity if no option limits it.
     """
     own_epochs = epochs / dataset.num_folders
     assert dataset.passes is not None

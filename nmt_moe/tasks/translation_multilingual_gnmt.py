@@ -54,8 +54,8 @@ class MultilingualGNMTConfig(TranslationConfig):
     sampling_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "1: an epoch has every sentence once; above 1: rare pairs more often and "
-            "frequent pairs less often, in proportion to size^(1/T)"
+            "help": "1: an epoch uses every sentence once; above 1: it uses rare pairs more often "
+            "and frequent pairs less often, in proportion to size^(1/T)"
         },
     )
     oversampling: str = field(
@@ -106,8 +106,8 @@ class MultilingualGNMTTask(TranslationTask):
         """Read languages and pairs, and load their dictionary.
 
         Raises:
-            ValueError: naming the language or pair that is malformed or unknown.
-            FileNotFoundError: naming the language that has no dictionary.
+            ValueError: its message names the language or pair that is malformed or unknown.
+            FileNotFoundError: its message names the language that has no dictionary.
         """
         pairs = [] if cfg.langs and not cfg.lang_pairs else parse_pairs(cfg.lang_pairs)
         languages = parse_languages(cfg.langs, pairs)
@@ -115,11 +115,11 @@ class MultilingualGNMTTask(TranslationTask):
         folder = utils.split_paths(cfg.data)[0]
         dictionary = load_shared_dictionary(folder, languages)
         logger.info("%d languages (%s)", len(languages), ", ".join(languages))
-        logger.info("shared dictionary: %d types with the languages' tokens", len(dictionary))
+        logger.info("shared dictionary: %d symbols, including language tokens", len(dictionary))
         return cls(cfg, dictionary, languages, pairs, direction)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint stores of the task: languages, tokens, all symbols, pairs."""
+        """Return what a checkpoint stores about the task: languages, tokens, symbols and pairs."""
         state = describe_languages(self.languages, self.src_dict)
         return {**state, "pairs": [str(pair) for pair in self.pairs]}
 
@@ -127,11 +127,11 @@ class MultilingualGNMTTask(TranslationTask):
         """Compare a checkpoint's languages, tokens and symbols with this task's.
 
         Raises:
-            ValueError: naming the first difference.
+            ValueError: its message names the first difference.
         """
         check_languages(state_dict, self.languages, self.src_dict)
         if self.direction is not None and str(self.direction) not in state_dict["pairs"]:
-            logger.info("%s was not trained: zero-shot", self.direction)
+            logger.info("%s was not trained: this is zero-shot translation", self.direction)
 
     @property
     def evaluated_pairs(self) -> List[Pair]:
@@ -142,9 +142,9 @@ class MultilingualGNMTTask(TranslationTask):
         """Load a split of every pair, or of the direction that the options name.
 
         Raises:
-            FileNotFoundError: naming the pair that has no such split.
-            ValueError: naming the pair that is empty or uneven, or the option that does not apply
-                to training.
+            FileNotFoundError: its message names the pair that has no such split.
+            ValueError: its message names the pair that is empty or uneven, or the option that does
+                not apply to training.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:
@@ -239,7 +239,7 @@ class MultilingualGNMTTask(TranslationTask):
         return min(limits)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """Build the generator.
+        """Build the generator for the chosen direction.
 
         Raises:
             ValueError: if no direction was chosen.
@@ -255,7 +255,7 @@ class MultilingualGNMTTask(TranslationTask):
     def get_interactive_tokens_and_lengths(
         self, lines: List[str], encode_fn: Any
     ) -> Tuple[List[torch.Tensor], List[int]]:
-        """Encode lines, each after the token of the target language."""
+        """Encode lines, and put the target language's token before each."""
         tokens, _ = super().get_interactive_tokens_and_lengths(lines, encode_fn)
         tokens = [self._ask_for_target(line) for line in tokens]
         return tokens, [len(line) for line in tokens]
@@ -316,7 +316,7 @@ def _refusing_languages(load: Callable) -> Callable:
     def load_state_dict(task: FairseqTask, state_dict: Dict[str, Any]) -> None:
         if not isinstance(task, MultilingualGNMTTask) and "languages" in state_dict:
             raise ValueError(
-                "the checkpoint is of a multilingual model. Add --task "
+                "the checkpoint is from a multilingual model. Add --task "
                 f"translation_multilingual_gnmt --langs {','.join(state_dict['languages'])} and "
                 "the direction, --source-lang and --target-lang."
             )

@@ -1,1 +1,1 @@
-"""Lines of text and sentence pieces. Needs neither torch nor fairseq."""
+"""Read lines of text, and split them into sentence pieces, without torch or fairseq."""

@@ -23,15 +23,15 @@ def check_digests(digests: Path, writer: str, way_out: str) -> None:
 
     Args:
         digests: The file that `write_digests` wrote.
-        writer: The program that wrote the files, for errors.
-        way_out: How to get intact files, for errors.
+        writer: The program that wrote the files, for error messages.
+        way_out: How to get intact files, for error messages.
 
     Raises:
-        ValueError: naming the file that differs.
+        ValueError: its message names the file that differs.
     """
     if not digests.is_file():
         return
-    # Any bytes are accepted: a damaged digest is simply one that differs.
+    # Any bytes are accepted, because a damaged digest simply differs from the right one.
     for line in digests.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = digests.parent / Path(name).name

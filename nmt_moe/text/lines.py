@@ -1,13 +1,13 @@
-r"""Read text: what a line is, and which lines are rejected.
+r"""Read text line by line. These rules say what a line is, and which lines are rejected.
 
-- Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last has no
-  end. `\r\n` is one line end; the carriage return is not part of the line.
+- Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last line does
+  not end with `\n`. `\r\n` is one line end; the carriage return is not part of the line.
 - U+0085, U+2028, U+2029, vertical tabs and form feeds are text, like any other white space.
 - A byte order mark at the start of a file is dropped, with a warning.
-- Rejected, naming file and line: bytes that are not UTF-8; a carriage return within a line; NUL and
-  all other ASCII control characters except tab, vertical tab and form feed; lines longer than
-  `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts the same lines, and the
-  memory for a line is bounded.
+- These are rejected, with an error that names file and line: bytes that are not UTF-8; a carriage
+  return within a line; NUL and all other ASCII control characters except tab, vertical tab and form
+  feed; lines longer than `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts
+  the same lines, and the memory for a line is bounded.
 - A file named `*.gz` or `*.xz` is read through gzip or xz, to its end, so that its checksum is
   verified.
 """
@@ -43,7 +43,7 @@ class BadLine:
 
     Attributes:
         number: Line number, counted from 1.
-        reason: What is wrong with the line; continues the words "line 3".
+        reason: What is wrong with the line, in words that can follow "line 3".
         advice: How to correct the line.
     """
 
@@ -63,14 +63,15 @@ def read_lines(
 
     Args:
         path: Path of the file.
-        start: Byte at which the first line begins, one of `chunk_offsets`; errors count lines from
-            there.
+        start: Byte at which the first line begins, one of `chunk_offsets`; error messages count
+            lines from there.
         end: Byte at which the last line ends; None for the whole file.
         allow_controls: Whether to accept control characters and carriage returns, for text that is
             cleaned afterwards.
 
     Raises:
-        ValueError: naming file, line and reason; or if a compressed file is incomplete.
+        ValueError: if a line is rejected (the message names file, line and reason), or a compressed
+            file is incomplete.
         OSError: if the file cannot be opened.
     """
     name = os.fspath(path)
@@ -141,7 +142,7 @@ def scan_lines(
     max_bytes: int = MAX_LINE_BYTES,
     allow_controls: bool = False,
 ) -> Iterator[str | BadLine]:
-    """Yield each line of a stream, or what is wrong with it, and continue with the next line.
+    """Yield each line of a stream; for a rejected line, yield a `BadLine` and continue.
 
     A line is yielded as soon as it ends, so the stream may be a terminal or a pipe.
 
@@ -150,7 +151,7 @@ def scan_lines(
         name: Name of the stream in warnings.
         start: Position of the stream in bytes; a byte order mark is dropped only at 0.
         end: Position in bytes, at the end of a line, at which to stop.
-        max_bytes: Longest line; longer ones are bad lines, and the rest of them is not kept.
+        max_bytes: Maximum length of a line; a longer line is rejected and skipped.
         allow_controls: Whether to accept control characters and carriage returns, for text that is
             cleaned afterwards.
 
@@ -197,7 +198,7 @@ def chunk_offsets(path: Path, num_chunks: int) -> list[int]:
     """Divide a file between lines into chunks of about equal size.
 
     Returns:
-        num_chunks + 1 offsets in bytes, never decreasing: the first is 0, the last the file's size.
+        num_chunks + 1 offsets in bytes that never decrease, from 0 to the file's size.
     """
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -243,13 +244,13 @@ def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
     if found[0] == b"\r":
         return BadLine(
             number,
-            f"has a carriage return within it (byte {position})",
+            f"contains a carriage return (byte {position})",
             r"Only a line feed ends a line, as for `wc -l`. Replace it with a space: tr '\r' ' '; "
             r"or, if carriage returns end the lines of this file, with line feeds: tr '\r' '\n'.",
         )
     return BadLine(
         number,
-        f"has the control character U+{found[0][0]:04X} within it (byte {position})",
+        f"contains the control character U+{found[0][0]:04X} (byte {position})",
         r"Remove it, for instance with: tr -d '\000-\010\016-\037\177'.",
     )
 
@@ -257,4 +258,4 @@ def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
 @cache
 def _warn_of_byte_order_mark(name: str) -> None:
     """Warn once for each file."""
-    logger.warning("`%s` begins with a byte order mark (U+FEFF): it is dropped", name)
+    logger.warning("`%s` begins with a byte order mark (U+FEFF), which is dropped", name)

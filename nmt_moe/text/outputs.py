@@ -1,4 +1,4 @@
-"""Output files: none may be an input, and each appears only when it is complete."""
+"""Write output files so that none replaces an input, and each appears only once complete."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Reject an output that is an input, another output or a folder.
 
     Raises:
-        ValueError: naming the output.
+        ValueError: its message names the output.
     """
     taken = {path.resolve() for path in inputs}
     for path in outputs:

@@ -1,4 +1,4 @@
-"""Parallel texts, whose lines correspond."""
+"""Check parallel texts, in which equal line numbers belong together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def check_parallel(paths: Iterable[Path], allow_empty: bool = False) -> int:
         listed = ", ".join(f"`{path}` has {count}" for path, count in counts.items())
         raise ValueError(
             f"the files must have the same number of lines, but {listed}: line "
-            f"{min(counts.values()) + 1} is the first without a counterpart. Find the pair that "
-            "shifted, or cut all files to the same length."
+            f"{min(counts.values()) + 1} is the first without a counterpart. Find where "
+            "the lines stop corresponding, or cut all files to the same length."
         )
     return next(iter(counts.values()))
 
 
 def read_good_lines(path: Path, allow_empty: bool = False) -> Iterator[str]:
-    """Yield the lines of a file.
+    """Yield the lines of a file after checking each.
 
     Raises:
         ValueError: if `read_lines` rejects a line, or a line is empty.

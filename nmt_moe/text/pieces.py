@@ -21,7 +21,7 @@ from nmt_moe.text.lines import read_lines
 from nmt_moe.text.outputs import check_outputs, replacing
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
-# sentencepiece leaves out longer lines, and those with the character it reserves for itself.
+# sentencepiece ignores longer lines, and lines with the character that it reserves for itself.
 MAX_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"
 # fairseq splits text at each of these, so no piece may contain one.
@@ -30,10 +30,10 @@ WHITE_SPACE = re.compile(r"\s")
 
 @dataclass(frozen=True)
 class Training:
-    """The results of learning a vocabulary.
+    """The result of learning a vocabulary.
 
     Attributes:
-        num_pieces: Entries in the dictionary.
+        num_pieces: Number of entries in the dictionary.
         left_out: Number of lines left out, for each reason.
     """
 
@@ -53,10 +53,10 @@ def train(
     normalization: str = "nmt_nfkc",
     max_sentence_bytes: int = MAX_SENTENCE_BYTES,
 ) -> Training:
-    """Write a sentencepiece model, its digest beside it, and the dictionary of its pieces.
+    """Learn a sentencepiece model; write it, its digest beside it, and a dictionary of its pieces.
 
     Args:
-        inputs: Texts with one sentence a line.
+        inputs: Texts with one sentence per line.
         model: Model file to write.
         dictionary: Dictionary file to write, in fairseq's format.
         vocab_size: Number of pieces, including the three that fairseq adds itself.
@@ -68,11 +68,11 @@ def train(
         normalization: Normalisation of text before it is split, one of `NORMALIZATIONS`: NFKC with
             or without sentencepiece's treatment of spaces, canonical composition only, or only
             turning white space into spaces.
-        max_sentence_bytes: Most bytes in a line; longer lines are left out.
+        max_sentence_bytes: Maximum number of bytes in a line; longer lines are left out.
 
     Raises:
         ValueError: if a line cannot be read, the text is too small for so many pieces, a number is
-            out of range, or an output is a text or the other output.
+            out of range, or an output is also an input or the other output.
         OSError: if a file cannot be opened.
     """
     left_out: Counter[str] = Counter()
@@ -125,7 +125,7 @@ def train(
         # fairseq requires a count for each entry; it matters only if a dictionary is truncated.
         rows = "".join(f"{piece} 1\n" for piece in pieces)
         new_dictionary.write_text(rows, encoding="utf-8")
-        digests_of(model).unlink(missing_ok=True)  # of an earlier model
+        digests_of(model).unlink(missing_ok=True)  # that of an earlier model
     write_digests(digests_of(model), [model])
     return Training(len(pieces), left_out)
 
@@ -142,7 +142,7 @@ def _check_training(vocab_size: int, character_coverage: float, max_sentence_byt
 
 
 def digests_of(model: Path) -> Path:
-    """Return the file for a model's digest, as one flipped bit makes another vocabulary."""
+    """Return the path of a model's digest, which detects damage as small as one flipped bit."""
     return model.with_name(f"{model.name}.sha256")
 
 
@@ -173,14 +173,14 @@ def encode(
     alpha: float = 0.2,
     seed: int = 1,
 ) -> Iterator[str]:
-    """Yield lines split into pieces; then `samples` further passes, split at random.
+    """Yield all lines split into pieces; then all of them `samples` more times, split at random.
 
     White space of any kind counts as a space.
 
-    alpha: how strongly likely splits are preferred; 0: not at all.
+    `alpha` says how strongly likely splits are preferred; at 0 all splits are equally likely.
 
     Raises:
-        ValueError: naming `--samples` or `--alpha`, if it is out of range.
+        ValueError: if `--samples` or `--alpha` is out of range; the message names it.
 
     Source: Kudo 2018 (subword regularisation), section 3.
     """
@@ -228,7 +228,7 @@ class WordSampler:
 
     def __call__(self, line: str) -> str:
         """Draw a split for every word of a line."""
-        # Joined, the pieces are the normalised line, with a marker before each word.
+        # The joined pieces are the normalised line, with a marker before each word.
         words = re.findall("▁[^▁]*|^[^▁]+", "".join(self.processor.encode(line, out_type=str)))
         return " ".join(self.cut(word) for word in words)
 

@@ -1,4 +1,4 @@
-"""fairseq's dictionaries as lists of symbols, and text as their indices."""
+"""Read fairseq's dictionaries as lists of symbols, and look up the indices of pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERWRITE = " #fairseq:overwrite"
 class Vocabulary:
     """The symbols of one side of a model, in the order of its embedding.
 
-    Text never becomes a special symbol: a piece spelled like one is an unknown word.
+    Text never becomes a special symbol: a piece that is spelled like one is unknown.
 
     Args:
         symbols: All symbols, with fairseq's four special ones first.
@@ -35,7 +35,7 @@ class Vocabulary:
         return len(self.symbols)
 
     def numbers(self, pieces: Iterable[str]) -> list[int]:
-        """Return the index of each piece; `<unk>`'s for pieces that are not words of this side."""
+        """Return the index of each piece, or that of `<unk>` for pieces not in this vocabulary."""
         return [self._numbers.get(piece, UNK) for piece in pieces]
 
     def mark(self, name: str) -> int:
@@ -50,7 +50,7 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
         All symbols in fairseq's order: its four special symbols, then the words.
 
     Raises:
-        ValueError: naming file and line, if a line is malformed or a word is repeated.
+        ValueError: if a line is malformed or a word is repeated; the message names file and line.
         OSError: if the file cannot be opened.
     """
     symbols = list(MARKS)
@@ -73,16 +73,16 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
 
 
 def find_dictionary(folder: Path, language: str | None) -> Path:
-    """Return a language's dictionary in a folder of binarised data; `dict.txt` if there is none.
+    """Return the path of a language's dictionary in binarised data; for None, that of `dict.txt`.
 
     Raises:
-        ValueError: if it does not exist.
+        ValueError: if the dictionary does not exist.
     """
     path = folder / ("dict.txt" if language is None else f"dict.{language}.txt")
     if not path.is_file():
         there = ", ".join(sorted(found.name for found in folder.glob("dict*.txt"))) or "none"
         raise ValueError(
-            f"`{path}` is missing; dictionaries in `{folder}`: {there}. Name the folder that "
+            f"`{path}` is missing. Dictionaries in `{folder}`: {there}. Name the folder that "
             "fairseq-preprocess wrote and that the model was trained on."
         )
     return path

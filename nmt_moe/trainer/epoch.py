@@ -31,7 +31,7 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     Some sentences would be seen twice, and others not at all.
 
     Raises:
-        ValueError: naming the settings that changed.
+        ValueError: its message names the settings that changed.
     """
     if "digest" in saved and "digest" in now:
         is_same = saved["digest"] == now["digest"]

@@ -1,4 +1,4 @@
-"""The computations of one update, as pure functions."""
+"""The parts of one update: losses, sampling of pairs, factored Adam, learning rates."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (

@@ -1,4 +1,4 @@
-"""Adam that keeps, for each expert matrix, a row and a column instead of two matrices."""
+"""Adam that keeps one row and one column for each expert matrix instead of two matrices."""
 
 import math
 from collections import defaultdict
@@ -16,13 +16,13 @@ from nmt_moe.parallel import is_expert
 
 
 class FactoredAdam(torch.optim.Optimizer):
-    """Adam; for experts, without a first moment and with a factored second moment.
+    """Adam that, for experts, has no first moment and a factored second moment.
 
-    An expert matrix (the last two dimensions) keeps the running means of its squared gradient over
-    each row and each column; outer(row_mean, column_mean) / mean(row_mean) approximates the second
-    moment; this is exact if squared gradients have rank 1. All other parameters are trained by
-    Adam. Means are kept in float32 (float64 for float64) whatever the parameter's dtype, even
-    across `load_state_dict`.
+    For each expert matrix (the last two dimensions of a parameter), it keeps the running means of
+    the squared gradient over each row and each column. The second moment is approximated by
+    outer(row_mean, column_mean) / mean(row_mean), which is exact if squared gradients have rank 1.
+    All other parameters are trained by ordinary Adam. Means are kept in float32 (float64 for
+    float64) whatever the parameter's dtype, even across `load_state_dict`.
 
     With t the number of updates, each step is
 
@@ -38,9 +38,9 @@ class FactoredAdam(torch.optim.Optimizer):
             treated as experts'; None, the default, follows `mark_expert`, which `MoELayer` calls.
         lr: Learning rate.
         betas: Shares of the old first and second moment in the new ones.
-        eps: What is added to the root of the second moment; greater than 0.
+        eps: Number added to the root of the second moment; greater than 0.
         weight_decay: Weight decay per unit of learning rate.
-        factored: Value for groups that do not set it.
+        factored: The value of `factored` for groups that do not set it.
 
     Raises:
         ValueError: if an option is out of range, or a factored parameter is not a matrix.
@@ -90,7 +90,7 @@ class FactoredAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters that share one call; one that would have to be copied gets its own.
+            # Each list shares one call of Adam; a parameter that must be copied gets its own.
             batches: dict[tuple, list[Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:

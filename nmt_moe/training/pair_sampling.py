@@ -20,7 +20,7 @@ def passes_per_epoch(
     than one over rare pairs and less than one over frequent ones; as T grows, shares become equal.
 
     Args:
-        sizes: Sentences of each pair, at least 1.
+        sizes: Number of sentences of each pair, at least 1.
         temperature: T, at least 1.
         oversampling: Passes over some pairs, which replace those that the temperature implies.
 
@@ -28,7 +28,7 @@ def passes_per_epoch(
         Passes over each pair, in the order of `sizes`.
 
     Raises:
-        ValueError: naming the pair or the value.
+        ValueError: its message names the pair or the value.
     """
     check_range("sampling_temperature", temperature, 1.0)
     for pair, size in sizes.items():
@@ -49,7 +49,7 @@ def passes_per_epoch(
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return how many sentences an epoch uses of a pair that has `size`; at least 1."""
+    """Return how many of a pair's `size` sentences an epoch uses, repetitions included."""
     return max(1, round(size * passes))
 
 
@@ -61,8 +61,8 @@ def sentences_of_epoch(size: int, passes: float, epoch: int, seed: int) -> Tenso
     and any epoch can be drawn without the previous ones.
 
     Args:
-        size: Sentences of the pair.
-        passes: Passes over them in an epoch.
+        size: Number of sentences of the pair.
+        passes: Number of passes over them in an epoch.
         epoch: The epoch, counted from 1.
         seed: Seed of the random orders.
 

@@ -1,8 +1,8 @@
 """Estimate the loss of a softmax over many classes from a few, by importance sampling.
 
 The softmax's negative log-likelihood is log Z - logit_target, where Z = sum_i exp(logit_i) over all
-V classes. Here Z is estimated: the target always counts, every other class only if it was drawn,
-divided by the probability of that:
+V classes. Here Z is estimated: the target always counts; any other class counts only if it was
+drawn, and its term is divided by the probability of being drawn:
 
     Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i except the target
 
@@ -87,7 +87,8 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
     The estimate of the partition sum is unbiased, but that of its logarithm is not: the result is
     too low on average. The bias of the result and of its gradient falls as 1 / draws.
 
-    A drawn class that is a token's target (an accidental hit) does not count as drawn for it.
+    A drawn class that is a token's target (an accidental hit) does not count as drawn for that
+    token.
 
     Args:
         features: (N, D) inputs of the softmax layer.

@@ -114,7 +114,7 @@ def test_a_checkpoint_is_changed_as_its_bundle_is(files, tmp_path, command):
 def test_without_references_no_perplexity_is_claimed(files, tmp_path):
     _, bundle, text, _ = files
     printed = run("prune", bundle, "--num-experts", 4, "--text", text, "--output", tmp_path / "x")
-    assert "perplexity: not measured; it needs a `--reference`" in printed
+    assert "perplexity: not measured, because it needs a `--reference`" in printed
 
 
 def test_a_language_model_needs_no_reference(tmp_path):

@@ -359,8 +359,8 @@ def test_a_line_that_interactive_cannot_use_is_named_and_takes_no_memory(
     }
     for message in (
         "`standard input` begins with a byte order mark",
-        "line 2 has a carriage return within it (byte 3): not translated",
-        "line 3 has the control character U+0000 within it (byte 4): not translated",
+        "line 2 contains a carriage return (byte 3): not translated",
+        "line 3 contains the control character U+0000 (byte 4): not translated",
         "line 4 has more than 1048576 bytes: not translated",
         "line 5 has tokens that are not in the dictionary: 1 of 3",
     ):

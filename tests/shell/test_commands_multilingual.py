@@ -128,7 +128,7 @@ def test_generate_translates_the_chosen_direction_in_order(
 
 def test_a_direction_that_was_not_trained_is_translated(data: Path, trained: tuple[Path, Output]):
     output = translate(data, trained[0] / "checkpoint_last.pt", "bb", "cc")
-    assert "bb-cc was not trained: zero-shot" in output.text
+    assert "bb-cc was not trained" in output.text
     assert len(output.hypotheses()) == SIZES["bb-cc"]["test"]
 
 
@@ -269,7 +269,7 @@ def test_another_dictionary_is_refused_with_its_first_other_symbol(
 def test_a_checkpoint_of_one_pair_is_refused(data: Path, tmp_path: Path):
     single = ["--task", "translation", "-s", "aa", "-t", "bb", "--max-epoch", 1]
     call("train", data, *single, *TINY_MOE, "--save-dir", tmp_path, "--no-epoch-checkpoints")
-    with pytest.raises(ValueError, match="not of a multilingual task"):
+    with pytest.raises(ValueError, match="not from a multilingual task"):
         translate(data, tmp_path / "checkpoint_last.pt", "aa", "bb")
 
 

@@ -130,5 +130,5 @@ def test_a_checkpoint_fits_its_own_languages_and_no_others():
         check_languages(saved, ["en", "fr"], make_dictionary("a", "c"))
     with pytest.raises(ValueError, match="symbol 6 is 'c', not missing"):
         check_languages(saved, ["en", "fr"], make_dictionary("a", "b", "c"))
-    with pytest.raises(ValueError, match="not of a multilingual task"):
+    with pytest.raises(ValueError, match="not from a multilingual task"):
         check_languages({}, ["en", "fr"], dictionary)

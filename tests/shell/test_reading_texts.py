@@ -78,7 +78,7 @@ def test_sentences_are_the_lines_of_the_text(own_corpus: Path, workers: int, imp
 @pytest.mark.parametrize("name", ["train.aa", "train.bb", "valid.aa", "test.bb"])
 def test_a_carriage_return_within_a_line_is_named(own_corpus: Path, name: str, workers: int):
     change(own_corpus / name, 3, b"ba\rde")
-    with pytest.raises(ValueError, match=rf"{name}`, line 3 has a carriage return within it"):
+    with pytest.raises(ValueError, match=rf"{name}`, line 3 contains a carriage return"):
         preprocess(own_corpus, "--workers", workers)
     assert not list((own_corpus / "data").glob("*.bin"))
 

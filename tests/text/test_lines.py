@@ -94,9 +94,9 @@ def test_chunks_hold_each_line_once(
     [
         pytest.param(b"ba\xffbe", r"is not valid UTF-8 \(byte 0xff at position 3\)", id="latin"),
         pytest.param(b"\xed\xa0\x80", "is not valid UTF-8", id="surrogate"),
-        pytest.param(b"ba\rde", r"has a carriage return within it \(byte 3\)", id="return"),
-        pytest.param(b"ba\r", "has a carriage return within it", id="two-returns-at-the-end"),
-        pytest.param(b"ba\x00be", r"has the control character U\+0000 within it", id="nul"),
+        pytest.param(b"ba\rde", r"contains a carriage return \(byte 3\)", id="return"),
+        pytest.param(b"ba\r", "contains a carriage return", id="two-returns-at-the-end"),
+        pytest.param(b"ba\x00be", r"contains the control character U\+0000", id="nul"),
         pytest.param(b"\x1c", r"has the control character U\+001C", id="file-separator"),
         pytest.param(b"\x7f", r"has the control character U\+007F", id="delete"),
     ],
@@ -109,7 +109,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, reason
 
 def test_a_file_whose_lines_end_in_carriage_returns_is_named_with_the_way_out(tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"line 1 has a carriage return .* `wc -l`\. .*tr '\\r' '\\n'"
+        ValueError, match=r"line 1 contains a carriage return .* `wc -l`\. .*tr '\\r' '\\n'"
     ):
         count_lines(write(tmp_path, b"ba\rbe\rbi\r"))
 
