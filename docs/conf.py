@@ -1,7 +1,7 @@
-"""How Sphinx builds the documentation: `bash tools/docs.sh`.
+"""Configure Sphinx, which builds the documentation (`bash tools/docs.sh`).
 
 The source folder is the whole repository, so that links between documentation, results and code are
-the same here and where the repository is browsed.
+the same in the built pages and in the repository.
 """
 
 import logging
@@ -27,7 +27,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "gener
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 
-# Docstrings are Google's form; `name` in them is code.
+# Docstrings follow Google's style; `name` in them is code.
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -39,5 +39,5 @@ html_theme = "furo"
 html_title = f"nmt_moe {release}"
 html_show_sphinx = False
 html_copy_source = False
-# The README is the front page where the repository is browsed; here docs/index is.
+# The README is the front page of the repository; the front page of the built pages is docs/index.
 orphans = ["README"]

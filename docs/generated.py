@@ -1,4 +1,4 @@
-"""Directives whose text is made from the code: options, architectures, commands.
+"""Directives whose text is generated from the code: options, architectures, commands.
 
 ```{options} nmt_moe.models.lstm_moe_gnmt:LSTMMoEGNMTConfig
 ```
@@ -25,7 +25,7 @@ TYPES = {bool: "", int: "N", float: "X", str: "TEXT"}
 
 
 class Generated(SphinxDirective):
-    """A directive that stands for the Markdown which `lines` returns."""
+    """A directive that is replaced by the Markdown that `lines` returns."""
 
     def lines(self) -> Iterable[str]:
         raise NotImplementedError
@@ -38,7 +38,7 @@ class Generated(SphinxDirective):
 
 
 class Options(Generated):
-    """The options of dataclasses, as fairseq's commands take them, without those of fairseq."""
+    """A table of the options that dataclasses of this project add to fairseq's commands."""
 
     required_arguments = 1
     final_argument_whitespace = True
@@ -61,7 +61,7 @@ class Options(Generated):
 
 
 class Architectures(Generated):
-    """The architectures of a model: what they set, and what they cost."""
+    """A table of a model's architectures: their settings and their costs."""
 
     required_arguments = 1
 
@@ -75,7 +75,7 @@ class Architectures(Generated):
             settings = ", ".join(f"`{flag_name(key)} {value}`" for key, value in vars(args).items())
             millions = [f"{count / 1e6:,.1f}" for count in (card.ops, card.params, card.active)]
             rows.append((f"`{name}`", *millions, settings or "the defaults"))
-        head = ("architecture", "ops, M", "parameters, M", "active, M", "what it sets")
+        head = ("architecture", "ops, M", "parameters, M", "active, M", "settings")
         return table(head, rows, right=(1, 2, 3))
 
 
@@ -89,7 +89,7 @@ class Commands(Generated):
 
 
 def walk(command: click.Command, path: str) -> Iterable[tuple[str, click.Command]]:
-    """Yield a command and all below it, with what is typed for each."""
+    """Yield a command and all its subcommands, each with the words that call it."""
     yield path, command
     if isinstance(command, click.Group):
         context = click.Context(command, info_name=path)
@@ -100,7 +100,7 @@ def walk(command: click.Command, path: str) -> Iterable[tuple[str, click.Command
 
 
 def flag(option: Field) -> str:
-    """Return how an option is typed."""
+    """Return an option as it is typed on the command line, with a placeholder for its value."""
     kind: Any = option.type
     value = TYPES.get(kind, "...")
     if isinstance(kind, EnumMeta):
@@ -109,7 +109,7 @@ def flag(option: Field) -> str:
 
 
 def flag_name(name: str) -> str:
-    """Return the option of a field."""
+    """Return the name of a field's option."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -127,13 +127,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
 
 
 def set_orphans(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Let pages of `orphans` be in no table of contents."""
+    """Tell Sphinx that the pages listed in `orphans` are not in any table of contents."""
     if docname in app.config.orphans:
         app.env.metadata[docname]["orphan"] = True
 
 
 def escape_bars(app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list) -> None:
-    """Let |Y| in a docstring be the length of Y; reStructuredText would substitute it."""
+    """Escape |Y|, the length of Y, which reStructuredText would take for a substitution."""
     lines[:] = [re.sub(r"\|(\w+)\|", r"\|\1\|", line) for line in lines]
 
 
