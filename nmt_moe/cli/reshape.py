@@ -77,7 +77,7 @@ def verify(path: Path) -> str:
     model = check_fits_its_model(str(path))
     fits = f"fits `{model}`" if model else "not compared with its model, which is fairseq's"
     if manifest is None:
-        return f"whole, in one file, {fits}"
+        return f"complete, in one file, {fits}"
     size = sum(entry["bytes"] for entry in manifest["files"]) / 1e6
     count = len(manifest["files"])
-    return f"whole, {manifest['num_experts']} experts in {count} files ({size:.1f} MB), {fits}"
+    return f"complete, {manifest['num_experts']} experts in {count} files ({size:.1f} MB), {fits}"

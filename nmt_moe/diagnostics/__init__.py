@@ -1,7 +1,7 @@
-"""What this machine and this Python have, and which parts of the product work here.
+"""Find out what this machine and this Python have, and which parts of the product work.
 
-torch and the product's packages are imported only when they are tried, so that this works even if
-they are broken.
+torch and the product's packages are imported only when they are tried, so that this package works
+even if they are broken.
 """
 
 from nmt_moe.diagnostics.facts import collect_facts

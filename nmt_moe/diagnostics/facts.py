@@ -1,4 +1,4 @@
-"""Versions, processor, memory, devices: the first questions when something does not work."""
+"""Collect the facts to ask for when something fails: versions, processor, memory, devices."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _packages() -> dict[str, Any]:
             return {**found, HOST: f"{importlib.metadata.version(name)} ({name})"}
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {**found, HOST: "not installed: needed to train, not to translate"}
+    return {**found, HOST: "not installed: needed only for training"}
 
 
 def _processor() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Try each part of the product on something tiny."""
+"""Try each part of the product on a tiny example."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Part:
 
 
 class NotHereError(Exception):
-    """Raised for a part that cannot work on this machine, and need not."""
+    """Raised for a part that cannot work on this machine and is not needed."""
 
 
 def try_parts() -> list[Part]:
@@ -119,7 +119,7 @@ def _try_gpu() -> str:
     if failed := failed_kernels():
         names = ", ".join(failed)
         return f"using torch's operations for {names}, whose Triton kernels failed their trial"
-    return "using Triton's kernels, with the CPU's results"
+    return "using Triton's kernels, which give the CPU's results"
 
 
 def _try_products() -> str:
@@ -139,7 +139,7 @@ def _try_products() -> str:
         error = (product(x) - expected).norm() / expected.norm()
         if not error < 0.05:
             raise RuntimeError(f"matrix products in {dtype} have a relative error of {error:.2f}")
-    return "matrix products are right"
+    return "matrix products are correct"
 
 
 def _try_bundles() -> str:
@@ -156,14 +156,14 @@ def _try_bundles() -> str:
         save_file({"weight": torch.arange(4.0)}, path)
         total = float(numpy.sum(load_file(path)["weight"].numpy()))
     if total != 6.0:
-        raise RuntimeError("a weight that was written is not read back")
-    return "weights can be written and mapped, sentencepiece and numpy work"
+        raise RuntimeError("a weight read from a file differs from the one written")
+    return "weights can be written and mapped; sentencepiece and numpy work"
 
 
 def _try_training() -> str:
     if find_spec(HOST) is None:
         raise NotHereError(
-            "fairseq is not installed: it is needed to train, not to translate; "
+            "fairseq is not installed, which is needed only for training: "
             + INSTALL.format("fairseq")
         )
     broken = find_broken()

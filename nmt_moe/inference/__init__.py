@@ -1,6 +1,6 @@
-"""From a trained checkpoint to a translator: write bundles, open them, translate and score.
+"""Write bundles from trained checkpoints, open them, and translate and score text with them.
 
-Needs torch, sentencepiece and safetensors, but not fairseq.
+This package needs torch, sentencepiece and safetensors, but not fairseq.
 """
 
 from nmt_moe.inference.bundle import DTYPES, BundleConfig, SearchDefaults, TextPipeline

@@ -1,17 +1,18 @@
-"""A bundle: a trained model as a folder that needs neither fairseq nor its data.
+"""Define the format of a bundle, a trained model's folder that needs neither fairseq nor data.
 
     config.json               format, network, languages, text pipeline, search defaults
     vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
     source.model, target.model  sentencepiece models; `pieces.model` if both sides share one
     model.safetensors         all weights except those of experts
     experts.encoder.safetensors, experts.decoder.safetensors
-                              experts, and the sha256 of each, so that only those are read that a
-                              sentence uses
+                              experts, each with its sha256, so that only the experts that a
+                              sentence uses have to be read
     README.md                 the model card
-    SHA256SUMS                of all files above, for `nmt-moe verify` and `sha256sum --check`
+    SHA256SUMS                the sha256 of all files above, for `nmt-moe verify` and
+                              `sha256sum --check`
 
-Nothing in it is executed: its formats are JSON, safetensors, and sentencepiece's own, which holds
-only numbers and text. Weights are mapped from their files, not read.
+Nothing in a bundle is executed: JSON, safetensors and sentencepiece's format hold only numbers and
+text. Weights are mapped from their files instead of being read as a whole.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ EXPORT_AGAIN = "Copy the folder again, or export the model again with `nmt-moe e
 
 @dataclass(frozen=True)
 class SearchDefaults:
-    """Defaults of `translate`; names as in `BeamConfig`.
+    """The default options of `translate`, with the names of `BeamConfig`.
 
     Attributes:
         max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces,
@@ -78,7 +79,7 @@ class TextPipeline:
     """Steps applied to source text before it is split into pieces, as in training.
 
     Attributes:
-        lowercase: Whether to lower-case it.
+        lowercase: Whether to convert the text to lower case.
         normalize_punctuation: Whether to normalise punctuation as Moses does.
         max_source_pieces: Longer texts are split into sentences, and longer sentences are cut.
     """
@@ -104,12 +105,12 @@ class BundleConfig:
         network: Sizes of the network.
         languages: Names of the languages: [source, target] for one direction; for a multilingual
             model all languages, whose tokens `<2xx>` are in the vocabulary. May be empty.
-        directions: Directions such as "en-fr" on which a multilingual model was trained; else
-            empty.
+        directions: Directions such as "en-fr" on which a multilingual model was trained; empty for
+            other models.
         text: Steps applied to text before it is split into pieces.
         search: Defaults of the search.
         has_pieces: Whether there are sentencepiece models; if not, words are split at spaces.
-        shared_weights: Weights that are stored under another name, with that name.
+        shared_weights: For each weight that is stored under another name, that name.
     """
 
     kind: str
@@ -159,7 +160,7 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
     """Parse `config.json`.
 
     Raises:
-        ValueError: if it is not a bundle's, is of a newer format, or has impossible values.
+        ValueError: if it is not that of a bundle, has another format version, or impossible values.
     """
     try:
         table = json.loads(content)
@@ -231,7 +232,7 @@ def read_small(folder: Path, name: str) -> bytes:
         raise ValueError(f"`{folder}` has no `{name}`, so it is not a complete bundle. {advice}")
     size = path.stat().st_size
     if size > MAX_BYTES.get(name, 2**30):
-        raise ValueError(f"`{path}` has {size} bytes, more than it may have. {EXPORT_AGAIN}")
+        raise ValueError(f"`{path}` has {size} bytes, which is too many. {EXPORT_AGAIN}")
     return path.read_bytes()
 
 

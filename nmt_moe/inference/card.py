@@ -1,4 +1,4 @@
-"""The model card of a bundle."""
+"""Write the model card of a bundle."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CLASSES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr-scheduler",
 }
-# Options of other groups that affect what is learnt. Those of tasks include flags that turn off a
-# default, which a list of values cannot express.
+# Options of other groups that affect what is learnt. Only these options of tasks are shown, because
+# others include flags that turn off a default, which a list of values cannot express.
 GENERAL = {
     "task": (
         "source_lang",
@@ -48,7 +48,7 @@ GENERAL = {
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a bundle.
+    """What a bundle was made from.
 
     Attributes:
         checkpoint: Path of the checkpoint.
@@ -104,7 +104,7 @@ A model with mixture-of-experts layers, made with nmt_moe
 
 ## Scores
 
-{origin.scores.strip() or "None were given to `nmt-moe export --scores`."}
+{origin.scores.strip() or "No scores were given with `nmt-moe export --scores`."}
 
 ## Data
 

@@ -20,7 +20,7 @@ def describe(
     symbols: Sequence[str],
     target: TargetText,
 ) -> list[Sentence]:
-    """Turn hypotheses into results.
+    """Turn hypotheses into sentences with their translations.
 
     Args:
         cut: Pieces of each source.
@@ -58,7 +58,7 @@ def add_experts(
     found: Sequence[list[Found]],
     num_marks: int,
 ) -> list[Sentence]:
-    """Add the experts of each piece, in one network.
+    """Add the experts to which one network sends each piece.
 
     Args:
         network: The network, which reads sources and hypotheses again.

@@ -92,22 +92,22 @@ def export(
     description: Description | None = None,
     is_overwritten: bool = False,
 ) -> str:
-    """Write a bundle.
+    """Write a checkpoint as a bundle.
 
     Args:
         checkpoint: A checkpoint from one or several processes, averaged or not.
         data: The folder of binarised data that it was trained on.
-        pieces: The sentencepiece models that split its texts.
+        pieces: The sentencepiece models that split the training texts.
         output: The folder to write; it appears once it is complete.
         dtype: The dtype of stored weights, one of `DTYPES`.
-        description: Further information.
+        description: Languages, text pipeline, search defaults and scores.
         is_overwritten: Whether to replace an output that exists.
 
     Returns:
         A description of what was written.
 
     Raises:
-        ValueError: its message names what is missing or inconsistent.
+        ValueError: if something is missing or inconsistent; the message names it.
     """
     check_choice("dtype", dtype, DTYPES)
     check_output(output, is_overwritten)
@@ -156,7 +156,7 @@ def export(
 
 
 def check_replaceable(output: Path) -> None:
-    """Reject an output whose replacement would lose more than a bundle."""
+    """Reject an output if replacing it would delete anything other than a bundle."""
     if not output.name:
         raise ValueError(f"`{output}` has no name. Name the folder to write.")
     if not os.path.lexists(output):
@@ -177,7 +177,7 @@ def check_replaceable(output: Path) -> None:
 def _find_languages(
     state: Mapping[str, Any], data: Path, network: SavedNetwork, given: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the languages, and a multilingual model's directions."""
+    """Return the languages, and the directions of a multilingual model."""
     task = state.get("task_state") or {}
     if "languages" in task:
         if given:
@@ -192,7 +192,7 @@ def _find_languages(
     options = cfg.get("task") or {}
     options = options if isinstance(options, dict) else vars(options)
     if len(given) == 1:
-        raise ValueError("`--source-lang` and `--target-lang` must be set together, or neither.")
+        raise ValueError("`--source-lang` and `--target-lang` must be set together or not at all.")
     if given:
         return given, ()
     if options.get("source_lang") and options.get("target_lang"):
@@ -264,7 +264,7 @@ def _check_digests(
 
 
 def _find_shared(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names of tables that equal an earlier one, each with the earlier one's name."""
+    """Map the name of each table that equals an earlier table to that table's name."""
     names = ("encoder.embedding.weight", "decoder.embedding.weight", "decoder.output.weight")
     there = [name for name in names if name in parameters]
     shared = {}

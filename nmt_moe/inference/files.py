@@ -22,22 +22,22 @@ def translate_file(
     progress: bool = True,
     **options: Any,
 ) -> int:
-    """Translate a file with one text a line, compressed if its name ends in `.gz` or `.xz`.
+    """Translate a file with one text per line, compressed if its name ends in `.gz` or `.xz`.
 
     Args:
         translator: The translator.
         source: File to read; it is not held in memory.
-        output: File to write, with as many lines; it appears once it is complete.
+        output: File to write, with as many lines; it appears only once it is complete.
         target_lang: Target language of a multilingual model.
-        progress: Whether to show a bar on standard error.
+        progress: Whether to show a progress bar on standard error.
         options: Further options of `Translator.translate`.
 
     Returns:
         The number of lines.
 
     Raises:
-        ValueError: its message names the lines that could not be translated. The output is complete
-            all the same, with blank lines for them.
+        ValueError: if lines could not be translated; the message names them. The output is complete
+            nevertheless, with blank lines for them.
         OSError: if a file cannot be opened or written.
     """
     faults: list[BadLine] = []
@@ -61,7 +61,7 @@ def translate_file(
 def show_progress(
     lines: Iterable[str | BadLine], total: int | None, is_shown: bool
 ) -> Iterator[str | BadLine]:
-    """Yield lines, with a bar on standard error."""
+    """Yield lines, and show a progress bar on standard error."""
     yield from tqdm(lines, total=total, unit=" lines", disable=not is_shown, smoothing=0.1)
 
 
@@ -81,6 +81,6 @@ def describe_faults(faults: list[BadLine], most: int = 10) -> str:
 
 
 def scan_stream(stream: BinaryIO, name: str) -> tuple[Iterator[str | BadLine], int]:
-    """Return the lines of a stream, and how many to read ahead: one from a terminal."""
+    """Return the lines of a stream and how many to read ahead, which is one for a terminal."""
     is_terminal = stream.isatty()
     return scan_lines(stream, name), 1 if is_terminal else READ_AHEAD

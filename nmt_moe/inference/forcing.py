@@ -79,9 +79,10 @@ def force_in_batches(
     batch_tokens: int,
     with_inputs: bool = False,
 ) -> list[Forced]:
-    """Do what `force_decode` does for any number of sentences, in their order.
+    """Run `force_decode` in batches; return the results in the order of the sentences.
 
-    batch_tokens: most tokens on a side that are read at once, including padding.
+    `batch_tokens` is the maximum number of tokens that are read at once on either side, including
+    padding.
     """
     lengths = [max(len(s), len(t) + 1) for s, t in zip(sentences, targets, strict=True)]
     results: dict[int, Forced] = {}
@@ -92,7 +93,7 @@ def force_in_batches(
 
 
 def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
-    """Return each sentence's routing, from a call that concatenated all sentences."""
+    """Return each sentence's routing from a call with the tokens of all sentences in a row."""
     if not trace.expert_ids:
         return None
     inputs = trace.inputs[0].split(lengths) if trace.inputs else [None] * len(lengths)
@@ -101,7 +102,7 @@ def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
 
 
 def _stack_routing(trace: Trace, num_rows: int) -> list[Routing] | None:
-    """Return each row's routing, from calls that each made one step for all rows."""
+    """Return each row's routing from several calls, each of which made one step for all rows."""
     if not trace.expert_ids:
         return None
     inputs = torch.stack(trace.inputs, dim=1) if trace.inputs else [None] * num_rows

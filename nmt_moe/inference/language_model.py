@@ -63,18 +63,18 @@ class LanguageModel:
         with_experts: bool = False,
         with_inputs: bool = False,
     ) -> list[LineScore]:
-        """Return the probability of each line.
+        """Compute the log-probability of each line.
 
         Args:
             lines: Any number of lines, without line ends; a string stands for a list of one. A line
                 without words is scored as an empty line.
-            batch_tokens: Most pieces that are read at once, including padding.
-            with_experts: Whether to return the experts of each piece too.
-            with_inputs: Whether to return the inputs of the MoE layer too.
+            batch_tokens: Maximum number of pieces that are read at once, including padding.
+            with_experts: Whether to also return the experts of each piece.
+            with_inputs: Whether to also return the inputs of the MoE layer.
 
         Raises:
-            ValueError: its message names a line with a line end, control characters or half a
-                surrogate pair.
+            ValueError: if a line contains a line end, a control character or half a surrogate pair;
+                the message names it.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
             raise ValueError(f"`lines` must be strings, but is {type(lines).__name__}.")
@@ -97,7 +97,7 @@ class LanguageModel:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """Return the MoE layer, as "decoder"; nothing for a dense model."""
+        """Return the MoE layer under the name "decoder"; {} for a dense model."""
         layer = self._network.moe
         return {"decoder": layer} if isinstance(layer, MoE) else {}
 
@@ -124,13 +124,13 @@ class LanguageModel:
         max_pieces: int = 200,
         seed: int = 1,
     ) -> list[str]:
-        """Sample lines.
+        """Sample lines from the model.
 
         Args:
             num_samples: Number of lines.
-            prefix: Text with which each line begins.
+            prefix: Text at the start of each line.
             temperature: Divisor of the logits; lower values make likely pieces more frequent.
-            max_pieces: Most pieces of a line; longer lines are cut.
+            max_pieces: Maximum number of pieces in a line; longer lines are cut off.
             seed: Seed of the random numbers; the same seed gives the same lines.
 
         Raises:
@@ -168,9 +168,9 @@ class LanguageModel:
 
 
 def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
-    """Return each row's routing, from a call that processed all rows step by step.
+    """Return each row's routing from a call that processed all rows step by step.
 
-    lengths: lengths of the rows, in descending order.
+    `lengths` holds the lengths of the rows, in descending order.
     """
     if not trace.expert_ids:
         return [None] * len(lengths)
@@ -186,6 +186,6 @@ def _check_line(name: str, line: str) -> None:
     """Reject anything but one line of text."""
     if not isinstance(line, str):
         raise ValueError(f"{name} must be a string, but is {type(line).__name__}.")
-    fault = "has a line end within it" if "\n" in line else find_fault(line)
+    fault = "contains a line end" if "\n" in line else find_fault(line)
     if fault is not None:
         raise ValueError(f"{name} {fault}. Remove it.")

@@ -1,6 +1,7 @@
-"""The networks' layers without gradients, dropout or statistics, on a bundle's weights.
+"""The layers of the networks, with a bundle's weights; no gradients, dropout or statistics.
 
-Each computes what its namesake in `nmt_moe.nn` computes in evaluation; the tests compare them.
+Each layer computes what its namesake in `nmt_moe.nn` computes in evaluation; the tests compare
+them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
 
-# Up to this many gate logits are fully sorted, which is then the fastest way to the largest.
+# Up to this many gate logits are fully sorted, which is then the fastest way to find the largest.
 FEW_LOGITS = 1 << 14
-# Most rows in a step when a single sentence is searched.
+# The maximum number of rows in a step when a single sentence is searched.
 FEW_ROWS = 8
 
 
@@ -100,7 +101,7 @@ class BidirectionalLSTM:
     def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
         """Run over whole sentences; arguments as in `LSTM.run`.
 
-        turn: (S, B) int64, from `turned_positions`.
+        `turn` is (S, B) int64, from `turned_positions`.
         """
         index = turn.unsqueeze(2)
         backwards = self.backwards.run(torch.take_along_dim(x, index, dim=0), lengths)
@@ -127,7 +128,7 @@ class MoE:
         self.experts = ExpertWeights(folder, side, config, dtype)
 
     def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
-        """Compute (N, D) of (N, D)."""
+        """Compute the layer's output (N, D) for inputs (N, D)."""
         gates, expert_ids = self._choose(x)
         if trace is not None:
             trace.expert_ids.append(expert_ids)
@@ -142,7 +143,7 @@ class MoE:
         return y.sigmoid_().add_(x)
 
     def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
-        """Compute experts' outputs for tokens, chosen or not.
+        """Compute the outputs of given experts for all tokens, whether the gate chose them or not.
 
         Args:
             x: (N, D), inputs of the layer: `Routing.inputs`.
@@ -155,7 +156,7 @@ class MoE:
         return torch.stack([out[e](into[e](x).relu_()) for e in expert_ids])
 
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
-        """Multiply a few tokens by all experts at once, as they need most of them anyway."""
+        """Send a few tokens to all experts at once, because they need most experts anyway."""
         into, out = self.experts.joined
         all_gates = x.new_zeros(x.shape[0], self.experts.num_experts + 1)
         all_gates.scatter_(1, expert_ids, gates)
@@ -169,7 +170,8 @@ class MoE:
         if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
             gating = self.gate(x)
             return gating.gates, gating.expert_ids
-        # The gate for training also counts and weights its choice, which costs more than choosing.
+        # The training gate also computes statistics of its choice, which takes longer than
+        # choosing.
         logits = x @ self.gate.gate_weight
         values, ids = logits.sort(dim=1, descending=True, stable=True)  # ties: lowest id first
         top_k = self.config.top_k
@@ -187,7 +189,7 @@ class DeepExpert:
         self.products = [weights.linear(name) for name in names]
 
     def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
-        """Compute (N, D) of (N, D)."""
+        """Compute the layer's output (N, D) for inputs (N, D)."""
         *inner, last = self.products
         y = x
         for product in inner:
@@ -196,7 +198,7 @@ class DeepExpert:
 
 
 class Attention:
-    """Attention in both forms, for the queries of one step.
+    """Both forms of attention, for the queries of one step.
 
     Source: Shazeer et al. 2017, Appendix G.
     """

@@ -1,4 +1,4 @@
-"""The networks of a bundle, a step at a time: an encoder and a decoder, or a language model."""
+"""Run a bundle's encoder and decoder, or its language model, one step at a time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from nmt_moe.kernels import PackedLinear, lstm_step
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
-# Share of finished sentences from which on they are dropped from the encoder's outputs, which costs
-# a copy of the others.
+# Once this share of the sentences is finished, they are dropped from the encoder's outputs, which
+# requires copying the others.
 DROPPED_AT = 0.3
 
 
@@ -43,7 +43,7 @@ class Memory:
     bias: Tensor
 
     def pick(self, sentences: Tensor) -> Memory:
-        """Return the memory of some sentences: (B',) int64."""
+        """Return the memory of selected sentences, given their indices (B',) int64."""
         return Memory(self.source[sentences], self.keys[sentences], self.bias[sentences])
 
 
@@ -53,7 +53,7 @@ class DecoderState:
 
     Attributes:
         memory: The sentences, in the order of the rows.
-        sentence: (R,) int64, the row of `memory` for each.
+        sentence: (R,) int64, the index of each row's sentence in `memory`.
         layers: The state of each LSTM layer.
     """
 
@@ -65,7 +65,7 @@ class DecoderState:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
-        if rows.numel() < self.sentence.numel():  # else hardly a sentence has left
+        if rows.numel() < self.sentence.numel():  # otherwise, few sentences can have finished
             live, inverse = sentence.unique_consecutive(return_inverse=True)
             if live.numel() <= (1 - DROPPED_AT) * memory.source.shape[0]:
                 memory, sentence = memory.pick(live), inverse
@@ -110,7 +110,7 @@ class TranslationNetwork:
 
         Args:
             sentences: Token ids of each sentence.
-            pad: Token that fills up shorter sentences; never read.
+            pad: Token that fills up shorter sentences; the network never reads it.
             trace: Object that receives the experts of all tokens, one sentence after another.
         """
         order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
@@ -138,7 +138,7 @@ class TranslationNetwork:
         return Memory(source, keys.tanh_() if self.is_product else keys, bias)
 
     def start(self, memory: Memory) -> DecoderState:
-        """Return the state of one row for each sentence."""
+        """Return the initial state, with one row for each sentence."""
         num_rows = memory.source.shape[0]
         layers = [self.decoder_bottom, *self.decoder_layers]
         states = [layer.start(num_rows) for layer in layers]
@@ -184,7 +184,7 @@ class TranslationNetwork:
 
 
 def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
-    """Reorder the last call's tokens from steps of sorted sentences to whole sentences in order."""
+    """Reorder the last call's tokens: from steps of sorted sentences to sentences in order."""
     number = torch.zeros(is_token.shape, dtype=torch.int64)
     number[is_token] = torch.arange(int(is_token.sum()))
     columns = torch.tensor(order).argsort()
@@ -219,7 +219,7 @@ class _AttentiveLSTM:
 
 
 class _Slots:
-    """Rows in slots, the same number for each sentence, whose keys are read once for all rows.
+    """Put rows into equally many slots per sentence, so that its keys are read once for all rows.
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.
@@ -272,7 +272,7 @@ class LanguageNetwork:
         self.num_outputs = len(weights["decoder.output.weight"])
 
     def start(self, num_rows: int) -> list[State]:
-        """Return the state before the first token."""
+        """Return the state of all layers before the first token."""
         return [layer.start(num_rows) for layer in self.layers]
 
     def step(

@@ -49,7 +49,7 @@ class Bundle:
     Attributes:
         folder: Folder of the bundle.
         config: Configuration of the bundle.
-        vocabularies: Vocabularies of "source" and "target"; a language model has only the latter.
+        vocabularies: Vocabularies of "source" and "target"; a language model has only a "target".
         processors: sentencepiece models by the same names; None if words are split at spaces.
         network: Network of the bundle, with weights mapped from the files.
     """
@@ -64,16 +64,16 @@ class Bundle:
 def open_bundle(folder: Path | str, kind: str) -> Bundle:
     """Open a bundle.
 
-    All files are compared with their sha256, except that each expert is compared before its first
-    use.
+    Every file is compared with its sha256, except for the experts, each of which is compared before
+    its first use.
 
     Args:
         folder: A folder that `nmt-moe export` wrote.
         kind: Required kind of model, "translation" or "language_model".
 
     Raises:
-        ValueError: its message names what is missing, changed, too new, of another kind, or
-            inconsistent.
+        ValueError: if something is missing, changed, too new, inconsistent, or of another kind; the
+            message names it.
     """
     folder = Path(folder)
     content = read_small(folder, CONFIG)
@@ -133,7 +133,7 @@ def verify_bundle(folder: Path | str) -> str:
         A description of its contents.
 
     Raises:
-        ValueError: its message names what is missing, changed or inconsistent.
+        ValueError: if something is missing, changed or inconsistent; the message names it.
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
@@ -152,8 +152,8 @@ def verify_bundle(folder: Path | str) -> str:
             experts_of_side.check(expert)
     experts = f", {' and '.join(map(str, sorted(set(counts))))} experts per layer" if counts else ""
     return (
-        f"whole: {config.kind.replace('_', ' ')} `{config.architecture}`, {config.dtype}{experts}, "
-        f"{len(sums)} files, {size / 1e6:.1f} MB"
+        f"complete: {config.kind.replace('_', ' ')} `{config.architecture}`, "
+        f"{config.dtype}{experts}, {len(sums)} files, {size / 1e6:.1f} MB"
     )
 
 
@@ -191,7 +191,7 @@ def _read_vocabularies(
             raise ValueError(f"`{path}` has no list of {side} symbols. {EXPORT_AGAIN}")
         missing = [mark for mark in marks if mark not in symbols]
         if missing:
-            raise ValueError(f"`{path}` lacks the mark `{missing[0]}`. {EXPORT_AGAIN}")
+            raise ValueError(f"`{path}` lacks the language token `{missing[0]}`. {EXPORT_AGAIN}")
         vocabularies[side] = Vocabulary(symbols, marks)
     return vocabularies
 

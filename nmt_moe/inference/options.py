@@ -13,7 +13,7 @@ from nmt_moe.search import BeamConfig, SearchConfig
 
 @dataclass(frozen=True)
 class TranslationOptions:
-    """The options of `Translator.translate`, checked."""
+    """The options of `Translator.translate`, after they have been checked."""
 
     config: BeamConfig
     limits: Limits
@@ -32,14 +32,14 @@ class TranslationOptions:
         with_experts: bool,
         **search: float | None,
     ) -> Self:
-        """Put the options of a search in the place of the defaults.
+        """Replace the defaults with the options that are given, and check the result.
 
         Args:
             defaults: Search defaults of the bundle.
-            num_hypotheses: Hypotheses of each sentence to return, at most the beam size.
-            batch_tokens: Most source pieces in a batch, including padding.
+            num_hypotheses: Number of hypotheses to return for each sentence, at most the beam size.
+            batch_tokens: Maximum number of source pieces in a batch, including padding.
             target_lang: Target language of a multilingual model, already checked.
-            with_experts: Whether to return the experts of each piece too.
+            with_experts: Whether to also return the experts of each piece.
             search: Values for fields of `defaults`; None leaves a field as it is.
 
         Raises:

@@ -55,7 +55,7 @@ class Hypothesis:
         pieces: The T pieces of the translation.
         log_probs: T + 1 log-probabilities, of each piece and the end mark, in nats.
         alignment: T indices; for each piece, the source piece to which it attends most.
-        attention: (T, S) float32, over all pieces of the source.
+        attention: (T, S) float32, attention of each piece over all pieces of the source.
         experts: Experts of the decoder's layer for each piece, if requested.
     """
 
@@ -85,7 +85,7 @@ class Sentence:
 
     Attributes:
         pieces: The S pieces of the source.
-        hypotheses: Hypotheses, best first.
+        hypotheses: The translations, best first.
         experts: Experts of the encoder's layer for each piece of the source, if requested.
     """
 
@@ -106,7 +106,7 @@ class Translation:
 
     Attributes:
         text: The best translation; "" for a text without words.
-        score: Sum of the scores of the text's sentences, in nats; 0 without words.
+        score: Sum of the scores of the text's sentences, in nats; 0 for a text without words.
         hypotheses: Texts, best first; for several sentences, the n-th text joins the n-th best
             hypotheses.
         sentences: The sentences of the text: one, unless it is long or has several lines.
@@ -177,8 +177,8 @@ class LineScore:
         log_probs: Log-probabilities of each piece and of the end, in nats.
         num_words: Number of words, separated by white space.
         num_characters: Number of characters.
-        num_unknown: Number of pieces that are not in the vocabulary; they make a line seem
-            likelier.
+        num_unknown: Number of pieces that are not in the vocabulary. Such pieces make a line seem
+            likelier than it is.
         routing: Routing in the MoE layer for each piece and the end, if requested. The experts of a
             piece are those that predicted it, to which its predecessor's vector was sent.
     """
@@ -229,7 +229,7 @@ def score_line(
 
 
 def total_score(scores: Sequence[LineScore]) -> LineScore:
-    """Return the score of a text of several lines, without values for single pieces.
+    """Return the score of a whole text from those of its lines.
 
     Its perplexities are those of the whole text, including the end of each line.
 

@@ -21,13 +21,13 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Limits:
-    """The most pieces of a translation, with end mark: a S + b for S source pieces."""
+    """The maximum length of a translation, with end mark: a S + b for S source pieces."""
 
     a: float
     b: int
 
     def of(self, source: Sequence[int]) -> int:
-        """Return the most pieces, without the end mark, for a source with its end mark."""
+        """Return the maximum length without the end mark, for a source with its end mark."""
         return int(self.a * len(source) + self.b)
 
 
@@ -43,7 +43,7 @@ class EnsembleState:
 
 
 class Ensemble:
-    """Networks whose probabilities are averaged; a single network is used as it is."""
+    """Networks whose probabilities are averaged; a single network's stay unchanged."""
 
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
@@ -73,8 +73,8 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 
     Args:
         sentences: The sentences to translate.
-        batch_tokens: Most tokens in a batch, including padding; a longer sentence is a batch of its
-            own.
+        batch_tokens: Maximum number of tokens in a batch, including padding; a longer sentence
+            forms a batch of its own.
     """
     order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
     batch: list[int] = []
@@ -93,8 +93,8 @@ def run_batches(
 ) -> Iterator[ResultT]:
     """Run a function over batches, as many at a time as torch has threads, each with one thread.
 
-    Small products gain little from a second thread; a second batch does. One batch alone gets all
-    threads.
+    Small products gain little from a second thread, so it translates a second batch instead. A
+    single batch gets all threads.
 
     Yields:
         What `run` returns, in the order of the batches.
@@ -113,7 +113,7 @@ def run_batches(
         with ThreadPoolExecutor(workers, "batch", torch.set_num_threads, (1,)) as pool:
             yield from pool.map(run_alone, batches)
     finally:
-        torch.set_num_threads(num_threads)  # a part of that setting belongs to the process
+        torch.set_num_threads(num_threads)  # part of that setting holds for the whole process
 
 
 def search(
@@ -130,7 +130,7 @@ def search(
         sentences: Token ids of the sources, with language token and end mark.
         config: Configuration of the search.
         limits: Limits of the hypotheses' lengths.
-        num_words: Number of positions of each source that count for coverage: all but the end
+        num_words: Number of positions of each source that count for coverage: all except the end
             mark.
     """
     state = ensemble.start(sentences)

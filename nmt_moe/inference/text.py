@@ -19,7 +19,7 @@ UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
 
 
 def find_fault(text: str) -> str | None:
-    """Return why a text cannot be translated; None if it can.
+    """Return the reason why a text cannot be translated; None if it can be.
 
     The rules are those for lines in files: see `nmt_moe.text.lines`.
     """
@@ -71,7 +71,7 @@ class SourceText:
     language: str | None = None
 
     def split(self, line: str) -> list[list[str]]:
-        """Return the pieces of each sentence of a line; one sentence if the line is short enough.
+        """Return the pieces of each sentence of a line; a line that is short enough is not split.
 
         A sentence that is too long is cut between words or, without spaces, between pieces. A line
         without text has no sentences.
@@ -94,7 +94,7 @@ class SourceText:
         return cut(text, self.processor)
 
     def _sentences(self, line: str) -> list[str]:
-        import sentencex  # imported late, as only long lines need it
+        import sentencex  # imported late, because only long lines need it
 
         return [found.strip() for found in sentencex.segment(self.language or "en", line)]
 
@@ -110,7 +110,7 @@ class TargetText:
     """Join pieces into text.
 
     Attributes:
-        processor: sentencepiece model of the pieces; None for words between spaces.
+        processor: sentencepiece model of the pieces; None if they are words between spaces.
         separator: Text between two sentences.
     """
 

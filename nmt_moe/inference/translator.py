@@ -29,7 +29,7 @@ from nmt_moe.inference.text import SourceText, TargetText, check_line, check_tex
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
-# Source pieces in a batch, including padding; products with more rows are faster, but need memory.
+# Source pieces in a batch, including padding; larger batches are faster, but need more memory.
 BATCH_TOKENS = 1024
 # Lines to read before they are sorted into batches.
 READ_AHEAD = 2048
@@ -103,22 +103,22 @@ class Translator:
         Args:
             texts: Any number of texts; a string stands for a list of one.
             target_lang: Target language of a multilingual model, one of `languages`.
-            beam_size: Hypotheses kept for each sentence; None, here and below, for the bundle's
-                default.
-            num_hypotheses: Hypotheses of each sentence to return, at most `beam_size`.
+            beam_size: Number of hypotheses to keep for each sentence; here and below, None means
+                the bundle's default.
+            num_hypotheses: Number of hypotheses to return for each sentence, at most `beam_size`.
             length_penalty_alpha: GNMT's length normalisation; 0 = off.
             coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
             beam_prune: GNMT's pruning, in nats; 0 = off.
-            batch_tokens: Most source pieces in a batch, including padding; each of torch's threads
-                translates one batch at a time.
-            with_experts: Whether to return the experts of each piece too, in the first bundle.
+            batch_tokens: Maximum number of source pieces in a batch, including padding; each of
+                torch's threads translates one batch at a time.
+            with_experts: Whether to also return the experts of each piece in the first bundle.
 
         Returns:
-            A translation of each text, in order.
+            The translation of each text, in order.
 
         Raises:
-            ValueError: its message names a text with control characters or half a surrogate pair, a
-                language that the model does not know, or an option that is out of range.
+            ValueError: if a text contains a control character or half a surrogate pair, the model
+                does not know the language, or an option is out of range; the message names it.
         """
         return self._translate(
             check_texts(texts, "text"),
@@ -174,7 +174,7 @@ class Translator:
         progress: bool = True,
         **options: int | float | bool | None,
     ) -> int:
-        """Translate a file with one text a line; see `nmt_moe.inference.files.translate_file`."""
+        """Translate a file with one text per line; see `nmt_moe.inference.files.translate_file`."""
         from nmt_moe.inference.files import translate_file
 
         return translate_file(self, source, output, target_lang, progress=progress, **options)
@@ -190,18 +190,19 @@ class Translator:
         with_experts: bool = False,
         with_inputs: bool = False,
     ) -> list[PairScore]:
-        """Score a reference translation of each text, by teacher forcing.
+        """Compute the log-probability of a reference translation of each text, by teacher forcing.
 
-        Nothing is split: a text counts as one sentence, whatever its length, and so does its
-        reference.
+        Texts are not split: each text and each reference counts as one sentence, whatever its
+        length.
 
         Args:
             texts: Any number of texts; a string stands for a list of one.
             references: A reference for each text.
             target_lang: Target language of a multilingual model, one of `languages`.
-            batch_tokens: Most pieces on a side that are read at once, including padding.
-            with_experts: Whether to return the experts of each piece too, in the first bundle.
-            with_inputs: Whether to return the inputs of the MoE layers too.
+            batch_tokens: Maximum number of pieces that are read at once on either side, including
+                padding.
+            with_experts: Whether to also return the experts of each piece in the first bundle.
+            with_inputs: Whether to also return the inputs of the MoE layers.
 
         Raises:
             ValueError: as in `translate`, or if the numbers of texts and references differ.
@@ -235,9 +236,10 @@ class Translator:
             sources: Pieces of each text, such as `Sentence.pieces`.
             targets: Pieces of each reference, such as `Hypothesis.pieces`.
             target_lang: Target language of a multilingual model, one of `languages`.
-            batch_tokens: Most pieces on a side that are read at once, including padding.
-            with_experts: Whether to return the experts of each piece too, in the first bundle.
-            with_inputs: Whether to return the inputs of the MoE layers too.
+            batch_tokens: Maximum number of pieces that are read at once on either side, including
+                padding.
+            with_experts: Whether to also return the experts of each piece in the first bundle.
+            with_inputs: Whether to also return the inputs of the MoE layers.
         """
         if len(sources) != len(targets):
             raise ValueError(
@@ -262,7 +264,7 @@ class Translator:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """Return the first bundle's MoE layers, "encoder" and "decoder"; none for a dense model."""
+        """Return the first bundle's layers, as "encoder" and "decoder"; {} for a dense model."""
         network = self._networks[0]
         layers = {"encoder": network.encoder_moe, "decoder": network.decoder_moe}
         return {side: layer for side, layer in layers.items() if layer is not None}
@@ -281,7 +283,9 @@ class Translator:
                 f"`target_lang` must be one of {', '.join(self.languages)}, but is missing."
             )
         if target_lang is not None and target_lang not in self.languages:
-            known = ", ".join(self.languages) or "not named in the bundle: leave it out"
+            known = (
+                ", ".join(self.languages) or "the bundle's languages (none are named: leave it out)"
+            )
             raise ValueError(f"`target_lang` must be one of {known}, but is '{target_lang}'.")
         return target_lang
 

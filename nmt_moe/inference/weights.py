@@ -1,4 +1,4 @@
-"""The weights of a bundle, mapped from its files."""
+"""Map the weights of a bundle from its files, and check them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SCALE = ".scale"
 # Experts are stored in the layout in which products are computed, one row for each output.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
-# Part of a weight's name that is used only in training.
+# Part of the names of weights that are used only in training.
 UNUSED = "noise_weight"
-# Elements in a layer's first matrices: up to 2 MB in float32, which stays in the cache.
+# Most elements in the first matrices of a small layer: 2 MB in float32, which stays in the cache.
 SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -36,17 +36,17 @@ def experts_file(side: str) -> str:
 def is_product(name: str, value: Tensor) -> bool:
     """Return whether a weight is used in matrix products, and stored in the bundle's dtype.
 
-    Gates are not: a rounded gate may choose other experts.
+    Gates are stored in float32, because a rounded gate may choose other experts.
     """
     return value.dim() > 1 and ".gate." not in name
 
 
 def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all weights except experts', from the networks themselves.
+    """Return the names and shapes of all weights except experts', from the networks themselves.
 
     Args:
         config: Configuration of the bundle.
-        sizes: Rows of the embeddings, "encoder" and "decoder", and of "output".
+        sizes: Number of rows of the embeddings, "encoder" and "decoder", and of "output".
     """
     network: Any = config.network
     with torch.device("meta"):
@@ -79,12 +79,12 @@ class Weights:
     Args:
         folder: Folder of the bundle.
         config: Configuration of the bundle.
-        sizes: Rows of the embeddings, "encoder" and "decoder", and of "output"; the latter may be
-            omitted, and is then read from the file.
+        sizes: Number of rows of the embeddings, "encoder" and "decoder", and of "output"; the
+            latter may be omitted, and is then read from the file.
         sums: The sha256 of each file.
 
     Raises:
-        ValueError: its message names the file that was changed, or the weight that does not fit.
+        ValueError: if the file was changed or a weight does not fit; the message names it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Weights:
         return PackedLinear.pack(weight, bias, self.config.dtype)
 
     def embedding(self, name: str) -> Embedding:
-        """Return the embedding (V, D)."""
+        """Return the embedding with a table (V, D)."""
         weight = self[name]
         is_int8 = weight.dtype == torch.int8
         return Embedding(weight, self[self._scale_of(name)] if is_int8 else None)
@@ -204,7 +204,7 @@ class ExpertWeights:
                     f"`{self.path}` does not hold the experts of its configuration: "
                     f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
                 )
-        # The first matrix is used first.
+        # Only the first matrix checks an expert's digest, because it is used first.
         self.weight_in = self._experts(EXPERTS_IN, self.check)
         self.weight_out = self._experts(EXPERTS_OUT, None)
 

@@ -1,4 +1,4 @@
-"""The contexts in which each expert has its largest gates: Table 9 of the paper."""
+"""Find the contexts in which each expert has its largest gates (Table 9 of the paper)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SPARE = 4
 
 
 class TopContexts:
-    """For each expert, the tokens with the largest gates and distinct contexts.
+    """Find the tokens with the largest gates of each expert, in distinct contexts.
 
     Args:
         num_experts: Number of experts, E.
-        most: Most contexts for an expert.
+        most: Maximum number of contexts for an expert.
 
     Source: Shazeer et al. 2017, Appendix E, Table 9.
     """
@@ -29,7 +29,7 @@ class TopContexts:
     def add(
         self, expert_ids: Tensor, gates: Tensor, describe: Callable[[int], dict[str, Any]]
     ) -> None:
-        """Add tokens.
+        """Add a batch of tokens.
 
         Args:
             expert_ids: (N, K) int64, the chosen experts; E in empty slots.

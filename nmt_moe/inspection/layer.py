@@ -1,4 +1,4 @@
-"""Everything collected about one MoE layer while a model reads texts."""
+"""Collect the results for one MoE layer while a model reads texts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nmt_moe.inspection.tokens import classes_of, context_of, frequency_band
 from nmt_moe.inspection.usage import ExpertUsage
 from nmt_moe.moe import output_similarity, routing_saturation
 
-# Experts with contexts and over-use in the JSON output: the busiest ones.
+# The JSON output has contexts and over-use for the busiest experts, at most this many.
 MAX_DETAILED = 2048
-# Experts in matrices (pairs, similarity of outputs): the busiest ones.
+# Matrices (pairs, similarity of outputs) contain the busiest experts, at most this many.
 MAX_MATRIX = 32
 NUM_CONTEXTS, NUM_FEATURES, NUM_PAIRS = 10, 10, 12
-# Tokens on which the similarity of outputs is measured.
+# Number of tokens on which the similarity of outputs is measured.
 NUM_SAMPLES = 256
 
 
@@ -174,7 +174,7 @@ class LayerReport:
 
     @torch.inference_mode()
     def _similarity(self, experts: list[int]) -> dict[str, Any] | None:
-        """Return the mean cosine between the outputs of every two experts for the same tokens."""
+        """Return the mean cosine between the outputs of each two experts for the same tokens."""
         if len(experts) < 2 or not self._samples:
             return None
         x = _thin_out(torch.cat(self._samples), NUM_SAMPLES)

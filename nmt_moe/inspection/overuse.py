@@ -1,15 +1,15 @@
 """Find features for which experts are used more often than by chance.
 
-Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and k
-both. By chance the expert would get the share m / N of the feature's tokens. The lift is
-(k / n) / (m / N), and its lower bound
+Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and
+for k tokens both are true. By chance, the expert would get the share m / N of the feature's tokens.
+The lift is (k / n) / (m / N). Its lower bound is
 
     Wilson's lower bound of k / n  /  Wilson's upper bound of m / N,
 
-each at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni). If tokens were
-independent, all lower bounds of a layer would hold together with a probability of 95 %. A feature
-is listed if its lower bound is above 1, in the order of lower bounds. Both shares of a rare expert
-are uncertain, so a few tokens do not make it a specialist.
+where each bound is at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni).
+If tokens were independent, all lower bounds of a layer would hold together with a probability of
+95 %. The features whose lower bound is above 1 are listed in the order of their lower bounds. Both
+shares of a rare expert are uncertain, so a few tokens do not make it a specialist.
 
 Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.05
-# Features and uses below these counts are not compared.
+# Features and uses that occur less often than this are not compared.
 MIN_COUNT = 5
 
 
@@ -52,7 +52,7 @@ class FeatureCounts:
         self._numbers: dict[str, int] = {}
 
     def add(self, features: Sequence[Iterable[str]], expert_ids: Tensor) -> None:
-        """Add tokens.
+        """Add a batch of tokens.
 
         Args:
             features: The features of each of N tokens.
@@ -98,17 +98,18 @@ class FeatureCounts:
 def find_overuse(
     counts: FeatureCounts, load: Sequence[int], num_tokens: int, num_comparisons: int, most: int
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return what each expert is used for more than by chance, largest lower bound first.
+    """Return the features for which each expert is over-used, largest lower bound first.
 
     Args:
         counts: Counts of features.
-        load: The tokens of each of E experts.
+        load: Number of tokens of each of the E experts.
         num_tokens: Number of tokens, N.
         num_comparisons: Number of comparisons, M, over all features of the layer.
-        most: Most features for an expert.
+        most: Maximum number of features for an expert.
 
     Returns:
-        By expert, rows of `feature`, `uses` k, `count` n, `lift`, and its bounds `low` and `high`.
+        For each expert, rows of `feature`, `uses` (k), `count` (n), `lift`, and its bounds `low`
+        and `high`.
     """
     z = NormalDist().inv_cdf(1 - LEVEL / (2 * max(num_comparisons, 1)))
     shares = {m: wilson_interval(m, num_tokens, z) for m in set(load)}

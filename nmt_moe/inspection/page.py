@@ -1,7 +1,7 @@
 """Render a report's values as one HTML page.
 
-The page has no script and no external address, and its policy allows neither; the template escapes
-every text.
+The page has no scripts and loads nothing from other addresses; its content security policy allows
+neither. The template escapes all text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nmt_moe.inspection.tokens import MARK
 
 MAX_BYTES = 5_000_000
 FOLDER = Path(__file__).parent
-# Most bars in a figure of loads; with more experts, the busiest are shown.
+# Maximum number of bars in a figure of loads; with more experts, the busiest are shown.
 MAX_BARS = 256
-# Most pieces on each side of a figure of attention.
+# Maximum number of pieces on each side of a figure of attention.
 MAX_ATTENTION = 60
 # Smaller attention weights are left blank.
 MIN_WEIGHT = 0.03
@@ -32,14 +32,14 @@ MIN_WEIGHT = 0.03
 
 @dataclass(frozen=True)
 class Caps:
-    """The amount that a page shows; it is halved until the page is small enough.
+    """Limits on what a page shows, which are reduced until the page is small enough.
 
     Attributes:
-        experts: Experts in each layer, the busiest ones.
-        contexts: Contexts for each expert.
+        experts: Experts shown for each layer, the busiest ones.
+        contexts: Contexts shown for each expert.
         features: Features in each list of an expert's over-use.
         sentences: Sentences shown piece by piece.
-        characters: Characters in a line of text; longer lines are cut.
+        characters: Characters in a line of text; longer lines are cut off.
     """
 
     experts: int = 48
@@ -49,7 +49,7 @@ class Caps:
     characters: int = 1000
 
     def halved(self) -> Caps:
-        """Return caps of half the size."""
+        """Return limits of about half the size."""
         return replace(
             self,
             experts=max(1, self.experts // 2),
@@ -61,13 +61,14 @@ class Caps:
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """Return the page of a report: under 5 MB, whatever the report contains.
+    """Return a report as a page of less than 5 MB.
 
     Args:
-        report: The values that `make_report` returned, or their JSON, parsed.
+        report: The values that `make_report` returned, possibly written as JSON and read again.
 
     Raises:
-        ValueError: if it is not a report, or has another version.
+        ValueError: if `report` is not a report, has another version, or has too many parts for a
+            page.
     """
     if not isinstance(report, Mapping) or report.get("format") != FORMAT:
         raise ValueError(
@@ -77,7 +78,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     if report.get("format_version") != VERSION:
         raise ValueError(
             f"the report has the format version {report.get('format_version')!r}, but this version "
-            f"of nmt_moe shows {VERSION}. Make the report again."
+            f"of nmt_moe shows {VERSION}. Create the report again."
         )
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -145,7 +146,7 @@ def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int
 
 
 def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
-    """Return a layer's values as the page shows them."""
+    """Return a layer's values in the form in which the page shows them."""
     usage, num_experts = layer["usage"], layer["num_experts"]
     order = sorted(range(num_experts), key=lambda expert: -usage["load"][expert])
     shown = sorted(order[:MAX_BARS]) if num_experts <= MAX_BARS else order[:MAX_BARS]

@@ -1,4 +1,4 @@
-"""Pairs of experts that are used together, and of languages that use the same experts."""
+"""Find experts that are used together, and measure how far two texts use the same experts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 from nmt_moe.inspection.overuse import LEVEL, MIN_COUNT, wilson_interval
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Rounds of iterative proportional fitting; a few experts always used together need the most.
+# Rounds of iterative proportional fitting; a few experts that are always used together need most.
 ROUNDS = 500
 
 
 def expected_pairs(coactivation: Tensor) -> Tensor:
-    """Compute the expected number of pairs, if experts with the same load were paired by chance.
+    """Compute how often each pair is expected, if experts with the same loads met by chance.
 
-    A token's experts differ, so chance is quasi-independence: a_i a_j off the diagonal, with the
-    factors a such that each expert is in as many pairs as observed.
+    A token's experts differ from each other, so chance means quasi-independence: the expected
+    number is a_i a_j off the diagonal, with factors a for which each expert is in as many pairs as
+    observed.
 
     Args:
         coactivation: (E, E) int64, symmetric with 0 on the diagonal.
 
     Returns:
-        (E, E) float64.
+        (E, E) float64, the expected number of tokens that both experts receive.
 
     Source: Goodman 1968, The analysis of cross-classified data.
     """
@@ -44,12 +45,13 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
 
     Args:
         usage: The usage of a layer.
-        most: Most pairs in each list.
+        most: Maximum number of pairs in each list.
 
     Returns:
-        `over` and `under`: rows of `experts`, `count`, `expected`, `lift`, and its bounds `low` and
-        `high`: Wilson's for the count's share of tokens, corrected for all pairs (Bonferroni), over
-        the expected share. None without counts of pairs or without pairs.
+        The number of pairs compared, `num_pairs`, and the lists `over` and `under` with rows of
+        `experts`, `count`, `expected`, `lift`, and its bounds `low` and `high`. The bounds are
+        Wilson's for the count's share of tokens, corrected for all pairs (Bonferroni), divided by
+        the expected share. None if pairs were not counted or there are none.
     """
     counts = usage.coactivation
     if counts is None or not counts.any():

@@ -11,9 +11,9 @@ from sacrebleu.metrics import BLEU, CHRF
 from nmt_moe.scoring import measures
 from nmt_moe.scoring.words import f_measure_by_frequency
 
-# Resamples of the paired bootstrap.
+# Number of resamples of the paired bootstrap.
 NUM_SAMPLES = 1000
-# Sentences in each list of best, worst and most different ones.
+# Number of sentences in each list of the best, worst and most different ones.
 NUM_EXTREMES = 8
 
 
@@ -33,7 +33,7 @@ def score_translations(
         references: A reference translation of each source line.
         language: Language of the references, for sacrebleu's tokeniser; None for "13a".
         others: Another model's translations, to compare with.
-        lines: Index of each source line in the text, for naming sentences; None for all lines.
+        lines: Index of each source line in the text, shown with sentences; None for all lines.
 
     Returns:
         `scores` (BLEU and chrF with their signatures), `by_length`, `by_frequency`, `best` and
@@ -114,5 +114,5 @@ def _sentence_scores(hypotheses: Sequence[str], references: Sequence[str]) -> li
 
 
 def language_of(name: str | None) -> str | None:
-    """Return a name, such as a file extension, if it looks like a language; else None."""
+    """Return a name, such as a file extension, if it looks like a language code, or else None."""
     return name if name is not None and re.fullmatch(r"[a-z]{2,3}([-_]\w+)?", name) else None

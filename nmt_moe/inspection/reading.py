@@ -19,7 +19,7 @@ from nmt_moe.inference import (
 )
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Lines read at once: enough to form batches of similar lengths.
+# Number of lines read at once, enough to form batches of similar lengths.
 CHUNK_LINES = 128
 
 
@@ -47,11 +47,11 @@ class TextUsage:
     """The use of a model's experts on a text.
 
     Attributes:
-        layers: Usage in "encoder" and "decoder", as far as the model has them.
+        layers: Usage in those of "encoder" and "decoder" that have an MoE layer.
         score: Score of the references or of a language model's text; otherwise of the model's own
             translations. None if all lines are blank.
         num_lines: Number of lines.
-        num_blank: Lines left out because they or their references are blank.
+        num_blank: Number of lines left out because they or their references are blank.
     """
 
     layers: dict[str, ExpertUsage]
@@ -77,7 +77,7 @@ def collect_usage(
         references: A translation of each line, for the decoder to read (teacher forcing); None to
             read the model's own translations.
         target_lang: Target language of a multilingual model.
-        progress: Whether to show a bar on standard error.
+        progress: Whether to show a progress bar on standard error.
         search: Options of `Translator.translate`, if there are no references.
 
     Raises:
@@ -89,7 +89,7 @@ def collect_usage(
         model, texts, references, target_lang, progress=progress, with_inputs=False, **search
     ):
         add_readings(layers, chunk)
-        # Routing would fill the memory.
+        # Keeping the routing would fill the memory.
         scores += [replace(one.target, routing=None) for one in chunk]
         lines |= {one.line for one in chunk}
     total = total_score(scores) if scores else None
@@ -117,7 +117,7 @@ def read_text(
 ) -> Iterator[list[Reading]]:
     """Yield the sentences of a text, several lines at a time.
 
-    Lines that are blank, or whose reference is blank, are left out. Arguments are those of
+    Lines that are blank, or whose reference is blank, are left out. The arguments are those of
     `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Report on a model and a text as plain values, for the page and for notebooks.
+"""Report on a model and a text in plain values, for the page and for notebooks.
 
 `docs/report.md` describes the keys.
 """
@@ -46,10 +46,10 @@ def make_report(
         folder: Folder of the bundle.
         parts: Parts of the text, such as one for each language.
         against: Another bundle to compare with: another model, or another checkpoint of this one.
-        progress: Whether to show bars on standard error.
+        progress: Whether to show progress bars on standard error.
 
     Returns:
-        Values that JSON can hold.
+        The report, in values that can be written as JSON.
 
     Raises:
         ValueError: if a bundle cannot be opened or is of another kind, a language is not one of the
@@ -132,7 +132,7 @@ def _read_part(
     ):
         for layer in layers.values():
             layer.add(number, chunk)
-        # Routing would fill the memory.
+        # Keeping the routing would fill the memory.
         scores += [replace(one.target, routing=None) for one in chunk]
         lines |= {one.line for one in chunk}
         if other is not None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from nmt_moe.inference import LanguageModel, Sentence, Translator
 
-# Sentences shown piece by piece: most over all parts, and fewest for each part.
+# Maximum number of sentences shown piece by piece in all, and minimum for each part.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
-# Most pieces, on each side, of a sentence shown piece by piece.
+# Maximum number of pieces, on each side, of a sentence shown piece by piece.
 MAX_SHOWN_PIECES = 128
 
 

@@ -1,4 +1,4 @@
-"""Tokens in context: the words around a token, and the classes it belongs to."""
+"""Find the words around a token, and the classes that it belongs to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 SPACE = "▁"
 MARK = re.compile(r"<2[^<>]+>|</s>")
-# Most words and characters on each side of the middle word.
+# Maximum number of words and characters on each side of the middle word.
 AROUND_WORDS, AROUND_CHARACTERS = 6, 48
 # Upper ends of the frequency bands of pieces.
 FREQUENCY_ENDS = (1, 9, 99, 999)
@@ -25,11 +25,11 @@ def context_of(tokens: Sequence[str], index: int, has_pieces: bool = True) -> li
     Args:
         tokens: The tokens of a sentence.
         index: Index of the token.
-        has_pieces: Whether tokens are sentencepiece pieces and not words.
+        has_pieces: Whether tokens are sentencepiece pieces instead of words.
 
     Returns:
         Five texts: the words before, the beginning of the token's word, the token, the rest of its
-        word, the words after.
+            word, and the words after.
     """
     starts = [n for n, token in enumerate(tokens) if begins_word(token, has_pieces)]
     first = max((n for n in starts if n <= index), default=0)
@@ -75,7 +75,7 @@ def classes_of(tokens: Sequence[str], has_pieces: bool = True) -> list[list[str]
     result = []
     for number, token in enumerate(tokens):
         if not is_word[number]:
-            result.append(["end of sentence" if token == "</s>" else "language mark"])
+            result.append(["end of sentence" if token == "</s>" else "language token"])
             continue
         classes = _spelling(token.removeprefix(SPACE) if has_pieces else token)
         if has_pieces:
@@ -84,13 +84,13 @@ def classes_of(tokens: Sequence[str], has_pieces: bool = True) -> list[list[str]
             classes.append(
                 ("beginning of a word" if follows else "whole word")
                 if is_first
-                else "inside of a word"
+                else "inside a word"
             )
         place = rank[number]
         if place == 0:
-            classes.append("first of the sentence")
+            classes.append("first in the sentence")
         if place == len(order) - 1:
-            classes.append("last of the sentence")
+            classes.append("last in the sentence")
         classes.append(f"quarter {4 * place // len(order) + 1} of the sentence")
         result.append(classes)
     return result

@@ -1,4 +1,4 @@
-"""The use of a layer's experts on a text: sums, and the columns of Table 6 computed from them."""
+"""Sum up the use of a layer's experts on a text, and compute the columns of Table 6."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ExpertUsage:
             )
         gates = gates.double()
         flat, weights = expert_ids.flatten(), gates.flatten()
-        size = num_experts + 1  # the last one counts empty slots
+        size = num_experts + 1  # the last element counts empty slots
         self.num_tokens += len(expert_ids)
         self.load += flat.bincount(minlength=size)[:-1]
         self.importance += flat.bincount(weights, minlength=size)[:-1]
@@ -110,7 +110,7 @@ class ExpertUsage:
 
     @property
     def max_load(self) -> float:
-        """Return the largest load over the mean load (Table 6)."""
+        """Return the largest load divided by the mean load (Table 6)."""
         return self._balance["max_load"]
 
     @property
@@ -139,7 +139,7 @@ class ExpertUsage:
         return {name: float(value) for name, value in columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sums as plain values, without the pairs."""
+        """Return the sums and columns as plain values, without the pairs."""
         return {
             "num_tokens": self.num_tokens,
             **self._balance,

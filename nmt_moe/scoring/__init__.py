@@ -1,1 +1,1 @@
-"""Score translations, read logs, draw figures. Needs no fairseq."""
+"""Score translations, read logs and draw figures, without fairseq."""

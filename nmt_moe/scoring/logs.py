@@ -1,4 +1,4 @@
-"""Read fairseq's logs: training, validation, generation, evaluation."""
+"""Read fairseq's logs of training, validation, generation and evaluation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Loss:
 
 
 def read_runs(names: Sequence[str]) -> list[Run]:
-    """Read each FILE or LABEL=FILE.
+    """Read the training logs that `names` lists as FILE or LABEL=FILE.
 
     Raises:
         ValueError: if a file is not a log.
@@ -74,7 +74,7 @@ def name_files(files: Sequence[Path]) -> dict[Path, str]:
     names = {file: file.stem for file in files}
     parts = {file: Path(os.path.abspath(file)).parts for file in files}
     for file, own in parts.items():
-        # Two spellings of one path never differ.
+        # Two spellings of one path have no suffixes that differ.
         others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
         if others:
             end = 1
@@ -141,7 +141,7 @@ def as_number(value: Any) -> float | None:
 
 
 def format_progress(entry: dict[str, Any]) -> str | None:
-    """Return one short line for an entry within an epoch or of a validation; None for others."""
+    """Return a short line for an entry within an epoch or of a validation, or None for others."""
     split = split_of(entry)
     if split not in ("train_inner", "valid"):
         return None
@@ -154,10 +154,10 @@ def format_progress(entry: dict[str, Any]) -> str | None:
 
 
 def read_loss(lines: Iterable[str]) -> Loss:
-    """Return the last result in fairseq-eval-lm's output, whose perplexity has only two digits.
+    """Return the last loss in fairseq-eval-lm's output; its perplexity has only two decimals.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no loss.
     """
     bits = tokens = None
     for line in lines:
@@ -174,7 +174,7 @@ def read_hypotheses(lines: Iterable[str]) -> list[str]:
     """Return the best translation of each sentence in fairseq-generate's output, in text order.
 
     Raises:
-        ValueError: if there are none, a sentence is missing, or there are several runs.
+        ValueError: if there are no translations, a sentence is missing, or there are several runs.
     """
     best: dict[int, str] = {}
     previous = None

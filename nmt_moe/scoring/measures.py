@@ -20,11 +20,12 @@ from sacrebleu.significance import PairedTest
 
 from nmt_moe.text.parallel import check_parallel, read_good_lines
 
-# Spaces in Python but letters in multi-bleu.perl, which reads bytes, such as a non-breaking space.
+# Characters such as the non-breaking space: spaces in Python, but letters in multi-bleu.perl, which
+# reads bytes.
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
 # Source lengths, in words, at which the rows of --src end.
 LENGTH_ENDS = (10, 20, 30, 40, 50)
-# Other names of languages, and sacrebleu's tokenisers for those that Moses and 13a cannot split.
+# Other codes of languages, and sacrebleu's tokenisers for those that Moses and 13a cannot split.
 LANGUAGE_NAMES = {"zho": "zh", "cmn": "zh", "yue": "zh", "jpn": "ja", "kor": "ko", "tha": "th"}
 LANGUAGE_NAMES |= {"khm": "km", "lao": "lo", "mya": "my"}
 TOKENS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
@@ -36,7 +37,7 @@ WITHOUT_SPACES = ("zh", "ja", "th", "km", "lo", "my")
 class Measure:
     """One score: how both texts are prepared, and sacrebleu's metric for that form.
 
-    note: what the metric's signature does not include.
+    `note` is appended to the metric's signature.
     """
 
     name: str
@@ -70,7 +71,7 @@ def split_compounds(line: str) -> str:
 def make_tokenizer(language: str | None) -> tuple[Callable[[str], str], str]:
     """Return a function that tokenises a line, and its name for signatures.
 
-    language: language of the texts; None if they are tokenised already.
+    `language` is the language of the texts, or None if they are already tokenised.
     """
     if language is None:
         return _keep_words, "as given"
@@ -87,12 +88,13 @@ def _keep_words(line: str) -> str:
 
 
 def make_measures(language: str | None, tokens: str | None = None) -> list[Measure]:
-    """Return the measures for texts in `language` (None: tokenised already, only multi-bleu).
+    """Return the measures for texts in `language`; for None (tokenised texts), only multi-bleu's.
 
-    tokens: a sacrebleu tokeniser to use instead of the language's.
+    `tokens` names a sacrebleu tokeniser to use instead of the language's.
 
     Raises:
-        ValueError: its message names the tokenisers to choose from, if the language has none here.
+        ValueError: if there is no tokeniser for the language; the message names some to choose
+            from.
     """
     chosen = choose_tokens(language, tokens)
     plain = [
@@ -147,7 +149,8 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
 def validation_tokens(language: str) -> str:
     """Return a sacrebleu tokeniser for BLEU in validation that needs no further package.
 
-    language: such as `ja`, `jpn` or `zh_CN`. Languages without spaces are compared by characters.
+    `language` is a code such as `ja`, `jpn` or `zh_CN`. Texts in languages without spaces are
+    compared character by character.
     """
     name = re.split("[-_]", language.lower())[0]
     name = LANGUAGE_NAMES.get(name, name)
@@ -168,8 +171,8 @@ def _multi_bleu(lowercase: bool = False) -> Callable[[], Metric]:
 def score(measure: Measure, hypotheses: list[str], references: list[list[str]]) -> dict:
     """Return a measure's name, its score in percent, details and signature.
 
-    references: one or more texts, each with as many lines as `hypotheses`.
-    details: for BLEU, the precisions, brevity penalty and lengths in words.
+    `references` contains one or more texts, each with as many lines as `hypotheses`. For BLEU, the
+    details are the precisions, the brevity penalty and the lengths in words.
     """
     metric = measure.make_metric()
     result = metric.corpus_score(
@@ -249,11 +252,11 @@ def score_by_source(
 
 
 def read_texts(paths: Sequence[Path]) -> list[list[str]]:
-    """Read files with the same number of lines; an empty translation is allowed.
+    """Read files that must have the same number of lines; empty lines are allowed.
 
     Raises:
-        ValueError: if a line cannot be read, or a file has no text, another number of lines, or is
-            the log of fairseq-generate.
+        ValueError: if a line cannot be read, the files have different numbers of lines, or a file
+            has no text or is the output of fairseq-generate.
         OSError: if a file cannot be opened.
     """
     texts = [list(read_good_lines(path, allow_empty=True)) for path in paths]
@@ -276,7 +279,7 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
     """Return the two-letter language of the texts: `name`, or else the reference's extension.
 
     Raises:
-        ValueError: if that is not a language.
+        ValueError: if that is not a language, or if `name` is set for tokenised texts.
     """
     if is_tokenized:
         if name is not None:
@@ -287,7 +290,7 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
     language = LANGUAGE_NAMES.get(language, language)
     if not re.fullmatch(r"[a-z]{2}", language):
         raise ValueError(
-            f"`--lang` must be a language of two letters, but is '{name}' (the extension of the "
-            "reference, unless it is set). Set it, for example --lang de."
+            f"`--lang` must be a language of two letters, but is '{name}' (the reference's "
+            "extension, if the option is not set). Set it, for example --lang de."
         )
     return language

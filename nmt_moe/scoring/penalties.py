@@ -76,7 +76,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
                 hypothesis = parse_hypothesis(columns)
             except (ValueError, KeyError) as error:
                 raise ValueError(
-                    f"the lines of a hypothesis of {number} are damaged: {error}"
+                    f"the lines of a hypothesis of sentence {number} are damaged: {error}"
                 ) from error
             if int(number) in nbest.hypotheses and number != previous:
                 raise ValueError(f"sentence {number} is translated twice: are these several runs?")
@@ -85,7 +85,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
     if columns:
         raise ValueError(_missing_attention(columns.get("D", "?")))
     if not nbest.hypotheses:
-        raise ValueError("no hypothesis (D-, P- and A- lines): is this fairseq-generate's output?")
+        raise ValueError("no hypotheses (D-, P- and A- lines): is this fairseq-generate's output?")
     _check_words(nbest)
     return nbest
 
@@ -94,7 +94,7 @@ def _check_words(nbest: NBest) -> None:
     texts = [one.text for several in nbest.hypotheses.values() for one in several]
     if 2 * sum("▁" in text for text in texts) > len(texts):
         raise ValueError(
-            "the translations (D- lines) are sentence pieces, on which BLEU differs. Run "
+            "the translations (D- lines) are sentence pieces, which give a different BLEU. Run "
             "fairseq-generate with `--remove-bpe sentencepiece`."
         )
 
@@ -127,7 +127,7 @@ def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
 
 
 def choose(hypotheses: Sequence[Hypothesis], alpha: float, beta: float) -> Hypothesis:
-    """Return the best hypothesis of a list; the first, if several are equal."""
+    """Return the best hypothesis of a list, the first if several are equally good."""
     scores = normalised_score(
         torch.tensor([one.log_probability for one in hypotheses]),
         torch.tensor([float(one.length) for one in hypotheses]),
@@ -141,7 +141,7 @@ def choose(hypotheses: Sequence[Hypothesis], alpha: float, beta: float) -> Hypot
 def score_grid(
     nbest: NBest, references: dict[int, str], alphas: Sequence[float], betas: Sequence[float]
 ) -> tuple[Grid, str]:
-    """Compute BLEU at every point; return it with sacrebleu's signature.
+    """Return BLEU at every point, and sacrebleu's signature.
 
     Raises:
         ValueError: if a sentence has no reference.

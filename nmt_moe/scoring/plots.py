@@ -1,4 +1,4 @@
-"""Draw training curves. Needs matplotlib.
+"""Draw training curves with matplotlib.
 
 Source: Shazeer et al. 2017, Figure 2 and Table 6.
 """
@@ -23,7 +23,7 @@ PANELS = [
 
 
 def check_output(output: Path) -> None:
-    """Reject a file that cannot be written, before anything is read.
+    """Reject an output in a folder that does not exist, before anything is read.
 
     Raises:
         ValueError: its message names the folder that is missing.
@@ -31,7 +31,7 @@ def check_output(output: Path) -> None:
     if not output.parent.is_dir():
         raise ValueError(
             f"`--output` must be in a folder that exists, but is {output}. "
-            f"Make `{output.parent}` first."
+            f"Create `{output.parent}` first."
         )
 
 
@@ -53,7 +53,7 @@ def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
 
 
 def draw_panel(axes: Any, name: str, columns: Sequence[str], runs: Sequence[Run]) -> None:
-    """Draw one panel: a colour for each run; training is dashed if validation is drawn too."""
+    """Draw one panel, with a colour for each run; training is dashed if there is validation."""
     trained = [column for column in columns if column.startswith("train")]
     validated = [column for column in columns if column.startswith("valid")]
     for index, run in enumerate(runs):

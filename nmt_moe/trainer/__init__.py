@@ -1,6 +1,6 @@
-"""fairseq's trainer, extended: experts spread over processes, and checks before training.
+"""Extend fairseq's trainer: spread experts over processes, and check settings before training.
 
-Importing this package replaces fairseq's trainer, once.
+Importing this package replaces fairseq's trainer.
 """
 
 from nmt_moe.trainer.expert_parallel_trainer import ExpertParallelTrainer

@@ -8,9 +8,10 @@ from nmt_moe.parallel import average_shard_gradients, is_shard
 
 
 class ExpertParallelDataParallel(LegacyDistributedDataParallel):
-    """fairseq's `--ddp-backend legacy_ddp`, with correct gradients of experts.
+    """fairseq's `--ddp-backend legacy_ddp`, with correct gradients for experts.
 
-    fairseq leaves these as they are: too large by a factor of the number of ranks.
+    fairseq does not average gradients of experts, which makes them too large by a factor equal to
+    the number of ranks.
     """
 
     buffer_size: int

@@ -12,7 +12,7 @@ def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
 
     Args:
         iterator: The epoch's iterator.
-        dataset: The settings of the data, from which an error can say what changed.
+        dataset: The data settings, with which an error message can say what changed.
     """
     settings = {name: dataset[name] for name in ("batch_size", "max_tokens")}
     if not isinstance(iterator, EpochBatchIterator):
@@ -26,9 +26,9 @@ def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
 
 
 def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Reject resuming within an epoch that would now be divided into other batches.
+    """Reject resuming in the middle of an epoch that would now be divided into other batches.
 
-    Some sentences would be seen twice, and others not at all.
+    Otherwise, some sentences would be seen twice, and others not at all.
 
     Raises:
         ValueError: its message names the settings that changed.
@@ -46,7 +46,8 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     ]
     reason = "; ".join(changed) or "the data or the seed is not the same"
     raise ValueError(
-        f"the checkpoint is from the middle of epoch {epoch}, whose batches must be cut as before, "
-        f"or some sentences are seen twice and others not at all; but {reason}. Finish the epoch "
+        f"the checkpoint is from the middle of epoch {epoch}, whose batches must be the same as "
+        "before, because otherwise some sentences are seen twice and others not at all; "
+        f"but {reason}. Finish the epoch "
         "with the previous settings, or restart at epoch 1 with --reset-dataloader."
     )

@@ -48,7 +48,7 @@ NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
 SCALER = "loss_scaler"
 
-# Warn if the loss exceeds the first one, which is about that of guessing, by this factor.
+# Warn if the loss exceeds the first loss, which is about that of guessing, by this factor.
 MOST_GROWTH = 100
 
 
@@ -59,8 +59,8 @@ class ExpertParallelTrainer(Trainer):
     flatten the gradients of experts and others together under --fp16; retry a batch that did not
     fit into memory while other ranks wait; and save only rank 0's experts. Here, each rank writes
     its experts to a file beside the checkpoint, which holds the rest and the digests of those
-    files. Any number of ranks can read them; in training each rank reads only its own, so that no
-    rank needs memory for all.
+    files. Any number of ranks can read them; in training, each rank reads only its own experts, so
+    that no rank needs memory for all of them.
 
     Attributes:
         group: The ranks that share the experts.
@@ -78,9 +78,9 @@ class ExpertParallelTrainer(Trainer):
                 cfg.common.fp16_no_flatten_grads = True
             # Each rank must read its own experts.
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        # Otherwise batches are formed with the random numbers of the first epoch and kept for all
-        # later ones: a run resumed in epoch 5 would train on other batches than an uninterrupted
-        # one.
+        # Without this, batches are formed with the random numbers of the first epoch and kept for
+        # all later ones, and a run resumed in epoch 5 trains on other batches than an uninterrupted
+        # run.
         cfg.dataset.update_epoch_batch_itr = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
@@ -112,7 +112,7 @@ class ExpertParallelTrainer(Trainer):
         return sample, stands_in and not self.model.training
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
-        """Make an update. No batch may be skipped where ranks wait for each other."""
+        """Make an update. Where ranks wait for each other, no batch may be skipped."""
         log = super().train_step(samples, raise_oom or self.is_spread)
         if log and "loss" in log:
             self._warn_of_growing_loss(float(log["loss"]))
@@ -150,16 +150,16 @@ class ExpertParallelTrainer(Trainer):
         return super().get_valid_iterator(subset, *args, **kwargs)
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
-        """Evaluate a batch."""
+        """Evaluate a batch, which may not be skipped if ranks wait for each other."""
         return super().valid_step(sample, raise_oom or self.is_spread)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
-        """Clip by the norm of all gradients, including other ranks'."""
+        """Clip gradients by the norm of all gradients, including those of other ranks' experts."""
         if not self.is_spread:
             return super().clip_grad_norm(clip_norm)
 
         def add_experts(dense_norm: Tensor) -> Tensor:
-            # In half precision these are the fp32 copies, to which fairseq copies its mark.
+            # In half precision, these are fp32 copies, to which fairseq also copies a shard's mark.
             gradients = [p.grad for p in self.optimizer.params if is_shard(p)]
             return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
 
@@ -236,7 +236,7 @@ class ExpertParallelTrainer(Trainer):
         """Write a checkpoint, unless it would lack other ranks' experts, as after an error.
 
         Returns:
-            Its path; None if it was not written.
+            The path of the checkpoint; None if it was not written.
         """
         if self.is_spread and self._manifest is None:
             logger.warning(
@@ -258,7 +258,7 @@ class ExpertParallelTrainer(Trainer):
         if not is_default and not PathManager.isfile(filename):
             raise ValueError(
                 f"`--restore-file` must name a checkpoint, but there is no file `{filename}`. "
-                "Leave it out to resume from checkpoint_last.pt, or to start afresh."
+                "Leave it out to resume from checkpoint_last.pt, or to start from scratch."
             )
         model = self.get_model()
         with reading_for_training(self._complete), keeping_loaded(model) as loaded:
@@ -278,7 +278,7 @@ class ExpertParallelTrainer(Trainer):
         return extra_state
 
     def _complete(self, path: Path, state: dict[str, Any]) -> None:
-        """Add this rank's experts to a checkpoint, and what early checkpoints lack."""
+        """Add this rank's experts to a checkpoint, and entries that early checkpoints lack."""
         if state.get("cfg"):
             settings = describe_batches(None, state["cfg"]["dataset"])
             state["extra_state"].setdefault(BATCHES, settings)

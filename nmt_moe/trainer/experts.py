@@ -1,4 +1,4 @@
-"""The experts in the training state: which parameters they are, and which part is this rank's."""
+"""Find the experts in the training state, and the part of them that this rank holds."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,11 +30,11 @@ def expert_group(model: nn.Module) -> ExpertParallelGroup:
 
 
 def own_experts(model: nn.Module, masters: ByName) -> ByName:
-    """Return this rank's experts by name, as checkpoints hold weights.
+    """Return this rank's experts by name, in the form that checkpoints hold.
 
     Args:
         model: The model.
-        masters: float32 weights by name that are trained instead of the model's own.
+        masters: The float32 weights, by name, that are trained instead of the model's own.
 
     Returns:
         Tensors (L, ...) on the CPU.
@@ -63,7 +63,8 @@ def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
             keep their order.
 
     Returns:
-        The names; {} if the optimizer has no separate parameter for each, as with flat gradients.
+        The names; {} if the optimizer has no separate parameter for each expert, as with flat
+        gradients.
     """
     named = [(name, p) for name, p in model.named_parameters() if is_expert(p)]
     indexed = [(index, p) for index, p in enumerate(parameters) if is_expert(p)]
@@ -91,7 +92,7 @@ def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) 
 def cut_experts(
     state: dict[str, Any], names: Mapping[int, str], group: ExpertParallelGroup
 ) -> None:
-    """Keep only this rank's experts of a checkpoint that has all.
+    """Reduce a checkpoint with all experts to those of this rank.
 
     Args:
         state: Contents of the checkpoint; changed.

@@ -38,7 +38,7 @@ def _saving(save: Callable) -> Callable:
 def _building(build: Callable) -> Callable:
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint and "expert_parallel_size" in cfg:
-            # Outside training each process has all experts, because processes do not run in step.
+            # Outside training, processes do not run in step, so each of them has all experts.
             cfg.expert_parallel_size = 1
         return build(cfg, task, from_checkpoint)
 

@@ -41,7 +41,7 @@ def _cut_flat(flat: dict[Any, Tensor], parameters: list[Tensor]) -> list[Tensor]
 
 @contextmanager
 def keeping_loaded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the weights that are loaded meanwhile, before rounding to the model's type."""
+    """Collect weights loaded in the `with` block, before they are rounded to the model's dtype."""
     loaded: dict[str, Tensor] = {}
     hook = model.register_load_state_dict_pre_hook(
         lambda _, state, prefix, *__: None if prefix else loaded.update(state)
@@ -60,7 +60,7 @@ def set_master_weights(model: nn.Module, optimizer: Any, loaded: dict[str, Tenso
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
-    """Return the counters that decide when the loss scale changes next; {} if there is none."""
+    """Return the counters that decide when the loss scale changes; {} if there is no loss scale."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None:
         return {}

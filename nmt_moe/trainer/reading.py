@@ -14,7 +14,7 @@ CHECKS: list[Callable[[str, dict[str, Any]], None]] = []
 
 
 def reading_all_experts(read: Callable) -> Callable:
-    """Wrap fairseq's reader for commands that need all experts but no optimizer state of theirs."""
+    """Wrap fairseq's reader for commands that need all experts but not their optimizer state."""
 
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = read(path, *args, **kwargs)
@@ -28,7 +28,7 @@ def reading_all_experts(read: Callable) -> Callable:
 
 @contextmanager
 def reading_for_training(complete: Callable[[Path, dict[str, Any]], None]) -> Iterator[None]:
-    """Let a trainer complete the checkpoints that are read.
+    """Let a trainer complete each checkpoint that is read in the `with` block.
 
     Args:
         complete: Function called with the path and contents of each checkpoint, without its expert

@@ -1,4 +1,4 @@
-"""The folder for checkpoints: one training run at a time, and enough disk space."""
+"""Check that the folder for checkpoints has only one training run and enough disk space."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 LOCK = ".training.lock"
-# Errors that some network disks return.
+# Error numbers that some network file systems return.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -22,7 +22,7 @@ class FolderLock:
     """Lock a folder against a second training run, as long as this object and its process live.
 
     The operating system releases the lock when the process ends, however it ends, so a leftover
-    file locks nothing.
+    lock file does no harm.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class FolderLock:
             if error.errno not in WITHOUT_LOCKS:
                 raise
             logger.warning(
-                "the disk of %s has no locks (%s): make sure that no other training run writes to "
+                "the disk of %s does not support locks (%s): make sure that no other run writes to "
                 "it",
                 folder,
                 error.strerror,
@@ -67,8 +67,8 @@ def warn_of_little_room(folder: Path, model: nn.Module, with_optimizer: bool) ->
     Args:
         folder: The folder for checkpoints.
         model: The model.
-        with_optimizer: Whether checkpoints hold optimizer state: assumed to be Adam's two numbers
-            per parameter.
+        with_optimizer: Whether checkpoints hold optimizer state, which is assumed to be Adam's two
+            numbers per parameter.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     needed, free = 2 * size * (3 if with_optimizer else 1), shutil.disk_usage(folder).free

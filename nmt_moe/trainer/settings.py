@@ -38,7 +38,7 @@ RANGES = {
 
 
 def check_numbers(cfg: Any) -> None:
-    """Reject numbers out of range, which fairseq would compute with.
+    """Reject numbers that are out of range but that fairseq would accept.
 
     Raises:
         ValueError: its message names the option, its range and its value.
@@ -68,7 +68,7 @@ def check_finite_numbers(settings: Any) -> None:
 
 
 def check_betas(betas: Any) -> None:
-    """Reject `--adam-betas` that are not two numbers from 0 to below 1.
+    """Reject `--adam-betas` that are not two numbers of at least 0 and less than 1.
 
     Raises:
         ValueError: its message names the option and its value.
@@ -102,7 +102,7 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
         raise ValueError(
             "`--criterion` must be moe_label_smoothed_cross_entropy or, for language models, "
             f"moe_cross_entropy, but is {cfg.criterion._name}, which drops the balance losses of "
-            "the model's MoE layers. Use one of those, or set both weights of the losses to 0."
+            "the model's MoE layers. Use one of the two, or set both weights of the losses to 0."
         )
     for layer in layers:
         config = layer.config
@@ -120,7 +120,7 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
     """Reject settings that cannot work if `size` processes share the experts.
 
     Raises:
-        ValueError: its message names the option, the reason and the way out.
+        ValueError: its message names the option, the reason and a remedy.
     """
     plan = cfg.distributed_training
     spread = f"where {size} processes share the experts"

@@ -11,7 +11,7 @@ from nmt_moe.trainer.experts import moe_layers
 
 
 class StandIn:
-    """Make batches count for nothing: no token reaches an expert, a statistic, the loss or the log.
+    """Make batches count for nothing: their tokens affect no expert, statistic, loss or log entry.
 
     In any training on several ranks, fairseq repeats an earlier batch on ranks that have none left.
     It then drops that rank's whole update from the sample size and the log: with --update-freq,

@@ -297,7 +297,7 @@ def test_ensembles_and_languages_are_asked_for_by_option(
 def test_verify_says_what_is_complete_and_what_is_not(bundle: Path, tmp_path: Path):
     result = call("verify", bundle)
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"{bundle}: whole: translation `lstm_moe_gnmt`, float32")
+    assert result.stdout.startswith(f"{bundle}: complete: translation `lstm_moe_gnmt`, float32")
     assert_mistake(call("verify", tmp_path), "verify", "has no `config.json`", "Name a folder")
 
 
@@ -309,7 +309,7 @@ def test_export_reads_its_options(tmp_path: Path):
     text = ["--lowercase", "--scores", tmp_path / "scores", "--dtype", "int8"]
     result = call("export", path, *flags, *search, *text)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{tmp_path / 'out'}: whole: translation")
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: complete: translation")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["search"]["beam_size"] == 3
     assert config["search"]["length_exponent"] == 0.6

@@ -51,7 +51,7 @@ def edit(path: Path, change: Any) -> None:
 def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     path, data, pieces, networks = make_checkpoint(tmp_path)
     summary = export(path, data, Pieces(pieces), tmp_path / "out", description=DESCRIPTION)
-    assert "whole: translation `lstm_moe_gnmt`, float32, 6 experts per layer" in summary
+    assert "complete: translation `lstm_moe_gnmt`, float32, 6 experts per layer" in summary
     stored = weights(tmp_path / "out")
     for side in ("encoder", "decoder"):
         for name, value in networks[side].state_dict().items():
@@ -397,7 +397,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path):
     ):
         assert words in command
     export(path, data, Pieces(pieces), tmp_path / "plain")
-    assert "None were given" in (tmp_path / "plain/README.md").read_text()
+    assert "No scores were given" in (tmp_path / "plain/README.md").read_text()
 
 
 def test_checkpoints_without_digests_of_their_dictionaries_are_exported(tmp_path: Path):

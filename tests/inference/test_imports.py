@@ -55,7 +55,7 @@ def test_bundles_need_no_fairseq_and_import_nothing_that_takes_time(tmp_path: Pa
     language_model, _ = make_bundle(tmp_path / "lm", LM)
     lines = run(BLOCK + USE, translation, language_model, stdin="the cat\n\na dog\n").split("\n")
     assert lines[:2] == ["blocked", "[]"]
-    assert lines[2].startswith("whole: translation")
+    assert lines[2].startswith("complete: translation")
     assert [bool(line) for line in lines[3:]] == [True, False, True, False]
 
 

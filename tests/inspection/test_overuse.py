@@ -133,13 +133,13 @@ def test_complete_words_surround_a_piece():
 
 def test_classes_are_of_spelling_and_position():
     found = classes_of(["<2de>", "▁Un", "happy", "▁NASA", "▁12", ".", "</s>"])
-    assert found[0] == ["language mark"]
+    assert found[0] == ["language token"]
     assert found[-1] == ["end of sentence"]
-    assert found[1][:3] == ["capitalised", "beginning of a word", "first of the sentence"]
-    assert found[2][:2] == ["lower case", "inside of a word"]
+    assert found[1][:3] == ["capitalised", "beginning of a word", "first in the sentence"]
+    assert found[2][:2] == ["lower case", "inside a word"]
     assert found[3][:2] == ["upper case", "whole word"]
     assert found[4][:2] == ["digit", "beginning of a word"]
-    assert found[5][:3] == ["punctuation", "inside of a word", "last of the sentence"]
+    assert found[5][:3] == ["punctuation", "inside a word", "last in the sentence"]
     quarters = [row[-1] for row in found[1:-1]]
     assert quarters == [f"quarter {n} of the sentence" for n in (1, 1, 2, 3, 4)]
     assert frequency_band(1) == "piece seen once"

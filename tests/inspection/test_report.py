@@ -330,7 +330,7 @@ def test_long_sentences_are_cut_and_say_so(bundle: Path, tmp_path: Path):
     [sentence] = model["sentences"]
     assert sentence["is_cut"]
     assert len(sentence["pieces"]) == len(sentence["experts"]) == len(sentence["log_probs"]) == 128
-    assert "the sentence is longer" in " ".join(check_page(render_page(model)).text)
+    assert "pieces of this sentence are shown" in " ".join(check_page(render_page(model)).text)
 
 
 def test_direction_is_that_of_the_first_letter():

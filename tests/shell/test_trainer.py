@@ -151,7 +151,7 @@ def test_a_disk_without_locks_is_warned_of_and_trained_on(tmp_path, monkeypatch,
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     FolderLock(tmp_path)
-    assert f"the disk of {tmp_path} has no locks (No locks available)" in caplog.text
+    assert f"the disk of {tmp_path} does not support locks (No locks available)" in caplog.text
 
 
 # Resumed
