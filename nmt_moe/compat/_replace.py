@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq.distributed import utils as distributed_utils
 
-# Attribute of a repaired function: the makers applied to it.
+# Attribute of a repaired function that lists the makers applied to it.
 MAKERS = "__nmt_moe_makers__"
 
 Maker = Callable[[Callable], Callable]
@@ -32,8 +32,8 @@ def replace(owner: Any, name: str, make: Maker) -> None:
 def replace_in_command(command: str, name: str, make: Maker) -> None:
     """Replace a function in the module `fairseq_cli.COMMAND`, which looks it up when it runs.
 
-    The module may be loaded before or after the plugin, and under `python -m` it is `__main__`. So
-    loaded modules are repaired now, and others when a command calls `call_main`.
+    The module may be loaded before or after the plugin, and under `python -m` it is `__main__`.
+    Therefore, loaded modules are repaired now, and others when a command calls `call_main`.
     """
     _IN_COMMANDS.setdefault(command, []).append((name, make))
     for module in (sys.modules.get(f"fairseq_cli.{command}"), sys.modules.get("__main__")):

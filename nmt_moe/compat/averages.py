@@ -12,7 +12,8 @@ from nmt_moe.compat._replace import replace
 def copy_integers_into_averages() -> None:
     """Copy a model's integers into its moving average, instead of averaging them.
 
-    Reason: "result type Float can't be cast to Long". The digest of a dictionary is an integer.
+    Reason: averaging an integer, such as the digest of a dictionary, ends in "result type Float
+    can't be cast to Long".
     """
     replace(EMA, "__init__", _starting)
 

@@ -31,7 +31,7 @@ def _keeping(split: Callable) -> Callable:
         batches = split(indices, *args, **kw)
         # Batches are consecutive slices of the indices, so what is missing is the end.
         rest = indices[sum(map(len, batches)) :]
-        # With fixed shapes, sentences are regrouped and none are dropped.
+        # With fixed shapes, sentences are regrouped, and none is dropped.
         return [*batches, rest] if len(rest) else batches
 
     return batch_by_size
@@ -63,7 +63,7 @@ def _naming(split: Callable) -> Callable:
 
 
 def _cut_into(tokens: Any) -> str:
-    """Return advice to cut text into blocks; it sets the size, whose default may be too large."""
+    """Return advice to cut text into blocks of a given size; the default may be too large."""
     return (
         "cut a language model's text into blocks that fit: --sample-break-mode none "
         f"--tokens-per-sample {tokens}"
@@ -71,7 +71,7 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Name a data set none of whose samples fit, and the options that allow longer ones.
+    """Name a data set whose samples are all too long, and the options that allow longer ones.
 
     Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """

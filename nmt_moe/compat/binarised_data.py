@@ -1,4 +1,4 @@
-"""Binarised data: write digests, and check data against them and the dictionary on loading."""
+"""Write digests of binarised data; on loading, check data against them and the dictionary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ WAY_OUT = "Binarise the text again with fairseq-preprocess."
 def write_digests_of_binarised_data() -> None:
     """Let fairseq-preprocess write the SHA-256 of each `.bin`, `.idx` and dictionary to `.sha256`.
 
-    Reason: damaged data decode to other sentences, unnoticed. `sha256sum -c` reads these files.
+    Reason: damaged data silently decode to other sentences. `sha256sum -c` reads the digests.
     """
     replace(FileBinarizer, "multiprocess_dataset", _writing)
 
@@ -48,7 +48,8 @@ def check_binarised_data_when_loaded() -> None:
     """Name a file of binarised data that is empty, damaged or made with another dictionary.
 
     Reason: an empty file ends in "cannot mmap an empty file", a truncated one in a traceback in the
-    middle of an epoch, an unknown token in an IndexError of the embedding; other damage is silent.
+    middle of an epoch, and an unknown token in an IndexError of the embedding; other damage goes
+    unnoticed.
     """
     replace(indexed_dataset, "make_dataset", _loading)
 
@@ -91,7 +92,7 @@ def _dropping(drop: Callable) -> Callable:
 
 
 def check_files(path: str) -> None:
-    """Compare files with the digests that fairseq-preprocess wrote, if it did.
+    """Compare files with the digests that fairseq-preprocess wrote, if there are any.
 
     Args:
         path: Path of the data, without `.bin` and `.idx`.
@@ -127,7 +128,7 @@ def check_index(path: str, dataset: MMapIndexedDataset) -> None:
 
 
 def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary) -> None:
-    """Reject tokens that are not in the dictionary; warn if many are the unknown word.
+    """Reject tokens that are not in the dictionary; warn if many of them are the unknown word.
 
     Raises:
         ValueError: its message names the first sentence with such a token, counted from 0.

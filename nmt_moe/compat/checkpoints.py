@@ -55,7 +55,7 @@ def read_checkpoints_safely() -> None:
 
     Reasons: since torch 2.6, `torch.load` rejects types it does not know, so fairseq cannot read
     its own checkpoints; changed bytes among the weights go unnoticed; a truncated file ends in one
-    of six exceptions, none of which names it.
+    of six exceptions, none of which names the file.
     """
     replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
     replace(checkpoint_utils, "load_ema_from_checkpoint", _reading_ema)
@@ -91,7 +91,7 @@ def _upgrade(state: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def _warn_of_unknown_settings(cfg: DictConfig, overrides: dict[str, Any]) -> None:
-    """Warn of overrides that have no effect, such as misspelt ones."""
+    """Warn about overrides that have no effect, such as misspelt ones."""
     groups = [group for name in cfg for group in [cfg[name]] if isinstance(group, DictConfig)]
     known = {*cfg, "user_dir", *(name for group in groups for name in group)}
     for name in overrides.keys() - known:
@@ -116,7 +116,7 @@ def _reading_ema(_: Callable) -> Callable:
 def ignore_unsafe_loading() -> None:
     """Remove the environment variable that lets torch execute code from files.
 
-    Reason: fairseq does not request torch's safe loader, so the variable switches it off.
+    Reason: fairseq does not request torch's safe loader, so the variable would switch it off.
     """
     if os.environ.pop(UNSAFE, None):
         logger.warning("%s is ignored: it would let files execute code", UNSAFE)
@@ -125,7 +125,8 @@ def ignore_unsafe_loading() -> None:
 def allow_configuration_in_broadcasts() -> None:
     """Let rank 0 send a checkpoint to the others when several processes resume.
 
-    Reason: that uses `torch.load`, whose safe loader rejects types of the configuration.
+    Reason: fairseq sends it with `torch.load`, whose safe loader rejects types of the
+    configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)
 
@@ -169,7 +170,7 @@ def copy_checkpoints_whole() -> None:
     """Copy a checkpoint to a temporary name, and rename it once it is complete.
 
     Reason: fairseq copies to `checkpoint_last.pt` and others in place, so a process that is killed
-    meanwhile leaves half a file, and nothing to resume from.
+    meanwhile leaves half a file, from which training cannot resume.
     """
     replace(PathManager, "copy", _copying)
 
@@ -185,7 +186,7 @@ def _copying(copy: Callable) -> Callable:
 
 
 def explain_misfits() -> None:
-    """Explain in one line that a checkpoint belongs to another model, and what to do.
+    """Explain in one line that a checkpoint belongs to another model, and say what to do.
 
     Reason: fairseq prints a line for each parameter and does not name the file.
     """
@@ -223,7 +224,7 @@ def _resuming(load: Callable) -> Callable:
 
 
 def describe_misfit(filenames: list[str], error: BaseException) -> str | None:
-    """Return why the parameters read do not fit the model; None if the error has another cause."""
+    """Return why a checkpoint's parameters do not fit the model; None for any other error."""
     files = ", ".join(f"`{name}`" for name in filenames)
     text = str(error)
     if "loading state_dict" in text:
@@ -261,8 +262,8 @@ def _loading(load: Callable) -> Callable:
                     raise ValueError(
                         f"the checkpoint has two values for `{first}` and `{other}`, which are one "
                         "parameter in this model. Train or load the model without sharing them, "
-                        "as the checkpoint was (`--share-decoder-input-output-embed` and the "
-                        "like)."
+                        "as in the checkpoint (without `--share-decoder-input-output-embed` and "
+                        "similar options)."
                     )
         return load(self, state_dict, *args, **kwargs)
 
@@ -270,9 +271,10 @@ def _loading(load: Callable) -> Callable:
 
 
 def name_folders_that_are_not_there() -> None:
-    """Name a folder that `from_pretrained` does not find, or a file it is given instead.
+    """Name a folder that `from_pretrained` does not find, or a file that was given instead.
 
-    Reason: a missing folder ends in a TypeError; a file is unpacked wherever it says, and deleted.
+    Reason: a missing folder ends in a TypeError. A file is unpacked to wherever its contents say,
+    and is then deleted.
     """
     replace(file_utils, "load_archive_file", _finding_folder)
 

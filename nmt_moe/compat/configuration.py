@@ -131,7 +131,7 @@ def evaluate_literal(text: Any) -> Any:
     """Return the value of a literal, in which numbers and lists may be combined by `+` and `*`.
 
     Raises:
-        ValueError: its message names the text, if it is anything else or has too many items.
+        ValueError: if `text` is anything else or has too many items; the message names it.
     """
     if not isinstance(text, str):
         raise ValueError(f"an option must be text, but is {text!r}.")
@@ -164,7 +164,7 @@ def _evaluate(node: ast.expr) -> Any:
 
 
 def secure_configuration(path: Path, state: dict[str, Any]) -> None:
-    """Reject a checkpoint's configuration that could execute code; drop the files it names.
+    """Reject a checkpoint's configuration if it could execute code; drop the files that it names.
 
     Args:
         path: Path of the checkpoint.
@@ -184,7 +184,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
 
 
 def _check_plain(settings: Any) -> None:
-    """Reject values that are not plain, references to other settings, and unsafe formats."""
+    """Reject values that are not plain, refer to other settings, or choose unsafe data formats."""
     if not isinstance(settings, dict | argparse.Namespace):
         raise ValueError(f"is not a table of settings, but a {type(settings).__name__}.")
     for count, (key, value) in enumerate(_settings(settings)):
@@ -215,7 +215,7 @@ def _settings(nest: Any) -> Iterator[tuple[Any, Any]]:
 
 def _check_names(settings: Any) -> None:
     """Reject names of models, tasks and other classes that are unknown or could execute code."""
-    if isinstance(settings, argparse.Namespace):  # before fairseq 1.0: all in one table
+    if isinstance(settings, argparse.Namespace):  # fairseq before 1.0 used one table
         groups = {"model": settings, **dict.fromkeys(("task", *REGISTRIES), settings)}
     else:
         groups = settings
@@ -250,7 +250,7 @@ def _check_name(group: str, name: Any, registry: dict[str, type]) -> None:
         # fairseq fails while composing its own message: "KeyError: '_name'".
         raise ValueError(
             f"names the {group} `{name!s:.80}`, which neither fairseq nor this plugin knows. Add "
-            "the --user-dir of the plugin it was trained with."
+            "the --user-dir of the plugin with which it was trained."
         )
     if group not in ALLOWED or not found.__module__.startswith("fairseq."):
         return
@@ -273,7 +273,7 @@ def _drop_files(path: Path, settings: Any) -> None:
     for group in ("bpe", "tokenizer"):
         of_group = settings.get(group) if isinstance(settings, dict) else None
         if isinstance(of_group, dict) and FILE_OPTIONS & of_group.keys() & dropped.keys():
-            settings[group] = None  # useless without its file
+            settings[group] = None  # it is useless without its file
     if dropped:
         logger.debug("files named in the configuration of %s are not opened: %s", path, dropped)
 

@@ -1,4 +1,4 @@
-"""Dictionaries: report damage, and keep users' text apart from the model's special symbols."""
+"""Report damaged dictionaries, and keep users' text apart from the model's special symbols."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def name_damaged_dictionaries() -> None:
     """Name the file and line where a dictionary is malformed or incomplete.
 
-    Reason: it ends in tracebacks, most of which name neither.
+    Reason: the various tracebacks in which fairseq ends rarely name either of them.
     """
     replace(Dictionary, "add_from_file", _adding)
 
@@ -68,10 +68,10 @@ def _shorten(line: str) -> str:
 
 
 def name_damaged_sentencepiece_models() -> None:
-    """Name the file of `--sentencepiece-model` that is damaged.
+    """Name the file of `--sentencepiece-model` if it is damaged.
 
-    Reason: sentencepiece's own error names no file; or there is no error, and text is split into
-    other pieces.
+    Reason: sentencepiece's own error names no file. Some damage raises no error, but text is split
+    into other pieces.
     """
     replace(SentencepieceBPE, "__init__", _loading)
 
@@ -103,7 +103,7 @@ def keep_typed_marks_as_text() -> None:
     """Treat `</s>`, `<s>` and `<pad>` in a text as unknown words, with a warning.
 
     Reason: fairseq reads them as the end mark, the begin mark and padding. A dictionary may name
-    further marks as `language_marks`. Programs that put marks into their own text (masked language
+    further marks as `language_marks`. Tasks that put marks into their own text (masked language
     models) are not affected: they encode it without `append_eos`.
     """
     replace(Dictionary, "encode_line", _encoding)

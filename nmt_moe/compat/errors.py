@@ -1,4 +1,4 @@
-"""End a fairseq command with one message, not a traceback, if its user can fix the error."""
+"""End a fairseq command with one message instead of a traceback if users can fix the error."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
 LOST_PEER = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|recvValue failed|Failed to recv"
 )
-# The first rank prints an error that all ranks have: torchrun ends the others meanwhile.
+# An error of all ranks is printed only by the first: torchrun ends the others while they wait.
 WAIT_FOR_FIRST_RANK = 3.0  # seconds
 
 
@@ -33,15 +33,15 @@ def end_in_one_message() -> None:
 
 
 def is_fairseq_command() -> bool:
-    """Return whether this process runs fairseq-train etc., or `python -m fairseq_cli...`."""
+    """Return whether this process runs a command of fairseq, as a script or as a module."""
     return command_name().startswith("fairseq-")
 
 
 def explain(error: BaseException) -> str | None:
     """Return a message that explains the error fully, or None if a traceback is needed.
 
-    By convention, our ValueErrors are the caller's mistakes; fairseq raises a bare Exception for
-    those.
+    By convention, our ValueErrors report mistakes of the caller, for which fairseq raises a bare
+    Exception.
     """
     raiser = _raiser(error)
     message = str(error).strip()
@@ -102,7 +102,7 @@ def _process() -> str:
 def leave_for_torchrun(message: str) -> None:
     """Write an error to the file that torchrun reads, so that its own report ends with the cause.
 
-    Reason: otherwise it advises enabling tracebacks instead.
+    Reason: its report would otherwise only advise users to enable tracebacks.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

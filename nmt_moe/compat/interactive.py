@@ -1,4 +1,4 @@
-"""Let fairseq-interactive survive bad lines: report each, and translate all others."""
+"""Let fairseq-interactive report each bad line, and translate all others."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ class NumberedLines(list):
     """Lines of the input in order, None for each that could not be read.
 
     Attributes:
-        first_number: Line number of the first one in the input, counted from 1.
+        first_number: Number of the first of these lines in the input, counted from 1.
     """
 
     def __init__(self, first_number: int) -> None:
@@ -89,7 +89,7 @@ def _skipping_unread(make: Callable) -> Callable:
 def skip_lines_that_are_too_long() -> None:
     """Leave out a line that is too long for the model.
 
-    Reason: it ends the whole run.
+    Reason: such a line ends the whole run.
     """
     replace_in_command("interactive", "make_batches", _skipping_long)
 
@@ -132,7 +132,7 @@ def encode(line: str, task: Any, encode_fn: Callable) -> torch.Tensor:
 
 
 def skip_constraints_with_unknown_words() -> None:
-    """Leave out a constraint with words that the model does not know.
+    """Leave out each constraint with words that the model does not know.
 
     Reason: the symbol for unknown words would be forced into the translation.
     """
@@ -203,9 +203,9 @@ def _reporting(make: Callable) -> Callable:
 
 
 def forget_translated_lines() -> None:
-    """Keep memory independent of how many lines have been translated.
+    """Keep the use of memory independent of how many lines have been translated.
 
-    Reason: the task keeps an iterator for each buffer of lines.
+    Reason: fairseq's task keeps an iterator for each buffer of lines.
     """
     replace_in_command("interactive", "make_batches", _forgetting)
 
@@ -221,7 +221,7 @@ def _forgetting(make: Callable) -> Callable:
 def translate_blank_into_blank() -> None:
     """Translate a source without words into nothing.
 
-    Reason: models make up fluent sentences. Forced prefixes and constraints are kept.
+    Reason: models make up fluent sentences for it. Forced prefixes and constraints are kept.
     """
     replace(TranslationTask, "inference_step", _translating)
 

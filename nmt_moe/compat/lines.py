@@ -29,7 +29,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
     """Check all lines of a file; return the offsets of its chunks, and its size.
 
     Raises:
-        ValueError: its message names file, line and reason.
+        ValueError: if a line is rejected; the message names file, line and reason.
     """
     count_lines_once(filename)
     return chunk_offsets(filename, num_chunks)
@@ -37,12 +37,12 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
 
 @contextmanager
 def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterator[str]]:
-    """Yield an iterator over the lines between two offsets; to the end of the file if end <= 0."""
+    """Yield an iterator over the lines between two offsets, or to the end of the file if end <= 0."""
     yield read_lines(path, start_offset, end_offset if end_offset > 0 else None)
 
 
 def count_lines_once(path: str) -> int:
-    """Return the number of lines; a file that has not changed is read only once.
+    """Return the number of lines of a file; a file that has not changed is read only once.
 
     Raises:
         ValueError: as in `nmt_moe.text.lines.read_lines`.
@@ -83,16 +83,17 @@ def read_raw_data(
 def name_damaged_alignment_dictionaries() -> None:
     """Name a line of the `--replace-unk` file that is not a word and its translation.
 
-    Reason: it ends in an IndexError, and the file is read in the machine's default encoding.
+    Reason: such a line ends in an IndexError, and fairseq reads the file in the machine's default
+    encoding.
     """
     replace(utils, "load_align_dict", lambda _: load_align_dict)
 
 
 def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
-    """Return the replacements of unknown words; None for none, {} for the source words themselves.
+    """Return replacements for unknown words: None means none, {} the source words themselves.
 
     Raises:
-        ValueError: its message names the line that is not two words.
+        ValueError: if a line does not consist of two words; the message names it.
     """
     if not replace_unk:
         return None if replace_unk is None else {}

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_models_of_another_task() -> None:
-    """Reject a language model in a translation task, and the reverse.
+    """Reject a language model in a translation task, and a translation model in the other.
 
     Reason: the first ends in a TypeError within the model, or translates without reading the
     source; the second ends in an AttributeError.
@@ -36,7 +36,7 @@ def check_model_kind(cfg: Any, task: Any) -> None:
     """Compare the kind of a model with that of its task.
 
     Raises:
-        ValueError: its message names the model, the task and the way out.
+        ValueError: if they differ; the message names the model, its kind and a remedy.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     kind = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)

@@ -1,4 +1,4 @@
-"""Options: suggest close names instead of listing all, and take the task from a checkpoint."""
+"""Suggest close names instead of listing all, and take the task from a checkpoint."""
 
 import difflib
 import re
@@ -24,15 +24,16 @@ OF_LIBRARIES = (
 def let_validate_read_the_task_from_the_checkpoint() -> None:
     """Let fairseq-validate run without `--task`.
 
-    Reason: it ends in `KeyError: None`. The parsed arguments only locate the data; the task is
-    built from the checkpoint's own configuration.
+    Reason: without the option, it ends in `KeyError: None`. The parsed arguments only locate the
+    data; the task is built from the checkpoint's own configuration.
     """
     replace(options, "parse_args_and_arch", _validating)
 
 
 def _validating(parse: Callable) -> Callable:
     def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        # Other commands have a default; this one leaves out options that are not set.
+        # The parsers of other commands have a default; this one leaves out options that are not
+        # set.
         if parser.get_default("task") is None:
             parser.set_defaults(task="translation")
         return parse(parser, *args, **kwargs)
@@ -43,7 +44,7 @@ def _validating(parse: Callable) -> Callable:
 def suggest_close_names() -> None:
     """Answer an unknown name with the most similar names.
 
-    Reason: fairseq prints all options and some hundred architectures.
+    Reason: fairseq prints all options and about a hundred architectures.
     """
     replace(options, "parse_args_and_arch", _suggesting)
 
@@ -74,7 +75,7 @@ def shorten_choices(message: str) -> str:
 
 
 def drop_warnings_of_libraries() -> None:
-    """Suppress warnings about how fairseq calls hydra and torch, printed whenever a command starts.
+    """Suppress the warnings, at each start of a command, about how fairseq calls hydra and torch.
 
     Reason: users cannot change any of that, and twenty such lines hide the relevant ones.
     """

@@ -30,7 +30,7 @@ def _parsing(parse: Callable) -> Callable:
         except ValueError as error:
             if "Cannot combine --fp16 and --tpu" not in str(error):
                 raise
-            message = "`--fp16` and `--bf16` (or `--tpu`) exclude each other. Choose one."
+            message = "`--fp16` and `--bf16` (or `--tpu`) cannot be combined. Choose one."
             raise ValueError(message) from error
         fix_flags(result[0] if isinstance(result, tuple) else result)
         return result

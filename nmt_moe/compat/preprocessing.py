@@ -1,4 +1,4 @@
-"""fairseq-preprocess: reject texts that are useless for training, and warn of unknown words."""
+"""Let fairseq-preprocess reject texts useless for training, and warn about unknown words."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def check_texts_before_preprocessing() -> None:
     """Reject texts that are empty, uneven or malformed, before the first file is written.
 
     Reason: fairseq binarises them, and training fails later. The check runs where fairseq's `main`
-    imports the user's module, its first step with all arguments.
+    imports the user's module, which is its first step with all arguments.
     """
     replace(utils, "import_user_module", _importing)
 
@@ -39,9 +39,9 @@ def check_texts(args: Any) -> None:
     """Check all texts that fairseq-preprocess will read.
 
     Raises:
-        ValueError: its message names the text that is empty, the sides that differ, or the line
-            that is bad.
-        FileNotFoundError: its message names the text that is missing.
+        ValueError: if a text is empty, two sides differ in length, or a line is bad; the message
+            names them.
+        FileNotFoundError: if a text is missing; the message names it.
     """
     for prefix in _prefixes(args):
         sides = list(_sides(args, prefix))
@@ -77,8 +77,8 @@ def _sides(args: Any, prefix: str) -> Iterator[str]:
 def warn_of_unknown_words_in_texts() -> None:
     """Warn if many words of a text are not in the dictionary.
 
-    Reason: a text that was not split into pieces is two thirds unknown words, and trains all the
-    same.
+    Reason: in a text that was not split into pieces, two thirds of the words are unknown, but
+    training runs nevertheless.
     """
     replace(FileBinarizer, "multiprocess_dataset", _binarizing)
 
@@ -94,10 +94,10 @@ def _binarizing(binarize: Callable) -> Callable:
 
 
 def warn_of_unknown_words(text: str, share: float) -> None:
-    """Warn with the share of unknown words in a text, and the usual cause."""
+    """Warn about unknown words in a text; name their share and their usual cause."""
     logger.warning(
-        "%.1f%% of the tokens of `%s` are not in the dictionary. If it was made of sentence "
-        "pieces, split the text into the same pieces first.",
+        "%.1f%% of the tokens of `%s` are not in the dictionary. If the dictionary consists of "
+        "sentence pieces, split the text into the same pieces first.",
         100 * share,
         text,
     )

@@ -1,4 +1,4 @@
-"""Several processes on the CPU: make torchrun work, and reject those that would never start."""
+"""Make torchrun work on the CPU, and reject processes that would never start."""
 
 import logging
 import os
@@ -68,7 +68,7 @@ def is_under_torchrun() -> bool:
 def take_world_size_of_torchrun(plan: Any) -> None:
     """Use torchrun's world size if --distributed-world-size is not set.
 
-    Otherwise each process would train a model of its own, all writing to the same folder.
+    Otherwise, each process would train a model of its own, and all would write to the same folder.
     """
     if (
         is_under_torchrun()
@@ -82,8 +82,8 @@ def check_processes_start(plan: Any) -> None:
     """Reject processes that fairseq would never start.
 
     Raises:
-        ValueError: if fairseq would start one process for each CUDA device, of which there are
-            none, train nothing and report success.
+        ValueError: if fairseq would start one process for each CUDA device but there is none, so
+            that it would train nothing and report success.
     """
     starts_itself = not plan.distributed_no_spawn and not (
         is_under_torchrun() and plan.distributed_init_method is None
@@ -98,7 +98,7 @@ def check_processes_start(plan: Any) -> None:
 
 
 def choose_backends_of_cpu(plan: Any) -> None:
-    """Use gloo and legacy_ddp: NCCL and DistributedDataParallel with device ids need a GPU."""
+    """Use gloo and legacy_ddp, because NCCL and fairseq's other backends need a GPU."""
     _change(plan, "distributed_backend", "nccl", "gloo")
     for backend in ("pytorch_ddp", "c10d"):
         _change(plan, "ddp_backend", backend, "legacy_ddp")

@@ -1,4 +1,4 @@
-"""A language model's samples: how its text is divided, and begin marks are not targets."""
+"""Divide a language model's text into samples in which begin marks are not targets."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ MOST_TOKENS = 65_535
 def let_each_sentence_be_a_sample() -> None:
     """Make --sample-break-mode eos work.
 
-    Reason: it needs `numpy.compat.long`, which numpy 2 does not have.
+    Reason: fairseq needs `numpy.compat.long` for it, which numpy 2 does not have.
     """
     if not hasattr(np, "compat") and token_block_dataset.np is np:
         token_block_dataset.np = _NumpyWithLong()
@@ -57,8 +57,8 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
     """Reject a text with a sentence too long to be counted.
 
     Args:
-        path: Path of the text, for errors.
-        sizes: Tokens of each line, at least one line.
+        path: Path of the text, for error messages.
+        sizes: Number of tokens of each line; there must be at least one line.
 
     Raises:
         ValueError: its message names the text, the line and its length.
@@ -75,7 +75,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 def count_no_begin_mark_as_target() -> None:
     """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
 
-    Reason: it is a target that is certain, so the perplexities in training are far too low.
+    Reason: this target is always predicted correctly, so perplexities in training are far too low.
     """
     for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
         for step in ("train_step", "valid_step"):

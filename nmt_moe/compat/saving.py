@@ -1,4 +1,4 @@
-"""Save complete checkpoints, every one requested, and choose the best by finite metrics only."""
+"""Save every requested checkpoint completely, and choose the best only by finite metrics."""
 
 import errno
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def write_checkpoints_whole() -> None:
     """Rename a checkpoint to its final name once it is complete, and report failures.
 
-    Reason: after a write that failed half way, fairseq appends a second attempt to the partial data
+    Reason: after a write that failed halfway, fairseq appends a second attempt to the partial data
     and renames the file, which is then unreadable.
     """
     replace(checkpoint_utils, "torch_persistent_save", _writing)
@@ -102,7 +102,7 @@ def _saving_intervals(save: Callable) -> Callable:
 def never_take_nan_for_best() -> None:
     """Ignore a metric that is not finite when choosing the best checkpoint.
 
-    Reason: `min(nan, best)` is NaN, and nothing is better than that.
+    Reason: `min(nan, best)` is NaN, and no later value is better than NaN.
     """
     replace(checkpoint_utils, "save_checkpoint", _saving_finite)
     replace_in_command("train", "should_stop_early", _stopping_early)
@@ -153,7 +153,7 @@ def _training(train: Callable) -> Callable:
 def name_metrics_that_are_not_computed() -> None:
     """Name a `--best-checkpoint-metric` that validation does not compute, before the first update.
 
-    Reason: it ends in a KeyError after a whole epoch, and nothing is saved.
+    Reason: such a metric ends in a KeyError after a whole epoch, and nothing is saved.
     """
     replace_in_command("train", "train", _choosing_metric)
 
@@ -176,7 +176,7 @@ def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
     """Validate one batch, and look up the metric among those it computes.
 
     Raises:
-        ValueError: its message names all metrics computed.
+        ValueError: if the metric is not among them; the message names all that are.
     """
     with metrics.aggregate(new_root=True) as found:
         batches = trainer.get_valid_iterator(subset).next_epoch_itr(

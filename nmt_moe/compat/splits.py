@@ -1,4 +1,4 @@
-"""Splits of a data set: name what is missing before the first update."""
+"""Name what is missing in the splits of a data set before the first update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def _loading_pair(load: Callable) -> Callable:
 def name_missing_target_sides() -> None:
     """Name a training or validation set without a target side.
 
-    Reason: training fails somewhere in the model, validation only after a whole epoch. Commands
+    Reason: training fails somewhere in the model, and validation only after a whole epoch. Commands
     that translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
     """
     replace(translation.TranslationTask, "load_dataset", _loading_split)
@@ -61,7 +61,7 @@ def _loading_split(load: Callable) -> Callable:
 def name_folders_without_data() -> None:
     """Name a data folder that holds no binarised language pair.
 
-    Reason: "could not infer language pair" asks for languages, which do not help.
+    Reason: fairseq's "could not infer language pair" asks for languages, which do not help.
     """
     replace(data_utils, "infer_language_pair", _inferring)
 

@@ -1,6 +1,6 @@
-"""A server that translates: the APIs of LibreTranslate and DeepL, our own, and a web page.
+"""Serve translations through the APIs of LibreTranslate and DeepL, our own API, and a web page.
 
-Needs the packages of the extra `serve`.
+This package needs the dependencies of the extra `serve`.
 """
 
 from nmt_moe.serving.app import make_app

@@ -1,4 +1,4 @@
-"""The server as an ASGI application."""
+"""Build the server as an ASGI application."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(LOGGER)
 
 # nginx's status for a client that closed its connection.
 CLIENT_GONE = 499
-# Seconds to read and discard the rest of a refused body, in total and in one pause.
+# Seconds for discarding the rest of a refused body: in total, and at most between two parts.
 LINGER_SECONDS, LINGER_PAUSE = 30.0, 2.0
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return a service's application, which starts and ends the service's thread."""
+    """Return a service's application, which starts and stops the service's thread."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +55,7 @@ def make_app(service: Service) -> FastAPI:
 
     app.include_router(pages.make_router(app))
 
-    @app.get("/health", tags=["Care"])
+    @app.get("/health", tags=["Monitoring"])
     async def health(request: Request) -> dict[str, str]:
         """Check that every model can translate a token."""
         async for _ in request.stream():
@@ -63,7 +63,7 @@ def make_app(service: Service) -> FastAPI:
         await service.probe(request)
         return {"status": "ok"}
 
-    @app.get("/metrics", tags=["Care"])
+    @app.get("/metrics", tags=["Monitoring"])
     async def metrics() -> Response:
         """Return counts and times in Prometheus' format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -112,7 +112,7 @@ HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
 
 
 class Front:
-    """The outermost layer: admits requests, logs and counts them, and answers failures.
+    """The outermost layer, which admits, logs and counts requests and answers those that fail.
 
     Args:
         app: The application.
@@ -123,7 +123,7 @@ class Front:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

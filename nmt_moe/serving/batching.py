@@ -1,10 +1,10 @@
 """Translate the lines of all waiting requests together, in one thread.
 
-The thread picks the request that has waited longest, and with it every other request for the same
-search, one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
+The thread picks the request that has waited longest and all other requests for the same search. It
+takes one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
 requests queue up. If there are several clients, those whose requests were just answered may be
-about to send the next: only then does the thread wait, at most `MAX_WAIT`, until there are as many
-requests as before.
+about to send their next ones. Only in this case does the thread wait, for at most `MAX_WAIT`
+seconds, until there are as many requests as before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Characters in a batch. Pieces are known only once a model has split the text; four characters are
 # about one piece, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
-# Seconds the thread waits for more requests, and how long after a batch it may do so.
+# Seconds that the thread waits for more requests, and seconds after a batch in which it may wait.
 MAX_WAIT = 0.02
 RECENT = 0.1
 
@@ -44,7 +44,7 @@ class Search:
     coverage_penalty_beta: float | None = None
 
     def translate(self, lines: Sequence[str]) -> list[Translation]:
-        """Translate lines."""
+        """Translate lines with these settings."""
         return self.translator.translate(
             lines,
             self.target_lang,
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def next_line(self) -> str:
-        """Return the next line."""
+        """Return the next line, without taking it."""
         return self.lines[self._num_taken]
 
     def take(self) -> int:
@@ -99,13 +99,13 @@ class Job:
 
 
 class Batcher:
-    """The thread that translates.
+    """A queue of jobs, and the thread that translates their lines.
 
     Args:
         num_threads: Threads that torch uses in the translating thread; None for torch's default.
         is_batching: Whether requests are batched together instead of translated one after another.
-        observe: Function called after each batch with the numbers of its requests, lines and
-            seconds.
+        observe: Function called after each batch with its number of requests, its number of lines,
+            and its duration in seconds.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Translate what is waiting, then end the thread."""
+        """Translate all waiting jobs, then end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -147,7 +147,7 @@ class Batcher:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job's remaining lines; `done` is never set."""
+        """Drop a job's remaining lines, after which `done` is never set."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
@@ -211,7 +211,7 @@ class Batcher:
         jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
         self._observe(len(jobs), len(taken), self._answered - started)
-        # Counted before an answer lets its client send the next request.
+        # Count these now, because an answered client may send its next request at once.
         num_others = len(self._jobs)
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)

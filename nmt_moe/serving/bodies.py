@@ -1,4 +1,4 @@
-"""Request bodies: JSON and forms, read within limits, with checked fields."""
+"""Read request bodies (JSON and forms) within limits, and check their fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read a body.
 
     Raises:
-        RequestError: if it is too slow or too large; at most `max_bytes` are kept.
+        RequestError: if the body arrives too slowly or is too large; at most `max_bytes` are kept.
         ClientGoneError: if it was not sent completely.
     """
     too_large = RequestError(
@@ -57,7 +57,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def read_fields(request: Request, model: type[Fields], max_bytes: int) -> Fields:
-    """Read a body's fields.
+    """Read and check the fields of a body.
 
     Args:
         request: The request; its body is JSON, a form, or empty, which means no fields.

@@ -1,4 +1,4 @@
-"""DeepL's API for translating text (https://developers.deepl.com), as its clients call it."""
+"""Offer DeepL's API for translating text (https://developers.deepl.com) to its clients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v2/translate", openapi_extra=describe_body(DeepLFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate texts. If a key is required: `Authorization: DeepL-Auth-Key KEY`."""
+        """Translate texts. Pass a required key as `Authorization: DeepL-Auth-Key KEY`."""
         fields = await read_fields(request, DeepLFields, max_body)
         service.check_key(request, fields.auth_key)
         texts = [fields.text] if isinstance(fields.text, str) else fields.text
@@ -68,7 +68,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v2/languages")
     async def languages(request: Request) -> list[dict[str, Any]]:
-        """List the source languages, or with `type` target the target languages."""
+        """List the source languages or, if `type` is target, the target languages."""
         fields = await read_fields(request, LanguagesFields, max_body)
         if request.query_params:
             fields = check_fields(dict(request.query_params), LanguagesFields, strict=False)

@@ -14,11 +14,11 @@ from nmt_moe.serving.errors import RequestError
 
 @dataclass(frozen=True)
 class Detection:
-    """A language and its likelihood.
+    """A language, and how likely the text is in it.
 
     Attributes:
         language: A source language of the server.
-        confidence: Percent, relative to all languages that the detector knows, not only the
+        confidence: Probability in percent among all languages that the detector knows, not only the
             server's; 0 for text without letters and for languages unknown to the detector.
     """
 
@@ -44,7 +44,7 @@ class Detector:
     def detect(self, text: str) -> list[Detection]:
         """Return the server's languages, the most likely first.
 
-        The first call takes a second or two, to load the detector's table.
+        The first call takes a second or two, because it loads the detector's table.
 
         Raises:
             RequestError: if there are several languages and the detector does not know them all.

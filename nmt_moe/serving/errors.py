@@ -34,7 +34,7 @@ class ClientGoneError(Exception):
 
 
 def show(value: Any) -> str:
-    """Return a wrong value for use in a message: short, on one line, always encodable."""
+    """Return a wrong value for a message in a form that is short, on one line and encodable."""
     if isinstance(value, str):
         short = repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
         return short.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Our own API: translations with word alignment, attention and experts."""
+"""Offer our own API, which returns translations with word alignment, attention and experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExplainedFields(BaseModel):
 
 
 def make_router(service: Service) -> APIRouter:
-    """Return the route."""
+    """Return the API's route."""
     router = APIRouter(tags=["nmt_moe"])
     max_body = service.settings.max_body
 
@@ -40,14 +40,14 @@ def make_router(service: Service) -> APIRouter:
         """Translate texts, and show what the model did.
 
         Each text has `text`, `alternatives`, `source` with `confidence`, `target`, `num_experts` (0
-        for a dense model), and `lines`: null for a line without letters, which is returned
-        unchanged, else `text`, `score` and `sentences`. Each sentence has `pieces` and
-        `source_pieces`; `log_probs` of each piece and of the end mark; `alignment`, the index of
-        the source piece that each piece attends to most; `words` and `source_words`, each with the
-        index of its `first` piece and the index after its `last`; `links`, for each word the
-        indices of source words with their shares of its attention; and, as lists of expert and gate
-        with the largest gate first, `experts` for each piece and `source_experts` for each source
-        piece.
+        for a dense model), and `lines`. A line without letters is returned unchanged, and its entry
+        in `lines` is null; any other entry has `text`, `score` and `sentences`. Each sentence has
+        `pieces` and `source_pieces`; `log_probs` of each piece and of the end mark; `alignment`,
+        the index of the source piece that each piece attends to most; `words` and `source_words`,
+        each with the index of its `first` piece and the index after its `last`; and `links`, which
+        gives for each word the indices of source words and their shares of its attention. It also
+        has `experts` for each piece and `source_experts` for each source piece, as lists of expert
+        and gate with the largest gate first.
         """
         fields = await read_fields(request, ExplainedFields, max_body)
         service.check_key(request, fields.api_key)

@@ -1,4 +1,4 @@
-"""Explain a translation: its words, the source words each attends to, and experts."""
+"""Explain a translation: its words, the source words that each attends to, and the experts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_words(pieces: Sequence[str], has_pieces: bool, is_spaced: bool) -> list
 
     Args:
         pieces: The pieces of a sentence.
-        has_pieces: Whether they are sentence pieces and not whole words.
+        has_pieces: Whether they are sentencepiece pieces instead of whole words.
         is_spaced: Whether the language puts spaces between words; if not, each piece is a word.
     """
     starts = [

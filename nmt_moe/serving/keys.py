@@ -1,4 +1,4 @@
-"""API keys, read from a file with one key a line."""
+"""Read API keys from a file with one key per line, and check those of clients."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Read keys, one a line; skip blank lines and lines that begin with #.
+    """Read keys, one per line; skip blank lines and lines that begin with #.
 
     Raises:
         ValueError: if the file has no key, is not text, or a key contains spaces.
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"`{path}` is not UTF-8. Write one key a line.") from None
+        raise ValueError(f"`{path}` is not UTF-8. Write one key per line.") from None
     stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     for number, key in keys:
         if len(key.split()) != 1:
             raise ValueError(
-                f"`{path}` has more than one word in line {number}. Write one key a line."
+                f"`{path}` has more than one word in line {number}. Write one key per line."
             )
     if not keys:
-        raise ValueError(f"`{path}` has no key. Write one key a line.")
+        raise ValueError(f"`{path}` has no key. Write one key per line.")
     return tuple(key for _, key in keys)
 
 
 class Keys:
-    """Compare keys in time that does not reveal how much of a key is right."""
+    """Compare keys in a time that does not reveal how much of a key is correct."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -41,7 +41,7 @@ class Keys:
         return bool(self._digests)
 
     def know(self, key: str) -> bool:
-        """Return whether a key is one of them; always compare with all."""
+        """Return whether a key is one of these; always compare it with all of them."""
         digest = _digest(key)
         return sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
 

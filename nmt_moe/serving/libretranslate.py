@@ -1,4 +1,4 @@
-"""LibreTranslate's API (https://docs.libretranslate.com), without files and suggestions."""
+"""Offer LibreTranslate's API (https://docs.libretranslate.com), except files and suggestions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/translate", openapi_extra=describe_body(TranslateFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate a text or a list of texts; if `source` is auto, also return its language."""
+        """Translate one or more texts; if `source` is auto, also return the detected language."""
         fields = await read_fields(request, TranslateFields, max_body)
         service.check_key(request, fields.api_key)
         is_one = isinstance(fields.q, str)
@@ -97,7 +97,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def make_wish(service: Service, fields: TranslateFields) -> Wish:
-    """Check languages and options.
+    """Return a request's options, after checking languages and format.
 
     Raises:
         RequestError: its message names the wrong field.

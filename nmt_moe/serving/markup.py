@@ -1,4 +1,4 @@
-"""Translate the texts within HTML; keep tags as they are."""
+"""Find the texts to translate within HTML, and put translations in their place."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PREFORMATTED = {"pre", "textarea", "listing"}
 class SplitMarkup(HTMLParser):
     """The texts within a fragment of HTML.
 
-    Not translated: scripts, style sheets, elements with `translate="no"` or of the class
-    `notranslate`, comments, attributes. Tags are kept verbatim; an end tag without a start tag is
+    Scripts, style sheets, comments, attributes, and elements with `translate="no"` or the class
+    `notranslate` are not translated. Tags are kept verbatim; an end tag without a start tag is
     dropped, and a missing end tag is added.
 
     Attributes:
@@ -36,7 +36,7 @@ class SplitMarkup(HTMLParser):
     def __init__(self, content: str) -> None:
         super().__init__(convert_charrefs=True)
         self.texts: list[str] = []
-        # Markup, or (space before, space after) of a text.
+        # Each part is markup, or the white space before and after a text.
         self._parts: list[str | tuple[str, str]] = []
         self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
         self._num_open: Counter[str] = Counter()
@@ -110,12 +110,12 @@ class SplitMarkup(HTMLParser):
         self._mark(f"<![{data}]>")
 
     def _mark(self, mark: str) -> None:
-        """Keep markup; the text before it ends here."""
+        """Keep markup, which ends the text before it."""
         self._end_text()
         self._parts.append(mark)
 
     def _end_text(self) -> None:
-        """Keep the text since the last tag, to be translated or unchanged."""
+        """Keep the text since the last tag, either to be translated or unchanged."""
         text, self._text = self._text, ""
         name, is_translated, is_preformatted = self._open[-1] if self._open else ("", True, False)
         core = text.strip()

@@ -1,4 +1,4 @@
-"""The bundles of a server, by the language pairs that they translate."""
+"""Open the bundles of a server, and find them by the language pairs that they translate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Model:
 
     Attributes:
         folder: Folder of the bundle, as the user wrote it.
-        translator: Translator that the bundle was opened as.
+        translator: Translator that uses the bundle.
         config: Configuration of the bundle.
         sources: Source languages of the bundle.
         targets: Target languages of the bundle.
@@ -66,8 +66,8 @@ class Models:
                 bundle with one direction, overriding its own names if it has any.
 
         Raises:
-            ValueError: its message names a folder that is not a complete bundle, does not name its
-                languages, or translates the same pair as another one.
+            ValueError: if a folder is not a complete bundle, does not name its languages, or
+                translates the same pair as another one; the message names it.
         """
         if not folders:
             raise ValueError("`folders` must name at least one bundle, but is empty.")
@@ -89,7 +89,7 @@ class Models:
         """Return the bundle for a pair.
 
         Raises:
-            RequestError: if there is none.
+            RequestError: if there is no bundle for it.
         """
         if (source, target) not in self._by_pair:
             known = ", ".join(self.targets_of(source))
@@ -106,7 +106,7 @@ def match(field: str, code: str, known: Sequence[str]) -> str:
     known.
 
     Raises:
-        RequestError: if there is none.
+        RequestError: if there is no such language.
     """
     plain = {_plain(name): name for name in known}
     wanted = _plain(code)
@@ -145,7 +145,7 @@ def open_model(folder: str) -> Model:
 
 
 def name_of(code: str) -> str:
-    """Return a language's English name with its variant, if any; its code if it is unknown."""
+    """Return a language's English name with its variant, if any; for unknown ones, the code."""
     base, _, variant = code.replace("-", "_").partition("_")
     name = Locale("en").languages.get(base.lower(), code)
     return f"{name} ({variant})" if variant and name != code else name

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, and logs as lines of JSON; neither contains users' text."""
+"""Keep metrics for Prometheus, and log in lines of JSON; neither contains users' text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class Metrics:
         gauge = partial(Gauge, namespace="nmt_moe", registry=self.registry)
         self.requests = counter("requests", "Answered requests.", ["path", "status"])
         self.seconds = histogram(
-            "request_seconds", "From request head to response.", ["path"], buckets=SECONDS
+            "request_seconds",
+            "From request head to response, in seconds.",
+            ["path"],
+            buckets=SECONDS,
         )
         self.characters = counter("characters", "Characters in texts to translate.")
         self.batch_requests = histogram("batch_requests", "Requests in a batch.", buckets=COUNTS)
@@ -63,16 +66,16 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Record a request; `path` is a route's, so that there are few."""
+        """Record a request; `path` is the path of a route, so that it has few different values."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON: time, level, event, and the fields of `extra={"fields": ...}`.
+    """Format a record as a line of JSON: time, level, event, and fields from `extra["fields"]`.
 
-    Only the type of an exception and its place in the code are written, as its message may quote
-    text.
+    Only the type of an exception and its place in the code are written, because its message may
+    quote text.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -1,4 +1,4 @@
-"""Describe request bodies in the OpenAPI document, and render it as a page."""
+"""Describe request bodies in the OpenAPI document, and render that document as a page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ pre { white-space: pre-wrap; padding: .75rem; border: 1px solid #8886; border-ra
 td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 </style></head><body>
 <h1>API of this server</h1>
-<p>For programs: <a href="openapi.json">openapi.json</a>. To try it out:
-<a href="./">the web page</a>. Errors are <code>{"error": "what is wrong"}</code>.</p>
+<p>Programs can read <a href="openapi.json">openapi.json</a>; people can use
+<a href="./">the web page</a>. Errors have the form <code>{"error": "what is wrong"}</code>.</p>
 BODY
 </body></html>
 """

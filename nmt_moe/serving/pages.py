@@ -1,4 +1,4 @@
-"""The pages for a browser: the web page, and the description of the APIs."""
+"""Serve the pages for a browser: the web page and the description of the APIs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def _answer(page: str) -> HTMLResponse:
 def make_policy(page: str) -> str:
     """Return a content security policy that allows only the page's own script and style.
 
-    They are identified by their digests; nothing is loaded, and requests go only to this server.
+    Script and style are identified by their digests. The page loads nothing else, and sends
+    requests only to this server.
     """
     parts = {"default-src": "'none'", "connect-src": "'self'", "base-uri": "'none'"}
     parts["img-src"] = "data:"  # the empty icon

@@ -22,11 +22,11 @@ def serve(service: Service, host: str, port: int) -> None:
     Args:
         service: The service to run.
         host: Address to listen on.
-        port: Port to listen on; 0 for a free one, which the log names.
+        port: Port to listen on; 0 for any free port, which the log names.
 
     Raises:
         ValueError: if `port` is out of range.
-        OSError: if the address cannot be listened on.
+        OSError: if the server cannot listen on the address.
     """
     check_whole("port", port, 0, 65535)
     log_as_json()
@@ -43,7 +43,8 @@ def serve(service: Service, host: str, port: int) -> None:
         lifespan="on",
         ws="none",
     )
-    # uvicorn ends by raising the signal that ended it again; a requested end is not an error.
+    # When uvicorn stops, it raises the signal that stopped it again, but a requested stop is no
+    # error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     names = {
@@ -57,7 +58,7 @@ def serve(service: Service, host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP is named explicitly: otherwise asyncio keeps Nagle's delay, 40 ms for each response.
+    # TCP is named explicitly, because asyncio otherwise keeps Nagle's delay of 40 ms per response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

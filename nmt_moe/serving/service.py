@@ -1,4 +1,4 @@
-"""What all APIs of the server share: check texts, detect languages, translate, meet deadlines."""
+"""Check texts, detect languages and translate within a time limit, for all of the APIs."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ class Answered:
 
 
 class Service:
-    """The models of a server, and the queue before them.
+    """The models of a server, and the queue of requests for them.
 
     Attributes:
         models: The bundles, by language pair.
         settings: Limits of the server.
         keys: The API keys that are accepted.
         metrics: Counts and times.
-        num_open: Requests being read, waiting or being translated.
-        num_characters: Characters in all texts sent for translation.
+        num_open: Number of requests being read, waiting or being translated.
+        num_characters: Number of characters in all texts sent for translation.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Service:
             key: API key from a field of the request; None if it has none.
 
         Raises:
-            RequestError: with status 403.
+            RequestError: with status 403, if there is no key or a wrong one.
         """
         if not self.keys:
             return
@@ -131,12 +131,12 @@ class Service:
         """Return the language that a client's code stands for, or `AUTO`.
 
         Raises:
-            RequestError: if there is none.
+            RequestError: if there is no such language.
         """
         return AUTO if code.lower() == AUTO else match(field, code, self.models.sources)
 
     def check_texts(self, field: str, texts: Sequence[str]) -> None:
-        """Refuse texts that are too many, too long or not text.
+        """Refuse texts that are too many, too long, or contain what is not text.
 
         Raises:
             RequestError: its message names the limit or the text.
@@ -210,7 +210,7 @@ class Service:
         marked = [await asyncio.to_thread(SplitMarkup, text) for text in texts]
         inner = [text for one in marked for text in one.texts]
         for text in inner:
-            # References such as &#13; are resolved now.
+            # Check again, because references such as &#13; have been resolved.
             _check_text("q", "a text in the HTML", text)
         owners = [model for model, one in zip(models, marked, strict=True) for _ in one.texts]
         found = iter(await self._run(request, inner, owners, wish))
@@ -297,7 +297,7 @@ def _check_options(wish: Wish) -> None:
 
 
 def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:
-    """Return HTML; the n-th alternative uses the n-th of each text, or its best one."""
+    """Return HTML; its n-th alternative has each text's n-th alternative, or else its best one."""
     results = [split.join([one.text for one in answers])]
     for rank in range(
         min(num_alternatives, max([len(a.alternatives) for a in answers], default=0))

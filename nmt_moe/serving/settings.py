@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nmt_moe.checks import check_range, check_whole
 
-# Largest beam; each hypothesis costs as much as a further sentence.
+# Largest beam size; each hypothesis costs as much as another sentence.
 MAX_BEAM = 20
 MAX_ALTERNATIVES = 10
 # A body that is incomplete after this many seconds is refused.
@@ -18,14 +18,14 @@ class ServerSettings:
     """Limits and access rights of a server.
 
     Attributes:
-        max_characters: Most characters in all texts of a request.
-        max_items: Most texts in a request.
-        max_waiting: Most requests being read, waiting or being translated at a time; further ones
-            get status 503.
+        max_characters: Maximum number of characters in all texts of a request.
+        max_items: Maximum number of texts in a request.
+        max_waiting: Maximum number of requests being read, waiting or being translated at a time;
+            further requests get status 503.
         time_limit: Seconds after which an unanswered request gets status 503.
         origins: Other web origins that may send requests, such as "https://example.org"; "*" for
             all.
-        keys: API keys, one of which each request must present; empty: no key is required.
+        keys: API keys, one of which each request must present; if empty, no key is required.
     """
 
     max_characters: int = 20_000
@@ -49,5 +49,5 @@ class ServerSettings:
 
     @property
     def max_body(self) -> int:
-        """Return the most bytes in a body; an escaped character takes up to 12."""
+        """Return the maximum number of bytes in a body; an escaped character takes up to 12."""
         return 12 * self.max_characters + 64 * self.max_items + 4096

@@ -1,6 +1,6 @@
 """Split texts into lines to translate, and join the translations.
 
-Lines without a letter (blank ones, numbers, emoji) are returned unchanged: there is nothing to
+Lines without a letter (blank lines, numbers, emoji) are returned unchanged: they contain nothing to
 translate, and a model would make something up.
 """
 
@@ -28,11 +28,11 @@ class Answer:
 
 
 class SplitText:
-    """A text, split into lines.
+    """A text that is split into lines.
 
     Args:
         text: Any text.
-        is_foreign: Whether it needs translation at all.
+        is_foreign: Whether the text needs translation at all.
 
     Attributes:
         lines: All lines.

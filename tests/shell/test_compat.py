@@ -73,7 +73,7 @@ def test_half_precision_trains_and_resumes_on_cpu(stock, flag):
 
 
 def test_fp16_and_bf16_together_are_refused(stock):
-    with pytest.raises(ValueError, match="`--fp16` and `--bf16` .* exclude each other"):
+    with pytest.raises(ValueError, match="`--fp16` and `--bf16` .* cannot be combined"):
         call("train", *training(stock, "both", 2, "--fp16", "--bf16"))
 
 
