@@ -3,7 +3,7 @@
 Folders named as in fairseq (`models`, `tasks`, `criterions`, `optim`) and `compat` are the shell;
 every other folder is plain torch, so that `from nmt_moe.moe import MoELayer` needs no fairseq.
 
-Shape letters, the same everywhere:
+Letters for the sizes in shapes, which are the same everywhere:
     B sentences, S source positions, T target positions, N tokens after flattening, D model dim,
     H hidden dim of an expert, E experts, L experts on this rank, K experts per token,
     R rows = (token, expert) pairs, G groups of a hierarchy, P ranks, V vocabulary, W beam width.
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import `Translator` or `LanguageModel` only when it is used, because both need torch."""
+    """Import `Translator` and `LanguageModel` only on first use, because they need torch."""
     if name in ("Translator", "LanguageModel"):
         from nmt_moe import inference
 

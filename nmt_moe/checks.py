@@ -11,7 +11,8 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
     """Reject a number outside `[low, high]`, NaN, and anything that is not a number.
 
     Raises:
-        ValueError: its message names the option, the bounds and the value.
+        ValueError: if the value is rejected; the message names the option, the bounds and the
+            value.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"`{name}` must be a number, but is {value!r}.")
@@ -26,7 +27,8 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
     """Reject anything that is not an integer from `low` to `high`.
 
     Raises:
-        ValueError: its message names the option, the rule or bounds and the value.
+        ValueError: if the value is rejected; the message names the option, the rule or bounds and
+            the value.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"`{name}` must be a whole number (an int), but is {value!r}.")
@@ -37,7 +39,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Reject a name that is not one of `choices`.
 
     Raises:
-        ValueError: its message names the option, the value and every choice.
+        ValueError: if the value is rejected; the message names the option, the value and all
+            choices.
     """
     if value not in choices:
         known = ", ".join(f"'{choice}'" for choice in choices)
@@ -48,7 +51,8 @@ def check_divides(name: str, value: int, what: str, divisor: int) -> None:
     """Reject a `value` that is not a positive multiple of `divisor`, which is at least 1.
 
     Raises:
-        ValueError: its message names both numbers and the nearest values that are allowed.
+        ValueError: if the value is rejected; the message names both numbers and the nearest allowed
+            values.
     """
     if value < 1 or value % divisor:
         below = value - value % divisor
@@ -62,7 +66,7 @@ def check_divisor(name: str, value: int, what: str, number: int) -> None:
     """Reject a `value` that does not divide `number`.
 
     Raises:
-        ValueError: its message names both numbers and the values that are allowed.
+        ValueError: if the value is rejected; the message names both numbers and the allowed values.
     """
     check_whole(name, value, 1)
     if number % value:
@@ -75,8 +79,8 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters:
     """Reject a tensor that does not have the given shape; None in `shape` stands for any size.
 
     Raises:
-        ValueError: its message names the tensor, the required shape in letters and numbers, and its
-            own.
+        ValueError: if the shape differs; the message names the tensor, the required shape in
+            letters and numbers, and its actual shape.
     """
     fits = tensor.dim() == len(shape) and all(
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
@@ -92,8 +96,8 @@ def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: tor
     """Reject a tensor of the wrong dtype or device; if `dtype` is None, any float is accepted.
 
     Raises:
-        ValueError: its message names the tensor, its required and actual properties, and how to
-            convert it.
+        ValueError: if the tensor is rejected; the message names it, its required and actual
+            properties, and how to convert it.
     """
     if dtype is None and not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating-point, but is {tensor.dtype}.")
@@ -112,7 +116,8 @@ def check_finite(what: str, values: Tensor) -> None:
     """Reject infinities and NaN.
 
     Raises:
-        FloatingPointError: its message says what is not finite, and what usually helps.
+        FloatingPointError: if there are any; the message says what is not finite, and what usually
+            helps.
     """
     if not torch.isfinite(values).all():
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""Register everything the plugin adds to fairseq, from any process."""
+"""Register everything that the plugin adds to fairseq, in any process."""
 
 import importlib
 import pkgutil
@@ -7,8 +7,8 @@ import pkgutil
 def register() -> None:
     """Import every shell module, so that fairseq knows all names of the plugin.
 
-    `--user-dir nmt_moe` does the same, but only if `nmt_moe` has not been imported before:
-    otherwise fairseq merely logs "already imported". Tests and tools call this function; calling it
+    `--user-dir nmt_moe` does the same, but only if `nmt_moe` has not been imported before. If it
+    has, fairseq merely logs "already imported". Tests and tools call this function; calling it
     again is harmless.
     """
     # This is fairseq's order for plugins; tasks/__init__.py imports compat, criterions and optim.

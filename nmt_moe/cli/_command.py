@@ -96,7 +96,7 @@ def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
 
 
 def standard_input() -> BinaryIO:
-    """Return the bytes of standard input.
+    """Return standard input as a binary stream.
 
     Raises:
         ValueError: if standard input is closed.

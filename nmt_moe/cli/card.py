@@ -24,7 +24,7 @@ nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.option("--vocab-size", type=int, help="Vocabulary size [793471; for translation, 32000].")
 def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
-    """Print what an architecture costs in operations, parameters and memory. Allocate nothing.
+    """Print the operations, parameters and memory of an architecture without allocating it.
 
     The columns (M: millions, GB: 1e9 bytes; all in float32):
 
@@ -44,7 +44,7 @@ def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int |
                memory for all parameters, their gradients, the two moments of
                Adam, and the state of --optimizer factored_adam, which keeps one
                number for each row and each column of an expert matrix.
-               Activations need more memory in addition.
+               Activations need additional memory.
 
     In a translation model, a token stands for one source token and one target token.
 

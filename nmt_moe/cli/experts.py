@@ -79,7 +79,7 @@ def _choice_options(function: Callable) -> Callable:
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: keep equally many in each layer; model: drop the least used of the model.",
+            help="layer: keep this many in each layer; model: drop the least used of all layers.",
         ),
         click.option(
             "--by",

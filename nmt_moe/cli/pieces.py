@@ -66,7 +66,7 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
     "--hard-vocab-limit/--no-hard-vocab-limit",
     default=True,
     show_default=True,
-    help="If the text is too small for this many pieces, fail; or else learn fewer pieces.",
+    help="Whether to fail or to learn fewer pieces if there is too little text.",
 )
 @click.option(
     "--character-coverage",

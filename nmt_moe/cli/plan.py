@@ -66,13 +66,13 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
     "--memory-bandwidth", type=float, metavar="GB/S", help="Memory bandwidth of a device [preset]."
 )
 @click.option(
-    "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of a link, one way [preset]."
+    "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of a link in one direction [preset]."
 )
 @click.option(
     "--utilisation",
     default=0.3,
     show_default=True,
-    help="Share of the peak FLOP/s that matrix products reach; Table 8: 1.23 of 4.29 TFLOP/s.",
+    help="Share of the peak FLOP/s that matrix products reach; in Table 8, 1.23 of 4.29 TFLOP/s.",
 )
 @click.option(
     "--sentences", default=160, show_default=True, help="Sentences in the batch of a device."
@@ -104,7 +104,7 @@ nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
 def plan(ctx: click.Context, **values: Any) -> None:
-    """Predict what a training step costs on each device of a cluster. Allocate nothing.
+    """Predict what a training step costs on each device of a cluster, without running it.
 
     The command also takes the model's options, as in fairseq-train. Experts are spread over the
     largest number of devices that divides both the number of devices and the number of experts (or
@@ -172,7 +172,7 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
     """Build a setup from the options.
 
     Raises:
-        ValueError: its message names the option, its rule and its value.
+        ValueError: if an option is out of range; the message names it, its rule and its value.
     """
     check_range("--devices", args.devices, 1)
     check_range("--sentences", args.sentences, 1)
@@ -206,7 +206,7 @@ def make_device(args: argparse.Namespace) -> Device:
     """Return the preset device with the figures that the options set.
 
     Raises:
-        ValueError: its message names the option, its rule and its value.
+        ValueError: if an option is out of range; the message names it, its rule and its value.
     """
     device = DEVICES[args.device]
     given = {
@@ -261,9 +261,11 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
     lines += [align(rows), ""]
     limit = f"{FILLED:.0%} of {in_bytes(device.memory)}"
     if plan.fits:
-        lines.append(f"It fits: {in_bytes(plan.total_memory)} of at most {limit}.")
+        lines.append(f"It fits: it needs {in_bytes(plan.total_memory)} and may use {limit}.")
     else:
-        lines.append(f"It does not fit: {in_bytes(plan.total_memory)}, but at most {limit}.")
+        lines.append(
+            f"It does not fit: it needs {in_bytes(plan.total_memory)}, but may use {limit}."
+        )
         lines += [f"  It fits with {way}." for way in ways]
         if not ways:
             lines.append("  No known change makes it fit: use devices with more memory.")

@@ -35,7 +35,7 @@ nmt-moe report my-language-model --text test.txt --output report.html
 @list_option("--reference", type=PATH, help="Translations of the text, one file for each part.")
 @list_option("--target-lang", help="For a multilingual model: target languages, one for each part.")
 @click.option("--against", type=PATH, help="A second bundle to compare with.")
-@click.option("--output", type=PATH, help="HTML page to write, under 5 MB.")
+@click.option("--output", type=PATH, help="HTML page to write, of less than 5 MB.")
 @click.option(
     "--json", "dump", type=PATH, help="JSON file to write, with the page's values and more."
 )
@@ -75,7 +75,7 @@ def report(
 
     outputs = [path for path in (output, dump) if path is not None]
     if not outputs:
-        raise ValueError("name a file to write: `--output report.html`, `--json report.json`.")
+        raise ValueError("name a file to write: `--output report.html` or `--json report.json`.")
     for path in outputs:
         if not path.absolute().parent.is_dir():
             raise ValueError(f"`{path}` must be in a folder that exists. Create its folder first.")

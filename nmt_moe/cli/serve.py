@@ -31,7 +31,7 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
 @click.option("--time-limit", type=float, help="Seconds a request may take.  [default: 60]")
 @click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one per line.")
 @click.option(
-    "--allow-origin", multiple=True, help="Other web origin that may send requests; *: any."
+    "--allow-origin", multiple=True, help="Another web origin that may send requests; *: any."
 )
 @click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 def serve(

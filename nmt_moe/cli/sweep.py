@@ -35,13 +35,13 @@ def sweep(
     betas: tuple[float, ...],
     plot: Path | None,
 ) -> None:
-    """Tune alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
+    """Tune alpha and beta of GNMT's search by computing BLEU over a grid from one n-best run.
 
     NBEST is the output of fairseq-generate. Each point of the grid ranks every n-best list by
     log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam;
     they rank finished hypotheses. With --nbest as large as --beam and without --beam-prune, each
     point is therefore the BLEU of fairseq-generate's output with these penalties; alpha = beta = 0
-    corresponds to its --unnormalized.
+    corresponds to the option --unnormalized.
 
     BLEU is computed by sacrebleu. It compares the D- lines with the T- lines of the same file or
     with --reference, which must have one line per sentence of the split. To get scores comparable

@@ -10,7 +10,7 @@ from nmt_moe.compat._replace import replace
 
 
 def copy_integers_into_averages() -> None:
-    """Copy a model's integers into its moving average, instead of averaging them.
+    """Copy the integers of a model into its moving average instead of averaging them.
 
     Reason: averaging an integer, such as the digest of a dictionary, ends in "result type Float
     can't be cast to Long".

@@ -38,7 +38,7 @@ def _keeping(split: Callable) -> Callable:
 
 
 def name_sentences_longer_than_a_batch() -> None:
-    """Name a sentence that fits into no batch, and the options that allow it.
+    """Report which sentence fits into no batch, and which options allow it.
 
     Reason: the assertion that ends the command names neither.
     """
@@ -71,7 +71,7 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Name a data set whose samples are all too long, and the options that allow longer ones.
+    """Report a data set whose samples are all too long, and the options that allow longer ones.
 
     Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """

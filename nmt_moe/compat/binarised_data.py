@@ -45,7 +45,7 @@ def _writing(binarize: Callable) -> Callable:
 
 
 def check_binarised_data_when_loaded() -> None:
-    """Name a file of binarised data that is empty, damaged or made with another dictionary.
+    """Report a file of binarised data that is empty, damaged or made with another dictionary.
 
     Reason: an empty file ends in "cannot mmap an empty file", a truncated one in a traceback in the
     middle of an epoch, and an unknown token in an IndexError of the embedding; other damage goes
@@ -98,7 +98,7 @@ def check_files(path: str) -> None:
         path: Path of the data, without `.bin` and `.idx`.
 
     Raises:
-        ValueError: its message names the file that is empty or damaged.
+        ValueError: if a file is empty or damaged; the message names it.
     """
     if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
         raise ValueError(
@@ -112,8 +112,8 @@ def check_index(path: str, dataset: MMapIndexedDataset) -> None:
     """Reject data whose sentences are not where the index says.
 
     Raises:
-        ValueError: its message names the file and the first sentence that cannot be read, counted
-            from 0.
+        ValueError: if a sentence cannot be read; the message names the file and the first such
+            sentence, counted from 0.
     """
     sizes, starts = dataset.sizes.astype(np.int64), dataset._index._pointers
     ends = np.cumsum(sizes) * np.dtype(dataset._index.dtype).itemsize
@@ -131,7 +131,8 @@ def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary)
     """Reject tokens that are not in the dictionary; warn if many of them are the unknown word.
 
     Raises:
-        ValueError: its message names the first sentence with such a token, counted from 0.
+        ValueError: if there is such a token; the message names the first sentence with one, counted
+            from 0.
     """
     num_tokens = num_unknown = 0
     for tokens in _chunks(dataset):

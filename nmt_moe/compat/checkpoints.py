@@ -271,7 +271,7 @@ def _loading(load: Callable) -> Callable:
 
 
 def name_folders_that_are_not_there() -> None:
-    """Name a folder that `from_pretrained` does not find, or a file that was given instead.
+    """Report a folder that `from_pretrained` does not find, or a file that was given instead.
 
     Reason: a missing folder ends in a TypeError. A file is unpacked to wherever its contents say,
     and is then deleted.

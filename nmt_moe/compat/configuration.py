@@ -1,7 +1,7 @@
 """Let the configuration in a checkpoint set values, but execute nothing.
 
 fairseq builds models, tasks and criterions from the configuration in a file. It evaluates some
-options as Python, opens the files that others name, and would start a program for a third kind.
+options as Python, opens the files that others name, and could even start a program.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
         state: Contents of the checkpoint, before fairseq has touched them; changed.
 
     Raises:
-        ValueError: its message names the checkpoint and the setting.
+        ValueError: if a setting is rejected; the message names the checkpoint and the setting.
     """
     for key in ("cfg", "args"):
         if state.get(key) is not None:

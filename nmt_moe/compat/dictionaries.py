@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def name_damaged_dictionaries() -> None:
-    """Name the file and line where a dictionary is malformed or incomplete.
+    """Report the file and line where a dictionary is malformed or incomplete.
 
-    Reason: the various tracebacks in which fairseq ends rarely name either of them.
+    Reason: fairseq ends in one of several tracebacks, most of which name neither.
     """
     replace(Dictionary, "add_from_file", _adding)
 
@@ -68,7 +68,7 @@ def _shorten(line: str) -> str:
 
 
 def name_damaged_sentencepiece_models() -> None:
-    """Name the file of `--sentencepiece-model` if it is damaged.
+    """Report the file of `--sentencepiece-model` if it is damaged.
 
     Reason: sentencepiece's own error names no file. Some damage raises no error, but text is split
     into other pieces.

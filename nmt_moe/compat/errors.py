@@ -18,7 +18,7 @@ SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
 LOST_PEER = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|recvValue failed|Failed to recv"
 )
-# An error of all ranks is printed only by the first: torchrun ends the others while they wait.
+# If all ranks have an error, only the first prints it: torchrun ends the others as they wait.
 WAIT_FOR_FIRST_RANK = 3.0  # seconds
 
 

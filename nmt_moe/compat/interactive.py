@@ -203,7 +203,7 @@ def _reporting(make: Callable) -> Callable:
 
 
 def forget_translated_lines() -> None:
-    """Keep the use of memory independent of how many lines have been translated.
+    """Keep memory use independent of how many lines have been translated.
 
     Reason: fairseq's task keeps an iterator for each buffer of lines.
     """
@@ -219,7 +219,7 @@ def _forgetting(make: Callable) -> Callable:
 
 
 def translate_blank_into_blank() -> None:
-    """Translate a source without words into nothing.
+    """Return an empty translation for a source without words.
 
     Reason: models make up fluent sentences for it. Forced prefixes and constraints are kept.
     """

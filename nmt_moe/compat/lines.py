@@ -15,7 +15,7 @@ from nmt_moe.text.lines import chunk_offsets, count_lines, read_lines
 
 
 def read_lines_of_texts_by_one_rule() -> None:
-    """Let fairseq-preprocess count lines as `wc -l` does, and name those it cannot use.
+    """Let fairseq-preprocess count lines as `wc -l` does, and report those that it cannot use.
 
     Reason: a carriage return within a line ends it, which shifts all later pairs; a byte order mark
     becomes part of a word; bytes that are not UTF-8 end in "negative seek position".
@@ -81,7 +81,7 @@ def read_raw_data(
 
 
 def name_damaged_alignment_dictionaries() -> None:
-    """Name a line of the `--replace-unk` file that is not a word and its translation.
+    """Report a line of the `--replace-unk` file that is not a word and its translation.
 
     Reason: such a line ends in an IndexError, and fairseq reads the file in the machine's default
     encoding.

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_models_of_another_task() -> None:
-    """Reject a language model in a translation task, and a translation model in the other.
+    """Reject a language model in a translation task, and a translation model in language modelling.
 
     Reason: the first ends in a TypeError within the model, or translates without reading the
     source; the second ends in an AttributeError.

@@ -75,7 +75,7 @@ def shorten_choices(message: str) -> str:
 
 
 def drop_warnings_of_libraries() -> None:
-    """Suppress the warnings, at each start of a command, about how fairseq calls hydra and torch.
+    """Suppress warnings about how fairseq calls hydra and torch, which every command would print.
 
     Reason: users cannot change any of that, and twenty such lines hide the relevant ones.
     """

@@ -13,7 +13,7 @@ from nmt_moe.compat.lines import count_lines_once
 
 logger = logging.getLogger(__name__)
 
-# Pieces cover nearly all of a text; words split in another way do not.
+# If a text was split into the pieces of the dictionary, far fewer of its tokens are unknown.
 MANY_UNKNOWN_PERCENT = 3
 
 

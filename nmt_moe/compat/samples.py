@@ -36,7 +36,7 @@ class _NumpyWithLong:
 
 
 def name_endless_lines() -> None:
-    """Name a line of a text that is too long to be one sample.
+    """Report a line of a text that is too long to be one sample.
 
     Reason: lengths of 65,536 and more silently wrap around to 0.
     """
@@ -61,7 +61,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
         sizes: Number of tokens of each line; there must be at least one line.
 
     Raises:
-        ValueError: its message names the text, the line and its length.
+        ValueError: if a line is too long; the message names the text, the line and its length.
     """
     longest = int(np.argmax(sizes))
     if sizes[longest] > MOST_TOKENS:

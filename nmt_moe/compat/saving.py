@@ -151,7 +151,7 @@ def _training(train: Callable) -> Callable:
 
 
 def name_metrics_that_are_not_computed() -> None:
-    """Name a `--best-checkpoint-metric` that validation does not compute, before the first update.
+    """Before training, report a `--best-checkpoint-metric` that validation does not compute.
 
     Reason: such a metric ends in a KeyError after a whole epoch, and nothing is saved.
     """

@@ -1,4 +1,4 @@
-"""Name what is missing in the splits of a data set before the first update."""
+"""Report what is missing in the splits of a data set before the first update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from nmt_moe.compat._replace import replace
 
 
 def name_uneven_sides() -> None:
-    """Name a data set whose two sides have different numbers of sentences.
+    """Report a data set whose two sides have different numbers of sentences.
 
     Reason: fairseq-train's assertion names no file.
     """
@@ -36,7 +36,7 @@ def _loading_pair(load: Callable) -> Callable:
 
 
 def name_missing_target_sides() -> None:
-    """Name a training or validation set without a target side.
+    """Report a training or validation set without a target side.
 
     Reason: training fails somewhere in the model, and validation only after a whole epoch. Commands
     that translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
@@ -59,7 +59,7 @@ def _loading_split(load: Callable) -> Callable:
 
 
 def name_folders_without_data() -> None:
-    """Name a data folder that holds no binarised language pair.
+    """Report a data folder that contains no binarised language pair.
 
     Reason: fairseq's "could not infer language pair" asks for languages, which do not help.
     """

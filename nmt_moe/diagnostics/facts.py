@@ -135,7 +135,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _ask_torch(question: Any) -> Any:
-    """Return torch's answer, or why there is none."""
+    """Return torch's answer, or the reason why there is none."""
     try:
         import torch
 

@@ -41,7 +41,7 @@ class Part:
 
 
 class NotHereError(Exception):
-    """Raised for a part that cannot work on this machine and is not needed."""
+    """Raised for a part that cannot work on this machine and is not needed there."""
 
 
 def try_parts() -> list[Part]:
@@ -163,7 +163,7 @@ def _try_bundles() -> str:
 def _try_training() -> str:
     if find_spec(HOST) is None:
         raise NotHereError(
-            "fairseq is not installed, which is needed only for training: "
+            "fairseq, which is needed only for training, is not installed: "
             + INSTALL.format("fairseq")
         )
     broken = find_broken()

@@ -52,8 +52,8 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
         extras: Extras whose packages are required too.
 
     Returns:
-        By name, the version or None, and a line such as "torch>=2.6: has 2.5.1", or "" if it fits.
-        `fairseq` is left out, as it is recognised by its import.
+        For each name, the version (or None) and a line such as "torch>=2.6: has 2.5.1", which is ""
+        if the version fits. `fairseq` is left out, because it is recognised by its import.
     """
     found: dict[str, tuple[str | None, str]] = {}
     for need in map(Requirement, read_requirements()[1]):

@@ -38,7 +38,7 @@ def check_evaluation(args: Any) -> None:
     """Check options that only fairseq-eval-lm has; ignore other commands.
 
     Raises:
-        ValueError: its message names the option, its rule and its value.
+        ValueError: if an option is out of range; the message names it, its rule and its value.
     """
     if not hasattr(args, "context_window"):
         return
@@ -61,7 +61,8 @@ def check_generation(args: Any) -> None:
     """Check the search options of any namespace, ignoring those it lacks.
 
     Raises:
-        ValueError: its message names the option, its rule and its value.
+        ValueError: if an option is out of range or has no effect; the message names it, its rule
+            and its value.
     """
 
     def read(name: str, default: Any = None) -> Any:
@@ -95,7 +96,7 @@ def check_overrides(text: str) -> None:
     """Reject `--model-overrides` that are not a Python dictionary.
 
     Raises:
-        ValueError: its message names the option and its value.
+        ValueError: if the option is not a dictionary; the message names it and its value.
     """
     try:
         found = ast.literal_eval(text)
@@ -157,7 +158,7 @@ def check_retained_dropout(prepare: Callable) -> Callable:
     others.
 
     Raises:
-        ValueError: its message names the option and the modules that can be reached.
+        ValueError: if the option has no effect; the message names the modules that can be reached.
     """
 
     def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
@@ -199,8 +200,8 @@ def apply_shards(args: Namespace) -> None:
         return
     if not hasattr(args, "beam") or hasattr(args, "buffer_size"):
         raise ValueError(
-            f"`--num-shards` is for fairseq-generate and fairseq-eval-lm, but is {count}. Leave it "
-            "out; this command does not divide its data into shards."
+            f"`--num-shards` applies only to fairseq-generate and fairseq-eval-lm, but is {count}. "
+            "Leave it out, because this command does not divide its data into shards."
         )
     args.distributed_world_size, args.distributed_rank = count, shard
 
@@ -209,7 +210,7 @@ def check_bleu_options(build: Callable) -> Callable:
     """Check the options of `--eval-bleu` before the model is built.
 
     Raises:
-        ValueError: its message names the option and what is wrong with its value.
+        ValueError: if the value of an option is wrong; the message names the option and the fault.
     """
 
     def build_model(task: TranslationTask, *args: Any, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ class EnsembleState:
             if len(sentence) == len(self.sentence):
                 # If the number of rows is unchanged, the attention of fairseq's Transformer assumes
                 # that each row still belongs to the same sentence, and keeps its keys. Reordering
-                # to one row more in between avoids that.
+                # to one additional row first avoids this.
                 self._reorder_decoders(torch.cat([rows, rows[:1]]))
                 self.encoder_outs = self.ensemble.reorder_encoder_out(self.encoder_outs, rows)
                 rows = torch.arange(len(rows), device=rows.device)
@@ -64,7 +64,7 @@ class EnsembleStep:
     Attributes:
         temperature: Divisor of the logits.
         lm_model: A language model whose log-probabilities are added.
-        lm_weight: The factor of those log-probabilities.
+        lm_weight: The factor by which those log-probabilities are multiplied.
     """
 
     temperature: float = 1.0

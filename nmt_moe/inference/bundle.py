@@ -1,4 +1,4 @@
-"""Define the format of a bundle, a trained model's folder that needs neither fairseq nor data.
+"""Define the format of bundles: folders with a trained model that need neither fairseq nor data.
 
     config.json               format, network, languages, text pipeline, search defaults
     vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
@@ -160,7 +160,8 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
     """Parse `config.json`.
 
     Raises:
-        ValueError: if it is not that of a bundle, has another format version, or impossible values.
+        ValueError: if it is not that of a bundle, or has another format version or impossible
+            values.
     """
     try:
         table = json.loads(content)
@@ -264,7 +265,7 @@ def check_content(folder: Path, name: str, sums: Mapping[str, str], content: byt
     """Reject the contents of a file if their sha256 differs from the listed one.
 
     Raises:
-        ValueError: its message names the file.
+        ValueError: if it differs; the message names the file.
     """
     _compare(folder / name, sums, hashlib.sha256(content).hexdigest())
 
@@ -273,7 +274,7 @@ def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
     """Reject a file if its sha256 differs from the listed one.
 
     Raises:
-        ValueError: its message names the file.
+        ValueError: if it differs; the message names the file.
     """
     _compare(folder / name, sums, compute_sha256(folder / name))
 

@@ -46,8 +46,8 @@ def force_decode(
         with_inputs: Whether to keep the inputs of the MoE layers.
 
     Returns:
-        A result for each sentence. The experts of a target token are those that predicted it, to
-        which its predecessor's vector was sent.
+        A result for each sentence. The experts of a target token are those that predicted it: the
+            layer sent them the vector of the previous token.
     """
     of_source, of_target = (Trace([], [], [] if with_inputs else None) for _ in range(2))
     state = ensemble.start(sentences, of_source)

@@ -50,7 +50,7 @@ class LanguageModel:
         """Open a bundle.
 
         Raises:
-            ValueError: its message names the file that is missing, changed or of a newer format.
+            ValueError: if a file is missing, changed or of a newer format; the message names it.
         """
         return cls(open_bundle(folder, "language_model"))
 
@@ -134,7 +134,7 @@ class LanguageModel:
             seed: Seed of the random numbers; the same seed gives the same lines.
 
         Raises:
-            ValueError: its message names the option that is out of range.
+            ValueError: if an option is out of range; the message names it.
         """
         check_whole("num_samples", num_samples, 1, 100_000)
         check_whole("max_pieces", max_pieces, 1, 100_000)

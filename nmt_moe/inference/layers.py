@@ -62,7 +62,7 @@ class LSTM:
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(self, x: Tensor, state: State) -> State:
-        """Run one step: map (R, I) and a state to the new state, whose first part is the output."""
+        """Run one step: map (R, I) inputs and a state to the new state (output, cell)."""
         return self._update(self.of_input(x), state)
 
     def run(self, x: Tensor, lengths: list[int]) -> Tensor:

@@ -65,7 +65,7 @@ class DecoderState:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
-        if rows.numel() < self.sentence.numel():  # otherwise, few sentences can have finished
+        if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentence has finished
             live, inverse = sentence.unique_consecutive(return_inverse=True)
             if live.numel() <= (1 - DROPPED_AT) * memory.source.shape[0]:
                 memory, sentence = memory.pick(live), inverse
@@ -219,7 +219,7 @@ class _AttentiveLSTM:
 
 
 class _Slots:
-    """Put rows into equally many slots per sentence, so that its keys are read once for all rows.
+    """Put rows into slots, equally many per sentence, so that a sentence's keys are read only once.
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.
@@ -278,7 +278,7 @@ class LanguageNetwork:
     def step(
         self, tokens: Tensor, states: list[State], trace: Trace | None = None
     ) -> tuple[Tensor, list[State]]:
-        """Predict the next token: map (R,) int64 and states to (R, V) log-probabilities, states."""
+        """Map (R,) int64 tokens and states to the next (R, V) log-probabilities and new states."""
         x, new_states = self.embedding(tokens), []
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if index == 1 and self.moe is not None:

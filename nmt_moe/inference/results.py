@@ -180,7 +180,7 @@ class LineScore:
         num_unknown: Number of pieces that are not in the vocabulary. Such pieces make a line seem
             likelier than it is.
         routing: Routing in the MoE layer for each piece and the end, if requested. The experts of a
-            piece are those that predicted it, to which its predecessor's vector was sent.
+            piece are those that predicted it: the layer sent them the vector of the previous piece.
     """
 
     log_prob: float

@@ -1,4 +1,4 @@
-"""Find hypotheses for sentences of pieces: batches, beam search, ensembles."""
+"""Run the beam search on batches of sentences, with one network or an ensemble."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def run_batches(
 ) -> Iterator[ResultT]:
     """Run a function over batches, as many at a time as torch has threads, each with one thread.
 
-    Small products gain little from a second thread, so it translates a second batch instead. A
+    A second thread would hardly speed up small products, so it runs a second batch instead. A
     single batch gets all threads.
 
     Yields:
@@ -113,7 +113,7 @@ def run_batches(
         with ThreadPoolExecutor(workers, "batch", torch.set_num_threads, (1,)) as pool:
             yield from pool.map(run_alone, batches)
     finally:
-        torch.set_num_threads(num_threads)  # part of that setting holds for the whole process
+        torch.set_num_threads(num_threads)  # part of this setting applies to the whole process
 
 
 def search(
@@ -123,7 +123,7 @@ def search(
     limits: Limits,
     num_words: Sequence[int],
 ) -> list[list[Hypothesis]]:
-    """Translate a batch.
+    """Search for the translations of one batch of sentences.
 
     Args:
         ensemble: The networks.

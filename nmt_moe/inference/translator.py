@@ -1,4 +1,4 @@
-"""Translate raw text into raw text."""
+"""Translate raw text, or score its reference translations."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class Translator:
             folder: A folder that `nmt-moe export` wrote, or a list of folders for an ensemble.
 
         Raises:
-            ValueError: its message names the file that is missing, changed or of a newer format, or
-                how two bundles of an ensemble differ.
+            ValueError: if a file is missing, changed or of a newer format, or two bundles of an
+                ensemble differ; the message says which and how.
         """
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
         if not folders:
@@ -155,7 +155,7 @@ class Translator:
             The translation of each line, or the line that cannot be translated.
         """
         if isinstance(lines, str):
-            raise ValueError("`lines` must be lines, but is one string. Put it into a list.")
+            raise ValueError("`lines` must be a series of lines, but is one string. Use a list.")
         check_whole("read_ahead", read_ahead, 1)
         self.translate([], target_lang, **options)  # type: ignore[arg-type]  # rejects options early
         source = map(check_line, lines, count(1))

@@ -23,7 +23,8 @@ EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Part of the names of weights that are used only in training.
 UNUSED = "noise_weight"
-# Most elements in the first matrices of a small layer: 2 MB in float32, which stays in the cache.
+# A layer is small if its first matrices have at most this many elements: 2 MB in float32, which
+# stay in the cache.
 SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -34,7 +35,7 @@ def experts_file(side: str) -> str:
 
 
 def is_product(name: str, value: Tensor) -> bool:
-    """Return whether a weight is used in matrix products, and stored in the bundle's dtype.
+    """Return whether a weight is used in matrix products, and so is stored in the bundle's dtype.
 
     Gates are stored in float32, because a rounded gate may choose other experts.
     """
@@ -210,7 +211,7 @@ class ExpertWeights:
 
     @property
     def is_small(self) -> bool:
-        """Return whether reading all experts costs less than calling one after another."""
+        """Return whether using all experts at once costs less than calling them one by one."""
         return self._tensors[EXPERTS_IN].numel() <= SMALL_LAYER
 
     @cached_property

@@ -13,7 +13,7 @@ SPARE = 4
 
 
 class TopContexts:
-    """Find the tokens with the largest gates of each expert, in distinct contexts.
+    """Collect, for each expert, the tokens with the largest gates in distinct contexts.
 
     Args:
         num_experts: Number of experts, E.
@@ -34,7 +34,7 @@ class TopContexts:
         Args:
             expert_ids: (N, K) int64, the chosen experts; E in empty slots.
             gates: (N, K) float32, weights of the chosen experts.
-            describe: Maps the index of a token to its `context` and further values.
+            describe: Function that maps the index of a token to its `context` and further values.
         """
         width = expert_ids.shape[1]
         order = gates.flatten().argsort(descending=True, stable=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nmt_moe.inspection.overuse import LEVEL, MIN_COUNT, wilson_interval
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Rounds of iterative proportional fitting; a few experts that are always used together need most.
+# Rounds of iterative proportional fitting. Few experts that are always used together need the most.
 ROUNDS = 500
 
 

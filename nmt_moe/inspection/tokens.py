@@ -29,7 +29,7 @@ def context_of(tokens: Sequence[str], index: int, has_pieces: bool = True) -> li
 
     Returns:
         Five texts: the words before, the beginning of the token's word, the token, the rest of its
-            word, and the words after.
+        word, and the words after.
     """
     starts = [n for n, token in enumerate(tokens) if begins_word(token, has_pieces)]
     first = max((n for n in starts if n <= index), default=0)
@@ -64,7 +64,7 @@ def _shorten(words: list[str], keep_end: bool) -> str:
 
 
 def classes_of(tokens: Sequence[str], has_pieces: bool = True) -> list[list[str]]:
-    """Return the classes of each token that follow from its form and position.
+    """Return each token's classes, which follow from its form and position.
 
     No tagger is used: classes describe spelling (digit, punctuation, upper case, capitalised),
     position in the word and position in the sentence.

@@ -1,4 +1,4 @@
-"""Tune alpha and beta of GNMT's search: BLEU over a grid, from one n-best run.
+"""Tune alpha and beta of GNMT's search by computing BLEU over a grid from one n-best run.
 
 Each point picks from every n-best list the translation with the best
 log P / ((5 + length) / 6)^alpha + beta * coverage. In fairseq-generate's output, the P- lines have
@@ -207,7 +207,7 @@ def check_grid(alphas: Sequence[float], betas: Sequence[float]) -> None:
     """Reject values that the search rejects.
 
     Raises:
-        ValueError: its message names the option and the value.
+        ValueError: if a value is rejected; the message names the option and the value.
     """
     for alpha in alphas:
         SearchConfig(length_penalty_alpha=alpha)

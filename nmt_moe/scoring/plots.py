@@ -26,7 +26,7 @@ def check_output(output: Path) -> None:
     """Reject an output in a folder that does not exist, before anything is read.
 
     Raises:
-        ValueError: its message names the folder that is missing.
+        ValueError: if the folder is missing; the message names it.
     """
     if not output.parent.is_dir():
         raise ValueError(

@@ -211,7 +211,7 @@ class Batcher:
         jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
         self._observe(len(jobs), len(taken), self._answered - started)
-        # Count these now, because an answered client may send its next request at once.
+        # Count these before answering, because clients may then send their next requests at once.
         num_others = len(self._jobs)
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)

@@ -65,8 +65,8 @@ async def read_fields(request: Request, model: type[Fields], max_bytes: int) -> 
         max_bytes: Limit for the body.
 
     Raises:
-        RequestError: if it is malformed; its message names the first field that is missing or
-            wrong.
+        RequestError: if the body is malformed, or a field is missing or wrong; the message names
+            the first such field.
         ClientGoneError: if it was not sent completely.
     """
     body = await read_body(request, max_bytes)
@@ -88,7 +88,7 @@ def check_fields(content: dict[str, Any], model: type[Fields], strict: bool) -> 
     """Check the values of fields.
 
     Raises:
-        RequestError: its message names the first field that is missing or wrong.
+        RequestError: if a field is missing or wrong; the message names the first such field.
     """
     try:
         return model.model_validate(content, strict=strict)

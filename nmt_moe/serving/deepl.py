@@ -50,7 +50,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v2/translate", openapi_extra=describe_body(DeepLFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate texts. Pass a required key as `Authorization: DeepL-Auth-Key KEY`."""
+        """Translate texts. If a key is required, send `Authorization: DeepL-Auth-Key KEY`."""
         fields = await read_fields(request, DeepLFields, max_body)
         service.check_key(request, fields.auth_key)
         texts = [fields.text] if isinstance(fields.text, str) else fields.text

@@ -1,4 +1,4 @@
-"""Detect which of the known languages a text is in, with py3langid, offline."""
+"""Detect offline, with py3langid, which of the known languages a text is in."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def make_wish(service: Service, fields: TranslateFields) -> Wish:
     """Return a request's options, after checking languages and format.
 
     Raises:
-        RequestError: its message names the wrong field.
+        RequestError: if a field is wrong; the message names it.
     """
     if fields.format not in ("text", "html"):
         raise RequestError(400, f"`format` must be text or html, but is {show(fields.format)}.")

@@ -145,7 +145,7 @@ def open_model(folder: str) -> Model:
 
 
 def name_of(code: str) -> str:
-    """Return a language's English name with its variant, if any; for unknown ones, the code."""
+    """Return a language's English name with its variant, if any, or its code if it is unknown."""
     base, _, variant = code.replace("-", "_").partition("_")
     name = Locale("en").languages.get(base.lower(), code)
     return f"{name} ({variant})" if variant and name != code else name

@@ -1,4 +1,4 @@
-"""Keep metrics for Prometheus, and log in lines of JSON; neither contains users' text."""
+"""Collect metrics for Prometheus, and write logs in lines of JSON, both without users' text."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Record a request; `path` is the path of a route, so that it has few different values."""
+        """Record a request; `path` is that of its route, so that there are few different paths."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 

@@ -36,7 +36,7 @@ def _answer(page: str) -> HTMLResponse:
 def make_policy(page: str) -> str:
     """Return a content security policy that allows only the page's own script and style.
 
-    Script and style are identified by their digests. The page loads nothing else, and sends
+    The script and the style are identified by their digests. The page loads nothing else, and sends
     requests only to this server.
     """
     parts = {"default-src": "'none'", "connect-src": "'self'", "base-uri": "'none'"}

@@ -43,8 +43,7 @@ def serve(service: Service, host: str, port: int) -> None:
         lifespan="on",
         ws="none",
     )
-    # When uvicorn stops, it raises the signal that stopped it again, but a requested stop is no
-    # error.
+    # When uvicorn stops, it raises the signal again, although a requested stop is not an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     names = {

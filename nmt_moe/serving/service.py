@@ -114,7 +114,7 @@ class Service:
             key: API key from a field of the request; None if it has none.
 
         Raises:
-            RequestError: with status 403, if there is no key or a wrong one.
+            RequestError: if the key is missing or wrong; the status is 403.
         """
         if not self.keys:
             return
@@ -136,10 +136,10 @@ class Service:
         return AUTO if code.lower() == AUTO else match(field, code, self.models.sources)
 
     def check_texts(self, field: str, texts: Sequence[str]) -> None:
-        """Refuse texts that are too many, too long, or contain what is not text.
+        """Refuse too many texts, and texts that are too long or not valid.
 
         Raises:
-            RequestError: its message names the limit or the text.
+            RequestError: if a text is refused; the message names it or the limit.
         """
         limits = self.settings
         if len(texts) > limits.max_items:
@@ -186,7 +186,7 @@ class Service:
         """Let every model translate a token.
 
         Raises:
-            RequestError: if one does not answer in time.
+            RequestError: if a model does not answer in time.
         """
         jobs = []
         for model in self.models.opened:
@@ -225,7 +225,7 @@ class Service:
         models: Sequence[Model | None],
         wish: Wish,
     ) -> list[Answer]:
-        """Translate texts, each with its model if it needs one, as one job for each model."""
+        """Translate texts in one job for each model; texts without a model stay unchanged."""
         split = [
             SplitText(text, model is not None) for text, model in zip(texts, models, strict=True)
         ]
@@ -242,7 +242,7 @@ class Service:
         ]
 
     async def _wait(self, request: Request, jobs: list[Job]) -> list[list[Translation]]:
-        """Queue jobs and return their results, or drop them if the client is gone."""
+        """Queue jobs and return their results, or drop the jobs if the client is gone."""
         if not jobs:
             return []
         for job in jobs:
@@ -262,7 +262,7 @@ class Service:
                 raise ClientGoneError
             raise BusyError(
                 f"There was no answer after {self.settings.time_limit:g} seconds. Send less at a "
-                "time, or try later."
+                "time, or try again later."
             )
         finally:
             gone.cancel()

@@ -1,4 +1,4 @@
-"""Tasks registered with fairseq.
+"""Register this project's tasks with fairseq.
 
 fairseq imports this package first, before it parses arguments, so the packages that fairseq does
 not look for are imported here.

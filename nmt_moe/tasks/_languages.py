@@ -34,7 +34,7 @@ def parse_pair(text: str, option: str) -> Pair:
     """Parse a pair such as `en-fr`.
 
     Raises:
-        ValueError: its message names the option and the text.
+        ValueError: if the pair is malformed; the message names the option and the text.
     """
     languages = text.split("-")
     if len(languages) != 2 or not all(map(LANGUAGE.fullmatch, languages)):
@@ -50,7 +50,7 @@ def parse_pairs(text: str) -> List[Pair]:
     """Parse `--lang-pairs`, such as `en-fr,fr-en`.
 
     Raises:
-        ValueError: its message names what is malformed, repeated or missing.
+        ValueError: if a pair is malformed, repeated or missing; the message names it.
     """
     if not text:
         raise ValueError(
@@ -92,7 +92,7 @@ def check_language(language: str, languages: Sequence[str], what: str) -> None:
     """Reject a language that the task does not have.
 
     Raises:
-        ValueError: its message names the language and all languages of the task.
+        ValueError: if the language is unknown; the message names it and all languages of the task.
     """
     if language not in languages:
         raise ValueError(f"{what} must be one of {', '.join(languages)}, but is '{language}'.")
@@ -102,7 +102,7 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
     """Parse `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch over some pairs.
 
     Raises:
-        ValueError: its message names the pair that is unknown, or the value that is not a number.
+        ValueError: if a pair is unknown or its value is not a number; the message names it.
     """
     passes = {}
     for word in text.split(",") if text else []:
@@ -164,9 +164,9 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDi
     """Load the dictionary that all languages share, and add their tokens in order.
 
     Raises:
-        FileNotFoundError: its message names the language whose dictionary is missing.
-        ValueError: its message names two languages whose dictionaries differ, or a language whose
-            token is a word of the texts.
+        FileNotFoundError: if a language has no dictionary; the message names it.
+        ValueError: if two dictionaries differ, or a language's token is a word of the texts; the
+            message names the languages.
     """
     dictionaries: Dict[str, LanguagesDictionary] = {}
     for language in languages:
@@ -206,7 +206,7 @@ def check_languages(
     """Reject languages, tokens or symbols that differ from the checkpoint's.
 
     Raises:
-        ValueError: its message names the first difference.
+        ValueError: if there is a difference; the message names the first one.
     """
     if "languages" not in saved:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The metrics that a multilingual task logs for each pair and for each language."""
+"""Log the metrics of a multilingual task for each pair and for each language."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The sentences of several language pairs as one data set."""
+"""Combine the sentences of several language pairs into one data set."""
 
 import math
 from typing import Any, Dict, List, Optional
@@ -16,7 +16,7 @@ class PairsDataset(LanguagePairDataset):
         pairs: Names of the pairs, in the order of their sentences.
         passes: In training, the number of passes over each pair in an epoch. Otherwise None: every
             sentence occurs once, and each batch holds one pair and names it.
-        num_folders: Data folders that the epochs use in turn; these data are used every
+        num_folders: Number of data folders, which the epochs use in turn; these data are used every
             `num_folders` epochs.
     """
 
@@ -106,15 +106,15 @@ def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
         for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True)
     }
     total = sum(drawn.values())
-    whole = "open" if math.isinf(epochs) else f"{epochs:.2f}"
+    whole = "no limit" if math.isinf(epochs) else f"{epochs:.2f}"
     lines = [
-        f"sampling: {total} sentences an epoch; epochs of this run: {whole}",
-        f"  {'pair':<8}{'sentences':>11}{'an epoch':>11}{'share':>8}"
-        f"{'passes/epoch':>14}{'passes in all':>15}",
+        f"sampling: {total} sentences per epoch; epochs of this run: {whole}",
+        f"  {'pair':<8}{'sentences':>11}{'per epoch':>11}{'share':>8}"
+        f"{'passes/epoch':>14}{'total passes':>15}",
     ]
     for pair, size in zip(dataset.pairs, dataset.part_sizes, strict=True):
         passes = drawn[pair] / size
-        in_all = "open" if math.isinf(epochs) else f"{passes * own_epochs:.2f}"
+        in_all = "no limit" if math.isinf(epochs) else f"{passes * own_epochs:.2f}"
         lines.append(
             f"  {pair:<8}{size:>11}{drawn[pair]:>11}{drawn[pair] / total:>8.1%}"
             f"{passes:>14.2f}{in_all:>15}"

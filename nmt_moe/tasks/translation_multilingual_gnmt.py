@@ -106,8 +106,8 @@ class MultilingualGNMTTask(TranslationTask):
         """Read languages and pairs, and load their dictionary.
 
         Raises:
-            ValueError: its message names the language or pair that is malformed or unknown.
-            FileNotFoundError: its message names the language that has no dictionary.
+            ValueError: if a language or pair is malformed or unknown; the message names it.
+            FileNotFoundError: if a language has no dictionary; the message names it.
         """
         pairs = [] if cfg.langs and not cfg.lang_pairs else parse_pairs(cfg.lang_pairs)
         languages = parse_languages(cfg.langs, pairs)
@@ -127,7 +127,7 @@ class MultilingualGNMTTask(TranslationTask):
         """Compare a checkpoint's languages, tokens and symbols with this task's.
 
         Raises:
-            ValueError: its message names the first difference.
+            ValueError: if they differ; the message names the first difference.
         """
         check_languages(state_dict, self.languages, self.src_dict)
         if self.direction is not None and str(self.direction) not in state_dict["pairs"]:
@@ -142,9 +142,9 @@ class MultilingualGNMTTask(TranslationTask):
         """Load a split of every pair, or of the direction that the options name.
 
         Raises:
-            FileNotFoundError: its message names the pair that has no such split.
-            ValueError: its message names the pair that is empty or uneven, or the option that does
-                not apply to training.
+            FileNotFoundError: if a pair has no such split; the message names it.
+            ValueError: if a pair is empty or uneven, or an option does not apply to training; the
+                message names it.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:

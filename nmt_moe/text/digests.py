@@ -1,4 +1,4 @@
-"""SHA-256 digests of files, stored beside them in the format of `sha256sum -c`."""
+"""Write and check SHA-256 digests, stored beside the files in the format of `sha256sum -c`."""
 
 import hashlib
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def check_digests(digests: Path, writer: str, way_out: str) -> None:
         way_out: How to get intact files, for error messages.
 
     Raises:
-        ValueError: its message names the file that differs.
+        ValueError: if a file differs; the message names it.
     """
     if not digests.is_file():
         return

@@ -1,4 +1,4 @@
-r"""Read text line by line. These rules say what a line is, and which lines are rejected.
+r"""Read text line by line. These rules determine what a line is, and which lines are rejected.
 
 - Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last line does
   not end with `\n`. `\r\n` is one line end; the carriage return is not part of the line.
@@ -188,7 +188,7 @@ def _scan_lines(
 
 
 def in_chunks(lines: Iterable[str | BadLine], size: int) -> Iterator[list[str | BadLine]]:
-    """Yield lines, `size` at a time."""
+    """Yield lists of up to `size` lines."""
     source = iter(lines)
     while chunk := list(islice(source, size)):
         yield chunk
@@ -218,7 +218,7 @@ def _without_end(raw: bytes) -> bytes:
 
 
 def _skip_to_end(stream: BinaryIO, raw: bytes) -> None:
-    """Read on to the end of the line whose latest part is `raw`."""
+    """Read to the end of a line; `raw` is the part of it that was read last."""
     while not raw.endswith(b"\n"):
         raw = stream.readline(SKIPPED_AT_ONCE)
         if not raw:
@@ -257,5 +257,5 @@ def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
 
 @cache
 def _warn_of_byte_order_mark(name: str) -> None:
-    """Warn once for each file."""
+    """Warn about a byte order mark, once for each file."""
     logger.warning("`%s` begins with a byte order mark (U+FEFF), which is dropped", name)

@@ -1,4 +1,4 @@
-"""Write output files so that none replaces an input, and each appears only once complete."""
+"""Keep outputs from replacing inputs, and let each output appear only when it is complete."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Reject an output that is an input, another output or a folder.
 
     Raises:
-        ValueError: its message names the output.
+        ValueError: if an output is rejected; the message names it.
     """
     taken = {path.resolve() for path in inputs}
     for path in outputs:

@@ -1,4 +1,4 @@
-"""Check parallel texts, in which equal line numbers belong together."""
+"""Check parallel texts, in which lines with the same number belong together."""
 
 from __future__ import annotations
 

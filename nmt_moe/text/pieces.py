@@ -1,4 +1,4 @@
-"""Sentence pieces: learn a vocabulary and its fairseq dictionary, and split text into pieces."""
+"""Learn a vocabulary of sentence pieces and its fairseq dictionary, and split text into pieces."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def train(
         # fairseq requires a count for each entry; it matters only if a dictionary is truncated.
         rows = "".join(f"{piece} 1\n" for piece in pieces)
         new_dictionary.write_text(rows, encoding="utf-8")
-        digests_of(model).unlink(missing_ok=True)  # that of an earlier model
+        digests_of(model).unlink(missing_ok=True)  # it may be that of an earlier model
     write_digests(digests_of(model), [model])
     return Training(len(pieces), left_out)
 

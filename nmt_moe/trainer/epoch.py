@@ -31,7 +31,7 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     Otherwise, some sentences would be seen twice, and others not at all.
 
     Raises:
-        ValueError: its message names the settings that changed.
+        ValueError: if the batches differ; the message names the settings that changed.
     """
     if "digest" in saved and "digest" in now:
         is_same = saved["digest"] == now["digest"]
@@ -47,7 +47,6 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     reason = "; ".join(changed) or "the data or the seed is not the same"
     raise ValueError(
         f"the checkpoint is from the middle of epoch {epoch}, whose batches must be the same as "
-        "before, because otherwise some sentences are seen twice and others not at all; "
-        f"but {reason}. Finish the epoch "
-        "with the previous settings, or restart at epoch 1 with --reset-dataloader."
+        f"before, but {reason}. Some sentences would be seen twice, and others not at all. Finish "
+        "the epoch with the previous settings, or restart at epoch 1 with --reset-dataloader."
     )

@@ -213,7 +213,7 @@ class ExpertParallelTrainer(Trainer):
         return own_expert_state(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the contents of a checkpoint, without experts that have files of their own."""
+        """Return the contents of a checkpoint, without the experts that have files of their own."""
         state = super().state_dict()
         masters = self._masters()
         state["model"].update(masters)

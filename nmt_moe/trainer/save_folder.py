@@ -29,7 +29,7 @@ class FolderLock:
         """Lock a folder.
 
         Raises:
-            ValueError: its message names the process that holds the lock.
+            ValueError: if the folder is locked; the message names the process that holds the lock.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

@@ -41,7 +41,8 @@ def check_numbers(cfg: Any) -> None:
     """Reject numbers that are out of range but that fairseq would accept.
 
     Raises:
-        ValueError: its message names the option, its range and its value.
+        ValueError: if a number is out of range; the message names the option, its range and its
+            value.
     """
     for group in ("optimization", "optimizer", "lr_scheduler", "criterion", "model", "checkpoint"):
         check_finite_numbers(cfg.get(group) or {})
@@ -58,7 +59,7 @@ def check_finite_numbers(settings: Any) -> None:
     """Reject infinities and NaN among the options of a group.
 
     Raises:
-        ValueError: its message names the option and its value.
+        ValueError: if a number is not finite; the message names the option and its value.
     """
     for name, value in settings.items() if hasattr(settings, "items") else vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -71,7 +72,7 @@ def check_betas(betas: Any) -> None:
     """Reject `--adam-betas` that are not two numbers of at least 0 and less than 1.
 
     Raises:
-        ValueError: its message names the option and its value.
+        ValueError: if they are anything else; the message names the option and its value.
     """
     found = ast.literal_eval(betas) if isinstance(betas, str) else betas
     if found is None:
@@ -88,7 +89,7 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
     """Reject settings that defeat the purpose of training.
 
     Raises:
-        ValueError: its message names the option, its rule and its value.
+        ValueError: if a setting is rejected; the message names the option, its rule and its value.
     """
     settings = cfg.optimization
     for option, values in (("--lr", settings.lr), ("--clip-norm", [settings.clip_norm])):
@@ -120,7 +121,7 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
     """Reject settings that cannot work if `size` processes share the experts.
 
     Raises:
-        ValueError: its message names the option, the reason and a remedy.
+        ValueError: if a setting is rejected; the message names the option, the reason and a remedy.
     """
     plan = cfg.distributed_training
     spread = f"where {size} processes share the experts"

@@ -1,4 +1,4 @@
-"""Stand-in batches for ranks that have run out of batches, so that all ranks run in step."""
+"""Give ranks that have run out of batches stand-in batches, so that all ranks run in step."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from nmt_moe.trainer.experts import moe_layers
 class StandIn:
     """Make batches count for nothing: their tokens affect no expert, statistic, loss or log entry.
 
-    In any training on several ranks, fairseq repeats an earlier batch on ranks that have none left.
-    It then drops that rank's whole update from the sample size and the log: with --update-freq,
-    that includes the rank's real batches, although their gradients are kept.
+    In any training on several ranks, fairseq repeats an earlier batch on a rank that has none left.
+    It then drops that rank's whole update from the sample size and the log. With --update-freq,
+    this includes the rank's real batches, although their gradients are kept.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
@@ -23,7 +23,7 @@ class StandIn:
         self.handles: list[RemovableHandle] = []
 
     def switch(self, is_on: bool) -> None:
-        """Make batches from now on count for nothing, or count again."""
+        """Make batches count for nothing from now on, or make them count again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

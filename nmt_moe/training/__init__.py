@@ -1,4 +1,4 @@
-"""The parts of one update: losses, sampling of pairs, factored Adam, learning rates."""
+"""Compute the parts of one update: sampled losses, factored Adam, learning rates, sampling."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (

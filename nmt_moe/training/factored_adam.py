@@ -37,7 +37,7 @@ class FactoredAdam(torch.optim.Optimizer):
         params: Parameters, or groups of them. A group's `factored` says whether its parameters are
             treated as experts'; None, the default, follows `mark_expert`, which `MoELayer` calls.
         lr: Learning rate.
-        betas: Shares of the old first and second moment in the new ones.
+        betas: Shares of the old first and second moments in the new ones.
         eps: Number added to the root of the second moment; greater than 0.
         weight_decay: Weight decay per unit of learning rate.
         factored: The value of `factored` for groups that do not set it.

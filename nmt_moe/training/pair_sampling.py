@@ -28,7 +28,7 @@ def passes_per_epoch(
         Passes over each pair, in the order of `sizes`.
 
     Raises:
-        ValueError: its message names the pair or the value.
+        ValueError: if a pair is unknown or a number is out of range; the message names it.
     """
     check_range("sampling_temperature", temperature, 1.0)
     for pair, size in sizes.items():

@@ -9,7 +9,7 @@ drawn, and its term is divided by the probability of being drawn:
 Z^ is unbiased: its mean over all draws is Z, and the mean of its gradient is the gradient of Z,
 whatever the number of draws. log Z^, and hence the loss and its gradient, is only consistent: the
 bias falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
-certain to be drawn, all are exact.
+certain to be drawn, all estimates are exact.
 
 Draws are with replacement, and duplicates are dropped, because then
 P(i is drawn) = 1 - (1 - p_i)^draws is known. Drawing until there is a given number of distinct
@@ -62,7 +62,7 @@ def draw_classes(
     """Draw classes, frequent ones more often, with torch's generator of the device.
 
     Args:
-        num_draws: Draws with replacement; at most V.
+        num_draws: Number of draws, with replacement; at most V.
         num_classes: Number of classes, V.
         first_id: The most frequent class. Frequency falls with the id from there on, and lower ids
             are the rarest: rank r has the id (first_id + r) % V.

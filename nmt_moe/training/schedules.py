@@ -1,4 +1,4 @@
-"""Learning rates as functions of the update number."""
+"""Compute learning rates from the number of updates."""
 
 
 def warmup_hold_inverse_sqrt(
@@ -7,16 +7,16 @@ def warmup_hold_inverse_sqrt(
     """Return a learning rate that rises linearly, stays constant, then falls as 1 / sqrt(update).
 
     Args:
-        update: Updates done so far.
+        update: Number of updates done so far.
         peak: Learning rate after the warm-up.
-        warmup_updates: Updates from `start` to `peak`.
-        hold_updates: Updates at `peak` after the warm-up.
+        warmup_updates: Number of updates from `start` to `peak`.
+        hold_updates: Number of updates at `peak` after the warm-up.
         start: Learning rate at update 0, if there is a warm-up.
 
     Returns:
         The learning rate of the next update.
 
-    Source: Shazeer et al. 2017, Appendix E (2000 updates of warm-up, 8000 held).
+    Source: Shazeer et al. 2017, Appendix E (2000 updates of warm-up, then 8000 at the peak).
     """
     if update < warmup_updates:
         return start + (peak - start) * update / warmup_updates

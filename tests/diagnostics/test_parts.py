@@ -61,7 +61,7 @@ def test_a_machine_that_only_translates_needs_no_fairseq(monkeypatch):
     monkeypatch.setattr(parts, "find_spec", lambda name: None if name == "fairseq" else find(name))
     part = _named("training with fairseq")
     assert part.works is None
-    assert "needed only for training: pip install 'nmt-moe[fairseq]'" in part.note
+    assert "needed only for training, is not installed: pip install 'nmt-moe[fairseq]'" in part.note
 
 
 def test_an_extra_that_is_not_installed_is_named_with_its_installation(monkeypatch):

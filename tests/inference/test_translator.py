@@ -388,7 +388,7 @@ def test_a_bad_line_is_passed_on_and_the_others_are_translated(model: Model):
             one = found[number - 1]
             assert isinstance(one, BadLine)
             assert one.number == number
-    with pytest.raises(ValueError, match="`lines` must be lines, but is one string"):
+    with pytest.raises(ValueError, match="`lines` must be a series of lines, but is one string"):
         next(model.translator.translate_lines("cat"))
     with pytest.raises(ValueError, match="`read_ahead` must be"):
         next(model.translator.translate_lines(["cat"], read_ahead=0))

@@ -188,7 +188,7 @@ def test_shards_are_refused_where_nothing_is_cut(data: Path, checkpoint: Path, t
         ("train", data, *TINY_MOE, "--save-dir", tmp_path, *shards),
     ]
     for command in commands:
-        with pytest.raises(ValueError, match="`--num-shards` is for fairseq-generate"):
+        with pytest.raises(ValueError, match="`--num-shards` applies only to fairseq-generate"):
             call(*command)
 
 
