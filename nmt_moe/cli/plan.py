@@ -250,14 +250,14 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
     ]
     rows = [["memory of a device", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.memory.items()]
-    rows += [["  all", in_bytes(plan.total_memory)]]
+    rows += [["  total", in_bytes(plan.total_memory)]]
     rows += [["activations", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.activations.items() if count]
     rows += [["sent by a device in a step", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.traffic.items()]
     rows += [["time of a step", ""]]
     rows += [[f"  {part}", f"{seconds * 1e3:.1f} ms"] for part, seconds in plan.seconds.items()]
-    rows += [["  all", f"{sum(plan.seconds.values()) * 1e3:.1f} ms"]]
+    rows += [["  total", f"{sum(plan.seconds.values()) * 1e3:.1f} ms"]]
     lines += [align(rows), ""]
     limit = f"{FILLED:.0%} of {in_bytes(device.memory)}"
     if plan.fits:

@@ -1,4 +1,4 @@
-"""`nmt-moe report`: write a page on a model's experts and on how well it translates."""
+"""`nmt-moe report`: write a page on a model's experts and on how well the model translates."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def report(
 ) -> None:
     """Report what the experts of the bundle FOLDER do on a text, and how well the model translates.
 
-    The page shows the load of every layer; for each expert the contexts with the largest gates
-    (Table 9 of Shazeer et al. 2017) and the pieces it is over-used for; sentences with attention
-    and routing; and, with a reference, BLEU and chrF. It needs neither network access nor scripts.
+    The page shows the load of every layer; for each expert, the contexts with the largest gates
+    (Table 9 of Shazeer et al. 2017) and the pieces for which it is over-used; sentences with
+    attention and routing; and, with a reference, BLEU and chrF. It needs neither network access nor
+    scripts.
 
     For several languages, the report has parts: name a --target-lang and a --reference for each
     part, and one --text for all of them or one for each. Blank lines are left out.

@@ -41,7 +41,7 @@ CONFIG, VOCABULARY, WEIGHTS, CARD, SUMS = (
 )
 DTYPES = ("float32", "bfloat16", "int8")
 KINDS = {"translation": GNMTConfig, "language_model": LSTMLMConfig}
-# Larger files are not what they claim to be.
+# Larger files cannot be what they claim to be.
 MAX_BYTES = {CONFIG: 2**20, VOCABULARY: 2**28, SUMS: 2**20}
 ROW = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
@@ -81,7 +81,8 @@ class TextPipeline:
     Attributes:
         lowercase: Whether to convert the text to lower case.
         normalize_punctuation: Whether to normalise punctuation as Moses does.
-        max_source_pieces: Longer texts are split into sentences, and longer sentences are cut.
+        max_source_pieces: Maximum number of pieces of a source; longer texts are split into
+            sentences, and longer sentences are cut.
     """
 
     lowercase: bool = False
@@ -251,7 +252,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     for row in read_small(folder, SUMS).decode("utf-8", "replace").removesuffix("\n").split("\n"):
         found = ROW.fullmatch(row)
         if found is None:
-            raise ValueError(f"`{path}` has the malformed line {row[:80]!r}. {EXPORT_AGAIN}")
+            raise ValueError(f"`{path}` contains the malformed line {row[:80]!r}. {EXPORT_AGAIN}")
         sums[found[2]] = found[1]
         if not (folder / found[2]).is_file():
             raise ValueError(f"`{folder}` has no `{found[2]}`. {EXPORT_AGAIN}")

@@ -77,7 +77,7 @@ class LanguageModel:
                 the message names it.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
-            raise ValueError(f"`lines` must be strings, but is {type(lines).__name__}.")
+            raise ValueError(f"`lines` must be a list of strings, but is {type(lines).__name__}.")
         lines = [lines] if isinstance(lines, str) else list(lines)
         for number, line in enumerate(lines, start=1):
             _check_line(f"line {number}", line)

@@ -39,7 +39,7 @@ def find_fault(text: str) -> str | None:
 def check_texts(texts: str | Sequence[str], name: str) -> list[str]:
     """Return texts as a list; reject anything that is not text."""
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"`{name}s` must be strings, but is {type(texts).__name__}.")
+        raise ValueError(f"`{name}s` must be a list of strings, but is {type(texts).__name__}.")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):

@@ -155,7 +155,7 @@ def test_what_is_not_a_line_is_named(model: LanguageModel):
         with pytest.raises(ValueError, match=f"^`prefix` {fault}"):
             model.sample(1, line)
     for value in (5, None, b"cat"):
-        with pytest.raises(ValueError, match="`lines` must be strings, but is "):
+        with pytest.raises(ValueError, match="`lines` must be a list of strings, but is "):
             model.score(value)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="line 1 must be a string, but is "):
             model.score([value])  # type: ignore[list-item]

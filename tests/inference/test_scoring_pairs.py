@@ -128,7 +128,7 @@ def test_what_cannot_be_scored_is_named(opened: tuple[Translator, Any]):
         translator.score(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="reference 2 has the control character"):
         translator.score(["a", "b"], ["a", "b\0"])
-    with pytest.raises(ValueError, match="`references` must be strings, but is NoneType"):
+    with pytest.raises(ValueError, match="`references` must be a list of strings, but is NoneType"):
         translator.score(["a"], None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`batch_tokens` must be"):
         translator.score(["a"], ["a"], batch_tokens=0)

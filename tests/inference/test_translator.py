@@ -369,7 +369,7 @@ def test_a_text_that_is_not_text_is_named(model: Model):
         with pytest.raises(ValueError, match="text 2 must be a string, but is "):
             model.translator.translate(["cat", value])  # type: ignore[list-item]
     for value in (b"cat", None, 5):
-        with pytest.raises(ValueError, match="`texts` must be strings, but is "):
+        with pytest.raises(ValueError, match="`texts` must be a list of strings, but is "):
             model.translator.translate(value)  # type: ignore[arg-type]
     assert texts_of(model.translator.translate("cat")) == texts_of(
         model.translator.translate(["cat"])
