@@ -1,9 +1,9 @@
-# A server of bundles on the CPU.
+# Serve bundles on the CPU.
 #
 #   docker build -t nmt-moe .
 #   docker run -p 5000:5000 -v "$PWD/en-de:/models/en-de:ro" nmt-moe /models/en-de
 #
-# What follows the image's name goes to `nmt-moe serve`.
+# Arguments after the image's name are passed to `nmt-moe serve`.
 FROM python:3.11-slim
 WORKDIR /opt/nmt_moe
 COPY setup.cfg pyproject.toml README.md LICENSE tools/constraints.txt ./

@@ -2,10 +2,10 @@
 
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
-The model has random weights, so tokens use far more experts than in a trained model: what is read
-after one sentence is close to the most that a sentence can need. Each figure is measured in a
-process of its own: the resident size of all its memory, and of the bundle's mapped files in it,
-which the system can drop at any time.
+The model has random weights, so tokens use far more experts than in a trained model, and what is
+read after one sentence is close to the most that a sentence can need. Each pair of figures is
+measured in a separate process: the resident size of all its memory, and that of the bundle's mapped
+files, which the system can drop at any time.
 """
 
 import random
@@ -55,7 +55,7 @@ def write_bundle(folder: Path, config: GNMTConfig, dtype: str) -> Path:
 
 
 def resident(folder: Path) -> tuple[float, float]:
-    """Return the resident size of this process, and of the files of a folder in it, MB."""
+    """Return the resident size of this process and of a folder's mapped files, in MB."""
     status = Path("/proc/self/status").read_text().splitlines()
     total = next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
     files, is_own = 0, False

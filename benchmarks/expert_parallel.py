@@ -1,13 +1,14 @@
-"""Time a training step with the experts spread over processes: what share is exchange?
+"""Time a training step with the experts spread over processes, and the exchange's share of it.
 
     python -m benchmarks.expert_parallel --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
 
-Each number of ranks has processes of its own, which communicate by gloo over the loopback. They
-take turns; meanwhile the others are idle. The same number of sentences is divided among the ranks,
-and each rank holds its share of the experts. A step is that of fairseq-train: forward pass, loss,
-backward pass, the sum of dense gradients (legacy_ddp), clipping, Adam. Seconds of a part are those
-of the slowest rank, including waiting for others. Bytes are the mean of what each rank sends; for
-dense gradients, of what a ring sends.
+Each number of ranks has its own group of processes, which communicate by gloo over the loopback.
+The groups take turns; while one works, the others are idle. The same number of sentences is divided
+among the ranks, and each rank holds its share of the experts. A step is the same as in
+fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
+and Adam. The seconds of a part are those of the slowest rank, including the time spent waiting for
+others. Bytes are the mean of what the ranks send; for dense gradients, of what they would send in a
+ring.
 """
 
 import argparse
@@ -45,7 +46,7 @@ COLUMNS = [
     "exchange MB",
     "dense MB",
 ]
-# Most seconds for a step before the program gives up.
+# Seconds that a step may take before the program gives up.
 PATIENCE = 600
 
 
@@ -88,7 +89,7 @@ class RankStep(TrainingStep):
 def run_rank(
     rank: int, world_size: int, port: int, args: argparse.Namespace, orders: Connection
 ) -> None:
-    """Do a step on each order until told to stop; send back seconds and bytes, or an error."""
+    """Do a step on each command until told to stop; send back seconds and bytes, or an error."""
     try:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, before any process starts."""
+    """Reject what cannot be measured, before any process starts."""
     if args.device != "cpu":
         parser.error("--device must be cpu: the processes communicate by gloo")
     if "gnmt" not in args.arch or args.arch not in ARCH_MODEL_REGISTRY:

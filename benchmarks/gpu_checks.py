@@ -1,4 +1,4 @@
-"""Compare what Triton's kernels compute on this device with their definitions in float64."""
+"""Compare the results of the Triton kernels on this device with their definitions in float64."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ from nmt_moe.kernels import reference
 from nmt_moe.moe import MoEConfig, MoELayer
 
 HALVES = torch.bfloat16, torch.float16
-# Largest difference over largest value that one or two roundings at the end can cause.
+# Largest difference, divided by the largest value, that one or two final roundings can cause.
 ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 SEED = 2**62 + 12345
 
 
 class WrongResultError(RuntimeError):
-    """A kernel computes something else than its definition."""
+    """A kernel's result differs from that of its definition."""
 
 
 @dataclass
 class Report:
-    """Comparisons so far; the first that fails is the last.
+    """The comparisons made so far; the first failure ends the check.
 
     Attributes:
         rows: Rows of the table: what was compared, the figure, the limit, the verdict.
@@ -35,7 +35,7 @@ class Report:
     rows: list[list[str]] = field(default_factory=list)
 
     def compare(self, what: str, found: Tensor, expected: Tensor, limit: float) -> None:
-        """Hold the largest difference over the largest value against a limit."""
+        """Compare the largest difference, divided by the largest value, with a limit."""
         found, expected = found.detach().double(), expected.detach().double()
         error = 0.0
         if expected.numel():
@@ -44,10 +44,11 @@ class Report:
         self.claim(what, error <= limit, f"{error:.1e}", f"{limit:.0e}")
 
     def claim(self, what: str, holds: bool, figure: str = "", limit: str = "") -> None:
-        """Note a claim, and end if it does not hold."""
+        """Record a claim, and raise an error if it does not hold."""
         self.rows.append([what, figure, limit, "right" if holds else "WRONG"])
         if not holds:
-            raise WrongResultError(f"{what}: {figure} where {limit or 'the claim'} is the limit")
+            over = f": {figure} exceeds the limit {limit}" if limit else ""
+            raise WrongResultError(f"{what}: wrong{over}")
 
     def table(self) -> str:
         """Lay out all rows."""
@@ -55,7 +56,7 @@ class Report:
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Draw a standard normal tensor that wants a gradient."""
+    """Draw a standard normal tensor that requires a gradient."""
     return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
@@ -66,7 +67,7 @@ def differentiate(
     theirs: Callable[..., Tensor],
     leaves: Sequence[Tensor],
 ) -> None:
-    """Compare results and gradients; the definition gets the same numbers in float64."""
+    """Compare results and gradients; the definition receives the same numbers in float64."""
     wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
     found, expected = ours(*leaves), theirs(*wide)
     limit = ROUNDING[leaves[0].dtype]
@@ -94,7 +95,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
             make = {"dtype": dtype, "device": device}
             x, rows = leaf(tokens, dim, **make), leaf(num_rows, dim, **make)
             gates = (torch.rand(ids.shape, device=device) * (ids < experts)).requires_grad_()
-            # Weights are as large as those that a layer draws, so that results are about 1.
+            # Scale the weights as a layer does, so that results are about 1.
             weight_in = (leaf(experts, dim, hidden, **make) / dim**0.5).detach().requires_grad_()
             weight_out = (leaf(experts, hidden, dim, **make) / hidden**0.5).detach()
             weight_out.requires_grad_()
@@ -127,7 +128,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
 
 
 def check_gating(report: Report, device: str, tiny: bool) -> None:
-    """Check gating in training, forward and backward, and its noise."""
+    """Check gating in training, forward and backward, and the noise."""
     cases = [(40, 6, 2, None), (12, 20, 3, [5, 0, 7])]
     if not tiny:
         cases += [
@@ -174,7 +175,7 @@ def _check_gating_case(
 
 
 def _part_ties(clean: Tensor, raw_scale: Tensor, noise: Tensor, top_k: int) -> Tensor:
-    """Move logits apart in rows where rounding alone might decide who is chosen."""
+    """Move logits apart in rows where rounding might decide which experts are chosen."""
     scale = torch.nn.functional.softplus(raw_scale.double()) + reference.NOISE_FLOOR
     noisy = clean.double() + noise.double() * scale
     top = noisy.topk(min(top_k + 2, clean.shape[1]), dim=1)
@@ -200,7 +201,7 @@ def _check_special_logits(report: Report, device: str) -> None:
 
 
 def _check_noise(report: Report, device: str, rows: int) -> None:
-    """Hold statistics of the noise against limits that one seed in a thousand exceeds."""
+    """Compare statistics of the noise with limits that one seed in a thousand exceeds."""
     noise = _launchers().write_noise(SEED, 0, torch.empty(rows, 250, device=device)).double()
     number = noise.numel()
     ordered = noise.flatten().sort().values
@@ -210,12 +211,12 @@ def _check_noise(report: Report, device: str, rows: int) -> None:
     for down, right in ((0, 1), (0, 2), (0, 4), (1, 0)):
         pairs = noise[down:, right:] * noise[: rows - down, : 250 - right]
         figure = pairs.mean().abs().item() * pairs.numel() ** 0.5
-        what = f"noise of neighbours {down} below, {right} beside: correlation in sigmas"
+        what = f"noise {down} rows below, {right} columns to the right: correlation in sigmas"
         report.claim(what, figure < 4.5, f"{figure:.2f}", "4.5")
 
 
 def check_adam(report: Report, device: str, tiny: bool) -> None:
-    """Check factored Adam over three updates, and that it repeats its bits."""
+    """Check three updates of factored Adam, and that repeating them gives the same bits."""
     shapes = [(2, 33, 65)] if tiny else [(2, 33, 65), (3, 1, 7), (64, 512, 1024), (5, 1024, 300)]
     options = {"lr": 0.02, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     for dtype in (torch.float32, *HALVES):
@@ -268,15 +269,15 @@ def _check_layer_case(
     autocast: bool,
     device: str,
 ) -> None:
-    """Compare a pass in evaluation with the same numbers in float64, by torch's operations."""
+    """Compare a pass in evaluation with torch's operations on the same numbers in float64."""
     torch.manual_seed(3)
     layer = MoELayer(config).eval()
     for key, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=1.0 if "gate" in key else 0.3)
     layer.to(device, dtype)
     padding = torch.rand(tokens, device=device) < 0.2 if padded else None
-    # Use a few bits, so that x and gate are the same in all dtypes and no rounding decides between
-    # experts.
+    # Use numbers of few bits: x and the gates are then the same in all dtypes, and rounding does
+    # not decide between experts.
     x = torch.randn(tokens, config.model_dim).to(dtype).to(device).requires_grad_()
     wide = MoELayer(config).eval().to(device, torch.float64)
     wide.load_state_dict(layer.state_dict())
@@ -302,7 +303,7 @@ def _check_layer_case(
 
 
 def check_products(report: Report, device: str, tiny: bool) -> None:
-    """Check products in half precision against float32, at the sizes of a training."""
+    """Check products in half precision at the sizes of a training run."""
     shapes = [(4, 16, 16, 24)] if tiny else [(32, 2048, 512, 1024), (512, 16, 512, 1024)]
     for dtype in HALVES:
         for experts, mean, dim, hidden in shapes:
@@ -325,7 +326,7 @@ def _launchers():  # noqa: ANN202
 
 @contextmanager
 def fixed_seed() -> Iterator[None]:
-    """Let gates draw their noise from `SEED`."""
+    """Make gates draw their noise with the seed `SEED`."""
     operation = importlib.import_module("nmt_moe.kernels.gating")
     with mock.patch.object(operation, "draw_seed", return_value=SEED):
         yield

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_session rows --out OUT
     python -m benchmarks.gpu_session rows --out OUT --dry-run    # tiny, under Triton's interpreter
 
-Prints a table in markdown. The status is 1 after the first wrong result.
+Prints a table in Markdown. The exit status is 1 if a result is wrong.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe_machine(device: str, tiny: bool, out: Path) -> str:
-    """Tell versions and clocks, try every kernel, and measure the ceilings."""
+    """Report versions and clocks, try every kernel, and measure the ceilings."""
     import torch
     import triton
 
@@ -78,7 +78,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
 
 
 def run_check(name: str, device: str, tiny: bool) -> str:
-    """Run one of the checks; print what it found up to its first wrong result, and end."""
+    """Run one of the checks; at its first wrong result, print its table and exit."""
     import torch
 
     from benchmarks import gpu_checks
@@ -120,13 +120,13 @@ def main() -> None:
     device = "cpu" if args.dry_run else "cuda"
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    os.environ["NMT_MOE_KERNELS"] = "triton"  # or torch might be measured in its place
+    os.environ["NMT_MOE_KERNELS"] = "triton"  # otherwise torch's operations might be measured
     import torch
 
     from nmt_moe.kernels import _backend
 
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here. --dry-run does without one.")
+        sys.exit("torch sees no GPU here. Use --dry-run, which needs none.")
     args.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if args.dry_run:  # use the paths of a GPU

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One sitting on a GPU, in parts of less than ten minutes: gpu_session.sh OUT [--dry-run] [PART...]
+# Check and time all kernels on a GPU, in parts of less than ten minutes: gpu_session.sh OUT [--dry-run] [PART...]
 #
-# Tries, checks and times every kernel, in this order, and ends at the first wrong result. Run again, it goes on
-# there: delete OUT/NN-PART.md to repeat a part. Tables are OUT/NN-PART.md, all of them OUT/summary.md.
-# Needs torch with CUDA and Triton; the parts `train-step` and `training` need fairseq too,
-# memcheck, racecheck and initcheck CUDA's compute-sanitizer; they say so where it is missing.
+# The script first tries and checks every kernel and then times it. It stops at the first wrong result; if it is run
+# again, it resumes there. To repeat a part, delete OUT/NN-PART.md. Each part writes its table to OUT/NN-PART.md, and
+# OUT/summary.md has all tables. The script needs torch with CUDA and Triton. The parts `train-step` and `training` also
+# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer; they say so if it is missing.
 #   --dry-run   tiny sizes, under Triton's interpreter, without a GPU: shows that the programs work
-#   PART...     only these: machine memcheck racecheck initcheck rows gating adam layer train-step training products
-#               kernels sweep-products sweep-adam layers-1 to layers-9 profile
+#   PART...     run only these parts: machine memcheck racecheck initcheck rows gating adam layer train-step training
+#               products kernels sweep-products sweep-adam layers-1 to layers-9 profile
 # NMT_MOE_PYTHON names the Python to use (python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${NMT_MOE_PYTHON:-python}
-LIMIT=600 # seconds of a part
+LIMIT=600 # seconds for each part
 PARTS=(machine memcheck racecheck initcheck rows gating adam layer train-step training products kernels sweep-products sweep-adam
   layers-{1..9} profile)
 OURS='_(gather|sum|combine_backward|multiply|weight_gradient|zero|square_sums|column_means|update)_kernel|^(forward|select|sum|noise|backward)_kernel'
@@ -38,14 +38,14 @@ out=$(cd "$out" && pwd)
 
 program() { timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu_session "$1" --out "$out" "${dry[@]}"; }
 
-# Memory that torch keeps for itself would hide what lies outside of a tensor.
+# PYTORCH_NO_CUDA_MEMORY_CACHING: in torch's cached memory, the sanitizer would not notice access beyond a tensor.
 sanitizer() {
   if ((${#dry[@]})) || ! command -v compute-sanitizer >/dev/null; then
-    echo "not run: there is no compute-sanitizer (CUDA's toolkit has it)"
+    echo "not run: compute-sanitizer, a part of CUDA's toolkit, is missing"
     return
   fi
   local tool=$1 part filter=()
-  # torch's own kernels read memory that nobody wrote, and use what they read for nothing.
+  # torch's own kernels read uninitialised memory, but do not use what they read.
   [[ $tool != initcheck ]] || filter=(--kernel-regex "kns=$OURS")
   for part in rows gating adam; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$((LIMIT / 3))" compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -57,7 +57,7 @@ sanitizer() {
 
 with_fairseq() {
   if ((${#dry[@]})); then
-    echo "not run: a dry run trains nothing"
+    echo "not run: a dry run does not train"
   elif ! "$PYTHON" -c "import fairseq" 2>/dev/null; then
     echo "not run: fairseq is not installed"
   else
@@ -77,7 +77,7 @@ training() {
 
 layers() {
   if ((${#dry[@]})) && (($1 > 1)); then
-    echo "not run: a dry run does the same as layers-1"
+    echo "not run: in a dry run this part would do the same as layers-1"
     return
   fi
   local options=(--grid gpu --only "$1" --device cuda --rounds 5)

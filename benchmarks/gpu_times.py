@@ -23,9 +23,9 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work, device: str, tiny: bool) -> float:
-    """Return the median time of `work`, replayed as a CUDA graph so that the host counts nothing.
+    """Return the median time of `work`, replayed as a CUDA graph to leave out the host's time.
 
-    On the CPU, where this is tried out only, it is called once.
+    On the CPU, which serves only for trying this out, `work` is called once.
     """
     if device == "cpu":
         begin = time.perf_counter()
@@ -58,7 +58,7 @@ def _time(replay: Work, count: int) -> float:
 
 
 def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
-    """Measure a copy of random data and large products; later parts read the file."""
+    """Measure a copy of random data and large products, and save the results for later parts."""
     size = 2**12 if tiny else 2**29  # float32 numbers
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
@@ -78,7 +78,7 @@ def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
 
 
 def time_kernels(device: str, tiny: bool, out: Path) -> str:
-    """Time each kernel beside the copy of its bytes or the product of its operations."""
+    """Time each kernel, and compare with copying its bytes or computing its products."""
     ceilings = json.loads((out / CEILINGS).read_text())
     rows = []
     for name, work, num_bytes, flops, dtype in _kernel_works(device, tiny):
@@ -210,14 +210,14 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
 
 
 def _make_plan(experts: int, mean: int, device: str, top_k: int = 4) -> kernels.RowPlan:
-    """Send tokens to random experts: of unequal numbers of rows, as in training."""
+    """Send tokens to random experts, which get unequal numbers of rows, as in training."""
     tokens = experts * mean // top_k
     ids = torch.randint(experts, (tokens, top_k), device=device)
     return kernels.plan_rows(ids, experts, tokens * top_k)
 
 
 def sweep_products(device: str, tiny: bool, out: Path) -> str:
-    """Time products by the rows of an average expert, the block's rows, warps and stages."""
+    """Time products for different mean rows per expert, block rows, warps and stages."""
     gemm = importlib.import_module("nmt_moe.kernels._triton.grouped_gemm")
     experts, dim, hidden = (4, 16, 24) if tiny else (256, 512, 1024)
     blocks = (16, 32) if tiny else (16, 32, 64, 128)
@@ -244,7 +244,7 @@ def sweep_products(device: str, tiny: bool, out: Path) -> str:
         shape = "as now" if best[1] is None else f"{best[1][0]} warps, {best[1][1]} stages"
         figure = f"{times[best] * 1e6:.0f}"
         lines.append([str(mean), *default, str(chosen), f"{best[0]}, {shape}", figure, by_torch])
-    columns = ["rows an expert", *(f"µs, block {block}" for block in blocks)]
+    columns = ["rows per expert", *(f"µs, block {block}" for block in blocks)]
     columns += ["chosen block", "fastest", "its µs", "torch's µs"]
     return timing.markdown_table(columns, lines)
 
@@ -269,7 +269,7 @@ def _time_shape(
 
 
 def sweep_adam(device: str, tiny: bool, out: Path) -> str:
-    """Time factored Adam by its tiles."""
+    """Time factored Adam with tiles of different sizes."""
     adam = importlib.import_module("nmt_moe.kernels._triton.factored_adam")
     shape = (2, 16, 24) if tiny else (256, 512, 1024)
     weight, grad = (torch.randn(shape, device=device) for _ in range(2))
@@ -292,7 +292,7 @@ def sweep_adam(device: str, tiny: bool, out: Path) -> str:
 
 
 def profile_layer(device: str, tiny: bool, out: Path) -> str:
-    """Show where a layer's passes spend the device's time, and how much of it nothing runs."""
+    """Show on what a layer's passes spend the device's time, and how long the device is busy."""
     from torch.profiler import ProfilerActivity, profile
 
     tokens, config = (64, MoEConfig(16, 24, 8, 2)) if tiny else (2048, MoEConfig(512, 1024, 512, 4))
@@ -329,10 +329,10 @@ def profile_layer(device: str, tiny: bool, out: Path) -> str:
     ]
     launches = sum(e.count for e in trace.key_averages() if "LaunchKernel" in e.key) // repeats
     summary = [
-        ["wall, ms a step (profiled)", f"{wall * 1e3:.3f}"],
-        [f"{'device' if is_on_gpu else 'CPU'} busy, ms a step", f"{total * 1e3:.3f}"],
-        ["share of the wall time", f"{total / wall:.0%}"],
-        ["kernel launches a step", str(launches) if is_on_gpu else "-"],
+        ["elapsed, ms per step (profiled)", f"{wall * 1e3:.3f}"],
+        [f"{'device' if is_on_gpu else 'CPU'} busy, ms per step", f"{total * 1e3:.3f}"],
+        ["share of the elapsed time", f"{total / wall:.0%}"],
+        ["kernel launches per step", str(launches) if is_on_gpu else "-"],
     ]
     tables = timing.markdown_table(["a layer, forward and backward", ""], summary)
-    return f"{tables}\n\n{timing.markdown_table(['kernel', 'calls', 'µs a step'], rows)}"
+    return f"{tables}\n\n{timing.markdown_table(['kernel', 'calls', 'µs per step'], rows)}"

@@ -3,16 +3,17 @@
     python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
         --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
 
-All translate the test split of --data with the same beam and limits: `batch` as fast as
-possible, each sorting by length in its own way, and `one` sentence after the other. The time is
-what fairseq-generate reports: its task's generator, without reading text or splitting it into
-pieces. For bundles and CTranslate2, everything from raw text to raw text is timed. With
---interactive the command fairseq-interactive runs beside them, in a process that has started
-before; it gets a line once it has answered the last one. Start-up is measured separately.
+All of them translate the test split of --data with the same beam and limits. `batch` translates
+the split as fast as possible, and each competitor sorts by length in its own way; `one` translates
+one sentence after the other. For fairseq, the time is the one that fairseq-generate reports, that
+of its task's generator, without reading text or splitting it into pieces. For bundles and
+CTranslate2, everything from raw text to raw text is timed. With --interactive, the command
+fairseq-interactive is measured, too, in a process that was started beforehand; it gets a line once
+it has answered the previous one. Start-up is measured separately.
 
-CPU seconds are shown, too: they say more on a machine that others use. --ctranslate2
-names converted models of the same pieces, such as a Transformer trained by fairseq on the same
-text; the module must be importable (PYTHONPATH).
+CPU seconds are shown as well, because they are more reliable on a machine that others use.
+--ctranslate2 names converted models with the same pieces, such as a Transformer that fairseq
+trained on the same text; the module ctranslate2 must be importable (PYTHONPATH).
 """
 
 import argparse
@@ -43,7 +44,7 @@ COLUMNS = [
 ]
 FAIRSEQ = "fairseq"
 INTERACTIVE = "fairseq-interactive"
-ANSWER = "D-"  # begins the line that fairseq-interactive answers last
+ANSWER = "D-"  # the beginning of the last line of fairseq-interactive's answer
 LOAD = """
 import json, time
 start = time.perf_counter()
@@ -57,11 +58,11 @@ print(json.dumps([end - start, end - imported]))
 
 
 class FairseqTranslator:
-    """fairseq's generator for a checkpoint.
+    """A checkpoint with fairseq's generator.
 
     Attributes:
         sources: The sentences of the test split as raw text.
-        references: A translation of each sentence.
+        references: A reference translation of each sentence.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -92,7 +93,7 @@ class FairseqTranslator:
         return self.task.target_dictionary.string(tokens, self.remove)
 
     def job(self, count: int, batch_size: int) -> Callable[[], list[str]]:
-        """Make a job that translates the first `count` sentences in batches of `batch_size`."""
+        """Return a job that translates the first `count` sentences in batches of `batch_size`."""
         by_length = sorted(range(count), key=self.dataset.size)
         batches = [
             self.dataset.collater([self.dataset[index] for index in by_length[i : i + batch_size]])
@@ -264,9 +265,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line per bundle: seconds until it can translate, each in a process of its own.
+    """Return a line per bundle: seconds until it can translate, each measured in its own process.
 
-    Warm: its files are in memory since they were last read. Cold: the system was told to drop them.
+    A bundle is warm if its files are still in memory, and cold after the system was told to drop
+    them.
     """
     lines = []
     for folder in folders:
@@ -288,7 +290,7 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
 
 
 def load_bundle(folder: Path) -> tuple[float, float]:
-    """Return the seconds to open a bundle in a process of its own, with torch's import, without."""
+    """Return the seconds to open a bundle in a new process, with and without torch's import."""
     line = [sys.executable, "-c", LOAD.format(folder=str(folder))]
     found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=timing.REPOSITORY)
     whole, own = json.loads(found.stdout)
@@ -296,7 +298,7 @@ def load_bundle(folder: Path) -> tuple[float, float]:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Lay out the table; speed-ups are over fairseq's generator."""
+    """Lay out the table; speed-ups are relative to fairseq's generator."""
     lines = [
         [
             row["translator"],

@@ -2,9 +2,9 @@
 
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
-Each line of the table is for one matrix (outputs x inputs) and one number of activation rows; times
-are microseconds of CPU time, including quantisation of activations. Each product cycles through
-copies of its matrix, so that as many bytes of weights are read between two uses of a matrix as in a
+Each line of the table is for one matrix (outputs x inputs) and one number of activation rows. Times
+are microseconds of CPU time, including the quantisation of activations. Each product cycles through
+copies of its matrix, so that between two uses of a matrix as many bytes of weights are read as in a
 real model.
 """
 
@@ -110,7 +110,7 @@ def microseconds(
             continue  # without VNNI, `_int_mm` is a plain C loop
         products = [make(torch.randn(shape) * 0.05) for _ in range(copies)]
         for product in products:
-            product(x)  # ours pack their weights on the first call
+            product(x)  # this project's products pack their weights on the first call
         calls[name] = cycle(products).__next__
     found: dict[str, list[float]] = {name: [] for name in calls}
     for at in range(-1, rounds):

@@ -1,4 +1,4 @@
-"""Check that measured layers compute what they should."""
+"""Check that the measured layers compute the right results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from benchmarks.moe_points import Point
 
 SMALL = Point(tokens=64, model_dim=32, hidden_dim=48, num_experts=8, top_k=4, num_groups=4)
 COLUMNS = ["layer", "dtype", "output", "gradient of x", "gradients of weights", "verdict"]
-# Tolerance: largest difference over largest value.
+# Tolerance: the largest difference divided by the largest value.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
@@ -21,8 +21,9 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
     """Compare a layer in evaluation with its dense definition in float32, with enough capacity.
 
     Returns:
-        The largest difference over the largest value of `output`, `gradient of x` and `gradients
-        of weights` (the worst of them); of a layer without a backward pass `output` alone.
+        The largest difference divided by the largest value, for `output`, `gradient of x` and
+        `gradients of weights` (the worst of them); for a layer without a backward pass, only
+        `output`.
     """
     point = dataclasses.replace(SMALL, dtype=dtype)
     layer = build_layer(LAYERS[name], point, device, capacity=float(point.num_experts)).eval()
@@ -51,7 +52,7 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
 def _differentiate(
     layer: Layer, function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """Return the output and the gradients of x and all parameters; 0 where there is none."""
+    """Return the output, and the gradients of x and all parameters, with 0 for missing ones."""
     x = x.clone().requires_grad_()
     torch.manual_seed(4)  # a layer may use random numbers
     y = function(x)

@@ -1,4 +1,4 @@
-"""The gate's arithmetic on logits alone: fused, in torch, and a copy of the same bytes."""
+"""The gate's arithmetic on logits, fused and in torch, and a copy of the same number of bytes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.moe_points import Point
 from nmt_moe import kernels
 
-# Gates (N, K), importance (E,) and load (E,), from logits and raw noise scale, (N, E) each.
+# Computes gates (N, K), importance (E,) and load (E,) from logits and raw noise scale, (N, E) each.
 Gating = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -40,10 +40,9 @@ NAMES = (*GATINGS, "copy")
 
 
 class GatingRun:
-    """Forward and backward pass from logits (N, E); "copy" only moves the same bytes.
+    """A forward and backward pass from logits (N, E); "copy" only moves the same number of bytes.
 
-    These are two tensors (N, E) read in the forward pass, and two read and two written in the
-    backward.
+    The forward pass reads two tensors (N, E); the backward pass reads two and writes two.
     """
 
     def __init__(self, name: str, point: Point, device: str) -> None:
@@ -73,11 +72,11 @@ class GatingRun:
         torch.autograd.backward([gates, importance, load], grads)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tables need to know."""
+        """Return the facts that the tables show."""
         return {"notes": "" if self.gating else "a copy of the same bytes"}
 
     def rest(self) -> None:
-        """Free what only a run needs."""
+        """Free the memory that only a run needs."""
         if self.gating is not None:
             for tensor in self.logits:
                 tensor.grad = None

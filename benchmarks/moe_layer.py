@@ -7,13 +7,14 @@
     python -m benchmarks.moe_layer --grid scaling --json scaling.json --plot scaling.png
     python -m benchmarks.moe_layer --render paper.json
 
-Modes: "forward", in evaluation without gradients; "fwd+bwd", in training with fresh gradients of
-tokens and weights; "step", with the optimizer; "gate", the forward and backward pass of nmt_moe's
-gate alone. Limits: "gemm", as many operations in dense products over all k T rows; "bmm", in n
-weight matrices with equal rows; both allocate nothing. Tokens are standard normal, and
-so are the logits of random gates, so that experts get unequal numbers of tokens, as in training.
+Modes: "forward" is a pass in evaluation without gradients, "fwd+bwd" a pass in training that
+creates the gradients of tokens and weights, "step" the same with the optimizer, and "gate" the
+forward and backward pass of only nmt_moe's gate. Limits: "gemm" does the same number of operations
+in dense products over all k T rows, and "bmm" in products with n weight matrices and equal numbers
+of rows; neither allocates memory. Tokens are standard normal, and so are the logits of random
+gates, so that experts get unequal numbers of tokens, as in training.
 
-Each competitor runs in its own process; a round measures each once.
+Each competitor runs in its own process, and a round measures each of them once.
 """
 
 import argparse
@@ -75,10 +76,10 @@ def list_all() -> str:
 
 
 def choose_points(args: argparse.Namespace) -> list[Point]:
-    """Return the point of --shape, or those of --grid that have any mode of --modes.
+    """Return the point of --shape, or the points of --grid that have any of --modes.
 
     Raises:
-        SystemExit: if --only names none of them.
+        SystemExit: if --only does not name one of them.
     """
     if args.shape:
         modes = tuple(mode for mode in MODES if mode in (args.modes or TRAINING))
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.prepare(args)
     peers = choose_peers([word for word in args.peers.split(",") if word])
     if args.check or args.device == "cuda":
-        # On a GPU, kernels run that the tests without one do not cover.
+        # Tests without a GPU do not cover the kernels that run on one.
         own = [name for name in OWN if not name.endswith("_adam")]
         dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
         names = [*own, *PLAIN] if args.device == "cuda" else own

@@ -1,4 +1,4 @@
-"""MoE layers with one interface: nmt_moe's own, and what one would write in plain torch."""
+"""MoE layers with a common interface: nmt_moe's own layers, and layers written in plain torch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Layer(nn.Module):
     `capacity` is the most tokens per expert divided by the mean, for libraries that have a limit.
 
     Attributes:
-        notes: Differences between this layer and the requested one.
+        notes: How this layer differs from the requested one.
         most_k: The largest supported number of experts per token.
         package: Names for importing and for installing the library; None if the layer belongs to
             this project.
@@ -97,13 +97,13 @@ class Layer(nn.Module):
 
 
 def softmax_of_largest(logits: Tensor, top_k: int) -> Tensor:
-    """Compute softmax over the k largest of each row; 0 elsewhere."""
+    """Compute the softmax over the k largest values of each row; all other values become 0."""
     top, ids = logits.topk(top_k, dim=-1)
     return torch.zeros_like(logits).scatter(-1, ids, top.softmax(-1))
 
 
 class OwnLayer(Layer):
-    """nmt_moe's layer with the paper's noisy gate and both losses."""
+    """nmt_moe's layer with the paper's noisy gate and both balance losses."""
 
     notes = "noisy top-k gate, importance and load loss"
     is_hierarchical = False
@@ -226,8 +226,8 @@ def build_layer(
 ) -> Layer:
     """Make a layer with random weights, whose logits have a standard deviation of 1.
 
-    So experts get unequal numbers of tokens, as in training. The noise's weight is 0, its initial
-    value; its scale is then softplus(0) + 0.01.
+    Experts therefore get unequal numbers of tokens, as in training. The weight of the noise has its
+    initial value, 0, so the scale of the noise is softplus(0) + 0.01.
     """
     torch.manual_seed(0)
     with _without_initialisation():
@@ -251,7 +251,7 @@ def build_layer(
 
 @contextlib.contextmanager
 def _without_initialisation() -> Iterator[None]:
-    """Skip initialisation: random numbers for a thousand experts take minutes."""
+    """Skip initialisation, because drawing the weights of a thousand experts takes minutes."""
     with (
         mock.patch.object(nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor),
         mock.patch.object(nn.init, "uniform_", lambda tensor, *_, **__: tensor),

@@ -55,11 +55,11 @@ class BareProducts:
         self._multiply(self.x.transpose(1, 2), grad_hidden, grad_in)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tables need to know."""
+        """Return the facts that the tables show."""
         return {"notes": LIMITS[self.kind]}
 
     def rest(self) -> None:
-        """Free what only a run needs: nothing."""
+        """Do nothing: no memory is needed only for a run."""
 
     def dropped(self) -> None:
         """Return None: there are no tokens to drop."""

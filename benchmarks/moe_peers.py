@@ -129,8 +129,8 @@ class FairScale(Layer):
         return [self.moe.gate.wg.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # These gates are random, so use them: the check covers only dispatch, experts and
-        # combination.
+        # fairscale's gates are random, so the dense definition uses the same gates: the check
+        # covers only dispatch, experts and combination.
         return self.moe.gate(x)[1].sum(-1)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ LAYERS = {**OWN, **PLAIN, **PEERS}
 
 
 def missing_packages(names: list[str]) -> dict[str, str]:
-    """Map peers that cannot be imported to what pip must install."""
+    """Return the peers that cannot be imported, each with the package that pip must install."""
     packages = {name: PEERS[name].package for name in names if name in PEERS}
     return {
         name: package[1]

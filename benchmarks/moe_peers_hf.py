@@ -1,4 +1,4 @@
-"""MoE layers of Hugging Face's transformers, each used as in its models."""
+"""MoE layers of Hugging Face's transformers, each used as in the models of that library."""
 
 import math
 from typing import Any

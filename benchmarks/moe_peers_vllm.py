@@ -15,7 +15,7 @@ WIDTH = 32
 
 
 def load_operators() -> None:
-    """Load vLLM's compiled operators alone, as the package imports much that is not needed here."""
+    """Load only vLLM's compiled operators: the package imports much that is not needed here."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.submodule_search_locations is not None

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.moe_points import Point
 from benchmarks.moe_tables import Timing, summarise_point
 
-# Parts are stacked from below; the other times are lines.
+# Parts are stacked; the other times are drawn as lines.
 PARTS = ("gate and losses", "experts and dispatch", "optimizer")
 LINES = {"bare products of the experts": "k--", "the step with torch's Adam": "k:"}
 
@@ -19,8 +19,8 @@ class Steps:
     Attributes:
         point: The size, apart from the number of experts.
         experts: The numbers of experts, ascending.
-        seconds: For each of `PARTS` and `LINES`, one number for each of `experts`; NaN if it was
-            not measured.
+        seconds: For each of `PARTS` and `LINES`, one time for each of `experts`; NaN if it was not
+            measured.
     """
 
     point: Point

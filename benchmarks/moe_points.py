@@ -8,8 +8,8 @@ from typing import Any
 
 from nmt_moe.moe import MoEConfig
 
-# "step" includes the optimizer; "gate" is the forward and backward pass of the gate alone, with
-# both losses.
+# "step" includes the optimizer; "gate" is the forward and backward pass of only the gate, with both
+# balance losses.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
 # Modes in which the bare matrix products are measured, too.
@@ -27,7 +27,7 @@ class Point:
         num_experts: Number of experts, E.
         top_k: Experts per token, K.
         num_groups: Groups of the hierarchical layer, G, of which each token uses sqrt(K), with
-            sqrt(K) experts each; 0 for no such layer.
+            sqrt(K) experts each; 0 if there is no such layer.
         modes: Modes that are timed, some of `MODES`.
         dtype: Type of tokens and weights, by its name in torch.
         kind: Kind of measurement: "layer", or "gating" for the gate's arithmetic on logits alone.

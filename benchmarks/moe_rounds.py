@@ -24,7 +24,7 @@ from benchmarks.moe_points import BARE, Point
 
 # A turn repeats a short job for about this many seconds, at most this many times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# Most seconds for imports, the first kernels on a GPU, and filling the weights.
+# Seconds allowed for imports, the first kernels on a GPU, and filling the weights.
 START_SECONDS = 300.0
 
 
@@ -125,7 +125,7 @@ class Process:
 
 
 def entrants_of(point: Point, peers: list[str]) -> list[Entrant]:
-    """List the entrants at a point: limits for each number of experts per token, ours, peers."""
+    """List the entrants at a point: limits for each k, nmt_moe's layers, and peers."""
     if point.kind == "gating":
         return [Entrant(name, point, point.modes, name) for name in moe_gating.NAMES]
     own = ["nmt_moe", *(["nmt_moe_hierarchical"] if point.num_groups else [])]
@@ -220,7 +220,7 @@ class Match:
             process.close()
 
     def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
-        """Give up the remaining modes, as later ones do more; without any, everything."""
+        """Give up the remaining modes, which all do more; without any, give up everything."""
         timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} given up: {reason}")
         if record.rounds.keys() - todo and todo:
             record.failed |= dict.fromkeys(todo, reason)

@@ -10,7 +10,7 @@ from benchmarks.moe_points import BARE, MODES, Point
 
 # A round is disturbed if its threads waited for a core for more than this share of the time.
 MOST_WAITED = 0.05
-# With fewer undisturbed rounds than this, the median is taken over all rounds, and marked.
+# With fewer undisturbed rounds than this, the median is taken over all rounds and marked.
 LEAST_CLEAN = 3
 MARK = "~"
 # The divisors of times, for each kind of point.
@@ -53,7 +53,7 @@ def summarise(rounds: list[list[dict[str, Any]]], threads: int) -> Timing:
 
 
 def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, Timing]]:
-    """Return the timings by label and mode; without competitors that were given up."""
+    """Return the timings by label and mode, without competitors that were given up."""
     return {
         one["label"]: {mode: summarise(rounds, threads) for mode, rounds in one["rounds"].items()}
         for one in found["competitors"]
@@ -62,7 +62,7 @@ def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, 
 
 
 def format_point(found: dict[str, Any], threads: int) -> str:
-    """Lay out the table of one point under a heading, then who was given up, and why."""
+    """Lay out the table of one point under a heading, followed by what was given up and why."""
     point = Point.from_json(found["point"])
     times = summarise_point(found, threads)
     modes = [mode for mode in MODES if mode in point.modes]
@@ -100,7 +100,7 @@ def _milliseconds(timed: Timing | None, part: str | None = None) -> str:
 def _ratio(
     times: dict[str, dict[str, Timing]], one: dict[str, Any], mode: str, name: str, point: Point
 ) -> str:
-    """Divide by the yardstick for the same number of experts per token."""
+    """Divide by the time of the yardstick for the same number of experts per token."""
     label = name if one["top_k"] == point.top_k else f"{name} k={one['top_k']}"
     mine, limit = times[one["label"]].get(mode), times.get(label, {}).get(mode)
     if mine is None or limit is None:

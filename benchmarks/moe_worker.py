@@ -1,7 +1,7 @@
 """One competitor in its own process, which reads commands from a pipe.
 
-moe_rounds.py starts it with one argument, a JSON object; it answers each line of standard input,
-also a JSON object, with one on standard output. Output of libraries goes to stderr.
+moe_rounds.py starts it with one argument, a JSON object. It answers each line of standard input,
+which is also a JSON object, with a line on standard output. Libraries' output goes to stderr.
 """
 
 import json
@@ -23,12 +23,12 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 from nmt_moe import training
 
-# Bytes of the memory free at the start that are left to other processes.
+# Bytes of the initially free memory that are left to other processes.
 _KEPT_FREE = 2**30
 
 
 class Competitor(Protocol):
-    """Interface of what the worker measures."""
+    """The interface of what a worker measures."""
 
     def run(self, mode: str) -> dict[str, float] | None:
         """Run a mode once; may return the seconds of its parts."""
@@ -202,7 +202,7 @@ class Worker:
 
 
 def limit_memory() -> None:
-    """Make an allocation beyond free memory an error in this process, not a kill by the kernel."""
+    """Make an allocation beyond free memory an error, so that the kernel kills no process."""
     free = timing.available_bytes() - _KEPT_FREE
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
 

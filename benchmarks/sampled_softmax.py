@@ -1,7 +1,7 @@
 """Time the loss of a softmax layer, full and by importance sampling, forward and backward.
 
-One step: the logits, the loss, and the gradients of features and weight; for the sampled one,
-also sampling. Both make a gradient of the weight's full size, as optimizers require it.
+A step computes the logits, the loss, and the gradients of features and weight; the sampled softmax
+also draws its samples. Both create a gradient of the weight's full size, as optimizers require.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> Mapping[str, Job]:
-    """Give the full softmax, and a sampled one for each number of draws."""
+    """Return the full softmax, and a sampled one for each number of draws."""
     bound = args.dim**-0.5
     weight = torch.empty(vocab_size, args.dim, device=args.device).uniform_(-bound, bound)
     features = torch.randn(args.tokens, args.dim, device=args.device)

@@ -2,15 +2,16 @@
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
-This compares fairseq's own search ("stock", all options off), GNMT's penalties, its pruning alone,
-and both, with GNMT's values. The time is what fairseq-generate reports: its task's generator on
-batches of its own iterator, sentences sorted by length. Translations have their natural lengths, so
-the model must be trained: a random one assigns similar scores to everything, and nothing is pruned.
+This compares fairseq's own search ("stock", all options off) with GNMT's penalties, GNMT's pruning,
+and both, with GNMT's values. The time is the one that fairseq-generate reports, that of its task's
+generator on batches of its own iterator, which sorts sentences by length. Translations have their
+natural lengths, so the model must be trained: a random model assigns similar scores to everything,
+and nothing is pruned.
 
 `steps` and `rows` count calls of the decoder and the hypotheses evaluated in them. `same` is the
-share of sentences whose best translation equals that of "stock" or, with both, "penalties". `BLEU`
-compares with the data's targets, in pieces as they are binarised: use it only for differences
-between these rows.
+share of sentences whose best translation is the same as with "stock" or, for the row with both, as
+with "penalties". `BLEU` is computed on the binarised pieces of the data's targets, so use it only
+to compare these rows.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m benchmarks.serving en-de --text test.en --source en --target de --threads 2
     python -m benchmarks.serving en-de --text test.en --source en --target de --soak 300
 
-Servers run in their own processes; clients are threads of this process, each with one connection.
+Each server runs in its own process; clients are threads of this process, each with one connection.
 Servers with and without batching across requests are measured in turn, with several clients and
-with one. The overhead is the time that the client waits minus the time that the server spends in
-the translator, according to its metrics. The machine's load is printed below the table, because on
+with one. The overhead is the time that a client waits, minus the time that the server spends in
+the translator according to its metrics. The machine's load is printed below the table, because on
 a shared machine other programs lengthen the times.
 
 `--soak` sends an hour's requests (one per second) within the given seconds: single texts,
@@ -91,7 +91,7 @@ class Client:
         return self.post("/translate", q=q, **self._languages, **fields)
 
     def explain(self, text: str) -> str:
-        """Use our own API; return the text."""
+        """Use the project's own API; return the text."""
         return self.post("/v1/translate", texts=text, **self._languages)["translations"][0]["text"]
 
     def leave(self, text: str) -> None:
@@ -197,7 +197,7 @@ def _row(key: tuple[int, bool], rates: dict, waits: dict, batches: dict) -> list
 
 @dataclass
 class Soak:
-    """An hour's requests.
+    """An hour's worth of requests.
 
     Attributes:
         texts: Sentences.
@@ -286,7 +286,7 @@ class Soak:
 
 
 def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
-    """Print the results of an hour's requests; return whether all answers were right."""
+    """Print the results of an hour's worth of requests; return whether all answers were right."""
     plan = Soak.prepare(args.folder, texts[:400])
     with served(args.folder, args.threads, True) as host:
         before = read_metric(host, "process_resident_memory_bytes")

@@ -39,16 +39,16 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """Median of the whole job."""
+        """Return the median of the whole job."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """(Slowest - fastest) / median."""
+        """Return (slowest - fastest) / median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
     def part(self, name: str) -> float:
-        """Median of one part."""
+        """Return the median of one part."""
         return statistics.median(self.parts[name])
 
 
@@ -84,9 +84,9 @@ def synchronise(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Return this process's peak memory: allocated on the GPU or, on the CPU, resident memory.
+    """Return this process's peak memory: allocated on the GPU, or resident on the CPU.
 
-    `ru_maxrss` would start at the size of the process that started this one.
+    `ru_maxrss` is not used because it starts at the size of the parent process.
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
@@ -130,7 +130,7 @@ def cpu_model() -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table: the first column aligned left, numbers right."""
+    """Lay out a table whose first column is aligned left and whose numbers are aligned right."""
     lines = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -138,7 +138,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that all benchmark programs share."""
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (7)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that torch uses (2)")
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="cpu or cuda (cpu)"
     )

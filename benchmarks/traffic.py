@@ -1,4 +1,4 @@
-"""Measure how many bytes a rank sends to others, and how long that takes."""
+"""Measure how many bytes a rank sends to other ranks, and how long that takes."""
 
 import time
 from collections import Counter, defaultdict
@@ -19,16 +19,16 @@ class Traffic:
     """The traffic of this rank during a measurement.
 
     Attributes:
-        bytes_sent: Bytes to other ranks: "exchange", rows of tokens and their counts (all-to-all),
-            and "sum" (all-reduce), as sent in a ring: 2 (W - 1) / W of the tensor.
-        seconds: Under the same names, including waiting for other ranks.
+        bytes_sent: Bytes sent to other ranks. "exchange" counts rows of tokens and their numbers
+            (all-to-all); "sum" counts all-reduce as in a ring, 2 (W - 1) / W of the tensor.
+        seconds: Seconds, under the same names, including the time spent waiting for other ranks.
     """
 
     bytes_sent: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, kind: str, num_bytes: int, device: torch.device, call: Callable[[], Any]) -> Any:
-        """Run `call`, which sends `num_bytes`, and add up bytes and time."""
+        """Run `call`, which sends `num_bytes`, and add its bytes and time to the totals."""
         _synchronise(device)
         begin = time.perf_counter()
         result = call()
@@ -40,9 +40,10 @@ class Traffic:
 
 @contextmanager
 def measure_traffic() -> Iterator[Traffic]:
-    """Count what this rank sends inside the block, including backward passes.
+    """Measure what this rank sends inside the `with` block, including backward passes.
 
-    On a GPU, each call waits for the device before and after; otherwise its time would not show.
+    On a GPU, each call waits for the device before and after, because otherwise its time could not
+    be measured.
     """
     traffic = Traffic()
     all_to_all, all_reduce = distributed.all_to_all_single, distributed.all_reduce

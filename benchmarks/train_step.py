@@ -2,10 +2,11 @@
 
     python -m benchmarks.train_step --threads 2 --sentences 64 --length 25 --rounds 7
 
-A step is forward pass, loss, backward pass and Adam, on random sentences of one length, with the
-model, the criterion and the Adam that fairseq-train would use. All models, and the products of
-each (see products.py), take turns in one process; peak memory is that of two steps in a separate
-process, above that after the imports. Tokens are target tokens; there are as many source tokens.
+A step consists of forward pass, loss, backward pass and Adam, on random sentences of one length,
+with the model, the criterion and the Adam that fairseq-train would use. All models, and the
+products of each (see products.py), take turns in one process. Peak memory is measured over two
+steps in a separate process, minus the memory in use after the imports. Tokens are target tokens;
+there are as many source tokens.
 """
 
 import argparse

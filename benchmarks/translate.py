@@ -2,15 +2,17 @@
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
-The time is what fairseq-generate reports: its task's generator on batches of its own iterator; with
---command, also that of the whole command. The models have random parameters, so every
-hypothesis is forced to have --length tokens (min_len = max_len): all do the same number of steps,
-and no batch shrinks. Source sentences have between --length / 2 and --length tokens.
+The time is the one that fairseq-generate reports, that of its task's generator on batches of its
+own iterator. With --command, the whole command is timed, too. The models have random parameters, so
+every hypothesis is forced to have --length tokens (min_len = max_len): all models do the same
+number of steps, and no batch shrinks. Source sentences have between --length / 2 and --length
+tokens.
 
-fairseq's lstm gets the embedding width, hidden size and decoder layers of ours. Its encoder must
-have as many layers as its decoder: two, as ours has with the preset's sizes. In its encoder both
-are bidirectional, in ours only the bottom one; its LSTMs have no projection. All models
-share one dictionary, one set of sentences, the batch and the beam.
+fairseq's lstm has the same embedding width, hidden size and number of decoder layers as
+lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder, which is two, as in
+lstm_moe_gnmt_small. Both of its encoder layers are bidirectional, while only the bottom layer of
+lstm_moe_gnmt_small is; its LSTMs have no projection. All models use the same dictionary, sentences,
+batch and beam.
 """
 
 import argparse
@@ -40,7 +42,7 @@ PEER = "lstm"
 
 
 def write_corpus(folder: Path, args: argparse.Namespace) -> None:
-    """Write a binarised test set of random sentences, and its dictionary on both sides."""
+    """Write a binarised test set of random sentences, and the dictionary of both sides."""
     dictionary = make_dictionary(args.vocab_size)
     for language in ("src", "tgt"):
         dictionary.save(str(folder / f"dict.{language}.txt"))
@@ -86,7 +88,7 @@ class Translation:
 
     Attributes:
         model: The model, as built by task and flags.
-        num_steps: Steps of the decoder in a call.
+        num_steps: Number of decoder steps in a call.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Translation:
         """Translate everything once."""
         for batch in self.batches:
             found = self.task.inference_step(self.generator, [self.model], batch)
-            # Times can only be compared if all did the same work.
+            # Times can be compared only if all models do the same work.
             assert all(len(best["tokens"]) == self.length + 1 for best, *_ in found)
 
 

@@ -20,14 +20,14 @@ DIM, EXPERTS, UPDATES = 32, 8, 30
 def main() -> None:
     distributed.init_process_group("gloo")  # "nccl" on GPUs
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    torch.manual_seed(1)  # the same on all ranks: dense parameters start equal
+    torch.manual_seed(1)  # the same on all ranks, so that dense parameters start equal
     group = make_expert_parallel_group(EXPERTS)
     layer = MoELayer(MoEConfig(DIM, hidden_dim=64, num_experts=EXPERTS, top_k=2), group=group)
     output = nn.Linear(DIM, DIM)
     parameters = [*layer.parameters(), *output.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
     target = torch.randn(DIM, DIM) / DIM**0.5
-    torch.manual_seed(100 + rank)  # each rank has tokens of its own
+    torch.manual_seed(100 + rank)  # each rank has its own tokens
     for update in range(UPDATES):
         x = torch.randn(128, DIM)
         y, stats = layer(x)
@@ -35,7 +35,7 @@ def main() -> None:
         optimizer.zero_grad()
         (loss + stats.balance_loss).backward()
         for parameter in parameters:
-            if not is_shard(parameter):  # experts have seen the tokens of all ranks already
+            if not is_shard(parameter):  # experts have already received the tokens of all ranks
                 parameter.grad.div_(world_size)
                 distributed.all_reduce(parameter.grad)
         average_shard_gradients(parameters)

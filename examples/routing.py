@@ -1,4 +1,4 @@
-"""Draw a translation: what each piece attended to, and the experts that read and wrote it.
+"""Draw a translation with what each piece attended to, and the experts that read and wrote it.
 
 python examples/routing.py BUNDLE "A sentence." --output routing.png
 """
@@ -17,7 +17,7 @@ ATTENTION, ROUTING = "Blues", "Oranges"
 
 
 def gate_matrix(experts: list[list[tuple[int, float]]], num_experts: int) -> np.ndarray:
-    """Return (pieces, experts) gates; 0 where an expert was not chosen."""
+    """Return a matrix (pieces, experts) of gates, which are 0 if an expert was not chosen."""
     gates = np.zeros((len(experts), num_experts))
     for row, chosen in zip(gates, experts, strict=True):
         for expert, gate in chosen:
@@ -26,14 +26,14 @@ def gate_matrix(experts: list[list[tuple[int, float]]], num_experts: int) -> np.
 
 
 def draw(translation: Translation, num_experts: int) -> Figure:
-    """Draw the first sentence of a translation that was made `with_experts`."""
+    """Draw the first sentence of a translation that was computed with `with_experts=True`."""
     [sentence, *_] = translation.sentences
     best = sentence.hypotheses[0]
     attention = best.attention.numpy()[:, : len(sentence.pieces)]
     read = gate_matrix(sentence.experts or [], num_experts)[: len(sentence.pieces)]
     written = gate_matrix(best.experts or [], num_experts)[: len(best.pieces)]
     rows, columns = attention.shape
-    scale = 0.23  # inches of a square
+    scale = 0.23  # inches per square
     widths, heights = [columns, num_experts], [num_experts, rows]
     size = scale * sum(widths) + 1.8, scale * sum(heights) + 1.5
     figure = Figure(figsize=size, layout="constrained")
@@ -49,7 +49,7 @@ def draw(translation: Translation, num_experts: int) -> Figure:
 def show(
     axes: Axes, values: np.ndarray, colours: str, columns: Iterable, rows: Iterable, title: str
 ) -> None:
-    """Draw a matrix as squares, with names of its columns below and of its rows on the left."""
+    """Draw a matrix as squares, with column names below it and row names on its left."""
     columns, rows = list(columns), list(rows)
     axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=8)

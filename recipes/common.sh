@@ -1,9 +1,9 @@
-# Shared by all recipes; source it, do not run it: `source recipes/common.sh`.
+# Functions shared by all recipes. Source this file, do not run it: `source recipes/common.sh`.
 # shellcheck shell=bash
 
 if [[ -z ${BASH_VERSINFO[0]:-} || ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -lt 44 ]]; then
   echo "error: the recipes need bash 4.4 or newer, but this is ${BASH_VERSION:-another shell}. On macOS: run 'brew install bash'" \
-    "and start the script with that: \$(brew --prefix)/bin/bash $0" >&2
+    "and start the script with the new bash: \$(brew --prefix)/bin/bash $0" >&2
   exit 1
 fi
 # A failure inside $(...) also ends the script.
@@ -12,7 +12,7 @@ shopt -s inherit_errexit
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # One thread per process unless the caller sets another number: more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# glibc returns large blocks to the kernel when they are freed, and every training step pays for fresh pages again:
+# glibc returns large blocks to the kernel when they are freed, so every training step has to get fresh pages, which takes
 # a quarter of a small model's step. These settings keep freed blocks (other C libraries ignore them).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
@@ -73,12 +73,12 @@ export_bundle() {
 # digest: print the sha256 of standard input.
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
-# step_key PREVIOUS NAME SETTINGS: print the key of a step after the one with the key PREVIOUS (empty for the first).
+# step_key PREVIOUS NAME SETTINGS: print the key of a step that follows the step with the key PREVIOUS (empty for the first).
 step_key() { printf '%s|%s|%s' "$1" "$2" "$3" | digest; }
 
 # run_step FOLDER NAME KEY COMMAND...: run COMMAND unless FOLDER/.steps/NAME says that a step with the same KEY (the same
-# settings after the same earlier steps) has succeeded. Thus a second run continues where the first failed, and a changed
-# setting repeats its step and all that follow. With DRY_RUN=1 it only prints what it would do.
+# settings after the same earlier steps) has succeeded. A second run therefore continues where the first failed, and a
+# changed setting repeats its step and all later ones. With DRY_RUN=1, it only prints what it would do.
 run_step() {
   local stamp=$1/.steps/$2 name=$2 key=$3
   shift 3
@@ -129,11 +129,10 @@ require_positive() {
     die "$1 must be a number above 0, but is '${!1}'"
 }
 
-# require_share NAME: reject a variable that is not from 0 to below 1.
-require_share() { [[ ${!1} =~ ^(0|0?\.[0-9]+)$ ]] || die "$1 must be from 0 to below 1, but is '${!1}'"; }
+# require_share NAME: reject a variable that is not at least 0 and below 1.
+require_share() { [[ ${!1} =~ ^(0|0?\.[0-9]+)$ ]] || die "$1 must be at least 0 and below 1, but is '${!1}'"; }
 
-# check_settings: reject impossible values of the variables that recipes share. Every script calls this before it does
-# anything.
+# check_settings: reject impossible values of the variables that recipes share. Every script calls this function first.
 check_settings() {
   local name
   for name in UPDATES EPOCHS MAX_TOKENS VALID_TOKENS BATCH_WORDS UPDATE_FREQ SAVE_INTERVAL AVERAGE THREADS GPUS NODES BEAM \
@@ -155,7 +154,7 @@ check_settings() {
   [[ -z ${AVERAGE+set} || -z ${UPDATES+set} || -z ${SAVE_INTERVAL+set} ]] || check_averaging
 }
 
-# check_averaging: the last AVERAGE checkpoints must exist, and the very last must be that of the last update.
+# check_averaging: reject settings with which there would be fewer than AVERAGE checkpoints.
 check_averaging() {
   ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
     die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
@@ -184,7 +183,7 @@ logged() {
   }
 }
 
-# quietly COMMAND...: run a command with known warnings; show them only if it fails.
+# quietly COMMAND...: run a command that prints known warnings; show them only if it fails.
 quietly() {
   local messages
   messages=$(mktemp)
@@ -243,7 +242,7 @@ keep_settings() {
   printf '%s\n' "$settings" >"$folder/settings"
 }
 
-# keep_or_clear FOLDER KEY: remove the files of a training run with other settings, which cannot be continued.
+# keep_or_clear FOLDER KEY: remove a training run with other settings from FOLDER, because it cannot be continued.
 keep_or_clear() {
   if [[ -d $1 && $(cat "$1/settings" 2>/dev/null) != "$2" ]]; then
     say "the settings changed: removing $1"

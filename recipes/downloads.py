@@ -1,4 +1,4 @@
-"""Read files from the network and from archives: verified, bounded, and to their end."""
+"""Download files and read archives, with verified contents and bounded sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def download(
         size: Size of the file in bytes.
 
     Raises:
-        ValueError: if no address has it, naming each with the reason.
+        ValueError: if no address has it; the message gives the reason for each address.
     """
     import pooch
 
@@ -74,23 +74,23 @@ def copy_file(address: str, output: str, _: object) -> None:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn the various errors of a damaged archive into a ValueError."""
+    """Turn the various errors that a damaged archive causes into a ValueError."""
     try:
         yield
     except tarfile.FilterError as error:
-        raise ValueError(f"{path}: an unsafe archive: {error}") from None
+        raise ValueError(f"{path}: the archive is unsafe: {error}") from None
     except DAMAGE as error:
-        raise ValueError(f"{path}: not a complete archive ({error})") from None
+        raise ValueError(f"{path}: the archive is not complete ({error})") from None
 
 
 def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the requested members of a tar archive; nothing is written, whatever the archive says.
+    """Yield the requested members of a tar archive, without writing any file.
 
-    The archive is read to its end, where its checksum is.
+    The archive is read to the end, because its checksum is there.
 
     Raises:
-        ValueError: if it is damaged, has a member outside its folder, a device or a link that
-            leaves it, or lacks a requested member.
+        ValueError: if the archive is damaged, lacks a requested member, or has a device, a member
+            outside its folder or a link that leaves it.
     """
     missing = set(names)
     opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
@@ -115,11 +115,13 @@ def bounded(stream: BinaryIO, limit: int, name: str) -> Iterator[bytes]:
     """Yield the blocks of a stream that must end within `limit` bytes.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the stream is longer.
     """
     total = 0
     while block := stream.read(BLOCK):
         total += len(block)
         if total > limit:
-            raise ValueError(f"{name}: has more than {limit:,} bytes, more than the text can have")
+            raise ValueError(
+                f"{name}: has more than {limit:,} bytes, which is too many for the text"
+            )
         yield block

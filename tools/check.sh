@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Check everything: style, format, import contracts, types, shell scripts, documentation (one of the tests), tests.
+# Run all checks: style, format, import contracts, types, shell scripts and tests; the tests also build the documentation.
 #
 # Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
 #
-# All checks run, even after one has failed; the last line names those that failed. The environment is tools/setup.sh's
-# (with NMT_MOE_PYTHON it also needs the packages of setup.cfg's extra "dev").
+# All checks run, even after one has failed; the last line names those that failed. The environment is the one that
+# tools/setup.sh creates, or that of NMT_MOE_PYTHON, which must also have the packages of setup.cfg's extra "dev".
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

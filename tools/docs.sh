@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Build the documentation; a warning is an error, and so is a link within it that leads nowhere.
+# Build the documentation. Warnings count as errors, and so do internal links that lead nowhere.
 #
 # Usage: bash tools/docs.sh [--help] [FOLDER]
 #
-# The pages go to FOLDER (build/docs): open FOLDER/docs/index.html in a browser.
+# The pages are written to FOLDER (build/docs). Open FOLDER/docs/index.html in a browser.
 #
 # Environment variables:
-#   NMT_MOE_PYTHON  a Python that has everything already (see tools/setup.sh); it also needs setup.cfg's extra "docs"
+#   NMT_MOE_PYTHON  a Python that already has everything (see tools/setup.sh), including setup.cfg's extra "docs"
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -3,14 +3,13 @@
 #
 # Usage: bash tools/setup.sh [--help]
 #
-# The first run downloads torch and compiles fairseq's fast loops and the project's own (two minutes, once; it needs a
-# C++ compiler).
-# Later runs only check it, in seconds. After an interruption, the next run repairs the environment.
-# The project itself is installed in editable mode: changes to the code take effect at once. `--user-dir nmt_moe`
-# works from the repository's folder; from elsewhere, use the folder's path.
+# The first run downloads torch and compiles fairseq's fast loops and the project's own, which takes two minutes and needs
+# a C++ compiler. Later runs only check the environment, which takes seconds. After an interruption, the next run repairs
+# the environment. The project itself is installed in editable mode, so changes to the code take effect at once.
+# `--user-dir nmt_moe` works in the repository's folder; elsewhere, use the path of the folder nmt_moe.
 #
 # Environment variables:
-#   NMT_MOE_PYTHON  a Python that has everything already; it is checked and used as it is, and nothing is installed
+#   NMT_MOE_PYTHON  a Python that already has everything; it is checked and used as it is, and nothing is installed
 #   PYTHON          the Python 3.11 or 3.12 from which to create .venv (default: the first such on PATH)
 #   PIP_*           pip's own settings; PIP_INDEX_URL, for instance, names another package index
 set -euo pipefail
@@ -59,17 +58,17 @@ find_python() {
     [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON $refusal; Python 3.11 or 3.12 is needed"
     refusals+="; $candidate $refusal"
   done
-  die "Python 3.11 or 3.12 is needed and not on PATH${refusals}. Install one, or name it: PYTHON=/path/to/python3.11"
+  die "Python 3.11 or 3.12 is needed, but is not on PATH${refusals}. Install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# check_environment PYTHON FLAG...: name what it lacks of the project's requirements, which are read from setup.cfg.
+# check_environment PYTHON FLAG...: name the project's requirements, read from setup.cfg, that PYTHON lacks.
 check_environment() {
   local python=$1 missing
   shift
   missing=$("$python" -c 'from importlib.util import find_spec as find
 print(*(name for name in ("click", "packaging") if find(name) is None))')
   [[ -z $missing ]] || {
-    echo "$python lacks what its check itself needs: $missing, and probably more of setup.cfg's requirements" >&2
+    echo "$python lacks $missing, without which it cannot be checked, and probably more of setup.cfg's requirements" >&2
     return 1
   }
   PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment "$@" >/dev/null
@@ -80,13 +79,13 @@ use_given() {
   local python
   python=$(command -v "$1") || die "NMT_MOE_PYTHON=$1 is not a program"
   check_environment "$python" --extra demo ||
-    die "NMT_MOE_PYTHON is used as it is: install what is missing, or unset it and let tools/setup.sh make .venv"
+    die "NMT_MOE_PYTHON is used as it is: install what is missing, or unset it to let tools/setup.sh create .venv"
   say "using $python as it is"
 }
 
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
-# Everything that determines the contents of .venv.
+# key_of_inputs: print a digest of everything that determines the contents of .venv.
 key_of_inputs() {
   (
     cd "$ROOT"
@@ -102,7 +101,7 @@ environment_works() { check_environment "$VENV/bin/python" --extra demo --extra 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
 # step NUMBER TEXT COMMAND...: run a step unless its stamp says that it succeeded with the same inputs.
-# An interrupted step may have left half a package behind, so it is then repeated from scratch (AGAIN).
+# An interrupted step may have left a partly installed package, so it is repeated from scratch (AGAIN).
 step() {
   local number=$1 text=$2
   shift 2
@@ -117,7 +116,7 @@ step() {
   touch "$started"
   "$@" >"$LOG" 2>&1 || {
     tail -n 25 "$LOG" >&2
-    die "step $number of the set-up failed ($text); the whole log is $LOG. Running this again continues from here"
+    die "step $number of the set-up failed ($text); the whole log is $LOG. If you run this again, it continues from here"
   }
   rm -f "$started"
   printf '%s' "$KEY" >"$stamp"
@@ -131,7 +130,7 @@ make_venv() {
     return
   fi
   python=$(find_python)
-  say "[1/$STEPS] making $VENV from $python ($("$python" -V))"
+  say "[1/$STEPS] creating $VENV from $python ($("$python" -V))"
   [[ ! -e $VENV || -f $VENV/pyvenv.cfg || -d $STAMPS ]] || die "$VENV exists but is not a virtual environment; move it away"
   "$python" -m venv --clear "$VENV"
 }
@@ -146,11 +145,11 @@ install_fairseq_needs() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" -r "$ROOT/tools/fairseq-requirements-runtime.txt"
 }
 
-# With CUDA_HOME set, fairseq would need CUDA sources that its archive lacks. Only a part of fairseq is built here (see
-# tools/fairseq_build), so the result must not get into pip's cache, which others use.
+# If CUDA_HOME were set, fairseq would need CUDA sources that its archive lacks. Only a part of fairseq is built here (see
+# tools/fairseq_build), so the result must not get into pip's cache, which other projects use.
 build_fairseq() {
   command -v "${CXX:-c++}" || command -v g++ || {
-    echo "fairseq needs a C++ compiler, and there is none (Debian: apt-get install g++)"
+    echo "fairseq needs a C++ compiler, but none is installed (Debian: apt-get install g++)"
     return 1
   }
   local arguments=(--no-deps --no-build-isolation --require-hashes --no-cache-dir)
@@ -162,7 +161,7 @@ install_project() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,docs,dev]"
 }
 
-# Without them, torch's own operations do the same, only more slowly, so this is not fatal.
+# Without the compiled loops, torch's operations do the same more slowly, so a failure here is not fatal.
 compile_loops() {
   (cd "$ROOT" && "$VENV/bin/python" -m nmt_moe.kernels._cpu.build) ||
     printf 'note: the compiled loops were left out, so LSTMs train more slowly on the CPU; see %s\n' "$LOG" >&3

@@ -4,12 +4,12 @@
 # Usage: bash tools/test.sh [--help] [PYTEST ARGUMENTS...]
 #   bash tools/test.sh                                     all tests except slow ones and those that need a GPU
 #   bash tools/test.sh tests/moe -n 0                      one folder, in one process
-#   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow ones
+#   bash tools/test.sh -m "slow and not gpu and not multigpu"   the slow tests
 #   bash tools/test.sh -m gpu -n 0                         all GPU tests, on a machine with a GPU
 #
 # Environment variables:
-#   NMT_MOE_PYTHON   a Python that has everything already (see tools/setup.sh), with pytest, pytest-timeout, pytest-xdist
-#   OMP_NUM_THREADS  threads for each test process (default 1, as more slow down tests that start several processes)
+#   NMT_MOE_PYTHON   a Python that already has everything (see tools/setup.sh), with pytest, pytest-timeout, pytest-xdist
+#   OMP_NUM_THREADS  threads of each test process (default 1, because more slow down tests that start several processes)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

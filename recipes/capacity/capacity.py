@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Perplexity against capacity: small versions of the models in Figure 2 (left).
+"""Compare perplexity and capacity of small versions of the models in Figure 2 (left).
 
     capacity.py flags moe_16 --dim 64
     capacity.py report --work work --dim 64 --vocab-size 2000
 
-All models of one width cost about the same per token: the shapes of Table 7, divided by 512 / D.
+All models of one width cost about the same per token. They have the shapes of Table 7, divided by
+512 / D.
 
 Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 """
@@ -30,11 +31,11 @@ SPLITS = ("valid", "test")
 
 
 def model_options(dim: int) -> dict[str, dict[str, Any]]:
-    """Return the options of each model of width `dim`, as in Table 7 for 512.
+    """Return the options of each model of width `dim`; Table 7 has them for 512.
 
-    A token goes through 4 experts of 2 x D hidden units, or in dense models through a network with
-    as many weights. A flat gate for 256 experts would cost a quarter of all operations at this
-    width, so it is hierarchical, as in the paper's MoE-256-h.
+    A token uses 4 experts of 2 x D hidden units or, in dense models, a network with as many
+    weights. At this width, a flat gate for 256 experts would cost a quarter of all operations, so
+    the gate is hierarchical, as in the paper's MoE-256-h.
     """
     experts = {"hidden_dim": 2 * dim, "top_k": 4}
     rows: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
         "moe_16": {"num_experts": 16, **experts},
         "moe_64": {"num_experts": 64, **experts},
         "moe_256h": {"num_experts": 256, **experts, "num_groups": 16, "top_k": 2},
-        # The paper has 16 groups; at a narrow width, their gates for 64 experts would cost too
+        # The paper uses 16 groups; at a narrow width, the gates for their 64 experts would cost too
         # much.
         "moe_1024h": {"num_experts": 1024, **experts, "num_groups": 32, "top_k": 2},
     }
@@ -78,7 +79,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A model at its best dropout, with the perplexities of the seeds in order."""
+    """A model with its best dropout, and the perplexities of its seeds in order."""
 
     name: str
     ops: int
@@ -125,7 +126,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
     """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Only seeds that every dropout was trained with count, so that no dropout wins by its seeds.
+    Only seeds that were used with every dropout count, so that no dropout wins by its seeds.
 
     Raises:
         ValueError: if the dropouts have no seed in common.
@@ -177,7 +178,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw perplexity on test against parameters: the mean, and every seed.
+    """Draw perplexity on test against parameters, with the mean and every seed.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -233,7 +234,7 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Models of growing capacity: print their flags, write their table and figures."""
+    """Print the flags of models of growing capacity, and write their table and figures."""
 
 
 DIM = click.option("--dim", type=int, required=True, help="Width of all layers.")

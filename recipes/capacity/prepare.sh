@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Prepare a real text for run.sh: TEXT_DIR=/a/folder prepare.sh
 #
-# Splits a text with one sentence a line into train, valid and test, learns a sentencepiece vocabulary on train, and
+# Splits a text with one sentence per line into train, valid and test, learns a sentencepiece vocabulary on train, and
 # writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en); TRAIN may name several
-#   VALID        another, for choosing the dropout; empty (default): the last VALID_LINES of TRAIN (5000)
+#   VALID        another file, for choosing the dropout; if empty (default), the last VALID_LINES (5000) lines of TRAIN
 #   VOCAB_SIZE   pieces of the vocabulary (2000)
 #   WORK         folder to write (recipes/capacity/work)
 #   THREADS      processes for binarising (1)

@@ -5,18 +5,18 @@
 # another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
 # WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models
 # can be added later; an interrupted run resumes from its last checkpoint. Variables:
-#   MODELS     "lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"; moe_1024h is available too
-#   DROPOUTS   to choose from, separately for each model ("0.0 0.1")
-#   SEEDS      for parameters, the order of the text, dropout and the gates' noise ("1 2 3")
+#   MODELS     models to train ("lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"); moe_1024h is available too
+#   DROPOUTS   dropouts from which one is chosen for each model ("0.0 0.1")
+#   SEEDS      seeds of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
-#   UPDATES    in each run (2000)
+#   UPDATES    updates of each run (2000)
 #   SAVE_INTERVAL  updates between checkpoints, at which perplexity on valid and test is measured too (500)
-#   BREAK_MODE     what a sample is: eos (default): a line; none: BLOCK_SIZE pieces (64) across lines, which is better for
-#                  paragraphs of a book
+#   BREAK_MODE     what a sample is: with eos (default), a line; with none, BLOCK_SIZE pieces (64) across lines, which is
+#                  better for the paragraphs of a book
 #   WORK       folder to write (recipes/capacity/work); use another for another DIM, UPDATES or text
 #   DEVICE     auto (default: a GPU if there is one), cpu or cuda
-#   THREADS    for a training process on the CPU (1)
-# All other variables are below, with explanations.
+#   THREADS    threads of a training process on the CPU (1)
+# All other variables are explained below.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -29,7 +29,7 @@ SEEDS=${SEEDS:-1 2 3}
 DIM=${DIM:-64}
 # Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# At most 1000 pieces per update (985 on average for captions of 16 pieces). 2000 updates = 2 million pieces.
+# An update has at most 1000 pieces (985 on average for captions of 16 pieces); 2000 updates have 2 million pieces.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATES=${UPDATES:-2000}
 # The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high after so few.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write `train`, `valid` and `test` from texts with one sentence or paragraph a line.
+"""Write `train`, `valid` and `test` from texts with one sentence or paragraph per line.
 
 Texts that are missing, empty, truncated, not UTF-8 or not split into sentences are rejected, naming
 file and line.
@@ -37,7 +37,7 @@ def read_sentences(path: Path) -> list[str]:
     """Return the lines of a text, without blank ones.
 
     Raises:
-        ValueError: naming file and line, if it is not text with one sentence a line.
+        ValueError: naming file and line, if it is not text with one sentence per line.
     """
     sentences = []
     for number, line in enumerate(read_lines(path, allow_controls=True), 1):
@@ -109,7 +109,7 @@ def split_text(
 def main(
     folder: Path, train: Sequence[str], valid: str, test: str, valid_lines: int, output: Path
 ) -> None:
-    """Write train, valid and test from texts with one sentence or paragraph a line."""
+    """Write train, valid and test from texts with one sentence or paragraph per line."""
     trains = [find_text(folder, name) for name in train]
     chosen = find_text(folder, valid) if valid else None
     for name, words in split_text(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity of a trained model on valid and test: evaluate.sh
+# Compute the perplexity of a trained model on valid and test: evaluate.sh
 #
 # All pieces and end marks count; each sentence starts from an empty state. Prints perplexity per piece and per word, and
 # bits per character, so that models with different vocabularies can be compared. Variables:

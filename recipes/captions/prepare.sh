@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Prepare a real text for train.sh: TEXT_DIR=/a/folder prepare.sh
 #
-# Runs recipes/capacity/prepare.sh with a larger vocabulary and its own folder: splits a text with one sentence a line into
-# train, valid and test, learns a sentencepiece vocabulary on train, and writes fairseq's data-bin. Finished steps are
-# skipped; a changed variable repeats what depends on it. Variables:
+# Runs recipes/capacity/prepare.sh with a larger vocabulary and its own folder. That script splits a text with one sentence per
+# line into train, valid and test, learns a sentencepiece vocabulary on train, and writes fairseq's data-bin. Finished steps
+# are skipped; a changed variable repeats what depends on it. Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en)
 #   VALID_LINES  last lines of TRAIN, held out for validation (5000)

@@ -3,14 +3,14 @@
 #
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
 # checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
-#   MODEL   moe (default) or dense: one network instead of the experts, at equal operations per word
+#   MODEL   moe (default), or dense: one network instead of the experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
 #   WORK    folder to write (recipes/captions/work)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
-#   THREADS for a training process on the CPU (1)
-#   EVALUATE=0 stops after the averaging
-# All other variables are below, with explanations.
+#   THREADS threads of a training process on the CPU (1)
+#   EVALUATE=0 stops after averaging
+# All other variables are explained below.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -24,28 +24,28 @@ WORK=${WORK:-$HERE/work}
 DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 EVALUATE=${EVALUATE:-1}
-# The shape of the paper's models, but narrow: two LSTMs with the experts between them, all as wide as the embedding. The
-# embedding is shared with the softmax layer: fewer weights to learn from little text.
+# The model has the shape of the paper's models, but is narrow: two LSTMs with the experts between them, all as wide as the
+# embedding. The embedding is shared with the softmax layer, so that there are fewer weights to learn from little text.
 MODEL_DIM=${MODEL_DIM:-160}
-# A token goes through 4 experts; together they cost 8 x 160 x 320 products, as much as both LSTMs.
+# A token uses 4 experts, which together cost 8 x 160 x 320 products, as much as both LSTMs.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 TOP_K=${TOP_K:-4}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
 # Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Against overfitting: the same two million pieces are seen more than three times.
+# Dropout reduces overfitting, because the same two million pieces are seen more than three times.
 DROPOUT=${DROPOUT:-0.1}
-# Samples of the vocabulary in training; 0: the full softmax over 8,000 pieces, which takes most of the time. Scores
-# always use the full softmax. sentencepiece lists its pieces by falling frequency, as sampling requires.
+# Number of samples of the vocabulary in training; 0 means the full softmax over 8,000 pieces, which takes most of the time.
+# Scores always use the full softmax. sentencepiece lists its pieces by falling frequency, as sampling requires.
 SAMPLES=${SAMPLES:-1000}
-# At most 2,000 pieces per update, 1,986 on average; 140,000 captions = 2.12 million pieces = 1,067 updates per pass.
+# An update has at most 2,000 pieces, 1,986 on average. 140,000 captions have 2.12 million pieces, or 1,067 updates per pass.
 MAX_TOKENS=${MAX_TOKENS:-2000}
-# 3.4 passes. The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high.
+# These are 3.4 passes. The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high.
 UPDATES=${UPDATES:-3600}
 WARMUP_UPDATES=${WARMUP_UPDATES:-500}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
 CLIP_NORM=${CLIP_NORM:-5.0}
-# A checkpoint and perplexity on valid every SAVE_INTERVAL updates; the last AVERAGE checkpoints are averaged.
+# Every SAVE_INTERVAL updates, a checkpoint is saved and valid is scored; the last AVERAGE checkpoints are averaged.
 SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 AVERAGE=${AVERAGE:-4}
 

@@ -4,10 +4,10 @@
     on the second of May nineteen oh-one at half past seven in the evening the lamp cost one pound
     le deux mai mille neuf cent un à dix-neuf heures trente la lampe coûtait une livre
 
-The words for numbers come from num2words; the phrases around them are here. Each English sentence
-has one translation, but not word by word: word order, 12-hour and 24-hour clock, and genders
-differ. The same seed gives the same corpus, and no sentence is in two of train, valid and test, on
-either side.
+The words for numbers come from num2words; the phrases around them are in this file. Each English
+sentence has one translation, which is not word for word: word order, 12-hour and 24-hour clock, and
+genders differ. The same seed gives the same corpus, and no sentence of either language occurs in
+two of train, valid and test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def num2words(value: int, lang: str, to: str = "cardinal") -> str:
 
 @dataclass(frozen=True)
 class Item:
-    """The meaning of a sentence, in no language; a template uses the parts that it names."""
+    """The meaning of a sentence in any language; a template uses the parts that it names."""
 
     template: int
     thing: int
@@ -242,12 +242,12 @@ class German:
         return f"{text} und {self.count(hundredths)} {part}" if hundredths else text
 
 
-NUM_BARE = 4  # The first templates of each language consist only of the part they name.
+NUM_BARE = 4  # The first 4 templates of each language consist only of the part that they name.
 LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often a quarter, for which English has special names."""
+    """Draw minutes after midnight, often a quarter hour, for which English has special names."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)
@@ -266,7 +266,7 @@ def draw_item(generator: random.Random) -> Item:
         thing=generator.randrange(len(English.things)),
         goods=generator.randrange(len(English.goods)),
         number=generator.randrange(2, 10 ** generator.randint(2, 6)),
-        # num2words' French ordinals are right below eighty (its 80th is `quatre-vingtsième`).
+        # num2words' French ordinals are correct below eighty (its 80th is `quatre-vingtsième`).
         ordinal=generator.randrange(2, 80),
         date=first_day + datetime.timedelta(days=generator.randrange(366 * 220)),
         times=(draw_time(generator), draw_time(generator)),
@@ -316,7 +316,7 @@ def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
 def split_pairs(
     pairs: list[tuple[str, str]], sizes: dict[str, int]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Divide the pairs into parts of the given sizes that share no sentence on either side."""
+    """Divide the pairs into parts of the given sizes, which share no sentence on either side."""
     parts, start = {}, 0
     for name, size in sizes.items():
         parts[name] = pairs[start : start + size]

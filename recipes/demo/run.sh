@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# From generated text to a trained model and its score: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
+# Generate a text, train a model on it and score the model: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
 #
 # Generates a corpus of numbers, dates, times and prices written out in English and another language, trains a small
-# GNMT + MoE model on it, translates sentences it has never seen, and prints BLEU, chrF and ten translations.
-# Run it again to continue where it stopped; a changed setting repeats what depends on it.
+# GNMT + MoE model on it, translates sentences that the model has never seen, and prints BLEU, chrF and ten translations.
+# If you run the script again, it continues where it stopped; a changed setting repeats what depends on it.
 #   --target-lang LANG   fr or de                                                TARGET_LANG (fr)
-#   --train-size N       pairs to train on                                       TRAIN_SIZE (12000)
-#   --test-size N        pairs to translate                                      TEST_SIZE (500)
-#   --updates N          updates of training                                     UPDATES (1200)
+#   --train-size N       number of pairs to train on                             TRAIN_SIZE (12000)
+#   --test-size N        number of pairs to translate                            TEST_SIZE (500)
+#   --updates N          number of updates                                       UPDATES (1200)
 #   --device DEVICE      auto, cpu or cuda; auto uses a GPU if there is one      DEVICE (auto)
-#   --seed N             for corpus and model                                    SEED (1)
-#   --work FOLDER        where everything goes                                   WORK (recipes/demo/work)
-# The variables on the right do the same. Others: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
+#   --seed N             seed of corpus and model                                SEED (1)
+#   --work FOLDER        folder for all output                                   WORK (recipes/demo/work)
+# The variables on the right do the same. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
 # counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
 # EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.3), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
-# (updates between two of them: 1/15 of all).
+# (updates between two checkpoints: 1/15 of all).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -35,7 +35,7 @@ LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-96}
 NUM_EXPERTS=${NUM_EXPERTS:-8}
 TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-128}
-# For so narrow a model, this wide range lets attention form in a third of the updates that 0.15 needs.
+# In so narrow a model, attention forms with this wide range in a third of the updates that it needs with 0.15.
 INIT_RANGE=${INIT_RANGE:-0.3}
 DROPOUT=${DROPOUT:-0}
 BEAM=${BEAM:-5}
@@ -157,8 +157,8 @@ show_translations
 printf '\n'
 cat "$WORK/score.txt"
 text='the train leaves at half past six in the evening'
-printf '\nThe trained model is a folder. It translates your own text: here after source .venv/bin/activate, or anywhere after\n'
-printf "pip install . (no fairseq, no compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
+printf '\nThe trained model is a folder with which you can translate your own text: here after source .venv/bin/activate, or\n'
+printf "anywhere after pip install . (without fairseq or a compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
   "$(nmt-moe translate "$WORK/bundle" <<<"$text")"
 printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"
 say "done in $((SECONDS - after_setup)) s after set-up"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Count sentences and words of train, valid and test, and compare with the published counts.
 
-The benchmark's README gives 829,250,940 training tokens, including a mark at each end of a
-sentence, and the scored tokens of its held-out shards, which are words and one end mark for each
-sentence. Without the marks of 30,301,028 sentences there are 768,648,884 words, which others have
-counted too.
+The benchmark's README gives 829,250,940 training tokens, including a mark at the start and at the
+end of each sentence, and the numbers of scored tokens of its held-out shards, which are words and
+one end mark for each sentence. Without the marks of 30,301,028 sentences, there are 768,648,884
+words; others have counted the same number.
 
 Source: https://github.com/ciprian-chelba/1-billion-word-language-modeling-benchmark, README and
 README.corpus_generation; sentences: https://huggingface.co/datasets/lm1b.
@@ -25,7 +25,7 @@ PARTS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of a text with one sentence a line."""
+    """Counts of a text with one sentence per line."""
 
     sentences: int
     words: int
@@ -65,7 +65,7 @@ def count(path: Path) -> Counts:
 
 
 def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, str], int]) -> None:
-    """Compare with the published figures.
+    """Compare counts with the published figures.
 
     Raises:
         ValueError: naming every figure that differs, with its required and actual value.

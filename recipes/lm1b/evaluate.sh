@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Perplexity of a trained model on the benchmark's held-out shard: evaluate.sh
+# Compute the perplexity of a trained model on the benchmark's held-out shard: evaluate.sh
 #
-# All words and end marks count; each sentence starts from an empty state, because the benchmark's are shuffled.
+# All words and end marks count; each sentence starts from an empty state, because the benchmark's sentences are shuffled.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model (RUN's checkpoint_last.pt)
 #   SUBSET      test (default: news.en.heldout-00000-of-00050) or valid
-#   MAX_TOKENS  words in a batch; all 793,471 logits of each are computed (512)
+#   MAX_TOKENS  words in a batch (512); for each word, all 793,471 logits are computed
 #   SLICE, MODEL, SEED, DEVICE, WORK as in train.sh
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh

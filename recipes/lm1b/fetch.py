@@ -26,8 +26,8 @@ SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"  # 1
 NUM_TRAIN, NUM_HELD_OUT = 99, 50
 # A shard has about 42 MB.
 MAX_SHARD_BYTES = 1 << 29
-# White space at which fairseq would split a word; and text that looks like its name, to keep names
-# unique.
+# White space at which fairseq would split a word, and text that looks like its name, so that names
+# stay unique.
 CUTS = re.compile(r"[^\S ]|<(?=U\+[0-9A-F]{4}>)")
 
 
@@ -58,7 +58,7 @@ def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
     """Write the first `num_lines` lines (0: all) of each shard to `output`, in order.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no lines.
     """
     with output.open("wb") as text:
         for shard in shards:
@@ -95,7 +95,7 @@ def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha2
     archive = folder / f"{NAME}.tar.gz"
     download(archive, [f"{address.rstrip('/')}/{archive.name}"], f"sha256:{sha256}")
     print(f"{archive}: verified")
-    # Perplexity is always reported on the first held-out shard; the second is our valid.
+    # Perplexity is always reported on the first held-out shard; the second serves as valid here.
     parts = {
         "train": [train_shard(number) for number in range(1, shards + 1)],
         "valid": [held_out_shard(1)],

@@ -4,7 +4,7 @@
 # Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards, compares the
 # counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and compares its
 # tokens with the text's words. Finished steps are skipped. Variables:
-#   SLICE        1: the first 20,000 lines of one training shard, to try it on a small machine (0)
+#   SLICE        1 uses the first 20,000 lines of one training shard, to try the recipe on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
 #   SHARD_LINES  lines of each shard, including held-out ones; 0: all (0; with SLICE 20000)
 #   MIN_COUNT    rarer words become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
@@ -43,7 +43,7 @@ fetch_texts() {
     ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
 }
 
-# is_whole: whether all of the public archive's training text is used, so that counts must equal the published ones.
+# is_whole: succeed if all of the public archive's training text is used, so that counts must equal the published ones.
 is_whole() { ((SHARDS == 99 && SHARD_LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
 
 count_texts() {
@@ -59,7 +59,7 @@ binarise() { # the dictionary is sorted by falling frequency, as --sampled-softm
     --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
-check_tokens() { # perplexity is over the counted words, so fairseq must have split the text into the same ones
+check_tokens() { # perplexity is computed over the counted words, so fairseq must have split the text into the same words
   local part sentences words expected found
   while read -r part sentences words; do
     expected="$sentences sents, $((words + sentences)) tokens"

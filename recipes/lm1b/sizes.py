@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Print the widths of a language model, in full or an eighth, as flags of fairseq-train.
+"""Print the widths of a language model, or an eighth of them, as flags of fairseq-train.
 
-All three widths are divided and the number of experts stays the same, so that in every model LSTMs
-and experts shrink to a 64th of their operations and weights. Gates shrink only to an eighth.
+All three widths are divided and the number of experts stays the same. In every model, LSTMs and
+experts therefore shrink to a 64th of their operations and weights, and gates to an eighth.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, and calls
 # evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them share; run
 # prepare.sh on one of them first.
-#   SLICE      1: the model at an eighth of its widths on a slice of the text, in minutes on a laptop (0)
+#   SLICE      1 trains a model with an eighth of the widths on a part of the text, in minutes on a laptop (0)
 #   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
@@ -12,7 +12,7 @@
 #   SEED       for parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE     auto (default: a GPU if there is one), cpu or cuda
 #   EVALUATE=0 stops after training
-# All other variables are below, with explanations.
+# All other variables are explained below.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -39,26 +39,26 @@ NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER=${MASTER:-localhost}
 EVALUATE=${EVALUATE:-1}
-# The paper's batch, about 300,000 words per update. Batches are accumulated up to that number:
-# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Little of it is padding, because rows of similar
+# The paper's batch has about 300,000 words per update. Batches are accumulated up to that number:
+# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Little of this is padding, because sentences of similar
 # length are batched together.
 BATCH_WORDS=${BATCH_WORDS:-300000}
 MAX_TOKENS=${MAX_TOKENS:-4688}
 # Table 7 gives results after 10 passes: 768,648,884 words + 30,301,028 end marks = 798,949,912 tokens / 300,032 = 2,663
 # updates per pass, 26,629 in all; slightly more, because batches contain padding.
 EPOCHS=${EPOCHS:-10}
-# The paper's schedule: the rate rises linearly for 1,000 updates, then falls as 1/sqrt(update). The peak is ours, as the
-# paper states none.
+# In the paper's schedule, the rate rises linearly for 1,000 updates, then falls as 1/sqrt(update). The paper does not state
+# the peak, so this recipe chooses it.
 WARMUP_UPDATES=${WARMUP_UPDATES:-1000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
-# Samples of the vocabulary instead of the softmax over 793,471 words; 8,192 as in Jozefowicz et al. 2016. 0: full
-# softmax.
+# Samples of the vocabulary replace the softmax over 793,471 words, 8,192 of them as in Jozefowicz et al. 2016. 0 means the
+# full softmax.
 SAMPLES=${SAMPLES:-8192}
 # Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, several times over.
 VALID_TOKENS=${VALID_TOKENS:-512}
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 
-set_launcher() { # how to run fairseq-train, and how many batches to accumulate
+set_launcher() { # set how to run fairseq-train, and how many batches to accumulate
   local per_update
   if [[ -z ${GPUS:-} && $DEVICE == cpu ]]; then GPUS=1; fi
   GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
@@ -72,10 +72,10 @@ set_launcher() { # how to run fairseq-train, and how many batches to accumulate
       --master-port "${MASTER_PORT:-29500}" -m fairseq_cli.train)
     PROCESSES=(--ddp-backend legacy_ddp)
   fi
-  say "$MAX_TOKENS words x $GPUS x $NODES processes x $UPDATE_FREQ = $((per_update * UPDATE_FREQ)) words an update"
+  say "$MAX_TOKENS words x $GPUS x $NODES processes x $UPDATE_FREQ = $((per_update * UPDATE_FREQ)) words per update"
 }
 
-set_sizes() { # the widths of MODEL, which must be an architecture of this project
+set_sizes() { # set the widths of MODEL, which must be an architecture of this project
   local widths
   widths=$(python "$HERE/sizes.py" "$MODEL" --divide "$DIVIDE")
   read -ra SIZES <<<"$widths"

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Train on Multi30k and on back-translated captions: MONOLINGUAL=captions.de.gz back_translate.sh PAIR [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Text in the target language alone helps a translator too: a model of the reverse direction translates it, and the
-# translator learns from what that wrote as source and the true text as target. Three steps, each skipped when done:
-# trains PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and the corpus's own.
+# A translator can also learn from text that exists only in the target language: a model for the reverse direction translates
+# the text, and the translator is trained with this translation as source and the original text as target. The script
+# trains a model from PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and those of the
+# corpus. Finished steps are skipped.
 #   PAIR              de or fr
-#   MONOLINGUAL       text in PAIR's language, a sentence a line, plain, .gz or .xz (no default)
-#   COPIES            how often the corpus's own pairs stand in the training text (3)
-#   REVERSE_UPDATES   of the reverse model (6000)
-#   REVERSE_BEAM      hypotheses that its search follows (2)
-#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased): that of train.sh holds the
-#                     reverse model; what is trained at the end is in WORK-extra
-# All variables of train.sh, prepare.sh and evaluate.sh hold for the last step; evaluate.sh by itself needs WORK=WORK-extra.
-# Lines of MONOLINGUAL that are in val or the test set, whatever their case and final full stop, are left out.
+#   MONOLINGUAL       text in PAIR's language, one sentence per line, plain, .gz or .xz (no default)
+#   COPIES            how often the training text repeats the corpus's own pairs (3)
+#   REVERSE_UPDATES   updates of the reverse model (6000)
+#   REVERSE_BEAM      beam size of the reverse model (2)
+#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it holds the reverse model,
+#                     and WORK-extra holds the model that is trained last
+# The last step uses all variables of train.sh, prepare.sh and evaluate.sh; to call evaluate.sh by itself, set WORK=WORK-extra.
+# Lines of MONOLINGUAL that are also in val or the test set, regardless of case and a final full stop, are left out.
 #
 # Source: Sennrich et al. 2016, "Improving Neural Machine Translation Models with Monolingual Data".
 set -euo pipefail

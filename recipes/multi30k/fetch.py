@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch the texts of Multi30k from a folder or the network, and verify their digests.
 
-The digests are those of the uncompressed text, so plain and gzipped copies are equally good.
+The digests are those of the uncompressed text, so copies may be plain or gzipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recipes.downloads import bounded, damage_named, download
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
 MAX_BYTES = 1 << 24  # the largest text has 2 MB
-# Where copies have the files: flat with tok/ beside them, or as in the public repository.
+# Folders of a copy that may have the files: without structure, or as in the public repository.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
 

@@ -4,8 +4,8 @@
 # Fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
 # data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); without it they are downloaded
-#   CASE          source-lower (default): the raw text with the English side lower-cased, as its case says little;
-#                 one model for the cased and the lower-cased score
+#   CASE          source-lower (default): the raw text with the English side lower-cased, because its case says little;
+#                 the same model gets the cased and the lower-cased score
 #                 cased: the raw text as written
 #                 lower: the official lower-cased, tokenised text; only the lower-cased score is possible
 #   VOCAB_SIZE    pieces of the joint vocabulary (5000)
@@ -35,7 +35,7 @@ COPIES=${COPIES:-1}
 THREADS=${THREADS:-2}
 SHA256SUMS=${SHA256SUMS:-$HERE/SHA256SUMS}
 
-# the official name of a split -> our name
+# The official names of the splits.
 SPLITS=(train val test_2016_flickr)
 
 fetch_texts() { # PAIR FOLDER: raw text, and the official lower-cased, tokenised text
@@ -112,7 +112,7 @@ binarise() { # PAIR FOLDER
     --workers "$THREADS"
 }
 
-# extra_key PAIR: nothing for the corpus alone.
+# extra_key PAIR: print what COPIES and EXTRA add to the key of a step: nothing for only the corpus.
 extra_key() {
   [[ $COPIES == 1 ]] || printf ' x%s' "$COPIES"
   [[ -z $EXTRA ]] || printf ' %s' "$(digest <"$EXTRA.en")" "$(digest <"$EXTRA.$1")"

@@ -6,7 +6,7 @@
 CASE=${CASE:-source-lower}
 require_choice CASE cased source-lower lower
 
-# parse_pairs ARGUMENTS...: put leading arguments that are not flags into PAIRS (default: both), the rest into FLAGS.
+# parse_pairs ARGUMENTS...: put leading arguments that are not flags into PAIRS (default: both), and the rest into FLAGS.
 parse_pairs() {
   PAIRS=()
   while (($#)) && [[ $1 != -* ]]; do

@@ -3,13 +3,13 @@
 #
 # PAIR: de or fr (from English); default: both, one after the other. Prepares the text first (prepare.sh and its
 # variables), resumes from the last checkpoint of the same run, averages checkpoints, and calls evaluate.sh.
-#   MODEL   moe (default) or dense: the same without experts, at equal operations per word
+#   MODEL   moe (default), or dense: a model without experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
-#   THREADS for a training process on the CPU (2)
+#   THREADS threads of a training process on the CPU (2)
 #   EVALUATE=0 stops after averaging; AVERAGE_ONLY=1 starts with averaging
-# All other variables are at the top of the file, with explanations.
+# All other variables are explained at the top of the file.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -18,41 +18,42 @@ manual_if_asked "${1:-}"
 # shellcheck source=SCRIPTDIR/settings.sh
 source "$HERE/settings.sh"
 
-# The network is small, so that an hour on one core suffices for many passes over 29,000 captions.
+# The network is small, so an hour on one core suffices for many passes over 29,000 captions.
 MODEL_DIM=${MODEL_DIM:-128}
 LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
 ENCODER_LAYERS=${ENCODER_LAYERS:-3}
 DECODER_LAYERS=${DECODER_LAYERS:-2}
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Learns to align in both pairs with the same settings; for "product" that depends on pair, rate and warm-up
-# (result.md).
+# Additive attention learns to align both pairs with the same settings; with "product", this depends on the pair, the rate and
+# the warm-up (result.md).
 ATTENTION=${ATTENTION:-additive}
 WIRING=${WIRING:-parallel}
-# 1: the target embeddings are shared with the softmax: fewer weights to learn from little text.
+# 1 shares the target embeddings with the softmax, so that there are fewer weights to learn from little text.
 TIE_OUTPUT=${TIE_OUTPUT:-1}
-# The experts: a token goes through TOP_K of NUM_EXPERTS, with 2 x 128 x 256 weights each.
+# A token uses TOP_K of NUM_EXPERTS experts, each with 2 x 128 x 256 weights.
 NUM_EXPERTS=${NUM_EXPERTS:-8}
 TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-256}
 IMPORTANCE_WEIGHT=${IMPORTANCE_WEIGHT:-0.01}
 LOAD_WEIGHT=${LOAD_WEIGHT:-0.01}
-# Against overfitting.
+# These reduce overfitting.
 DROPOUT=${DROPOUT:-0.25}
 LABEL_SMOOTHING=${LABEL_SMOOTHING:-0.1}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.0}
-# 1000 pieces (on the longer side) x 1 accumulated batch = about 54 sentences per update; 29,000 sentences = 540
-# updates.
+# 1000 pieces (on the longer side) x 1 accumulated batch are about 54 sentences per update, so a pass over 29,000 sentences
+# takes 540 updates.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATE_FREQ=${UPDATE_FREQ:-1}
-# 12,000 updates = 22 passes. The rate rises, then falls linearly to 0 at the last update: with so few updates, the paper's
-# schedule (constant, then 1/sqrt) would end before the rate is low enough to converge.
-# It rises slowly, because attention must form (by update 2,500) before the rate is high: with a warm-up of 200 or 500
-# updates, the product attention of En-Fr got stuck on one position (result.md).
+# 12,000 updates are 22 passes. The rate rises, then falls linearly to 0 at the last update: with so few updates, the paper's
+# schedule (constant, then 1/sqrt) would end before the rate is low enough to converge. The rate rises slowly, because
+# attention must form (by update 2,500) before the rate is high: with a warm-up of 200 or 500 updates, the product attention
+# of En-Fr got stuck on one position (result.md).
 UPDATES=${UPDATES:-12000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
 CLIP_NORM=${CLIP_NORM:-5.0}
-# A checkpoint every SAVE_INTERVAL updates; the last (or, with CHOOSE=best, the best on val) AVERAGE are averaged.
+# A checkpoint is saved every SAVE_INTERVAL updates. The last AVERAGE checkpoints, or with CHOOSE=best the best on val, are
+# averaged.
 SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 AVERAGE=${AVERAGE:-5}
 CHOOSE=${CHOOSE:-last}
@@ -75,12 +76,12 @@ set_model_flags() {
       --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --importance-loss-weight "$IMPORTANCE_WEIGHT"
       --load-loss-weight "$LOAD_WEIGHT")
   else
-    # One network instead of each MoE layer, which costs as much as TOP_K experts.
+    # In place of each MoE layer there is one network, which costs as much as TOP_K experts.
     MODEL_FLAGS+=(--arch lstm_gnmt_small --expert-hidden-dim $((TOP_K * EXPERT_HIDDEN_DIM)))
   fi
 }
 
-# train_model DATA FOLDER: resumes automatically, because fairseq looks for checkpoint_last.pt.
+# train_model DATA FOLDER: train, and resume automatically, because fairseq looks for checkpoint_last.pt.
 train_model() {
   local keep=(--keep-interval-updates "$AVERAGE")
   [[ $CHOOSE == best ]] && keep=(--keep-interval-updates 1 --keep-best-checkpoints "$AVERAGE")

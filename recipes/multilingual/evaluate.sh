@@ -5,8 +5,8 @@
 #   CHECKPOINT   the model (RUN's average.pt)
 #   BEAM         hypotheses kept (5)
 #   LENPEN       length penalty (1.0)
-# Prints perplexity on valid, then BLEU and chrF on the test set by sacrebleu, cased, on raw text (tokenised by 13a, for
-# Japanese by characters). WORK/table.md has a row for each direction and a column for each MODEL, with the run that was
+# Prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised by 13a; for Japanese, by
+# characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of the run that was
 # scored last. RUN/bundle is the model for nmt-moe translate.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh

@@ -4,7 +4,7 @@
 # Copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin. Finished
 # steps are skipped; a changed variable repeats what depends on it. Variables:
 #   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where to get them
-#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence a line
+#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence per line
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
 #   LANGUAGES     languages besides English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
 #   MAX_PAIRS     most training pairs to use for each language (all)
@@ -33,7 +33,7 @@ else
   declare -A FILES=([train]=train [valid]=val [test]=test_2016_flickr)
 fi
 
-# original SPLIT PAIR LANGUAGE: print the corpus' own file, gzipped or plain.
+# original SPLIT PAIR LANGUAGE: print the path of the corpus's own file, gzipped or plain.
 original() {
   local name=${FILES[$1]}.$3
   [[ $CORPUS == multi30k ]] || name=$2/$name
@@ -66,7 +66,7 @@ copy_texts() {
   done
 }
 
-learn_pieces() { # from each distinct line once, because English is in every pair
+learn_pieces() { # from each distinct English line once, because English is in every pair
   local language files=()
   cat "$WORK_FOLDER"/text/train.en-*.en | sort -u >"$WORK_FOLDER/unique.en"
   for language in $LANGUAGES; do files+=("$WORK_FOLDER/text/train.en-$language.$language"); done

@@ -38,7 +38,7 @@ def read_scores(folder: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
 
 
 def count_pairs(folder: Path, direction: str) -> str:
-    """Return the number of a direction's training sentences; file names start with English."""
+    """Return the number of training sentences of a direction; file names start with English."""
     one, other = direction.split("-")
     for pair in (f"{one}-{other}", f"{other}-{one}"):
         path = folder / f"text/train.{pair}.{one}"

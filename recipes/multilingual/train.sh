@@ -3,16 +3,16 @@
 #
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
 # checkpoints and calls evaluate.sh.
-#   MODEL   moe (default): all directions; dense: the same without experts, at equal operations per word;
-#           single: the dense model trained only on DIRECTION
+#   MODEL   moe (default): one model for all directions; dense: the same without experts, with the same number of operations
+#           per word; single: the dense model trained only on DIRECTION
 #   DIRECTION  for single, such as en-fr
-#   TEMPERATURE, OVERSAMPLING  how often rare pairs are seen (1; none), see --sampling-temperature and --oversampling
+#   TEMPERATURE, OVERSAMPLING  how often small pairs are seen (1; none), see --sampling-temperature and --oversampling
 #   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); use another for other settings
 #   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
-#   THREADS for a training process on the CPU (2)
+#   THREADS threads of a training process on the CPU (2)
 #   EVALUATE=0 stops after averaging
-# All other variables are at the top of the file. MODEL_SIZE=paper selects the paper's model: 512 experts of hidden width
+# All other variables are explained at the top of the file. MODEL_SIZE=paper selects the paper's model: 512 experts of hidden width
 # 8192 in a network of width 512, which needs GPUs (nmt-moe card prints its memory).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
@@ -31,26 +31,27 @@ EVALUATE=${EVALUATE:-1}
 TEMPERATURE=${TEMPERATURE:-1.0}
 OVERSAMPLING=${OVERSAMPLING:-}
 MODEL_SIZE=${MODEL_SIZE:-small}
-# The small network. For the paper's model, the architecture sets the sizes.
+# Sizes of the small network; for the paper's model, the architecture sets the sizes.
 MODEL_DIM=${MODEL_DIM:-128}
 LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
-# A token goes through 2 of NUM_EXPERTS; dense and single have one network of twice the width instead.
+# A token uses 2 of NUM_EXPERTS experts; dense and single have one network of twice the width instead.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-256}
 INIT_RANGE=${INIT_RANGE:-0.1}
-# Learns to align more reliably than "product" if there is little text (recipes/multi30k/result.md).
+# Additive attention learns to align more reliably than "product" if there is little text (recipes/multi30k/result.md).
 ATTENTION=${ATTENTION:-additive}
 DROPOUT=${DROPOUT:-0.1}
 LABEL_SMOOTHING=${LABEL_SMOOTHING:-0.1}
 CLIP_NORM=${CLIP_NORM:-5.0}
-# 2000 pieces on the longer side x UPDATE_FREQ accumulated batches: about 150 sentences of tatoeba per update.
+# 2000 pieces on the longer side x UPDATE_FREQ accumulated batches are about 150 sentences of tatoeba per update.
 MAX_TOKENS=${MAX_TOKENS:-2000}
 UPDATE_FREQ=${UPDATE_FREQ:-1}
 # The rate rises, then falls linearly to 0 at the last update, as in recipes/multi30k.
 UPDATES=${UPDATES:-20000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
-# A checkpoint, and every direction's perplexity on valid, every SAVE_INTERVAL updates; the last AVERAGE are averaged.
+# Every SAVE_INTERVAL updates, a checkpoint is saved and every direction is scored on valid; the last AVERAGE checkpoints are
+# averaged.
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 AVERAGE=${AVERAGE:-5}
 
@@ -61,7 +62,7 @@ set_model_flags() {
     suffix=
     experts=()
   else
-    # The target embeddings are shared with the softmax: fewer weights to learn from little text.
+    # The target embeddings are shared with the softmax, so that there are fewer weights to learn from little text.
     MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
       --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE" --attention "$ATTENTION")
     [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))

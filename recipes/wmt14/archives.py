@@ -6,8 +6,8 @@
     archives.py extract news-commentary-v9 --pair fr --downloads FOLDER --target FOLDER
 
 The expected properties of archives and corpora (size, digest, members, lines) are in manifest.json.
-The digest of an archive without a published one is recorded at its first download, in recorded.json
-beside it, and checked from then on.
+If no digest of an archive is published, its digest is recorded at the first download, in
+recorded.json beside it, and checked from then on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recipes.downloads import BLOCK, bounded, damage_named, download, read_membe
 
 ADDRESS = "https://www.statmt.org"
 MANIFEST = Path(__file__).with_name("manifest.json")
-# Upper limit for the average; real lines have about 130.
+# Upper limit for the average length of lines; real lines have about 130 bytes.
 MAX_LINE_BYTES = 1000
 SEGMENT = re.compile(rb"<seg[^>]*>(.*?)</seg>", re.IGNORECASE)
 
@@ -53,7 +53,7 @@ def addresses_of(name: str, entry: dict, mirror: str) -> list[str]:
 
 
 def read_records(path: Path) -> dict[str, str]:
-    """Return the sha256 of archives at their first download.
+    """Return the SHA-256 that was recorded for each archive at its first download.
 
     Raises:
         ValueError: if the file is not a JSON object.
@@ -72,12 +72,12 @@ def read_records(path: Path) -> dict[str, str]:
 def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
     """Return the path of a verified archive, downloading it if necessary.
 
-    Without a published digest, the first download is read to its end and recorded.
+    If no digest is published, the first download is read to the end and its digest is recorded.
 
     Raises:
-        ValueError: if no address has a matching file, or it differs from the record.
+        ValueError: if no address has a file that matches the published or recorded digest.
     """
-    # Archives from different years share names, so ours keep the year.
+    # Archives from different years share names, so the local names keep the year.
     path = downloads / name.replace("/", "-")
     records = read_records(downloads / "recorded.json")
     kind = next((kind for kind in ("sha256", "md5") if kind in entry), None)
@@ -94,7 +94,7 @@ def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
     except ValueError as error:
         if kind is None and digest is not None:
             records_file = downloads / "recorded.json"
-            raise ValueError(f"{error} To accept another, edit {records_file}.") from None
+            raise ValueError(f"{error} To accept another file, edit {records_file}.") from None
         raise
     how = f"verified by {kind or 'the record of its first download'}"
     if digest is None:
@@ -105,12 +105,12 @@ def fetch(name: str, entry: dict, downloads: Path, mirror: str) -> Path:
 
 
 def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
-    """Record an archive's digest if it can be read to its end; else remove the archive.
+    """Record an archive's digest if the archive can be read to its end; otherwise remove it.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the archive cannot be read.
     """
-    # Only the archive itself can tell a broken first download from a good one.
+    # Only by reading the archive can a broken first download be told from a good one.
     try:
         for _ in read_members(path, ()):
             raise AssertionError
@@ -127,7 +127,7 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
 
 
 def write_text(name: str, stream: BinaryIO, path: Path, max_bytes: int) -> int:
-    """Write a member as plain text, one sentence a line, and return the number of lines.
+    """Write a member as plain text, one sentence per line, and return the number of lines.
 
     From .sgm files, segments are written as sacrebleu writes them: white space joined, entities
     unchanged. Only a line feed ends a line.
@@ -155,8 +155,8 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
     """Write a corpus as NAME.en and NAME.PAIR, and return its number of lines.
 
     Raises:
-        ValueError: as in `read_members`, or if the two sides' lengths differ, or differ from the
-            manifest's.
+        ValueError: as in `read_members`, or if the two sides differ in length, or do not have the
+            number of lines that the manifest gives.
     """
     target.mkdir(parents=True, exist_ok=True)
     languages = {part["source"]: "en", part["target"]: pair}
@@ -168,10 +168,10 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
             lines[name] = write_text(name, stream, path, max_bytes)
     counts = ", ".join(f"{name} has {lines[name]:,}" for name in languages)
     if len(set(lines.values())) > 1:
-        raise ValueError(f"{archive}: the sides must have equally many lines, but {counts}")
+        raise ValueError(f"{archive}: both sides must have the same number of lines, but {counts}")
     (count,) = set(lines.values())
     if count != part["lines"]:
-        raise ValueError(f"{archive}: must have {part['lines']:,} lines a side, but {counts}")
+        raise ValueError(f"{archive}: each side must have {part['lines']:,} lines, but {counts}")
     for language in languages.values():
         path = target / f"{part['name']}.{language}"
         path.with_name(path.name + ".part").rename(path)

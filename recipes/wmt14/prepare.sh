@@ -4,23 +4,23 @@
 # Downloads and verifies the archives, extracts and cleans the corpora, learns one 32,000-piece vocabulary for both
 # languages, splits the text and writes fairseq's data-bin. Finished steps are skipped, a failed step is repeated, and a
 # changed variable repeats what depends on it.
-#   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: these, UN 2000 and Giga-fren
+#   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: the same, and UN 2000 and Giga-fren
 #   valid           newstest2012 and newstest2013, 6003 sentences
 #   test            newstest2014, the full set of 3003 sentences
 # --dry-run prints every step but runs none. Variables:
-#   WMT14_MIRROR    address to use instead of https://www.statmt.org and its mirrors, with the same folders below
-#                   (wmt13/training-parallel-europarl-v7.tgz, ...): file:///folder or http
+#   WMT14_MIRROR    address, file:///folder or http, to use instead of https://www.statmt.org and its mirrors; it must have the
+#                   same folders (wmt13/training-parallel-europarl-v7.tgz, ...)
 #   DOWNLOADS       folder for the archives, shared by both pairs (recipes/wmt14/work/downloads)
 #   WORK            folder to write (recipes/wmt14_en_PAIR/work)
 #   THREADS         processes (all cores)
-#   NORMALIZE       punctuation of the source (default), of both sides, or none: see recipes/wmt14/README.md
+#   NORMALIZE       source (default), both or none: whose punctuation is normalised (see recipes/wmt14/README.md)
 #   VOCAB_SIZE      pieces of the vocabulary (32000)
 #   PIECE_TYPE      bpe (default, nearest to the paper's wordpieces) or unigram
-#   SAMPLE_PAIRS    pairs from which to learn the vocabulary, evenly spaced (5000000); more need more memory
+#   SAMPLE_PAIRS    number of pairs, evenly spaced, from which to learn the vocabulary (5000000); more need more memory
 #   COVERAGE        share of the characters that the pieces must cover (0.9995), which excludes rare alphabets
-#   MAX_PIECES      longest side of a pair to train on, in pieces (250)
-#   MAX_RATIO       longer side over shorter side, in pieces, at most (1.5)
-#   MANIFEST        expected sizes, digests, names and lines (recipes/wmt14/manifest.json)
+#   MAX_PIECES      maximum length of a side of a training pair, in pieces (250)
+#   MAX_RATIO       maximum ratio of the longer side to the shorter, in pieces (1.5)
+#   MANIFEST        file of expected sizes, digests, names and numbers of lines (recipes/wmt14/manifest.json)
 #
 # Estimated disk space, including the archives: 50 GB for en-fr, 7 GB for en-de.
 set -euo pipefail
@@ -81,7 +81,7 @@ clean_texts() { # SPLIT FLAG...
     --target "$WORK/text/$split" "$@" "${texts[@]}"
 }
 
-clean_evaluation_texts() { # nothing is left out; scores compare with the original text
+clean_evaluation_texts() { # keeps all lines, and the original text as the reference
   local split language texts
   for split in valid test; do
     clean_texts "$split" --keep-all

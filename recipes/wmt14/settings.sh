@@ -19,7 +19,7 @@ take_dry_run() {
   done
 }
 
-# use_environment_unless_dry: a dry run makes no environment, and only needs python3.
+# use_environment_unless_dry: create the environment, except in a dry run, which only needs python3.
 use_environment_unless_dry() {
   if [[ $DRY_RUN == 0 ]]; then
     use_environment

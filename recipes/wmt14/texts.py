@@ -4,8 +4,8 @@
     texts.py clean --pair fr --target text/train raw/europarl-v7 raw/commoncrawl
     texts.py cut --pair fr --model spm.model --target pieces/train text/train
 
-Each name stands for NAME.en and NAME.PAIR. Without --keep-all, pairs that are unsuitable for
-training are left out, and counted by reason.
+Each name stands for NAME.en and NAME.PAIR. Unless --keep-all is given, pairs that are unsuitable
+for training are left out, and counted by reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from recipes.downloads import show_progress
 CHUNK = 1000
 CONTROL_SPACE = re.compile(r"[\t-\r\x1c-\x1f\x85]")
 Pair = tuple[str, str]
-# A pair of lines as it was read.
+# A pair of lines as they were read.
 Lines = tuple[str | BadLine, str | BadLine]
 # A worker's result for a pair: its new form, or why it is left out.
 Result = Pair | str
@@ -94,7 +94,7 @@ _work: Worker
 
 
 def start_worker(make: Callable[[], Worker]) -> None:
-    """Create a worker process's own cleaner or cutter."""
+    """Create the cleaner or cutter of a worker process."""
     global _work
     _work = make()
 
@@ -107,7 +107,7 @@ def work_on(chunk: list[Lines]) -> list[Result]:
 
 
 def read_pairs(names: Sequence[Path], pair: str) -> Iterator[Lines]:
-    """Yield the lines of both sides of all texts, or what is wrong with a line.
+    """Yield the lines of both sides of all texts; a bad line is a `BadLine`.
 
     Raises:
         ValueError: if a file is missing, or the sides of a text differ in length.
@@ -152,10 +152,10 @@ def transform(
 
 
 def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) -> Counter:
-    """Write NAME.en and NAME.PAIR; return how many pairs were kept, and left out by reason.
+    """Write NAME.en and NAME.PAIR; return how many pairs were kept, and left out for each reason.
 
     Raises:
-        ValueError: if a pair would be left out although all must be kept, or none are left.
+        ValueError: if a pair would be left out although all must be kept, or if none is left.
     """
     counts: Counter = Counter()
     paths = [Path(f"{target}.{language}") for language in ("en", pair)]

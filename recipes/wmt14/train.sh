@@ -2,13 +2,13 @@
 # Train the paper's model for WMT14: train.sh [--dry-run] [FLAG-OF-FAIRSEQ-TRAIN...]
 #
 # Prepares the text first (prepare.sh and its variables), then trains, resuming from the last checkpoint of the same RUN.
-# --dry-run prints the arithmetic and the command. To save memory or time, add fairseq's flags, such as --bf16.
+# --dry-run prints the size of the batch and the command. To save memory or time, add fairseq's flags, such as --bf16.
 #   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
-#   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. On SLURM see recipes/wmt14/slurm.sbatch
-#   MAX_TOKENS  words on a GPU at once (16000); with less memory a fraction of that, 4000 for example
+#   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. For SLURM, see recipes/wmt14/slurm.sbatch
+#   MAX_TOKENS  words on a GPU at once (16000); with less memory, a fraction of that, such as 4000
 #   UPDATES     updates to train (en-de 12000, en-fr 37000)
 #   LEARNING_RATE  rate after the warm-up (0.001)
-#   OPTIMIZER   adam (default) or factored_adam: keeps a row and a column for each matrix of an expert (Appendix D)
+#   OPTIMIZER   adam (default), or factored_adam, which keeps a row and a column for each expert matrix (Appendix D)
 #   SAVE_INTERVAL  updates between two checkpoints, each with perplexity on valid (500)
 #   RUN         name of the run, a folder in WORK (MODEL-seedSEED);  SEED (1)
 #   DEVICE      auto (default), cpu or cuda;  WORK as in prepare.sh
@@ -39,9 +39,9 @@ if [[ $PAIR == fr ]]; then UPDATES=${UPDATES:-37000}; fi
 UPDATES=${UPDATES:-12000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
 OPTIMIZER=${OPTIMIZER:-adam}
-# Dropout on the output of every embedding, LSTM and MoE layer.
+# Dropout is applied to the output of every embedding, LSTM and MoE layer.
 DROPOUT=${DROPOUT:-0.4}
-# As in GNMT.
+# The value that GNMT uses.
 CLIP_NORM=${CLIP_NORM:-5.0}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 MODEL=${MODEL:-moe32}
@@ -63,10 +63,10 @@ set_model_flags() {
 set_update_freq() { # the number of passes that add up to the paper's batch
   local words=$((PAPER_GPUS * WORDS_PER_GPU)) at_once=$((GPUS * MAX_TOKENS))
   ((words % at_once == 0)) ||
-    die "$PAPER_GPUS x $WORDS_PER_GPU = $words words an update must be a multiple of GPUS x MAX_TOKENS =" \
+    die "$PAPER_GPUS x $WORDS_PER_GPU = $words words per update must be a multiple of GPUS x MAX_TOKENS =" \
       "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS whose product divides that, such as 8 and 4000"
   UPDATE_FREQ=$((words / at_once))
-  say "$words words an update (the paper's $PAPER_GPUS GPUs x $WORDS_PER_GPU) =" \
+  say "$words words per update (the paper's $PAPER_GPUS GPUs x $WORDS_PER_GPU) =" \
     "$GPUS GPUs x $MAX_TOKENS words x $UPDATE_FREQ accumulated passes"
 }
 

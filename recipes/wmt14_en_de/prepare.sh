@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# WMT14, English to de: see recipes/wmt14/prepare.sh --help
+# WMT14, English to German: see recipes/wmt14/prepare.sh --help
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../wmt14/prepare.sh" de "$@"

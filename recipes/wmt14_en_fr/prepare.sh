@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# WMT14, English to fr: see recipes/wmt14/prepare.sh --help
+# WMT14, English to French: see recipes/wmt14/prepare.sh --help
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../wmt14/prepare.sh" fr "$@"

@@ -1,4 +1,4 @@
-"""The sitting on a GPU: its order, its stop, how it goes on; its programs under the interpreter."""
+"""The measurements on a GPU: order, stopping, resuming, and their programs in the interpreter."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "benchmarks" / "gpu_session.sh"
-# Stands in for Python: notes what it is asked for, fails at the part named in FAIL.
+# Replaces Python: records its arguments, and fails in the part named by FAIL.
 STUB = """#!/usr/bin/env bash
 [[ $1 != -c ]] || exit 1   # no fairseq
 echo "$*" >>"$CALLS"
@@ -18,8 +18,10 @@ echo "table of $3"
 """
 
 
-def sit(out: Path, *arguments: str, python: Path = Path(sys.executable), **environment: str):
-    # Without compute-sanitizer, were it here: the stub is no program for it.
+def run_session(
+    out: Path, *arguments: str, python: Path = Path(sys.executable), **environment: str
+):
+    # This PATH excludes compute-sanitizer, which could not run the stub.
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
     return subprocess.run(
         ["bash", str(SCRIPT), str(out), *arguments],
@@ -41,7 +43,7 @@ def stub(tmp_path):
 def test_parts_run_in_order_stop_at_the_first_failure_and_resume_there(stub, tmp_path):
     out, calls = tmp_path / "out", tmp_path / "calls"
     asked = {"python": stub, "CALLS": str(calls)}
-    done = sit(out, **asked, FAIL="gating")
+    done = run_session(out, **asked, FAIL="gating")
     assert done.returncode == 1
     assert "06-gating failed" in done.stderr
     parts = [line.split()[2] for line in calls.read_text().splitlines()]
@@ -49,7 +51,7 @@ def test_parts_run_in_order_stop_at_the_first_failure_and_resume_there(stub, tmp
     assert (out / "06-gating.failed").read_text() == "table of gating\n"
     assert "table of rows" in (out / "summary.md").read_text()
     calls.unlink()
-    done = sit(out, **asked)
+    done = run_session(out, **asked)
     assert done.returncode == 0, done.stderr
     lines = calls.read_text().splitlines()
     parts = [line.split()[2] for line in lines if "gpu_session" in line]
@@ -60,30 +62,30 @@ def test_parts_run_in_order_stop_at_the_first_failure_and_resume_there(stub, tmp
     summary = (out / "summary.md").read_text()
     assert summary.index("table of machine") < summary.index("table of gating")
     assert summary.count("not run: fairseq is not installed") == 2
-    assert summary.count("not run: there is no compute-sanitizer") == 3
+    assert summary.count("not run: compute-sanitizer") == 3
 
 
-def test_a_part_takes_every_point_of_the_grid():
+def test_each_point_of_the_grid_has_a_part():
     from benchmarks.moe_points import GRIDS
 
     assert len(GRIDS["gpu"]) == 9
 
 
 def test_an_unknown_part_is_refused(stub, tmp_path):
-    done = sit(tmp_path, "gatings", python=stub)
+    done = run_session(tmp_path, "gatings", python=stub)
     assert done.returncode == 2
     assert "no part is called gatings" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = sit(tmp_path, "products", CUDA_VISIBLE_DEVICES="")
+    done = run_session(tmp_path, "products", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "torch sees no GPU here" in done.stderr
 
 
-def test_a_part_in_small_under_the_interpreter(tmp_path):
+def test_one_part_runs_on_a_small_scale_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    done = sit(tmp_path, "--dry-run", "products")
+    done = run_session(tmp_path, "--dry-run", "products")
     assert done.returncode == 0, done.stderr
     assert "| product bfloat16 E=4 rows=16 |" in (tmp_path / "summary.md").read_text()
 
@@ -103,9 +105,9 @@ def test_a_wrong_result_ends_a_part():
 
 
 @pytest.mark.slow
-def test_all_parts_in_small_under_the_interpreter(tmp_path):
+def test_all_parts_run_on_a_small_scale_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    done = sit(tmp_path, "--dry-run")
+    done = run_session(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stderr
     summary = (tmp_path / "summary.md").read_text()
     assert "WRONG" not in summary

@@ -185,7 +185,7 @@ def test_without_a_finished_training_there_is_no_report(tmp_path):
 REFUSALS = [
     pytest.param({"TEXT_DIR": ""}, "TEXT_DIR must name the folder"),
     pytest.param({"MODELS": "moe_5"}, "MODELS must be among lstm_4, .*, but has 'moe_5'"),
-    pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be from 0 to below 1, but is '1'"),
+    pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be at least 0 and below 1, but is '1'"),
     pytest.param({"SEEDS": "a"}, "SEED must be a whole number of at least 0, but is 'a'"),
     pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),
     pytest.param({"BREAK_MODE": "line"}, "BREAK_MODE must be one of: eos none; but is 'line'"),

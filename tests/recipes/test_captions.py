@@ -103,7 +103,10 @@ REFUSALS = [
         "train.sh", {"AVERAGE": 3}, "AVERAGE x SAVE_INTERVAL = 6 must not exceed", id="average"
     ),
     pytest.param(
-        "train.sh", {"DROPOUT": 1}, "DROPOUT must be from 0 to below 1, but is '1'", id="dropout"
+        "train.sh",
+        {"DROPOUT": 1},
+        "DROPOUT must be at least 0 and below 1, but is '1'",
+        id="dropout",
     ),
     pytest.param("train.sh", {"SEED": "x"}, "SEED must be a whole number of at least 0", id="seed"),
     pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of: 0 1", id="evaluate"),

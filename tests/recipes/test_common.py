@@ -117,7 +117,7 @@ def test_a_number_above_0_is_a_decimal_number():
         ("LEARNING_RATE=-1", "LEARNING_RATE must be a number above 0"),
         ("UPDATES=0", "UPDATES must be a whole number of at least 1"),
         ("CLIP_NORM=nan", "CLIP_NORM must be a number of at least 0"),
-        ("DROPOUT=1", "DROPOUT must be from 0 to below 1"),
+        ("DROPOUT=1", "DROPOUT must be at least 0 and below 1"),
         ("DEVICE=tpu", "DEVICE must be one of: auto cpu cuda"),
         ("UPDATES=4; AVERAGE=3; SAVE_INTERVAL=2", "AVERAGE x SAVE_INTERVAL = 6 must not exceed"),
     ],

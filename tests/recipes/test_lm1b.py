@@ -76,7 +76,7 @@ def test_from_the_archive_to_perplexity(tmp_path):
     assert "vocabulary: 15 words that occur at least 1 times" in many.stdout
     done = run("train.sh", tmp_path, RUN="tiny", **archive)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "100 words x 1 x 1 processes x 2 = 200 words an update" in done.stdout
+    assert "100 words x 1 x 1 processes x 2 = 200 words per update" in done.stdout
     # 40 lines of each of two shards
     first, *train = (tmp_path / "work/text/train").read_text().splitlines()
     assert first == "<U+0085> w2<U+00A0>w3 w4<U+2028>w5 w6 w7"
@@ -162,7 +162,7 @@ def test_an_archive_that_is_cut_off_is_refused(kept, tmp_path):
     path.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
     # With the digest of the truncated file: the truncation itself must be noticed.
     error = refusal(run("prepare.sh", tmp_path, **leading_to(path)))
-    assert "not a complete archive" in error
+    assert "archive is not complete" in error
 
 
 def test_a_damaged_checksum_is_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_a_damaged_checksum_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[-8] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a complete archive.*CRC"):
+    with pytest.raises(ValueError, match="archive is not complete.*CRC"):
         fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
 
 
@@ -191,7 +191,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
     path = tmp_path / "plain.tar.gz"
     path.write_bytes(gzip.compress(b"no archive\n"))
-    with pytest.raises(ValueError, match="not a complete archive"):
+    with pytest.raises(ValueError, match="archive is not complete"):
         fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
 
 

@@ -145,7 +145,7 @@ def test_a_truncated_file_is_named(corpus, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     done = prepare(corpus, tmp_path)
     assert done.returncode == 1
-    assert "train.en.gz: not a complete archive" in done.stderr
+    assert "train.en.gz: the archive is not complete" in done.stderr
 
 
 BAD_TEXTS = [

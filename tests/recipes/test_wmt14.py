@@ -162,7 +162,7 @@ def train_and_evaluate(variables):
     training = {"UPDATES": 2, "SAVE_INTERVAL": 1, "MAX_TOKENS": 2000}
     done = run("fr", "train.sh", *sizes, **variables, **training)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1024000 words an update (the paper's 64 GPUs x 16000) = 1 GPUs x 2000 words x 512" in (
+    assert "1024000 words per update (the paper's 64 GPUs x 16000) = 1 GPUs x 2000 words x 512" in (
         done.stdout
     )
     assert "valid:  num_updates 2" in done.stdout
@@ -341,7 +341,7 @@ def test_a_damaged_end_of_an_archive_without_digest_is_refused(mirror):
     content = bytearray(path.read_bytes())
     content[-8] ^= 1  # in the checksum, after all members
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a complete archive.*It was removed: run again"):
+    with pytest.raises(ValueError, match="archive is not complete.*It was removed: run again"):
         fetch(mirror, UN)
 
 
@@ -375,7 +375,7 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     done = run("fr", "prepare.sh", **settings(mirror))
     assert done.returncode == 1
     assert "error: " in done.stderr
-    assert "wmt13-training-parallel-un.tgz: not a complete archive" in done.stderr
+    assert "wmt13-training-parallel-un.tgz: the archive is not complete" in done.stderr
     assert "run again to download it again" in done.stderr
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
@@ -404,11 +404,11 @@ EN, FR = ("training/news-commentary-v9.fr-en." + language for language in ("en",
     ("members", "message"),
     [
         pytest.param(
-            {EN: b"a\n", FR: b"a\nb\n"}, "equally many lines, but .*has 1,.*has 2", id="sides"
+            {EN: b"a\n", FR: b"a\nb\n"}, "number of lines, but .*has 1,.*has 2", id="sides"
         ),
-        pytest.param({EN: b"a\n", FR: b"b\n"}, "must have 25 lines a side, but ", id="count"),
+        pytest.param({EN: b"a\n", FR: b"b\n"}, "must have 25 lines, but ", id="count"),
         pytest.param({EN: b"a\n"}, f"has no {FR}", id="no-member"),
-        pytest.param({"../evil": b"x", EN: b"", FR: b""}, "an unsafe archive: .*evil", id="unsafe"),
+        pytest.param({"../evil": b"x", EN: b"", FR: b""}, "archive is unsafe: .*evil", id="unsafe"),
     ],
 )
 def test_an_archive_of_other_content_is_refused(mirror, members, message):
@@ -427,7 +427,7 @@ def test_a_link_in_an_archive_is_not_followed(mirror):
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(info)
     respond(mirror, path.read_bytes())
-    with pytest.raises(ValueError, match="an unsafe archive"):
+    with pytest.raises(ValueError, match="archive is unsafe"):
         extract(mirror, "news-commentary-v9")
 
 
@@ -435,7 +435,7 @@ def test_an_archive_that_ends_in_its_middle_is_refused(mirror):
     noise = os.urandom(5000).hex().encode() + b"\n"
     write_archive(mirror / NEWS, {EN: noise, FR: noise})
     respond(mirror, (mirror / NEWS).read_bytes()[:3000])
-    with pytest.raises(ValueError, match="not a complete archive"):
+    with pytest.raises(ValueError, match="archive is not complete"):
         extract(mirror, "news-commentary-v9")
 
 

@@ -1,1 +1,1 @@
-"""Stands in for torch while fairseq is being built, and only then: see utils/cpp_extension.py."""
+"""Replace torch, but only while fairseq is being built: see utils/cpp_extension.py."""

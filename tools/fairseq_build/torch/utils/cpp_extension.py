@@ -1,8 +1,8 @@
 """Let fairseq's setup.py skip the three extensions that are compiled against torch's headers.
 
-They serve BASE layers, Levenshtein transformers and an alignment operator, none of which this
-project uses, and take four of the build's five minutes; what is left does not depend on torch.
-`tools/setup.sh` puts the folder above on PYTHONPATH for that one build.
+They implement BASE layers, Levenshtein transformers and an alignment operator, none of which this
+project uses, and take four of the build's five minutes. The rest of the build does not depend on
+torch. `tools/setup.sh` puts the folder `tools/fairseq_build` on PYTHONPATH for this build only.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ from setuptools.command.build_ext import build_ext
 
 
 def CppExtension(name: str, sources: list[str], **_: Any) -> Extension:  # noqa: N802
-    """Return an extension without sources, for `BuildExtension` to drop."""
+    """Return an extension without sources, which `BuildExtension` drops."""
     return Extension(name, sources=[])
 
 
 class BuildExtension(build_ext):
-    """Build the extensions that have sources: the two in Cython and the counter of n-grams."""
+    """Build the extensions that have sources: two in Cython, and the one that counts n-grams."""
 
     def initialize_options(self) -> None:
-        """Drop what has no sources before setuptools looks at it."""
+        """Drop the extensions without sources before setuptools processes them."""
         super().initialize_options()
         modules = self.distribution.ext_modules
         self.distribution.ext_modules = [module for module in modules if module.sources]
