@@ -83,7 +83,7 @@ def _filtering(keep: Callable) -> Callable:
         task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
     ) -> Any:
         kept = keep(task, indices, dataset, max_positions, *args, **kw)
-        # Data sets without a name hold a few lines of fairseq-interactive.
+        # Data sets without a name contain a few lines of fairseq-interactive.
         split = next((name for name, known in task.datasets.items() if known is dataset), None)
         if split is None or len(kept) or not len(indices):
             return kept

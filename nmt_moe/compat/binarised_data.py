@@ -102,7 +102,7 @@ def check_files(path: str) -> None:
     """
     if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
         raise ValueError(
-            f"`{path}.bin` holds no sentence: the text that fairseq-preprocess read was empty. "
+            f"`{path}.bin` contains no sentences: the text that fairseq-preprocess read was empty. "
             "Binarise a text of at least one line."
         )
     check_digests(Path(f"{path}.sha256"), "fairseq-preprocess", WAY_OUT)

@@ -184,7 +184,7 @@ def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
         )
         trainer.valid_step(next(iter(batches)))
     names = [name for name in found if not name.startswith("_")]
-    # A batch holds only one language pair.
+    # A batch contains only one language pair.
     pairs = [str(pair) for pair in getattr(trainer.task, "evaluated_pairs", ())]
     for name in list(names):
         pair, _, column = name.partition("_")

@@ -11,8 +11,8 @@
     SHA256SUMS                the sha256 of all files above, for `nmt-moe verify` and
                               `sha256sum --check`
 
-Nothing in a bundle is executed: JSON, safetensors and sentencepiece's format hold only numbers and
-text. Weights are mapped from their files instead of being read as a whole.
+Nothing in a bundle is executed: JSON, safetensors and sentencepiece's format contain only numbers
+and text. Weights are mapped from their files instead of being read as a whole.
 """
 
 from __future__ import annotations

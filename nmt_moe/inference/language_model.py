@@ -170,7 +170,7 @@ class LanguageModel:
 def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
     """Return each row's routing from a call that processed all rows step by step.
 
-    `lengths` holds the lengths of the rows, in descending order.
+    `lengths` contains the lengths of the rows, in descending order.
     """
     if not trace.expert_ids:
         return [None] * len(lengths)

@@ -202,7 +202,7 @@ class ExpertWeights:
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise ValueError(
-                    f"`{self.path}` does not hold the experts of its configuration: "
+                    f"`{self.path}` does not contain the experts of its configuration: "
                     f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
                 )
         # Only the first matrix checks an expert's digest, because it is used first.

@@ -24,7 +24,7 @@ def f_measure_by_frequency(
 
     Returns:
         A row for each band that has words: `frequency`, `words` of the references, `precision`,
-        `recall` and `f_measure` in percent. Band 0 holds words that occur in no reference.
+        `recall` and `f_measure` in percent. Band 0 contains words that occur in no reference.
 
     Source: Neubig et al. 2019, compare-mt, section 2.2.
     """

@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
     """Copy what a batch of one pair logs into the pair's row; other rows are 0.
 
-    All ranks then log the same keys, whichever pair their batch holds, and fairseq can sum them.
+    All ranks then log the same keys, whichever pair their batch contains, and fairseq can sum them.
     """
     values = {
         "_pair_nll": torch.as_tensor(log["nll_loss"]).reshape(1),

@@ -15,7 +15,7 @@ class PairsDataset(LanguagePairDataset):
     Attributes:
         pairs: Names of the pairs, in the order of their sentences.
         passes: In training, the number of passes over each pair in an epoch. Otherwise None: every
-            sentence occurs once, and each batch holds one pair and names it.
+            sentence occurs once, and each batch contains one pair and names it.
         num_folders: Number of data folders, which the epochs use in turn; these data are used every
             `num_folders` epochs.
     """
@@ -70,7 +70,7 @@ class PairsDataset(LanguagePairDataset):
         return indices[np.lexsort((self.tgt_sizes[indices], self.src_sizes[indices]))]
 
     def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[np.ndarray]:
-        """Divide indices into batches; outside training, each batch holds one pair."""
+        """Divide indices into batches; outside training, each batch contains one pair."""
         if self.passes is not None:
             return super().batch_by_size(indices, **limits)
         pair = self.pair_of(indices)

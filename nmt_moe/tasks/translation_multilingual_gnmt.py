@@ -276,7 +276,7 @@ class MultilingualGNMTTask(TranslationTask):
         return torch.cat([tokens.new_tensor([token]), tokens])
 
     def valid_step(self, sample: Dict, model: Any, criterion: Any) -> Tuple[Any, Any, Dict]:
-        """Evaluate a batch, which holds one pair, and log it under the pair's name too."""
+        """Evaluate a batch, which contains one pair, and log it under the pair's name too."""
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         add_pair_columns(log, sample["pair"], len(self.evaluated_pairs))
         return loss, sample_size, log

@@ -109,7 +109,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     """Open a text file for writing; None stands for standard output.
 
     The file appears only when it is complete: until then it has a temporary name in the same
-    folder, and a failure removes it. /dev/null, pipes and the like are written directly.
+    folder, and a failure removes it. /dev/null, pipes and similar files are written directly.
     """
     if path is None:
         if sys.stdout is None:

@@ -26,7 +26,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary `.part` name; rename it to `path` unless there is an error.
 
-    /dev/null and the like are not replaced.
+    /dev/null and similar files are not replaced.
     """
     if path.exists() and not path.is_file():
         yield path

@@ -443,7 +443,7 @@ EXPERTS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 def test_experts_that_do_not_fit_are_named(bundle: Path, edit: Callable[[Any], Any]):
     path = bundle / "experts.decoder.safetensors"
     edit_weights(path, edit)
-    assert_not_opened(bundle, f"`{path}` does not hold the experts of its configuration")
+    assert_not_opened(bundle, f"`{path}` does not contain the experts of its configuration")
 
 
 VOCABULARIES: dict[str, Callable[[list[str]], Any]] = {

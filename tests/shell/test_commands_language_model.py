@@ -203,7 +203,7 @@ def test_an_empty_text_is_named(split: str, tmp_path: Path):
         preprocess(tmp_path, split, b"")
     data = preprocess(tmp_path, split, b"ba\n")
     (data / f"{split}.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"data/{split}\.bin` holds no sentence"):
+    with pytest.raises(ValueError, match=rf"data/{split}\.bin` contains no sentences"):
         train(data, tmp_path, "--max-epoch", 1)
 
 

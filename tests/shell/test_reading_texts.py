@@ -267,5 +267,5 @@ def test_validation_sets_that_are_all_named_are_accepted(own_data: Path):
 
 
 def test_a_folder_without_binarised_data_is_named(own_corpus: Path):
-    with pytest.raises(ValueError, match=rf"`{own_corpus}` holds no binarised data"):
+    with pytest.raises(ValueError, match=rf"`{own_corpus}` contains no binarised data"):
         data_utils.infer_language_pair(str(own_corpus))
