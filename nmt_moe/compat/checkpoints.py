@@ -125,7 +125,7 @@ def ignore_unsafe_loading() -> None:
 def allow_configuration_in_broadcasts() -> None:
     """Let rank 0 send a checkpoint to the others when several processes resume.
 
-    Reason: fairseq sends it with `torch.load`, whose safe loader rejects types of the
+    Reason: the others read it with `torch.load`, whose safe loader rejects types of the
     configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)

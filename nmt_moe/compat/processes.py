@@ -98,7 +98,7 @@ def check_processes_start(plan: Any) -> None:
 
 
 def choose_backends_of_cpu(plan: Any) -> None:
-    """Use gloo and legacy_ddp, because NCCL and fairseq's other backends need a GPU."""
+    """Use gloo and legacy_ddp, because NCCL, and torch's DDP with device ids, need a GPU."""
     _change(plan, "distributed_backend", "nccl", "gloo")
     for backend in ("pytorch_ddp", "c10d"):
         _change(plan, "ddp_backend", backend, "legacy_ddp")

@@ -75,7 +75,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 def count_no_begin_mark_as_target() -> None:
     """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
 
-    Reason: this target is always predicted correctly, so perplexities in training are far too low.
+    Reason: this target is always the same, so the perplexities in training are far too low.
     """
     for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
         for step in ("train_step", "valid_step"):

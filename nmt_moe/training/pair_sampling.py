@@ -49,7 +49,7 @@ def passes_per_epoch(
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return how many of a pair's `size` sentences an epoch uses, repetitions included."""
+    """Return how many sentences of a pair of `size` sentences an epoch uses; at least 1."""
     return max(1, round(size * passes))
 
 
