@@ -1,4 +1,4 @@
-"""Set-up for all tests: one thread per process, and tests whose needs are not met are skipped."""
+"""Set up all tests: use one thread per process, and skip tests whose requirements are not met."""
 
 import importlib.util
 import logging
@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported: tests that start several processes would compete for cores.
+# This must be set before torch is imported. With more threads, tests that start several processes
+# would compete for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before any kernel is defined: Triton's interpreter takes CPU tensors.
+    # Triton's interpreter accepts CPU tensors; it must be chosen before any kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,7 +44,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     name = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(_backend, "TRITON_DEVICES", frozenset({name}))
-    monkeypatch.setenv("NMT_MOE_KERNELS", "triton")  # or torch would replace a bad kernel, and pass
+    # Otherwise torch's operations would replace a bad kernel, and the test would pass.
+    monkeypatch.setenv("NMT_MOE_KERNELS", "triton")
     torch.set_default_device(name)
     yield name
     torch.set_default_device(None)
@@ -51,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave the compiled loops out, which hooks and modes of torch do not see."""
+    """Leave out the compiled loops, whose operations torch's hooks and modes do not see."""
     from nmt_moe.kernels._cpu import load
 
     monkeypatch.setenv("NMT_MOE_KERNELS", "torch")

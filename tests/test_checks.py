@@ -1,4 +1,4 @@
-"""The wording of errors: name, rule, value, way out."""
+"""The wording of errors: name, rule, value, remedy."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_values_inside_the_rule_pass():
         (float("nan"), 0.0, None, "`size` must be at least 0.0, but is nan"),
     ],
 )
-def test_a_number_outside_is_refused_with_its_bounds(value, low, high, message):
+def test_a_number_out_of_range_is_refused_with_its_bounds(value, low, high, message):
     with pytest.raises(ValueError, match=message):
         check_range("size", value, low, high)
 

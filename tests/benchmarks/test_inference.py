@@ -1,4 +1,4 @@
-"""The benchmark of translation, on a tiny random model: who is compared, and what is counted."""
+"""The translation benchmark with a tiny random model: what is compared, and what is counted."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ FLAGS = "--model-dim 8 --lstm-hidden-dim 16 --expert-hidden-dim 8 --num-experts 
 
 @pytest.fixture
 def line(tmp_path: Path) -> list[str]:
-    """Flags for a model that is sure of its next word, its bundles and its data."""
+    """Return the flags for a model with confident predictions, its bundles and its data."""
     args = SimpleNamespace(
         arch="lstm_moe_gnmt_small",
         attention_wiring=["parallel"],

@@ -101,7 +101,7 @@ def test_logits_have_a_standard_deviation_of_one_and_noise_no_weight():
 
 def test_dropped_tokens_are_those_that_reach_no_expert():
     class OneForAll(moe_layers.Layer):
-        """Of rows 0 to 2, each meant for 4 experts, only the last is computed, by one expert."""
+        """Rows 0 to 2 are each meant for 4 experts, but one expert computes only the last row."""
 
         def __init__(self, point, capacity):
             super().__init__(point, capacity)
@@ -126,7 +126,7 @@ def test_the_limits_do_the_same_number_of_operations_as_the_experts():
         for mode, passes in (("forward", 1), ("fwd+bwd", 3)):
             with FlopCounterMode(display=False) as counter:
                 bare.run(mode)
-            # 48 rows, up and down between 8 and 12, multiplications and additions.
+            # There are 48 rows, products from 8 to 12 and back, and multiplications and additions.
             assert counter.get_total_flops() == passes * TINY.flops() == passes * 48 * 8 * 12 * 4
 
 
@@ -136,7 +136,7 @@ def test_eager_gating_gives_the_sums_of_the_layer():
     torch.testing.assert_close(gates.sum(1), torch.ones(50))
     torch.testing.assert_close(importance.sum(), torch.tensor(50.0))
     assert load.shape == (7,)
-    # Expected numbers of tokens: about 2 per row.
+    # The expected numbers of tokens are about 2 per row.
     assert 80 < load.sum() < 120
 
 

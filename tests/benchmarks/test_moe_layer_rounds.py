@@ -30,7 +30,7 @@ def test_there_are_limits_for_each_number_of_experts_per_token():
     ]
 
 
-def test_each_does_only_what_it_can():
+def test_each_competitor_runs_only_what_it_supports():
     point = dataclasses.replace(POINT, modes=("fwd+bwd", "gate", "step"))
     modes = {one.label: one.modes for one in moe_rounds.entrants_of(point, ["deepspeed"])}
     assert modes["bmm"] == ("fwd+bwd",)
@@ -43,7 +43,7 @@ def test_each_does_only_what_it_can():
 
 
 class FakeProcess:
-    """A fake that records events; one of them fails, all hold memory."""
+    """A fake process that records events; one of the fakes fails, and all of them hold memory."""
 
     events: list[str] = []
     failing = ""
@@ -68,7 +68,7 @@ class FakeProcess:
 
 @pytest.fixture
 def play(monkeypatch):
-    """Play two rounds at a point with fake processes; return the match and the events."""
+    """Run two rounds at a point with fake processes; return the rounds and the events."""
 
     def run(free, failing="", modes=("fwd+bwd",)):
         monkeypatch.setattr(FakeProcess, "events", [])
@@ -83,7 +83,7 @@ def play(monkeypatch):
     return run
 
 
-def test_competitors_take_turns_and_stay_where_memory_allows(play):
+def test_competitors_take_turns_and_keep_running_if_memory_allows(play):
     match, events = play(free=100 * HELD)
     names = ["gemm", "bmm", "nmt_moe"]
     first = [event for name in names for event in (f"+{name}", f"{name} fwd+bwd")]
@@ -95,7 +95,7 @@ def test_competitors_take_turns_and_stay_where_memory_allows(play):
     assert counts == [1, 2]
 
 
-def test_each_turn_has_its_own_process_where_memory_is_short(play):
+def test_each_turn_has_its_own_process_if_memory_is_short(play):
     match, events = play(free=3 * HELD)
     assert not match.stays
     second = [
@@ -104,18 +104,18 @@ def test_each_turn_has_its_own_process_where_memory_is_short(play):
         for e in (f"+{name}", f"{name} fwd+bwd", f"-{name}")
     ]
     assert events[-9:] == second
-    # The two that were still running when memory ran short ended then.
+    # The two processes that were still running when memory ran short have been stopped.
     assert events[:-9].count("-gemm") == events[:-9].count("-bmm") == 1
 
 
-def test_who_fails_is_given_up_and_the_others_go_on(play):
+def test_a_competitor_that_fails_is_given_up_and_the_others_continue(play):
     match, events = play(free=100 * HELD, failing="bmm")
     assert match.records["bmm"].skipped == "out of memory"
     assert events.count("+bmm") == events.count("!bmm") == 1
     assert events.count("nmt_moe fwd+bwd") == 2
 
 
-def test_a_mode_that_fails_is_given_up_with_those_that_do_more(play):
+def test_a_mode_that_fails_is_given_up_together_with_those_that_do_more(play):
     modes = ("forward", "fwd+bwd", "step")
     match, events = play(free=100 * HELD, failing="nmt_moe fwd+bwd", modes=modes)
     record = match.records["nmt_moe"]

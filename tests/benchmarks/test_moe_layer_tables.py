@@ -38,7 +38,7 @@ def point(*competitors, of=POINT):
 
 
 def test_a_round_is_the_median_of_its_undisturbed_samples():
-    # Two threads wait for 0.3 s in 2 s: 7.5 %. For 0.2 s in 2 s: 5 %, which is allowed.
+    # If two threads wait for 0.3 s in 2 s, that is 7.5 %; 0.2 s in 2 s are 5 %, which is allowed.
     found = moe_tables.summarise(
         [
             [sample(1.0), sample(3.0), sample(2.0, waited=0.3)],
@@ -51,7 +51,7 @@ def test_a_round_is_the_median_of_its_undisturbed_samples():
     assert found.is_clean
 
 
-def test_disturbed_rounds_count_only_where_too_few_are_undisturbed():
+def test_disturbed_rounds_count_only_if_too_few_are_undisturbed():
     calm, late = [sample(1.0)], [sample(9.0, waited=9.0)]
     found = moe_tables.summarise([calm, calm, calm, late], threads=1)
     assert (found.samples.seconds, found.is_clean) == ([1.0, 1.0, 1.0], True)
@@ -110,7 +110,7 @@ def scaling(experts):
     return point(own, of=dataclasses.replace(POINT, num_experts=experts, modes=modes))
 
 
-def test_a_drawing_needs_several_numbers_of_experts():
+def test_a_plot_needs_several_numbers_of_experts():
     with pytest.raises(ValueError, match="two or more numbers of experts .* but has 1"):
         moe_plot.draw(document(scaling(6)), None)
     with pytest.raises(ValueError, match="has 0. Use --grid scaling"):
@@ -127,7 +127,7 @@ def test_parts_of_a_step_add_up():
     assert all(math.isnan(value) for value in parts["the step with torch's Adam"])
 
 
-def test_it_draws_where_matplotlib_is(tmp_path):
+def test_it_draws_if_matplotlib_is_installed(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "steps.png"
     moe_plot.draw(document(scaling(6), scaling(12)), path)

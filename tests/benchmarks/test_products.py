@@ -27,7 +27,7 @@ def test_flops_by_hand_of_the_recurrent_wiring():
     # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), 4 experts of width 6, 2 per token.
     # Factors 2 (multiplications and additions) and 3 (forward pass and two gradients).
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
-        # Three LSTMs over 10 source tokens, two over 10 target tokens, all from D to the gates.
+        # Three LSTMs run over 10 source tokens, and two over 10 target tokens, from D to the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
         # The same for the recurrent input: D, or in decoder LSTM 1 output and context, 2 D.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
@@ -42,11 +42,11 @@ def test_flops_by_hand_of_the_recurrent_wiring():
     }
 
 
-def test_the_wirings_differ_in_where_the_context_goes_and_not_in_operations():
+def test_the_wirings_differ_in_where_the_context_goes_but_not_in_operations():
     recurrent = products.flops_by_group(products.model_products(config(), BATCH))
     parallel = products.flops_by_group(products.model_products(config("parallel"), BATCH))
-    # 10 target tokens' contexts (D = 4) go to the 32 gates of LSTM 2 at once, not of LSTM 1 by
-    # step.
+    # The contexts of 10 target tokens (D = 4) go to the 32 gates of LSTM 2 all at once, instead of
+    # to those of LSTM 1 step by step.
     moved = 6 * 10 * 4 * 32
     recurrent["LSTM input"] += moved
     recurrent["LSTM recurrent"] -= moved

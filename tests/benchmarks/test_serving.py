@@ -1,4 +1,4 @@
-"""The program that measures the server, at small size: each request gets its own answer."""
+"""The program that measures the server, on a small scale: each request gets its own answer."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(bundle), "--text", str(text), *languages]
 
 
-def test_many_requests_are_answered_each_with_its_own(
+def test_each_of_many_requests_gets_its_own_answer(
     arguments: list[str],
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

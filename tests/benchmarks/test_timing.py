@@ -26,12 +26,12 @@ def test_median_and_spread_by_hand():
     assert samples.spread == 4.0  # (9 - 1) / 2
 
 
-def test_a_table_has_its_first_column_left():
+def test_the_first_column_of_a_table_is_aligned_left():
     table = timing.markdown_table(["model", "ms"], [["a", "1"]])
     assert table.splitlines() == ["| model | ms |", "| --- | --: |", "| a | 1 |"]
 
 
-def test_peak_memory_grows_by_what_is_held_and_keeps_what_is_freed():
+def test_peak_memory_grows_by_what_is_held_and_still_counts_what_is_freed():
     before = timing.peak_bytes("cpu")
     above = 2**26
     block = bytearray(b"1") * (before - timing.resident_bytes() + above)
@@ -42,7 +42,7 @@ def test_peak_memory_grows_by_what_is_held_and_keeps_what_is_freed():
     assert timing.peak_bytes("cpu") > peak - above / 10  # the kernel counts in batches of pages
 
 
-def test_nonsense_is_refused():
+def test_impossible_values_are_refused():
     args = argparse.Namespace(rounds=0, threads=1, device="cpu", seed=1)
     with pytest.raises(SystemExit, match="at least 1, but are 0, 1"):
         timing.prepare(args)

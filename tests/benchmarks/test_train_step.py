@@ -47,12 +47,12 @@ def test_the_table_has_a_row_for_each_architecture_and_wiring(capsys, tmp_path):
     assert all(row["step_over_products"] > 0 for row in found)
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own():
+def test_peak_memory_is_measured_in_a_separate_process():
     args = argparse.Namespace(
         sentences=2, length=3, vocab_size=40_000, threads=1, device="cpu", seed=1, model_flags=FLAGS
     )
     name = "lstm_gnmt/parallel"
-    # Embedding and softmax layer: 8 x 40 000 weights each, with gradients and Adam's two moments.
+    # Embedding and softmax have 8 x 40 000 weights each, with gradients and Adam's two moments.
     least = 2 * 8 * 40_000 * 4 * 4
     assert least < train_step.measure_memory([name], args)[name] < 5 * least
 

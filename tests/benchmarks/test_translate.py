@@ -33,7 +33,7 @@ def test_the_table_has_a_row_for_each_model(capsys, tmp_path):
         assert row["sentences_per_second"] * 10 / 4 == pytest.approx(steps_per_second)
 
 
-def test_fairseqs_lstm_gets_our_widths(tmp_path):
+def test_fairseqs_lstm_gets_the_widths_of_the_other_models(tmp_path):
     args = SimpleNamespace(
         arch="lstm_moe_gnmt_small",
         attention_wiring=["parallel"],
@@ -48,6 +48,7 @@ def test_fairseqs_lstm_gets_our_widths(tmp_path):
     model = tasks.setup_task(config.task).build_model(config.model)
     assert model.encoder.embed_tokens.embedding_dim == 256
     assert model.encoder.lstm.hidden_size == 512
-    assert model.encoder.lstm.num_layers == 3  # as ours: a bidirectional pair, and two above it
+    # As many levels as the other models have: a bidirectional pair, and two layers above it.
+    assert model.encoder.lstm.num_layers == 3
     assert len(model.decoder.layers) == 3
     assert model.decoder.fc_out.in_features == 256

@@ -27,7 +27,7 @@ def test_the_average_by_hand(tmp_path):
 
 
 def test_half_precision_is_summed_in_full(tmp_path):
-    # 2048 + 1 is not a float16; the average of 2048, 2050, 2050, 2050 is 2049.5, rounded to 2050
+    # 2049 is not a float16; the average of 2048, 2050, 2050, 2050 is 2049.5, rounded to 2050
     values = [2048.0, 2050.0, 2050.0, 2050.0]
     paths = [tmp_path / f"{i}.pt" for i in range(4)]
     for path, value in zip(paths, values, strict=True):
@@ -51,7 +51,7 @@ def with_updates(count):
     return {"optimizer_history": [{"num_updates": count}]}
 
 
-def test_the_last_are_found_by_updates_whatever_their_names(tmp_path):
+def test_the_last_checkpoints_are_found_by_updates_whatever_their_names(tmp_path):
     for name, updates in [
         ("checkpoint_9_900.pt", 900),
         ("checkpoint_10_1000.pt", 1000),
@@ -71,7 +71,7 @@ def test_the_last_are_found_by_updates_whatever_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("is_larger_better", "best"), [(False, ["3.2100", "2.9000"]), (True, ["3.2100", "10.0001"])]
 )
-def test_the_best_are_found_by_their_score(tmp_path, is_larger_better, best):
+def test_the_best_checkpoints_are_found_by_their_score(tmp_path, is_larger_better, best):
     cfg = {"checkpoint": {"maximize_best_checkpoint_metric": is_larger_better}}
     for score in ("3.2100", "10.0001", "2.9000"):
         save(tmp_path / f"checkpoint.best_aa-bb_bleu_{score}.pt", [0.0], cfg=cfg)
@@ -120,13 +120,13 @@ def call(*arguments):
     return CliRunner().invoke(main, ["average", *map(str, arguments)])
 
 
-def test_a_vague_choice_is_refused(tmp_path):
+def test_an_ambiguous_choice_is_refused(tmp_path):
     done = call("--inputs", tmp_path, "--output", tmp_path / "a.pt")
     assert done.exit_code == 1
     assert "one folder and one of `--last`" in done.output
 
 
-def test_an_output_that_exists_is_kept(tmp_path):
+def test_an_existing_output_is_kept(tmp_path):
     paths = [save(tmp_path / f"{i}.pt", [float(i)]) for i in (1, 2)]
     before = paths[0].read_bytes()
     done = call("--inputs", *paths, "--output", paths[0])

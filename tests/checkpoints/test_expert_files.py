@@ -1,4 +1,4 @@
-"""Expert files: what is written is read back, and errors are reported by name."""
+"""Expert files: what is written is read back, and errors name the file."""
 
 import argparse
 import hashlib
@@ -78,7 +78,7 @@ def test_experts_without_optimizer_state_are_restored(states, tmp_path):
 
 
 @pytest.mark.parametrize("owned", [slice(0, 3), slice(1, 5), slice(5, 6)])
-def test_any_range_comes_from_the_files_that_have_it(path, owned):
+def test_any_range_is_read_from_the_files_that_hold_it(path, owned):
     state = restored(path, owned=owned)
     assert torch.equal(state["model"][NAME], whole_state()["model"][NAME][owned])
 
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_named(path):
         restored(path)
 
 
-def test_a_file_of_another_save_is_named(path, tmp_path):
+def test_a_file_from_another_save_is_named(path, tmp_path):
     (tmp_path / "other").mkdir()
     split_checkpoint(whole_state(), tmp_path / "other/checkpoint_last.pt", 3)
     stranger = next((tmp_path / "other").glob("experts-*-0-2.pt"))
@@ -160,7 +160,7 @@ def test_files_that_a_damaged_checkpoint_names_are_kept_and_others_are_deleted(p
     assert set(path.parent.glob("experts-*")) == used
 
 
-def test_an_unfinished_file_is_created_anew_and_no_link_is_followed(path, tmp_path):
+def test_an_unfinished_file_is_replaced_and_no_link_is_followed(path, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("precious")
     path.with_name(f"{path.name}.tmp").symlink_to(other)
@@ -170,7 +170,7 @@ def test_an_unfinished_file_is_created_anew_and_no_link_is_followed(path, tmp_pa
 
 
 def rewrite(path, change):
-    """Change the content of the second expert file, and its entry in the manifest."""
+    """Change the contents of the second expert file, and its entry in the manifest."""
     state = read(path)
     entry = state[MANIFEST]["files"][1]
     part = path.parent / entry["name"]
@@ -198,7 +198,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_file_that_does_not_hold_its_experts_is_refused_though_its_digest_fits(path, change):
+def test_a_file_that_does_not_hold_its_experts_is_refused_even_if_its_digest_matches(path, change):
     rewrite(path, change)
     with pytest.raises(ValueError, match=r"checkpoint_last\.pt|experts-"):
         load_checkpoint(path)
@@ -210,7 +210,7 @@ def test_an_unchanged_file_with_a_new_digest_is_accepted(path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "memory_efficient_fp16"])
-def test_experts_in_half_precision_are_those_of_a_training_in_it(path, precision):
+def test_experts_trained_in_half_precision_are_read_back_as_trained(path, precision):
     state = read(path)
     for entry in state[MANIFEST]["files"]:
         part = path.parent / entry["name"]
@@ -260,7 +260,7 @@ def test_a_manifest_of_a_million_files_is_refused_at_once(path):
         restore_experts(path, state)
 
 
-def test_a_write_that_is_cut_off_leaves_the_old_file(path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file(path, monkeypatch):
     old = path.read_bytes()
 
     def save_half(content, file):

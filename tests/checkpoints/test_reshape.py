@@ -40,7 +40,7 @@ def test_split_and_merge_restore_the_checkpoint(whole, tmp_path):
     assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
 
 
-def test_what_is_wrong_is_named(whole, tmp_path):
+def test_faults_are_named(whole, tmp_path):
     split = tmp_path / "parts/checkpoint_last.pt"
     status, text = run("split", whole, "--files", 3, "--output", split)
     assert (status, "Use 1, 2 or 4" in text) == (1, True)

@@ -30,7 +30,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_commands_help_describes_it_with_examples(name):
     result = CliRunner().invoke(main, [name, "--help"])
-    assert "\\b" not in result.output  # click's mark of a table, if it is not taken for text
+    assert "\\b" not in result.output  # click's mark of a table must not appear as text
     assert result.exit_code == 0, result.output
     assert re.search(rf"Examples:\n(  .*\n)*  nmt-moe {name}", result.output)
     command = main.get_command(click.Context(main), name)
@@ -71,7 +71,7 @@ def test_the_traceback_is_shown_on_request(monkeypatch):
         CliRunner().invoke(main, ["fail"], catch_exceptions=False)
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(main, "get_command", lambda ctx, name: failing(KeyError("bug")))
     with pytest.raises(KeyError):
         CliRunner().invoke(main, ["fail"], catch_exceptions=False)
@@ -83,7 +83,7 @@ def test_an_unknown_command_is_refused():
     assert "No such command 'scor'" in result.stderr
 
 
-def test_a_reader_that_stops_early_ends_the_program_without_a_word(repository):
+def test_a_reader_that_stops_early_ends_the_program_without_a_message(repository):
     command = f"{sys.executable} -m nmt_moe.cli --help | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=repository)
     assert result.stdout in ("0\n", "1\n")

@@ -44,7 +44,7 @@ def assert_mistake(result: Result, *words: str) -> None:
         assert word in message
 
 
-def test_page_and_dump_are_written(bundle: Path, text: Path, tmp_path: Path):
+def test_page_and_json_are_written(bundle: Path, text: Path, tmp_path: Path):
     page, dump = tmp_path / "report.html", tmp_path / "report.json"
     result = call(
         bundle, "--text", text, "--reference", text, "--output", page, "--json", dump, "--progress"

@@ -199,10 +199,10 @@ def test_a_truncated_compressed_file_gives_one_message(bundle: Path, text: Path,
         assert not (tmp_path / "out").exists()
 
 
-def test_a_pipe_is_read_and_written_as_a_file(
+def test_a_pipe_is_read_and_written_like_a_file(
     bundle: Path, text: Path, translated: list[str], tmp_path: Path
 ):
-    # Such as `nmt-moe translate en-de <(zcat text.gz)`.
+    # A user may write `nmt-moe translate en-de <(zcat text.gz)`.
     wanted = "".join(f"{line}\n" for line in translated)
     os.mkfifo(tmp_path / "in")
     with subprocess.Popen(["bash", "-c", 'cat "$0" > "$1"', text, tmp_path / "in"]):
@@ -235,7 +235,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_message(bundle: Path):
 
 
 @pytest.mark.parametrize("name", ["input", "output"])
-def test_closed_streams_are_said(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_closed_streams_are_reported(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, f"std{name.removesuffix('put')}", None)  # as Python leaves them
     with pytest.raises(click.ClickException, match=f"standard {name} is closed. Name a file"):
         main(["translate", str(bundle)], standalone_mode=False)
@@ -282,7 +282,7 @@ def test_missing_files_are_named_before_anything_is_translated(
     assert_mistake(result, "translate", "Is a directory")
 
 
-def test_ensembles_and_languages_are_asked_for_by_option(
+def test_options_request_ensembles_and_languages(
     bundle: Path, text: Path, translated: list[str], tmp_path: Path
 ):
     twice = call("translate", bundle, text, "--ensemble", bundle)

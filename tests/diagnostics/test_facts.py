@@ -24,7 +24,7 @@ def test_a_users_name_is_not_shown(monkeypatch):
     assert collect_facts()["environment"]["PYTHONPATH"] == "~/code:/opt"
 
 
-def test_a_machine_without_proc_or_compiler_is_described_all_the_same(monkeypatch):
+def test_a_machine_without_proc_or_compiler_is_described_too(monkeypatch):
     read = facts.Path.read_text
 
     def refuse(self, *args, **options):

@@ -1,4 +1,4 @@
-"""Trying out parts: broken ones are found, whatever they raise."""
+"""The diagnosis of parts: broken parts are found, whatever they raise."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every command block of README and docs runs, on a tiny text and with tiny models."""
+"""Every command block of README and docs runs on a tiny text and with tiny models."""
 
 import os
 import random
@@ -21,15 +21,15 @@ from tests.support.bundles import LM, make_bundle
 from tests.support.pages import REPOSITORY, Block, blocks, pages
 
 pytest.importorskip("fairseq")
-# The first test waits for a whole training; on a busy machine that alone takes minutes.
+# The first test waits for a whole training run, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
 
-# The page whose blocks make what the others go on from: pieces, data, checkpoints, a bundle.
+# The blocks of this page create what other pages use: pieces, data, checkpoints, a bundle.
 FIRST = "docs/train.md"
-PORT = "5000"  # of the server in the pages
+PORT = "5000"  # the server's port in the pages
 TEXT = "the a cat dog house tree runs sees big red under with two birds sing"
 
-# What a reader's command gets added here, so that it takes a second: later options win.
+# Options that are added to a reader's commands, so that they take a second. The last value counts.
 SHIMS = {
     "fairseq-train": """
 sizes=(--cpu --model-dim 16 --lstm-hidden-dim 16 --hidden-dim 32 --max-update 2 --num-workers 0)
@@ -52,7 +52,7 @@ exec "$PROGRAMS/python" -m torch.distributed.run "$@" --cpu --model-dim 16 --lst
 
 
 def write_corpus(folder: Path) -> None:
-    """Write train, valid and test of English and of two languages that are made from it."""
+    """Write train, valid and test in English and in two languages derived from it."""
     chance = random.Random(1)
     folder.mkdir()
     for split, count in (("train", 300), ("valid", 12), ("test", 8)):
@@ -63,9 +63,9 @@ def write_corpus(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Lay out what pages take for granted; return the variables of their commands."""
+    """Create what the pages assume to exist; return the environment of their commands."""
     folder.mkdir(exist_ok=True)
-    (folder / "nmt_moe").symlink_to(REPOSITORY / "nmt_moe")  # commands are for the repository
+    (folder / "nmt_moe").symlink_to(REPOSITORY / "nmt_moe")  # as in the repository
     write_corpus(folder / "corpus")
     shims = folder / ".bin"
     shims.mkdir()
@@ -89,7 +89,7 @@ def variables(folder: Path) -> dict[str, str]:
 
 
 def run_blocks(page: str, folder: Path, names: dict[str, Any], port: str = PORT) -> None:
-    """Run the blocks of a page one after the other in a folder; Python's share their names."""
+    """Run the blocks of a page one after the other in a folder; Python blocks share variables."""
     for block in blocks(page):
         if block.reason is None:
             run_block(block, folder, names, port)
@@ -167,7 +167,7 @@ def test_a_reader_trains_and_translates(trained: Path):
 
 
 SERVED = "docs/serving.md"
-ALONE = "README.md"  # whose reader has followed no other page
+ALONE = "README.md"  # its readers have not followed any other page
 RUN = [
     page
     for page in pages()
@@ -188,7 +188,7 @@ def test_the_blocks_of_a_page_run(page: str, trained: Path, tmp_path: Path):
     run_blocks(page, copy_for(page, trained, tmp_path), {})
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_requests_of_the_page_on_serving_are_answered(trained: Path, tmp_path: Path):
     with serving(trained, "en-de") as port:
         run_blocks(SERVED, tmp_path, {}, port)

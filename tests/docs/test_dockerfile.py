@@ -1,4 +1,4 @@
-"""The image of the server: built where there is a Docker, else read line by line."""
+"""The image of the server: built if Docker is available, and otherwise checked line by line."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ DOCKERFILE = REPOSITORY / "Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions with their arguments, in their order."""
+    """Return the instructions with their arguments, in order."""
     lines = DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
     return [tuple(line.split(maxsplit=1)) for line in lines if line and line[0] != "#"]
 
@@ -51,7 +51,7 @@ def test_what_is_copied_exists_and_is_not_ignored():
         assert any(fnmatch(source, rule) for rule in allowed), source
 
 
-def test_the_server_is_started_as_its_command_wants():
+def test_the_server_is_started_as_its_command_requires():
     [entry] = map(json.loads, arguments("ENTRYPOINT"))
     assert entry[:2] == ["nmt-moe", "serve"]
     options = {option: parameter for parameter in serve.params for option in parameter.opts}
@@ -90,7 +90,7 @@ def has_docker() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_docker(), reason="there is no Docker with the base image")
+@pytest.mark.skipif(not has_docker(), reason="Docker with the base image is not available")
 def test_the_image_builds():
     subprocess.run(["docker", "build", "-t", "nmt-moe-test", REPOSITORY], check=True)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile bundles are refused with one message and advice."""
+"""Damaged, foreign and hostile bundles are refused with one message that gives advice."""
 
 import json
 import pickle
@@ -58,7 +58,7 @@ def seal(folder: Path) -> None:
 
 
 def assert_refused(open_it: Callable[[], Any], *words: str) -> None:
-    """Check that a message of one line names the fault and a way out."""
+    """Check that a message of one line names the fault and a remedy."""
     start = time.process_time()
     with pytest.raises(ValueError, match=".") as caught:
         open_it()
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_named(bundle: Path, name: str, share: float):
     (bundle / name).write_bytes(content[: int(len(content) * share)])
     named = str(bundle) if name == "SHA256SUMS" else f"`{bundle / name}`"
     assert_refused(lambda: verify_bundle(bundle), named)
-    if name != "README.md":  # which no program reads
+    if name != "README.md":  # no program reads it
         assert_refused(lambda: Translator.load(bundle), named)
 
 
@@ -114,14 +114,14 @@ def flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_found(bundle: Path, name: str, share: float):
     flip(bundle / name, int((bundle / name).stat().st_size * share))
-    sums = name == "SHA256SUMS"  # which names the file whose checksum differs
+    sums = name == "SHA256SUMS"  # the message names the file whose checksum differs
     assert_refused(lambda: verify_bundle(bundle), *([] if sums else [f"`{bundle / name}`"]))
     if name in ("config.json", "model.safetensors", "pieces.model", "vocabulary.json"):
         assert_refused(lambda: Translator.load(bundle), f"`{bundle / name}`")
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_an_altered_expert_is_found_when_a_token_comes_to_it(bundle: Path, side: str):
+def test_an_altered_expert_is_found_when_a_token_is_sent_to_it(bundle: Path, side: str):
     path = bundle / f"experts.{side}.safetensors"
     [sentence] = Translator.load(bundle).translate(TEXT, with_experts=True)[0].sentences
     pieces = sentence.experts if side == "encoder" else sentence.hypotheses[0].experts
@@ -216,7 +216,7 @@ def test_what_is_not_json_is_refused(bundle: Path, name: str, content: bytes):
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"nmt_moe bundle"', '{"format": "other"}'])
-def test_json_of_something_else_is_refused(bundle: Path, content: str):
+def test_json_with_other_contents_is_refused(bundle: Path, content: str):
     (bundle / "config.json").write_text(content)
     seal(bundle)
     assert_not_opened(bundle, "is not the configuration of a bundle")
@@ -316,7 +316,7 @@ CONFIGS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(
     ("names", "value"), CONFIGS, ids=[f"{names}={value}"[:60] for names, value in CONFIGS]
 )
-def test_a_configuration_that_cannot_be_is_refused_at_once(bundle: Path, names: str, value: Any):
+def test_an_impossible_configuration_is_refused_at_once(bundle: Path, names: str, value: Any):
     edit_config(bundle, names, value)
     assert_not_opened(bundle, str(bundle))
 
@@ -331,13 +331,13 @@ def test_a_configuration_that_cannot_be_is_refused_at_once(bundle: Path, names: 
         "0" * 64 + "  ..",
     ],
 )
-def test_sums_with_foreign_rows_are_refused(bundle: Path, row: str):
+def test_checksums_with_invalid_rows_are_refused(bundle: Path, row: str):
     with (bundle / "SHA256SUMS").open("a") as file:
         file.write(row + "\n")
     assert_not_opened(bundle, str(bundle))
 
 
-def test_sums_must_list_what_is_read(bundle: Path):
+def test_checksums_must_list_all_files_that_are_read(bundle: Path):
     rows = (bundle / "SHA256SUMS").read_text().splitlines(keepends=True)
     for name in FILES:
         left = [row for row in rows if name not in row]
@@ -372,7 +372,7 @@ def test_a_header_that_claims_too_much_is_refused(bundle: Path, name: str):
 
 
 class Hostile:
-    """What unpickling would run."""
+    """An object whose code unpickling would run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -469,8 +469,8 @@ def test_a_vocabulary_that_does_not_fit_is_refused(bundle: Path, edit: Callable[
     assert_not_opened(bundle, str(bundle))
 
 
-def test_of_a_word_that_comes_twice_the_last_is_read(bundle: Path):
-    # As fairseq does with `#fairseq:overwrite` in a dictionary; marks stay marks.
+def test_the_last_entry_of_a_repeated_word_counts(bundle: Path):
+    # fairseq does the same with `#fairseq:overwrite` in a dictionary; marks stay marks.
     path = bundle / "vocabulary.json"
     symbols = json.loads(path.read_text())["shared"]
     symbols[-2:] = ["</s>", symbols[5]]

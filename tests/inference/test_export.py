@@ -1,4 +1,4 @@
-"""All kinds of checkpoints become bundles; what does not fit is refused and leaves no files."""
+"""All kinds of checkpoints can be exported; mismatched input is refused and leaves no files."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def edit(path: Path, change: Any) -> None:
-    """Change a checkpoint's content."""
+    """Change a checkpoint's contents."""
     state = load_checkpoint(path)
     change(state)
     torch.save(state, path)
@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     stored = weights(tmp_path / "out")
     for side in ("encoder", "decoder"):
         for name, value in networks[side].state_dict().items():
-            if "noise_weight" in name:  # which only training reads
+            if "noise_weight" in name:  # only training reads it
                 assert not any("noise" in one for one in stored)
             elif ".experts." in name:
                 assert torch.equal(stored[f"{side}.{name.split('.')[-1]}"], value.mT)
@@ -193,7 +193,7 @@ def assert_refused(match: str, path: Path, data: Path, pieces: Path | None, **op
     assert sorted(folder.rglob("*")) == there
 
 
-def test_a_dictionary_that_is_not_that_of_the_training_is_refused(tmp_path: Path):
+def test_a_dictionary_other_than_that_of_training_is_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     dictionary = data / "dict.bb.txt"
     rows = dictionary.read_text().splitlines()
@@ -214,7 +214,7 @@ def test_a_dictionary_that_is_not_that_of_the_training_is_refused(tmp_path: Path
     assert_refused("is not the one that the checkpoint was trained with", many, data, pieces)
 
 
-def test_pieces_that_are_not_those_of_the_training_are_refused(tmp_path: Path):
+def test_pieces_other_than_those_of_training_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     content = pieces.read_bytes()
     pieces.write_bytes(content[: len(content) // 2])
@@ -231,7 +231,7 @@ def test_pieces_that_are_not_those_of_the_training_are_refused(tmp_path: Path):
     assert_refused(f"does not fit the vocabulary: .* {advice}", path, data, other)
 
 
-def test_a_bundle_without_the_pieces_of_its_dictionary_is_warned_of(
+def test_a_bundle_without_the_pieces_of_its_dictionary_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     path, data, pieces, _ = make_checkpoint(tmp_path)

@@ -49,7 +49,7 @@ def run(code: str, *arguments: object, stdin: str = "") -> str:
     return done.stdout
 
 
-def test_bundles_need_no_fairseq_and_import_nothing_that_takes_time(tmp_path: Path):
+def test_bundles_need_no_fairseq_and_import_nothing_slow(tmp_path: Path):
     short = Description(search=SearchDefaults(max_len_b=6))
     translation, _ = make_bundle(tmp_path / "translation", description=short)
     language_model, _ = make_bundle(tmp_path / "lm", LM)

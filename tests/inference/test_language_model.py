@@ -66,14 +66,14 @@ def test_words_characters_and_unknown_pieces_are_counted(model: LanguageModel):
 
 
 def test_perplexities_by_hand():
-    # P = 1/2 * 1/4 * 1/2 = 2^-4 over 2 pieces and the end, one word, 3 characters.
+    # P = 1/2 * 1/4 * 1/2 = 2^-4 for 2 pieces and the end mark, one word and 3 characters.
     log_probs = [-math.log(2), -math.log(4), -math.log(2)]
     one = LineScore(sum(log_probs), ["▁c", "at"], log_probs, 1, 3, 0)
     assert one.perplexity_per_piece == pytest.approx(2 ** (4 / 3))
     assert one.perplexity_per_word == pytest.approx(2 ** (4 / 2))
     assert one.perplexity_per_character == pytest.approx(2 ** (4 / 4))
     assert one.bits_per_character == pytest.approx(1.0)
-    # Three such lines: the same text three times has the same perplexities.
+    # Three such lines, which are the same text three times, have the same perplexities.
     total = total_score([one] * 3)
     assert total.log_prob == pytest.approx(3 * one.log_prob)
     assert total.pieces == ["▁c", "at"] * 3
@@ -83,7 +83,7 @@ def test_perplexities_by_hand():
     assert LineScore(-1e9, [], [-1e9], 0, 0, 0).perplexity_per_piece == math.inf
 
 
-def test_a_total_of_no_lines_is_refused():
+def test_a_total_over_no_lines_is_refused():
     with pytest.raises(ValueError, match="`scores` must have at least one line"):
         total_score([])
 
@@ -121,7 +121,7 @@ def test_a_prefix_is_what_each_line_begins_with(model: LanguageModel):
     assert shares[likely] == pytest.approx(after[likely] / total, abs=0.1)
 
 
-def test_a_low_temperature_draws_the_likeliest(model: LanguageModel):
+def test_a_low_temperature_draws_the_most_probable_pieces(model: LanguageModel):
     cold = model.sample(6, temperature=1e-3, max_pieces=10)
     assert len(set(cold)) == 1
     hot = model.sample(6, temperature=1e3, max_pieces=10)
@@ -143,7 +143,7 @@ def test_options_out_of_range_are_named(model: LanguageModel, name: str, values:
             model.sample(**{name: value})
 
 
-def test_what_is_not_a_line_is_named(model: LanguageModel):
+def test_input_that_is_not_a_line_is_named(model: LanguageModel):
     for line, fault in {
         "a\nb": "contains a line end",
         "a\0b": r"has the control character U\+0000",

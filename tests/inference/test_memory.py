@@ -21,7 +21,7 @@ def mapped(folder: Path) -> int:
     total, is_counted = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *words = line.split()
-        if not first.endswith(":"):  # the range of a file
+        if not first.endswith(":"):  # the first line of a mapping
             is_counted = f"{folder}/experts." in line
         elif first == "Rss:" and is_counted:
             total += 1024 * int(words[0])
@@ -35,7 +35,7 @@ def test_one_line_reads_few_of_many_experts(tmp_path: Path):
     folder = tmp_path / "bundle"
     export(path, data, Pieces(pieces), folder)
     path.unlink()
-    gc.collect()  # the verification has mapped it, too
+    gc.collect()  # verification has mapped the file, too
     size = (folder / "experts.decoder.safetensors").stat().st_size
     assert size > NUM_EXPERTS * 2**21
     model = LanguageModel.load(folder)

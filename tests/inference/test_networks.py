@@ -1,4 +1,4 @@
-"""The networks of a bundle compute the same as the networks of a training."""
+"""The networks of a bundle give the same results as the networks used in training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_traced_experts_are_those_of_the_training(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("wiring", ["recurrent", "parallel"])
-def test_rows_that_change_places_take_their_states_with_them(wiring: str, tmp_path: Path):
+def test_rows_that_change_places_keep_their_states(wiring: str, tmp_path: Path):
     folder, _ = make_bundle(tmp_path, replace(GNMT, attention_wiring=wiring))
     network: Any = open_bundle(folder, "translation").network
     tokens = torch.tensor(TARGETS)

@@ -1,4 +1,4 @@
-"""The probability of references, compared with the training's networks and with the search."""
+"""The probability of references, compared with the networks used in training and the search."""
 
 import math
 from dataclasses import replace
@@ -34,7 +34,7 @@ def numbers(translator: Translator, pieces: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10**6])
-def test_references_get_the_probability_of_the_training(
+def test_references_get_the_same_probability_as_in_training(
     opened: tuple[Translator, dict[str, Any]], batch_tokens: int
 ):
     translator, networks = opened
@@ -72,7 +72,7 @@ def test_references_get_the_probability_of_the_training(
             assert routing.inputs.shape == (len(routing.gates), 16)
 
 
-def test_a_translation_gets_the_probability_of_its_search(opened: tuple[Translator, Any]):
+def test_a_translation_gets_the_same_probability_as_in_its_search(opened: tuple[Translator, Any]):
     translator = opened[0]
     for result in translator.translate(
         ["cat", "the dog runs"], num_hypotheses=3, with_experts=True
@@ -113,7 +113,7 @@ def test_only_the_source_is_lower_cased(tmp_path: Path):
     assert "".join(score.target.pieces) == "▁The▁Cat"
 
 
-def test_the_mark_of_a_language_is_read(tmp_path: Path):
+def test_the_language_token_is_read(tmp_path: Path):
     translator = Translator.load(make_bundle(tmp_path, languages="aa bb")[0])
     scores = [translator.score("cat", "dog", lang, with_experts=True)[0] for lang in ("aa", "bb")]
     assert [one.source_tokens[0] for one in scores] == ["<2aa>", "<2bb>"]
@@ -136,7 +136,7 @@ def test_what_cannot_be_scored_is_named(opened: tuple[Translator, Any]):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_experts_outputs_weighted_by_gates_are_what_the_layer_adds(dtype: str, tmp_path: Path):
+def test_the_layer_adds_the_experts_outputs_weighted_by_gates(dtype: str, tmp_path: Path):
     translator = Translator.load(make_bundle(tmp_path, dtype=dtype)[0])
     [score] = translator.score("the cat runs", "a dog", with_experts=True, with_inputs=True)
     routings = {"encoder": score.routing, "decoder": score.target.routing}

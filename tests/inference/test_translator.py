@@ -1,4 +1,4 @@
-"""Raw text in, raw text out: order, lines, batches, searches, ensembles, experts, marks."""
+"""From raw text to raw text: order, lines, batches, searches, ensembles, experts, marks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle, opened, and the networks of its training."""
+    """Return an open bundle and the networks used in its training."""
 
     folder: Path
     translator: Translator
@@ -106,7 +106,7 @@ def test_lines_of_a_text_stay_lines(model: Model):
 
 
 @pytest.mark.parametrize(("batch_tokens", "threads"), [(1, 1), (30, 1), (10**9, 1), (30, 2)])
-def test_batches_and_threads_change_nothing_but_last_bits(
+def test_batches_and_threads_change_only_the_last_bits(
     model: Model, batch_tokens: int, threads: int
 ):
     wanted = model.translator.translate(TEXTS, num_hypotheses=3)
@@ -120,7 +120,7 @@ def test_batches_and_threads_change_nothing_but_last_bits(
         assert one.score == pytest.approx(same.score, abs=1e-5)
 
 
-def test_nbest_lists_are_as_long_as_asked_for_and_fall(model: Model):
+def test_nbest_lists_have_the_requested_length_and_falling_scores(model: Model):
     for result in model.translator.translate(TEXTS, beam_size=6, num_hypotheses=4):
         [sentence] = result.sentences
         scores = [one.score for one in sentence.hypotheses]
@@ -171,7 +171,7 @@ def test_hypotheses_are_those_of_the_training_networks(
             assert found.score == pytest.approx(float(expected.score), abs=1e-5)
 
 
-def test_log_probs_are_of_each_piece_and_of_the_end(model: Model):
+def test_log_probs_are_given_for_each_piece_and_the_end(model: Model):
     for result in model.translator.translate(TEXTS):
         for sentence in result.sentences:
             [best] = sentence.hypotheses
@@ -184,7 +184,7 @@ def test_log_probs_are_of_each_piece_and_of_the_end(model: Model):
             assert best.score == pytest.approx(sum(best.log_probs) / len(best.log_probs), abs=1e-5)
 
 
-def test_the_same_bundle_twice_is_the_bundle_once(model: Model):
+def test_an_ensemble_of_the_same_bundle_twice_equals_the_bundle(model: Model):
     twice = Translator.load([model.folder, model.folder])
     for one, same in zip(
         model.translator.translate(TEXTS, num_hypotheses=3),
@@ -213,7 +213,7 @@ def test_an_ensemble_averages_probabilities(model: Model, other: Model):
             torch.testing.assert_close(found.attention, attention.t()[:-1, :-1], atol=1e-5, rtol=0)
 
 
-def test_bundles_that_differ_in_what_they_read_are_refused(
+def test_an_ensemble_of_bundles_that_read_different_text_is_refused(
     model: Model, many: Model, tmp_path: Path
 ):
     with pytest.raises(ValueError, match="cannot be an ensemble: they differ in their vocabulary"):
@@ -354,7 +354,7 @@ def test_options_out_of_range_are_named(model: Model, name: str, values: tuple[A
             next(model.translator.translate_lines(["cat"], **given))
 
 
-def test_a_text_that_is_not_text_is_named(model: Model):
+def test_invalid_text_is_named(model: Model):
     faults = {
         "a \ud800 b": r"half of a surrogate pair, U\+D800, at character 3",
         "cat\0": r"the control character U\+0000",
@@ -376,7 +376,7 @@ def test_a_text_that_is_not_text_is_named(model: Model):
     )
 
 
-def test_a_bad_line_is_passed_on_and_the_others_are_translated(model: Model):
+def test_a_bad_line_is_handed_on_and_the_others_are_translated(model: Model):
     wanted = texts_of(model.translator.translate(["cat", "a dog", "tree"]))
     bad = BadLine(2, "is bad", "Correct it.")
     for read_ahead in (1, 2, 100):
@@ -434,7 +434,7 @@ LONG: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_long_text_is_cut_into_parts_that_hold_all_of_it(
+def test_a_long_text_is_cut_into_parts_without_loss(
     model: Model, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     text = LONG[name]()
@@ -485,7 +485,7 @@ def test_text_is_prepared_as_in_training(tmp_path: Path):
     assert shouted.text == quiet.text
 
 
-def test_without_pieces_text_is_words(tmp_path: Path):
+def test_without_pieces_a_text_consists_of_words(tmp_path: Path):
     path, data, _, _ = make_checkpoint(tmp_path)
     export(path, data, Pieces(), tmp_path / "words", description=DESCRIPTION)
     translator = Translator.load(tmp_path / "words")
@@ -512,7 +512,7 @@ def test_a_text_of_several_sentences_has_the_pieces_and_alignment_of_all(model: 
     assert plain.experts is None
 
 
-def test_threads_and_batches_change_no_hypothesis(tmp_path: Path):
+def test_threads_and_batches_do_not_change_hypotheses(tmp_path: Path):
     folder, _ = make_bundle(tmp_path, GNMT)
     translator = Translator.load(folder)
     texts = write_text(tmp_path / "lines", 60).read_text().splitlines()

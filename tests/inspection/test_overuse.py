@@ -1,4 +1,4 @@
-"""What experts do: counts, intervals, contexts and pairs against their definitions."""
+"""What experts do: counts, intervals, contexts and pairs, compared with their definitions."""
 
 import math
 import random
@@ -14,7 +14,8 @@ from nmt_moe.inspection.usage import ExpertUsage
 
 
 def test_wilson_interval_by_hand():
-    # 8 of 10 at z = 2: middle (0.8 + 0.2) / 1.4, half 2 sqrt(0.016 + 0.01) / 1.4.
+    # For 8 of 10 at z = 2, the middle is (0.8 + 0.2) / 1.4, and half the width is
+    # 2 sqrt(0.016 + 0.01) / 1.4.
     low, high = wilson_interval(8, 10, 2.0)
     assert low == pytest.approx((1.0 - 2 * math.sqrt(0.026)) / 1.4)
     assert high == pytest.approx((1.0 + 2 * math.sqrt(0.026)) / 1.4)
@@ -43,7 +44,7 @@ def test_counts_are_those_of_a_loop():
     assert sum(joined.uses.values()) == sum(counts.uses.values())
 
 
-def test_only_what_is_certain_is_listed_and_in_the_order_of_lower_bounds():
+def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
     # Expert 0 gets every "x", expert 1 every "rare"; the rest is random.
     chance = random.Random(1)
     features, expert_ids = [], []
@@ -70,7 +71,7 @@ def test_only_what_is_certain_is_listed_and_in_the_order_of_lower_bounds():
     names = {feature["feature"] for rows in found.values() for feature in rows}
     assert "rarest" not in names
     assert not names & {"y", "z"}
-    # More comparisons need more evidence.
+    # With more comparisons, more evidence is needed.
     many = find_overuse(counts, load, len(ids), 10**9, 10)
     assert many[0][0]["low"] < row["low"]
     assert 1 not in many
@@ -159,7 +160,7 @@ def test_expected_pairs_keep_each_experts_use():
     torch.testing.assert_close(ratios, ratios[:1].expand(4))
 
 
-def test_pairs_that_come_together_are_found():
+def test_pairs_that_occur_together_are_found():
     usage = ExpertUsage(4)
     generator = torch.Generator().manual_seed(6)
     by_chance = torch.rand(2000, 4, generator=generator).topk(2, dim=1).indices

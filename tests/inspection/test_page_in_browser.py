@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, list[str]]:
-    """Open the page; also return its errors and its requests for anything besides itself."""
+    """Open the page; also return its errors and its requests for anything but itself."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []
@@ -45,14 +45,14 @@ def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, lis
 
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_and_complains_of_nothing(
+def test_the_page_fits_and_causes_no_errors(
     browser: Browser, address: str, width: int, scheme: str
 ):
     page, faults = open_page(
         browser, address, viewport={"width": width, "height": 700}, color_scheme=scheme
     )
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-    # Wide tables scroll on their own.
+    # Wide tables scroll separately.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # The policy allows the page's own style.
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -63,7 +63,7 @@ def test_the_page_fits_and_complains_of_nothing(
     assert faults == []
 
 
-def test_the_policy_stops_what_is_not_the_pages_own(browser: Browser, address: str):
+def test_the_policy_blocks_styles_that_are_not_the_pages_own(browser: Browser, address: str):
     page, _ = open_page(browser, address)
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p id=evil style=color:red>x')")
     assert page.evaluate("getComputedStyle(evil).color") != "rgb(255, 0, 0)"

@@ -1,4 +1,4 @@
-"""The report of tiny bundles: its values compared with the model's own, and its page."""
+"""The report of tiny bundles: its page, and its values compared with those of the model."""
 
 import html.parser
 import json
@@ -257,7 +257,7 @@ def test_a_language_model_has_a_report(tmp_path: Path):
     assert isinstance(load_model(folder), LanguageModel)
 
 
-def test_a_dense_model_says_so_and_reports_the_rest(bundle: Path, tmp_path: Path):
+def test_the_report_of_a_dense_model_says_so_and_gives_the_rest(bundle: Path, tmp_path: Path):
     folder = make_bundle(tmp_path, replace(GNMT, moe=None), description=SHORT)[0]
     report = make_report(folder, [Part("text", TEXT, REFERENCES)])
     assert report["layers"] == []
@@ -320,7 +320,7 @@ def test_values_that_are_not_a_report_are_named(
         make_report(bundle, [Part("text", TEXT)], against=other)
 
 
-def test_long_sentences_are_cut_and_say_so(bundle: Path, tmp_path: Path):
+def test_long_sentences_are_cut_and_marked(bundle: Path, tmp_path: Path):
     line = " ".join(WORDS * 20)
     report = make_report(bundle, [Part("text", ["cat", line], ["dog", line])])
     short, *long = report["sentences"]
@@ -333,7 +333,7 @@ def test_long_sentences_are_cut_and_say_so(bundle: Path, tmp_path: Path):
     assert "pieces of this sentence are shown" in " ".join(check_page(render_page(model)).text)
 
 
-def test_direction_is_that_of_the_first_letter():
+def test_the_text_direction_follows_the_first_letter():
     assert direction("(1) שלום") == "rtl"
     assert direction(["", "1.", "مرحبا", "a"]) == "rtl"
     assert direction("a שלום") == "ltr"

@@ -1,4 +1,4 @@
-"""Sums over tokens, against their definitions and against the layer's own statistics."""
+"""Sums over tokens, compared with their definitions and with the layer's own statistics."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_usage_by_hand():
     assert usage.coactivation.tolist() == [[0, 2, 0], [2, 0, 0], [0, 0, 0]]
     assert usage.idle_experts == 1
     assert usage.max_load == pytest.approx(3 / (5 / 3))
-    # load: mean 5/3, variance (16 + 1 + 25) / 9 / 3; importance: mean 1, variance 1.75 / 2 ...
+    # The load has mean 5/3 and variance (16 + 1 + 25) / 9 / 3, the importance mean 1 and ...
     assert usage.cv_load == pytest.approx(math.sqrt(42 / 27) / (5 / 3))
     assert usage.cv_importance == pytest.approx(math.sqrt((1.25**2 + 0.25**2 + 1) / 3))
     entropies = [-0.75 * math.log(0.75) - 0.25 * math.log(0.25), 0.0, math.log(2)]
@@ -90,7 +90,7 @@ def test_the_columns_are_those_of_the_layer():
     torch.testing.assert_close(usage.importance.float(), stats.importance)
 
 
-def test_what_cannot_be_added_is_named():
+def test_values_that_cannot_be_added_are_named():
     usage = ExpertUsage(3)
     with pytest.raises(ValueError, match="`expert_ids` must be from 0 to 3, but are from 1 to 4"):
         usage.add(torch.tensor([[1, 4]]), torch.ones(1, 2))
@@ -129,7 +129,7 @@ def test_references_are_read_as_they_are_given(bundle: Path):
     )
 
 
-def test_without_references_its_own_translations_are_read(bundle: Path):
+def test_without_references_the_models_own_translations_are_read(bundle: Path):
     translator = Translator.load(bundle)
     found = collect_usage(translator, TEXTS, beam_size=1)
     results = translator.translate(TEXTS, beam_size=1, with_experts=True)
@@ -160,11 +160,11 @@ def test_a_language_model_reads_lines(tmp_path: Path):
         collect_usage(model, TEXTS, TEXTS)
 
 
-def test_a_multilingual_model_reads_a_mark_too(tmp_path: Path):
+def test_a_multilingual_model_also_reads_a_language_token(tmp_path: Path):
     folder = make_bundle(tmp_path, languages="aa bb", description=SHORT)[0]
     translator = Translator.load(folder)
     one, other = (collect_usage(translator, ["cat"], ["dog"], lang) for lang in ("aa", "bb"))
-    # The mark, the piece and the end.
+    # The language token, the piece and the end mark.
     assert one.layers["encoder"].num_tokens == other.layers["encoder"].num_tokens >= 3
     with pytest.raises(ValueError, match="`target_lang` must be one of aa, bb"):
         collect_usage(translator, ["cat"], ["dog"])

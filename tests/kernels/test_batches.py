@@ -1,4 +1,4 @@
-"""Which experts share a batched product, and where their rows go."""
+"""Tests of which experts share a batched product, and where their rows go."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels of dispatch, experts and combine compile for A100 and H100, and compile well."""
+"""The kernels of dispatch, experts and combine compile to efficient code for A100 and H100."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
     assert len(reports) == 2 * (3 * 4 + 5 * 3)  # GPUs, dtypes, means
     for name, report in reports.items():
         assert report["spilled"] == 0, name
-        assert report["shared"] <= 99 * 1024, name  # what the smallest GPU since A100 has
+        assert report["shared"] <= 99 * 1024, name  # the smallest size of a GPU since A100
 
 
 def test_products_in_half_precision_run_on_tensor_cores(reports):
@@ -32,7 +32,7 @@ def test_products_in_half_precision_run_on_tensor_cores(reports):
 
 
 def test_float32_stays_float32(reports):
-    """Tensor cores would round it to TF32."""
+    """Tensor cores would round float32 to TF32."""
     for name, report in reports.items():
         if "float32" in name:
             assert not report["wgmma"], name

@@ -1,4 +1,4 @@
-"""The library of compiled loops: where it is looked for, and what its absence means."""
+"""The library of compiled loops: where it is searched for, and what happens without it."""
 
 import shutil
 import subprocess
@@ -30,13 +30,15 @@ def test_without_the_library_torch_does_the_work(empty_folder):
     assert cell.equal(theirs[1][1][0])
 
 
-def test_a_library_for_another_torch_is_not_taken(empty_folder, monkeypatch):
+def test_a_library_for_another_torch_is_not_loaded(empty_folder, monkeypatch):
     loading.library_path().write_bytes(b"")
     monkeypatch.setattr(torch, "__version__", "2.6.0")
     assert loading.load() is None
 
 
-def test_a_library_of_other_sources_is_not_taken(empty_folder, monkeypatch, tmp_path_factory):
+def test_a_library_built_from_other_sources_is_not_loaded(
+    empty_folder, monkeypatch, tmp_path_factory
+):
     loading.library_path().write_bytes(b"")
     sources = tmp_path_factory.mktemp("sources")
     (sources / "loops.cpp").write_text("// of another version")
@@ -50,7 +52,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch):
         build.main()
 
 
-def test_a_compiler_that_fails_leaves_nothing_behind(empty_folder):
+def test_a_compiler_that_fails_leaves_no_files(empty_folder):
     with pytest.raises(subprocess.CalledProcessError):
         build.build(shutil.which("false"))
     assert list(empty_folder.iterdir()) == []
@@ -60,7 +62,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(empty_folder):
 def test_it_compiles_and_loads_here(empty_folder):
     compiler = build.find_compiler()
     if compiler is None:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("no C++ compiler is installed")
     made = build.build(compiler)
     program = f"import torch; torch.ops.load_library({str(made)!r}); torch.ops.nmt_moe.lstm_step"
     subprocess.run([sys.executable, "-c", program], check=True)

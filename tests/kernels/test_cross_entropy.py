@@ -8,7 +8,7 @@ from nmt_moe.kernels import cross_entropy, has_compiled_loops
 from tests.support.kernels import poisoned_memory
 
 pytestmark = pytest.mark.skipif(
-    not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops"
+    not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled"
 )
 IGNORED = 1
 
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_torchs(dtype, tolerance, shape, scale):
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance * shape[1])
 
 
-def test_one_of_both_sums_has_a_gradient_of_its_own():
+def test_each_of_the_two_sums_has_its_own_gradient():
     logits, target = make(6, 40, torch.float64)
     for index in range(2):
         (ours,) = torch.autograd.grad(cross_entropy(logits, target, IGNORED)[index].sum(), logits)

@@ -85,7 +85,7 @@ def test_hidden_activations_are_not_kept_when_recomputed(path, request):
         ((6, 4), (3, 8, 4), (3,), r"`expert_offsets` .* = \(4\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(rows, weight_out, offsets, message):
+def test_mismatched_shapes_are_refused(rows, weight_out, offsets, message):
     with pytest.raises(ValueError, match=message):
         expert_ffn(
             torch.zeros(rows),

@@ -1,4 +1,4 @@
-"""One update by factored Adam: by hand, against its definition, and under Triton's interpreter."""
+"""One update by factored Adam, by hand, against its definition, and in Triton's interpreter."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nmt_moe.kernels import factored_adam, has_compiled_loops, reference
 
-# By import_module: the package's attribute of that name is the function.
+# import_module gives the module: the package's attribute of that name is the function.
 operation = import_module("nmt_moe.kernels.factored_adam")
 
 SHAPES = [  # (experts, dim, hidden)
@@ -52,7 +52,7 @@ def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
     expected = weight, row_mean, column_mean
     for step, grad in enumerate(grads, 1):
         options = {"step": step, **OPTIONS}
-        # Each update from the same weights: half precision rounds them.
+        # Each update starts from the same weights, because half precision rounds them.
         wide = [weight.to(row_mean.dtype), grad.to(row_mean.dtype)]
         expected = reference.factored_adam(*wide, row_mean, column_mean, **options)
         factored_adam(weight, grad, row_mean, column_mean, **options)
@@ -88,7 +88,7 @@ def test_updates_follow_the_definition(shape, dtype):
     assert_same(*update_both(*state, [make_grad(state[0]) for _ in range(3)]))
 
 
-@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops")
+@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled")
 def test_an_update_has_the_same_bits_on_any_number_of_threads():
     before, results = torch.get_num_threads(), []
     try:
@@ -112,10 +112,10 @@ def test_low_precision_is_computed_in_float32(dtype):
 
 
 def test_an_update_by_hand():
-    # Squared gradients [[1, 4], [4, 16]]: row means 2.5 and 10, column means 2.5 and 10, mean 6.25.
-    # New squares have weight 0.25. The second moment of the corner is
-    # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, its root 2.
-    # The first update's bias correction, sqrt(1 - 0.75) = 0.5, turns 4 / 2 into a step of 1.
+    # The squared gradients [[1, 4], [4, 16]] have row means 2.5 and 10, column means 2.5 and 10,
+    # and mean 6.25. New squares have weight 0.25. The second moment of the corner is
+    # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, and its root is 2.
+    # The bias correction of the first update, sqrt(1 - 0.75) = 0.5, turns 4 / 2 into a step of 1.
     grad = torch.tensor([[[1.0, -2.0], [2.0, 4.0]]])
     weight = torch.zeros(1, 2, 2)
     row_mean, column_mean = torch.zeros(1, 2), torch.zeros(1, 2)
@@ -156,7 +156,7 @@ def test_triton_leaves_an_expert_without_tokens(device):
 def test_gradients_of_any_size_move_the_weights(scale, is_compiled, request):
     if not is_compiled:
         request.getfixturevalue("without_compiled_loops")
-    # The product of two means would leave the range of float32.
+    # The product of two means would exceed the range of float32.
     state = make_state(1, 4, 6, torch.float32)
     weight, row_mean, column_mean = state[0].zero_(), state[1].zero_(), state[2].zero_()
     row, column = torch.rand(1, 4, 1) + 0.5, torch.rand(1, 1, 6) + 0.5
@@ -165,7 +165,7 @@ def test_gradients_of_any_size_move_the_weights(scale, is_compiled, request):
     torch.testing.assert_close(weight, torch.full_like(weight, -0.1))
 
 
-def test_no_experts_are_not_an_error():
+def test_an_update_without_experts_is_accepted():
     state = make_state(0, 4, 6)
     factored_adam(state[0], state[0], *state[1:], step=1, **OPTIONS)
 
@@ -179,7 +179,8 @@ def test_triton_follows_the_definition(shape, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_computes_low_precision_in_float32(dtype, device):
     state = make_state(2, 33, 65, dtype)
-    # The interpreter truncates bfloat16 where a GPU rounds: one unit in the last place.
+    # The interpreter truncates bfloat16, while a GPU rounds, so they differ by one unit in the last
+    # place.
     tolerance = {"rtol": 1e-2, "atol": 1e-4}
     assert_same(*update_both(*state, [make_grad(state[0])]), **tolerance)
 
@@ -194,7 +195,7 @@ def test_triton_gives_the_same_bits_again(device):
 
 
 def test_triton_reaches_beyond_two_to_the_31_elements(device):
-    """The second expert starts at element 2^31: memory that is reserved but not touched."""
+    """The second expert starts at element 2^31, in memory that is reserved but not touched."""
     kernel = pytest.importorskip("nmt_moe.kernels._triton.factored_adam")
     torch.use_deterministic_algorithms(False)  # would write all of the memory
     weight, row_mean, column_mean = make_state(2, 4, 8, torch.float32)
@@ -227,7 +228,7 @@ def test_triton_reaches_beyond_two_to_the_31_elements(device):
         ("column_mean", (2, 4), r"`column_mean` must have the shape \(E, H\) = \(2, 6\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(name, shape, message):
+def test_mismatched_shapes_are_refused(name, shape, message):
     shapes = {"weight": (2, 4, 6), "grad": (2, 4, 6), "row_mean": (2, 4), "column_mean": (2, 6)}
     tensors = {key: torch.zeros(size) for key, size in {**shapes, name: shape}.items()}
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The products of gates, against plain products."""
+"""The matrix products of gates, compared with plain products."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_products_and_gradients(sizes, noisy):
         ({"noise_weight": torch.zeros(5, 7)}, r"`noise_weight` .* = \(1, 5, 6\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changed, message):
+def test_mismatched_shapes_are_refused(changed, message):
     arguments = {"rows": torch.zeros(3, 5), "gate_weight": torch.zeros(5, 6), "noise_weight": None}
     with pytest.raises(ValueError, match=message):
         gate_logits(**{**arguments, **changed})

@@ -17,7 +17,7 @@ SHAPES = [  # (tokens, experts, per token, dim)
 
 @pytest.fixture(params=["torch", ON_DEVICE])
 def dtype(request):
-    """Run the test on both paths: torch in float64, Triton in float32."""
+    """Run the test on both paths, torch in float64 and Triton in float32."""
     if request.param == "torch":
         return torch.float64
     request.getfixturevalue("device")
@@ -68,7 +68,7 @@ def test_sums_of_half_precision_run_in_float32(half, device):
     expected = torch.autograd.grad(theirs, wide, grad.float())
     pairs |= {"rows": (mine[0], expected[0]), "gates": (mine[1], expected[1])}
     for name, (one, other) in pairs.items():
-        # One rounding at the end, which the interpreter does by truncation.
+        # There is one rounding at the end, which the interpreter does by truncation.
         step = torch.finfo(half).eps
         torch.testing.assert_close(
             one.float(), other, rtol=step, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -85,7 +85,7 @@ def test_gates_in_float32_are_not_rounded_to_the_rows_dtype(device):
     [mine] = torch.autograd.grad(ours, [gates], grad)
     [expected] = torch.autograd.grad(theirs, [gates], grad.float())
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    # One rounding, at the end; the interpreter truncates.
+    # There is one rounding at the end, where the interpreter truncates.
     torch.testing.assert_close(
         ours.float(), theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5
     )
@@ -106,7 +106,7 @@ def test_repeated_runs_agree_bit_for_bit(device):
         assert torch.equal(one, other)
 
 
-def test_an_expanded_gradient_is_taken(dtype):
+def test_an_expanded_gradient_is_accepted(dtype):
     plan, x = make_plan(6, 3, 2), leaf(6, 4, dtype=dtype)
     rows = gather_rows(x, plan)
     ones = torch.ones(6, 2, dtype=dtype)
@@ -114,8 +114,8 @@ def test_an_expanded_gradient_is_taken(dtype):
     torch.testing.assert_close(x.grad, torch.full((6, 4), 2.0, dtype=dtype))
 
 
-def test_places_beyond_two_to_the_31(device):
-    """Fresh memory costs nothing until it is touched, and only one row here is."""
+def test_positions_beyond_two_to_the_31(device):
+    """Memory costs nothing until it is touched, and this test touches only one row."""
     from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
     from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows
 

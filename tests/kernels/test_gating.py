@@ -1,4 +1,4 @@
-"""Noisy top-k gating on the CPU against its definition, by hand, and repeated."""
+"""Noisy top-k gating on the CPU, compared with its definition, worked by hand, and repeated."""
 
 import importlib
 
@@ -51,7 +51,7 @@ def test_blocks_compute_the_definition(rows, experts, top_k, sizes, training):
     ],
 )
 def test_single_precision_computes_the_definition(rows, experts, top_k, training):
-    """The search for the largest is implemented differently there."""
+    """In single precision, the search for the largest values is implemented differently."""
     inputs = make_inputs(rows, experts, torch.float32)
     assert_is_the_definition(inputs, top_k, None, training, rtol=1e-4, atol=1e-5)
 
@@ -70,14 +70,14 @@ def test_the_lowest_index_wins_among_equals(rows, width):
 
 
 def test_two_experts_by_hand():
-    # scale = softplus(0) + 0.01; without noise 1 beats 0; with noise of 2 scales, 0 wins.
+    # The scale is softplus(0) + 0.01. Without noise, 1 beats 0; with noise of 2 scales, 0 wins.
     clean, scale = torch.tensor([[0.0, 1.0]]), torch.tensor(2.0).log() + NOISE_FLOOR
     noise = torch.tensor([[2.0 / scale, 0.0]])
     out = noisy_top_k(clean, torch.zeros(1, 2), 1, noise)
     assert out.expert_ids.tolist() == [[0]]
     assert out.gates.tolist() == [[1.0]]
     assert out.tokens_per_expert.tolist() == [1, 0]
-    # Expert 0 must beat expert 1's noisy 1, and expert 1 expert 0's noisy 2.
+    # Expert 0 must beat expert 1's noisy 1, and expert 1 must beat expert 0's noisy 2.
     load = torch.special.ndtr(torch.tensor([0.0 - 1.0, 1.0 - 2.0]) / scale)
     torch.testing.assert_close(out.load, load)
 
@@ -158,7 +158,7 @@ def test_no_rows():
         ({"row_offsets": torch.tensor(3)}, r"`row_offsets` .* but has \(\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(changed, message):
+def test_mismatched_arguments_are_refused(changed, message):
     with pytest.raises(ValueError, match=message.replace(r"\(N\)", r"\(N,\)")):
         noisy_top_k(**{"clean": torch.zeros(3, 4), "raw_scale": None, "top_k": 2, **changed})
 

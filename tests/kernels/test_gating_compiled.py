@@ -1,4 +1,4 @@
-"""The kernels of noisy top-k gating compile for A100 and H100, and compile well."""
+"""The kernels of noisy top-k gating compile to efficient code for A100 and H100."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Noisy top-k gating by Triton's kernels: compared with its definition; its noise."""
+"""Noisy top-k gating by Triton kernels, compared with its definition, and its noise."""
 
 import importlib
 
@@ -16,7 +16,7 @@ from tests.support.gating import (
 
 pytest.importorskip("triton")
 
-# By import_module: the package's attribute of that name is the function.
+# import_module gives the module: the package's attribute of that name is the function.
 operation = importlib.import_module("nmt_moe.kernels.gating")
 launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
 SEED = 2**62 + 12345
@@ -64,7 +64,7 @@ def test_wide_rows_are_read_in_chunks(rows, experts, top_k, sizes, training, mon
 
 @pytest.mark.parametrize("columns", [16, 1024])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_nan_logit_makes_its_row_nan_whichever_are_found_the_largest(
+def test_a_nan_logit_makes_its_row_nan_whichever_logits_are_found_largest(
     columns, training, monkeypatch
 ):
     use_blocks(monkeypatch, columns, numbers=512)
@@ -154,7 +154,7 @@ def test_noise_is_standard_normal(monkeypatch):
     use_blocks(monkeypatch, columns=256, numbers=2**15)
     noise = launchers.write_noise(SEED, 0, torch.empty(400, 250)).flatten().sort().values
     ranks = torch.arange(1, len(noise) + 1) / len(noise)
-    # Kolmogorov-Smirnov; one in a thousand seeds is worse than 1.95.
+    # This is the Kolmogorov-Smirnov test; one seed in a thousand exceeds 1.95.
     distance = (torch.special.ndtr(noise) - ranks).abs().max()
     assert distance * len(noise) ** 0.5 < 1.95
 
@@ -164,7 +164,7 @@ def test_neighbours_are_independent(monkeypatch):
     noise = launchers.write_noise(SEED, 0, torch.empty(400, 250))
     for rows, columns in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0)):
         one, other = noise[rows:, columns:], noise[: 400 - rows, : 250 - columns]
-        # five standard deviations of a correlation of 10^5 pairs
+        # The limit is five standard deviations of a correlation of 10^5 pairs.
         assert (one * other).mean().abs() < 5 * 1e5**-0.5
 
 
@@ -190,7 +190,7 @@ def test_a_group_of_rows_has_its_own_sums():
     assert not out.load[1].any()
 
 
-def test_sizes_that_kernels_do_not_support_take_another_path(monkeypatch):
+def test_unsupported_sizes_take_another_path(monkeypatch):
     monkeypatch.setattr(launchers, "gating_forward", None)  # a call would fail
     clean = torch.randn(3, 20)
     assert noisy_top_k(clean, clean, 16).gates.shape == (3, 16)  # too many

@@ -1,4 +1,4 @@
-"""A matrix per expert: loop, torch's grouped product and Triton against the definition."""
+"""Products with one matrix per expert: loop, torch's grouped product and Triton."""
 
 from importlib import import_module
 
@@ -84,7 +84,7 @@ def test_bfloat16_on_a_gpu(counts):
 
 
 @pytest.mark.slow
-def test_more_experts_than_the_grouped_product_of_torch_takes(device):
+def test_more_experts_than_torchs_grouped_product_accepts(device):
     counts = [0] * 1030
     counts[0], counts[1023], counts[1029] = 2, 1, 3
     check(*make(counts, 4, 8, torch.float32))
@@ -126,7 +126,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
 
 @pytest.fixture
 def float32_settings():
-    """Restore torch's settings for float32 products, of both generations."""
+    """Restore torch's old and new settings for float32 products."""
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
     for owner in (torch.backends, torch.backends.cuda.matmul):
@@ -144,7 +144,7 @@ def float32_settings():
         (torch.backends, "fp32_precision", "tf32", "tf32"),
     ],
 )
-def test_float32_is_rounded_as_torch_is_told_by_any_of_its_settings(
+def test_float32_is_rounded_as_any_of_torchs_settings_says(
     owner, name, value, expected, kernels, float32_settings
 ):
     if not hasattr(owner, name):
@@ -188,7 +188,7 @@ def test_tiles_by_hand(kernels):
     assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
 
 
-def test_blocks_depend_on_the_rows_of_an_average_expert_alone(kernels):
+def test_the_block_size_depends_only_on_the_mean_rows_per_expert(kernels):
     few, many = (
         [
             kernels.choose_block_rows(mean * num_experts, num_experts, torch.bfloat16)
@@ -201,7 +201,7 @@ def test_blocks_depend_on_the_rows_of_an_average_expert_alone(kernels):
 
 
 def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
-    """Fresh memory costs nothing until it is touched, and few elements here are."""
+    """Memory costs nothing until it is touched, and this test touches few elements."""
     far = torch.empty(2**31 + 256, dtype=torch.float16)
     weight = far.as_strided((3, 16, 16), (2**30, 16, 1))
     weight[2] = torch.eye(16) * 3
@@ -210,7 +210,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     tiles = kernels.list_tiles(offsets, 2, 16)
     out = kernels.multiply_rows(rows, weight, offsets, tiles)
     torch.testing.assert_close(out, rows * 3)
-    # Rows beyond 2^31 elements, in the operands, the output and the mask.
+    # There are rows beyond 2^31 elements in the operands, the output and the mask.
     many = far[: 2**31 + 32].view(2**27 + 2, 16)
     many[-2:] = rows
     offsets = torch.tensor([2**27, 2**27, 2**27, 2**27 + 2])
@@ -221,13 +221,13 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     assert torch.equal(masked[-2:] != 0, rows > 0)
     grad = kernels.weight_gradient(many, many, offsets, 16)
     torch.testing.assert_close(grad[2], rows.t() @ rows)
-    # A gradient whose last expert lies beyond it.
+    # The last expert of this gradient lies beyond 2^31 elements.
     monkeypatch.setattr(torch, "empty", lambda shape, **_: far.as_strided(shape, (2**30, 16, 1)))
     grad = kernels.weight_gradient(rows, rows, offsets_of([0, 0, 2]), 16)
     torch.testing.assert_close(grad[2], rows.t() @ rows)
 
 
-def test_torch_gets_the_products_that_its_kernel_takes(monkeypatch):
+def test_torch_gets_the_products_that_its_kernel_accepts(monkeypatch):
     monkeypatch.setattr(_products, "GROUPED_MM", lambda: None)
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -265,14 +265,14 @@ def test_torch_gets_the_products_that_its_kernel_takes(monkeypatch):
         ((6, 4), (3, 4, 8), (3,), r"`expert_offsets` .* = \(4\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(rows, weight, offsets, message):
+def test_mismatched_shapes_are_refused(rows, weight, offsets, message):
     with pytest.raises(ValueError, match=message):
         grouped_gemm(
             torch.zeros(rows), torch.zeros(weight), torch.zeros(offsets, dtype=torch.int64)
         )
 
 
-def test_dtypes_that_do_not_fit_are_refused():
+def test_mismatched_dtypes_are_refused():
     rows, weight, offsets = torch.zeros(6, 4), torch.zeros(1, 4, 8), torch.tensor([0, 6])
     with pytest.raises(ValueError, match=r"`weight` .* of `rows`, torch.float32, .* torch.float16"):
         grouped_gemm(rows, weight.half(), offsets)
@@ -280,7 +280,7 @@ def test_dtypes_that_do_not_fit_are_refused():
         grouped_gemm(rows, weight, offsets.int())
 
 
-@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops")
+@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize(
     ("counts", "dim", "out_dim"), [*SHAPES, pytest.param([16, 17, 1], 7, 530, id="column-blocks")]
@@ -297,8 +297,8 @@ def test_compiled_products_of_few_rows_follow_the_definition(
     torch.testing.assert_close(turned.relu(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops")
-def test_a_rows_compiled_product_does_not_depend_on_the_rows_beside_it():
+@pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled")
+def test_the_compiled_product_of_a_row_does_not_depend_on_other_rows():
     rows, weight, _ = (tensor.detach() for tensor in make([9], 33, 300, torch.float32))
     whole = _products.CompiledProducts(offsets_of([9])).multiply(rows, weight)
     for row in range(9):

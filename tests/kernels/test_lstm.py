@@ -1,4 +1,4 @@
-"""The fused LSTM against torch's: outputs, last states, all gradients, bits."""
+"""The fused LSTM compared with torch's: outputs, last states, all gradients, bits."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 from tests.support.kernels import poisoned_memory
 
 pytestmark = [
-    pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops"),
+    pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled"),
     pytest.mark.filterwarnings("ignore:LSTM with projections"),
 ]
 
@@ -81,7 +81,7 @@ def test_extreme_sums_saturate_and_nan_stays():
 
 
 def test_small_sums_keep_their_digits():
-    """Near 0 the cell's tanh is its argument: a quotient of exponentials would lose it."""
+    """Near 0, the cell's tanh equals its argument; a quotient of exponentials would lose digits."""
     layer, x, state = make((1, 2, 4, 7, 7), torch.float32)
     with torch.no_grad():
         nn.init.zeros_(layer.bias_ih_l0)
@@ -91,7 +91,7 @@ def test_small_sums_keep_their_digits():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
-def test_a_part_of_the_gradients_is_the_same_gradient():
+def test_a_subset_of_the_gradients_has_the_same_values():
     layer, x, _ = make(SHAPES[0].values[0], torch.float64)
     out = run_fused(layer, x, None)[0]
     (whole,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
@@ -116,7 +116,7 @@ def test_equal_inputs_give_equal_bits_on_any_number_of_threads(shape):
     for first, second in zip(results[0], results[1], strict=True):
         assert first.equal(second)
     for first, other in zip(results[0], results[2], strict=True):
-        torch.testing.assert_close(first, other)  # the library of products may cut differently
+        torch.testing.assert_close(first, other)  # products may divide the work differently
 
 
 def test_the_variable_switches_the_loops_off():
@@ -133,7 +133,7 @@ def test_the_variable_switches_the_loops_off():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
-def test_other_tensors_are_not_taken(dtype):
+def test_other_tensors_are_left_to_torch(dtype):
     assert not has_compiled_loops(torch.zeros(2, dtype=dtype))
     assert not has_compiled_loops(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
     assert not has_compiled_loops(torch.zeros(2, device="meta"))

@@ -1,4 +1,4 @@
-"""LSTM cells of packed weights, against torch's."""
+"""LSTM cells with packed weights, compared with torch's."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from nmt_moe.kernels import PackedLinear, lstm_step
 
-# By import_module: the package's attribute of that name is the function.
+# import_module gives the module: the package's attribute of that name is the function.
 operation = import_module("nmt_moe.kernels.lstm_step")
 
 

@@ -9,7 +9,7 @@ import torch
 from nmt_moe.kernels import _memory
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for"
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages"
 )
 LIKE = torch.empty(0)
 LARGE = (3, _memory.SMALLEST_BYTES // 4)  # 12 MiB

@@ -1,4 +1,4 @@
-"""The fused mixture against its definition: outputs and every gradient, by name."""
+"""The fused mixture compared with its definition: outputs and every gradient, by name."""
 
 from importlib import import_module
 
@@ -83,7 +83,7 @@ def test_without_gradients(tokens, experts, top_k, dim, hidden, dtype):
 
 
 def test_empty_slots_without_gradients_and_a_token_without_expert():
-    for aligned in (True, False):  # torch's grouped product, and ours
+    for aligned in (True, False):  # torch's grouped product, and this project's products
         leaves, ids = draw(4, 3, 2, 4, 8 if aligned else 6, torch.float32)
         ids[1, 1] = ids[2] = 3
         leaves = [leaf.detach() for leaf in leaves]
@@ -94,7 +94,7 @@ def test_empty_slots_without_gradients_and_a_token_without_expert():
         assert not y[2].any()
 
 
-def test_who_multiplies_without_gradients_follows_from_the_operands():
+def test_the_operands_decide_who_multiplies_without_gradients():
     def takes_torchs(dim, hidden, dtype=torch.float32, skipped=0):
         weight_in, weight_out = (
             torch.zeros(skipped + 3 * dim * hidden, dtype=dtype)[skipped:].view(3, *shape)
@@ -126,7 +126,7 @@ def test_all_ways_without_gradients_agree(changed, monkeypatch):
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_hidden_activations_are_kept_for_gradients_alone(with_gradients, monkeypatch):
+def test_hidden_activations_are_kept_only_for_gradients(with_gradients, monkeypatch):
     shapes, empty = [], _memory.empty
     monkeypatch.setattr(
         _memory, "empty", lambda shape, like: [shapes.append(tuple(shape)), empty(shape, like)][1]
@@ -147,7 +147,7 @@ def test_narrow_dtypes_agree_with_float64(dtype):
     grad = torch.randn_like(ours)
     mine = torch.autograd.grad(ours, leaves, grad)
     expected = torch.autograd.grad(theirs, wide, grad.double())
-    # Each value passes through four roundings of this size, of sums up to 24 times as large.
+    # Each value is rounded four times by this much, in sums up to 24 times as large.
     scale = 4 * torch.finfo(dtype).eps
     for name, one, other in zip(("y", *NAMES), (ours, *mine), (theirs, *expected), strict=True):
         error = (one.double() - other).norm() / other.norm()
@@ -191,7 +191,7 @@ def test_kept_and_recomputed_activations_give_the_same_bits():
         assert torch.equal(one, other), name
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_are_refused():
     (x, gates, weight_in, weight_out), ids = draw(4, 3, 2, 5, 6)
     plan = plan_rows(ids, 3)
     with pytest.raises(ValueError, match=r"`x` must have the shape \(N, D\)"):
@@ -204,7 +204,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_offsets_beyond_two_to_the_31st_element():
     experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
-    # Untouched pages cost nothing.
+    # Pages that are not touched cost nothing.
     weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
     weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
     weight_in[-1], weight_out[-1] = 0.5, 0.25

@@ -37,14 +37,14 @@ def draw(tokens: int, top_k: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(params=["stacked", "one-by-one"])
 def way(request, monkeypatch):
-    """Multiply all small experts with one call, or each packed by itself."""
+    """Multiply all small experts in one call, or each packed expert separately."""
     if request.param == "one-by-one":
         monkeypatch.setattr(packed_mixture, "loops_in_torch", lambda *tensors: False)
 
 
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 4), (90, 3), (0, 2)])
-def test_it_is_the_mixture_of_the_training(tokens, top_k, dtype, way):
+def test_it_equals_the_mixture_used_in_training(tokens, top_k, dtype, way):
     x, gates, expert_ids, weight_in, weight_out = draw(tokens, top_k)
     if tokens > 2:  # a token with one slot fewer, and one without any
         expert_ids[0, -1], gates[0, -1] = NUM_EXPERTS, 0
@@ -135,7 +135,7 @@ def resident_bytes(path: Path) -> int:
         ({"weight_out": PackedExperts.pack(torch.ones(2, 3, 4))}, "`weight_out` must have the"),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_mismatched_arguments_are_named(change, message):
     x, gates, expert_ids, weight_in, weight_out = draw(2, 2)
     arguments = {
         "x": x,

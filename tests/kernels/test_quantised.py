@@ -1,4 +1,4 @@
-"""Packed weights: exact against integers, bounded against float64, the same without FBGEMM."""
+"""Packed weights: exact for integers, close to float64, and the same without FBGEMM."""
 
 import pytest
 import torch
@@ -15,18 +15,18 @@ SHAPES = [  # (rows, inputs, outputs)
 
 @pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
-    """Take the products of large matrices for all, also as if tiles or FBGEMM were not there."""
+    """Use the products of large matrices for all sizes, also without tiles or FBGEMM."""
     for name in ("PACKED_FROM", "NARROW_FROM", "TILED_FROM"):
         monkeypatch.setattr(quantised, name, 0)
     if request.param == "tiles":
         if not quantised.has_tiles():
-            pytest.skip("the processor has no AMX")
+            pytest.skip("the processor does not have AMX")
     else:
         monkeypatch.setattr(quantised, "has_tiles", lambda: False)
     if request.param == "fallback":
         monkeypatch.setattr(quantised, "has_fbgemm", lambda: False)
     elif not quantised.has_fbgemm():
-        pytest.skip("torch has no FBGEMM here")
+        pytest.skip("this build of torch does not have FBGEMM")
     return request.param
 
 
@@ -66,7 +66,7 @@ def test_int8_equals_the_product_of_the_integers(rows, inputs, outputs, with_and
     x = torch.randint(-largest, largest + 1, (rows, inputs))
     x[:, 0] = largest  # the scale of each row is 1
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-    # Pairs of the largest values are what 16 bits would saturate at.
+    # With pairs of the largest values, 16 bits would saturate.
     x[:1], weight[:1] = largest, 127
     scale = torch.rand(outputs) + 0.1
     y = PackedLinear.from_int8(weight, scale)(x.float())
@@ -164,13 +164,13 @@ def test_rows_of_zeros_and_of_nan(dtype, with_and_without_fbgemm):
     assert y[2, 2] == bias[2]
 
 
-def test_packing_leaves_the_quantised_engine_as_it_was():
+def test_packing_does_not_change_the_quantised_engine():
     before = torch.backends.quantized.engine
     PackedLinear.pack(torch.ones(8, 8), dtype="int8")(torch.ones(1, 8))
     assert torch.backends.quantized.engine == before
 
 
-def test_packing_warns_of_nothing(recwarn):
+def test_packing_causes_no_warning(recwarn):
     for dtype in quantised.DTYPES:
         PackedLinear.pack(torch.ones(8, 8), dtype=dtype)(torch.ones(1, 8))
     assert not recwarn.list
@@ -188,6 +188,6 @@ def test_packing_warns_of_nothing(recwarn):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(call, message):
+def test_mismatched_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

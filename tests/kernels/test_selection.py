@@ -1,10 +1,10 @@
-"""What `-m gpu` selects on a machine with a GPU: all tests of kernels, in the same files."""
+"""On a machine with a GPU, `-m gpu` selects all tests of kernels, in the same files."""
 
 import os
 import subprocess
 import sys
 
-# Collects as on a machine with one CUDA device.
+# This program collects tests as on a machine with one CUDA device.
 PROGRAM = """
 import sys, pytest, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
@@ -13,7 +13,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.arg
 FILES = ["test_gating_triton", "test_factored_adam", "test_gather_rows", "test_expert_ffn"]
 
 
-def test_the_tests_of_kernels_are_selected_where_there_is_a_gpu(repository):
+def test_the_tests_of_kernels_are_selected_if_there_is_a_gpu(repository):
     environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
     files = [f"tests/kernels/{name}.py" for name in [*FILES, "test_grouped_gemm"]]
     files.append("tests/moe/test_on_a_device.py")
@@ -34,7 +34,7 @@ def test_the_tests_of_kernels_are_selected_where_there_is_a_gpu(repository):
         "test_kernels_compute_the_definition",
         "test_triton_follows_the_definition",
         "test_triton_reaches_beyond_two_to_the_31_elements",
-        "test_places_beyond_two_to_the_31",
+        "test_positions_beyond_two_to_the_31",
         "test_values_and_gradients",
         "test_bfloat16_on_a_gpu",
         "test_a_device_computes_the_same_and_the_host_never_waits",

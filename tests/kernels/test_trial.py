@@ -23,7 +23,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 CASES = [
     (kernel, dtype) for kernel in KERNELS for dtype in DTYPES[: 1 if kernel == "gating" else 3]
 ]
-LAUNCHERS = {  # one of each kernel's
+LAUNCHERS = {  # one launcher of each kernel
     "combine_rows": ("combine_rows", "combine_rows_backward"),
     "factored_adam": ("factored_adam", "factored_adam"),
     "gather_rows": ("gather_rows", "sum_rows"),
@@ -34,7 +34,7 @@ LAUNCHERS = {  # one of each kernel's
 
 @pytest.fixture
 def untried(device, monkeypatch):
-    """Return the device, on which no kernel was tried yet."""
+    """Return the device, on which no kernel has been tried yet."""
     monkeypatch.delenv("NMT_MOE_KERNELS")
     monkeypatch.setattr(_trial, "_answers", {})
     monkeypatch.setattr(_trial, "GATINGS", _trial.GATINGS[:1])  # the interpreter is slow
@@ -56,13 +56,13 @@ def break_by(monkeypatch, kernel: str, replacement) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), CASES)
-def test_sound_kernels_pass_without_a_word(kernel, dtype, untried):
+def test_sound_kernels_pass_silently(kernel, dtype, untried):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ask(kernel, dtype)
 
 
-def test_rows_with_more_experts_than_fit_a_block_are_tried(untried, monkeypatch):
+def test_rows_with_more_experts_than_fit_into_a_block_are_tried(untried, monkeypatch):
     launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
     monkeypatch.setattr(launchers, "MAX_BLOCK_COLUMNS", 16)
     monkeypatch.setattr(_trial, "GATINGS", [(5, 37, 4, [5])])
@@ -82,7 +82,7 @@ class _Spy:
         return self.kernel[grid]
 
 
-def test_the_trial_takes_chunks_too():
+def test_the_trial_also_covers_chunks():
     launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
     assert any(experts > launchers.MAX_BLOCK_COLUMNS for _, experts, _, _ in _trial.GATINGS)
     assert any(len(sizes) > 1 for *_, sizes in _trial.GATINGS)
@@ -128,7 +128,7 @@ def test_a_result_that_is_not_a_number_is_found(untried, monkeypatch):
 
 
 def test_operations_continue_with_torch(untried, monkeypatch):
-    """Not one kernel works, and every operation and its gradient is what it was."""
+    """No kernel works, but the results and gradients of all operations are unchanged."""
 
     def refuse(*arguments, **options):
         raise RuntimeError("out of resource")
@@ -146,7 +146,7 @@ def test_operations_continue_with_torch(untried, monkeypatch):
 
 
 def pass_through(clean: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Give results and gradients of all operations but `combine_rows`."""
+    """Return results and gradients of all operations except `combine_rows`."""
     leaves = clean, weight = clean.clone().requires_grad_(), weight.clone().requires_grad_()
     gating = noisy_top_k(clean, None, 2)
     plan = plan_rows(gating.expert_ids, 6)
@@ -158,7 +158,7 @@ def pass_through(clean: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor
     return [product, gating.gates, *grads, *state]
 
 
-def test_a_trial_leaves_the_callers_state_alone(untried):
+def test_a_trial_does_not_change_the_callers_state(untried):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -182,7 +182,7 @@ def test_other_values_of_the_variable_are_refused(monkeypatch):
         _backend.uses_triton(torch.empty(1), "gating")
 
 
-def test_triton_is_not_forced_where_it_is_not_installed(untried, monkeypatch):
+def test_triton_is_not_forced_if_it_is_not_installed(untried, monkeypatch):
     monkeypatch.setattr(_backend, "has_triton", lambda: False)
     assert not ask("gating")
     monkeypatch.setenv("NMT_MOE_KERNELS", "triton")

@@ -34,6 +34,6 @@ def test_defaults_are_the_papers_for_translation():
         ({"load_weight": float("nan")}, "`load_weight` must be at least 0"),
     ],
 )
-def test_nonsense_is_refused(change, message):
+def test_impossible_values_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(**{**GOOD, **change})

@@ -19,7 +19,7 @@ def test_load_is_the_frequency_over_redraws_of_each_experts_own_noise():
         many[:, expert] = torch.randn(redraws, dtype=torch.float64)
         chosen = gate(x.expand(redraws, -1), many).expert_ids == expert
         frequency = chosen.any(1).double().mean()
-        # four standard deviations of a frequency over 10^4 draws
+        # The tolerance is four standard deviations of a frequency over 10^4 draws.
         torch.testing.assert_close(load[expert], frequency, rtol=0, atol=0.02)
 
 
@@ -32,7 +32,7 @@ def test_gates_sum_to_one_and_fall():
     torch.testing.assert_close(out.importance.sum(), torch.tensor(20.0))
 
 
-def test_the_first_batch_is_balanced_by_noise_alone():
+def test_the_first_batch_is_balanced_only_by_noise():
     torch.manual_seed(0)
     gate = NoisyTopKGate(8, num_experts=8, top_k=2)
     load = gate(torch.randn(4000, 8)).load

@@ -41,7 +41,7 @@ def test_saved_gates_are_loaded_by_the_names_of_checkpoints(gate):
     loaded = layer.state_dict()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
-    # Optimizer states are saved by the number of the parameter.
+    # Optimizer state is saved by the number of the parameter.
     names = [name for name, _ in layer.gate.named_parameters()]
     assert [name.partition(".")[0] for name in names] == ["secondary"] * 2 + ["primary"] * 2
 
@@ -67,7 +67,7 @@ def test_evaluation_uses_no_noise_and_counts():
     torch.testing.assert_close(stats.load, stats.tokens_per_expert.double())
 
 
-def test_padding_takes_its_noise_along():
+def test_padding_keeps_its_own_noise():
     layer = make()
     x = torch.randn(6, 5, dtype=torch.float64)
     noise = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 12, dtype=torch.float64)

@@ -193,7 +193,7 @@ def test_a_token_that_is_not_finite_is_named_with_its_layer(gate, groups, is_tra
 
 @pytest.mark.parametrize(("gate", "groups"), GATES)
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("tokens", [9, 1000])  # few numbers are sorted, many searched
+@pytest.mark.parametrize("tokens", [9, 1000])  # few numbers are sorted, many are searched
 @pytest.mark.parametrize("value", NOT_FINITE[:2])
 def test_a_gate_weight_that_is_not_finite_is_named(gate, groups, is_training, tokens, value):
     config = MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups)
@@ -205,7 +205,7 @@ def test_a_gate_weight_that_is_not_finite_is_named(gate, groups, is_training, to
         layer(torch.randn(tokens, 6))
 
 
-def test_tensors_that_do_not_fit_are_refused():
+def test_mismatched_tensors_are_refused():
     layer, x = MoELayer(MoEConfig(6, 5, 4, 2)), torch.randn(9, 6)
     for wrong, message in [
         ((x[:, 1:],), r"`x` must have the shape \(N, D\) = \(any, 6\), but has \(9, 5\)"),
@@ -326,7 +326,7 @@ def test_frozen_experts_change_no_other_gradient(frozen):
 
 
 @pytest.mark.parametrize("groups", [0, 4])
-def test_compiled_layers_answer_alike_for_any_number_of_tokens(groups):
+def test_compiled_layers_give_the_same_results_for_any_number_of_tokens(groups):
     layer = MoELayer(MoEConfig(6, 5, 8, 2, num_groups=groups))
     compiled = torch.compile(layer, backend="eager")
     for tokens in (6, 7):
@@ -359,7 +359,7 @@ def test_a_model_is_compiled_around_its_layer_whatever_the_number_of_tokens():
     for tokens in (6, 7, 9):
         x = torch.randn(tokens, 6)
         torch.testing.assert_close(compiled(x), block(x))
-    # Operations before and after the layer, for 6 tokens and for any number.
+    # The operations before and after the layer are compiled for 6 tokens and for any number.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert len(torch._dynamo.utils.counters["graph_break"]) == 1
 
@@ -382,7 +382,7 @@ def test_a_layer_shows_its_sizes_and_refuses_what_is_not_a_config():
         MoELayer({"model_dim": 6})
 
 
-def test_each_expert_is_drawn_from_a_seed_of_its_own():
+def test_each_expert_is_drawn_from_its_own_seed():
     layers = []
     for experts in (1, 6):
         torch.manual_seed(0)

@@ -45,5 +45,5 @@ def test_metrics_are_the_columns_of_table_6():
     torch.testing.assert_close(row["max_load"], torch.tensor(1.5))
 
 
-def test_a_value_that_is_not_a_number_shows():
+def test_a_value_that_is_not_a_number_stays_visible():
     assert squared_cv(torch.tensor([1.0, float("nan")])).isnan()

@@ -14,7 +14,7 @@ from nmt_moe.moe import MoEConfig, MoELayer
 pytestmark = pytest.mark.device
 
 aten = torch.ops.aten
-# Operations that read a device's values; torch does not intercept `Tensor.tolist`.
+# These operations read a device's values; torch does not intercept `Tensor.tolist`.
 READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
 OURS = str(Path(nmt_moe.__file__).parent)
 
@@ -44,7 +44,7 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch, request):
-    """Take the paths of an asynchronous device; return the device's name."""
+    """Use the paths of an asynchronous device; return the device's name."""
 
     def take() -> str:
         monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())

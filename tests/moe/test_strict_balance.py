@@ -68,7 +68,7 @@ def test_a_token_that_no_expert_takes_gets_zero(training):
     assert torch.isfinite(x.grad).all()
 
 
-def test_a_batch_without_experts_is_not_an_error():
+def test_a_batch_without_experts_is_accepted():
     layer = MoELayer(MoEConfig(6, 4, 8, 1, gate="strictly_balanced")).eval()
     layer.gate.threshold.data.fill_(1.0)
     y, stats = layer(torch.randn(5, 6))
@@ -98,7 +98,7 @@ def test_trained_thresholds_choose_as_the_batch_does_on_tokens_they_have_not_see
     assert counts.max() / counts.mean() < 1.1
 
 
-def test_the_threshold_loss_leaves_the_gate_alone():
+def test_the_threshold_loss_does_not_train_the_gate():
     gate = StrictlyBalancedGate(4, 4, 1)
     torch.nn.init.normal_(gate.gate_weight)
     gate(torch.randn(20, 4)).threshold_loss.backward()
@@ -106,7 +106,7 @@ def test_the_threshold_loss_leaves_the_gate_alone():
     assert gate.threshold.grad.any()
 
 
-def test_noise_is_refused_where_there_is_none():
+def test_noise_is_refused_by_a_gate_without_noise():
     for gate in ("softmax", "strictly_balanced"):
         layer = MoELayer(MoEConfig(4, 4, 4, 1, gate=gate))
         with pytest.raises(ValueError, match="`noise` must be None"):

@@ -1,4 +1,4 @@
-"""The attentive LSTM in compiled loops against its form in torch's operations."""
+"""The attentive LSTM in compiled loops compared with torch's operations."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from tests.support.kernels import poisoned_memory
 module = importlib.import_module("nmt_moe.nn.attentive_lstm")
 
 pytestmark = pytest.mark.skipif(
-    not has_compiled_loops(torch.zeros(1)), reason="nobody compiled the loops"
+    not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled"
 )
 
 SHAPES = [  # steps, batch, positions, width, cells
@@ -81,7 +81,7 @@ def test_values_and_gradients_are_those_of_torchs_operations(
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
     for name, value in their_gradients.items():
         one = our_gradients[name]
-        if value is None or one is None:  # what cannot reach the loss has no gradient, or zeros
+        if value is None or one is None:  # without effect on the loss: no gradient, or zeros
             assert all(not other.count_nonzero() for other in (one, value) if other is not None)
             continue
         torch.testing.assert_close(

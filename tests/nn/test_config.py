@@ -1,4 +1,4 @@
-"""Sizes of networks: the layers they lead to, and impossible sizes."""
+"""Sizes of networks: the layers that result from them, and impossible sizes."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_decoder_may_have_another_number_of_experts():
     assert len(decoder.moe(torch.randn(4, 2, 8), None)[1].importance) == 3
 
 
-def test_without_it_both_layers_are_the_same():
+def test_by_default_both_layers_have_the_same_number_of_experts():
     assert GNMTConfig(model_dim=8, lstm_hidden_dim=8, moe=MOE).decoder_moe == MOE
     assert GNMTConfig(model_dim=8, lstm_hidden_dim=8).decoder_moe is None
 
@@ -34,6 +34,6 @@ def test_without_it_both_layers_are_the_same():
         ({"decoder_num_experts": 3, "moe": None}, "must be 0 without MoE layers"),
     ],
 )
-def test_a_number_that_cannot_be_is_refused(options, words):
+def test_an_impossible_number_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         GNMTConfig(**{"model_dim": 8, "lstm_hidden_dim": 8, "moe": MOE, **options})

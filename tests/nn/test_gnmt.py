@@ -45,8 +45,8 @@ def tokens(*lengths, left_pad=False):
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_operations_are_the_papers_85_million(wiring):
-    # five LSTMs, the context input, two MoE layers with 4 active experts, the softmax
+def test_the_number_of_operations_is_the_papers_85_million(wiring):
+    # Five LSTMs, the context input, two MoE layers with 4 active experts, and the softmax
     with torch.device("meta"):
         config = GNMTConfig(attention_wiring=wiring, moe=MoEConfig(512, 2048, 32, 4))
         embedding = nn.Embedding(32768, 512)
@@ -184,7 +184,7 @@ def test_sizes_that_cannot_be_built_are_refused(change, message):
         GNMTConfig(**change)
 
 
-def test_a_beam_that_stays_with_its_sentences_copies_no_encoding():
+def test_a_beam_whose_rows_keep_their_sentences_copies_no_encoding():
     encoder, _ = build()
     source = tokens(4, 3)
     beams = encoder(source, source.eq(PAD)).reorder(torch.tensor([0, 0, 1, 1]))

@@ -7,7 +7,7 @@ from nmt_moe.nn.lstm import turned_positions
 
 
 def lstm_by_hand(layer: ProjectedLSTM, x):
-    """Sak et al. 2014 without peepholes, for one sequence (T, D)."""
+    """Compute the LSTM of Sak et al. 2014 without peepholes for one sequence (T, D)."""
     lstm = layer.lstm
     hidden, cell = x.new_zeros(lstm.weight_hh_l0.shape[1]), x.new_zeros(lstm.hidden_size)
     outputs = []
@@ -31,7 +31,7 @@ def test_projected_lstm_is_the_papers():
         torch.testing.assert_close(hidden, out[-1])
 
 
-def test_going_on_from_a_state_equals_one_run():
+def test_continuing_from_a_state_equals_one_run():
     torch.manual_seed(0)
     layer = ProjectedLSTM(5, 7, 4).double()
     x = torch.randn(6, 2, 5, dtype=torch.float64)

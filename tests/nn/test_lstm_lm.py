@@ -97,7 +97,7 @@ def test_padding_reaches_no_expert_and_changes_nothing():
 def test_dropout_is_on_every_layer_and_leaves_the_residual():
     network = build(dropout=1.0).train()
     given = tokens(2, 5)
-    # All outputs are dropped, including the embedding's: only zeros are left.
+    # All outputs are dropped, including the embedding's, so only zeros are left.
     assert network(given).features.abs().sum() == 0
 
 

@@ -1,4 +1,4 @@
-"""Any number of ranks, each with its own experts, gives the training of a single process."""
+"""With any number of ranks, each with its own experts, training equals that of one process."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,8 @@ from tests.support.ranks import run_ranks
 DIM, EXPERTS = 6, 8
 FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)
 GROUPED = replace(FLAT, num_groups=4, top_k=2)
-# Tokens of each of four ranks in two accumulated batches; each of two ranks has those of two.
+# Numbers of tokens on each of four ranks in two accumulated batches. With two ranks, each has the
+# tokens of two of these.
 TOKENS = ((5, 3, 2, 7), (1, 4, 0, 3))
 # In the first batch this rank has only padding.
 ONLY_PADDING = 1
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 @dataclass
 class Batch:
-    """Tokens of one or more ranks."""
+    """The tokens of one or more ranks."""
 
     x: Tensor  # (N, D)
     padding_mask: Tensor  # (N,)
@@ -181,7 +182,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Return the results of each rank."""
     return run_ranks(work, request.param, request.param)
 
 
@@ -209,7 +210,7 @@ def test_ranks_may_differ_in_the_experts_of_a_token(answers):
 def test_gates_are_sent_in_float32_beside_tokens_of_half_precision(answers):
     found = [answer["half"] for answer in answers]
     assert {one["dtypes"] for one in found} == {("torch.bfloat16", "torch.float32")}
-    # Nothing is rounded in transit: the sums of what is sent and received agree.
+    # Nothing is rounded in transit, so the sums of what is sent and received agree.
     assert sum(one["sum"] for one in found) == pytest.approx(sum(x["own"] for x in found), rel=1e-6)
     for one in found:
         assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # 1.1016 in bfloat16

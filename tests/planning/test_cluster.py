@@ -1,4 +1,4 @@
-"""The planner, compared with two real processes and numbers by hand, and with bad input."""
+"""The planner: compared with two real processes and with numbers by hand, and its bad input."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
 
 
 def measure(rank: int) -> dict[str, dict[str, float]]:
-    # What is predicted are torch's operations; the CPU's compiled loops keep less.
+    # The predictions are for torch's operations; the CPU's compiled loops keep less.
     with mock.patch.dict(os.environ, NMT_MOE_KERNELS="torch"), quiet():
         load.cache_clear()
         return {name: measure_case(case) for name, case in CASES.items()}
@@ -150,7 +150,7 @@ def measured() -> list[dict[str, dict[str, float]]]:
 def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(name, measured):
     expected = predict(CASES[name])
     for part in measured[0][name]:
-        # The mean of both, as tokens choose either.
+        # Compare the mean of both processes, because tokens may choose either.
         found = sum(rank[name][part] for rank in measured) / 2
         assert found == pytest.approx(expected[part], rel=TOLERANCE), part
     assert measured[0][name]["weights"] == expected["weights"]
@@ -176,9 +176,9 @@ def test_ranks_of_a_token_by_hand():
     assert ranks_per_token(replace(moe, gate="softmax"), 4) == 4
 
 
-def test_draws_are_different_classes_as_long_as_they_are_few():
+def test_a_few_draws_are_different_classes():
     assert distinct_classes(1, 50) == pytest.approx(1)
-    # As the sampled softmax's own description says.
+    # The description of the sampled softmax gives this number.
     assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
 
 
@@ -207,7 +207,7 @@ LARGEST = ["--arch", "lstm_moe_lm_100b_131072h", "--optimizer", "factored_adam"]
 LARGEST += ["--sampled-softmax", 8192]
 
 
-def test_the_largest_model_fits_on_128_devices_of_today_but_not_on_the_paper_s_with_its_softmax():
+def test_the_largest_model_fits_on_128_current_devices_but_not_on_the_papers_with_its_softmax():
     today = run(*LARGEST, "--devices", 128, "--device", "a100")
     assert today["parameters"][1] > 137_577_600_000
     assert today["setup"]["size"] == 128

@@ -1,4 +1,4 @@
-"""The cost card, compared with the paper's tables, digit by digit, and with real models."""
+"""The cost card, compared digit by digit with the paper's tables, and with real models."""
 
 import json
 import tracemalloc
@@ -86,7 +86,7 @@ def test_translation_costs_what_the_paper_prints(
     card = cards[name]
     assert round(card.ops / 1e6) == ops
     if params is not None:
-        # With and without embedding and softmax, of 32,000 wordpieces or 2^15.
+        # Count with and without embedding and softmax, for 32,000 wordpieces or 2^15.
         for count in (card.total, card.total + 2 * 512 * 768):
             assert f"{count / 1e9:.1f}" == params
     if ops == 85:  # 2^15 wordpieces would also fit; 102 would be 103
@@ -96,7 +96,8 @@ def test_translation_costs_what_the_paper_prints(
 def test_the_bias_of_the_lstms_makes_the_last_digit_of_the_largest_model(
     cards: dict[str, Card],
 ):
-    # Without, 4371.0; the paper prints 4371.1. One for each of 4 gates of 4096 cells, two LSTMs.
+    # Without the bias it would be 4371.0; the paper prints 4371.1. There is one bias for each of 4
+    # gates of 4096 cells in two LSTMs.
     card = cards["lstm_moe_lm_143m"]
     assert in_millions(card.params - 2 * 4 * 4096) == "4371.0"
 
@@ -160,7 +161,7 @@ def run(*flags: str) -> Result:
     return CliRunner().invoke(main, ["card", *flags])
 
 
-def test_an_unknown_name_lists_the_close_ones():
+def test_an_unknown_name_lists_similar_names():
     result = run("--arch", "lstm_moe_lm_4096")
     assert result.exit_code == 1
     message = "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'"

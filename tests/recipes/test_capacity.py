@@ -24,11 +24,10 @@ def run(**variables):
 
 
 def test_all_models_cost_the_same_and_hold_more_and_more():
-    # By hand at D = 64: an LSTM has 8 x 64 x 64 = 32,768 weights, an expert 2 x 64 x 128 = 16,384.
-    # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072; gates come on top,
-    # 2 x 64 for each expert of a flat one, and 2 x 64 x 16 x (1 + 2) in two levels
-    # (32 x 32 of 1024). LSTMs have 4 x
-    # 64 biases.
+    # At D = 64, an LSTM has 8 x 64 x 64 = 32,768 weights, and an expert has 2 x 64 x 128 = 16,384.
+    # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072. Gates add 2 x 64
+    # weights for each expert of a flat gate, and 2 x 64 x 16 x (1 + 2) with two levels (32 x 32
+    # groups and experts for 1024). LSTMs have 4 x 64 biases.
     found = {
         name: {"0.0": {"seed-1": capacity.Result(2.0, 2.0)}} for name in capacity.model_options(64)
     }
@@ -48,7 +47,7 @@ def make_results(**valid):
     return {seed: capacity.Result(value, 9.0) for seed, value in valid.items()}
 
 
-def test_dropout_is_chosen_on_valid_alone():
+def test_dropout_is_chosen_only_on_valid():
     results = {"0.0": make_results(a=10.0, b=20.0), "0.1": make_results(a=14.0, b=15.0)}
     results["0.0"]["a"] = capacity.Result(10.0, 1.0)
     assert capacity.choose_dropout(results) == "0.1"
@@ -104,10 +103,10 @@ def test_from_text_to_table(tmp_path, mode):
     table = (tmp_path / "work/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| moe_16"]
     assert (tmp_path / "work/updates.png").is_file()
-    # Finished trainings are not repeated, and another width needs another folder.
+    # Finished runs are not repeated, and another width needs another folder.
     again = run(**variables)
     assert again.stdout.count("seed 1: done before") == 1
-    # An interrupted training continues from its last checkpoint.
+    # An interrupted run continues from its last checkpoint.
     trained = tmp_path / "work/runs/moe_16/dropout-0.1/seed-1"
     (trained / "done").unlink()
     again = run(**variables)
@@ -129,7 +128,7 @@ def test_valid_is_the_end_of_train_and_blank_lines_are_left_out(tmp_path):
     assert texts == ["a b\nc\n", "d e\nf\n", "g\n"]
 
 
-def test_several_texts_are_trained_on_and_valid_may_be_a_text_of_its_own(tmp_path):
+def test_several_texts_are_trained_on_and_valid_may_be_a_separate_text(tmp_path):
     texts = {name: tmp_path / name for name in ("one", "two", "valid", "test")}
     for name, path in texts.items():
         path.write_text(f"{name}\n")
@@ -177,7 +176,7 @@ def test_a_text_shorter_than_valid_is_refused(tmp_path):
         split_text.split_text([tmp_path / "text"], None, tmp_path / "text", 2, tmp_path / "out")
 
 
-def test_without_a_finished_training_there_is_no_report(tmp_path):
+def test_without_a_finished_run_there_is_no_report(tmp_path):
     with pytest.raises(ValueError, match="has no finished training"):
         capacity.collect(tmp_path)
 

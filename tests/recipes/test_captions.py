@@ -1,4 +1,4 @@
-"""The recipe for one language model: a run on a tiny text, its figures, refusals."""
+"""The recipe for one language model: a run on a tiny text, its figures, and refusals."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_from_text_to_perplexity(tmp_path):
             line,
         )
         assert found, line
-        # 26 pieces, </s> and <unk>, hardly trained.
+        # The model has 26 pieces, </s> and <unk>, and is hardly trained.
         assert 10 < float(found[1]) < 40
         counts = [int(number.replace(",", "")) for number in found.groups()[1:]]
         assert counts == [len(pieces.split()) + 20, 20 * 5, len(text) - 20]
@@ -123,7 +123,7 @@ def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
     assert message in refusal(done)
 
 
-def test_words_after_the_scripts_are_refused():
+def test_arguments_of_the_scripts_are_refused():
     for script in ("prepare.sh", "evaluate.sh"):
         assert f"{script} takes no arguments but --help, not 'x'" in refusal(run(script, "x"))
     assert "train.sh takes flags of fairseq-train" in refusal(run("train.sh", "x"))

@@ -31,7 +31,7 @@ def test_the_last_loss_of_a_log_is_read(tmp_path):
     assert read_log("loss", log).stdout == "4.125 1008\n"
 
 
-def test_a_log_that_breaks_off_is_refused(tmp_path):
+def test_an_incomplete_log_is_refused(tmp_path):
     log = tmp_path / "log"
     log.write_text("Evaluated 8 tokens\n")
     for command, what in (("loss", "loss of fairseq-eval-lm"), ("perplexities", "perplexity")):
@@ -52,7 +52,7 @@ def test_perplexities_of_all_directions_are_read(tmp_path):
     assert read_log("perplexities", log).stdout == "en-fr 2.5\nfr-en 4\n"
 
 
-# As fairseq-train writes them with `--log-format json`.
+# Log lines as fairseq-train writes them with `--log-format json`.
 TRAINING = """\
 t | INFO | fairseq_cli.train | {'_name': None, 'common': {'ppl': 1}}
 t | INFO | train_inner | {"epoch": 1, "update": 0.5, "nll_loss": "4", "ppl": "16.1", "wps": "120", \
@@ -64,7 +64,7 @@ t | INFO | train | {"epoch": 1, "train_ppl": "9.9", "train_num_updates": "40"}
 """
 
 
-def test_a_training_shows_a_short_line_of_each_report_and_keeps_all_in_the_log(tmp_path):
+def test_training_shows_a_short_line_for_each_report_and_keeps_everything_in_the_log(tmp_path):
     (tmp_path / "lines").write_text(TRAINING)
     log = tmp_path / "log"
     log.write_text("before\n")
@@ -77,7 +77,7 @@ def test_a_training_shows_a_short_line_of_each_report_and_keeps_all_in_the_log(t
     assert log.read_text() == "before\n" + TRAINING
 
 
-def test_a_training_that_fails_ends_with_the_end_of_its_log(tmp_path):
+def test_training_that_fails_shows_the_end_of_its_log(tmp_path):
     done = call("train_logged", tmp_path / "log", "bash", "-c", "echo reason >&2; exit 3")
     assert done.returncode == 1
     assert done.stderr.startswith("reason\nerror: training failed; the whole log is ")
@@ -87,7 +87,7 @@ def test_a_training_that_fails_ends_with_the_end_of_its_log(tmp_path):
 def test_settings_are_fixed_once_a_checkpoint_exists(result, tmp_path):
     folder = tmp_path / "run"
     assert call("keep_settings", folder, "rate 1").returncode == 0
-    # The training was refused, or stopped before its first checkpoint.
+    # Training was refused, or stopped before its first checkpoint.
     assert call("keep_settings", folder, "rate 2").returncode == 0
     (folder / result).parent.mkdir(parents=True, exist_ok=True)
     (folder / result).touch()
@@ -122,7 +122,7 @@ def test_a_number_above_0_is_a_decimal_number():
         ("UPDATES=4; AVERAGE=3; SAVE_INTERVAL=2", "AVERAGE x SAVE_INTERVAL = 6 must not exceed"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_by_name(setting, message):
+def test_an_impossible_setting_is_refused_by_name(setting, message):
     done = call(f"{setting}; check_settings")
     assert done.returncode == 1
     assert message in done.stderr
@@ -137,7 +137,7 @@ def test_every_script_checks_settings_before_it_needs_an_environment():
         assert text.index("\ncheck_settings\n") < text.index("\nuse_environment")
 
 
-def test_a_log_of_other_settings_is_put_aside(tmp_path):
+def test_a_log_with_other_settings_is_set_aside(tmp_path):
     folder = tmp_path / "run"
     call("keep_settings", folder, "rate 1")
     (folder / "train.log").write_text("old\n")

@@ -101,7 +101,7 @@ def test_languages_have_the_same_templates_and_words(language):
         assert len(getattr(english, name)) == len(getattr(other, name)), name
 
 
-def test_no_sentence_stands_in_two_parts(tmp_path):
+def test_no_sentence_occurs_in_two_parts(tmp_path):
     sizes = {"train": 900, "valid": 50, "test": 50}
     make_corpus.write_corpus(tmp_path, "fr", sizes, seed=3)
     for language in ("en", "fr"):

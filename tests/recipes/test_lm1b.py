@@ -20,12 +20,12 @@ TINY = {
     **{"SLICE": 1, "SHARDS": 2, "SHARD_LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8},
     **{"BATCH_WORDS": 200, "MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
 }
-# An archive truncated in its end mark or in gzip's checksum still lists all its files.
+# An archive that is truncated in its end mark or in gzip's checksum still lists all its files.
 END_OF_GZIP = 6
 
 
 def write_archive(folder, texts):
-    """Write an archive of the benchmark's layout; return the variables that point to it."""
+    """Write an archive with the benchmark's layout; return the variables that point to it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{fetch.NAME}.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -64,8 +64,8 @@ def run(script, folder, *arguments, **variables):
 
 def test_from_the_archive_to_perplexity(tmp_path):
     texts = make_texts()
-    # fairseq splits at each of these characters, and the last ends its lines; the benchmark has
-    # words that contain them, and words separated by the last.
+    # fairseq splits at each of these characters, and the last one ends its lines. The benchmark has
+    # words that contain these characters, and words separated by the last one.
     cut = "\u0085 w2\u00a0w3 w4\u2028w5 w6\rw7\n".encode()
     for name in (fetch.train_shard(1), fetch.held_out_shard(0)):
         texts[name] = cut + texts[name]
@@ -130,7 +130,7 @@ def test_each_word_stays_one_word_and_none_becomes_another():
     assert kept == (
         "a<U+0085>b a<U+00A0>b a<U+003C>U+0085>b a<U+3000 <U+003C>U+0085><U+3000> <U+001C> a&b\n"
     )
-    # As fairseq splits.
+    # split() splits like fairseq.
     assert len(kept.split()) == len(set(kept.split())) == len(words)
     assert fetch.keep_words(b"a\tb\fc\vd\re\r\n") == b"a b c d e\n"
     assert fetch.keep_words(b"a \xff") == b"a \xff\n"
@@ -148,14 +148,14 @@ def test_an_altered_archive_is_refused_with_both_digests_and_removed(tmp_path):
     assert run("prepare.sh", tmp_path, **archive).returncode == 0
 
 
-def test_without_a_digest_the_public_one_counts(tmp_path):
+def test_without_a_digest_the_public_digest_is_used(tmp_path):
     archive = write_archive(tmp_path / "mirror", make_texts())
     error = refusal(run("prepare.sh", tmp_path, LM1B_MIRROR=archive["LM1B_MIRROR"]))
     assert fetch.SHA256 in error
 
 
 @pytest.mark.parametrize("kept", [0.5, -END_OF_GZIP], ids=["half", "checksum"])
-def test_an_archive_that_is_cut_off_is_refused(kept, tmp_path):
+def test_a_truncated_archive_is_refused_by_the_recipe(kept, tmp_path):
     write_archive(tmp_path / "mirror", make_texts())
     path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
     content = path.read_bytes()
@@ -175,7 +175,7 @@ def test_a_damaged_checksum_is_refused(tmp_path):
         fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
 
 
-def test_a_missing_archive_names_its_address_and_the_way_out(tmp_path):
+def test_a_missing_archive_is_named_with_its_address_and_a_remedy(tmp_path):
     (tmp_path / "mirror").mkdir()
     error = refusal(run("prepare.sh", tmp_path, LM1B_MIRROR=(tmp_path / "mirror").as_uri()))
     assert re.search(rf"file://.*{fetch.NAME}\.tar\.gz: .*No such file", error)
@@ -201,7 +201,7 @@ def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path):
     assert "text/train`, line 2" in error
 
 
-def test_words_are_counted_as_the_published_ones_were(tmp_path):
+def test_words_are_counted_as_in_the_published_counts(tmp_path):
     # Only bytes of white space separate words: no-break space, next line and zero
     # width space do not, and a word of only the latter two counts, unlike in `wc -w`.
     text = "one two\u00a0three\n\u0085 \u200b four\n\n"
@@ -211,7 +211,7 @@ def test_words_are_counted_as_the_published_ones_were(tmp_path):
     assert found.scored == 8
 
 
-def test_published_training_figures_fit_together():
+def test_published_training_figures_are_consistent():
     # The benchmark's README counts a mark at both ends of a sentence.
     sentences, words = (counts.PUBLISHED["train", what] for what in ("sentences", "words"))
     assert words + 2 * sentences == 829_250_940
@@ -244,7 +244,7 @@ def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch):
 
 
 def pretend_fetched(work, text, settings):
-    """Write what `prepare.sh` has after its first step, with `text` in all three parts."""
+    """Write the files that `prepare.sh` has after its first step, with `text` in all parts."""
     (work / "text").mkdir(parents=True)
     for part in ("train", "valid", "test"):
         (work / "text" / part).write_text(text)
@@ -310,7 +310,7 @@ def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
     assert "fetch" not in done.stdout or script == "prepare.sh"
 
 
-def test_a_word_that_is_not_a_flag_is_refused_immediately(tmp_path):
+def test_an_argument_that_is_not_a_flag_is_refused_immediately(tmp_path):
     done = run("train.sh", tmp_path, "bogus")
     assert "takes flags of fairseq-train, which begin with -, not 'bogus'" in refusal(done)
     assert not done.stdout

@@ -23,7 +23,7 @@ SPLITS = {"train": SENTENCES, "val": SENTENCES[3:12], "test_2016_flickr": SENTEN
 
 
 def make_corpus(folder):
-    """Write a folder in the form of the corpus, with its digests; return both."""
+    """Write a folder with the layout of the corpus, and its digests; return both."""
     digests = folder.parent / "SHA256SUMS"
     (folder / "tok").mkdir(parents=True)
     for split, pairs in SPLITS.items():
@@ -94,10 +94,10 @@ def test_from_text_to_scores(corpus, tmp_path):
     assert "Choose another RUN" in other.stderr
 
 
-def test_back_translated_captions_are_trained_on_beside_the_corpus(corpus, tmp_path):
+def test_back_translated_captions_are_trained_on_together_with_the_corpus(corpus, tmp_path):
     folder, digests = corpus
     captions = tmp_path / "captions.de.gz"
-    # One caption equals a sentence of val except for case and full stop, one is blank.
+    # One caption equals a sentence of val except for case and full stop, and one is blank.
     held_back = SPLITS["val"][0][1].upper().removesuffix(".")
     lines = ["Ein roter Hund ruht.", held_back, "", "Ein schwarzer Kater ruht."]
     captions.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
@@ -203,7 +203,7 @@ def test_a_wrong_setting_is_refused_at_once(tmp_path, script, arguments, variabl
 
 
 @pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh", "back_translate.sh"])
-def test_help_says_what_to_give(script):
+def test_help_lists_the_variables(script):
     done = run(script, "--help")
     assert done.returncode == 0
     assert f"{script} " in done.stdout
@@ -256,7 +256,7 @@ BAD_ANSWERS = [
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_ANSWERS)
-def test_a_bad_download_is_named_not_kept_and_asked_again(server, tmp_path, bad, message):
+def test_a_bad_download_is_named_discarded_and_repeated(server, tmp_path, bad, message):
     Handler.answers = [bad, answer(TEXT)]
     digest = hashlib.sha256(TEXT).hexdigest()
     with pytest.raises(ValueError, match=message):
@@ -267,7 +267,7 @@ def test_a_bad_download_is_named_not_kept_and_asked_again(server, tmp_path, bad,
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_an_unreachable_address_is_named_with_the_way_out(tmp_path):
+def test_an_unreachable_address_is_named_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="(?s)http://127.0.0.1:9/.*name a folder or mirror"):
         fetch.fetch(NAME, "0" * 64, tmp_path, None, "http://127.0.0.1:9")
 

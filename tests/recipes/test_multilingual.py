@@ -41,7 +41,7 @@ TINY = {
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder in the form of TATOEBA_DIR; Spanish has fewer sentences."""
+    """Return a folder with the layout of TATOEBA_DIR, in which Spanish has fewer sentences."""
     for language in ("fr", "es"):
         folder = tmp_path / "tatoeba" / f"en-{language}"
         folder.mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
         ("evaluate.sh", {}, "average.pt is missing: train it"),
     ],
 )
-def test_a_variable_that_cannot_be_is_named(
+def test_an_impossible_variable_is_named(
     script: str, variables: dict[str, str], message: str, corpus: Path, tmp_path: Path
 ):
     given = TINY | {"TATOEBA_DIR": corpus, "WORK": tmp_path / "work"} | variables
@@ -105,7 +105,7 @@ def test_a_variable_that_cannot_be_is_named(
     assert message in done.stderr
 
 
-def test_a_word_that_is_not_a_flag_is_refused_immediately(corpus: Path, tmp_path: Path):
+def test_an_argument_that_is_not_a_flag_is_refused_immediately(corpus: Path, tmp_path: Path):
     given = TINY | {"TATOEBA_DIR": corpus, "WORK": tmp_path / "work"}
     done = run("train.sh", "moe", **given)
     assert done.returncode == 1

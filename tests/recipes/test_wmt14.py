@@ -28,7 +28,7 @@ PAIRS = [
     for animal, animal_fr in ANIMALS.items()
 ]
 LONG = ("word " * 300, "mot " * 300)
-# Unusable pairs: an empty side, a side that is not UTF-8, sides of different lengths.
+# These pairs are unusable: an empty side, a side that is not UTF-8, sides of different lengths.
 BAD_PAIRS = [("Nobody answers.", "\t"), ("A broken line.", b"Une ligne \xff."), LONG]
 
 
@@ -53,8 +53,8 @@ def write_archive(path, members):
 def choose_pairs(part):
     """Choose the sentences of a corpus; the training corpora have 25 pairs each.
 
-    Europarl has three more, to be removed; News Commentary ends with a Unicode line separator,
-    which ends no line.
+    Europarl has three more pairs, which must be removed. News Commentary ends with a Unicode line
+    separator, which does not end a line.
     """
     if part["name"] == "europarl-v7":
         return PAIRS + BAD_PAIRS
@@ -71,7 +71,7 @@ def to_member(name, lines):
 
 
 def make_mirror(folder):
-    """Write all archives in miniature, and their manifest."""
+    """Write miniatures of all archives, and their manifest."""
     manifest = archives.read_manifest(archives.MANIFEST)
     members = {}
     for part in itertools.chain.from_iterable(manifest["parts"].values()):
@@ -122,12 +122,12 @@ def read(path):
     return path.read_bytes().decode().split("\n")[:-1]
 
 
-def test_all_of_prepare_for_french_twice(mirror):
+def test_preparing_french_runs_all_steps_once(mirror):
     done = run("fr", "prepare.sh", **settings(mirror))
     assert done.returncode == 0, done.stdout + done.stderr
     work = mirror.parent / "work"
 
-    # Five corpora of 25 pairs; cleaning removes two of the three bad ones, splitting one.
+    # There are five corpora of 25 pairs. Cleaning removes two of the three bad pairs, cutting one.
     assert "train: 126 pairs; 1 left out: empty side; 1 left out: not UTF-8" in done.stdout
     assert "train: 125 pairs; 1 left out: over 250 pieces" in done.stdout
     for language in ("en", "fr"):
@@ -136,8 +136,8 @@ def test_all_of_prepare_for_french_twice(mirror):
         assert len(read(work / "pieces" / f"test.{language}")) == 4
         # every 4th of 126 pairs
         assert len(read(work / "text" / f"sample.{language}")) == 31
-    # The source's punctuation is normalised, the target's kept; the French space becomes a plain
-    # one.
+    # The punctuation of the source is normalised and that of the target is kept; the French space
+    # becomes a plain space.
     assert read(work / "text" / "test.en")[0].endswith('reads "News," and rests.')
     assert read(work / "text" / "test.fr")[0].endswith("lit « News » !")
     assert (work / "data-bin" / "train.en-fr.fr.bin").stat().st_size > 0
@@ -216,7 +216,7 @@ def train_and_evaluate(variables):
         ),
     ],
 )
-def test_the_training_has_the_papers_batch_on_any_number_of_gpus(tmp_path, variables, parts):
+def test_training_has_the_papers_batch_on_any_number_of_gpus(tmp_path, variables, parts):
     done = run("fr", "train.sh", "--dry-run", WORK=tmp_path / "work", **variables)
     assert done.returncode == 0, done.stderr
     for part in parts:
@@ -231,7 +231,7 @@ def test_the_slurm_template_starts_a_task_for_each_gpu():
     assert "--arch lstm_moe_gnmt_2048h " in done.stdout
 
 
-def test_gnmts_search_is_passed_on_when_it_is_given(tmp_path):
+def test_gnmts_search_is_passed_on_if_it_is_given(tmp_path):
     values = {"LENGTH_PENALTY_ALPHA": 0.2, "COVERAGE_PENALTY_BETA": 0.2, "BEAM_PRUNE": 3.0}
     done = run("de", "evaluate.sh", "--dry-run", WORK=tmp_path / "work", **values)
     flags = "--length-penalty-alpha 0.2 --coverage-penalty-beta 0.2 --beam-prune 3.0"
@@ -261,7 +261,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_dry_run_prints_every_step_and_does_none(mirror, tmp_path):
+def test_a_dry_run_prints_every_step_and_runs_none(mirror, tmp_path):
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": would run") == 8 + 8 + 7
@@ -297,7 +297,7 @@ def extract(mirror, name, pair="fr"):
     return archives.extract(part, pair, archive, mirror.parent / "raw")
 
 
-def test_a_truncated_archive_is_refused_and_asked_again(mirror):
+def test_a_truncated_archive_is_refused_and_downloaded_again(mirror):
     path = mirror / NEWS
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -308,7 +308,7 @@ def test_a_truncated_archive_is_refused_and_asked_again(mirror):
     assert fetch(mirror).read_bytes() == whole
 
 
-def test_a_missing_archive_is_named_with_its_address_and_the_way_out(mirror):
+def test_a_missing_archive_is_named_with_its_address_and_a_remedy(mirror):
     (mirror / NEWS).unlink()
     with pytest.raises(
         ValueError, match=r"(?s)nc-v9.tgz could not be .* file:///.*mirror that has"
@@ -316,7 +316,7 @@ def test_a_missing_archive_is_named_with_its_address_and_the_way_out(mirror):
         fetch(mirror)
 
 
-def test_an_archive_without_digest_is_held_to_its_first_download(mirror):
+def test_an_archive_without_a_digest_must_match_its_first_download(mirror):
     path = fetch(mirror, UN)
     assert fetch(mirror, UN) == path
     path.unlink()
@@ -354,7 +354,7 @@ def test_a_text_that_is_too_large_for_its_lines_is_refused(mirror):
         archives.extract(part, "fr", mirror / "x.tar", mirror.parent / "raw")
 
 
-def test_a_disk_that_was_full_while_extracting_leaves_nothing_in_the_way(mirror, monkeypatch):
+def test_a_disk_that_was_full_while_extracting_does_not_block_the_next_run(mirror, monkeypatch):
     def fill_disk(stream, limit, name):
         yield stream.read(5)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -380,12 +380,12 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
-    # The two archives before it were stamped; no corpus is extracted before all archives are there.
+    # The two archives before it are done; no corpus is extracted before all archives are there.
     assert done.stdout.count("done before") == 2
 
 
 def respond(mirror, content, pair="fr", **changes):
-    """Put another News Commentary into the mirror, and its bytes into the manifest."""
+    """Put another News Commentary into the mirror, and its size into the manifest."""
     path = mirror / NEWS
     if isinstance(content, dict):
         write_archive(path, content)
@@ -411,7 +411,7 @@ EN, FR = ("training/news-commentary-v9.fr-en." + language for language in ("en",
         pytest.param({"../evil": b"x", EN: b"", FR: b""}, "archive is unsafe: .*evil", id="unsafe"),
     ],
 )
-def test_an_archive_of_other_content_is_refused(mirror, members, message):
+def test_an_archive_with_other_contents_is_refused(mirror, members, message):
     respond(mirror, members)
     with pytest.raises(ValueError, match=message):
         extract(mirror, "news-commentary-v9")
@@ -431,7 +431,7 @@ def test_a_link_in_an_archive_is_not_followed(mirror):
         extract(mirror, "news-commentary-v9")
 
 
-def test_an_archive_that_ends_in_its_middle_is_refused(mirror):
+def test_an_incomplete_archive_is_refused(mirror):
     noise = os.urandom(5000).hex().encode() + b"\n"
     write_archive(mirror / NEWS, {EN: noise, FR: noise})
     respond(mirror, (mirror / NEWS).read_bytes()[:3000])

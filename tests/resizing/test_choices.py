@@ -1,4 +1,4 @@
-"""Which experts are kept, and how merging and upcycling change weights."""
+"""Tests of which experts are kept, and of how merging and upcycling change weights."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def test_each_layer_keeps_its_best():
     assert kept == {"encoder": [0, 2, 4], "decoder": [5, 6, 7]}
 
 
-def test_groups_keep_as_many_each():
+def test_groups_keep_equal_numbers():
     shares = {"decoder": shares_of(9, 8, 7, 6, 1, 2, 3, 4)}
     assert choose_experts(shares, {"decoder": GROUPS}, 4) == {"decoder": [0, 1, 6, 7]}
 
@@ -37,13 +37,13 @@ def test_groups_keep_as_many_each():
     st.integers(2, 6),
 )
 @settings(max_examples=50, deadline=None)
-def test_the_least_used_of_all_layers_go(first, second, keep):
+def test_the_least_used_experts_of_all_layers_are_removed(first, second, keep):
     moe = {"encoder": FLAT, "decoder": replace(FLAT, num_experts=6)}
     shares = {"encoder": shares_of(*first, 1e-9)[:8], "decoder": shares_of(*second, 1e-9)[:6]}
     kept = choose_experts(shares, moe, keep, "model")
     assert sum(map(len, kept.values())) == 2 * keep
     assert min(map(len, kept.values())) >= FLAT.top_k
-    # By definition: each layer's best two, then the best of all the others.
+    # By definition, these are each layer's best two, then the best of all the others.
     ranked = {
         name: sorted(range(one.num_experts), key=lambda e, name=name: (-float(shares[name][e]), e))
         for name, one in moe.items()
@@ -66,7 +66,7 @@ def test_the_least_used_of_all_layers_go(first, second, keep):
         (FLAT, 4, "all", "`scope` must be one of 'layer', 'model'"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(config, keep, scope, words):
+def test_impossible_numbers_of_experts_are_refused(config, keep, scope, words):
     with pytest.raises(ValueError, match=words):
         choose_experts({"decoder": torch.ones(8) / 8}, {"decoder": config}, keep, scope)
 
@@ -124,16 +124,16 @@ def test_an_expert_weighs_as_much_as_its_share():
 
 
 @pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced", "softmax"])
-def test_an_upcycled_layer_computes_what_the_dense_one_does(gate):
+def test_an_upcycled_layer_gives_the_same_results_as_the_dense_one(gate):
     module, layer = make_layer(replace(ONE, gate=gate))
     changed = upcycle(layer, 6, 2)
     assert changed.moe == replace(layer.moe, num_experts=6, top_k=2)
     x = torch.randn(30, 8, dtype=torch.float64)
     new = as_module(changed)
-    if gate != "strictly_balanced":  # which may leave a token without experts in evaluation
+    if gate != "strictly_balanced":  # that gate may leave a token without experts in evaluation
         torch.testing.assert_close(new(x)[0], module(x)[0], rtol=0, atol=1e-12)
         assert measure_difference(layer, changed) < 1e-12
-    # In training, noise takes part in the choice, and still nothing changes.
+    # In training, noise affects the choice, but still nothing changes.
     torch.testing.assert_close(new.train()(x)[0], module.train()(x)[0], rtol=0, atol=1e-12)
 
 

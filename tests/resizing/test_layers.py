@@ -50,7 +50,7 @@ def choose(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return logits.masked_fill(~kept, -math.inf).softmax(dim=1)
 
 
-def test_tokens_choose_among_the_experts_that_are_left():
+def test_tokens_choose_among_the_remaining_experts():
     module, layer = make_layer(FLAT)
     x = torch.randn(20, 8, dtype=torch.float64)
     logits = x @ module.gate.gate_weight
@@ -88,7 +88,7 @@ def test_strictly_balanced_gates_keep_their_thresholds(config):
     as_module(taken)  # must have the parameters of such a layer
 
 
-def test_all_experts_taken_are_the_same_layer():
+def test_taking_all_experts_gives_the_same_layer():
     for config in (FLAT, GROUPS, replace(FLAT, gate="softmax")):
         _, layer = make_layer(config)
         taken = layer.take(range(8))
@@ -105,7 +105,7 @@ def test_what_cannot_be_taken_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_experts_of_a_bundle_are_read_and_stored_as_it_stores_them(dtype):
+def test_experts_of_a_bundle_are_read_and_stored_in_its_format(dtype):
     _, layer = make_layer(FLAT)
     weights = {name: value.float() for name, value in layer.experts.items()}
     stored = {}

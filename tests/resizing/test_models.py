@@ -130,7 +130,7 @@ def test_a_model_without_experts_is_refused(tmp_path):
         read_model(tmp_path / "nothing.pt")
 
 
-def test_an_output_that_exists_stays(tmp_path):
+def test_an_existing_output_is_not_replaced(tmp_path):
     folder, _ = make_bundle(tmp_path)
     model = read_model(folder)
     with pytest.raises(ValueError, match="--overwrite"):

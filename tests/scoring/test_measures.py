@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from nmt_moe.cli import main
 from nmt_moe.scoring import measures as lib
 
-# The two sentences of public descriptions of BLEU (Papineni et al. 2002, NLTK).
+# Two sentences that are used in public descriptions of BLEU (Papineni et al. 2002, NLTK).
 GUIDE = [
     "it is a guide to action which ensures that the military always obeys the commands of "
     "the party .",
@@ -19,7 +19,7 @@ GUIDE_REFERENCE = [
     "it is a guide to action that ensures that the military will forever heed Party commands .",
     "he was interested in world history because he read the book .",
 ]
-# multi-bleu.perl of mosesdecoder@31473d88 on them, without and with -lc:
+# The output of multi-bleu.perl of mosesdecoder@31473d88 for them, without and with -lc:
 #   BLEU = 50.40, 77.4/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
 #   BLEU = 50.92, 80.6/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
 CASED, LOWERED = 50.40, 50.92
@@ -58,7 +58,7 @@ def test_lower_cased_multi_bleu_is_that_of_the_original_script():
 
 def test_a_short_translation_pays_the_brevity_penalty_by_hand():
     found = lib.score(measures()["multi-bleu"], ["a b c d"], [["a b c d e"]])
-    # every n-gram is right: only the factor exp(1 - 5/4) remains
+    # Every n-gram is right, so only the factor exp(1 - 5/4) remains.
     assert found["score"] == pytest.approx(100 * math.exp(-0.25))
 
 
@@ -67,7 +67,7 @@ def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
 
 
 def test_a_space_outside_ascii_joins_words_as_in_the_original_script():
-    # multi-bleu.perl reads bytes: with a non-breaking space "a b" is one word of four.
+    # multi-bleu.perl reads bytes; with a non-breaking space, "a b" is one word of four.
     found = lib.score(measures()["multi-bleu"], ["a\u00a0b c d e"], [["a\u00a0b c d e"]])
     assert "hyp_len = 4 ref_len = 4" in found["details"]
 
@@ -80,7 +80,7 @@ def test_plain_text_is_tokenised_as_moses_does():
 
 def test_compounds_are_split_from_the_left_without_overlap():
     assert lib.split_compounds("a well-known man") == "a well ##AT##-##AT## known man"
-    # as perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g'
+    # This is the result of perl -ple 's{(\S)-(\S)}{$1 ##AT##-##AT## $2}g'.
     assert lib.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
     assert lib.split_compounds("on - off") == "on - off"
 
@@ -89,7 +89,7 @@ def test_split_compounds_by_hand():
     found = lib.score(
         measures()["multi-bleu-compound-split"], ["the co-op is open"], [["the co-op is shut"]]
     )
-    # the co @-@ op is open: 5/6, 4/5, 3/4, 2/3
+    # The precisions of "the co @-@ op is open" are 5/6, 4/5, 3/4 and 2/3.
     assert found["score"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
     assert "not comparable with GNMT's" in found["signature"]
 
@@ -127,7 +127,7 @@ def test_all_figures_with_signatures_and_json(texts):
     assert "|tok:intl|smooth:exp|" in found["sacrebleu-intl"]["signature"]
     assert "|nc:6|nw:0|" in found["chrf"]["signature"]
     assert "tok:tercom" in found["ter"]["signature"]
-    # Sources have 1 to 19 words, the last 11; it is repeated as its own translation.
+    # Sources have 1 to 19 words, and the last has 11; it is repeated as its own translation.
     rows = [(row["words"], row["sentences"]) for row in report["source"]["rows"]]
     assert rows == [("1-10", 10), ("11-20", 10)]
     assert report["source"]["copies"] == 1
@@ -157,7 +157,7 @@ def test_the_bootstrap_recognises_worse_and_equal_translations(texts):
         assert row["p"] == 1
 
 
-def test_tokenised_texts_get_the_figures_that_take_them_as_they_are(tmp_path):
+def test_tokenised_texts_get_only_the_figures_for_tokenised_text(tmp_path):
     hyp, ref = write(tmp_path / "hyp", GUIDE), write(tmp_path / "ref", GUIDE_REFERENCE)
     done = run(hyp, ref, "--tokenized", "--json")
     found = {row["name"]: round(row["score"], 2) for row in json.loads(done.stdout)["scores"]}

@@ -12,8 +12,8 @@ from nmt_moe.scoring import penalties as tool
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
-# Of sentence 0, the shorter hypothesis is more probable (-2 against -3 bits), but leaves a source
-# word with 0.1 of attention. There are two source words and the end mark.
+# For sentence 0, the shorter hypothesis is more probable (-2 against -3 bits), but leaves a source
+# word with only 0.1 of attention. There are two source words and the end mark.
 SHORT = [
     "D-0\t-1.0\tone two three four",
     "P-0\t-1.0000 -1.0000",
@@ -69,7 +69,7 @@ def test_the_penalties_decide_by_hand():
 def test_the_grid_is_printed_with_its_best(output: Path):
     printed = run(output, "--alphas", 0, "--betas", 0, 0.4).stdout.splitlines()
     assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
-    # Four of five words: precisions are 1, the brevity penalty is exp(1 - 5 / 4).
+    # With four of five words, the precisions are 1 and the brevity penalty is exp(1 - 5 / 4).
     assert printed[1].split() == ["0", f"{100 * math.exp(-0.25):.2f}", "100.00*"]
     assert printed[2].startswith("1 sentences, 2 to 2 hypotheses each; best: alpha 0, beta 0.4")
     assert "nrefs:1" in printed[3]
@@ -100,7 +100,7 @@ def test_the_grid_is_drawn(output: Path, tmp_path: Path):
         ([*SHORT[:2], "A-0\t0.9,0.1"], "2 probabilities, but attention of 1 steps"),
     ],
 )
-def test_output_that_lacks_something_is_refused(lines: list[str], message: str):
+def test_incomplete_output_is_refused(lines: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         tool.read_nbest(lines)
 

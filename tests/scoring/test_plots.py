@@ -50,13 +50,13 @@ def test_entries_are_read_by_split_and_update():
     assert read.curve(["valid.ppl"]) == ([4], [22.6])
     assert read.curve(["train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
-    # The first logged column; no column; a value that is not finite.
+    # These are the first logged column, no column, and a value that is not finite.
     assert read.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["nothing"]) == ([], [])
     assert "train.gnorm" not in read.columns
 
 
-def test_of_two_entries_for_one_update_the_later_counts():
+def test_the_later_of_two_entries_for_an_update_counts():
     read = logs.read_run("resumed", [*LOG, train(4, nll_loss=3.5), train(3, nll_loss=4.2)])
     assert read.curve(["train_inner.nll_loss"]) == ([2, 3, 4], [5.0, 4.2, 3.5])
 
@@ -80,7 +80,7 @@ def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     assert "absent.log" in done.stderr
     message = f"`{tmp_path}/plain.log` contains no entry of fairseq's `--log-format json`"
     assert message in run(*flags, tmp_path / "plain.log").stderr
-    # Also where a label is given.
+    # The same holds if a label is given.
     assert message in run(*flags, f"dense={tmp_path / 'plain.log'}").stderr
     assert str(tmp_path) in run(*flags, tmp_path).stderr
 
@@ -104,7 +104,7 @@ def test_files_of_the_same_name_are_distinguished_by_their_folders(tmp_path: Pat
         (["/x/t.log", "/x/../x/t.log"], ["t", "t"]),
     ],
 )
-def test_names_are_as_long_as_they_must_be(paths: list[str], names: list[str]):
+def test_names_are_only_as_long_as_necessary(paths: list[str], names: list[str]):
     assert list(logs.name_files([Path(path) for path in paths]).values()) == names
 
 
@@ -125,7 +125,7 @@ def test_without_matplotlib_the_message_says_how_to_get_it(
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_runs_are_drawn_also_where_one_lacks_columns(log: Path, tmp_path: Path):
+def test_runs_are_drawn_even_if_one_lacks_columns(log: Path, tmp_path: Path):
     (tmp_path / "dense.log").write_text("\n".join([train(2, nll_loss=5.1), train(4, nll_loss=4.9)]))
     output = tmp_path / "out.png"
     assert run("--output", output, log, f"dense={tmp_path / 'dense.log'}").exit_code == 0
@@ -140,7 +140,7 @@ def test_an_output_that_is_a_folder_ends_in_a_message(log: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
-def test_a_training_loss_that_is_estimated_is_labelled_so():
+def test_an_estimated_training_loss_is_labelled():
     from matplotlib.figure import Figure
 
     marked = [train(2, nll_loss=5.0, sampled_softmax=500, moe_cv_load=0.5), LOG[3]]

@@ -6,18 +6,18 @@ from nmt_moe.scoring.words import f_measure_by_frequency
 
 
 def test_words_by_frequency_by_hand():
-    # In the references: a 5 times, b and c once, d never.
+    # The references have a 5 times, b and c once, and d never.
     references = ["a a b", "a a a c"]
     hypotheses = ["a b b", "d a a a a"]
     rows = f_measure_by_frequency(hypotheses, references, lambda line: line)
     assert [row["frequency"] for row in rows] == ["0", "1", "5-9"]
     never, once, often = rows
     assert (never["words"], never["precision"], never["f_measure"]) == (0, 0.0, 0.0)
-    # b is written twice and right once; c is wanted and not written.
+    # b occurs twice in the translations and is right once; c is missing from them.
     assert once["words"] == 2
     assert once["precision"] == pytest.approx(50.0)
     assert once["recall"] == pytest.approx(50.0)
-    # a: 1 of the first, 3 of the second sentence match; 5 are written, 5 wanted.
+    # For a, 1 of the first and 3 of the second sentence match; both sides have 5.
     assert often["f_measure"] == pytest.approx(100 * 4 / 5)
 
 

@@ -61,7 +61,7 @@ def test_hypotheses_scores_and_evaluated_rows_are_those_of_the_plain_search(
         assert step.evaluated == [set.union(*one) for one in steps]
 
 
-def test_a_sentence_gets_the_same_in_any_batch():
+def test_a_sentence_gets_the_same_results_in_any_batch():
     model, beam = make_model(), BeamConfig(3, search=SearchConfig(0.2, 0.2, 3.0))
     limits = [7, 3, 9, 6, 2]
     together = search(Stepping(model), beam, limits)
@@ -97,7 +97,7 @@ def test_a_prefix_changes_no_other_sentence():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_ngram_comes_twice(size: int):
+def test_no_ngram_is_repeated(size: int):
     found = search(Stepping(make_model(vocab=6)), BeamConfig(4), [9] * B, no_repeat_ngram_size=size)
     free = search(Stepping(make_model(vocab=6)), BeamConfig(4), [9] * B)
     repeats = []

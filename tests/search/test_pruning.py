@@ -37,7 +37,7 @@ def test_the_best_token_stays_whatever_the_margin():
     torch.testing.assert_close(kept.amax(dim=(1, 2)), log_probs.amax(dim=(1, 2)))
 
 
-def test_the_margin_itself_is_near_enough():
+def test_a_token_at_the_margin_is_kept():
     near = within_margin(torch.tensor([-1.0, -4.0, -4.1]), -1.0, margin=3.0)
     assert near.tolist() == [True, True, False]
 

@@ -1,4 +1,4 @@
-"""One live server with a tiny bundle, for all tests without settings of their own."""
+"""A live server with a tiny bundle, for all tests that need no other settings."""
 
 import importlib.util
 from collections.abc import Iterator

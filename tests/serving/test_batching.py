@@ -1,4 +1,4 @@
-"""The queue: what is translated together, what is dropped, and the isolation of failures."""
+"""The queue: what is translated together, what is dropped, and how failures are isolated."""
 
 import threading
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def test_waiting_requests_are_translated_together(batcher: Batcher, recorder: Re
     assert recorder.batches == [["first"], [f"line {n}" for n in range(5)]]
 
 
-def test_other_options_are_another_batch(batcher: Batcher, recorder: Recorder):
+def test_requests_with_other_options_form_another_batch(batcher: Batcher, recorder: Recorder):
     hold(batcher, recorder)
     jobs = [submit(batcher, recorder, str(n), beam=1 + n % 2) for n in range(4)]
     recorder.gate.release(3)
@@ -116,7 +116,7 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
 
 
 def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
-    """Even if its next request arrives before the thread looks: it is not another client's."""
+    """The client's next request may arrive before the thread looks; it is not another client's."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)
     batcher = Batcher()
@@ -129,7 +129,7 @@ def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
     batcher.close()
 
 
-def test_closing_translates_what_waits(recorder: Recorder):
+def test_closing_translates_waiting_requests(recorder: Recorder):
     batcher = Batcher()
     batcher.start()
     hold(batcher, recorder)
@@ -141,7 +141,7 @@ def test_closing_translates_what_waits(recorder: Recorder):
         submit(batcher, recorder, "more")
 
 
-def test_without_batching_one_request_follows_the_other(recorder: Recorder):
+def test_without_batching_requests_are_translated_one_by_one(recorder: Recorder):
     batcher = Batcher(is_batching=False)
     batcher.start()
     hold(batcher, recorder)

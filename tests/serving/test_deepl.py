@@ -46,7 +46,7 @@ def test_the_official_client_lists_languages_and_usage(multilingual: LiveServer)
     assert query.json()[0]["supports_formality"] is False
 
 
-def test_the_official_client_sees_its_mistakes(bundle, client: deepl.DeepLClient):
+def test_the_official_client_reports_mistakes(bundle, client: deepl.DeepLClient):
     with pytest.raises(deepl.DeepLException, match="`target_lang` must be one of bb"):
         client.translate_text(TEXT, target_lang="FR")
     with LiveServer(make_service(bundle, keys=("right",))) as server:
@@ -57,7 +57,7 @@ def test_the_official_client_sees_its_mistakes(bundle, client: deepl.DeepLClient
         assert right.translate_text(TEXT, target_lang="BB").text
 
 
-def test_forms_are_taken(server: LiveServer, translator: Translator):
+def test_forms_are_accepted(server: LiveServer, translator: Translator):
     expected = [one.text for one in translator.translate([TEXT, "cat"])]
     content = {"text": [TEXT, "cat"], "target_lang": "bb"}
     answer = httpx.post(f"{server.url}/v2/translate", data=content, timeout=60).json()
@@ -75,7 +75,7 @@ def test_forms_are_taken(server: LiveServer, translator: Translator):
         ({"text": 3}, "`text` must be a text or a list of texts"),
     ],
 )
-def test_what_is_not_offered_is_named(server: LiveServer, fields: dict, words: str):
+def test_unsupported_options_are_named(server: LiveServer, fields: dict, words: str):
     answer = server.post("/v2/translate", {"text": "a", "target_lang": "bb", **fields})
     assert answer.status_code == 400
     assert words in answer.json()["message"]

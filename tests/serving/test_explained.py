@@ -1,4 +1,4 @@
-"""Our own API: words, attention and experts equal the translator's."""
+"""The project's own API: words, attention and experts equal the translator's."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_experts_are_left_out_on_request(server: LiveServer):
     assert "source_experts" not in sentence
 
 
-def test_a_text_in_the_target_language_stays(multilingual: LiveServer):
+def test_a_text_in_the_target_language_is_unchanged(multilingual: LiveServer):
     text = "Der Mann steht mit seinem Hund auf der Straße und wartet."
     fields = {"texts": [text], "target": "de"}
     [found] = multilingual.post("/v1/translate", fields).json()["translations"]

@@ -1,4 +1,4 @@
-"""Hostile requests: each gets its status and a message, and leaves no trace."""
+"""Hostile requests: each gets a status and a message, and leaves no trace."""
 
 import json
 import random
@@ -230,7 +230,7 @@ def wait_for(condition: Callable[[], object], expected: object) -> None:
         time.sleep(0.01)
 
 
-def test_more_requests_than_may_wait_are_told_to_come_again(held):
+def test_requests_beyond_the_limit_are_told_to_retry(held):
     server, go = held
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(server.translate, "the cat") for _ in range(2)]
@@ -262,7 +262,7 @@ def test_an_aborted_request_is_dropped_from_the_queue(held):
         assert first.result()["translatedText"]
 
 
-def test_a_request_without_time_is_told_so(bundle: Path):
+def test_a_request_that_runs_out_of_time_gets_a_message(bundle: Path):
     with LiveServer(make_service(bundle, time_limit=0.001)) as server:
         answer = server.post("/translate", GOOD)
         assert answer.status_code == 503

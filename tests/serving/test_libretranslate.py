@@ -26,7 +26,7 @@ def test_lines_of_a_text_stay_lines(server: LiveServer, translator: Translator):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\t", "🙂", "123 456", "1.\n\n 🙂\n", "— …"])
-def test_what_has_no_letters_stays_as_it_is(server: LiveServer, text: str):
+def test_text_without_letters_is_unchanged(server: LiveServer, text: str):
     answer = server.translate([text, text], source="auto", alternatives=2)
     assert answer["translatedText"] == [text, text]
     assert answer["alternatives"] == [[], []]
@@ -41,7 +41,7 @@ def test_alternatives_are_other_texts_best_first(server: LiveServer, translator:
     assert others
 
 
-def test_forms_are_taken_like_json(server: LiveServer, translator: Translator):
+def test_forms_are_accepted_like_json(server: LiveServer, translator: Translator):
     [expected] = translator.translate(TEXT)
     fields = {"q": TEXT, "source": "aa", "target": "bb"}
     url = f"{server.url}/translate"
@@ -69,7 +69,7 @@ def test_languages_and_settings(server: LiveServer, multilingual: LiveServer):
     assert settings["language"]["target"] == {"code": "bb", "name": "bb"}
 
 
-def test_a_multilingual_model_translates_from_and_into_any(
+def test_a_multilingual_model_translates_between_all_its_languages(
     multilingual: LiveServer, many, translator: Translator
 ):
     own = Translator.load(many)
@@ -86,7 +86,7 @@ def test_a_multilingual_model_translates_from_and_into_any(
     assert len(ranks) == 3
 
 
-def test_the_only_language_is_the_one_with_no_confidence(server: LiveServer):
+def test_a_single_language_is_detected_with_no_confidence(server: LiveServer):
     answer = server.translate(TEXT, source="auto")
     assert answer["detectedLanguage"] == {"language": "aa", "confidence": 0.0}
 
@@ -127,7 +127,7 @@ def test_a_missing_field_is_named(server: LiveServer):
     assert answer.json()["error"] == "`q` must be a text or a list of texts, but is missing."
 
 
-def test_the_official_client_works_as_it_is(server: LiveServer, translator: Translator):
+def test_the_official_client_works_unchanged(server: LiveServer, translator: Translator):
     client = LibreTranslateAPI(server.url)
     [expected] = translator.translate(TEXT)
     assert client.translate(TEXT, "aa", "bb", timeout=PATIENCE) == expected.text
@@ -135,7 +135,7 @@ def test_the_official_client_works_as_it_is(server: LiveServer, translator: Tran
     assert client.languages(timeout=PATIENCE)[0]["code"] == "aa"
 
 
-def test_clients_at_once_get_their_own_answers(server: LiveServer, translator: Translator):
+def test_concurrent_clients_get_their_own_answers(server: LiveServer, translator: Translator):
     texts = [f"{TEXT} {word}" for word in ("cat", "dog", "house", "tree", "runs", "sees")] * 4
     expected = [one.text for one in translator.translate(texts)]
     with ThreadPoolExecutor(8) as pool:

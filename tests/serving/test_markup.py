@@ -37,13 +37,13 @@ def shout(content: str) -> str:
         ("<script>a", "<script>a</script>"),
     ],
 )
-def test_texts_are_translated_and_marks_kept(content: str, expected: str | None):
+def test_texts_are_translated_and_tags_kept(content: str, expected: str | None):
     if expected is None:
         expected = "<p class='x' title=\"a&amp;b\">A  <B>CAT</b>\n </p>"
     assert shout(content) == expected
 
 
-def test_a_translation_is_text_whatever_it_is():
+def test_a_translation_is_always_treated_as_text():
     split = SplitMarkup("<p>a</p>")
     assert split.join(["<script>alert(1)</script> & </p>"]) == (
         "<p>&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/p&gt;</p>"

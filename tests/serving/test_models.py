@@ -1,4 +1,4 @@
-"""Which bundle translates which languages."""
+"""Tests of which bundle translates which languages."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_multilingual_bundle_overlaps_with_one_of_its_pairs(bundle: Path, many
         Models.open([f"{many}=en:de"])
 
 
-def test_nothing_is_named_twice(bundle: Path):
+def test_languages_and_bundles_must_not_be_named_twice(bundle: Path):
     with pytest.raises(ValueError, match="must have two languages, but has en twice"):
         Models.open([f"{bundle}=en:en"])
     with pytest.raises(ValueError, match="at least one bundle"):

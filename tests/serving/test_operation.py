@@ -25,7 +25,7 @@ def call(*arguments: object):
     return CliRunner().invoke(main, ["serve", *map(str, arguments)])
 
 
-def test_keys_are_asked_for_when_there_are_any(bundle: Path, tmp_path: Path):
+def test_keys_are_required_if_there_are_any(bundle: Path, tmp_path: Path):
     path = tmp_path / "keys"
     path.write_text("# for tests\nfirst\n\n second \n")
     keys = read_keys(path)
@@ -51,7 +51,7 @@ def test_keys_are_asked_for_when_there_are_any(bundle: Path, tmp_path: Path):
         assert settings["keyRequired"] is True
 
 
-def test_files_of_keys_are_checked(tmp_path: Path):
+def test_key_files_are_checked(tmp_path: Path):
     path = tmp_path / "keys"
     for content, message in ((b"\n# a\n", "has no key"), (b"a b", "line 1"), (b"\xff", "UTF-8")):
         path.write_bytes(content)
@@ -61,7 +61,7 @@ def test_files_of_keys_are_checked(tmp_path: Path):
     assert not Keys(["a", "b"]).know("ab")
 
 
-def test_only_named_origins_may_ask(bundle: Path, server: LiveServer):
+def test_only_named_origins_may_send_requests(bundle: Path, server: LiveServer):
     other = {"Origin": "https://other.org"}
     assert "access-control-allow-origin" not in server.post("/translate", FIELDS, **other).headers
     with LiveServer(make_service(bundle, origins=("https://good.org",))) as open_server:

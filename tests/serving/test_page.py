@@ -156,7 +156,7 @@ def test_languages_are_swapped(page: Page, expected: str):
 
 
 @needs_chromium
-def test_errors_are_said(page: Page):
+def test_errors_are_shown(page: Page):
     page.route("**/v1/translate", lambda r: r.fulfill(status=400, json={"error": "Too many."}))
     page.fill("#input", TEXT)
     expect(page.locator("#status")).to_have_text("Too many.")
@@ -169,7 +169,7 @@ def test_errors_are_said(page: Page):
 
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_all_without_scrolling_sideways(
+def test_a_phone_shows_everything_without_scrolling_sideways(
     browser: Browser, multilingual: LiveServer, scheme
 ):
     page = open_page(browser, multilingual, color_scheme=scheme, **PHONE)
@@ -187,7 +187,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(
 
 
 @needs_chromium
-def test_a_key_is_asked_for_where_one_is_needed(browser: Browser, bundle: Path, page: Page):
+def test_a_key_is_requested_if_one_is_needed(browser: Browser, bundle: Path, page: Page):
     assert page.locator("#key").is_hidden()
     with LiveServer(make_service(bundle, keys=("right",))) as server:
         guarded = open_page(browser, server)
@@ -199,7 +199,7 @@ def test_a_key_is_asked_for_where_one_is_needed(browser: Browser, bundle: Path, 
         guarded.context.close()
 
 
-def test_the_page_names_no_address_and_its_policy_allows_none(server: LiveServer):
+def test_the_page_refers_to_no_other_server_and_its_policy_allows_none(server: LiveServer):
     answer = httpx.get(f"{server.url}/")
     assert "//" not in answer.text.replace("// ", "")
     policy = answer.headers["content-security-policy"]

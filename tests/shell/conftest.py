@@ -1,4 +1,4 @@
-"""Fixtures of the shell's tests: tiny corpora, binarised, and models trained on them."""
+"""Fixtures of the shell's tests: tiny binarised corpora, and models trained on them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Binarised with one dictionary for both languages."""
+    """A tiny corpus, binarised with one dictionary for both languages."""
     folder = tmp_path_factory.mktemp("data")
     call("preprocess", *preprocess_flags(corpus, folder), "--joined-dictionary")
     return folder
@@ -26,7 +26,7 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training: 8 epochs of 6 updates."""
+    """The folder of an uninterrupted training run: 8 epochs of 6 updates."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--max-epoch", 8, "--save-interval-updates", 8]
     call("train", data, *TINY_MOE, *flags, "--save-dir", folder)

@@ -1,4 +1,4 @@
-"""Bad input ends a command with one message; files already written are kept."""
+"""Bad input ends a command with one message; existing files are kept."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,9 @@ def own_corpus(tmp_path: Path) -> Path:
 # Sentences
 
 
-def test_an_empty_line_trains_and_translates_with_the_others(own_corpus: Path, tmp_path: Path):
+def test_an_empty_line_is_trained_on_and_translated_with_the_others(
+    own_corpus: Path, tmp_path: Path
+):
     put(own_corpus, "train.aa", 3, "")
     put(own_corpus, "train.bb", 5, "")
     put(own_corpus, "test.aa", 2, "")
@@ -64,7 +66,7 @@ def test_a_line_of_5000_tokens_is_left_out_of_training_by_its_number(
     assert "first few sample ids=[2]" in done.text
 
 
-def test_a_line_of_5000_tokens_in_a_test_set_names_the_option_that_leaves_it_out(
+def test_for_a_line_of_5000_tokens_in_a_test_set_the_message_names_the_option_that_leaves_it_out(
     own_corpus: Path, data: Path, checkpoint: Path
 ):
     put(own_corpus, "test.aa", 3, LONG)
@@ -76,7 +78,9 @@ def test_a_line_of_5000_tokens_in_a_test_set_names_the_option_that_leaves_it_out
     assert len(done.hypotheses()) == 7
 
 
-def test_a_corpus_none_of_whose_pairs_fits_names_the_options(data: Path, tmp_path: Path):
+def test_for_a_corpus_none_of_whose_pairs_fits_the_message_names_the_options(
+    data: Path, tmp_path: Path
+):
     match = (
         r"`train` must have samples of at most 1 source and 1024 target tokens, but all 96 are "
         r"longer: the longest, #\d+ .*, has \d+ source and \d+ target\. .*--max-source-positions"
@@ -103,7 +107,7 @@ def test_validation_longer_than_its_batches_is_refused_before_the_first_update(
         call("train", data, *TINY_MOE, "--max-tokens-valid", 2, "--save-dir", tmp_path)
 
 
-def test_one_bad_line_costs_interactive_no_other_translation(data: Path, checkpoint: Path):
+def test_a_bad_line_does_not_affect_other_translations(data: Path, checkpoint: Path):
     lines = [b"ba de", b"", LONG.encode(), b"\xff\xfe ba", "ba \u732b".encode(), b"ki"]
     lines.append("\u732b \u72ac".encode())
     flags = ["--path", checkpoint, *TRANSLATE, "--buffer-size", 4]
@@ -230,7 +234,7 @@ def test_training_does_not_continue_with_another_dictionary(
     assert path.read_bytes() == checkpoint.read_bytes()
 
 
-def test_untied_weights_are_not_tied_in_silence(data: Path, checkpoint: Path, tmp_path: Path):
+def test_untied_weights_are_not_tied_silently(data: Path, checkpoint: Path, tmp_path: Path):
     flags = ["--finetune-from-model", checkpoint, "--share-decoder-input-output-embed"]
     with without_updates(), pytest.raises(Exception, match="Cannot load") as caught:
         call("train", data, *TINY_MOE, *SOON, *flags, "--save-dir", tmp_path)
@@ -268,7 +272,7 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(
     assert path.read_bytes() == content
 
 
-def test_a_loss_that_becomes_nan_stops_the_training_and_keeps_its_checkpoints(
+def test_a_loss_that_becomes_nan_stops_training_and_keeps_its_checkpoints(
     data: Path, checkpoint: Path, tmp_path: Path
 ):
     path = shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
@@ -297,7 +301,7 @@ def test_a_loss_that_becomes_nan_stops_the_training_and_keeps_its_checkpoints(
         (["--warmup-updates", -1], "`--warmup-updates` must be at least 0, but is -1"),
     ],
 )
-def test_an_option_that_no_model_can_have_is_named(
+def test_an_impossible_option_is_named(
     flags: list[object], message: str, data: Path, tmp_path: Path
 ):
     with pytest.raises(ValueError, match=message):
@@ -308,7 +312,7 @@ def test_an_option_that_no_model_can_have_is_named(
 @pytest.mark.parametrize(
     "flags", [["--moe-gate", "none"], ["--attention", "dot"], ["--attention-wiring", "no"]]
 )
-def test_an_unknown_choice_is_named_with_all_that_there_are(
+def test_an_unknown_choice_is_named_with_all_known_ones(
     flags: list[str], data: Path, capfd: pytest.CaptureFixture, tmp_path: Path
 ):
     with pytest.raises(SystemExit) as caught:
@@ -347,7 +351,7 @@ def test_a_blank_source_has_a_blank_translation(own_corpus: Path, data: Path, ch
     assert call("generate", own_corpus / "data", *flags).lines("H")[2][-1] == ""
 
 
-def test_a_line_that_interactive_cannot_use_is_named_and_takes_no_memory(
+def test_a_line_that_interactive_cannot_use_is_named_and_uses_no_memory(
     data: Path, checkpoint: Path
 ):
     lines = [b"\xef\xbb\xbfba", b"ba\rde", b"ba \x00", b"ba " * 2_000_000, b"</s> ba", b"ki\r\n"]
@@ -367,7 +371,7 @@ def test_a_line_that_interactive_cannot_use_is_named_and_takes_no_memory(
         assert message in done.text
 
 
-def test_constraints_that_the_model_has_no_words_for_are_left_out(data: Path, checkpoint: Path):
+def test_constraints_with_unknown_words_are_left_out(data: Path, checkpoint: Path):
     flags = ["--path", checkpoint, *TRANSLATE, "--constraints"]
     lines = b"ba de\tnew\tab\tab </s>\t<unk>\nba de\tab\n"
     done = call("interactive", data, *flags, stdin=lines)

@@ -1,4 +1,4 @@
-"""A bundle gives the same results as fairseq with the checkpoint it was made from."""
+"""A bundle gives the same results as fairseq with the checkpoint that was exported."""
 
 import math
 import re
@@ -74,7 +74,7 @@ def translator(
 
 
 @pytest.mark.parametrize(("flags", "options"), SEARCHES.values(), ids=SEARCHES)
-def test_a_bundle_translates_as_fairseq_generate_does(
+def test_a_bundle_translates_like_fairseq_generate(
     data: Path,
     checkpoint: Path,
     corpus: Path,
@@ -102,7 +102,7 @@ def many_checkpoint(many_data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "checkpoint_last.pt"
 
 
-def test_a_bundle_of_many_languages_translates_as_fairseq_generate_does(
+def test_a_multilingual_bundle_translates_like_fairseq_generate(
     many_data: Path, many_checkpoint: Path, tmp_path: Path
 ):
     export(many_checkpoint, many_data, Pieces(), tmp_path / "many", description=DESCRIPTION)
@@ -120,7 +120,7 @@ def test_a_bundle_of_many_languages_translates_as_fairseq_generate_does(
         assert_same(done, translator.translate(lines, target, **options))
 
 
-def test_a_bundle_of_a_language_model_scores_as_fairseq_eval_lm_does(tmp_path: Path):
+def test_a_bundle_of_a_language_model_scores_like_fairseq_eval_lm(tmp_path: Path):
     text = write_text(tmp_path / "text")
     call("preprocess", *preprocess_flags(text, tmp_path / "data"))
     flags = ["--max-epoch", 2, "--no-epoch-checkpoints", "--save-dir", tmp_path]

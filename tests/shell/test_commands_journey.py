@@ -1,4 +1,4 @@
-"""The plugin's main job as a user does it: real commands in processes, from any folder."""
+"""The plugin as a user runs it: real commands in separate processes, from any folder."""
 
 from pathlib import Path
 
@@ -69,12 +69,12 @@ def test_generate_translates_the_test_set(generated: Output, corpus: Path):
     assert "BLEU" in generated.text
 
 
-def test_interactive_gives_what_generate_gives(scratch: Path, corpus: Path, generated: Output):
+def test_interactive_translates_like_generate(scratch: Path, corpus: Path, generated: Output):
     spoken = translate("interactive", scratch, stdin=(corpus / "test.aa").read_bytes())
     assert spoken.hypotheses() == generated.hypotheses()
 
 
-def test_a_second_start_goes_on_where_the_first_stopped(scratch: Path):
+def test_a_second_start_continues_where_the_first_stopped(scratch: Path):
     done = train(scratch, 3)
     assert "Loaded checkpoint checkpoints/checkpoint_last.pt (epoch 3 @ 12 updates)" in done.text
     assert [row["epoch"] for row in done.records() if "train_loss" in row] == [3.0]
@@ -82,7 +82,7 @@ def test_a_second_start_goes_on_where_the_first_stopped(scratch: Path):
 
 
 def test_validate_repeats_the_loss_of_training(data: Path, checkpoint: Path):
-    # fairseq-validate wants the task named; nothing else is taken from the command line.
+    # fairseq-validate requires the task; nothing else is taken from the command line.
     flags = ["--task", "translation", "--path", checkpoint, "--log-format", "json", "--cpu"]
     done = call("validate", data, *flags, "--batch-size", 16, "--num-workers", 0)
     trained = load(checkpoint)["extra_state"]["val_loss"]

@@ -29,7 +29,7 @@ SAMPLED = ["--sampled-softmax", 8]
 
 @pytest.fixture(scope="module")
 def unbroken(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training: 4 epochs of 5 updates."""
+    """The folder of an uninterrupted training run: 4 epochs of 5 updates."""
     folder = tmp_path_factory.mktemp("unbroken")
     return train(text_data, folder, "--max-epoch", 4, *SAMPLED, "--save-interval-updates", 7)
 
@@ -65,7 +65,7 @@ def test_training_learns_and_logs_the_balance(unbroken: Path):
     assert {f"valid_{key}" for key in BALANCE_KEYS} <= valid[-1].keys()
 
 
-def test_two_epochs_and_two_more_give_the_bits_of_four(
+def test_two_epochs_and_two_more_give_the_same_bits_as_four(
     text_data: Path, unbroken: Path, tmp_path: Path
 ):
     train(text_data, tmp_path, "--max-epoch", 2, *SAMPLED)
@@ -73,7 +73,7 @@ def test_two_epochs_and_two_more_give_the_bits_of_four(
     assert_same_training(unbroken, tmp_path)
 
 
-def test_a_training_killed_within_an_epoch_gives_the_same_bits(
+def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
     text_data: Path, unbroken: Path, tmp_path: Path
 ):
     # Update 7 is the second of epoch 2's five.
@@ -134,7 +134,7 @@ def test_fairseqs_own_model_trains_with_the_criterion(text_data: Path, tmp_path:
     assert "valid_ppl" in call("train", text_data, "--arch", "lstm_lm", *widths, *few).text
 
 
-def test_an_adaptive_softmax_has_a_criterion_of_its_own(text_data: Path, tmp_path: Path):
+def test_an_adaptive_softmax_needs_its_own_criterion(text_data: Path, tmp_path: Path):
     widths = [f"--decoder-{name}=16" for name in ("embed-dim", "ffn-embed-dim")]
     flags = [*widths, "--decoder-layers", 1, "--decoder-attention-heads", 2]
     flags += [*TEXT, *UPDATES, "--adaptive-softmax-cutoff", 8, "--save-dir", tmp_path]
@@ -142,7 +142,7 @@ def test_an_adaptive_softmax_has_a_criterion_of_its_own(text_data: Path, tmp_pat
         call("train", text_data, "--arch", "transformer_lm", *flags)
 
 
-def test_the_state_is_kept_between_sentences_of_a_block_and_reset_between_rows(
+def test_the_state_is_kept_between_the_sentences_of_a_block_and_reset_between_blocks(
     text_data: Path, unbroken: Path
 ):
     found = {
@@ -178,7 +178,7 @@ def test_the_state_is_kept_between_sentences_of_a_block_and_reset_between_rows(
 def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path, tmp_path: Path):
     train(text_data, tmp_path, *flags, "--max-epoch", 2, "--no-epoch-checkpoints")
     assert all(math.isfinite(row["loss"]) for row in records(tmp_path, "nll_loss"))
-    # The validation loss, which is exact: a sampled loss fluctuates.
+    # Compare the validation loss, which is exact; a sampled loss fluctuates.
     first, last = (row["valid_nll_loss"] for row in records(tmp_path, "valid_nll_loss"))
     assert last < first
     output = flags if "--output-dictionary-size" in flags else []
@@ -190,7 +190,7 @@ def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path,
 
 
 def preprocess(folder: Path, split: str, content: bytes) -> Path:
-    """Binarise a text; one of its files has the given content."""
+    """Binarise a text, one of whose files has the given contents."""
     text = write_text(folder / "text")
     (text / split).write_bytes(content)
     call("preprocess", *preprocess_flags(text, folder / "data"))
@@ -238,7 +238,7 @@ def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
     assert len(records(tmp_path, "nll_loss")) == 2
 
 
-def test_a_line_longer_than_a_batch_names_the_options(tmp_path: Path):
+def test_for_a_line_longer_than_a_batch_the_message_names_the_options(tmp_path: Path):
     data = preprocess(tmp_path, "valid", b"w1\n" + b"w2 " * 300 + b"\n")
     match = (
         r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid.*"
@@ -251,7 +251,7 @@ def test_a_line_longer_than_a_batch_names_the_options(tmp_path: Path):
     train(data, tmp_path, "--max-update", 1, "--max-tokens", 100, *blocks)
 
 
-def test_blocks_larger_than_a_batch_of_validation_name_their_option(
+def test_for_blocks_larger_than_a_validation_batch_the_message_names_the_option(
     text_data: Path, tmp_path: Path
 ):
     flags = ["--sample-break-mode", "none", "--max-tokens", 4096, "--max-tokens-valid", 32]
@@ -278,12 +278,12 @@ def test_more_samples_than_words_are_refused(text_data: Path, tmp_path: Path):
         train(text_data, tmp_path, "--sampled-softmax", 17)
 
 
-def test_more_experts_a_token_than_a_group_has_are_refused(text_data: Path, tmp_path: Path):
+def test_more_experts_per_token_than_a_group_has_are_refused(text_data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="`top_k` must be from 1 to 2, but is 3"):
         train(text_data, tmp_path, "--moe-groups", 2, "--moe-top-k", 3)
 
 
-def test_an_empty_line_is_a_sentence_of_its_end(tmp_path: Path):
+def test_an_empty_line_is_a_sentence_with_only_an_end_mark(tmp_path: Path):
     text = write_text(tmp_path / "text")
     write_lines(text / "train", ["", *(text / "train").read_text().splitlines()])
     call("preprocess", *preprocess_flags(text, tmp_path / "data"))

@@ -36,7 +36,7 @@ def train(data: Path, folder: Path, epochs: int, *flags: object) -> Output:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
-    """Folder and output of 20 epochs: after 12, words of another language may still occur."""
+    """Folder and output of 20 epochs; after only 12, words of another language may still occur."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--save-interval-updates", 40, "--keep-last-epochs", 2, *BLEU]
     return folder, train(data, folder, 20, *flags)
@@ -53,11 +53,12 @@ def translate(data: Path, path: Path, source: str, target: str, *flags: object) 
     return call("generate", data, "--path", path, *TASK, *direction, *TRANSLATE, *flags)
 
 
-def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Path, Output]):
+def test_the_table_before_training_gives_the_effective_epochs(trained: tuple[Path, Output]):
     text = trained[1].text
     rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
     assert list(rows) == PAIRS.split(",")
-    # N = 240; the roots of shares 0.4, 0.4, 0.1, 0.1 are as 2 to 1: 80 of 96 sentences, 40 of 24.
+    # N = 240. The roots of the shares 0.4, 0.4, 0.1, 0.1 have the ratio 2 to 1, which gives 80 of
+    # 96 sentences and 40 of 24.
     # cc-aa has 4 x 24 instead, so that an epoch has 80 + 80 + 40 + 96 = 296; 20 epochs in all.
     assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "16.67"]
     assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "33.33"]
@@ -65,7 +66,7 @@ def test_the_table_before_training_tells_the_effective_epochs(trained: tuple[Pat
     assert text.index("total passes") < text.index('"epoch": 1')
 
 
-def test_max_update_bounds_the_effective_epochs_too(data: Path, tmp_path: Path):
+def test_max_update_also_limits_the_effective_epochs(data: Path, tmp_path: Path):
     output = train(data, tmp_path, 50, "--max-update", 10, "--no-save", "--disable-validation")
     # 296 sentences make 19 batches of at most 16: 10 updates are 10 / 19 of an epoch.
     assert "epochs of this run: 0.53" in output.text
@@ -95,7 +96,7 @@ def test_validation_logs_the_experts_of_every_language(trained: tuple[Path, Outp
         assert sum(map(float, re.findall(r"([\d.]+)%", shares))) == pytest.approx(100, abs=0.3)
 
 
-def test_the_token_alone_decides_the_language(data: Path, trained: tuple[Path, Output]):
+def test_only_the_language_token_decides_the_language(data: Path, trained: tuple[Path, Output]):
     flags = [*TASK, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt", "-s", "aa"]
     for target in ("bb", "cc"):
         spoken = call("interactive", data, *flags, "-t", target, stdin=b"ba de\nki\nde ba ki\n")
@@ -106,7 +107,7 @@ def test_the_token_alone_decides_the_language(data: Path, trained: tuple[Path, O
         assert sum(word in known for word in words) >= 0.8 * len(words)
 
 
-def test_a_token_that_is_typed_is_an_unknown_word(data: Path, trained: tuple[Path, Output]):
+def test_a_typed_language_token_is_an_unknown_word(data: Path, trained: tuple[Path, Output]):
     flags = [*TASK, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt", "-s", "aa", "-t", "bb"]
     spoken = call("interactive", data, *flags, stdin=b"<2bb> ba\nba <2cc>\n\n")
     assert [row[0] for _, row in sorted(spoken.lines("S").items())] == [
@@ -167,7 +168,7 @@ def test_two_processes_validate_every_pair_as_one_does(data: Path, tmp_path: Pat
         assert losses[key] == last[key]
 
 
-def test_a_resumed_training_gives_the_bits_of_an_unbroken_one(
+def test_resumed_training_gives_the_same_bits_as_uninterrupted_training(
     data: Path, trained: tuple[Path, Output], tmp_path: Path
 ):
     # Update 160 is within epoch 9 of 19 updates each.
@@ -210,7 +211,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
         (["-s", "aa", "-t", "bb"], "must be left out in training, but name 'aa-bb'"),
     ],
 )
-def test_training_that_cannot_be_is_refused_by_name(
+def test_impossible_training_is_refused_by_name(
     flags: list[object], message: str, data: Path, tmp_path: Path
 ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -239,7 +240,7 @@ def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
         (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but name aa,bb"),
     ],
 )
-def test_translation_that_cannot_be_is_refused_by_name(
+def test_impossible_translation_is_refused_by_name(
     direction: list[str], message: str, data: Path, trained: tuple[Path, Output]
 ):
     flags = [*TASK, *direction, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt"]
@@ -256,7 +257,7 @@ def test_a_task_or_direction_that_is_missing_is_named(data: Path, trained: tuple
         call("generate", data, *flags, *task)
 
 
-def test_another_dictionary_is_refused_with_its_first_other_symbol(
+def test_another_dictionary_is_refused_with_the_first_symbol_that_differs(
     data: Path, trained: tuple[Path, Output], tmp_path: Path
 ):
     folder = shutil.copytree(data, tmp_path / "data")
@@ -273,7 +274,7 @@ def test_a_checkpoint_of_one_pair_is_refused(data: Path, tmp_path: Path):
         translate(data, tmp_path / "checkpoint_last.pt", "aa", "bb")
 
 
-def test_a_refusal_is_one_message_of_the_command(data: Path, tmp_path: Path):
+def test_a_refusal_is_a_single_message(data: Path, tmp_path: Path):
     flags = ["--user-dir", PLUGIN, *TASK, *TINY_MOE, "--lang-pairs", "aa-bb,aa_cc"]
     done = run("train", data, *flags, cwd=tmp_path)
     assert done.status == 1

@@ -1,4 +1,4 @@
-"""A training that stops and resumes gives the same bits as an uninterrupted one."""
+"""A training run that stops and resumes gives the same bits as an uninterrupted run."""
 
 import shutil
 from pathlib import Path
@@ -26,13 +26,15 @@ def assert_same_training(expected: Path, actual: Path) -> None:
     assert one["extra_state"]["val_loss"] == other["extra_state"]["val_loss"]
 
 
-def test_two_epochs_and_two_more_give_the_bits_of_four(data: Path, trained: Path, tmp_path: Path):
+def test_two_epochs_and_two_more_give_the_same_bits_as_four(
+    data: Path, trained: Path, tmp_path: Path
+):
     train(data, tmp_path, 2)
     train(data, tmp_path, 4)
     assert_same_training(trained / "checkpoint4.pt", tmp_path / "checkpoint_last.pt")
 
 
-def test_a_training_killed_within_an_epoch_gives_the_same_bits(
+def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
     data: Path, trained: Path, tmp_path: Path
 ):
     # Update 8 is the second of epoch 2's six.
@@ -42,7 +44,7 @@ def test_a_training_killed_within_an_epoch_gives_the_same_bits(
 
 
 def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
-    # 6 batches in 3 updates of 2; each start draws new noise for all batches.
+    # There are 6 batches in 3 updates of 2; each start draws new noise for all batches.
     flags = ["--update-freq", 2, "--save-interval-updates", 4]
     train(data, tmp_path / "one", 2, *flags)
     (tmp_path / "two").mkdir()

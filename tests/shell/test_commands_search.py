@@ -75,7 +75,9 @@ def test_pruning_shortens_nbest_lists_but_keeps_the_best(data: Path, checkpoint:
         assert float(score) >= best[name] - 2.0 / math.log(2) - 1e-4
 
 
-def test_interactive_and_ensembles_search_alike(data: Path, checkpoint: Path, corpus: Path):
+def test_interactive_and_ensembles_search_in_the_same_way(
+    data: Path, checkpoint: Path, corpus: Path
+):
     flags = [*GNMT, "--beam-prune", 3.0, "--batch-size", 8]
     written = generate(data, checkpoint, *flags)
     text = (corpus / "test.aa").read_bytes()
@@ -98,7 +100,7 @@ def test_a_prefix_and_constraints_are_kept(data: Path, checkpoint: Path, corpus:
     assert wanted in constrained.hypotheses()[0].split()
 
 
-def test_fairseqs_own_models_are_searched_alike(data: Path, tmp_path: Path):
+def test_fairseqs_own_models_are_searched_in_the_same_way(data: Path, tmp_path: Path):
     start = TINY_MOE.index("--criterion")
     sizes = ["--encoder-embed-dim", 16, "--encoder-hidden-size", 16, "--decoder-embed-dim", 16]
     sizes += ["--decoder-hidden-size", 16, "--decoder-out-embed-dim", 16]

@@ -25,7 +25,7 @@ def scores(done: Output) -> dict[int, float]:
     return {number: float(row[0]) for number, row in done.lines("H").items()}
 
 
-def test_a_batch_translates_as_its_sentences_do_alone(data: Path, checkpoint: Path):
+def test_a_batch_is_translated_like_its_sentences_one_by_one(data: Path, checkpoint: Path):
     together = generate(data, checkpoint, "--batch-size", 8)
     alone = generate(data, checkpoint, "--batch-size", 1)
     assert together.hypotheses() == alone.hypotheses()
@@ -52,7 +52,8 @@ def test_an_ensemble_averages_its_models(data: Path, checkpoint: Path, other_che
     assert scores(twice) == pytest.approx(scores(generate(data, checkpoint)), abs=1e-4)
     both = generate(data, f"{checkpoint}:{other_checkpoint}", "--score-reference")
     each = [generate(data, path, "--score-reference") for path in (checkpoint, other_checkpoint)]
-    # At each word log((p + q) / 2) >= (log p + log q) / 2, so also in the mean over the sentence.
+    # At each word log((p + q) / 2) >= (log p + log q) / 2, so this also holds for the mean over the
+    # sentence.
     for number, score in scores(both).items():
         mean = sum(scores(one)[number] for one in each) / 2
         assert mean - 1e-4 <= score < mean + 1.0
@@ -70,7 +71,7 @@ def test_an_average_of_checkpoints_translates(
     assert len(generate(data, output).hypotheses()) == 8
 
 
-def test_nbest_lists_so_many_hypotheses_best_first(data: Path, checkpoint: Path):
+def test_nbest_lists_the_requested_number_of_hypotheses_best_first(data: Path, checkpoint: Path):
     done = generate(data, checkpoint, "--beam", 4, "--nbest", 3)
     rows = [line.split("\t") for line in done.text.splitlines() if line.startswith("H-0\t")]
     values = [float(row[1]) for row in rows]

@@ -53,7 +53,7 @@ def test_two_processes_train_and_log_the_balance_of_both(data: Path, tmp_path: P
 
 
 @pytest.mark.timeout(280)
-def test_two_processes_learn_what_one_learns_from_both_their_batches(data: Path, tmp_path: Path):
+def test_two_processes_learn_the_same_as_one_with_both_batches(data: Path, tmp_path: Path):
     train_in_two_processes(data, tmp_path, *EXACT)
     accumulated = [*TINY_MOE, *UPDATES, *EXACT, "--update-freq", 2]
     call("train", data, *accumulated, "--save-dir", tmp_path / "one")
@@ -64,10 +64,10 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches(data: Path,
 
 
 @pytest.mark.timeout(280)
-def test_accumulated_updates_with_an_uneven_end_are_those_of_one_process(
+def test_accumulated_updates_with_an_uneven_end_equal_those_of_one_process(
     data: Path, tmp_path: Path
 ):
-    # Seven batches: of the second update's two slots, one rank has the second empty.
+    # There are seven batches, so one rank has no batch for the second slot of the second update.
     seven = [*EXACT, "--batch-size", 14, "--required-batch-size-multiple", 1]
     first, _ = train_in_two_processes(data, tmp_path, *seven, "--update-freq", 2)
     accumulated = [*TINY_MOE, *UPDATES, *seven, "--update-freq", 4]

@@ -56,9 +56,7 @@ def test_a_variant_trains_and_translates(flags: list[object], data: Path, tmp_pa
     assert len(done.hypotheses()) == 8
 
 
-def test_languages_with_dictionaries_of_their_own_get_embeddings_of_their_own(
-    corpus: Path, tmp_path: Path
-):
+def test_languages_with_separate_dictionaries_get_separate_embeddings(corpus: Path, tmp_path: Path):
     call("preprocess", *preprocess_flags(corpus, tmp_path / "data"))
     train(tmp_path / "data", tmp_path, TINY_MOE)
     done = generate(tmp_path / "data", tmp_path / "checkpoint_last.pt")

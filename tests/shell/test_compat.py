@@ -1,4 +1,4 @@
-"""Repairs of fairseq are applied once; corpora, batches and precision with fairseq's models."""
+"""Repairs of fairseq: applied only once; corpora, batches and precision of fairseq's models."""
 
 import argparse
 import shutil
@@ -36,7 +36,7 @@ REPAIRS = [*compat.REPAIRS, trainer.install]
 
 
 @pytest.mark.parametrize("repair", REPAIRS, ids=lambda repair: repair.__name__)
-def test_repairing_twice_repairs_once(repair):
+def test_a_repair_is_applied_only_once(repair):
     before, types = host(), set(torch.serialization.get_safe_globals())
     repair()
     assert host() == before

@@ -61,7 +61,7 @@ def changed(checkpoint: Path, path: Path, **groups: Any) -> str:
 
 
 @pytest.mark.parametrize(("group", "name"), NAMES)
-def test_nothing_that_the_host_registers_executes_a_setting(
+def test_no_class_registered_with_fairseq_executes_a_setting(
     group: str, name: str, checkpoint: Path, tmp_path: Path, tripwire: None
 ):
     settings = hostile_settings(GROUPS[group][name], name)
@@ -88,7 +88,9 @@ def test_the_tripwire_works_without_the_repair(monkeypatch):
         ({"dataset": {"dataset_impl": "fasta"}}, "could start programs"),
     ],
 )
-def test_what_could_execute_is_refused_by_name(groups, message, checkpoint: Path, tmp_path: Path):
+def test_configurations_that_could_execute_code_are_refused_by_name(
+    groups, message, checkpoint: Path, tmp_path: Path
+):
     path = changed(checkpoint, tmp_path / "hostile.pt", **groups)
     with pytest.raises(ValueError, match=message):
         checkpoint_utils.load_checkpoint_to_cpu(path)
@@ -177,7 +179,7 @@ def test_literals_that_fairseq_uses_are_read(text: str, value: Any):
 @pytest.mark.parametrize(
     "text", [HOSTILE, "print(1)", "[1] * 10**9", "'a' * 10**9", "[0] * 9 ** 99", "(" * 9999, 7]
 )
-def test_anything_else_is_refused(text: Any, tripwire: None):
+def test_other_expressions_are_refused(text: Any, tripwire: None):
     with pytest.raises(ValueError, match="an option must be"):
         evaluate_literal(text)
 

@@ -1,4 +1,4 @@
-"""The loss, its log, and that the balance weight means the same everywhere."""
+"""The loss and its log; the weight of the balance losses has the same meaning everywhere."""
 
 import math
 from collections.abc import Iterator
@@ -153,7 +153,7 @@ def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_up
     assert values["moe_idle_experts"] == pytest.approx(0.5)
 
 
-def test_young_gates_have_nearly_the_entropy_of_even_weights():
+def test_untrained_gates_have_nearly_the_entropy_of_even_gates():
     model = make_training_model()
     _, _, log = make_criterion()(model, SAMPLE)
     values = reduce_metrics([log])
@@ -162,7 +162,7 @@ def test_young_gates_have_nearly_the_entropy_of_even_weights():
 
 
 def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
-    # As above, but reduced batch by batch, as during validation.
+    # The same batches are reduced one by one, as during validation.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
@@ -179,7 +179,7 @@ def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
 
 
 def test_the_balance_loss_of_several_batches_is_weighted_by_their_size():
-    # 0.2 for each of 10 and 0.5 for each of 30: (2 + 15) / 40.
+    # With 0.2 for each of 10 tokens and 0.5 for each of 30, the mean is (2 + 15) / 40.
     logs = [
         make_log([1.0], [1.0], balance_loss=2.0),
         make_log([1.0], [1.0], balance_loss=15.0, sample_size=30),
@@ -210,7 +210,7 @@ def test_a_dense_model_logs_no_balance():
 
 
 @pytest.mark.parametrize("extra", [None, torch.zeros(2), [None], {"inner_states": []}])
-def test_what_other_models_give_beside_their_output_is_left_alone(extra: object):
+def test_additional_outputs_of_other_models_are_ignored(extra: object):
     loss = torch.ones(())
     log = {"sample_size": 3}
     assert add_balance(loss, 3, extra, log, is_training=True) == loss

@@ -1,4 +1,4 @@
-"""A user's mistake ends a command with one message; a bug of ours keeps its traceback."""
+"""A user's mistake ends a command with one message; a bug in this project keeps its traceback."""
 
 import sys
 
@@ -72,7 +72,7 @@ def raised(error: Exception, module: str) -> Exception:
         (ValueError(), "nmt_moe.moe", None),
     ],
 )
-def test_errors_of_the_user_are_explained_and_others_are_not(error, module, message):
+def test_users_errors_are_explained_and_others_are_not(error, module, message):
     assert explain(raised(error, module)) == message
 
 
@@ -99,7 +99,7 @@ def test_torchruns_report_ends_with_the_message(tmp_path, monkeypatch):
     assert "traceback : `--lr` must be a number" in report
 
 
-def test_a_misspelt_override_is_warned_of(caplog):
+def test_a_misspelt_override_causes_a_warning(caplog):
     cfg = OmegaConf.create({"model": {"_name": "lstm", "dropout": 0.1}})
     compat.checkpoints._warn_of_unknown_settings(cfg, {"dropout": 0.2, "dorpout": 0.2})
     assert [record.args for record in caplog.records] == [("dorpout",)]

@@ -1,4 +1,4 @@
-"""Experts spread over two processes: the same training as in one, and files that load anywhere."""
+"""Experts spread over two processes: training as in one process, and files that load anywhere."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
-    """Do all trainings of the tests below, as starting processes is expensive."""
+    """Do all training runs of the tests below, because starting processes is expensive."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -72,7 +72,7 @@ def resume_on_four(rank: int, data: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training in one process: 4 updates of the batches of two processes."""
+    """The folder of a training run in one process: 4 updates with the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
     flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     call("train", data, *flags, "--save-dir", folder)
@@ -81,7 +81,7 @@ def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all trainings in two processes; `resumed` continues from one process's file."""
+    """The folder of all runs in two processes; `resumed` continues from one process's file."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "resumed").mkdir()
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed/checkpoint_last.pt")
@@ -105,17 +105,17 @@ def assert_same_training(expected: Path, actual: Path, **tolerance: float) -> No
 
 
 @pytest.mark.timeout(590)
-def test_two_processes_with_half_the_experts_each_learn_what_one_does(one_process, two_processes):
+def test_two_processes_with_half_the_experts_each_learn_the_same_as_one(one_process, two_processes):
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, two_processes / "exact" / name, **TOLERANCE)
 
 
-def test_two_processes_go_on_from_the_file_of_one(one_process, two_processes):
+def test_two_processes_continue_from_the_file_of_one(one_process, two_processes):
     name = "checkpoint_last.pt"
     assert_same_training(one_process / name, two_processes / "resumed" / name, **TOLERANCE)
 
 
-def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_processes, tmp_path):
+def test_one_process_continues_from_the_files_of_two(data, one_process, two_processes, tmp_path):
     copy_checkpoint(two_processes / "exact/checkpoint_1_2.pt", tmp_path)
     flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     assert len(list(tmp_path.glob("experts-*"))) == 2
@@ -126,7 +126,7 @@ def test_one_process_goes_on_from_the_file_of_two(data, one_process, two_process
 
 
 @pytest.mark.timeout(590)
-def test_four_processes_go_on_from_the_files_of_two(data, two_processes, tmp_path):
+def test_four_processes_continue_from_the_files_of_two(data, two_processes, tmp_path):
     for size in (4, 2):
         (tmp_path / f"size{size}").mkdir()
         copy_checkpoint(two_processes / "noisy2/checkpoint_last.pt", tmp_path / f"size{size}")
@@ -148,13 +148,13 @@ def test_one_process_translates_with_the_experts_of_two(data, one_process, two_p
 
 
 @pytest.mark.parametrize("kind", ["noisy", "groups", "factored"])
-def test_spread_experts_learn_what_copies_do(two_processes, kind):
+def test_spread_experts_learn_the_same_as_copies(two_processes, kind):
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
     assert_same_training(copies, spread, **TOLERANCE)
 
 
-def test_a_training_that_measures_bleu_goes_on(data, two_processes, tmp_path):
+def test_training_with_bleu_continues(data, two_processes, tmp_path):
     copy_checkpoint(two_processes / "noisy2/checkpoint_last.pt", tmp_path)
     output = call(
         *["train", data, *TINY_MOE, *UNEVEN, *BLEU, "--max-epoch", 3, "--save-dir", tmp_path]
@@ -164,7 +164,7 @@ def test_a_training_that_measures_bleu_goes_on(data, two_processes, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bf16-", "fp16-"])
-def test_half_precision_learns_what_copies_do_but_for_rounding(two_processes, kind):
+def test_half_precision_learns_the_same_as_copies_except_for_rounding(two_processes, kind):
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
     assert_same_training(copies, spread, atol=0.05, rtol=0.05)
@@ -225,7 +225,7 @@ def settings(**changes):
         ({"common__model_parallel_size": 2}, "`--model-parallel-size` cannot"),
     ],
 )
-def test_what_does_not_go_with_spread_experts_is_refused(change, message):
+def test_options_that_do_not_work_with_spread_experts_are_refused(change, message):
     check_expert_parallel(settings(), 4)
     with pytest.raises(ValueError, match=message):
         check_expert_parallel(settings(**change), 4)

@@ -1,4 +1,4 @@
-"""A process of a training dies: the others stop, and all checkpoints are intact."""
+"""If a process of a training run dies, the others stop and all checkpoints are intact."""
 
 import errno
 import math
@@ -31,7 +31,7 @@ from tests.support.training import TINY_MOE, load
 
 plugin.register()
 
-# Also on a busy machine: the others notice at their next exchange, torchrun within a second.
+# The others notice at their next exchange, and torchrun within a second. Allow for a busy machine.
 STOPPED_WITHIN = 60  # seconds
 
 
@@ -46,7 +46,7 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.timeout(280)
-def test_a_killed_process_stops_the_others_and_the_training_goes_on(data: Path, tmp_path: Path):
+def test_a_killed_process_stops_the_others_and_training_can_continue(data: Path, tmp_path: Path):
     last, log = tmp_path / "checkpoint_last.pt", tmp_path / "log"
     flags = [*TINY_MOE, "--no-epoch-checkpoints", "--save-dir", tmp_path]
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -121,7 +121,7 @@ EACH_UPDATE = ["--no-epoch-checkpoints", "--save-interval-updates", 1, "--max-up
 
 
 @pytest.mark.timeout(280)
-def test_a_process_killed_while_saving_leaves_the_save_before(data: Path, tmp_path: Path):
+def test_a_process_killed_while_saving_leaves_the_previous_save(data: Path, tmp_path: Path):
     ranks = start_two(die_while_saving, data, tmp_path)
     ranks[1].join(200)
     assert ranks[1].exitcode == -signal.SIGKILL
@@ -176,7 +176,9 @@ def save_where_nothing_can_be_written(rank: int, port: int, data: Path, folder: 
 
 
 @pytest.mark.timeout(280)
-def test_a_read_only_save_folder_is_said_once_before_the_first_update(data: Path, tmp_path: Path):
+def test_a_read_only_save_folder_is_reported_once_before_the_first_update(
+    data: Path, tmp_path: Path
+):
     ranks = start_two(save_where_nothing_can_be_written, data, tmp_path)
     for process in ranks:
         process.join(200)
@@ -191,17 +193,17 @@ def test_a_read_only_save_folder_is_said_once_before_the_first_update(data: Path
 @pytest.mark.parametrize(
     ("what", "messages"),
     [
-        # One process says what it found; the other, that the first is gone.
+        # One process says what it found, and the other says that the first is gone.
         (
             "token",
             ["RuntimeError: .*Connection", "FloatingPointError: .*NaN in .*encoder's MoE layer"],
         ),
-        # The norm covers the gradients of all processes, so all find it.
+        # The norm covers the gradients of all processes, so all of them find the fault.
         ("gradient", ["FloatingPointError: .*gradients"] * 2),
     ],
 )
 @pytest.mark.timeout(280)
-def test_what_is_not_finite_in_one_process_stops_all(data, tmp_path, what, messages):
+def test_a_value_that_is_not_finite_in_one_process_stops_all(data, tmp_path, what, messages):
     ranks = start_two(spoil, data, tmp_path, what)
     for process in ranks:
         process.join(200)
@@ -211,7 +213,7 @@ def test_what_is_not_finite_in_one_process_stops_all(data, tmp_path, what, messa
     assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 2
 
 
-def test_a_copy_that_is_cut_short_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch):
+def test_an_interrupted_copy_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch):
     old, new = tmp_path / "checkpoint_last.pt", tmp_path / "checkpoint1.pt"
     old.write_text("old")
     new.write_text("new")

@@ -36,7 +36,7 @@ OVERFLOW = 3
 
 
 def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Do all trainings of the tests below, as starting processes is expensive."""
+    """Do all training runs of the tests below, because starting processes is expensive."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -108,7 +108,7 @@ def scores(text: str) -> tuple[int, float]:
 
 @pytest.fixture(scope="module")
 def one_process(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training in one process: 4 updates of the batches of two processes."""
+    """The folder of a training run in one process: 4 updates with the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
     call("train", text_data, *TINY_LM, *EXACT, "--update-freq", 2, "--save-dir", folder)
     return folder
@@ -118,7 +118,7 @@ def one_process(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def two_processes(
     text_data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of all trainings in two processes, and what each process found."""
+    """The folder of all training runs in two processes, and the results of each process."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "resumed").mkdir()
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed" / LAST)
@@ -148,19 +148,21 @@ def assert_same_training(expected: Path, actual: Path, tolerance: float) -> None
 
 @pytest.mark.timeout(590)
 @pytest.mark.parametrize("name", ["exact", "resumed"])
-def test_two_processes_with_half_the_experts_each_learn_what_one_does(
+def test_two_processes_with_half_the_experts_each_learn_the_same_as_one(
     name, one_process, two_processes
 ):
     assert_same_training(one_process / LAST, two_processes[0] / name / LAST, 1e-4)
 
 
-def test_one_process_goes_on_from_the_file_of_two(text_data, one_process, two_processes, tmp_path):
+def test_one_process_continues_from_the_files_of_two(
+    text_data, one_process, two_processes, tmp_path
+):
     copy_checkpoint(two_processes[0] / "exact/checkpoint_1_2.pt", tmp_path)
     call("train", text_data, *TINY_LM, *EXACT, "--update-freq", 2, "--save-dir", tmp_path)
     assert_same_training(one_process / LAST, tmp_path / LAST, 1e-4)
 
 
-def test_perplexity_is_that_of_one_process_however_many_batches_each_has(
+def test_perplexity_equals_that_of_one_process_however_many_batches_each_has(
     text_data, one_process, two_processes
 ):
     folder, found = two_processes
@@ -178,7 +180,7 @@ def test_perplexity_is_that_of_one_process_however_many_batches_each_has(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lower_precision_learns_what_copies_do_but_for_rounding(precision, two_processes):
+def test_lower_precision_learns_the_same_as_copies_except_for_rounding(precision, two_processes):
     copies, spread = (two_processes[0] / f"{precision}{size}" / LAST for size in (1, 2))
     assert load(spread)["optimizer_history"][-1]["num_updates"] == 5
     assert_same_training(copies, spread, 0.05)

@@ -61,9 +61,7 @@ def test_coverage_is_that_of_the_hypothesis_it_scores():
 
 @pytest.mark.parametrize("pad_left", [True, False])
 @pytest.mark.parametrize("prune_margin", [0.0, 2.0])
-def test_a_sentence_scores_the_same_alone_and_beside_longer_ones(
-    pad_left: bool, prune_margin: float
-):
+def test_a_sentence_scores_the_same_alone_and_with_longer_ones(pad_left: bool, prune_margin: float):
     models = make_models()
     options = {"length_penalty_alpha": 0.2, "coverage_penalty_beta": 0.5, "beam_size": 5}
     options |= {"max_len_b": 8, "beam_prune": prune_margin}
@@ -95,7 +93,7 @@ def test_a_wide_margin_prunes_nothing():
         assert scores(one) == pytest.approx(scores(other), abs=1e-5)
 
 
-def test_pruning_alone_keeps_fairseqs_scores():
+def test_pruning_without_penalties_keeps_fairseqs_scores():
     models = make_models()
     options = {"beam_size": 5, "max_len_b": 12, "len_penalty": 0.7}
     pruned = search(models, "abc", beam_prune=1e6, **options)[0]
@@ -212,12 +210,12 @@ def test_any_namespace_of_options_builds_the_search():
         ({"coverage_penalty_beta": 0.2, "score_reference": True}, "`--score-reference` is another"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str):
+def test_incompatible_options_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
 
-def test_a_task_with_a_search_of_its_own_is_refused():
+def test_a_task_with_its_own_search_is_refused():
     with pytest.raises(ValueError, match="The task SomeTask has a search of its own"):
         SomeTask(Namespace()).build_generator(
             make_models(), Namespace(beam_prune=1.0), seq_gen_cls=SequenceGenerator

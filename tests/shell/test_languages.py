@@ -42,7 +42,7 @@ def test_pairs_and_languages_are_read_in_their_order():
         ("en-fr,en-fr", "must name each pair once, but has 'en-fr' twice"),
     ],
 )
-def test_pairs_that_are_none_are_refused_by_name(text: str, message: str):
+def test_invalid_pairs_are_refused_by_name(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         parse_pairs(text)
 
@@ -55,7 +55,7 @@ def test_pairs_that_are_none_are_refused_by_name(text: str, message: str):
         ("en, fr", "but has ' fr'"),
     ],
 )
-def test_languages_that_do_not_fit_are_refused_by_name(text: str, message: str):
+def test_mismatched_languages_are_refused_by_name(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         parse_languages(text, [EN_FR])
 
@@ -74,7 +74,7 @@ def test_oversampling_is_read_as_passes():
         ("en-fr=nan", "must be greater than 0, but is nan"),
     ],
 )
-def test_oversampling_that_cannot_be_is_refused_by_name(text: str, message: str):
+def test_impossible_oversampling_is_refused_by_name(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         parse_oversampling(text, [EN_FR])
 

@@ -109,7 +109,7 @@ def test_ranks_log_equal_keys_and_shapes_so_that_they_can_be_summed():
     assert reduce_metrics([summed]) == pytest.approx(reduce_metrics([one, other]))
 
 
-def test_what_is_estimated_is_marked_with_the_number_of_draws():
+def test_estimates_are_marked_with_the_number_of_draws():
     model = make_model()
     criterion = make_criterion(5)
     logs = [criterion(model.train(), sample)[2] for sample in (SAMPLE, make_sample("ab"))]
@@ -131,7 +131,7 @@ def test_a_model_of_another_kind_cannot_be_sampled():
         make_criterion(3)(stranger, SAMPLE)
 
 
-def test_translation_can_be_sampled_too():
+def test_the_softmax_of_translation_can_be_sampled_too():
     model = make_translation().train()
     loss, _, log = make_criterion(5)(model, make_pairs(["abc"], ["dd"]))
     loss.backward()

@@ -27,7 +27,7 @@ def sizes_of(architecture: str, **reduced: Any) -> LSTMMoELMConfig:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
-    # All groups of the largest, but only two experts in each.
+    # Keep all groups of the largest model, but only two experts in each.
     full = sizes_of(architecture).to_config()
     few = {}
     if full.moe is not None and full.moe.num_experts > 4096:
@@ -78,7 +78,7 @@ def test_the_rows_of_the_tables():
     assert (deep.expert_layers, deep.moe.hidden_dim) == (4, 1024)
 
 
-# The paper's for language models; the layer's own are those for translation.
+# The paper's values for language models; the layer's defaults are those for translation.
 OTHER_DEFAULTS = {"importance_weight": 0.1, "load_weight": 0.1}
 
 
@@ -109,14 +109,14 @@ def test_options_have_the_names_and_defaults_of_the_core_and_reach_it():
         assert getattr(owner, name) == value, name
 
 
-def test_more_experts_a_token_than_a_group_has_are_refused_by_the_option():
+def test_more_experts_per_token_than_a_group_has_are_refused_by_option():
     with pytest.raises(ValueError, match="`top_k` must be from 1 to 2, but is 3"):
         LSTMMoELMConfig(num_experts=8, num_groups=4, top_k=3).to_config()
     with pytest.raises(ValueError, match="`expert_layers` must be 1 .*`num_experts` to 1"):
         LSTMMoELMConfig(expert_layers=4).to_config()
 
 
-def test_step_by_step_gives_what_all_steps_at_once_give_and_reorders():
+def test_step_by_step_gives_the_same_as_all_steps_at_once_and_reorders():
     model = make_model()
     source = SAMPLE["net_input"]["src_tokens"][:2, :5]
     order = torch.tensor([1, 0, 1])

@@ -64,7 +64,7 @@ def test_the_side_of_the_padding_changes_nothing(wiring: str):
 
 @WIRINGS
 @KINDS
-def test_step_by_step_gives_what_all_steps_at_once_give(wiring: str, kind: str):
+def test_step_by_step_gives_the_same_as_all_steps_at_once(wiring: str, kind: str):
     model = make_model(attention=kind, attention_wiring=wiring, decoder_layers=3)
     sample = make_sample(["abcd", "jih"], ["fgh", "bba"])["net_input"]
     previous = sample["prev_output_tokens"]
@@ -80,7 +80,7 @@ def test_step_by_step_gives_what_all_steps_at_once_give(wiring: str, kind: str):
 
 
 @WIRINGS
-def test_hypotheses_take_their_state_along_when_the_search_reorders_them(wiring: str):
+def test_hypotheses_keep_their_state_when_the_search_reorders_them(wiring: str):
     model = make_model(attention_wiring=wiring)
     src_tokens, lengths = make_tokens("abcd", "jih", "ee")
     starts = torch.tensor([[2, 5], [2, 6], [2, 7]])
@@ -96,7 +96,7 @@ def test_hypotheses_take_their_state_along_when_the_search_reorders_them(wiring:
         encoder_out = model.encoder(src_tokens, lengths)
         state: dict = {}
         decode(encoder_out, state, starts, range(2))
-        # As in fairseq's search: every submodule that can reorder does so.
+        # Every submodule that can reorder its state does so, as in fairseq's search.
         model.decoder.reorder_incremental_state_scripting(state, order)
         moved = decode(
             model.encoder.reorder_encoder_out(encoder_out, order), state, after, range(2, 3)
@@ -120,7 +120,7 @@ def test_a_search_encodes_each_sentence_once(wiring: str):
         [model], {"net_input": {"src_tokens": src_tokens, "src_lengths": src_lengths}}
     )
     assert all(len(nbest) == 4 and len(nbest[0]["tokens"]) >= 6 for nbest in hypotheses)
-    # One pass of three sentences, not of twelve hypotheses, and none at later steps.
+    # There is one pass of three sentences, not of twelve hypotheses, and none at later steps.
     assert calls == [("keys", 3), ("encoder", 3)]
 
 
@@ -130,7 +130,7 @@ def test_equal_dictionaries_share_their_embedding():
     assert model.decoder.output.weight is not model.decoder.network.embedding.weight
 
 
-def test_different_dictionaries_have_embeddings_of_their_own():
+def test_different_dictionaries_have_separate_embeddings():
     model = make_model(make_task("abc", "abcde"))
     assert model.encoder.network.embedding.weight.shape == (4 + 3, 12)
     assert model.decoder.network.embedding.weight.shape == (4 + 5, 12)
@@ -211,7 +211,7 @@ def test_a_checkpoint_holds_plain_data_only(checkpoint: Path):
     assert type(state["cfg"]["model"]) is dict
 
 
-def test_options_of_early_checkpoints_get_their_present_names():
+def test_options_of_early_checkpoints_get_their_current_names():
     early = {
         "moe_top_k": 3,
         "expert_hidden_dim": 7,

@@ -39,7 +39,7 @@ def test_a_checkpoint_of_translation_is_not_taken_for_a_language_model(
         call(command, text_data, *flags, *task)
 
 
-def test_another_direction_than_that_of_training_is_warned_of(data: Path, checkpoint: Path):
+def test_a_direction_other_than_that_of_training_causes_a_warning(data: Path, checkpoint: Path):
     flags = ["--path", checkpoint, *TRANSLATE, "--batch-size", 8]
     there = call("generate", data, *flags)
     back = call("generate", data, *flags, "-s", "bb", "-t", "aa")

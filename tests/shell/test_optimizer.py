@@ -1,4 +1,4 @@
-"""`--optimizer factored_adam` of fairseq-train: adam for all but experts, in any precision."""
+"""fairseq-train with `--optimizer factored_adam`: Adam for all but experts, in any precision."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, train(data, folder, 4)
 
 
-def test_experts_keep_rows_and_columns_and_all_else_adams_moments(unbroken):
+def test_experts_keep_rows_and_columns_and_other_parameters_adams_moments(unbroken):
     folder, output = unbroken
     checkpoint = load(folder / "checkpoint_last.pt")
     states = list(checkpoint["last_optimizer_state"]["state"].values())
@@ -58,7 +58,7 @@ def test_training_resumes_with_the_same_bits(data: Path, unbroken, tmp_path: Pat
         assert_same_bits(one[part], two[part], part)
 
 
-def test_overrides_count_at_the_restart(data: Path, unbroken, tmp_path: Path):
+def test_overrides_take_effect_at_the_restart(data: Path, unbroken, tmp_path: Path):
     shutil.copy(unbroken[0] / "checkpoint_last.pt", tmp_path)
     flags = ["--lr", 0.001, "--optimizer-overrides", "{'betas': (0.5, 0.9)}"]
     train(data, tmp_path, 5, *flags)
@@ -67,7 +67,7 @@ def test_overrides_count_at_the_restart(data: Path, unbroken, tmp_path: Path):
     assert tuple(group["betas"]) == (0.5, 0.9)
 
 
-def test_a_model_without_experts_is_trained_as_by_adam(data: Path, tmp_path: Path):
+def test_a_model_without_experts_is_trained_as_with_adam(data: Path, tmp_path: Path):
     models = []
     flags = ["--weight-decay", 0.01, "--adam-betas", "(0.8, 0.95)", "--adam-eps", 1e-4]
     for name in ("adam", "factored_adam"):
@@ -91,14 +91,14 @@ def test_the_clipped_norm_is_that_of_all_parameters(data: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("flag", "starts"),
-    [  # one of each kind resumes: fairseq treats their numbers alike
+    [  # one precision of each kind resumes, because fairseq treats their numbers in the same way
         ("--fp16", (1, 2)),
         ("--bf16", (2,)),
         ("--memory-efficient-fp16", (2,)),
         ("--memory-efficient-bf16", (1, 2)),
     ],
 )
-def test_it_trains_and_resumes_in_half_precision(
+def test_training_in_half_precision_resumes(
     data: Path, tmp_path: Path, flag: str, starts: tuple[int, ...]
 ):
     for epochs in starts:
@@ -141,7 +141,7 @@ def test_betas_that_are_not_a_pair_are_refused(betas: str):
         FairseqFactoredAdam(make_config(adam_betas=betas), make_parameters())
 
 
-def test_adams_state_is_refused_where_there_are_experts():
+def test_adams_state_is_refused_if_there_are_experts():
     adam = torch.optim.AdamW(make_parameters())
     for parameter in adam.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)

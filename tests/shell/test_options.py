@@ -1,4 +1,4 @@
-"""The repairs of how fairseq parses options."""
+"""The repairs of fairseq's option parsing."""
 
 import argparse
 import re
@@ -27,7 +27,7 @@ def test_validate_reads_the_task_from_the_checkpoint(data: Path, checkpoint: Pat
     assert losses[0] == losses[1]
 
 
-def test_a_start_is_free_of_warnings_of_libraries(data: Path, tmp_path: Path):
+def test_libraries_print_no_warnings_at_the_start(data: Path, tmp_path: Path):
     flags = [*TINY_MOE, "--max-update", 1, "--no-save", "--best-checkpoint-metric", "bleu"]
     done = run("train", data, "--user-dir", PLUGIN, *flags, cwd=tmp_path)
     assert "Warning" not in done.text
@@ -38,14 +38,14 @@ def test_a_start_is_free_of_warnings_of_libraries(data: Path, tmp_path: Path):
     assert done.status == 1
 
 
-def test_a_misspelt_architecture_is_answered_with_the_close_ones(data: Path, tmp_path: Path):
+def test_for_a_misspelt_architecture_similar_names_are_suggested(data: Path, tmp_path: Path):
     done = run("train", data, "--user-dir", PLUGIN, "--arch", "lstm_moe_gnmt_smal", cwd=tmp_path)
     assert done.status == 2
     assert "'lstm_moe_gnmt_smal': did you mean lstm_moe_gnmt_small or " in done.text
     assert "--max-tokens" not in done.text
 
 
-def test_of_many_choices_the_close_ones_are_named():
+def test_of_many_choices_the_similar_ones_are_named():
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--arch", choices=[f"lstm_{name}" for name in "abcdefghijklmno"])
     with pytest.raises(argparse.ArgumentError) as caught:

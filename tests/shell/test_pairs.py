@@ -1,4 +1,4 @@
-"""Which sentences of the language pairs an epoch contains."""
+"""Tests of which sentences of the language pairs an epoch contains."""
 
 from collections import Counter
 

@@ -10,7 +10,7 @@ from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from nmt_moe import plugin
 
 
-def test_all_names_are_registered_however_often_it_is_asked():
+def test_all_names_are_registered_however_often_register_is_called():
     plugin.register()
     plugin.register()
     assert {"lstm_moe_gnmt", "lstm_gnmt"} <= ARCH_MODEL_REGISTRY.keys()

@@ -1,4 +1,4 @@
-"""Which processes train: those started by torchrun or the user, on any machine."""
+"""The processes that train are those started by torchrun or the user, on any machine."""
 
 import json
 import shutil
@@ -52,12 +52,12 @@ def test_processes_that_would_never_start_are_refused(init_method):
 
 
 @pytest.mark.usefixtures("alone")
-def test_one_process_is_left_alone():
+def test_the_settings_of_one_process_are_unchanged():
     assert fix(make_config()) == make_config()
 
 
 @pytest.mark.usefixtures("alone")
-def test_processes_started_by_hand_get_what_works_on_cpu(monkeypatch):
+def test_processes_started_by_hand_get_settings_that_work_on_the_cpu(monkeypatch):
     monkeypatch.setattr(distributed_utils, "distributed_main", lambda *_: None)
     address = "tcp://localhost:12345"
     cfg = fix(make_config(2, distributed_no_spawn=True, distributed_init_method=address))
@@ -66,7 +66,7 @@ def test_processes_started_by_hand_get_what_works_on_cpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("under_torchrun")
-def test_the_world_size_of_torchrun_is_taken(monkeypatch):
+def test_the_world_size_of_torchrun_is_used(monkeypatch):
     monkeypatch.setattr(distributed_utils, "distributed_main", lambda *_: None)
     assert fix(make_config()).distributed_training.distributed_world_size == 2
 

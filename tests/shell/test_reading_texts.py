@@ -1,4 +1,4 @@
-"""What fairseq's readers find in a text: lines, words and marks."""
+"""Lines, words and marks that fairseq's readers find in a text."""
 
 import logging
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_uneven_alignments_are_refused(own_corpus: Path):
         preprocess(own_corpus, "--align-suffix", "align")
 
 
-def test_texts_of_dictionaries_alone_may_have_different_lengths(own_corpus: Path):
+def test_texts_used_only_for_dictionaries_may_have_different_lengths(own_corpus: Path):
     (own_corpus / "train.bb").write_text("ab\n")
     preprocess(own_corpus, "--dict-only")
     assert Dictionary.load(str(own_corpus / "data/dict.bb.txt")).index("ab") == 4
@@ -124,7 +124,7 @@ def test_typed_marks_are_unknown_words(own_corpus: Path):
         assert text.count(f"the text has the word `{mark}`") == 1
 
 
-def test_marks_that_a_model_writes_itself_are_marks():
+def test_marks_that_a_model_writes_itself_stay_marks():
     dictionary = Dictionary()
     tokens = dictionary.encode_line("<s> </s>", append_eos=False, add_if_not_exist=False)
     assert tokens.tolist() == [dictionary.bos(), dictionary.eos()]
@@ -190,7 +190,7 @@ def test_a_damaged_sentencepiece_model_is_named(data: Path, checkpoint: Path, tm
         call("interactive", data, *flags, stdin=b"ba\n")
 
 
-def test_fairseqs_pieces_are_those_of_our_command(corpus: Path, tmp_path: Path):
+def test_fairseqs_pieces_are_those_of_nmt_moe_pieces(corpus: Path, tmp_path: Path):
     model, flags = tmp_path / "spm.model", {"normalization": "identity", "hard_vocab_limit": False}
     pieces.train([corpus / "train.aa"], model, tmp_path / "dict.txt", 40, **flags)
     bpe = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))
@@ -260,7 +260,7 @@ def test_data_of_a_larger_dictionary_are_named(own_data: Path):
 # Splits
 
 
-def test_validation_sets_that_are_all_named_are_accepted(own_data: Path):
+def test_validation_sets_are_accepted_if_all_are_named(own_data: Path):
     for file in own_data.glob("valid.*"):
         file.with_name(file.name.replace("valid", "valid1")).write_bytes(file.read_bytes())
     assert data_utils._find_extra_valid_paths(str(own_data)) == {"valid1"}

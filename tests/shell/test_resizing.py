@@ -34,7 +34,7 @@ def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint_last.pt"
 
 
-def test_training_goes_on_from_an_upcycled_model_at_the_same_loss(
+def test_training_continues_from_an_upcycled_model_at_the_same_loss(
     data: Path, dense: Path, tmp_path: Path
 ):
     model = read_model(dense)
@@ -50,7 +50,7 @@ def test_training_goes_on_from_an_upcycled_model_at_the_same_loss(
     assert not torch.equal(experts[0], experts[1])  # they differ after one update
 
 
-def test_training_goes_on_from_a_pruned_model(data: Path, checkpoint: Path, tmp_path: Path):
+def test_training_continues_from_a_pruned_model(data: Path, checkpoint: Path, tmp_path: Path):
     model = read_model(checkpoint)
     kept = {"encoder": [0, 1, 3], "decoder": [1, 2]}
     layers = {side: layer.take(kept[side]) for side, layer in model.layers.items()}

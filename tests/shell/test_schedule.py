@@ -34,7 +34,7 @@ def make_schedule(**options: object) -> WarmupHoldInverseSqrt:
         pytest.param(WARMUP // 2, 0.2, id="half-way-up"),
         pytest.param(WARMUP, 0.4, id="at-the-top"),
         pytest.param(WARMUP + HOLD, 0.4, id="the-last-of-the-plateau"),
-        # Four times as many updates: half the rate.
+        # After four times as many updates, the rate is half as high.
         pytest.param(4 * (WARMUP + HOLD), 0.2, id="falling"),
     ],
 )
@@ -44,7 +44,7 @@ def test_the_rate_by_hand(update: int, rate: float):
     assert schedule.optimizer.get_lr() == pytest.approx(rate)
 
 
-def test_the_warmup_starts_where_it_is_told():
+def test_the_warmup_starts_at_the_given_rate():
     # Halfway from 0.1 to 0.4.
     assert make_schedule(warmup_init_lr=0.1).step_update(WARMUP // 2) == pytest.approx(0.25)
     assert make_schedule(warmup_init_lr=0.1).optimizer.get_lr() == pytest.approx(0.1)

@@ -103,7 +103,7 @@ def test_pieces_of_an_unknown_kind_are_refused(args: dict[str, Any], message: st
         (63, "a.pt", None),
     ],
 )
-def test_what_eval_lm_alone_takes_is_checked(window: int, path: str, message: str | None):
+def test_options_of_only_eval_lm_are_checked(window: int, path: str, message: str | None):
     args = Namespace(context_window=window, tokens_per_sample=64, path=path)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_evaluation(args)
@@ -156,7 +156,7 @@ def test_bad_json_of_bleu_is_refused(option: str, text: str, message: str):
         check_bleu_options(lambda task: None)(Namespace(cfg=cfg))
 
 
-def test_a_training_with_bad_bleu_options_ends_before_the_first_update(data: Path, tmp_path: Path):
+def test_training_with_bad_bleu_options_ends_before_the_first_update(data: Path, tmp_path: Path):
     flags = [*TINY_MOE, "--max-epoch", 1, "--save-dir", tmp_path, "--eval-bleu"]
     for options, message in (("{beam:5}", "JSON object"), ('{"beam": 0}', "`--beam` must be at")):
         with without_updates(), pytest.raises(ValueError, match=message):
@@ -172,7 +172,7 @@ def generate(data: Path, path: Path, *flags: object) -> list[str]:
     ).hypotheses()
 
 
-def test_shards_together_are_the_whole(data: Path, checkpoint: Path):
+def test_the_shards_together_are_the_whole_text(data: Path, checkpoint: Path):
     whole = generate(data, checkpoint)
     parts = [generate(data, checkpoint, "--num-shards", 3, "--shard-id", n) for n in range(3)]
     assert sorted(sum(parts, [])) == sorted(whole)
@@ -181,7 +181,7 @@ def test_shards_together_are_the_whole(data: Path, checkpoint: Path):
         generate(data, checkpoint, "--num-shards", 3, "--shard-id", 3)
 
 
-def test_shards_are_refused_where_nothing_is_cut(data: Path, checkpoint: Path, tmp_path: Path):
+def test_shards_are_refused_if_nothing_is_divided(data: Path, checkpoint: Path, tmp_path: Path):
     shards = ["--num-shards", 3, "--shard-id", 1]
     commands = [
         ("interactive", data, "--path", checkpoint, *TRANSLATE, *shards),

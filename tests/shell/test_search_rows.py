@@ -1,4 +1,4 @@
-"""What a search evaluates: each sentence's encoding once, and only live hypotheses."""
+"""A search evaluates each sentence's encoding once, and only live hypotheses."""
 
 import math
 import random
@@ -125,7 +125,7 @@ def assert_same_hypotheses(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_without_penalties_and_pruning_hypotheses_are_fairseqs_own(seed: int):
+def test_without_penalties_and_pruning_hypotheses_are_those_of_fairseq(seed: int):
     chance = random.Random(seed)
     models = [
         make_model(seed=10 * seed + number, attention_wiring=chance.choice(WIRINGS))
@@ -183,7 +183,7 @@ def make_fairseqs(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["transformer", "fconv"])
-def test_fairseqs_own_models_find_the_same_in_any_rows(kind: str):
+def test_fairseqs_own_models_find_the_same_hypotheses_in_any_rows(kind: str):
     models = [make_fairseqs(kind)]
     letters = make_dictionary()
     options = {"beam_size": BEAM, "max_len_b": 9}

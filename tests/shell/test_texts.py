@@ -1,4 +1,4 @@
-"""The repairs of how fairseq splits a text into samples."""
+"""The repairs of fairseq's splitting of a text into samples."""
 
 from types import SimpleNamespace
 
@@ -25,14 +25,14 @@ def test_each_sentence_is_a_sample():
     assert [block.tolist() for block in blocks] == [[5, 6, 2], [7, 2]]
 
 
-def test_a_numpy_that_has_the_name_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_a_numpy_that_has_the_name_is_not_changed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(np, "compat", SimpleNamespace(long=int), raising=False)
     monkeypatch.setattr(token_block_dataset, "np", np)
     let_each_sentence_be_a_sample()
     assert token_block_dataset.np is np
 
 
-def test_repairing_twice_repairs_once():
+def test_a_repair_is_applied_only_once():
     before = (
         token_block_dataset.np,
         language_modeling.TokenBlockDataset,
@@ -45,7 +45,7 @@ def test_repairing_twice_repairs_once():
     )
 
 
-def test_the_longest_line_that_can_be_counted_passes_and_one_more_token_does_not():
+def test_the_longest_line_that_can_be_counted_is_accepted_but_not_one_token_more():
     check_line_lengths("text", np.array([3, MOST_TOKENS]))
     with pytest.raises(ValueError, match="`text`, line 2: .* at most 65535 tokens, but has 65536"):
         check_line_lengths("text", np.array([3, MOST_TOKENS + 1, 4]))

@@ -1,4 +1,4 @@
-"""What a training refuses, warns about and leaves behind; the trainer itself."""
+"""The trainer: what it refuses, what it warns about, and what files it leaves."""
 
 import copy
 import errno
@@ -42,7 +42,7 @@ def num_updates(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that stopped after 2 of an epoch's 6 updates."""
+    """The folder of a training run that stopped after 2 of an epoch's 6 updates."""
     folder = tmp_path_factory.mktemp("within")
     call("train", data, *TINY_MOE, *FEW, "--save-dir", folder)
     return folder
@@ -74,12 +74,14 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_what_cannot_train_is_refused(flags, message, data: Path, tmp_path: Path):
+def test_settings_that_cannot_train_are_refused(flags, message, data: Path, tmp_path: Path):
     with without_updates(), pytest.raises(ValueError, match=message):
         call("train", data, *TINY_MOE, *FEW, *flags, "--save-dir", tmp_path)
 
 
-def test_other_criterions_train_dense_models_and_those_without_balance(data: Path, tmp_path: Path):
+def test_other_criteria_train_dense_models_and_models_without_balance_losses(
+    data: Path, tmp_path: Path
+):
     plain = ["--criterion", "label_smoothed_cross_entropy", *FEW, "--save-dir"]
     weights = ["--importance-weight", 0, "--load-weight", 0]
     call("train", data, *TINY_DENSE, *plain, tmp_path / "dense")
@@ -107,7 +109,7 @@ def test_a_validation_set_without_targets_is_refused():
         trainer.get_valid_iterator("valid")
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_a_disk_without_room_for_two_checkpoints_causes_a_warning(tmp_path, monkeypatch, caplog):
     model = torch.nn.Linear(1000, 250, bias=False)  # 1 MB, with Adam's two moments 3 MB
     for free, is_warned in ((5_999_999, True), (6_000_000, False)):
         caplog.clear()
@@ -128,7 +130,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_training_into_a_folder_is_refused_while_the_first_lives(
+def test_a_second_training_run_into_a_folder_is_refused_while_the_first_runs(
     data: Path, tmp_path: Path
 ):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
@@ -145,7 +147,7 @@ def test_a_second_training_into_a_folder_is_refused_while_the_first_lives(
     FolderLock(tmp_path)
 
 
-def test_a_disk_without_locks_is_warned_of_and_trained_on(tmp_path, monkeypatch, caplog):
+def test_a_disk_without_locks_causes_a_warning_and_training_works(tmp_path, monkeypatch, caplog):
     def lockf(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -183,7 +185,7 @@ def test_the_middle_of_an_epoch_is_not_resumed_with_another_seed(
     call("train", data, *flags, "--reset-dataloader")
 
 
-def test_a_training_that_is_done_makes_no_update(data: Path, within_epoch: Path):
+def test_finished_training_makes_no_update(data: Path, within_epoch: Path):
     before = (within_epoch / LAST).read_bytes()
     with without_updates():
         done = call("train", data, *TINY_MOE, *FEW, "--save-dir", within_epoch)
@@ -194,7 +196,7 @@ def test_a_training_that_is_done_makes_no_update(data: Path, within_epoch: Path)
 # Saved
 
 
-def test_a_save_that_falls_on_the_end_of_an_epoch_is_written(data: Path, tmp_path: Path):
+def test_a_save_at_the_end_of_an_epoch_is_written(data: Path, tmp_path: Path):
     flags = ["--save-interval-updates", 6, "--keep-interval-updates", 5, "--max-epoch", 2]
     call("train", data, *TINY_MOE, *flags, "--no-epoch-checkpoints", "--save-dir", tmp_path)
     states = {name: load(tmp_path / name) for name in ("checkpoint_1_6.pt", "checkpoint_2_12.pt")}
@@ -202,7 +204,7 @@ def test_a_save_that_falls_on_the_end_of_an_epoch_is_written(data: Path, tmp_pat
     assert epochs == [2, 3]
 
 
-def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch):
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch):
     path, save, calls = tmp_path / LAST, torch.save, []
 
     def save_half(content, file) -> None:
@@ -227,7 +229,7 @@ def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path, monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == [LAST]
 
 
-def test_a_training_removes_what_failed_saves_have_left(data: Path, tmp_path: Path, monkeypatch):
+def test_training_removes_the_files_of_failed_saves(data: Path, tmp_path: Path, monkeypatch):
     left = [tmp_path / name for name in ("checkpoint_last.pt.tmp", "experts-0a-0-4.pt")]
     for path in left:
         path.write_bytes(b"half")
@@ -285,7 +287,7 @@ def test_a_nan_in_validation_is_never_the_best(data: Path, tmp_path: Path, monke
 # Warnings
 
 
-def test_a_gate_that_cannot_learn_is_said_at_the_start(data: Path, tmp_path: Path):
+def test_a_gate_that_cannot_learn_is_reported_at_the_start(data: Path, tmp_path: Path):
     weights = ["--importance-weight", 0, "--load-weight", 0]
     done = call("train", data, *TINY_MOE, *FEW, "--top-k", 1, *weights, "--save-dir", tmp_path)
     assert "can only learn from the load loss" in done.text
@@ -293,7 +295,7 @@ def test_a_gate_that_cannot_learn_is_said_at_the_start(data: Path, tmp_path: Pat
     assert "can only learn from the load loss" not in done.text
 
 
-def test_a_loss_that_grows_beyond_all_sense_is_warned_of_once(data: Path, tmp_path: Path):
+def test_an_exploding_loss_causes_one_warning(data: Path, tmp_path: Path):
     flags = ["--lr", 1e4, "--clip-norm", 0, "--no-save", "--warmup-updates", 0, "--max-update", 6]
     done = call("train", data, *TINY_DENSE, *flags, "--save-dir", tmp_path)
     assert len(re.findall("training diverges", done.text)) == 1
@@ -304,7 +306,9 @@ def test_a_loss_that_grows_beyond_all_sense_is_warned_of_once(data: Path, tmp_pa
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_one_line_that_names_the_last_checkpoint(number, data: Path, tmp_path: Path):
+def test_a_stopped_training_run_prints_one_line_that_names_the_last_checkpoint(
+    number, data: Path, tmp_path: Path
+):
     command = [programs.python(), "-m", "fairseq_cli.train", data, "--user-dir", PLUGIN]
     command += TINY_MOE
     command += ["--save-interval-updates", 1, "--no-epoch-checkpoints", "--save-dir", tmp_path]
@@ -349,7 +353,7 @@ stops._explaining_stops(lambda cfg, main: main(cfg))(cfg, main)
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_a_training_whose_output_has_no_reader_any_more(number):
+def test_a_training_run_can_be_stopped_if_nothing_reads_its_output(number):
     training = subprocess.Popen(
         [sys.executable, "-c", STOPPABLE],
         stdout=subprocess.PIPE,
@@ -380,7 +384,7 @@ time.sleep(300)
 
 
 @pytest.mark.timeout(280)
-def test_a_rank_ends_once_its_launcher_is_gone():
+def test_a_rank_stops_once_its_launcher_is_gone():
     torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK],

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, sync_playwright
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)"
+    CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
 )
 
 

@@ -72,7 +72,7 @@ def make_networks(
     for number, module in enumerate(modules.values()):
         randomise(module.eval(), 10 * seed + number)
     weight: Any = modules["output"].weight.data
-    # An MoE layer adds a sigmoid, which is always positive: no symbol may benefit from that.
+    # An MoE layer adds a sigmoid, which is always positive; no symbol may benefit from that.
     weight -= weight.mean(dim=1, keepdim=True)
     weight *= 2
     return modules
@@ -85,7 +85,7 @@ def make_state(
     task: dict[str, Any],
     task_state: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return a checkpoint's content."""
+    """Return a checkpoint's contents."""
     model: dict[str, Tensor] = {}
     number = int.from_bytes(
         hashlib.sha256("\n".join(symbols).encode()).digest()[:8], "little", signed=True
@@ -117,10 +117,10 @@ def make_checkpoint(
     """Write a checkpoint and its training data.
 
     Args:
-        folder: To write to.
-        config: Of the network.
-        seed: Of its weights.
-        languages: Of a multilingual model, such as "aa bb".
+        folder: The folder to write to.
+        config: The sizes of the network.
+        seed: The seed of its weights.
+        languages: The languages of a multilingual model, such as "aa bb".
 
     Returns:
         Checkpoint, data, sentencepiece model, networks.

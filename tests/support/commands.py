@@ -1,4 +1,4 @@
-"""Run fairseq's commands: as a user would, or in this process."""
+"""Run fairseq's commands as a user would, or in this process."""
 
 import importlib
 import io
@@ -36,7 +36,7 @@ class Output:
         return [row[-1] for _, row in sorted(self.lines("H").items())]
 
     def records(self) -> list[dict[str, float]]:
-        """Return the entries of `--log-format json`, numbers as numbers."""
+        """Return the entries of a JSON log, with numbers as numbers."""
         entries = [line[line.find('{"') :] for line in self.text.splitlines() if '{"' in line]
         return [{key: float(value) for key, value in json.loads(row).items()} for row in entries]
 

@@ -11,7 +11,7 @@ from nmt_moe.kernels._triton import combine_rows, gather_rows, grouped_gemm
 from tests.support.compile_triton import CAPABILITIES, compile_launch
 
 DIM, HIDDEN, EXPERTS = 512, 1024, 4
-# Rows of an average expert: small, middle and large blocks in bfloat16, the usual dtype.
+# Mean rows per expert that lead to small, middle and large blocks in bfloat16, the usual dtype.
 MEANS = {
     torch.bfloat16: (16, 128, 1024),
     torch.float16: (1024,),

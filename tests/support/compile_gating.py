@@ -9,7 +9,7 @@ import torch
 from nmt_moe.kernels._triton import gating
 from tests.support.compile_triton import CAPABILITIES, compile_launch
 
-# (experts, per token, noise): whole blocks of rows, of columns, and chunks of columns.
+# (experts, per token, noise), for whole blocks of rows, of columns, and chunks of columns.
 CASES = [
     (6, 6, "drawn"),
     (256, 4, "drawn"),

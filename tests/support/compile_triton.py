@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that need not be present.
 
-Not while Triton interprets: a test has a program call `compile_launch` in a process of its own and
-print the answers as one JSON object, which `compile_report` reads.
+Triton cannot compile while it interprets, so a test starts a separate program, which calls
+`compile_launch` and prints the answers as one JSON object, which `compile_report` reads.
 """
 
 import json
@@ -45,17 +45,18 @@ def compile_launch(
     """Compile the kernel that `launch` would start, with its arguments, down to machine code.
 
     Args:
-        module: Where the launcher finds its kernel.
-        kernel_name: The kernel's name there.
+        module: The module in which the launcher finds its kernel.
+        kernel_name: The kernel's name in that module.
         gpu: A name in CAPABILITIES.
-        launch: Calls the launcher, with CPU tensors, once.
+        launch: A function that calls the launcher once, with CPU tensors.
 
     Returns:
-        wgmma, mma: whether Hopper's and older tensor-core instructions occur.
-        wide_copies: Copies of 16 bytes from global to shared memory.
-        registers, spilled: Registers of a thread, and bytes it keeps outside of them.
-        narrow_offsets: 32-bit offsets of two-dimensional blocks from a base pointer.
-        shared: Bytes of shared memory of a block.
+        A report with these entries:
+        wgmma, mma: Whether Hopper's and older tensor-core instructions occur.
+        wide_copies: The number of copies of 16 bytes from global to shared memory.
+        registers, spilled: The registers of a thread, and the bytes that it keeps outside of them.
+        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks from a base pointer.
+        shared: The bytes of shared memory of a block.
     """
     kernel = getattr(module, kernel_name)
     recorder = _Recorder(kernel, gpu)
@@ -68,7 +69,7 @@ def compile_launch(
 
 
 class _Recorder:
-    """Stand in for a kernel: `kernel[grid](...)` compiles and does not run."""
+    """A replacement for a kernel, with which `kernel[grid](...)` compiles but does not run."""
 
     def __init__(self, kernel: Any, gpu: str) -> None:
         self.kernel, self.gpu, self.report = kernel, gpu, {}

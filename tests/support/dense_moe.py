@@ -1,4 +1,4 @@
-"""The paper's equations, token by token and expert by expert: slow and plain."""
+"""The paper's equations, computed plainly and slowly, token by token and expert by expert."""
 
 import math
 
@@ -76,7 +76,7 @@ def dense_gates(layer: MoELayer, x: Tensor, noise) -> tuple[Tensor, Tensor, Tens
 
 
 def _noisy_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
-    """Eqs. 12-14 over noisy top-k."""
+    """Compute eqs. 12-14 with noisy top-k gates."""
     size, top_k = config.group_size, config.top_k
     group_loads = [x.new_zeros(size) for _ in range(config.num_groups)]
     group_tokens = [0] * config.num_groups
@@ -110,7 +110,7 @@ def _noisy_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
 
 
 def _strict_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
-    """Strict balance over groups, and within each group over its own tokens."""
+    """Compute strict balance over groups, and within each group over the group's tokens."""
     primary, group_mask, loss = strictly_balanced(
         x, gate.primary.gate_weight, gate.primary.threshold, config.top_k
     )

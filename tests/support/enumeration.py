@@ -1,4 +1,4 @@
-"""All translations of a sentence up to a length, scored one by one, as a reference for beams."""
+"""All translations of a sentence up to a length, scored one by one, to test beam searches."""
 
 import itertools
 import math
@@ -13,10 +13,10 @@ from tests.support.models import make_dictionary, make_task, make_tokens
 
 LETTERS = "abc"
 LONGEST = 3
-# Unused words. They enlarge the dictionary, which limits fairseq's beam.
+# These unused words enlarge the dictionary, whose size limits fairseq's beam.
 FILLERS = "".join(chr(0x4E00 + number) for number in range(45))
 UNUSED = ["<s>", *FILLERS]
-# Wide enough for all translations: 3 + 9 + 27 finished ones, at most 27 unfinished.
+# This beam holds all translations: 3 + 9 + 27 finished ones and at most 27 unfinished ones.
 BEAM = 40
 DICTIONARY = make_dictionary(LETTERS + FILLERS)
 
@@ -31,9 +31,9 @@ class Translation:
     """One translation with the end mark.
 
     Attributes:
-        text: Its letters.
-        log_probs: (T,) of each token and the end mark.
-        received: (S,) attention each source word got; the end mark is no word.
+        text: The letters.
+        log_probs: (T,) log-probabilities of each token and the end mark.
+        received: (S,) attention that each source word received; the end mark is not a word.
     """
 
     text: str
@@ -75,7 +75,7 @@ def prune(translations: Sequence[Translation], margin: float, alpha: float) -> l
     """Apply both prunings by definition, with an unlimited beam."""
     kept = list(translations)
     for step in range(LONGEST + 1):
-        # Unfinished ones with the same prefix have the same log-probability here.
+        # Unfinished hypotheses with the same prefix have the same log-probability here.
         local = [one.log_probs[step] for one in kept if len(one.text) >= step]
         best = max(local)
         kept = [one for one in kept if len(one.text) < step or one.log_probs[step] >= best - margin]

@@ -73,10 +73,10 @@ def assert_is_the_definition(
 
 
 def assert_infinite_logits_are_right():
-    """Compare with the definition where logits of -inf get noise; no gradient may be NaN."""
+    """Compare with the definition if logits of -inf get noise; no gradient may be NaN."""
     inputs = make_inputs(9, 40, torch.float32)
     clean, raw_scale = (inputs[name].detach().clone() for name in ("clean", "raw_scale"))
-    clean[:, 4:] = -torch.inf  # beyond the three chosen, and the one they must beat
+    clean[:, 4:] = -torch.inf  # all but the three chosen, and the one that they must beat
     results = []
     for function in (noisy_top_k, reference.noisy_top_k):
         leaves = clean.clone().requires_grad_(), raw_scale.clone().requires_grad_()

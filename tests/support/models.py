@@ -51,7 +51,7 @@ def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
 
 
 def without_noise(model: nn.Module) -> nn.Module:
-    """Make a model's noise zero: only noise makes two equal halves of a batch differ."""
+    """Make a model's noise zero, because noise would make two equal halves of a batch differ."""
 
     def give_zeros(gate: NoisyTopKGate, inputs: tuple) -> tuple:
         x, _, *rest = inputs

@@ -1,4 +1,4 @@
-"""A tiny task of three languages: `bb` reverses the words of `aa`, `cc` has them in capitals."""
+"""A tiny task of three languages: `bb` reverses the words of `aa`; `cc` has them in capitals."""
 
 import random
 from pathlib import Path

@@ -13,9 +13,10 @@ EOS, PAD = 2, 1
 
 
 def make_model(vocab: int = 11, width: int = 4, seed: int = 1, sharpness: float = 3.0) -> Model:
-    """Return a function of (R, T) tokens and (R,) sentences: next log-probabilities and attention.
+    """Return a model: a function from (R, T) tokens and (R,) sentences to its predictions.
 
-    All tokens matter, and a row's result does not depend on other rows.
+    The predictions are log-probabilities of the next token, and attention. They depend on all
+    tokens of a row, but not on other rows.
     """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.rand(vocab, 16, generator=generator, dtype=torch.float64)

@@ -13,7 +13,7 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a page; `reason` says why it is not run, if it is not."""
+    """A block of a page; `reason` says why it is not run, and is None if it is run."""
 
     page: str
     line: int
@@ -29,7 +29,7 @@ def pages() -> list[str]:
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the blocks of bash and Python of a page, in their order."""
+    """Return the bash and Python blocks of a page, in order."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     return [
         Block(

@@ -1,9 +1,10 @@
 """Programs that start quickly: forks of a process that has already imported torch and fairseq.
 
-Importing fairseq takes seconds, most of the time of a test that runs small commands. `python()` is
-a Python in a folder with the programs of this environment. Those that tests start most are clients:
-they send arguments, variables, folder and open files to the server, which forks a process that is
-the program from then on. The project's own modules are imported by each program, as ever.
+Importing fairseq takes seconds, which is most of the time of a test that runs small commands.
+`python()` returns a Python in a folder with the programs of this environment. The programs that
+tests start most often are clients: they send arguments, variables, folder and open files to the
+server, which forks a process that becomes the program. Each program imports the project's own
+modules itself, as usual.
 """
 
 import atexit
@@ -27,7 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# What nmt_moe, recipes and fairseq's commands import, without the modules that set up logging.
+# Modules that nmt_moe, recipes and fairseq's commands import, without those that set up logging.
 IMPORTED_BEFORE = (
     *("click", "num2words", "pooch", "sacrebleu.significance", "sacremoses", "sentencepiece"),
     *("fairseq.checkpoint_utils", "fairseq.data.data_utils_fast", "fairseq.options"),
@@ -57,7 +58,7 @@ sys.exit(status[0] if status else 1)
 
 @functools.cache
 def python() -> Path:
-    """Return a Python beside the environment's programs; its server runs from now on."""
+    """Return a Python beside the environment's programs, and start its server if necessary."""
     folder = tempfile.TemporaryDirectory(prefix="programs-")
     address = str(Path(folder.name, "server"))
     client = CLIENT.format(python=sys.executable, address=address)
@@ -171,7 +172,7 @@ def become(arguments: list[str]) -> None:
 
 
 def end(error: BaseException | None) -> NoReturn:
-    """End like Python, but leave memory to the kernel: freeing it takes half a second."""
+    """End like Python, but leave memory to the kernel, because freeing it takes half a second."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -186,7 +187,7 @@ def end(error: BaseException | None) -> NoReturn:
 
 
 def main(address: str) -> None:
-    """Import what programs import, and serve."""
+    """Import the modules that programs import, and serve."""
     for name in IMPORTED_BEFORE:
         importlib.import_module(name)
     logging.root.handlers.clear()
@@ -203,5 +204,5 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name: programs become `__main__`.
+    # Use the module's own name, because programs become `__main__`.
     importlib.import_module("tests.support.programs").main(sys.argv[1])

@@ -34,7 +34,7 @@ def predict(networks: dict[str, nn.Module], source: list[int], read: Tensor) -> 
 def mean_prediction(
     models: Sequence[dict[str, nn.Module]], source: list[int], read: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return an ensemble's prediction: logarithm of the mean probability, mean attention."""
+    """Return an ensemble's prediction: the log of the mean probability, and mean attention."""
     results = [predict(networks, source, read) for networks in models]
     probs = torch.stack([log_probs.exp() for log_probs, _ in results]).mean(dim=0)
     return probs.log(), torch.stack([attention for _, attention in results]).mean(dim=0)
@@ -46,10 +46,10 @@ def translate(
     """Search for translations of one sentence, computing every step from the start.
 
     Args:
-        models: One, or an ensemble.
-        source: Numbers of the tokens with the end mark.
-        config: Of the search.
-        max_length: Tokens before the end mark.
+        models: One model, or an ensemble.
+        source: The numbers of the tokens, including the end mark.
+        config: The settings of the search.
+        max_length: The maximum number of tokens before the end mark.
     """
 
     def step(tokens: Tensor, state: _Source) -> tuple[Tensor, Tensor, _Source]:

@@ -16,7 +16,7 @@ import uvicorn
 
 from nmt_moe.serving import Models, ServerSettings, Service, make_app
 
-# Time-out of every wait: under load a machine may be slow.
+# Every wait has this time-out, because a machine may be slow under load.
 PATIENCE = 120.0
 
 
@@ -24,15 +24,15 @@ class LiveServer:
     """A service behind real sockets.
 
     Attributes:
-        service: That is served.
-        url: Without a slash at its end.
-        port: Of loopback.
+        service: The service.
+        url: The address, without a slash at the end.
+        port: The port of the loopback.
     """
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # Explicitly TCP, as in the command: otherwise Nagle's algorithm delays each answer by 40
-        # ms.
+        # TCP is named explicitly, as in the command: otherwise Nagle's algorithm delays each answer
+        # by 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
@@ -97,13 +97,13 @@ def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dic
 
 
 def raw(port: int, content: bytes) -> bytes:
-    """Send bytes over a socket; return all that comes until the other side closes."""
+    """Send bytes over a socket; return all bytes received until the other side closes."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
         connection.sendall(content)
         return receive(connection)
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Return all that comes until the other side closes."""
+    """Return all bytes received until the other side closes."""
     connection.settimeout(PATIENCE)
     return b"".join(iter(lambda: connection.recv(65536), b""))

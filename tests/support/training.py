@@ -1,4 +1,4 @@
-"""The flags of a training that takes seconds."""
+"""The flags of a training run that takes seconds."""
 
 import shutil
 from collections.abc import Iterator

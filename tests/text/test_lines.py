@@ -1,4 +1,4 @@
-"""What a line is: as `wc -l` and every other program that reads the file counts it."""
+"""Lines are counted as `wc -l` and every other program that reads the file counts them."""
 
 import gzip
 import io
@@ -63,7 +63,7 @@ def test_lines_are_those_that_wc_counts(
 
 @settings(max_examples=150, deadline=None)
 @given(content=st.binary(max_size=60))
-def test_whatever_bytes_are_read_the_lines_are_counted_as_by_wc(folder: Path, content: bytes):
+def test_lines_of_any_bytes_are_counted_as_by_wc(folder: Path, content: bytes):
     path = write(folder, content)
     found = list(scan_lines(io.BytesIO(content), "text"))
     assert len(found) == wc(path)
@@ -107,7 +107,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, reason
         list(read_lines(path))
 
 
-def test_a_file_whose_lines_end_in_carriage_returns_is_named_with_the_way_out(tmp_path: Path):
+def test_a_file_whose_lines_end_in_carriage_returns_is_named_with_a_remedy(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"line 1 contains a carriage return .* `wc -l`\. .*tr '\\r' '\\n'"
     ):
@@ -119,7 +119,7 @@ def test_text_that_is_cleaned_afterwards_keeps_its_controls(tmp_path: Path):
     assert list(read_lines(path, allow_controls=True)) == ["a\rb\x00", "c"]
 
 
-def test_a_byte_order_mark_is_dropped_and_said_once(
+def test_a_byte_order_mark_is_dropped_and_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     path = write(tmp_path, b"\xef\xbb\xbfba\nbe\n")
@@ -149,7 +149,7 @@ def test_no_more_of_a_long_line_is_kept_than_its_limit(tmp_path: Path):
     tracemalloc.stop()
 
 
-def test_a_line_of_a_pipe_is_there_when_its_end_is(tmp_path: Path):
+def test_a_line_of_a_pipe_is_available_as_soon_as_it_ends(tmp_path: Path):
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pipe:
         assert pipe.stdin is not None
         assert pipe.stdout is not None

@@ -46,7 +46,7 @@ def join(line):
     return line.replace(" ", "").replace("▁", " ").strip()
 
 
-def test_the_dictionary_has_every_piece_but_the_three_that_fairseq_adds_itself(model, tmp_path):
+def test_the_dictionary_has_every_piece_except_the_three_that_fairseq_adds(model, tmp_path):
     entries = [line.split(" ")[0] for line in (tmp_path / "dict.txt").read_text().splitlines()]
     assert len(entries) == 40 - 3
     assert not {"<unk>", "<s>", "</s>"} & set(entries)
@@ -108,12 +108,12 @@ def test_decoding_undoes_encoding_from_standard_input(model, text):
     assert "U+0007" in run("decode", "--model", model, input="a\x07b\n").stderr
 
 
-def test_text_that_is_cut_already_is_warned_of(model, text, caplog):
+def test_text_that_is_already_cut_causes_a_warning(model, text, caplog):
     run("encode", "--model", model, input=run("encode", "--model", model, "--input", text).stdout)
     assert "already been split into pieces?" in caplog.text
 
 
-def test_a_likelier_cut_is_drawn_as_much_more_often_as_alpha_says(model):
+def test_a_more_probable_cut_is_drawn_more_often_by_the_factor_that_alpha_gives(model):
     sampler = pieces.WordSampler(pieces.load(model), alpha=0.1, seed=1)
     cuts, cumulative_weights = sampler.find_cuts("▁letter")
     assert len(cuts) > 1
@@ -163,7 +163,7 @@ NORMALIZED = {
 
 
 @pytest.mark.parametrize("name", NORMALIZED)
-def test_text_is_normalised_as_asked(text, tmp_path, name):
+def test_text_is_normalised_as_requested(text, tmp_path, name):
     flags = ["--vocab-size", 40, "--model", tmp_path / "m", "--dictionary", tmp_path / "d"]
     done = run("train", "--inputs", text, *flags, "--normalization", name)
     assert done.stdout == f"37 pieces, unigram, normalization {name}\n"
@@ -203,7 +203,7 @@ def test_a_text_that_is_not_utf8_is_named_with_its_line(text, tmp_path):
         ({"dictionary": "."}, "must be a file to write, but is a folder"),
     ],
 )
-def test_what_cannot_be_learnt_is_named_and_nothing_is_written(text, tmp_path, flags, message):
+def test_impossible_settings_are_named_and_nothing_is_written(text, tmp_path, flags, message):
     wanted = {"model": "m", "dictionary": "d", "vocab_size": 40} | flags
     paths = {name: tmp_path / wanted.pop(name) for name in ("model", "dictionary")}
     with pytest.raises(ValueError, match=message):
@@ -223,7 +223,7 @@ def test_samples_that_cannot_be_drawn_are_named(model, text, tmp_path, flags):
     assert text.read_text().splitlines() == LINES
 
 
-def test_text_that_is_not_in_pieces_is_warned_of(model, text, caplog):
+def test_text_that_is_not_in_pieces_causes_a_warning(model, text, caplog):
     run("decode", "--model", model, "--input", text)
     assert "Is this plain text instead of pieces?" in caplog.text
 
@@ -275,7 +275,7 @@ def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])
-def test_a_model_that_is_cut_off_is_one_message(model, text, share):
+def test_a_truncated_model_gives_one_message(model, text, share):
     content = model.read_bytes()
     model.write_bytes(content[: int(len(content) * share)])
     model.with_name("spm.model.sha256").unlink()

@@ -54,7 +54,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
     assert result.returncode == 1
     assert "lacks click packaging, without which it cannot be checked" in result.stderr
     assert "NMT_MOE_PYTHON" in result.stderr
-    # With these two, the check names all other packages.
+    # If these two are installed, the check names all other packages.
     (site,) = (bare_python.parents[1] / "lib").glob("python*/site-packages")
     for package in ("click", "packaging"):
         shutil.copytree(Path(importlib.util.find_spec(package).origin).parent, site / package)
@@ -64,7 +64,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
         assert f"\n  {name} installed" in result.stderr
 
 
-def test_a_given_python_that_is_no_program_is_refused(repository, tmp_path):
+def test_a_given_python_that_is_not_a_program_is_refused(repository, tmp_path):
     result = run(["bash", repository / "tools/setup.sh"], tmp_path, NMT_MOE_PYTHON="/no/python")
     assert result.returncode == 1
     assert "NMT_MOE_PYTHON=/no/python is not a program" in result.stderr

@@ -61,11 +61,11 @@ def test_flipped_bits_are_noticed_wherever_they_count(rounds: int, tmp_path: Pat
         file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         refused += assert_right_or_refused(path, expected, f"byte {place} of {file.name}")
         file.write_bytes(whole)
-    assert refused > rounds / 2  # the rest are gaps between a zip's parts
+    assert refused > rounds / 2  # the others are in gaps between the parts of a zip
 
 
 @amounts(60, 2000)
-def test_files_that_are_cut_are_refused(rounds: int, tmp_path: Path):
+def test_truncated_files_are_refused(rounds: int, tmp_path: Path):
     path, chance = save(tmp_path), random.Random(rounds)
     expected, files = load_checkpoint(path), sorted(tmp_path.glob("*.pt"))
     for _ in range(rounds):
@@ -108,7 +108,7 @@ def save_again(path: Path) -> Path:
 
 @pytest.mark.parametrize("write", [save_again, merge, average])
 @amounts(8, 300)
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_leaves_existing_files_intact(
     write: Callable[[Path], Path], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("nmt_moe.checkpoints.files.PAUSE", 0)
@@ -153,7 +153,7 @@ def test_one_value_that_is_not_finite_is_named(value: float, tmp_path: Path):
             read_checkpoint(tmp_path / LAST)
 
 
-def test_containers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_endlessly_nested_containers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("nmt_moe.checkpoints.files.MAX_VALUES", 1000)
     nest: Any = {}
     for _ in range(100):

@@ -31,7 +31,7 @@ def save_for_ever(folder: Path, first: int) -> None:
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(400, marks=pytest.mark.slow)])
-def test_a_save_that_is_killed_leaves_a_whole_checkpoint(rounds: int, tmp_path: Path):
+def test_a_killed_save_leaves_a_complete_checkpoint(rounds: int, tmp_path: Path):
     chance, number, path = random.Random(rounds), 0, tmp_path / LAST
     context = multiprocessing.get_context("fork")
     for _ in range(rounds):
@@ -55,7 +55,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(rounds: int, tmp_path: 
 
 
 def train_in_a_child(*arguments: object) -> multiprocessing.Process:
-    """Start a training in a separate process that has imported everything."""
+    """Start a training run in a separate process that has imported everything."""
     training = multiprocessing.get_context("fork").Process(target=call, args=("train", *arguments))
     training.start()
     return training
@@ -63,7 +63,7 @@ def train_in_a_child(*arguments: object) -> multiprocessing.Process:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_training_that_is_killed_again_and_again_ends_in_the_bits_of_an_unbroken_one(
+def test_training_that_is_killed_repeatedly_ends_with_the_same_bits_as_uninterrupted_training(
     tmp_path: Path,
 ):
     data = tmp_path / "data"

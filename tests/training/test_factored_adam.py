@@ -47,7 +47,7 @@ def reload(state: dict) -> dict:
 
 
 def rank_one_grad(step: int) -> Tensor:
-    """Squares are the product of a row and a column, the same up to a factor at each update."""
+    """The squares are the product of a row and a column, with another factor at each update."""
     generator = torch.Generator().manual_seed(3)
     row, column = (
         torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
@@ -57,7 +57,7 @@ def rank_one_grad(step: int) -> Tensor:
     return row * column * signs * (1 + math.sin(step))
 
 
-def test_where_squared_gradients_have_rank_one_it_is_adam_without_momentum():
+def test_if_squared_gradients_have_rank_one_it_equals_adam_without_momentum():
     ours, theirs = make_experts(), make_experts()
     # Such a small eps has no effect, wherever it is added.
     options = {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-30, "weight_decay": 0.2}
@@ -75,7 +75,7 @@ def test_other_parameters_are_trained_by_adam(dtype):
     torch.manual_seed(1)
     shapes = [(4, 5), (7,), (2, 3, 4), ()]
     ours = [Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    # One with another memory layout.
+    # This parameter has another memory layout.
     ours.append(Parameter(torch.randn(5, 4, dtype=dtype).t()))
     theirs = [Parameter(parameter.detach().clone()) for parameter in ours]
     options = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-30, "weight_decay": 0.2}
@@ -91,9 +91,9 @@ def test_other_parameters_are_trained_by_adam(dtype):
 
 
 def test_eps_is_added_to_the_root_of_the_uncorrected_moment():
-    # First update, gradient 1: the moment is 0.25, its root 0.5; with eps 0.5 the divisor is 1.
-    # The correction sqrt(0.25) / 0.5 of both moments and a first moment of 0.5 leave 0.5 lr;
-    # an expert has 1 instead of the first moment and no correction for it: also 0.5 lr.
+    # In the first update with gradient 1, the moment is 0.25 and its root 0.5; with eps 0.5, the
+    # divisor is 1. The correction sqrt(0.25) / 0.5 of both moments and a first moment of 0.5 leave
+    # 0.5 lr. An expert has 1 instead of the first moment, and no correction for it: also 0.5 lr.
     for parameter in (Parameter(torch.zeros(2, 3)), make_experts(torch.float32)):
         before = parameter.detach().clone()
         parameter.grad = torch.ones_like(parameter)
@@ -113,7 +113,7 @@ def test_half_precision_is_updated_in_float32(dtype):
         for parameter in (ours, wide):
             FactoredAdam([parameter], lr=0.1).step()
         assert ours.dtype == dtype
-        # Both add up in float32; compiled loops and torch round differently in its last bits.
+        # Both add in float32, but compiled loops and torch round the last bits differently.
         assert_close(ours, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_groups_may_say_which_parameters_are_factored():
         assert not one.equal(start)
 
 
-def test_a_matrix_alone_may_be_factored():
+def test_a_single_matrix_may_be_factored():
     experts = make_experts()
     matrix = Parameter(experts.detach()[0].clone())
     for parameter in (experts, matrix):
@@ -170,7 +170,7 @@ def test_it_learns():
     assert losses[-1] < losses[0] / 4
 
 
-def test_a_parameter_without_gradient_is_left_alone():
+def test_a_parameter_without_a_gradient_is_not_changed():
     used, unused = make_experts(), make_experts()
     used.grad = torch.ones_like(used)
     optimizer = FactoredAdam([used, unused], weight_decay=0.1)
@@ -179,7 +179,7 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert not optimizer.state[unused]
 
 
-def test_a_reloaded_optimizer_goes_on_with_the_same_bits():
+def test_a_reloaded_optimizer_continues_with_the_same_bits():
     one = make_layer()
     first = FactoredAdam(one.parameters(), lr=0.01)
     train(one, first, range(3))
@@ -216,7 +216,7 @@ def test_means_stay_float32_across_a_reload(dtype):
                 assert value.data_ptr() != other.data_ptr()
 
 
-def test_the_state_of_adam_loads_where_nothing_is_factored():
+def test_the_state_of_adam_loads_if_nothing_is_factored():
     ours, theirs = Parameter(torch.ones(3, 4)), Parameter(torch.ones(3, 4))
     adam = torch.optim.AdamW([theirs], lr=0.1, eps=1e-30)
     theirs.grad = torch.randn(3, 4)

@@ -1,4 +1,4 @@
-"""How often pairs are seen: by hand, and over many epochs."""
+"""Tests of how often pairs are seen, by hand and over many epochs."""
 
 import pytest
 
@@ -7,12 +7,13 @@ from nmt_moe.training import passes_per_epoch, sentences_of_epoch, sentences_per
 SIZES = {"en-fr": 8, "en-ko": 2}
 
 
-def test_at_temperature_1_every_pair_is_passed_once():
+def test_at_temperature_1_every_pair_is_seen_once():
     assert passes_per_epoch(SIZES) == pytest.approx({"en-fr": 1.0, "en-ko": 1.0})
 
 
 def test_temperature_2_by_hand():
-    # Shares of N = 10: 0.8 and 0.2; their roots are as 2 to 1, so 10 * 2/3 of 8 and 10 * 1/3 of 2.
+    # The shares of N = 10 are 0.8 and 0.2. Their roots have the ratio 2 to 1, which gives 10 * 2/3
+    # of 8 and 10 * 1/3 of 2.
     assert passes_per_epoch(SIZES, 2.0) == pytest.approx({"en-fr": 20 / 24, "en-ko": 10 / 6})
 
 
@@ -21,7 +22,7 @@ def test_a_high_temperature_gives_equal_shares():
     assert passes == pytest.approx({"en-fr": 5 / 8, "en-ko": 5 / 2})
 
 
-def test_oversampling_replaces_the_passes_of_its_pairs_alone():
+def test_oversampling_replaces_only_the_passes_of_its_pairs():
     expected = {"en-fr": 20 / 24, "en-ko": 7.0}
     assert passes_per_epoch(SIZES, 2.0, {"en-ko": 7.0}) == pytest.approx(expected)
 
@@ -37,7 +38,7 @@ def test_oversampling_replaces_the_passes_of_its_pairs_alone():
         ((SIZES, 1.0, {"en-ko": float("inf")}), "must be greater than 0, but is inf"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: tuple, message: str):
+def test_impossible_settings_are_refused(arguments: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         passes_per_epoch(*arguments)
 
@@ -47,7 +48,7 @@ def test_one_pass_is_every_sentence_once():
 
 
 @pytest.mark.parametrize("passes", [0.1, 0.4, 1.0, 1.7, 3.0])
-def test_over_epochs_no_sentence_comes_more_than_once_more_often_than_another(passes: float):
+def test_over_all_epochs_counts_of_sentences_differ_by_at_most_one(passes: float):
     counts = [0] * 7
     for epoch in range(1, 12):
         drawn = sentences_of_epoch(7, passes, epoch, seed=5).tolist()
@@ -57,12 +58,12 @@ def test_over_epochs_no_sentence_comes_more_than_once_more_often_than_another(pa
         assert max(counts) - min(counts) <= 1
 
 
-def test_a_pair_too_small_for_its_share_gives_one_sentence_an_epoch():
+def test_a_pair_too_small_for_its_share_gives_one_sentence_per_epoch():
     assert sentences_per_epoch(2, 0.01) == 1
     assert len(sentences_of_epoch(2, 0.01, epoch=9, seed=1)) == 1
 
 
-def test_an_epoch_is_the_same_whenever_it_is_drawn_and_another_under_another_seed():
+def test_an_epoch_is_always_the_same_for_a_seed_and_differs_between_seeds():
     drawn = sentences_of_epoch(50, 1.5, epoch=4, seed=2)
     assert drawn.equal(sentences_of_epoch(50, 1.5, epoch=4, seed=2))
     assert not drawn.equal(sentences_of_epoch(50, 1.5, epoch=5, seed=2))

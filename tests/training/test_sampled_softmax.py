@@ -51,7 +51,7 @@ def expected_loss(features: Tensor, weight: Tensor, target: Tensor, num_draws: i
 
 
 def test_the_proposal_by_hand():
-    # log(2/1), log(3/2), log(4/3) over log(4): of three classes, the first has a half.
+    # The chances are log(2/1), log(3/2) and log(4/3) divided by log(4); the first is a half.
     p = log_uniform_probability(torch.arange(3), 3)
     wanted = torch.tensor([2 / 1, 3 / 2, 4 / 3], dtype=torch.float64).log() / math.log(4)
     torch.testing.assert_close(p, wanted)
@@ -59,7 +59,7 @@ def test_the_proposal_by_hand():
     assert log_uniform_probability(torch.arange(100_000), 100_000).sum() == pytest.approx(1.0)
 
 
-def test_ranks_run_round_the_vocabulary_from_the_most_frequent_class():
+def test_ranks_of_classes_start_at_the_most_frequent_class_and_wrap_around():
     torch.manual_seed(1)
     # All 6 classes are drawn eventually; ids by ascending rank: 2, 3, 4, 5, 0, 1.
     sample = max((draw_classes(6, 6, 2) for _ in range(400)), key=lambda drawn: len(drawn.ids))
@@ -105,19 +105,20 @@ def test_more_draws_than_classes_are_refused(num_draws: int):
 
 
 def test_the_loss_by_hand():
-    # Logits 0, log 2, log 3, log 4; the target is 0; drawn are 1 (chance 1/2) and 3 (chance 1/4):
-    # Z^ = 1 + 2 / (1/2) + 4 / (1/4) = 21.
+    # The logits are 0, log 2, log 3 and log 4, and the target is 0. The classes 1 (chance 1/2) and
+    # 3 (chance 1/4) are drawn, so Z^ = 1 + 2 / (1/2) + 4 / (1/4) = 21.
     weight = torch.tensor([[1.0], [2.0], [3.0], [4.0]]).log()
     sample = ClassSample(torch.tensor([1, 3]), torch.tensor([0.5, 0.25]))
     nll = sampled_nll(torch.ones(1, 1), weight, torch.tensor([0]), sample)
     torch.testing.assert_close(nll, torch.tensor([21.0]).log())
 
 
-def test_an_accidental_hit_counts_for_other_tokens_alone():
+def test_an_accidental_hit_counts_only_for_other_tokens():
     weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
     sample = ClassSample(torch.tensor([1]), torch.tensor([0.5]))
     nll = sampled_nll(torch.ones(2, 1), weight, torch.tensor([1, 2]), sample)
-    # Token 0 drew its own target: Z^ = 2, its loss log(2 / 2). Token 1: log((3 + 4) / 3).
+    # Token 0 drew its own target, so Z^ = 2 and its loss is log(2 / 2). For token 1, the loss is
+    # log((3 + 4) / 3).
     torch.testing.assert_close(nll, torch.tensor([1.0, 7 / 3]).log())
 
 
@@ -134,7 +135,7 @@ def test_with_all_classes_certain_it_is_the_full_softmax_with_all_gradients():
 
 @pytest.mark.parametrize("num_draws", [1, 2, 3])
 def test_the_partition_sum_and_its_gradient_are_unbiased(num_draws: int):
-    # Exactly: over all samples, each with its probability, not over many random ones.
+    # This is exact: the mean is over all samples with their probabilities, not over random samples.
     features, weight, target = make_problem()
     logits = features @ weight.t()
     target_logit = logits.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -197,7 +198,7 @@ def test_half_precision_is_summed_in_full():
     torch.testing.assert_close(nll.double(), exact, atol=0.05, rtol=0)
 
 
-def test_no_tokens_give_no_loss_and_a_gradient_of_zero():
+def test_without_tokens_the_loss_and_its_gradient_are_zero():
     weight = torch.randn(V, D, requires_grad=True)
     sample = draw_classes(3, V)
     nll = sampled_nll(torch.zeros(0, D), weight, torch.zeros(0, dtype=torch.long), sample)
