@@ -30,7 +30,7 @@ class Point:
             sqrt(K) experts each; 0 if there is no such layer.
         modes: Modes that are timed, some of `MODES`.
         dtype: Type of tokens and weights, by its name in torch.
-        kind: Kind of measurement: "layer", or "gating" for the gate's arithmetic on logits alone.
+        kind: Kind of measurement: "layer", or "gating" for only the gate's arithmetic on logits.
         yardsticks: Competitors that always run at this point, without being requested.
     """
 

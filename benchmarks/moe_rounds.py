@@ -245,7 +245,7 @@ class Match:
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:
-            timing.say("  memory is short: from now on each turn starts a process of its own")
+            timing.say("  memory is short: from now on, each turn starts a new process")
             self.stays = False
             self._close_all()
 

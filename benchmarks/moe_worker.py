@@ -40,7 +40,7 @@ class Competitor(Protocol):
         """Return the share of (token, expert) pairs not computed; None if there are no pairs."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tables need to know."""
+        """Return the facts that the tables show."""
 
 
 class LayerRun:
@@ -96,7 +96,7 @@ class LayerRun:
         return 1 - self.layer.computed_pairs(self.x) / (len(self.x) * self.layer.top_k)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tables need to know."""
+        """Return the facts that the tables show."""
         return {
             "notes": self.layer.notes,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
@@ -160,7 +160,7 @@ class Worker:
         self.competitor = build(name, point, device)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the tables need to know."""
+        """Return the facts that the tables show."""
         return self.competitor.describe()
 
     def measure(self, mode: str, warmup: int, repeats: int) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def read_sentences(path: Path) -> list[str]:
         if len(words) > MAX_LINE_WORDS:
             raise ValueError(
                 f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but has "
-                f"{len(words)}. Put each sentence on a line of its own, or split it with `fold -s`."
+                f"{len(words)}. Put each sentence on its own line, or split it with `fold -s`."
             )
         if words:
             sentences.append(" ".join(words))

@@ -90,7 +90,7 @@ def test_competitors_take_turns_and_keep_running_if_memory_allows(play):
     second = [f"{name} fwd+bwd" for name in names]
     assert events == [*first, *second, *(f"-{name}" for name in names)]
     assert match.stays
-    # First for a quarter of a second; then as often as half a second allows.
+    # The first turn takes a quarter of a second; the second repeats it within half a second.
     counts = [len(samples) for samples in match.records["bmm"].rounds["fwd+bwd"]]
     assert counts == [1, 2]
 

@@ -25,18 +25,18 @@ def config(wiring="recurrent", attention="product", moe=True):
 
 def test_flops_by_hand_of_the_recurrent_wiring():
     # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), 4 experts of width 6, 2 per token.
-    # Factors 2 (multiplications and additions) and 3 (forward pass and two gradients).
+    # The factors are 2 (multiplications and additions) and 3 (forward pass and two gradients).
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
         # Three LSTMs run over 10 source tokens, and two over 10 target tokens, from D to the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
-        # The same for the recurrent input: D, or in decoder LSTM 1 output and context, 2 D.
+        # The recurrent input is D, or in decoder LSTM 1, output and context, 2 D.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
         "LSTM projection": 6 * 5 * 10 * 8 * 4,
-        # 20 tokens to 4 experts, once for the logits and once for the noise.
+        # There are 20 tokens and 4 experts, once for the logits and once for the noise.
         "MoE gate": 6 * 2 * 20 * 4 * 4,
-        # 40 rows up and down.
+        # There are 40 rows, and two matrices for each expert.
         "MoE experts": 6 * 2 * 40 * 4 * 6,
-        # Keys and queries of 10 tokens; each query meets 5 source tokens, twice.
+        # There are keys and queries of 10 tokens; each query is used with 5 source tokens, twice.
         "attention": 6 * (20 * 4 * 4 + 2 * 10 * 5 * 4),
         "softmax": 6 * 10 * 4 * 11,
     }

@@ -36,7 +36,7 @@ def model(opened: tuple[LanguageModel, Any]) -> LanguageModel:
 
 
 def expected(model: LanguageModel, networks: dict[str, Any], pieces: list[str]) -> list[float]:
-    """Compute log-probabilities with the training's network."""
+    """Compute log-probabilities with the network used in training."""
     symbols = model._vocabulary.symbols
     tokens = [symbols.index(piece) if piece in symbols else 3 for piece in pieces]
     with torch.no_grad():

@@ -187,6 +187,6 @@ def test_overlap_of_loads_by_hand():
     one, other = ExpertUsage(3), ExpertUsage(3)
     one.add(torch.tensor([[0], [0], [1], [2]]), torch.ones(4, 1))
     other.add(torch.tensor([[1], [2]]), torch.ones(2, 1))
-    # Shares 1/2, 1/4, 1/4 and 0, 1/2, 1/2.
+    # The shares are 1/2, 1/4, 1/4 and 0, 1/2, 1/2.
     assert load_overlap(one, other) == load_overlap(other, one) == pytest.approx(0.5)
     assert load_overlap(one, one) == pytest.approx(1.0)

@@ -217,7 +217,7 @@ def test_a_second_bundle_is_compared(bundle: Path, tmp_path: Path):
     text = " ".join(check_page(render_page(report)).text)
     assert "Paired bootstrap" in text
     assert "of the experts of" in text
-    # Compared with itself, a bundle differs nowhere.
+    # A bundle that is compared with itself has no differences.
     same = make_report(bundle, [Part("text", TEXT, REFERENCES)], against=bundle)
     assert {layer["saturation"]["kept"] for layer in same["layers"]} == {1.0}
     assert {layer["saturation"]["changed_tokens"] for layer in same["layers"]} == {0.0}

@@ -1,4 +1,4 @@
-"""The experts' feed-forward networks on every path, against their definition."""
+"""The experts' feed-forward networks on every path, compared with their definition."""
 
 import pytest
 import torch

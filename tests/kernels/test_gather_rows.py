@@ -1,4 +1,4 @@
-"""Gather and combine, plain torch and Triton, against their definitions."""
+"""Gather and combine in plain torch and Triton, compared with their definitions."""
 
 import pytest
 import torch

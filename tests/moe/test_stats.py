@@ -11,7 +11,7 @@ def test_equally_used_experts_are_counted_and_unused_ones_are_not():
 
 
 def test_uneven_use_by_hand():
-    # Shares 1/2, 1/4, 1/4: entropy 1.5 bits, and 2^1.5 = 2.828.
+    # The shares are 1/2, 1/4 and 1/4, so the entropy is 1.5 bits, and 2^1.5 = 2.828.
     counts = torch.tensor([2.0, 1.0, 1.0])
     torch.testing.assert_close(effective_experts(counts), torch.tensor(2.0**1.5))
 

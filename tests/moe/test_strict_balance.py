@@ -40,7 +40,7 @@ def test_every_expert_takes_the_same_number_of_tokens(tokens, groups):
             torch.nn.init.normal_(weight)
     _, stats = layer(torch.randn(tokens, 6))
     share = -(-2 * tokens // 12)
-    if groups:  # of the group's share of the tokens
+    if groups:  # a share of the group's tokens
         share = -(-2 * -(-2 * tokens // 3) // 4)
     assert stats.tokens_per_expert.tolist() == [share] * 12
 
@@ -92,7 +92,7 @@ def test_trained_thresholds_choose_as_the_batch_does_on_tokens_they_have_not_see
     by_batch = batchwise_mask(probs, 2)
     by_threshold = probs > gate.threshold
     disagreement = (by_batch != by_threshold).float().mean() / by_batch.float().mean()
-    # seen: 1.2% of the chosen pairs
+    # observed: 1.2% of the chosen pairs
     assert disagreement < 0.03
     counts = by_threshold.sum(0).float()
     assert counts.max() / counts.mean() < 1.1

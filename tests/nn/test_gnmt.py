@@ -1,4 +1,4 @@
-"""Encoder and decoder: the paper's counts, padding, and single steps against whole sentences."""
+"""Encoder and decoder: the paper's counts, padding, and single steps and whole sentences."""
 
 import pytest
 import torch

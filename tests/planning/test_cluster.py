@@ -183,8 +183,9 @@ def test_a_few_draws_are_different_classes():
 
 
 def test_memory_by_hand():
-    # Width 4, two LSTMs of 4 cells (4 x 4 x 8 weights, two biases of 16), 4 experts of 2 x 4 x 5,
-    # a gate of two 4 x 4, 10 symbols; experts on two devices, in half precision with fp32 copies.
+    # The model has width 4, two LSTMs of 4 cells (4 x 4 x 8 weights, two biases of 16), 4 experts
+    # of 2 x 4 x 5, a gate of two 4 x 4 and 10 symbols. The experts are on two devices, in half
+    # precision with float32 copies.
     moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=4, top_k=2)
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=4, moe=moe)
     dense, experts = 2 * (4 * 4 * 8 + 2 * 16) + 2 * 4 * 4 + 2 * 10 * 4, 2 * 2 * 4 * 5
@@ -229,7 +230,7 @@ def test_advice_that_something_fits_is_true():
 def test_options_of_the_model_change_it():
     small = run("--arch", "lstm_moe_gnmt", "--num-experts", 4, "--dropout", 0)
     assert small["setup"]["config"]["moe"]["num_experts"] == 4
-    # No dropout mask, which has one byte per element.
+    # There is no dropout mask, which would have one byte per element.
     assert small["activations"]["embeddings"] < 160 * 25 * 512
 
 

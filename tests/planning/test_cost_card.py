@@ -62,9 +62,9 @@ def test_a_language_model_costs_what_the_paper_prints(
 ):
     assert in_millions(cards[name].params) == params
     if name == "lstm_moe_lm_256":
-        # The only digit that differs from the paper's. Two LSTMs, 4 experts and both gate matrices
-        # have 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752, 0.01% too many to be rounded to
-        # 8.6.
+        # This is the only digit that differs from the paper. Two LSTMs, 4 experts and both gate
+        # matrices have 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752, which is 0.01% too many to
+        # be rounded to 8.6.
         assert (cards[name].ops, in_millions(cards[name].ops), ops) == (8_650_752, "8.7", "8.6")
     else:
         assert in_millions(cards[name].ops) == ops
@@ -120,11 +120,11 @@ def test_a_card_by_hand():
     assert card.ops == lstms + primary + 2 * secondary + 4 * expert
     assert card.params == lstms + 2 * 4 * 8 + primary + 3 * secondary + 6 * expert
     assert card.active == card.ops + 2 * 4 * 8
-    # torch's LSTMs have a second bias; embedding and softmax.
+    # The total includes the second bias of torch's LSTMs, the embedding and the softmax.
     assert card.total == card.params + 2 * 4 * 8 + 2 * 10 * 4
     assert (card.weights_bytes, card.gradients_bytes) == (4 * card.total, 4 * card.total)
     assert card.adam_bytes == 8 * card.total
-    # Each expert's two matrices keep 4 + 5 numbers each.
+    # For each of an expert's two matrices, 4 + 5 numbers are kept.
     rows_and_columns = 6 * 2 * (4 + 5)
     assert card.factored_adam_bytes == 8 * (card.total - 6 * expert) + 4 * rows_and_columns
 

@@ -77,7 +77,7 @@ def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
         "perplexity 8.00 per piece (8 with end marks), 64.00 per word (4), "
         f"{24 / 15:.4f} bits per character (15)\n"
     )
-    # The loss on another text.
+    # This loss belongs to another text.
     done = CliRunner().invoke(score.main, ["--bits=3.0", "--scored=1008", *files])
     assert "`--scored` must be 8, the pieces and end" in done.stderr
 

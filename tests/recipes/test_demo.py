@@ -141,7 +141,7 @@ SIZES = {
 
 
 def test_all_steps_in_miniature_twice(tmp_path):
-    # 13 test sentences: not a multiple of 8, so that a dropped last batch would be noticed.
+    # There are 13 test sentences, not a multiple of 8, so a dropped last batch would be noticed.
     flags = ["--updates", 4, "--train-size", 300, "--test-size", 13, "--device", "cpu"]
     flags += ["--target-lang", "de", "--work", tmp_path]
     first = run(*flags, **SIZES)

@@ -160,7 +160,7 @@ def test_a_truncated_archive_is_refused_by_the_recipe(kept, tmp_path):
     path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
-    # With the digest of the truncated file: the truncation itself must be noticed.
+    # The digest is that of the truncated file, so the truncation itself must be noticed.
     error = refusal(run("prepare.sh", tmp_path, **leading_to(path)))
     assert "archive is not complete" in error
 
@@ -264,7 +264,7 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
 
 
 def test_the_complete_text_must_have_the_published_counts(tmp_path):
-    # The public archive's texts, as if downloaded, but far too short.
+    # These texts stand for those of the public archive, but are far too short.
     work = tmp_path / "work"
     pretend_fetched(work, "w1 w2\n", "99 0")
     error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, SHARD_LINES=0, MIN_COUNT=3))

@@ -27,7 +27,8 @@ TINY = {
     "LSTM_HIDDEN_DIM": 16,
     "NUM_EXPERTS": 4,
     "EXPERT_HIDDEN_DIM": 16,
-    # One sentence per batch: fairseq would skip a checkpoint that is due at the end of an epoch.
+    # Each batch has one sentence, because fairseq would skip a checkpoint that is due at the end of
+    # an epoch.
     "MAX_TOKENS": 30,
     "UPDATES": 4,
     "WARMUP_UPDATES": 1,
@@ -64,7 +65,7 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
     variables = TINY | {"TATOEBA_DIR": corpus, "WORK": work, "OVERSAMPLING": "en-es=2"}
     done = run("train.sh", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    # 18 sentences of French, 8 of Spanish.
+    # There are 18 sentences of French and 8 of Spanish.
     assert re.search(r"en-es +8 +16 .* 2\.00 ", done.stdout)
     assert re.search(r"es-en +8 +8 .* 1\.00 ", done.stdout)
     scores = (work / "moe-seed1" / "scores.tsv").read_text().splitlines()

@@ -51,7 +51,7 @@ def test_hypotheses_are_read_with_probability_and_coverage():
     short, long = tool.read_nbest(NBEST).hypotheses[0]
     assert (short.text, short.length) == ("one two three four", 2)
     assert short.log_probability == pytest.approx(-2 * math.log(2))
-    # The first word received 1.8, which counts as 1; the second 0.1.
+    # The first word received 1.8, which counts as 1, and the second received 0.1.
     assert short.coverage == pytest.approx(math.log(0.1))
     assert long.coverage == pytest.approx(0.0, abs=1e-6)
 

@@ -129,7 +129,7 @@ def test_equal_candidates_are_taken_in_the_order_of_rows_and_tokens():
     for count in (1, 3, 70):
         found = search(undecided, BeamConfig(3), [2] * count, min_length=2)
         for hypotheses in found:
-            # Tokens 0, 3, 4: 1 is padding, 2 the end mark.
+            # The tokens are 0, 3 and 4, because 1 is padding and 2 is the end mark.
             assert [one.tokens.tolist() for one in hypotheses] == [[0, 0, 2], [0, 3, 2], [0, 4, 2]]
             assert hypotheses[0].attention is None
 

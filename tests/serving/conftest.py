@@ -14,7 +14,7 @@ else:
     from tests.support.bundles import make_bundle
     from tests.support.serving import LiveServer, make_service
 
-    # Short, so that a search is quick.
+    # Translations are short, so that a search is quick.
     SHORT = Description(search=SearchDefaults(beam_size=3, max_len_b=8))
 
     @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def test_errors_are_shown(page: Page):
     page.route("**/v1/translate", lambda route: route.abort())
     page.fill("#input", "cat")
     expect(page.locator("#status")).to_have_text("The server cannot be reached.")
-    page.complaints.clear()  # Chromium names both
+    page.complaints.clear()  # Chromium has reported both failures
 
 
 @needs_chromium

@@ -43,7 +43,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def records(output: Output) -> list[dict[str, float]]:
-    """Return the JSON entries; the logged options contain JSON of their own."""
+    """Return the JSON entries, but not the logged options, which also contain JSON."""
     lines = [line for line in output.text.splitlines() if '_loss": "' in line]
     return Output(0, "\n".join(lines)).records()
 

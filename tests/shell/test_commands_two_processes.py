@@ -12,8 +12,8 @@ from tests.support.commands import PLUGIN, Output, call, run
 from tests.support.training import BALANCE_KEYS, TINY_MOE, load
 
 UPDATES = ["--max-update", 3, "--log-interval", 1, "--no-epoch-checkpoints"]
-# No noise or dropout: each process would draw its own. A large epsilon; otherwise Adam
-# would turn gradients that differ from 0 only by rounding into full steps.
+# There is no noise or dropout, because each process would draw its own. Epsilon is large, because
+# otherwise Adam would turn gradients that differ from 0 only by rounding into full steps.
 EXACT = ["--num-experts", 1, "--moe-top-k", 1, "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 
 

@@ -92,7 +92,7 @@ def test_perplexity_is_free_of_smoothing_and_of_the_balance():
     values = [reduce_metrics([log]) for log in logs]
     assert values[0]["nll_loss"] == values[1]["nll_loss"]
     assert values[0]["ppl"] == values[1]["ppl"]
-    # Nats, summed over 11 tokens; fairseq logs bits per token.
+    # The losses are in nats, summed over 11 tokens; fairseq logs bits per token.
     bits = logs[0]["nll_loss"].item() / 11 / math.log(2)
     assert values[0]["nll_loss"] == pytest.approx(bits, abs=1e-3)
 
@@ -128,8 +128,8 @@ def make_log(encoder: list[float], decoder: list[float], **values: float) -> dic
 
 
 def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
-    # Encoder: [2, 6] + [6, 2] = [8, 8], balanced, though each batch has mean 4, deviation 2.
-    # Decoder: [1, 3] + [1, 3] = [2, 6]: mean 4, deviation 2, largest 6.
+    # Encoder: [2, 6] + [6, 2] = [8, 8] is balanced, though each batch has mean 4, deviation 2.
+    # Decoder: [1, 3] + [1, 3] = [2, 6] has mean 4, deviation 2 and largest value 6.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     values = reduce_metrics(logs)
     for kind in ("importance", "load"):
@@ -142,7 +142,7 @@ def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
 
 
 def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_update_by_hand():
-    # 8 and 4 tokens; the sums over them are 2 and 2, 1 and 1.
+    # There are 8 and 4 tokens, over which the sums are 2 and 2, and 1 and 1.
     values = reduce_metrics([make_log([2.0, 6.0], [4.0, 0.0]), make_log([4.0, 0.0], [4.0, 0.0])])
     assert values["encoder_moe_gate_entropy"] == pytest.approx(4 / 12, abs=1e-3)
     assert values["encoder_moe_gate_margin"] == pytest.approx(2 / 12, abs=1e-3)

@@ -23,11 +23,12 @@ from tests.support.training import (
     load_whole,
 )
 
-# Five batches, so that one of two processes is idle in the third and last update of an epoch.
+# There are five batches, so one of two processes is idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
 FIVE_BATCHES += ["--no-epoch-checkpoints", "--importance-loss-weight", 1.0]
-# All experts for each token, no noise or dropout, so that one process can give the same results.
-# A large epsilon; otherwise Adam would turn rounding errors of zero gradients into full steps.
+# Each token uses all experts, and there is no noise or dropout, so that one process can give the
+# same results. Epsilon is large, because otherwise Adam would turn rounding errors of zero
+# gradients into full steps.
 EXACT = [*FIVE_BATCHES, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 UNEVEN = [*FIVE_BATCHES, "--max-epoch", 2]
@@ -61,7 +62,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
 
 
 def resume_on_four(rank: int, data: Path, folder: Path) -> None:
-    """Continue from the files of two processes: four, and two groups of two."""
+    """Continue from the files of two processes, with four processes and in two groups of two."""
     ranks = ["--distributed-world-size", 4, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
     for size in (4, 2):

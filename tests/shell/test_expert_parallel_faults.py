@@ -80,7 +80,7 @@ def test_a_killed_process_stops_the_others_and_training_can_continue(data: Path,
 
 
 def train_on_two(rank: int, port: int, data: Path, folder: Path, *flags: object) -> None:
-    """Be one of two processes that train."""
+    """Run as one of two processes that train."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]

@@ -23,9 +23,10 @@ from tests.support.training import copy_checkpoint, load, load_whole
 
 LAST = "checkpoint_last.pt"
 FEW = ["--clip-norm", 0.5, "--no-epoch-checkpoints"]
-# All experts for each token, no noise or dropout, so that one process can give the same results.
-# A large epsilon; otherwise Adam would turn rounding errors of zero gradients into full steps.
-# Five batches per epoch, so that one of two processes is idle in the third update.
+# Each token uses all experts, and there is no noise or dropout, so that one process can give the
+# same results. Epsilon is large, because otherwise Adam would turn rounding errors of zero
+# gradients into full steps. An epoch has five batches, so one of two processes is idle in the third
+# update.
 EXACT = [*FEW, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 HALF = [*FEW, "--max-update", 5, "--sampled-softmax", 8, "--fp16-init-scale", 4]
@@ -55,7 +56,7 @@ def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
         with watch_parameters() as sums, overflow_experts(rank == 1):
             text = train(f"{precision}-overflow", *HALF, f"--{precision}")
         found[precision] = text.count("gradient overflow detected"), sums
-    # Ten sentences in five batches: three for one process and two for the other.
+    # Ten sentences form five batches, three for one process and two for the other.
     path = folder / "exact" / LAST
     done = call("eval_lm", data, *EVALUATE, *BATCHES_OF_TWO, "--path", path, *ranks)
     found["evaluated"] = scores(done.text) if rank == 0 else None  # the other is silent

@@ -26,7 +26,7 @@ def make_criterion(draws: int = 0) -> MoECrossEntropy:
 
 
 def all_classes(*_: object) -> ClassSample:
-    """Draw every class with certainty: then the sampled softmax equals the full one."""
+    """Draw every class with certainty, so that the sampled softmax equals the full one."""
     return ClassSample(torch.arange(VOCABULARY), torch.ones(VOCABULARY, dtype=torch.float64))
 
 

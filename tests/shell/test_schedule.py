@@ -45,7 +45,7 @@ def test_the_rate_by_hand(update: int, rate: float):
 
 
 def test_the_warmup_starts_at_the_given_rate():
-    # Halfway from 0.1 to 0.4.
+    # This is halfway from 0.1 to 0.4.
     assert make_schedule(warmup_init_lr=0.1).step_update(WARMUP // 2) == pytest.approx(0.25)
     assert make_schedule(warmup_init_lr=0.1).optimizer.get_lr() == pytest.approx(0.1)
 

@@ -46,7 +46,7 @@ def run(
 ) -> Output:
     """Start a command as its own process, in the folder `cwd`.
 
-    `is_installed` takes the environment's own program, which needs seconds to import fairseq.
+    `is_installed` uses the environment's own program, which takes seconds to import fairseq.
     """
     python = Path(sys.executable) if is_installed else programs.python()
     finished = subprocess.run(

@@ -31,7 +31,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
     (plugin / "__init__.py").write_text("import nmt_moe.compat, nmt_moe.trainer\n")
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
-    environment["PYTHON_EXEC"] = str(programs.python())  # with which torchrun starts ranks
+    environment["PYTHON_EXEC"] = str(programs.python())  # torchrun starts ranks with it
     result = subprocess.run(
         [programs.python(), "-m", *arguments, "--user-dir", "repairs"],
         cwd=folder,
@@ -45,7 +45,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
 
 
 def training(folder: Path, save_dir: str, updates: int, *arguments: str) -> list[str]:
-    """Return the arguments of a training with the given total number of updates."""
+    """Return the arguments of a training run with the given total number of updates."""
     folders = [str(folder / "bin"), "-s", "aa", "-t", "bb", f"--save-dir={folder / save_dir}"]
     return [*folders, *MODEL, *TRAINING, f"--max-update={updates}", *arguments]
 

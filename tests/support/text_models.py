@@ -19,7 +19,7 @@ def make_task(words: str = "abcdefghij", num_outputs: int | None = None) -> Any:
 
 
 class _Shorter:
-    """A dictionary whose end is missing."""
+    """A dictionary without the last symbols."""
 
     def __init__(self, dictionary: Any, size: int) -> None:
         self.pad, self.eos, self.size = dictionary.pad, dictionary.eos, size

@@ -51,7 +51,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def copy_checkpoint(path: Path, folder: Path) -> None:
-    """Copy a checkpoint with its expert files, so that a training in `folder` continues from it."""
+    """Copy a checkpoint with its expert files, so that training in `folder` continues from it."""
     shutil.copy(path, folder / "checkpoint_last.pt")
     for entry in load(path)[MANIFEST]["files"]:
         shutil.copy(path.parent / entry["name"], folder)

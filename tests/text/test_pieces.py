@@ -266,7 +266,7 @@ def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
             pieces.load(model)
     model.write_bytes(content)
     pieces.load(model)
-    # Trained again, or by another program: no digest, no comparison.
+    # A model that was trained again, or by another program, has no digest to compare with.
     pieces.train([text], model, model.with_name("dict.txt"), 44)
     pieces.load(model)
     digests.unlink()
