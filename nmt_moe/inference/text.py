@@ -27,10 +27,10 @@ def find_fault(text: str) -> str | None:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        return f"has half of a surrogate pair, U+{code:04X}, at character {error.start + 1}"
+        return f"contains half of a surrogate pair, U+{code:04X}, at character {error.start + 1}"
     found = CONTROLS.search(content.replace(b"\r\n", b"\n"))
     if found is not None:
-        return f"has the control character U+{found[0][0]:04X}"
+        return f"contains the control character U+{found[0][0]:04X}"
     if len(content) > MAX_LINE_BYTES:
         return f"has more than {MAX_LINE_BYTES} bytes"
     return None

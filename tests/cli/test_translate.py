@@ -122,7 +122,7 @@ def test_bad_lines_are_named_and_all_others_translated(
     assert result.stdout.splitlines() == wanted
     faults = [
         "standard input: line 2 is not valid UTF-8 (byte 0xff at position 1)",
-        "line 4 has the control character U+0000",
+        "line 4 contains the control character U+0000",
         "line 5 is not valid UTF-8 (byte 0xed",
         "All other lines were translated.",
     ]

@@ -126,7 +126,7 @@ def test_what_cannot_be_scored_is_named(opened: tuple[Translator, Any]):
     translator = opened[0]
     with pytest.raises(ValueError, match="there are 2 texts and 1 references"):
         translator.score(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="reference 2 has the control character"):
+    with pytest.raises(ValueError, match="reference 2 contains the control character"):
         translator.score(["a", "b"], ["a", "b\0"])
     with pytest.raises(ValueError, match="`references` must be a list of strings, but is NoneType"):
         translator.score(["a"], None)  # type: ignore[arg-type]

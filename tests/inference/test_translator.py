@@ -363,7 +363,7 @@ def test_invalid_text_is_named(model: Model):
         "\x7f": r"the control character U\+007F",
     }
     for text, fault in faults.items():
-        with pytest.raises(ValueError, match=f"^text 2 has {fault}. Remove it"):
+        with pytest.raises(ValueError, match=f"^text 2 contains {fault}. Remove it"):
             model.translator.translate(["cat", text])
     for value in (5, None, b"cat", ["cat"]):
         with pytest.raises(ValueError, match="text 2 must be a string, but is "):

@@ -105,7 +105,7 @@ def test_a_single_language_is_detected_with_no_confidence(server: LiveServer):
         ({"alternatives": "1"}, ["`alternatives` must be a whole number", "'1'"]),
         ({"alternatives": -1}, ["`alternatives` must be from 0 to 10", "-1"]),
         ({"alternatives": 10**30}, ["`alternatives` must be from 0 to 10"]),
-        ({"q": "a\0b"}, ["`q`: text 1 has the control character U+0000"]),
+        ({"q": "a\0b"}, ["`q`: text 1 contains the control character U+0000"]),
         ({"q": ["a", "\udc00"]}, ["`q`"]),
         ({"format": "html", "q": "<pre>a&#13;b</pre>"}, ["control character"]),
         ({"q": "a" * 20001}, ["at most 20000 characters", "20001"]),

@@ -97,8 +97,8 @@ def test_chunks_hold_each_line_once(
         pytest.param(b"ba\rde", r"contains a carriage return \(byte 3\)", id="return"),
         pytest.param(b"ba\r", "contains a carriage return", id="two-returns-at-the-end"),
         pytest.param(b"ba\x00be", r"contains the control character U\+0000", id="nul"),
-        pytest.param(b"\x1c", r"has the control character U\+001C", id="file-separator"),
-        pytest.param(b"\x7f", r"has the control character U\+007F", id="delete"),
+        pytest.param(b"\x1c", r"contains the control character U\+001C", id="file-separator"),
+        pytest.param(b"\x7f", r"contains the control character U\+007F", id="delete"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, reason: str):
