@@ -131,7 +131,7 @@ def format_notes(points: list[dict[str, Any]]) -> str:
 
 
 def format_all(document: dict[str, Any]) -> str:
-    """Lay out everything that a JSON file holds."""
+    """Lay out everything that a JSON file contains."""
     threads, points = document["settings"]["threads"], document["rows"]
     tables = "\n\n".join(format_point(found, threads) for found in points)
     legend = (

@@ -26,7 +26,7 @@ from nmt_moe.scoring.logs import read_entries, read_file
 from nmt_moe.scoring.plots import make_figure
 from nmt_moe.text.lines import read_lines
 
-# The logs hold losses in bits.
+# The logs contain losses in bits.
 SPLITS = ("valid", "test")
 
 

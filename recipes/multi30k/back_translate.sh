@@ -10,8 +10,8 @@
 #   COPIES            how often the training text repeats the corpus's own pairs (3)
 #   REVERSE_UPDATES   updates of the reverse model (6000)
 #   REVERSE_BEAM      beam size of the reverse model (2)
-#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it holds the reverse model,
-#                     and WORK-extra holds the model that is trained last
+#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it contains the reverse model,
+#                     and WORK-extra contains the model that is trained last
 # The last step uses all variables of train.sh, prepare.sh and evaluate.sh; to call evaluate.sh by itself, set WORK=WORK-extra.
 # Lines of MONOLINGUAL that are also in val or the test set, regardless of case and a final full stop, are left out.
 #
