@@ -3,6 +3,9 @@
 Every fresh page costs a page fault and a fill with zeros: for the gradient of many experts with few
 tokens each, as much time as the products that compute it. torch returns large CPU blocks to the
 system as soon as they are free, so each training step would pay again.
+
+Only memory that grows with the number of experts comes from here. LSTM states come in many sizes,
+which rarely fit a free block, and would slow a training step down (benchmarks/results/cpu.md).
 """
 
 import math

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmt_moe.kernels import _memory
 from nmt_moe.kernels._cpu import load
 from nmt_moe.kernels.lstm import right_operands, weight_gradient
 
@@ -86,7 +85,7 @@ class _AttentiveLSTM(torch.autograd.Function):
         width = len(bias) // 4
 
         def make(steps: int, size: int) -> Tensor:
-            return _memory.empty((steps, batch, size), x)
+            return x.new_empty((steps, batch, size))
 
         gates = make(num_steps, 4 * width)
         torch.addmm(bias, x.flatten(0, 1), weight_x.t(), out=gates.flatten(0, 1))
@@ -115,7 +114,7 @@ class _AttentiveLSTM(torch.autograd.Function):
         x, weight_x, weight_recurrent, projection, weight_query, scale, *kept = ctx.saved_tensors
         keys, source, gates, cells, hidden, outputs, inputs, squashed, weights = kept
         grad_outputs, grad_gates, grad_contexts, grad_scaled, grad_queries, grad_scores = (
-            _memory.empty(like.shape, x)
+            x.new_empty(like.shape)
             for like in (outputs[1:], gates, squashed, squashed, squashed, weights)
         )
         grad_cell = x.new_empty(cells.shape[1:])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmt_moe.kernels import _memory
 from nmt_moe.kernels._cpu import load
 
 
@@ -46,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor, grad_smooth: Tensor) -> tuple[Tensor, None, None]:
         logits, target, log_sums = ctx.saved_tensors
-        grad_logits = _memory.empty(logits.shape, logits)
+        grad_logits = logits.new_empty(logits.shape)
         grads = grad_nll.contiguous(), grad_smooth.contiguous()
         load().cross_entropy_backward(logits, target, ctx.ignored, log_sums, *grads, grad_logits)
         return grad_logits, None, None

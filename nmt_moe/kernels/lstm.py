@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmt_moe.kernels import _memory
 from nmt_moe.kernels._cpu import load
 
 # Fewest steps for which transposing the recurrent weights pays: a product of a few rows with a
@@ -62,15 +61,15 @@ class _LSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num_steps, batch, _ = x.shape
         width, output_dim = weight_hh.shape[0] // 4, weight_hh.shape[1]
-        gates = _memory.empty((num_steps, batch, 4 * width), x)
+        gates = x.new_empty((num_steps, batch, 4 * width))
         torch.addmm(bias, x.flatten(0, 1), weight_ih.t(), out=gates.flatten(0, 1))
-        outputs = _memory.empty((num_steps + 1, batch, output_dim), x)
-        cells = _memory.empty((num_steps + 1, batch, width), x)
+        outputs = x.new_empty((num_steps + 1, batch, output_dim))
+        cells = x.new_empty((num_steps + 1, batch, width))
         for states, first in ((outputs, first_hidden), (cells, first_cell)):
             states[0] = 0.0 if first is None else first
         hidden = outputs[1:]
         if weight_hr is not None:
-            hidden = _memory.empty((num_steps, batch, width), x)
+            hidden = x.new_empty((num_steps, batch, width))
         right = right_operands(num_steps, weight_hh, weight_hr)
         load().lstm_forward(gates, *right, cells, hidden, outputs)
         ctx.save_for_backward(x, weight_ih, weight_hh, weight_hr, gates, cells, hidden, outputs)
@@ -83,8 +82,8 @@ class _LSTM(torch.autograd.Function):
         ctx: Any, grad_above: Tensor | None, grad_last_cell: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, weight_ih, weight_hh, weight_hr, gates, cells, hidden, outputs = ctx.saved_tensors
-        grad_outputs = _memory.empty(outputs[1:].shape, x)
-        grad_gates = _memory.empty(gates.shape, x)
+        grad_outputs = x.new_empty(outputs[1:].shape)
+        grad_gates = x.new_empty(gates.shape)
         grad_hidden, grad_cell = x.new_empty(outputs.shape[1:]), x.new_empty(cells.shape[1:])
         for total, above in ((grad_outputs, grad_above), (grad_cell, grad_last_cell)):
             total.copy_(x.new_zeros(()) if above is None else above)
@@ -115,5 +114,5 @@ def right_operands(num_steps: int, *weights: Tensor | None) -> list[Tensor | Non
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """Compute grad^T @ rows over all leading dimensions: (..., O), (..., I) -> (O, I)."""
     grad, rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
-    out = _memory.empty((grad.shape[1], rows.shape[1]), rows)
+    out = rows.new_empty((grad.shape[1], rows.shape[1]))
     return torch.mm(grad.t(), rows, out=out)

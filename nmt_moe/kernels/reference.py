@@ -46,10 +46,15 @@ class Gating(NamedTuple):
     def first_group(self) -> "Gating":
         """Return the choice with the sums of only the first group of rows."""
         return self._replace(
-            importance=self.importance[0],
-            load=self.load[0],
-            tokens_per_expert=self.tokens_per_expert[0],
+            importance=_first(self.importance),
+            load=_first(self.load),
+            tokens_per_expert=_first(self.tokens_per_expert),
         )
+
+
+def _first(sums: Tensor) -> Tensor:
+    """Return the first row. The gradient of `squeeze` is a view; that of an index is a copy."""
+    return sums.squeeze(0) if len(sums) == 1 else sums[0]
 
 
 def noisy_top_k(

@@ -9,7 +9,7 @@ from nmt_moe.moe.experts import Experts, compute_dtype
 from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate, gate_dtype
 from nmt_moe.moe.hierarchical_gate import HierarchicalGate
 from nmt_moe.moe.inputs import Noise, check_inputs
-from nmt_moe.moe.losses import importance_loss, load_loss
+from nmt_moe.moe.losses import squared_cv
 from nmt_moe.moe.padding import Unpadded, drop_padding
 from nmt_moe.moe.stats import MoEStats
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, Route, make_exchange, sum_over_ranks
@@ -150,17 +150,18 @@ class MoELayer(nn.Module):
 
     def _balance(self, gating: Gating, rows: Unpadded, num_rows: int) -> MoEStats:
         """Compute the balance losses of the gate's choice."""
-        config, importance, load = self.config, gating.importance, gating.load
+        sums = torch.stack([gating.importance, gating.load])
         if self.training:
             # Part of a batch is less balanced than all of it, so balance spans all ranks.
-            importance, load = sum_over_ranks(torch.stack([importance, load]))
-        load_weight = config.load_weight if self.gate.can_balance_load else 0.0
+            sums = sum_over_ranks(sums)
+        importance_cv, load_cv = squared_cv(sums).unbind()  # both at once
+        load_weight = self.config.load_weight if self.gate.can_balance_load else 0.0
         return MoEStats(
             gating,
             rows,
             num_rows,
-            importance_loss=importance_loss(importance, config.importance_weight),
-            load_loss=load_loss(load, load_weight),
+            importance_loss=self.config.importance_weight * importance_cv,
+            load_loss=load_weight * load_cv,
             name=self.name,
         )
 

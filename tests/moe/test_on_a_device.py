@@ -111,11 +111,13 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
     else:
         assert not waits.lines
     for name, value in found.items():
+        definition = expected[name].cpu()  # moving a layer moves its gradients
+        largest = definition.abs().max().item()
         torch.testing.assert_close(
             value.cpu(),
-            expected[name].cpu(),  # moving a layer moves its gradients
+            definition,
             rtol=1e-4,
-            atol=1e-5,
+            atol=1e-5 * max(largest, 1.0),  # sums that cancel round as their terms do
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
