@@ -223,20 +223,25 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--arch", default="lstm_moe_gnmt_small", help="our architecture (lstm_moe_gnmt_small)"
+        "--arch",
+        default="lstm_moe_gnmt_small",
+        help="this project's architecture (lstm_moe_gnmt_small)",
     )
     parser.add_argument(
         "--attention-wiring",
         nargs="+",
         default=list(WIRINGS),
         choices=WIRINGS,
-        help="attention wirings of ours (both)",
+        help="its attention wirings (both)",
     )
     parser.add_argument(
-        "--model-flags", default="", metavar="FLAGS", help="more flags for ours, one string"
+        "--model-flags",
+        default="",
+        metavar="FLAGS",
+        help="more flags for that architecture, one string",
     )
     parser.add_argument(
-        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (as in ours)"
+        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (the same)"
     )
     parser.add_argument("--sentences", type=int, default=64, help="sentences to translate (64)")
     parser.add_argument("--batch", type=int, default=32, help="sentences per batch (32)")

@@ -69,7 +69,7 @@ def test_the_proposal_begins_at_the_end_of_sentence():
 
     with mock.patch("nmt_moe.criterions.moe_cross_entropy.draw_classes", draw):
         make_criterion(5)(make_model().train(), SAMPLE)
-    assert seen == [(5, VOCABULARY, 2)]  # one set for the batch; the end of sentence is symbol 2
+    assert seen == [(5, VOCABULARY, 2)]  # one set for the batch; the end mark is symbol 2
 
 
 def test_sampling_computes_no_full_logits_and_only_in_training():
