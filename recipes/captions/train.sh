@@ -5,7 +5,7 @@
 # checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
 #   MODEL   moe (default), or dense: one network instead of the experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
-#   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
+#   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   WORK    folder to write (recipes/captions/work)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (1)

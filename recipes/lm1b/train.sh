@@ -9,7 +9,7 @@
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
 #   NODES, NODE_RANK, MASTER   number of machines (1), index of this one (0), host name of machine 0 (localhost)
-#   SEED       for parameters, the order of the text, dropout and the gates' noise (1)
+#   SEED       seed of parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE     auto (default: a GPU if there is one), cpu or cuda
 #   EVALUATE=0 stops after training
 # All other variables are explained below.

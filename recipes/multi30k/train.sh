@@ -5,7 +5,7 @@
 # variables), resumes from the last checkpoint of the same run, averages checkpoints, and calls evaluate.sh.
 #   MODEL   moe (default), or dense: a model without experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
-#   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
+#   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (2)
 #   EVALUATE=0 stops after averaging; AVERAGE_ONLY=1 starts with averaging

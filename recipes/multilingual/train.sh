@@ -8,7 +8,7 @@
 #   DIRECTION  for single, such as en-fr
 #   TEMPERATURE, OVERSAMPLING  how often small pairs are seen (1; none), see --sampling-temperature and --oversampling
 #   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); use another for other settings
-#   SEED    for the parameters, the order of the text, dropout and the gates' noise (1)
+#   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (2)
 #   EVALUATE=0 stops after averaging
