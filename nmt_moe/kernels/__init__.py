@@ -1,6 +1,7 @@
-"""Fast operations; they need only torch (and, within `_triton`, Triton).
+"""Fast operations that need only torch (and, in `_triton`, Triton).
 
-Each has a plain-torch definition of the same name in `reference`, with which the tests compare it.
+`reference` defines them in plain torch under the same names; the tests compare each operation with
+its definition.
 """
 
 from nmt_moe.kernels import reference

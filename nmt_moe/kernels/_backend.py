@@ -1,4 +1,4 @@
-"""Answer what operations ask about tensors: which path runs them, whether gradients follow."""
+"""Answer questions about an operation's tensors, such as whether Triton's kernels run on them."""
 
 import importlib.util
 import os
@@ -7,37 +7,40 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Triton's interpreter runs kernels on CPU tensors, slowly: only for tests and debugging.
+# Triton's interpreter runs kernels on CPU tensors. It is slow, so it serves only tests and
+# debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Types of devices whose tensors the host reads without waiting, and on which Triton's kernels run.
+# Types of devices whose tensors the host can read without waiting, and types of devices on which
+# Triton's kernels run.
 HOST_DEVICES, TRITON_DEVICES = frozenset({"cpu"}), frozenset({"cuda"})
 
 
 @cache
 def has_triton() -> bool:
-    """Return whether Triton is installed; CUDA builds of torch bring it along on Linux."""
+    """Return whether Triton is installed. CUDA builds of torch for Linux include it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(tensor: Tensor, kernel: str) -> bool:
-    """Return whether an operation on `tensor` runs Triton's kernel: on CUDA, where it works.
+    """Return whether an operation on `tensor` runs a Triton kernel.
 
-    float64 stays with torch: the kernels add up in float32.
+    It does on CUDA if the kernel passes its trial, which runs when this function is first called
+    for it. float64 always runs in torch, because the kernels add up in float32. The environment
+    variable NMT_MOE_KERNELS replaces the trial's result if it is set.
 
     Args:
         tensor: The operation's main operand.
-        kernel: Name of the kernel, a key of `_trial.TRIALS`; it is tried when it is first asked
-            for.
+        kernel: Name of the kernel, a key of `_trial.TRIALS`.
 
     Raises:
-        ValueError: if NMT_MOE_KERNELS asks for something else than "torch" or "triton", or for
-            Triton where it is not installed.
+        ValueError: if NMT_MOE_KERNELS is neither "torch" nor "triton", or if it is "triton" and
+            Triton is not installed.
     """
     forced = os.environ.get("NMT_MOE_KERNELS", "")
     if forced not in ("", "torch", "triton"):
         raise ValueError(
-            f"NMT_MOE_KERNELS must be torch or triton, but is {forced!r}. Unset it, and each of "
-            "Triton's kernels runs where it passes a trial."
+            f"NMT_MOE_KERNELS must be torch or triton, but is {forced!r}. If it is not set, each "
+            "Triton kernel runs where it passes a trial."
         )
     is_fit = tensor.device.type in TRITON_DEVICES and tensor.dtype != torch.float64
     if forced == "torch" or not is_fit:
@@ -45,13 +48,13 @@ def uses_triton(tensor: Tensor, kernel: str) -> bool:
     if not has_triton():
         if forced:
             raise ValueError(
-                f"NMT_MOE_KERNELS is {forced}, but Triton is not installed: pip install triton, or "
-                "unset NMT_MOE_KERNELS to run torch's own operations."
+                f"NMT_MOE_KERNELS is {forced}, but Triton is not installed. Run `pip install "
+                "triton`, or unset NMT_MOE_KERNELS to use torch's own operations."
             )
         return False
     if forced:
         return True
-    from nmt_moe.kernels import _trial  # which needs all that asks here
+    from nmt_moe.kernels import _trial  # imported here because it imports this module's callers
 
     return _trial.is_sound(kernel, tensor.device, tensor.dtype)
 
@@ -62,9 +65,10 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Return whether a backward pass through an operation on `tensors` may come.
+    """Return whether a backward pass through an operation on `tensors` may follow.
 
-    Inside a `Function` gradients are off, and its flags say nothing of a surrounding no_grad.
+    A `torch.autograd.Function` cannot find this out itself: gradients are disabled inside it, and
+    its `needs_input_grad` ignores a surrounding `torch.no_grad`.
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -72,7 +76,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
     """Return the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1]).
 
-    Rows of no group count as the last one's.
+    Rows that belong to no group are assigned to the last one.
     """
     rows = torch.arange(num_rows, device=row_offsets.device)
     groups = torch.searchsorted(row_offsets, rows, right=True) - 1

@@ -1,6 +1,6 @@
 """Multiply neighbouring experts in one batched product, each padded to the rows of the busiest.
 
-A product of a few rows is too small to be split over cores, and starting it costs as much as
+A product of a few rows is too small to be split among the cores, and starting it costs as much as
 computing it: with 16 rows per expert, single products took twice as long as batches of four.
 """
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Most padded rows per expert in a batch, on average. They cost operations, but below about twenty
-# rows an expert takes as long as reading its weights.
+# Largest average number of rows added as padding to each expert of a batch. They cost operations,
+# but with fewer than about twenty rows, an expert takes as long as reading its weights.
 SPARE_ROWS = 8
+# A batch may have this many experts, even if there are fewer threads.
 MIN_EXPERTS = 4
-# Most padded rows in a batch of several experts: more would not stay in the cache between products.
+# Largest number of rows, with padding, in a batch of several experts. More would not stay in the
+# cache between products.
 MOST_ROWS = 512
 
 
@@ -24,9 +26,9 @@ class Batch:
     """Experts whose rows form a (C, height, F) tensor.
 
     Attributes:
-        experts: C neighbouring experts, all with rows.
-        rows: Padded rows of these experts.
-        height: Rows of each expert, including padding.
+        experts: Slice of the C neighbouring experts, all of which have rows.
+        rows: Slice of the padded rows that belong to them.
+        height: Number of rows of each expert, including padding.
     """
 
     experts: slice
@@ -34,11 +36,11 @@ class Batch:
     height: int
 
     def cut(self, rows: Tensor) -> Tensor:
-        """Return this batch's part of padded rows: (P, F) to (C, height, F)."""
+        """Return this batch's part of all padded rows: (P, F) to (C, height, F)."""
         return self.view(rows[self.rows])
 
     def view(self, rows: Tensor) -> Tensor:
-        """Return this batch's rows by expert: (C height, F) to (C, height, F)."""
+        """View this batch's rows by expert: (C * height, F) to (C, height, F)."""
         return rows.view(self.experts.stop - self.experts.start, self.height, -1)
 
 
@@ -46,11 +48,11 @@ class Batch:
 class PaddedPlan:
     """A row plan with room for padding.
 
-    Padding repeats the last row of its expert, so that values that are not finite do not spread to
-    other experts; its gate is 0.
+    Padding repeats the last row of its expert, so that infinities and NaN do not spread to other
+    experts. The gates of the padding are 0.
 
     Attributes:
-        batches: All experts with rows, in order.
+        batches: Batches that together hold all experts with rows, in order.
         row_token: (P,) int64, the token of each padded row.
         token_rows: (N, K) int64, the padded rows of each token; P in empty slots.
     """
@@ -85,11 +87,11 @@ def plan_padding(plan: RowPlan) -> PaddedPlan:
 
 
 def plan_batches(counts: list[int], most_experts: int) -> list[Batch]:
-    """Put neighbouring experts into batches, as long as padding and size stay within the limits.
+    """Put neighbouring experts into one batch while padding and size stay within the limits.
 
     Args:
-        counts: Rows of each expert.
-        most_experts: Most experts in a batch.
+        counts: Number of rows of each expert.
+        most_experts: Largest number of experts in a batch.
     """
     batches: list[Batch] = []
     expert = start = 0

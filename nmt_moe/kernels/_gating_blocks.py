@@ -1,7 +1,8 @@
 """Noisy top-k gating on the CPU, in blocks of rows that stay in the cache.
 
-The backward pass is written by hand. Only the logits are kept in full size (N, E): beyond them, the
-backward pass needs only the k + 1 largest of each row, which are the thresholds, and their noise.
+The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. In
+addition, it needs the k + 1 largest noisy logits of each row, which include the thresholds, and
+their noise.
 """
 
 import math
@@ -15,15 +16,17 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.reference import NOISE_FLOOR
 
-# Four buffers of this many float32 numbers fit into an L2 cache of 2 MB. It is a power of two, so
-# that torch draws the same noise in blocks as at once.
+# Numbers in a block. Four buffers of this many float32 numbers fit into an L2 cache of 2 MB. With a
+# power of two, torch draws the same noise block by block as in one call.
 BLOCK_NUMBERS = 1 << 17
-# Rows at least this wide are searched in two steps, runs of columns first.
+# Rows with at least WIDE columns are searched in two steps, starting with the maxima of runs of RUN
+# columns.
 WIDE, RUN = 512, 32
-# Up to this many numbers, as in a decoding step, sorting is faster than searching.
+# For blocks of at most this many numbers, as in a decoding step, sorting is faster than searching.
 FEW_NUMBERS = 1 << 11
 
-# Phi(-10) = 8e-24 is 0 in any sum; farther out, exp and erfc underflow and run ten times slower.
+# Phi(-10) = 8e-24 is too small to change any sum. For larger margins, exp and erfc underflow and
+# run ten times slower.
 MAX_MARGIN = 10.0
 
 INV_SQRT_2 = 1 / math.sqrt(2)
@@ -31,7 +34,13 @@ INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
 class Block(NamedTuple):
-    """Rows processed at a time, and which of them (counted from the first) are in which group."""
+    """Rows that are processed together.
+
+    Attributes:
+        rows: Slice of these rows.
+        runs: For each group with rows in the block, the group and the slice of its rows, counted
+            from the block's first row.
+    """
 
     rows: slice
     runs: list[tuple[int, slice]]
@@ -54,11 +63,11 @@ def blocks(bounds: list[int], num_columns: int) -> Iterator[Block]:
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find the largest scores of each row; lower indices win ties.
+    """Find the largest scores of each row; the lowest indices win ties.
 
     Args:
-        scores: (B, E) numbers to search.
-        count: Number of scores to find, at most E.
+        scores: (B, E), the numbers to search.
+        count: Number of scores to find in each row, at most E.
 
     Returns:
         (B, count) values in descending order, and (B, count) int64 indices.
@@ -70,8 +79,8 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if width < WIDE or width % RUN or count * RUN > width // 2:
         ids = _largest_ids(scores, count)
         return scores.gather(1, ids), ids
-    # All largest scores are in runs whose maxima are among the largest. Candidates are taken in
-    # ascending order, which preserves the order of indices.
+    # The `count` largest scores are all in the `count` runs with the largest maxima. These runs are
+    # sorted in ascending order, so that the lowest indices still win ties.
     by_run = scores.view(len(scores), width // RUN, RUN)
     runs = _largest_ids(by_run.amax(2), count).sort(dim=1).values
     candidates = by_run.gather(1, runs.unsqueeze(2).expand(-1, -1, RUN)).flatten(1)
@@ -83,9 +92,10 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _largest_ids(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the largest float32 scores.
 
-    A key holds the score's bits, arranged to compare as integers, above the index counted
-    backwards: all keys differ, and plain vectorised maxima find them in order. NaN of either sign
-    counts as infinity, so that it is chosen and shows.
+    The upper half of a 64-bit key holds the score's bits, rearranged to compare as integers; the
+    lower half holds the index, counted backwards. All keys therefore differ, and plain vectorised
+    maxima find them in order. NaN of either sign counts as infinity, so that it is chosen and shows
+    in the result.
     """
     last = scores.shape[1] - 1
     numbers = scores.nan_to_num(math.inf, math.inf, -math.inf)
@@ -111,15 +121,18 @@ def noise_scale(raw: Tensor, out: Tensor) -> Tensor:
 def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor) -> Tensor:
     """Compute how far each clean logit is above its threshold, in standard deviations.
 
-    The threshold of an expert that is not chosen is the k-th largest; that of a chosen one is the
-    (k+1)-th.
+    The threshold of a chosen expert is the (k+1)-th largest noisy logit; the threshold of any other
+    expert is the k-th largest.
 
     Args:
         clean: (B, E), logits without noise.
         scale: (B, E), standard deviation of the noise.
         top: (B, K + 1), the largest noisy logits, in descending order.
         ids: (B, K + 1) int64, the indices of these logits.
-        out: (B, E) result, which is written and returned.
+        out: (B, E), the tensor to write the result to.
+
+    Returns:
+        `out`.
     """
     chosen = ids[:, :-1]
     torch.sub(clean, top[:, -2:-1], out=out)
@@ -129,12 +142,15 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
 
 
 def is_inside(top: Tensor) -> Tensor:
-    """Return which of the K chosen are strictly above the (k+1)-th: (B, K) bool."""
+    """Return which of the K chosen logits strictly exceed the (k+1)-th: (B, K) bool."""
     return top[:, :-1] > top[:, -1:]
 
 
 class BlockedNoisyTopK(torch.autograd.Function):
-    """`kernels.noisy_top_k` with (G, E) sums; arguments and results in the same order."""
+    """The CPU path of `kernels.noisy_top_k`; its results are the first fields of `Gating`.
+
+    Sums always have the shape (G, E).
+    """
 
     @staticmethod
     def forward(
@@ -206,7 +222,7 @@ class BlockedNoisyTopK(torch.autograd.Function):
             else:
                 grad_gates = torch.addcmul(grad_gates, picked, row_weight.unsqueeze(1))
                 grad_weight = (picked * gates).sum(1)
-        # Backward through the softmax, to the largest noisy logits.
+        # Backward pass through the softmax, to the largest noisy logits.
         grad_top = torch.zeros_like(top)
         weighted = gates * grad_gates
         torch.addcmul(
@@ -237,8 +253,8 @@ def _load_backward(
 ) -> tuple[Tensor, Tensor]:
     """Run the backward pass of the load estimate; add the thresholds' gradients to `grad_top`.
 
-    With z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradient is w for
-    `clean`, -w for the threshold and -w z for the scale.
+    With z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradients of `clean`,
+    of the threshold and of the scale are w, -w and -w z.
 
     Returns:
         (N, E) gradients of `clean` and of `raw_scale`.
@@ -254,7 +270,7 @@ def _load_backward(
         torch.mul(z, z, out=w).mul_(-0.5).exp_().div_(scale)
         for group, run in runs:
             w[run].mul_(weights[group])
-        torch.sigmoid(raw_scale[rows], out=scale)  # softplus' slope
+        torch.sigmoid(raw_scale[rows], out=scale)  # the derivative of softplus
         torch.mul(w, z, out=by_scale).mul_(scale).neg_()
         inside = (w.gather(1, ids[rows, :-1]) * is_inside(top[rows])).sum(1)
         grad_top[rows, -1].sub_(inside)
@@ -263,7 +279,7 @@ def _load_backward(
 
 
 def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three (B, E) buffers for the blocks of (N, E) logits."""
+    """Return three (B, E) buffers for blocks of the (N, E) logits."""
     num_rows, width = clean.shape
     height = min(max(BLOCK_NUMBERS // width, 1), num_rows)
     first, second, third = clean.new_empty(3, height, width)
@@ -271,7 +287,7 @@ def _buffers(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_by_expert(bins: Tensor, gates: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:
-    """Add up gates by (group, expert), one after another, in float64."""
+    """Add up the gates of each (group, expert) pair, one after another, in float64."""
     if row_weight is not None:
         gates = gates * row_weight.unsqueeze(1)
     total = torch.zeros(like.numel(), dtype=torch.float64)

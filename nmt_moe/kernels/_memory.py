@@ -1,11 +1,13 @@
 """Reuse the memory of large CPU tensors instead of returning it to the system.
 
-Every fresh page costs a page fault and a fill with zeros: for the gradient of many experts with few
-tokens each, as much time as the products that compute it. torch returns large CPU blocks to the
-system as soon as they are free, so each training step would pay again.
+Every fresh page costs a page fault, after which the system fills it with zeros. For the gradient of
+many experts with few tokens each, this takes as much time as the products that compute it. torch
+returns large CPU blocks to the system as soon as they are freed, so every training step would pay
+this cost again.
 
-Only memory that grows with the number of experts comes from here. LSTM states come in many sizes,
-which rarely fit a free block, and would slow a training step down (benchmarks/results/cpu.md).
+Only memory that grows with the number of experts comes from here. LSTM states have many different
+sizes, so they rarely fit a free block, and taking their memory from here would slow training down
+(benchmarks/results/cpu.md).
 """
 
 import math
@@ -18,26 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Size of the smallest tensors whose memory is reused; below it, torch's own allocation is as fast.
+# Size of the smallest tensors whose memory is reused. For smaller ones, torch's own allocation is
+# just as fast.
 SMALLEST_BYTES = 1 << 22
-# Size of a huge page of x86-64 and arm64.
+# Size of a huge page on x86-64 and arm64.
 PAGE_BYTES = 1 << 21
 
 
 class _Pool:
-    """Blocks that held a tensor and wait for the next one.
+    """Memory blocks whose tensors have been freed and that wait to hold another tensor.
 
-    Blocks in use and waiting together never exceed the most that was in use at any time.
+    The total size of the blocks in use and waiting never exceeds the largest size that was in use
+    at any one time.
     """
 
     def __init__(self) -> None:
         self.waiting: list[mmap.mmap] = []  # longest waiting first
         self.bytes_used = self.bytes_waiting = self.most_bytes_used = 0
-        # A tensor may be freed in any thread, even while this one is inside `take`.
+        # A tensor may be freed in any thread, even while this thread is inside `take`.
         self.lock = threading.RLock()
 
     def take(self, size: int) -> mmap.mmap:
-        """Return a block of at least `size` bytes, a multiple of `PAGE_BYTES`."""
+        """Return a block of at least `size` bytes, where `size` is a multiple of `PAGE_BYTES`."""
         with self.lock:
             fitting = [block for block in self.waiting if size <= len(block) <= 2 * size]
             block = min(fitting, key=len, default=None)
@@ -67,14 +71,14 @@ _POOL = _Pool()
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return an uninitialised tensor, like `torch.empty`, with the dtype and device of `like`.
 
-    Large ones on the CPU get recycled memory, on huge pages if the system has them.
+    Large tensors on the CPU get recycled memory, in huge pages if the system has them.
     """
     size = math.prod(shape) * like.element_size()
     is_elsewhere = like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE")
     if is_elsewhere or size < SMALLEST_BYTES:
         return like.new_empty(shape)
     block = _POOL.take(math.ceil(size / PAGE_BYTES) * PAGE_BYTES)
-    # Only the tensor keeps this array alive, so it is freed with the tensor's memory.
+    # Only the tensor keeps this array alive, so the array is freed with the tensor's memory.
     owner = np.frombuffer(block, dtype=np.uint8)
     weakref.finalize(owner, _POOL.give_back, block).atexit = False
     return torch.frombuffer(owner, dtype=like.dtype, count=math.prod(shape)).view(*shape)

@@ -1,4 +1,4 @@
-"""The three products with a matrix per expert, and the choice of how they are computed."""
+"""Three products with one matrix per expert, and the choice of how to compute them."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -15,13 +15,14 @@ from nmt_moe.kernels._cpu import has_compiled_loops, load
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )
-# torch's grouped product accepts fewer groups than this.
+# torch's grouped product accepts only fewer groups than this.
 MAX_GROUPS = 1024
-# With fewer rows per expert than this, reading the weights costs more than multiplying by them, and
-# torch's grouped product was seen at a fifth of the bandwidth. This project has not measured it.
+# With fewer rows per expert than this, reading the weights costs more than multiplying by them.
+# There, torch's grouped product has been reported to reach only a fifth of the memory bandwidth;
+# this project has not measured it.
 MIN_MEAN_ROWS = 128
-# On other devices torch's grouped product is a loop that waits for the offsets. Compute capability
-# 9 is Hopper, 10 Blackwell.
+# Compute capabilities 9 (Hopper) and 10 (Blackwell). On other devices, torch's grouped product is a
+# loop that waits for the offsets.
 FAST_CAPABILITIES = (9, 10)
 
 
@@ -29,20 +30,26 @@ class Products(Protocol):
     """Products of rows with their experts' matrices, for one set of offsets."""
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
-        """Compute rows @ weight, then a ReLU if `relu`: (R, D), (L, D, F) -> (R, F)."""
+        """Compute rows @ weight, followed by a ReLU if `relu`: (R, D), (L, D, F) -> (R, F)."""
 
     def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute grad @ weight^T, 0 where `mask` (R, D) is: (R, F), (L, D, F) -> (R, D)."""
+        """Compute grad @ weight^T: (R, F), (L, D, F) -> (R, D).
+
+        The result is 0 wherever `mask`, (R, D), is 0.
+        """
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
-        """Compute rows^T @ grad, 0 for experts without rows: (R, D), (R, F) -> (L, D, F)."""
+        """Compute each expert's rows^T @ grad: (R, D), (R, F) -> (L, D, F).
+
+        The result is 0 for experts without rows.
+        """
 
 
 class LoopProducts:
-    """Products by one call of `torch.mm` for each expert with rows.
+    """Products computed by one call of `torch.mm` for each expert that has rows.
 
     Attributes:
-        runs: The experts that have rows, each with the slice of its rows.
+        runs: Each expert that has rows, with the slice of its rows.
     """
 
     def __init__(self, bounds: list[int]) -> None:
@@ -55,9 +62,10 @@ class LoopProducts:
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
         out = rows.new_empty(len(rows), weight.shape[2])
-        # Split at once: slicing takes noticeable time beside a product of a few rows.
+        # Split once instead of slicing for each expert: compared with a product of a few rows, a
+        # slice takes noticeable time.
         sizes = [run.stop - run.start for _, run in self.runs]
-        spare = len(rows) - sum(sizes)  # rows of no expert
+        spare = len(rows) - sum(sizes)  # rows that belong to no expert
         parts = zip(
             self.runs, rows.split([*sizes, spare]), out.split([*sizes, spare]), strict=False
         )
@@ -82,9 +90,9 @@ class LoopProducts:
 
 
 class CompiledProducts(LoopProducts):
-    """Compiled loops for experts with a few rows: they read a matrix faster than the library does.
+    """Products by compiled loops, which read the matrices of experts with few rows faster.
 
-    An expert with more rows has its product in the library, as in `LoopProducts`.
+    For an expert with more rows, they call the same library as `LoopProducts`.
     """
 
     def __init__(self, expert_offsets: Tensor) -> None:
@@ -100,11 +108,11 @@ class CompiledProducts(LoopProducts):
 
 
 class TorchProducts:
-    """torch's grouped product: bfloat16 on Hopper and Blackwell, up to 1023 experts.
+    """Products by torch's grouped product.
 
-    On the CPU it is the same loop of products as `LoopProducts`, without Python between them.
-
-    The operands' layouts are those for which it allows experts without rows.
+    On CUDA it is used for bfloat16 on Hopper and Blackwell, with at most 1023 experts. On the CPU
+    it runs the same loop as `LoopProducts`, but without Python between the products. The operands
+    are laid out as it requires if there are experts without rows.
     """
 
     def __init__(self, expert_offsets: Tensor) -> None:
@@ -121,7 +129,7 @@ class TorchProducts:
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         out = self._grouped_mm(rows.t(), grad)
-        # torch's product does not write the gradients of experts without rows.
+        # torch's product leaves the gradients of experts without rows unwritten.
         if uses_triton(out, "grouped_gemm"):
             from nmt_moe.kernels._triton.grouped_gemm import zero_idle_experts
 
@@ -137,7 +145,10 @@ class TorchProducts:
 
 
 class TritonProducts:
-    """Our kernels: any number of experts and rows, float32, bfloat16 and float16."""
+    """Products by this project's Triton kernels.
+
+    They accept any number of experts and rows, in float32, bfloat16 and float16.
+    """
 
     def __init__(self, expert_offsets: Tensor, num_rows: int, dtype: torch.dtype) -> None:
         from nmt_moe.kernels._triton import grouped_gemm
@@ -162,7 +173,7 @@ class TritonProducts:
 
 
 def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Products:
-    """Choose how to multiply, by device, dtype and shape alone; on CUDA nothing waits.
+    """Choose how to multiply, by device, dtype and shape only, so that the host waits for nothing.
 
     Args:
         rows: (R, D), sorted by expert.
@@ -179,7 +190,7 @@ def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Pro
 def choose_evaluation_products(
     rows: Tensor, weight_in: Tensor, weight_out: Tensor, expert_offsets: Tensor
 ) -> Products:
-    """Choose how to multiply a few rows on the CPU, where no gradient is wanted.
+    """Choose how to multiply a few rows on the CPU if no gradient is needed.
 
     Args:
         rows: (R, D), sorted by expert.
@@ -197,7 +208,8 @@ def choose_evaluation_products(
 def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:
     """Return whether torch's grouped product accepts these operands on the CPU.
 
-    Versions that have it under its public name do; it wants 16 bytes of alignment there too.
+    It does in versions of torch that have it under its public name, if the operands are aligned to
+    16 bytes.
     """
     return (
         hasattr(F, "grouped_mm")
@@ -218,12 +230,12 @@ def suits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
         and rows.dtype == torch.bfloat16
         and 1 <= num_experts < MAX_GROUPS
         and num_experts * MIN_MEAN_ROWS <= len(rows) < 2**31  # its offsets are int32
-        and dim % 8 == 0  # 16 bytes, as its loads want
+        and dim % 8 == 0  # its loads need multiples of 16 bytes
         and out_dim % 8 == 0
         and torch.cuda.get_device_capability(rows.device)[0] in FAST_CAPABILITIES
     )
 
 
 def relu_gradient(grad: Tensor, relu_output: Tensor) -> Tensor:
-    """Set `grad` to 0 where the ReLU's output is."""
+    """Return `grad` with 0 wherever the ReLU's output is 0."""
     return torch.ops.aten.threshold_backward(grad, relu_output, 0)

@@ -1,8 +1,9 @@
 """Compare each Triton kernel with its definition, once on each device, before it is used.
 
-A kernel that a compiler or a driver refuses, or that computes something else, must not end a
-training: whoever asks `is_sound` uses torch's own operations in its place. A kernel that writes
-where it must not ends the process all the same, as no program survives that on a GPU.
+A training run must not end because a compiler or a driver rejects a kernel, or because the kernel
+computes something else. A caller for whom `is_sound` returns False runs torch's own operations
+instead. A kernel that writes outside its tensors still ends the process, because no program
+survives that on a GPU.
 """
 
 import sys
@@ -19,24 +20,25 @@ from torch import Tensor
 from nmt_moe.kernels import reference
 from nmt_moe.kernels.row_plan import RowPlan, plan_rows
 
-# (tokens, experts, top_k, rows of groups). Few rows, since the interpreter needs seconds for them;
-# whole rows of experts, and chunks of them.
+# (tokens, experts, top_k, rows in each group). There are few rows because the interpreter needs
+# seconds even for these. In the first case a row of experts fits into a block; in the second it is
+# read in chunks.
 GATINGS = [(40, 6, 2, [25, 0, 15]), (5, 1100, 4, [5])]
 
 _answers: dict[tuple[str, torch.device, torch.dtype], bool] = {}
-_lock = threading.Lock()  # a backward pass may ask from another thread
+_lock = threading.Lock()  # a backward pass may call `is_sound` from another thread
 
 
 def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a kernel computes its definition on a device; the first call tries it.
+    """Return whether a kernel agrees with its definition on a device. The first call tries it.
 
-    A trial waits for the device, so it must not fall into the capture of a CUDA graph: run what is
-    captured once before, as PyTorch asks for anyway. A failure gives one warning.
+    A trial waits for the device, so it must not happen during the capture of a CUDA graph: run the
+    code once before capturing it, as PyTorch requires anyway. A failed trial gives one warning.
 
     Args:
         kernel: Name of the kernel, a key of `TRIALS`.
         device: Device on which the kernel would run.
-        dtype: Type of the kernel's main operand.
+        dtype: Data type of the kernel's main operand.
     """
     key = kernel, device, dtype
     if key not in _answers:
@@ -47,29 +49,29 @@ def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def failed() -> list[str]:
-    """Return the kernels that failed a trial in this process, in the order of their trials."""
+    """Return the names of the kernels that failed a trial in this process, in order of trial."""
     return list(
         dict.fromkeys(kernel for (kernel, *_), is_sound in _answers.items() if not is_sound)
     )
 
 
 def _try(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
-    # Run in a new thread: autocast, modes of dispatch and default devices of this one are the
-    # caller's.
+    # Run in a new thread, because the caller may have set autocast, a dispatch mode or a default
+    # device in this one.
     with ThreadPoolExecutor(1) as pool:
         error = pool.submit(TRIALS[kernel], device, dtype).exception()
     if error is None:
         return True
-    if not isinstance(error, Exception):  # the user ends the program
+    if not isinstance(error, Exception):  # such as KeyboardInterrupt
         raise error
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     triton = getattr(sys.modules.get("triton"), "__version__", "that cannot be imported")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(
-        f"Triton's kernel `{kernel}` fails its trial on {device}{name} in {dtype}, with torch "
-        f"{torch.__version__} and Triton {triton}: {reason}. torch's own operations run in its "
-        "place, which is slower. NMT_MOE_KERNELS=triton runs it untried, NMT_MOE_KERNELS=torch "
-        "runs no kernel of Triton's.",
+        f"The Triton kernel `{kernel}` failed its trial on {device}{name} in {dtype}, with torch "
+        f"{torch.__version__} and Triton {triton}: {reason}. torch's own operations run instead, "
+        "which is slower. Set NMT_MOE_KERNELS=triton to run Triton kernels without trials, or "
+        "NMT_MOE_KERNELS=torch to run none of them.",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -103,8 +105,11 @@ def _try_combine_rows(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
-    """Give plans, vectors of tokens, rows, gates; whole numbers and eighths, so sums are exact."""
-    for tokens, dim in ((9, 48), (3, 1100)):  # a vector that fits a block, one that does not
+    """Yield plans with vectors of tokens, rows and gates.
+
+    Gates are multiples of 1/8 and all other numbers are whole, so that sums are exact.
+    """
+    for tokens, dim in ((9, 48), (3, 1100)):  # one vector fits into a block, the other does not
         draw = _Draw()
         ids = draw.uniform(tokens, 5).argsort(1)[:, :2]
         ids[::3, 1] = 5  # an empty slot
@@ -115,7 +120,7 @@ def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
 
 
 def _try_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the smallest and the largest blocks, on numbers whose products every dtype holds."""
+    """Try the smallest and the largest blocks, on numbers whose products are exact in any dtype."""
     from nmt_moe.kernels._triton import grouped_gemm as kernels
 
     draw, counts = _Draw(), [3, 0, 20, 37]
@@ -154,7 +159,7 @@ def _try_factored_adam(device: torch.device, dtype: torch.dtype) -> None:
     expected = reference.factored_adam(
         weight, grad, *means, step=1, lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay
     )
-    # Copy even if device and dtype are the same, because the kernel writes to the tensors.
+    # Copy even if device and dtype do not change, because the kernel writes to the tensors.
     moved = [tensor.to(device, dtype, copy=True) for tensor in (weight, grad)]
     new_means = [tensor.to(device, torch.float32, copy=True) for tensor in means]
     factors = lr * sqrt(1 - beta2), beta2, eps, 1 - lr * weight_decay
@@ -182,7 +187,10 @@ def _try_gating(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tensor | None) -> None:
-    """Compare a forward and a backward pass; `inputs` as of the launchers, on the host."""
+    """Compare a forward and a backward pass with the definition.
+
+    `inputs` are the arguments of the launchers up to `row_offsets`, but on the host and in float64.
+    """
     from nmt_moe.kernels._triton import gating
 
     kernels: Any = gating
@@ -210,7 +218,7 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
 
 
 def _to_launchers(values: Sequence[Tensor | int | None], device: torch.device) -> Any:
-    """Give tensors on the device, numbers in float32; the rest as it is."""
+    """Move tensors to the device, floating-point ones as float32; leave other values unchanged."""
     return tuple(
         value.detach().to(device, torch.float32 if value.is_floating_point() else value.dtype)
         if isinstance(value, Tensor)
@@ -219,7 +227,7 @@ def _to_launchers(values: Sequence[Tensor | int | None], device: torch.device) -
     )
 
 
-# The kernels behind an operation, by the name under which `uses_triton` asks for them.
+# Trials by the name that `uses_triton` is called with. Each one tries all kernels of an operation.
 TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "combine_rows": _try_combine_rows,
     "factored_adam": _try_factored_adam,
@@ -230,7 +238,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Draw float64 numbers from a separate generator, so that those of a training do not change."""
+    """Draw float64 numbers from a generator of its own, so that a training run's do not change."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)
@@ -255,7 +263,11 @@ def _mover(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tenso
 
 
 def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
-    """Refuse a difference beyond `tolerance`, absolute plus relative; also NaN."""
+    """Reject NaN, and a difference above `tolerance`, which is absolute plus relative.
+
+    Raises:
+        ArithmeticError: if the tensors differ, with the name and the largest difference.
+    """
     found, expected = found.detach().cpu().double(), expected.detach().double()
     difference = (found - expected).abs()
     if not (difference <= tolerance * (1 + expected.abs())).all():

@@ -1,4 +1,4 @@
-"""An LSTM with attention at each step, over all steps on the CPU, in compiled loops."""
+"""Run an LSTM with attention at each step over all steps on the CPU, in compiled loops."""
 
 from typing import Any
 
@@ -25,22 +25,22 @@ def attentive_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run an LSTM whose input at each step is [x; context of the previous output].
 
-    Each step computes only what depends on the previous step; products of x and the gradients
-    of all weights, keys and sources are single products over all steps. Sums have a fixed order:
-    the same inputs give bit-identical results.
+    Each step computes only what depends on the previous step. The product of x and its weights, and
+    the gradients of all weights, keys and sources, are single products over all steps. Sums run in
+    a fixed order, so the same inputs give bit-identical results.
 
     Args:
-        x: (T, B, D) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors
-            except the mask.
-        weight_x: (4 H, D); gates in torch's order i, f, g, o.
-        bias: (4 H,), added to the gates before activation.
-        weight_recurrent: (4 H, 2 D), columns of the context, then of the previous output.
-        projection: (D, H); None if outputs are not projected, D = H.
-        weight_query: (D, D), W of the attention.
-        scale: (D,), V of the attention.
-        keys: (B, S, D), the part of attention that depends only on the source.
+        x: (T, B, D) float32 or float64 on the CPU. `has_compiled_loops` must return True for all
+            tensor arguments except the mask.
+        weight_x: (4 H, D), weights of x, with the gates in torch's order i, f, g, o.
+        bias: (4 H,), added to the gates before their activation.
+        weight_recurrent: (4 H, 2 D), weights of the context, then of the previous output.
+        projection: (D, H); None if outputs are not projected, so that D = H.
+        weight_query: (D, D), the attention's matrix W.
+        scale: (D,), the attention's vector V.
+        keys: (B, S, D), the part of the attention function that depends only on the source.
         source: (B, S, D), the encoder's outputs.
-        padding_mask: (B, S) bool, True for padding, which gets weight 0.
+        padding_mask: (B, S) bool, True for padding, which gets the weight 0.
         state: Output (B, D) and cells (B, H) of the previous step.
 
     Returns:
@@ -146,5 +146,5 @@ class _AttentiveLSTM(torch.autograd.Function):
 
 
 def _over_steps(left: Tensor, right: Tensor) -> Tensor:
-    """Sum left^T right over steps for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
+    """Sum left^T @ right over steps for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
     return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))

@@ -1,4 +1,4 @@
-"""Weight the experts' outputs by the gates and add them up for each token."""
+"""Weight the experts' outputs by their gates and add them up for each token."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from nmt_moe.kernels.row_plan import RowPlan
 
 
 def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
-    """Compute y = sum over a token's rows of gate times row.
+    """Compute each token's output, the sum over its rows of gate times row.
 
-    Sums run in the order of K, so repeated runs are bit-identical.
+    Sums run in the order of a token's slots, so repeated runs are bit-identical.
 
     Args:
         rows: (R, D), the experts' outputs.
         gates: (N, K), in the dtype of `rows` or wider; 0 in empty slots. None for a plain sum.
-        plan: The tokens of the rows.
+        plan: Row plan that says which token each row belongs to.
 
     Returns:
-        (N, D).
+        (N, D), the combined outputs.
 
     Source: Shazeer et al. 2017, eq. 1.
     """
@@ -45,7 +45,7 @@ class _CombineRows(torch.autograd.Function):
             from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
 
             return *combine_rows_backward(grad_y, rows, gates, token_rows), None
-        # One extra element, to which empty slots write.
+        # Empty slots write to one extra element.
         row_gate = rows.new_zeros(len(rows) + 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1).to(rows.dtype)
         grad_rows = grad_y.index_select(0, row_token)

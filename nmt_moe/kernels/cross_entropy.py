@@ -1,4 +1,4 @@
-"""Cross-entropy of logits on the CPU, plain and smoothed, in one pass forward and one backward."""
+"""Compute the cross-entropy of logits on the CPU, plain and smoothed, in one pass each way."""
 
 from typing import Any
 
@@ -15,16 +15,17 @@ def cross_entropy(logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor,
     The gradient of the logits is the only (N, V) tensor that is created.
 
     Args:
-        logits: (N, V) float32 or float64 on the CPU; `has_compiled_loops` is true of it.
-        target: (N,) int64, from 0 to V - 1, or `ignored`.
+        logits: (N, V) float32 or float64 on the CPU. `has_compiled_loops` must return True for it.
+        target: (N,) int64, the class of each row, from 0 to V - 1, or `ignored`.
         ignored: The target of rows that do not count, such as padding.
 
     Returns:
-        (N,) negative log-likelihoods, and (N,) their sums over the classes, which label smoothing
-        weighs in; 0 in ignored rows.
+        nll: (N,), the negative log-likelihood of each row's target; 0 in ignored rows.
+        smooth: (N,), the sum of -log p over all classes, which label smoothing uses; 0 in ignored
+            rows.
 
     Raises:
-        IndexError: if a target is not a class.
+        IndexError: if a target is neither a class nor `ignored`.
     """
     sums: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         logits.contiguous(), target.contiguous(), ignored

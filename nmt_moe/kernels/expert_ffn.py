@@ -1,4 +1,4 @@
-"""All local experts over rows sorted by expert: relu(rows @ weight_in) @ weight_out."""
+"""Run all local experts on rows sorted by expert: relu(rows @ weight_in) @ weight_out."""
 
 from typing import Any
 
@@ -21,9 +21,10 @@ def expert_ffn(
 ) -> Tensor:
     """Run each expert on its rows.
 
-    This runs grouped products over all experts (`grouped_gemm`), with the ReLU and its gradient
-    fused on CUDA. The backward pass is written by hand, so that each expert's weight gradient is
-    one product, written in place. Layers call this if there is no faster `mixture_ffn`.
+    This computes grouped products over all experts (see `grouped_gemm`). On CUDA, the ReLU and its
+    gradient are fused into them. The backward pass is written by hand, so that each expert's weight
+    gradient is one product, written in place. `mixture_ffn` calls this function where it has
+    no faster path.
 
     Args:
         rows: (R, D), sorted by expert.
@@ -34,7 +35,7 @@ def expert_ffn(
             keeping the (R, H) tensor.
 
     Returns:
-        (R, D).
+        (R, D), each expert's outputs for its rows.
 
     Raises:
         ValueError: if shapes or dtypes do not match.
@@ -53,10 +54,10 @@ def expert_ffn(
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """All experts at once, one product after another, without waiting for the device.
+    """Compute all experts, one product after another, without waiting for the device.
 
-    The gates are not applied here: `combine_rows` reads every output anyway and multiplies at no
-    extra cost, and the gradient of the gates needs the outputs without them.
+    The gates are not applied here: `combine_rows` reads every output anyway and multiplies it at no
+    extra cost, and the gradient of the gates needs the unweighted outputs.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""An update of expert matrices by Adam without first moment and with a factored second moment."""
+"""Update expert matrices by Adam without a first moment and with a factored second moment."""
 
 import math
 
@@ -9,10 +9,11 @@ from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
 
-# Elements of a block: 4 MiB in float32, and the same amount of scratch, stay in the cache between
-# passes; with smaller blocks, starting two threads costs too much, and even more on a GPU.
+# Elements in a block. On a CPU, 4 MiB of float32 and the same amount of scratch stay in the cache
+# between passes. With smaller blocks, starting two threads would cost too much; a GPU needs even
+# larger ones.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# Number of blocks of experts whose means are updated together, before their weights.
+# Number of blocks for which all means are updated before any weights are.
 GROUP = 4
 
 
@@ -30,25 +31,25 @@ def factored_adam(
 ) -> None:
     """Update expert matrices and their running means of squared gradients, in place.
 
-    Matrices are independent. The second moment of one is outer(row_mean, column_mean) /
-    mean(row_mean), so its root is the product of a column and a row vector. A matrix whose
-    means are all 0 keeps its values, apart from weight decay. No tensor of the weights' size is
-    created, and repeated runs agree bit for bit.
+    Each matrix is updated independently. Its second moment is outer(row_mean, column_mean) /
+    mean(row_mean), whose square root is the product of a column vector and a row vector. A matrix
+    whose means are all 0 changes only by weight decay. No tensor of the weights' size is created,
+    and repeated runs are bit-identical.
 
     Args:
-        weight: (E, D, H), the experts' matrices; changed.
-        grad: (E, D, H); 0 for an expert without tokens, whose means only decay.
-        row_mean: (E, D), running means of the squared gradient over each row; float64 for float64
-            weights, otherwise float32, like all arithmetic.
+        weight: (E, D, H), the experts' matrices; updated in place.
+        grad: (E, D, H), their gradients; 0 for an expert without tokens, whose means only decay.
+        row_mean: (E, D), running means of the squared gradient over each row; updated in place.
+            These means, and all arithmetic, are float64 for float64 weights, otherwise float32.
         column_mean: (E, H), the same over each column.
         step: Number of this update, counted from 1, for the bias correction.
         lr: Learning rate.
-        beta2: Share of the old means in the new ones.
-        eps: What is added to the root of the uncorrected second moment.
-        weight_decay: The weights shrink by the share `lr * weight_decay` before the update.
+        beta2: Decay rate of the running means: the weight of the old mean in the new one.
+        eps: Constant added to the square root of the second moment before its bias correction.
+        weight_decay: Before the update, the weights shrink by the fraction `lr * weight_decay`.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
 
     Source: Shazeer et al. 2017, Appendix D.
     """
@@ -72,7 +73,7 @@ def factored_adam(
         load().factored_adam(*tensors, step_size, beta2, eps, keep)
         return
     block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
-    # As many experts at a time as fit into a block, or one expert in blocks of its rows.
+    # A block holds as many experts as fit into it, or some of the rows of one expert.
     count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
     rows = max(1, min(model_dim, block // hidden_dim))
     scratch = row_mean.new_empty(count, rows, hidden_dim)
@@ -86,10 +87,10 @@ def factored_adam(
 def _update_means(
     grad: Tensor, row_mean: Tensor, column_mean: Tensor, beta2: float, scratch: Tensor
 ) -> None:
-    """Update the means of a group of experts with the squared gradient."""
+    """Update the means of a group of experts with their squared gradients."""
     count, rows, hidden_dim = scratch.shape
     row_sum, column_sum = torch.empty_like(row_mean), torch.zeros_like(column_mean)
-    # Sums as products with ones: these read their matrix faster than torch.sum.
+    # Sums are computed as products with ones, which read their matrix faster than torch.sum.
     ones = scratch.new_ones(max(rows, hidden_dim))
     for part, part_rows, part_columns in zip(
         grad.split(count), row_sum.split(count), column_sum.split(count), strict=True
@@ -117,7 +118,7 @@ def _update_weight(
 ) -> None:
     """Update the weights of a group of experts."""
     count, rows, _ = scratch.shape
-    tiny = torch.finfo(row_mean.dtype).tiny  # instead of a mean of 0: 0 / tiny is 0
+    tiny = torch.finfo(row_mean.dtype).tiny  # replaces a mean of 0, because 0 / tiny is 0
     row_root = (row_mean / row_mean.mean(1, keepdim=True).clamp_min(tiny)).sqrt_()
     # (root, 1) times (root, eps) is the product of the roots, plus eps, in one pass.
     left = torch.stack([row_root, torch.ones_like(row_root)], 2)

@@ -1,4 +1,4 @@
-"""The products for a gate's logits: clean logits, and logits of the noise's scale."""
+"""Compute a gate's clean logits and the logits of its noise's scale."""
 
 from typing import Any
 
@@ -20,15 +20,18 @@ def gate_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Multiply rows by both matrices of their gate.
 
-    The backward pass adds both products' gradients of `rows` in place, without an (N, D) tensor for
-    each, and keeps their dtype even under autocast. Groups without rows only cost zeros for their
-    gradient.
+    The backward pass adds the gradients that `rows` gets from the two products in place, instead of
+    creating an (N, D) tensor for each, and keeps their dtype even under autocast. A group without
+    rows costs only the time to fill its gradient with zeros.
 
     Args:
-        rows: (N, D) tokens.
-        gate_weight: (D, E); with `row_offsets` (G, D, E), one for each group.
-        noise_weight: Weights of the noise, in the shape of `gate_weight`; None for no noise.
-        row_offsets: (G + 1,) int64. Group g owns rows [offsets[g], offsets[g + 1]).
+        rows: (N, D), the tokens' vectors.
+        gate_weight: (D, E), the gate's weights; with `row_offsets`, (G, D, E), one matrix for each
+            group.
+        noise_weight: Weights of the noise's scale, in the shape of `gate_weight`; None for no
+            noise.
+        row_offsets: (G + 1,) int64; group g owns rows [offsets[g], offsets[g + 1]). If None, all
+            rows are multiplied by the same matrices.
 
     Returns:
         clean: (N, E), rows @ gate_weight.

@@ -1,4 +1,4 @@
-"""Copy each token's vector to its rows; add up their gradients in the backward pass."""
+"""Copy each token's vector to its rows, and add up the rows' gradients in the backward pass."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from nmt_moe.kernels.row_plan import RowPlan
 def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
 
-    Each token has at most K rows, so its gradient is a sum over K known rows: without atomics or
-    `index_add`, and therefore bit-identical in every run.
+    A token has at most K rows, and its gradient is the sum over these rows. It is computed without
+    atomics and without `index_add`, so it is bit-identical in every run.
 
     Args:
         x: (N, D), the tokens' vectors.
-        plan: The tokens of the rows.
+        plan: Row plan that says which token each row belongs to.
 
     Returns:
         `x[plan.row_token]`, (R, D).
@@ -49,24 +49,23 @@ def copy_tokens(x: Tensor, row_token: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Add up the rows of each token, in the order of K.
+    """Add up the rows of each token, in the order of its slots.
 
     Args:
-        rows: (R, D) vectors to add up.
-        token_rows: (N, K) int64, the rows of each token; R for no row.
-        weights: (N, K), in the dtype of `rows` or wider, 0 where there is no row; None for ones.
-            Without Triton, torch's own operation rounds them to the dtype of `rows`.
+        rows: (R, D), the vectors to add up.
+        token_rows: (N, K) int64, the rows of each token; R in an empty slot.
+        weights: (N, K), the factor of each row, in the dtype of `rows` or wider; 0 in an empty
+            slot. None for ones. Without Triton, they are rounded to the dtype of `rows`.
 
     Returns:
-        (N, D).
+        (N, D), the sums.
     """
     if uses_triton(rows, "gather_rows"):
         from nmt_moe.kernels._triton import gather_rows as kernels
 
         return kernels.sum_rows(rows, token_rows, weights)
     weights = None if weights is None else weights.to(rows.dtype)
-    if len(rows) < token_rows.numel() or not is_on_host(
-        rows
-    ):  # empty slots refer to a row of zeros
+    # Append a row of zeros for empty slots, if there may be any.
+    if len(rows) < token_rows.numel() or not is_on_host(rows):
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

@@ -1,4 +1,4 @@
-"""Noisy top-k gating, from logits to gates, importance and load."""
+"""Noisy top-k gating: compute gates, importance and load from logits."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from nmt_moe.kernels._backend import is_on_host, uses_triton
 from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
 from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
-# Limits of Triton's kernels: columns of a row, and the k + 1 largest of them.
+# Limits of the Triton kernels: the number of experts, and the number of logits (k + 1) that they
+# search for in each row.
 MAX_TRITON_EXPERTS, MAX_TRITON_TOP = 16384, 16
 
 
@@ -27,27 +28,28 @@ def noisy_top_k(
     """Keep the k largest noisy logits of each row, and take the softmax over them.
 
     The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the
-    probability that expert i is among the k largest if only its own noise is redrawn; gradients
+    probability that expert i is among the k largest if only its own noise is drawn again; gradients
     pass through the thresholds. Sums run in a fixed order, so equal inputs (and equal states of
     torch's CPU generator, which determines the noise) give bit-identical results.
 
-    On a GPU the kernels handle float32, up to 16384 experts and `top_k` below 16. Anything else
-    runs in plain torch there, with (N, E) tensors and noise from the GPU's generator.
+    On a GPU, the kernels handle float32, up to 16384 experts and `top_k` below 16. Anything else
+    runs in plain torch there, with full (N, E) tensors and noise from the GPU's generator.
 
     Args:
         clean: (N, E) float32 or float64, logits without noise.
         raw_scale: (N, E), logits of the noise's standard deviation; None for no noise (evaluation).
-        top_k: K, from 1 to E.
-        noise: (N, E) standard normal, unused without `raw_scale`; None to draw it.
-        row_offsets: (G + 1,) int64. Sums are computed separately for each group, which owns rows
-            [offsets[g], offsets[g + 1]); None for one sum over all rows.
+        top_k: Number of experts per row, K, from 1 to E.
+        noise: (N, E), standard normal numbers; ignored without `raw_scale`. If None, they are
+            drawn.
+        row_offsets: (G + 1,) int64. Sums are computed separately for each group; group g owns rows
+            [offsets[g], offsets[g + 1]). If None, sums run over all rows.
         row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
 
     Returns:
-        The choice, with (E,) sums, or (G, E) with `row_offsets`.
+        The chosen experts; the sums have the shape (E,), or (G, E) with `row_offsets`.
 
     Raises:
-        ValueError: if shapes do not match, or `top_k` is out of range.
+        ValueError: if shapes do not match or `top_k` is out of range.
 
     Source: Shazeer et al. 2017, eqs. 3-6 and 8-10.
     """
@@ -73,7 +75,7 @@ def noisy_top_k(
 
 
 def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] | None:
-    """Choose by device, dtype and shape; None for plain torch."""
+    """Choose an implementation by device, dtype and shape; return None for plain torch."""
     fits = clean.shape[1] <= MAX_TRITON_EXPERTS and top_k < MAX_TRITON_TOP
     fits = fits and len(clean) > 0 and clean.dtype == torch.float32
     if fits and uses_triton(clean, "gating"):
@@ -82,17 +84,20 @@ def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] 
 
 
 def draw_seed() -> int:
-    """Draw a seed from torch's CPU generator, without a host-device synchronisation.
+    """Draw a seed from torch's CPU generator, without synchronising host and device.
 
     Returns:
-        A number from 2^62 to 2^63 - 1: always wider than 32 bits, so that kernels are compiled
-        once.
+        A number from 2^62 to 2^63 - 1. It never fits into 32 bits, so its type is always the same
+        and kernels are compiled only once.
     """
     return int(torch.randint(2**62, 2**63 - 1, (), device="cpu"))
 
 
 class _TritonNoisyTopK(torch.autograd.Function):
-    """`noisy_top_k` with (G, E) sums, in float32; arguments and results in the same order."""
+    """The Triton path of `noisy_top_k`, in float32; its results are the first fields of `Gating`.
+
+    Sums always have the shape (G, E).
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Multiply rows that are sorted by expert, each by its expert's matrix."""
+"""Multiply each row by the matrix of its expert, with the rows sorted by expert."""
 
 from typing import Any
 
@@ -11,21 +11,22 @@ from nmt_moe.kernels._products import choose_products
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Multiply each run of rows by its expert's matrix.
+    """Multiply each expert's rows by its matrix.
 
-    On the CPU there is one product for each expert with rows, forward and backward, without copies.
-    On CUDA there is no host synchronisation: torch's grouped product if it is fast, else Triton's,
-    in float32 without TF32 unless torch allows it for matrix products
+    On the CPU, each expert that has rows takes one product in the forward pass and one for each
+    gradient in the backward pass; nothing is copied. On CUDA, the host does not wait for the
+    device: torch's grouped product runs where it is fast, and Triton's kernels elsewhere. float32
+    products use TF32 only if torch allows it for matrix products
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`).
 
     Args:
         rows: (R, D), sorted by expert.
         weight: (L, D, F), in the dtype of `rows`; one matrix per expert.
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]); the first
-            is 0 and the last R.
+            offset is 0 and the last is R.
 
     Returns:
-        (R, F).
+        (R, F), the product of each row and its expert's matrix.
 
     Raises:
         ValueError: if shapes or dtypes do not match.
@@ -39,15 +40,16 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
 
 def check_dtypes(rows: Tensor, expert_offsets: Tensor, **weights: Tensor) -> None:
-    """Reject weights whose dtype differs from the rows', and offsets that are not int64.
+    """Reject weights whose dtype differs from that of the rows, and offsets that are not int64.
 
     Raises:
-        ValueError: naming the tensor, its dtype and the required one.
+        ValueError: if a dtype is wrong; the message names the tensor, its dtype and the required
+            dtype.
     """
     for name, weight in weights.items():
         if weight.dtype != rows.dtype:
             raise ValueError(
-                f"`{name}` must have the dtype of `rows`, {rows.dtype}, but has {weight.dtype}. "
+                f"`{name}` must have the dtype of `rows`, {rows.dtype}, but is {weight.dtype}. "
                 "Convert one of them, or use autocast."
             )
     if expert_offsets.dtype != torch.int64:

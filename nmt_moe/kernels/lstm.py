@@ -1,4 +1,4 @@
-"""A projected LSTM over all steps on the CPU: compiled steps, and products over all steps."""
+"""Run a projected LSTM over all steps on the CPU, in compiled loops."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels._cpu import load
 
-# Fewest steps for which transposing the recurrent weights pays: a product of a few rows with a
-# transposed matrix takes up to 1.5 times as long as with a matrix stored in the order it is read.
+# Smallest number of steps for which copying the transposed recurrent weights saves time. The
+# product of a few rows and a transposed view takes up to 1.5 times as long as with a matrix that is
+# stored in the order in which it is read.
 FEWEST_STEPS = 4
 
 
@@ -23,17 +24,18 @@ def lstm(
 ) -> tuple[Tensor, Tensor]:
     """Run an LSTM over all steps.
 
-    Each step computes only the recurrent products and one fused point-wise loop; the
-    input's part of the gates and the gradients of all weights are single products over all steps.
-    Sums have a fixed order: the same inputs give bit-identical results.
+    Each step computes only the recurrent products and one fused point-wise loop. The input's part
+    of the gates, and the gradients of all weights, are single products over all steps. Sums run in
+    a fixed order, so the same inputs give bit-identical results.
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU; `has_compiled_loops` is true of all tensors.
-        weight_ih: (4 H, I); gates in torch's order i, f, g, o.
-        weight_hh: (4 H, D), in the same order.
+        x: (T, B, I) float32 or float64 on the CPU. `has_compiled_loops` must return True for all
+            tensor arguments.
+        weight_ih: (4 H, I), weights of the input, with the gates in torch's order i, f, g, o.
+        weight_hh: (4 H, D), weights of the previous output, in the same order.
         bias: (4 H,), the sum of torch's two biases.
-        weight_hr: (D, H); None if outputs are not projected, D = H.
-        state: Output (B, D) and cells (B, H) of the previous step; None means zeros.
+        weight_hr: (D, H), the projection; None if outputs are not projected, so that D = H.
+        state: Output (B, D) and cells (B, H) of the previous step; None for zeros.
 
     Returns:
         (T, B, D) outputs, and the last step's (B, H) cells.
@@ -104,7 +106,7 @@ class _LSTM(torch.autograd.Function):
 
 
 def right_operands(num_steps: int, *weights: Tensor | None) -> list[Tensor | None]:
-    """Transpose weights, (O, I) to (I, O); in memory if enough steps multiply by them."""
+    """Transpose weights from (O, I) to (I, O), and copy them if there are enough steps."""
     turned = [None if weight is None else weight.t() for weight in weights]
     if num_steps < FEWEST_STEPS:
         return turned

@@ -1,4 +1,4 @@
-"""LSTM cells with packed weights for inference; cells and states stay in float32."""
+"""Compute one LSTM step in inference, with packed weights; cells and states stay in float32."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,15 @@ from nmt_moe.kernels.quantised import PackedLinear
 def lstm_step(
     gates: Tensor, cell: Tensor, projection: PackedLinear | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and cell from the gates' products.
+    """Compute a step's output and cells from its gates.
 
     Args:
-        gates: (B, 4 H), before activation, in torch's order i, f, g, o; overwritten.
-        cell: (B, H), of the previous step.
+        gates: (B, 4 H), the gates before activation, in torch's order i, f, g, o; overwritten.
+        cell: (B, H), the cells of the previous step.
         projection: (D, H); None if outputs are not projected.
 
     Returns:
-        (B, D) output, and (B, H) cell.
+        (B, D) output, and (B, H) cells.
 
     Source: Sak et al. 2014 (without peepholes).
     """

@@ -1,4 +1,4 @@
-"""The mixture of all experts on this rank: gather, experts and combine in one pass."""
+"""Compute the mixture of this rank's experts: gather rows, run experts, combine, in one pass."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.gather_rows import gather_rows, sum_rows
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Up to this many rows (in evaluation: in a decoding step), reading the weights takes most of the
-# time, and padding and its planning cost more than batched products save.
+# For at most this many rows without gradients, as in a decoding step, reading the weights takes
+# most of the time, and planning and computing the padding costs more than batched products save.
 FEW_ROWS = 1024
 
 
@@ -32,24 +32,25 @@ def mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    On the CPU, a few experts at a time gather their tokens into one scratch buffer that stays in
-    the cache. The gradient of a gate is the product of its row's hidden activations and their
-    gradient, so that only hidden activations are kept. Few rows without gradients, as in a decoding
-    step, go through one expert after another. Elsewhere this runs `gather_rows`, `expert_ffn` and
-    `combine_rows`. Sums run in a fixed order, so equal inputs give bit-identical results.
+    On the CPU, the tokens of a few experts at a time are gathered into one scratch buffer that
+    stays in the cache. Only the hidden activations are kept for the backward pass, because the
+    gradient of a gate is the dot product of its row's hidden activations and their gradient. A few
+    rows without gradients, as in a decoding step, are computed one expert after another. On other
+    devices, this function runs `gather_rows`, `expert_ffn` and `combine_rows`. Sums run in a fixed
+    order, so equal inputs give bit-identical results.
 
     Args:
-        x: (N, D) tokens.
+        x: (N, D), the tokens' vectors.
         gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
             slots.
-        plan: The rows of each expert.
+        plan: Row plan that says which rows each expert computes.
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
         recompute: Whether to recompute the hidden activations in the backward pass, with the same
             routing, instead of keeping the (R, H) tensor.
 
     Returns:
-        (N, D).
+        (N, D), the outputs y.
 
     Raises:
         ValueError: if the shapes of weights and tokens do not match.
@@ -73,7 +74,7 @@ def mixture_ffn(
 def _mix_few(
     x: Tensor, gates: Tensor, plan: RowPlan, weight_in: Tensor, weight_out: Tensor
 ) -> Tensor:
-    """Compute the same as `_MixtureFFN`, without padding rows or keeping anything."""
+    """Compute the same as `_MixtureFFN`, without padding and without a backward pass."""
     rows = x.index_select(0, plan.row_token)
     products = choose_evaluation_products(rows, weight_in, weight_out, plan.offsets)
     hidden = products.multiply(rows, weight_in, relu=True)
@@ -121,7 +122,7 @@ class _MixtureFFN(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, row_token, token_rows, weight_in, weight_out, hidden = ctx.saved_tensors
         num_rows = len(row_token)
-        # Padding stays 0; empty slots write to the last element.
+        # The gates of padding stay 0. Empty slots write to the last element.
         row_gate = x.new_zeros(num_rows + 1, 1)
         row_gate[token_rows.reshape(-1)] = gates.reshape(-1, 1).to(x.dtype)
         grad_row_gate = gates.new_zeros(num_rows + 1, 1)
@@ -164,14 +165,14 @@ class _MixtureFFN(torch.autograd.Function):
 
 
 def _empty_rows(num_rows: int, x: Tensor) -> Tensor:
-    """Return (R + 1, D) rows to write; the last one is zeros, for empty slots to refer to."""
+    """Return (R + 1, D) uninitialised rows, except that the last, for empty slots, is 0."""
     rows = _memory.empty((num_rows + 1, x.shape[1]), x)
     rows[-1].zero_()
     return rows
 
 
 def _zero_unused(batches: list[Batch], *gradients: Tensor | None) -> None:
-    """Set the gradients of experts without rows to zero, neighbours at once."""
+    """Set the gradients of experts without rows to 0, with one call for each run of neighbours."""
     for gradient in gradients:
         if gradient is None:
             continue

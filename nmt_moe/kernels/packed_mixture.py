@@ -1,4 +1,4 @@
-"""The mixture of experts in inference: an expert's weights are read when a token needs them."""
+"""Compute the mixture of experts in inference; weights are read when a token needs them."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,16 @@ from nmt_moe.checks import check_choice, check_shape
 from nmt_moe.kernels._products import loops_in_torch
 from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
 
-# Most weights that are converted to float32 all at once: 16 MiB.
+# Largest number of weights that are converted to float32 all at once, which takes 16 MiB.
 STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
-    """One matrix of every expert, packed when the expert is first used; others are not read.
+    """One matrix of every expert, packed when the expert is first used.
 
-    The weights may be a memory-mapped file: what is not used is never loaded. Only experts that
-    together are smaller than `STACKED_BELOW` are converted to float32 all at once.
+    The weights may be a memory-mapped file, of which the experts that are not used are never read.
+    Only small experts, which together have at most `STACKED_BELOW` weights, are all converted to
+    float32 at once.
 
     Attributes:
         shape: Shape of the matrices, (E, O, I).
@@ -31,7 +32,7 @@ class PackedExperts:
         stack: Callable[[], Tensor] | None,
         check: Callable[[int], None] | None,
     ) -> None:
-        """Use `pack` or `from_int8`."""
+        """Use `pack` or `from_int8` instead of this constructor."""
         self.shape = shape
         self._make, self._stack, self._check = make, stack, check
         self._packed: dict[int, PackedLinear] = {}
@@ -46,10 +47,11 @@ class PackedExperts:
         """Hold matrices, optionally in another precision.
 
         Args:
-            weight: (E, O, I), floating-point. A transposed view of (E, I, O), as in training, is
-                fine.
-            dtype: Type in which they are packed, "float32", "bfloat16" or "int8".
-            check: Function called with an expert before its first use; may raise.
+            weight: (E, O, I), floating-point. It may be a transposed view of an (E, I, O) tensor,
+                the layout that training uses.
+            dtype: Data type to pack the matrices in: "float32", "bfloat16" or "int8".
+            check: Function that is called with an expert's index before its first use; it may
+                raise an error.
 
         Raises:
             ValueError: if the shape or dtype is wrong.
@@ -76,9 +78,10 @@ class PackedExperts:
         """Hold what `quantise_rows` returned.
 
         Args:
-            weight: (E, O, I) int8, quantised rows.
-            scale: (E, O) float32, factor of each row.
-            check: Function called with an expert before its first use; may raise.
+            weight: (E, O, I) int8, the quantised rows.
+            scale: (E, O) float32, the factor of each row.
+            check: Function that is called with an expert's index before its first use; it may
+                raise an error.
 
         Raises:
             ValueError: if a shape is wrong.
@@ -102,7 +105,7 @@ class PackedExperts:
         return packed
 
     def stacked(self) -> Tensor | None:
-        """Return (E, I, O) float32 for torch's grouped product, if experts are not packed."""
+        """Return (E, I, O) float32 for torch's grouped product; None if experts must be packed."""
         stack = self._stack
         if self._stacked is None and stack is not None:
             stacked = stack().mT
@@ -113,7 +116,7 @@ class PackedExperts:
         return self._stacked
 
     def check(self, expert_ids: Tensor) -> None:
-        """Check those of the experts, (R,) int64, that have not been used yet."""
+        """Check the experts in `expert_ids`, (R,) int64, that have not been checked yet."""
         if self._all_are_checked or self._check is None:
             return
         for expert in expert_ids[~self._is_checked[expert_ids]].unique().tolist():
@@ -135,18 +138,18 @@ def packed_mixture_ffn(
 ) -> Tensor:
     """Compute y = sum over a token's experts of gate times relu(x @ weight_in) @ weight_out.
 
-    Experts process their tokens one after another; a token's sum runs in ascending order of
+    Experts are computed one after another, and each token's sum runs in ascending order of its
     experts.
 
     Args:
-        x: (N, D) float32 tokens.
-        gates: (N, K) float32, weights of the chosen experts; 0 in empty slots.
+        x: (N, D) float32, the tokens' vectors.
+        gates: (N, K) float32, the weights of the chosen experts; 0 in empty slots.
         expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
         weight_in: (E, H, D), the experts' first matrices.
         weight_out: (E, D, H), the experts' second matrices.
 
     Returns:
-        (N, D) float32.
+        (N, D) float32, the outputs y.
 
     Raises:
         ValueError: if the shapes of weights and tokens do not match.
@@ -178,7 +181,7 @@ def packed_mixture_ffn(
         hidden = F.grouped_mm(rows, stacked_in, offs=ends).relu_()
         outputs = F.grouped_mm(hidden, stacked_out, offs=ends)
     outputs.mul_(gates.flatten().index_select(0, order).unsqueeze(1))
-    # Add up in ascending order of experts, whatever other tokens there are.
+    # Add up in ascending order of experts, independently of the other tokens.
     return torch.zeros_like(x).index_add_(0, tokens, outputs)
 
 

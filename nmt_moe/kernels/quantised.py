@@ -1,7 +1,8 @@
 """Products with weights packed for inference: float32, bfloat16 or int8.
 
-int8 is symmetric: a weight's row has one scale, and so has a row of activations, found when it
-comes. Rows never share a scale, so what a row gives does not depend on the rows beside it.
+int8 is symmetric. Each row of weights has one scale, and so does each row of activations, whose
+scale is computed when the row is multiplied. Rows never share a scale, so the result for a row does
+not depend on the other rows of its batch.
 """
 
 import threading
@@ -17,27 +18,30 @@ from nmt_moe.checks import check_choice, check_shape
 
 DTYPES = ("float32", "bfloat16", "int8")
 WEIGHT_LEVELS = 127
-# FBGEMM needs unsigned activations and a zero point. Without the instructions that add products of
-# bytes in 32 bits (VNNI), it adds pairs of them in 16 bits, saturating: 2 * 127 * 127 still fits.
+# FBGEMM needs unsigned activations and a zero point. Without the instructions that add up products
+# of bytes in 32 bits (VNNI), it adds pairs of products in 16 bits, with saturation. With 63 levels,
+# activations are at most 127 after the zero point is added, and 2 * 127 * 127 still fits.
 WIDE_LEVELS, NARROW_LEVELS = 127, 63
-# Least divisor, so that rows of zeros give no NaN.
+# Smallest divisor, so that rows of zeros do not give NaN.
 SMALLEST_SCALE = 1e-30
 
-# Chosen by `benchmarks/inference_products.py`; its table is in `benchmarks/results/inference.md`.
+# The next three thresholds were chosen with `benchmarks/inference_products.py`, whose table is in
+# `benchmarks/results/inference.md`.
 # From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
-# more than one row. One row is a vector times a matrix, read fastest when its rows are inputs.
+# more than one row. For a single row, the product is a vector times a matrix, which reads the
+# matrix fastest if the matrix has one row per input.
 PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
-# From this many weights on, reading fewer bytes saves more time than quantising activations or
-# rounding them to half precision costs.
+# From this many weights on, reading fewer bytes saves more time than it costs to quantise the
+# activations or to round them to half precision.
 NARROW_FROM = 1 << 18
-# The number of weights from which this holds for bfloat16 in tiles, whose results come in bfloat16
-# and have to be widened.
+# The same threshold for bfloat16 in tiles, whose results are bfloat16 and must be converted to
+# float32.
 TILED_FROM = 1 << 20
 
-# Rows of a tile; more rows are filled up to a multiple of the step.
+# Number of rows in a tile; larger numbers of rows are padded to a multiple of ROWS_STEP.
 FEW_ROWS, ROWS_STEP = 16, 32
 
-# Maps (R, I) rows and an addend, (O,), (R, O) or None, to (R, O).
+# Maps rows, (R, I), and an addend, (O,), (R, O) or None, to a result, (R, O).
 Product = Callable[[Tensor, Tensor | None], Tensor]
 _engine_lock = threading.Lock()
 
@@ -49,8 +53,8 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: (..., O, I), floating-point: one matrix, or one for each expert.
 
     Returns:
-        (..., O, I) int8 from -127 to 127, and (..., O) float32 scales: their product is the
-        nearest to `weight`. A row of zeros has the scale 0.
+        (..., O, I) int8 levels from -127 to 127, and (..., O) float32 scales. Level times scale is
+        as close to `weight` as this scale allows. A row of zeros has the scale 0.
 
     Raises:
         ValueError: if a weight is infinite or NaN.
@@ -64,17 +68,17 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedLinear:
-    """y = x W^T + b, with W packed once for the processor at hand, at the first call.
+    """Compute y = x W^T + b, with W packed for this machine's processor at the first call.
 
     Attributes:
         shape: Shape of W, (O, I).
-        dtype: Type of the weights, "float32", "bfloat16" or "int8"; activations are float32.
+        dtype: Data type of the weights: "float32", "bfloat16" or "int8". Activations are float32.
     """
 
     def __init__(
         self, shape: torch.Size, dtype: str, make: Callable[[], Product], bias: Tensor | None
     ) -> None:
-        """Use `pack` or `from_int8`."""
+        """Use `pack` or `from_int8` instead of this constructor."""
         self.shape, self.dtype, self._bias = shape, dtype, bias
         self._make: Callable[[], Product] | None = make
         self._product: Product
@@ -88,10 +92,10 @@ class PackedLinear:
         Args:
             weight: (O, I), floating-point.
             bias: (O,) float32, added to each result.
-            dtype: Type in which the matrix is packed, "float32", "bfloat16" or "int8".
+            dtype: Data type to pack the matrix in: "float32", "bfloat16" or "int8".
 
         Raises:
-            ValueError: if the shapes or the dtype are not these.
+            ValueError: if a shape or the dtype is wrong.
         """
         check_choice("dtype", dtype, DTYPES)
         _check_matrix(weight, bias)
@@ -107,12 +111,12 @@ class PackedLinear:
         """Pack what `quantise_rows` returned.
 
         Args:
-            weight: (O, I) int8, -128 excluded.
-            scale: (O,) float32, factor of each row.
+            weight: (O, I) int8, from -127 to 127.
+            scale: (O,) float32, the factor of each row.
             bias: (O,) float32, added to each result.
 
         Raises:
-            ValueError: if the shapes are not these.
+            ValueError: if a shape is wrong.
         """
         _check_matrix(weight, bias)
         check_shape("scale", scale, (len(weight),), "(O,)")
@@ -122,13 +126,13 @@ class PackedLinear:
         """Multiply rows by W^T.
 
         Args:
-            x: (..., I) float32 rows.
-            addend: (..., O) float32, added to the product; not with a bias.
+            x: (..., I) float32, the rows.
+            addend: (..., O) float32, added to the product in place of the bias.
 
         Returns:
             (..., O) float32.
         """
-        make = self._make  # another thread may be at the same: both make the same
+        make = self._make  # two threads may both pack the matrix, with the same result
         if make is not None:
             self._product = make()
             self._make = None
@@ -148,19 +152,19 @@ def _check_matrix(weight: Tensor, bias: Tensor | None) -> None:
 
 @cache
 def has_fbgemm() -> bool:
-    """Return whether torch has FBGEMM, hence int8 and half-precision weights on x86."""
+    """Return whether torch has FBGEMM, which multiplies int8 and half-precision weights on x86."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 @cache
 def has_tiles() -> bool:
-    """Return whether the processor multiplies tiles of bytes and of bfloat16 (AMX)."""
+    """Return whether the processor has instructions for tiles of bytes and of bfloat16 (AMX)."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def activation_levels() -> int:
-    """Return the largest quantised activation with which FBGEMM's sums are exact here."""
+    """Return the largest quantised activation for which FBGEMM's sums are exact on this machine."""
     weight = torch.full((8, 64), WEIGHT_LEVELS, dtype=torch.int8)
     packed = _fbgemm_pack(weight, torch.ones(8))
     levels = float(WIDE_LEVELS)
@@ -169,7 +173,10 @@ def activation_levels() -> int:
 
 
 class _Float32Product:
-    """BLAS or oneDNN, by the sizes; weights are brought into the layout of each when it comes."""
+    """A product in float32, computed by BLAS or oneDNN depending on the sizes.
+
+    The weights are copied into the layout of either library when it is first used.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.float()
@@ -198,7 +205,7 @@ _onednn_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def _pack_bfloat16(weight: Tensor) -> Product:
-    """Keep the weights in 16 bits; activations are rounded as well, but not by FBGEMM."""
+    """Keep the weights in 16 bits. Activations are rounded too, except where FBGEMM multiplies."""
     fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
     uses_fbgemm = has_fbgemm() and not has_tiles()
     narrow_from = TILED_FROM if has_tiles() else NARROW_FROM
@@ -215,14 +222,14 @@ def _pack_bfloat16(weight: Tensor) -> Product:
     if not uses_fbgemm:
         rounded = weight.bfloat16()
         return lambda x, addend: _add(F.linear(x.bfloat16(), rounded).float(), addend)
-    # FBGEMM's half precision keeps every bit of a bfloat16 from 2**-14 to 2**15.
+    # FBGEMM stores float16, which represents every bfloat16 from 2**-14 to 2**15 exactly.
     packed = torch.ops.quantized.linear_prepack_fp16(weight.bfloat16().float(), None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
     return lambda x, addend: _add(multiply(x, packed), addend)
 
 
 def _fill_tiles(x: Tensor) -> Tensor:
-    """Add rows of zeros: oneDNN compiles a product for each number of rows that it meets."""
+    """Append rows of zeros, because oneDNN compiles a product for each new number of rows."""
     num_rows = x.shape[0]
     return x if num_rows <= FEW_ROWS else F.pad(x, (0, 0, 0, -num_rows % ROWS_STEP))
 
@@ -238,9 +245,10 @@ def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
 
 
 class _Int8Product:
-    """oneDNN where the processor multiplies tiles and there are rows to fill one, else FBGEMM.
+    """A product in int8, computed by oneDNN or FBGEMM.
 
-    Both multiply the same integers and add up exactly.
+    oneDNN is used if the processor multiplies tiles and there is more than one row. Both libraries
+    multiply the same integers and add them up exactly.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
@@ -273,7 +281,8 @@ class _Int8Product:
 
 
 _onednn_int8 = torch.ops.onednn.qlinear_pointwise
-# The call rounds x / step to integers, multiplies in int8, adds up in int32, and scales back.
+# This operator rounds its input to integers, multiplies in int8, adds up in int32, and scales the
+# sums back to float32.
 _fbgemm_multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
 

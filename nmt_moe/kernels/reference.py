@@ -1,4 +1,4 @@
-"""The definition of each operation in plain torch, with which tests compare the kernels."""
+"""Definitions of the operations in plain torch. The tests compare the kernels with them."""
 
 from typing import NamedTuple
 
@@ -8,31 +8,34 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Added to the noise's standard deviation, so that the load estimate never divides by less. The
-# paper's eq. 4 has no such term; the authors' later code has this value.
+# Added to the noise's standard deviation, so that the load estimate never divides by a smaller
+# value. The paper's eq. 4 has no such term; the authors' later code uses this value.
 NOISE_FLOOR = 1e-2
-# Farther from its threshold than noise of any scale reaches; its square divided by the floor's is
-# still a number in float32.
+# A gap between a logit and its threshold that is too large for noise of any scale to bridge. Its
+# square divided by the square of NOISE_FLOOR is still finite in float32.
 LARGEST_GAP = 1e16
 
 
-# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
+# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class Gating(NamedTuple):
-    """A gate's choice. If rows belong to several groups, sums are (G, E), one row for each group.
+    """The experts that a gate chose for each token, and sums over the tokens.
+
+    If the tokens are divided into several groups, the sums have the shape (G, E), with one row for
+    each group.
 
     Attributes:
-        gates: (N, K) float32 or wider, weights of the chosen experts; 0 in an empty slot. Noisy
-            top-k gates put the largest first.
-        expert_ids: (N, K) int64; E in an empty slot, as a token may have fewer than K experts. Ties
-            go to the lowest ids.
+        gates: (N, K) float32 or wider, the weights of the chosen experts; 0 in an empty slot. Noisy
+            top-k gating sorts them in descending order.
+        expert_ids: (N, K) int64, the chosen experts; E in an empty slot, because a token may use
+            fewer than K experts. The lowest ids win ties.
         importance: (E,), the sum of each expert's gates (eq. 6).
-        load: (E,). For noisy gates in training, the sum of each expert's probabilities P(x, i) of
-            being chosen, differentiable (eqs. 8-10); otherwise, and if all experts are chosen, the
-            number of tokens.
+        load: (E,). With a noisy gate during training, the sum over tokens of the probability
+            P(x, i) that expert i is chosen, which is differentiable (eqs. 8-10). Otherwise, and
+            whenever all experts are chosen, the number of tokens of each expert.
         tokens_per_expert: (E,) int64, the number of tokens that chose each expert.
-        threshold_loss: Scalar that trains the thresholds of strictly balanced gates (eq. 20, the
-            mean over tokens); None with other gates.
-        num_rows: Number of (token, expert) pairs, if the host knows it; else None.
+        threshold_loss: Scalar loss that trains the thresholds of strictly balanced gates (eq. 20,
+            averaged over tokens); None with other gates.
+        num_rows: Number of (token, expert) pairs if the host knows it, otherwise None.
     """
 
     gates: Tensor
@@ -44,7 +47,7 @@ class Gating(NamedTuple):
     num_rows: int | None = None
 
     def first_group(self) -> "Gating":
-        """Return the choice with the sums of only the first group of rows."""
+        """Return the same choice, with the sums of the first group only."""
         return self._replace(
             importance=_first(self.importance),
             load=_first(self.load),
@@ -75,8 +78,8 @@ def noisy_top_k(
     chosen = torch.zeros_like(clean).scatter(1, expert_ids, 1.0)
     probs = chosen
     if scale is not None and top_k < clean.shape[1]:
-        # An expert must exceed the k-th largest of the *others*: the (k+1)-th of all if it is
-        # chosen now, the k-th if it is not.
+        # To be chosen, an expert must exceed the k-th largest of the *other* logits. This is the
+        # (k+1)-th largest of all logits if the expert is chosen now, and the k-th if it is not.
         kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
         gap = clean - torch.where(noisy > next_one, next_one, kth)
         # The gradient of an infinite gap would be 0 times infinity.
@@ -100,7 +103,7 @@ def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
 
 def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     """Define `kernels.combine_rows`."""
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # for empty slots to refer to
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # empty slots read these zeros
     token_rows = padded[plan.token_rows]
     return (token_rows if gates is None else token_rows * gates.unsqueeze(2)).sum(1)
 
@@ -144,7 +147,7 @@ def factored_adam(
     eps: float,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Define `kernels.factored_adam`; return the new weight, row means and column means."""
+    """Define `kernels.factored_adam`, but return the new weight, row means and column means."""
     row_mean = beta2 * row_mean + (1 - beta2) * grad.square().mean(2)  # (E, D)
     column_mean = beta2 * column_mean + (1 - beta2) * grad.square().mean(1)  # (E, H)
     total = row_mean.mean(1)[:, None, None]

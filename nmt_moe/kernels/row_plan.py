@@ -1,4 +1,4 @@
-"""The plan that says which token each row, sorted by bin, belongs to."""
+"""Plan the order of rows: sorted by bin, each row belonging to one token."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from nmt_moe.kernels._backend import is_on_host
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Rows sorted by bin: one for each (token, bin) pair.
+    """The order of rows, one for each (token, bin) pair, sorted by bin.
 
-    A bin is what rows are sorted by: an expert, a group of experts, or a rank.
+    A bin is an expert, a group of experts, or a rank.
 
     Attributes:
         row_token: (R,) int64, the token of each row; rows are sorted by bin, then by token.
-        token_rows: (N, K) int64, the rows of each token, in the order of its slots: the inverse of
-            `row_token`. R in an empty slot.
-        offsets: (B + 1,) int64. Bin b owns rows [offsets[b], offsets[b + 1]). On a device for which
-            the host would have to wait, there may be further rows, which belong to no bin and no
-            slot and must not be read.
+        token_rows: (N, K) int64, the rows of each token, in the order of its slots; R in an empty
+            slot. This is the inverse of `row_token`.
+        offsets: (B + 1,) int64. Bin b owns rows [offsets[b], offsets[b + 1]). On a device that the
+            host would have to wait for, there may be surplus rows at the end, which belong to no
+            bin and no slot and must not be read.
     """
 
     row_token: Tensor
@@ -34,16 +34,16 @@ def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPl
     Args:
         bins: (N, K) int64, the bins of each token; B in an empty slot.
         num_bins: Number of bins, B.
-        num_rows: R, the number of slots that are not empty; None if unknown. It is then counted on
-            the CPU; elsewhere R becomes N K, so that the host need not wait.
+        num_rows: Number of slots that are not empty, R. If None, they are counted on the CPU; on
+            other devices, R becomes N K, so that the host does not have to wait.
 
     Returns:
-        The plan.
+        The plan of R rows.
     """
     num_tokens, num_slots = bins.shape
     keys = bins.reshape(-1)
     if not is_on_host(bins):
-        keys = keys.int()  # GPUs sort digit by digit, so in half of the passes
+        keys = keys.int()  # GPUs sort digit by digit, so this halves the number of passes
     sorted_bins, order = keys.sort(stable=True)
     bounds = torch.arange(num_bins + 1, dtype=keys.dtype, device=order.device)
     offsets = torch.searchsorted(sorted_bins, bounds)

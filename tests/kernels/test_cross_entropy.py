@@ -62,7 +62,7 @@ def test_infinities_and_nan():
 
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_that_is_not_a_class_is_refused(target):
-    with pytest.raises(IndexError, match=rf"from 0 to 4, or 1 to be ignored, but is {target}"):
+    with pytest.raises(IndexError, match=rf"from 0 to 4, or 1 for an ignored row, but is {target}"):
         cross_entropy(torch.zeros(1, 5), torch.tensor([target]), 1)
 
 

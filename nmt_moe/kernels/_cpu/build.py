@@ -1,7 +1,7 @@
 """Compile the library: `python -m nmt_moe.kernels._cpu.build`.
 
 This needs a C++ compiler (`CXX`, otherwise c++ or g++) and takes half a minute. Without the
-library, torch's own operations do the same, more slowly.
+library, torch's own operations run instead, which are slower.
 """
 
 import os
@@ -16,7 +16,8 @@ import torch
 
 from nmt_moe.kernels._cpu.loading import SOURCES, library_path
 
-# The loops for each level of vector instructions; each call chooses the processor's.
+# Compiler flags for each level of vector instructions. The loops are compiled once per level, and
+# each call uses the level of its processor.
 LEVELS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -26,28 +27,29 @@ LEVELS = {
     ],
 }
 COMMON = ["-std=c++20", "-fPIC"]
-# Only explicit multiply-adds, and no floating-point exceptions, which prevent vectorisation.
+# These flags allow multiply-adds only where the source spells them out, and turn off floating-point
+# exceptions, which would prevent vectorisation.
 LOOPS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def find_compiler() -> str | None:
-    """Return the C++ compiler, if there is one."""
+    """Return the path of the C++ compiler, or None if there is none."""
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++"])), None)
 
 
 def build(compiler: str) -> Path:
-    """Compile the library and put it where `loading` looks for it.
+    """Compile the library, put it where `loading` looks for it, and return its path.
 
     Raises:
-        subprocess.CalledProcessError: if the compiler fails; it has printed why.
+        subprocess.CalledProcessError: if the compiler fails, after it has printed the reason.
     """
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     kind = ["-DNMT_MOE_X86"] if is_x86 else []
     torch_folder = Path(torch.__file__).parent
     target = library_path()
     target.parent.mkdir(exist_ok=True)
-    # Beside the final path, so that only a complete library appears there.
+    # Compile in a folder beside the final path, so that only a complete library appears there.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = []
 
@@ -59,7 +61,8 @@ def build(compiler: str) -> Path:
         for level, flags in LEVELS.items() if is_x86 else [("plain", [])]:
             compile_file("loops.cpp", level, [*LOOPS, *flags, f"-DNMT_MOE_LEVEL={level}"])
         includes = ["-isystem", str(torch_folder / "include")]
-        # OpenMP's functions come from torch: a second OpenMP library would start its own threads.
+        # OpenMP's functions come from torch, because a second OpenMP library would start threads of
+        # its own.
         compile_file("library.cpp", "library", ["-O2", "-fopenmp", "-DNDEBUG", *includes])
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         made = Path(folder) / target.name
@@ -72,7 +75,7 @@ def main() -> None:
     """Run from the command line."""
     compiler = find_compiler()
     if compiler is None:
-        sys.exit("There is no C++ compiler (Debian: apt-get install g++).")
+        sys.exit("No C++ compiler was found. Install one (Debian: apt-get install g++) or set CXX.")
     try:
         print(build(compiler))  # noqa: T201
     except subprocess.CalledProcessError as error:

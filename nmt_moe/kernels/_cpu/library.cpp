@@ -1,7 +1,7 @@
-// The operators `torch.ops.nmt_moe.*`: whole sequences of LSTM steps, and the factored Adam.
+// The operators `torch.ops.nmt_moe.*`: LSTM steps, products of few rows, cross-entropy and factored Adam.
 //
-// The callers in Python check shapes and types, and hand over contiguous float32 or float64 tensors
-// of the CPU. Work is cut by rows, never within a row, so that bits do not depend on the threads.
+// The callers in Python check shapes and types, and pass contiguous float32 or float64 tensors on the
+// CPU. Work is divided between rows, never within a row, so that results do not depend on the number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -16,9 +16,10 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// Elements that are worth a thread of their own.
+// Smallest number of LSTM cells that is worth a thread of its own.
 constexpr int64_t CELLS_PER_THREAD = 4096;
-// Rows of an expert that a thread takes at a time, and experts whose sums are made before their weights move.
+// Factored Adam: number of an expert's rows that a thread takes at a time, and number of experts for which all means
+// are updated before any weights are.
 constexpr int64_t ROWS_PER_CHUNK = 64, EXPERTS_PER_GROUP = 4;
 
 template <typename T>
@@ -64,7 +65,7 @@ void step_backward(const T* gates, const T* before, const T* cell, const T* grad
   });
 }
 
-// gates (B, 4 H) are overwritten by their activations; hidden (B, H) is before any projection.
+// gates (B, 4 H) are overwritten with their activations. hidden (B, H) is written, before any projection.
 void lstm_step(Tensor gates, const Tensor& before, Tensor cell, Tensor hidden) {
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_step", [&] {
     step_forward(gates.data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), cell.data_ptr<scalar_t>(),
@@ -82,8 +83,9 @@ void backward_of_step(const Tensor& gates_t, const Tensor& cells, int64_t step, 
   });
 }
 
-// gates (T, B, 4 H): the input's part, with biases; leave as activations. weight_hh (D, 4 H), projection (H, D).
-// cells (T + 1, B, H) and outputs (T + 1, B, D) hold the state before at 0; hidden (T, B, H) is what is projected.
+// gates (T, B, 4 H) contain the input's part and the bias, and are overwritten with their activations. weight_hh is
+// (D, 4 H), projection (H, D). cells (T + 1, B, H) and outputs (T + 1, B, D) contain the previous state at index 0, and
+// their other steps are written. hidden (T, B, H), the outputs before the projection, is written.
 void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>& projection, Tensor cells,
                   Tensor hidden, Tensor outputs) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -98,9 +100,10 @@ void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>&
   }
 }
 
-// grad_outputs (T, B, D) comes as the gradient from above and leaves as the whole one; grad_cell (B, H) comes as that
-// of the last cells and leaves as that of the first; grad_gates (T, B, 4 H) and grad_hidden (B, D) are written.
-// weight_hh (4 H, D), projection (D, H), as torch has them; cells (T + 1, B, H).
+// grad_outputs (T, B, D) is the outputs' gradient from the layer above; the gradient from later steps is added to it.
+// grad_cell (B, H) is the gradient of the last cells, and is overwritten with that of the first. grad_gates (T, B, 4 H)
+// and grad_hidden (B, D) are written. weight_hh (4 H, D) and projection (D, H) have torch's layout; cells is
+// (T + 1, B, H).
 void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weight_hh,
                    const optional<Tensor>& projection, Tensor grad_outputs, Tensor grad_cell, Tensor grad_gates,
                    Tensor grad_hidden) {
@@ -120,12 +123,13 @@ void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weigh
   }
 }
 
-// Sentences that are worth a thread of their own.
+// Smallest number of sentences that is worth a thread of its own.
 constexpr int64_t SENTENCES_PER_THREAD = 4;
 
-// An LSTM whose input at each step is its token's part, the context that its last output attends to, and that output.
-// Arguments as of `lstm_forward`, and: query (D, D), scale (D), keys and source (B, S, D), padding (B, S);
-// inputs (T, B, 2 D), squashed (T, B, D) and weights (T, B, S) are written. weight (2 D, 4 H) is of context and output.
+// Runs an LSTM with attention: each step reads the token's part of the gates, the previous output, and the context that
+// this output attends to. The arguments are those of `lstm_forward`, with weight (2 D, 4 H) for context and output, and
+// query (D, D), scale (D), keys and source (B, S, D), padding (B, S). inputs (T, B, 2 D), squashed (T, B, D) and
+// weights (T, B, S) are written.
 void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, const Tensor& keys, const Tensor& source,
                        const Tensor& padding, const Tensor& weight, const optional<Tensor>& projection, Tensor cells,
                        Tensor hidden, Tensor outputs, Tensor inputs, Tensor squashed, Tensor weights) {
@@ -168,8 +172,8 @@ void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, c
   }
 }
 
-// Arguments as of `lstm_backward`; query (D, D) and weight (4 H, 2 D) as the forward pass's caller has them.
-// grad_contexts, grad_scaled, grad_queries (T, B, D) and grad_scores (T, B, S) are written.
+// The arguments are those of `lstm_backward`, with query (D, D) and weight (4 H, 2 D) transposed compared with
+// `attentive_forward`. grad_contexts, grad_scaled, grad_queries (T, B, D) and grad_scores (T, B, S) are written.
 void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& query, const Tensor& scale,
                         const Tensor& keys, const Tensor& source, const Tensor& weight,
                         const optional<Tensor>& projection, const Tensor& squashed, const Tensor& weights,
@@ -220,14 +224,15 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
   }
 }
 
-// rows (R, D) times their expert's matrix of weight (E, D, F): expert e owns rows [offsets[e], offsets[e + 1]). Rows of no
-// expert are left as they are in out (R, F).
+// Multiplies rows (R, D) by their expert's matrix in weight (E, D, F); expert e owns rows [offsets[e], offsets[e + 1]).
+// Rows of out (R, F) that belong to no expert are not written.
 void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& offsets, Tensor out) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t experts = weight.size(0), inner = weight.size(1), width = weight.size(2);
   const int64_t blocks = (width + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
   const auto* bounds = offsets.const_data_ptr<int64_t>();
-  TORCH_CHECK(bounds[0] >= 0 && bounds[experts] <= rows.size(0), "`offsets` must be within the rows.");
+  TORCH_CHECK(bounds[0] >= 0 && bounds[experts] <= rows.size(0), "`offsets` must be from 0 to ", rows.size(0),
+              ", the number of rows, but are from ", bounds[0], " to ", bounds[experts], ".");
   std::vector<int64_t> few;
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t first = bounds[expert], count = bounds[expert + 1] - first;
@@ -254,10 +259,11 @@ void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& of
   });
 }
 
-// Logits that are worth a thread of their own.
+// Smallest number of logits that is worth a thread of its own.
 constexpr int64_t LOGITS_PER_THREAD = 1 << 14;
 
-// logits (N, V), target (N) from 0 to V - 1, or `ignored`: there nll and smooth (N) are 0. log_sums (N) is written too.
+// logits (N, V); target (N), from 0 to V - 1 or `ignored`. nll, smooth and log_sums (N) are written; they are 0 in rows
+// whose target is ignored.
 void cross_entropy(const Tensor& logits, const Tensor& target, int64_t ignored, Tensor nll, Tensor smooth,
                    Tensor log_sums) {
   const int64_t width = logits.size(1);
@@ -273,7 +279,7 @@ void cross_entropy(const Tensor& logits, const Tensor& target, int64_t ignored, 
         nlls[row] = smooths[row] = sums[row] = 0;
         if (targets[row] == ignored) continue;
         TORCH_CHECK_INDEX(targets[row] >= 0 && targets[row] < width, "`target` must be from 0 to ", width - 1, ", or ",
-                          ignored, " to be ignored, but is ", targets[row], " in row ", row, ".");
+                          ignored, " for an ignored row, but is ", targets[row], " in row ", row, ".");
         scalar_t sum;
         loops.log_sum_exp(rows + row * width, sums + row, &sum, width);
         nlls[row] = sums[row] - rows[row * width + targets[row]];
@@ -334,7 +340,7 @@ void update_group(T* weight, const T* grad, T* row_mean, T* column_mean, int64_t
       own_rows[row] = beta2 * own_rows[row] + (1 - beta2) / T(width) * row_sums[expert * rows + row];
       total += own_rows[row];
     }
-    const T mean = std::max(total / T(rows), std::numeric_limits<T>::min());  // where all are 0: 0 / min is 0
+    const T mean = std::max(total / T(rows), std::numeric_limits<T>::min());  // if all means are 0, 0 / min is 0
     for (int64_t row = 0; row < rows; ++row) row_roots[expert * rows + row] = std::sqrt(own_rows[row] / mean);
     T* own_columns = column_mean + expert * width;
     T* sums = column_sums.data() + expert * chunks * width;
@@ -352,7 +358,7 @@ void update_group(T* weight, const T* grad, T* row_mean, T* column_mean, int64_t
   });
 }
 
-// weight, grad (E, D, H), row_mean (E, D), column_mean (E, H).
+// weight and grad (E, D, H), row_mean (E, D), column_mean (E, H). All except grad are updated in place.
 void factored_adam(Tensor weight, const Tensor& grad, Tensor row_mean, Tensor column_mean, double step_size,
                    double beta2, double eps, double keep) {
   const int64_t experts = weight.size(0), rows = weight.size(1), width = weight.size(2);

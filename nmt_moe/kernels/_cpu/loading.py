@@ -1,4 +1,4 @@
-"""Find the compiled library and load it, once, when the first operation asks."""
+"""Find the compiled library, and load it once, when an operation first needs it."""
 
 import hashlib
 import os
@@ -15,15 +15,15 @@ SOURCES = Path(__file__).parent
 FOLDER = SOURCES / "lib"
 CHOICE = "NMT_MOE_KERNELS"
 DTYPES = (torch.float32, torch.float64)
-# The classes of tensors that the loops accept; others have operations of their own.
+# Tensor classes that the loops accept. Other classes define their own operations.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def library_path() -> Path:
-    """Return where the library for this torch and this kind of processor is, or would be.
+    """Return the path of the library, whether or not it has been built.
 
-    torch's C++ interface changes with its version, so another torch does not find it; nor does
-    another version of the sources.
+    The name contains torch's version, because torch's C++ interface changes with it, a digest of
+    the sources, and the processor's architecture.
     """
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
@@ -34,9 +34,9 @@ def library_path() -> Path:
 
 @cache
 def load() -> Any:
-    """Return the library's operators, or None where torch's own operations do the work.
+    """Return the library's operators, or None if torch's own operations are to be used.
 
-    That is where the library was not built, and where `NMT_MOE_KERNELS=torch` says so.
+    They are used if the library has not been built, or if `NMT_MOE_KERNELS=torch` is set.
     """
     if os.environ.get(CHOICE) == "torch" or not library_path().exists():
         return None
@@ -47,14 +47,15 @@ def load() -> Any:
         *("attentive_forward", "attentive_backward", "multiply_experts"),
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
     )
-    # Return the only overload of each: looking up the right one takes as long as a small step.
+    # Store the only overload of each operator, because looking it up takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
 
 
 def has_compiled_loops(*tensors: torch.Tensor | None) -> bool:
-    """Return whether the library has loops for these tensors: float32 or float64 of the CPU.
+    """Return whether the library has loops for these tensors, which may include None.
 
-    Not under autocast, which wants products in half precision, nor for tensors without memory.
+    It has them for plain tensors on the CPU that are all float32 or all float64, but not under
+    autocast, which requires products in half precision.
     """
     if load() is None or torch.is_autocast_enabled("cpu"):
         return False

@@ -1,5 +1,5 @@
-// Written for the compiler to vectorise: no branches, and every multiply-add spelt out, so that an
-// element's bits do not depend on its place in a vector.
+// These loops are written for the compiler to vectorise. They avoid branches, and every multiply-add is spelt out, so
+// that an element's bits do not depend on its position in a vector.
 #include "loops.h"
 
 #include <algorithm>
@@ -19,15 +19,16 @@ inline T madd(T a, T b, T c) {
 #endif
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
+// Computes e^x for x <= 0, to within 2 units in the last place. Below x = -87, near the smallest normal number, the
+// result is 0.
 inline float exp_negative(float x) {
   const float lowest = -87.0f;
-  const float bounded = x < lowest ? lowest : x;  // NaN passes
-  const float shift = 12582912.0f;                // 1.5 * 2^23: rounds to an integer in the last bits
+  const float bounded = x < lowest ? lowest : x;  // keeps NaN
+  const float shift = 12582912.0f;                // 1.5 * 2^23: adding it leaves a rounded integer in the last bits
   const float shifted = madd(bounded, 1.44269504f, shift);
   const float power = shifted - shift;
   const float rest = madd(power, -1.42860677e-6f, madd(power, -0.693145752f, bounded));  // ln 2 in two parts
-  // A minimax fit of (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, relative error of e^r below 4e-9.
+  // A minimax fit of (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2; the relative error of e^r is below 4e-9.
   float p = 0.0013813142f;
   p = madd(p, rest, 0.008369419f);
   p = madd(p, rest, 0.041668456f);
@@ -36,7 +37,7 @@ inline float exp_negative(float x) {
   p = madd(p * rest, rest, rest) + 1.0f;
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^power: the shift's own bits fall off the top
+  const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^power; the bits of `shift` itself are shifted out
   float scale;
   std::memcpy(&scale, &scale_bits, sizeof scale);
   return x < lowest ? 0.0f : p * scale;
@@ -44,8 +45,8 @@ inline float exp_negative(float x) {
 
 inline double exp_negative(double x) { return std::exp(x); }
 
-// A quotient to be had once a reciprocal is known, so that several can share one division: the denominators are
-// from 1 to 2, and their products far from overflow.
+// A quotient that has not been divided yet, so that several quotients can share one division. The denominators are from
+// 1 to 2, so that their products cannot overflow.
 template <typename T>
 struct Quotient {
   T numerator, denominator;
@@ -57,15 +58,15 @@ inline Quotient<T> sigmoid(T x) {
   return {x < T(0) ? small : T(1), T(1) + small};
 }
 
-// Without its sign.
+// Computes |tanh(x)|.
 template <typename T>
 inline Quotient<T> hyperbolic_tangent(T x) {
   const T small = exp_negative(T(-2) * std::fabs(x));
   return {T(1) - small, T(1) + small};
 }
 
-// Give tanh(x) its sign. Nearer to 0 the quotient loses digits, and the value comes from a minimax fit of
-// (tanh(x) / x - 1) / x^2 for |x| <= 0.55.
+// Computes tanh(x) from the quotient for |tanh(x)|. For |x| < 0.55, where the quotient would lose digits, a minimax fit
+// of (tanh(x) / x - 1) / x^2 is used instead.
 inline float finish_tangent(float x, float quotient) {
   const float z = x * x;
   float p = -0.006282467f;
@@ -136,7 +137,7 @@ void lstm_backward(const T* __restrict gates, const T* __restrict cell_before, c
   }
 }
 
-// Sums run in this many parts, whatever the vectors' length.
+// Sums are computed in this many parts, whatever the length of the processor's vectors.
 constexpr int64_t PARTS = 32;
 
 template <typename T>
@@ -158,7 +159,7 @@ inline T dot(const T* __restrict left, const T* __restrict right, int64_t width)
   return join(parts);
 }
 
-// out = sum over positions of weights[position] rows[position].
+// Computes out, the sum over positions of weights[position] * rows[position].
 template <typename T>
 inline void mix(const T* __restrict weights, const T* __restrict rows, T* __restrict out, int64_t length,
                 int64_t width) {
@@ -181,7 +182,7 @@ void attend(T* __restrict query, const T* __restrict scale, const T* __restrict 
   T largest = -std::numeric_limits<T>::infinity();
   for (int64_t position = 0; position < length; ++position) {
     weights[position] = dot(scaled, keys + position * width, width);
-    if (!padding[position]) largest = std::max(weights[position], largest);  // NaN passes through the sum below
+    if (!padding[position]) largest = std::max(weights[position], largest);  // may miss NaN, which the sum keeps
   }
   T sum = 0;
   for (int64_t position = 0; position < length; ++position) {
@@ -213,8 +214,8 @@ void attend_backward(const T* __restrict squashed, const T* __restrict scale, co
   }
 }
 
-// Reads the weight once, in long runs, while the sums stay in the nearest cache. An element's sum runs in the order of
-// `inner`, whatever the other rows.
+// Reads the weight once, in long runs, while the sums stay in the innermost cache. Each element's sum runs in the order
+// of the `inner` index, independently of the other rows.
 template <typename T>
 void multiply_few(const T* __restrict rows, const T* __restrict weight, T* __restrict out, int64_t count,
                   int64_t inner, int64_t columns, int64_t width) {
@@ -246,7 +247,7 @@ void multiply_few(const T* __restrict rows, const T* __restrict weight, T* __res
   for (int64_t row = 0; row < count; ++row) std::copy(sums[row], sums[row] + columns, out + row * width);
 }
 
-// NaN stays: the largest may miss it, the sums do not.
+// If a logit is NaN, so are the results: the maximum may miss it, but the sums do not.
 template <typename T>
 void log_sum_exp(const T* __restrict logits, T* log_sum, T* sum, int64_t width) {
   T largest = logits[0];
@@ -279,7 +280,7 @@ void log_sum_exp(const T* __restrict logits, T* log_sum, T* sum, int64_t width) 
 template <typename T>
 void softmax_gradient(const T* __restrict logits, T log_sum, T scale, T shift, T* __restrict grads, int64_t width) {
   for (int64_t at = 0; at < width; ++at) {
-    // A logit above its row's sum by a rounding error counts as the sum.
+    // A rounding error may put a logit above log_sum; it then counts as equal to log_sum.
     const T below = logits[at] - log_sum;
     grads[at] = madd(scale, exp_negative(below > T(0) ? T(0) : below), shift);
   }

@@ -1,4 +1,4 @@
-"""The backward pass of the weighted combine: Triton. The forward pass is `sum_rows`."""
+"""The backward pass of `combine_rows` in Triton. Its forward pass is `gather_rows.sum_rows`."""
 
 import torch
 import triton
@@ -11,15 +11,16 @@ from nmt_moe.kernels._triton.gather_rows import choose_blocks
 def combine_rows_backward(
     grad_y: Tensor, rows: Tensor, gates: Tensor, token_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute gate * grad_y for each row, and <grad_y, row> for each gate.
+    """Compute gate * grad_y for each row, and the dot product of grad_y and row for each gate.
 
-    Each row belongs to one slot of one token, so each is written once, without atomics.
+    Each row belongs to one slot of one token, so its gradient is written once, without atomics.
 
     Args:
-        grad_y: (N, D), gradient of the result.
+        grad_y: (N, D), the gradient of the combined outputs.
         rows: (R, D), the experts' outputs.
-        gates: (N, K), weights of the chosen experts.
-        token_rows: (N, K) int64; R for no row. Every row occurs exactly once.
+        gates: (N, K), the weights of the chosen experts.
+        token_rows: (N, K) int64, the rows of each token; R in an empty slot. Every row occurs
+            exactly once.
 
     Returns:
         grad_rows: (R, D), in the dtype of `rows`.
@@ -66,7 +67,7 @@ def _combine_backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    # The K slots of the same tokens run in parallel, so their grad_y comes from the cache.
+    # Neighbouring programs handle the K slots of the same tokens, so they find grad_y in the cache.
     pid = tl.program_id(0)
     token = (pid // num_slots).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     slot = token * num_slots + pid % num_slots

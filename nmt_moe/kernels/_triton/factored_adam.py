@@ -1,12 +1,12 @@
-"""Factored Adam over expert matrices: two passes over the gradient, one over the weights."""
+"""Factored Adam for expert matrices, in two passes over the gradient and one over the weights."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows and columns that a program holds: 16 numbers for each thread, so that a multiprocessor has
-# registers for four programs.
+# Rows and columns in a program's tile. Each thread holds 16 numbers, so that a multiprocessor has
+# enough registers for four programs.
 TILE_ROWS, TILE_COLUMNS, WARPS = 16, 256, 8
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
@@ -26,7 +26,7 @@ def _square_sums_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Update the row means of one block of rows, and leave its sums over the columns."""
+    """Update the row means of one block of rows, and store the sums of squares in each column."""
     program = tl.program_id(0).to(tl.int64)
     expert, block = program // row_blocks, program % row_blocks
     rows = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -56,7 +56,7 @@ def _column_means_kernel(
     gain,  # (1 - beta2) / D
     BLOCK_H: tl.constexpr,
 ):
-    """Update the column means; blocks of rows are added in their order."""
+    """Update the column means, adding up the blocks of rows in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     expert, block = program // column_blocks, program % column_blocks
     columns = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -83,12 +83,15 @@ def _update_kernel(
     row_blocks,
     step_size,
     eps,
-    keep,  # what weight decay leaves
+    keep,  # fraction of the weights that weight decay leaves
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_MEAN: tl.constexpr,
 ):
-    """Move one block of rows; its program averages all row means of the expert itself."""
+    """Update the weights in one block of rows.
+
+    Each program averages all row means of its expert itself.
+    """
     program = tl.program_id(0).to(tl.int64)
     expert, block = program // row_blocks, program % row_blocks
     means = row_mean + expert * model_dim
@@ -127,14 +130,15 @@ def factored_adam(
     """Run the three kernels; see `kernels.factored_adam`.
 
     Args:
-        weight: (E, D, H), each matrix contiguous; float32, bfloat16 or float16.
-        grad: (E, D, H), each matrix contiguous.
-        row_mean: (E, D) float32, contiguous.
-        column_mean: (E, H) float32, contiguous.
+        weight: (E, D, H) float32, bfloat16 or float16, the experts' matrices; each matrix is
+            contiguous. Updated in place, like the means.
+        grad: (E, D, H), the gradients; each matrix is contiguous.
+        row_mean: (E, D) float32, contiguous, running means of the squared gradient over each row.
+        column_mean: (E, H) float32, contiguous, the same over each column.
         step_size: Learning rate with the bias correction.
-        beta2: Share of the old means in the new ones.
-        eps: What is added to the root of the second moment.
-        keep: Factor of the old weights.
+        beta2: Decay rate of the running means.
+        eps: Constant added to the square root of the second moment.
+        keep: Factor of the old weights: 1 without weight decay.
     """
     num_experts, model_dim, hidden_dim = weight.shape
     block_h = min(TILE_COLUMNS, triton.next_power_of_2(hidden_dim))

@@ -1,23 +1,23 @@
-"""Gather the rows of tokens, and sum over each token's rows, with Triton."""
+"""Copy tokens to rows, and add up each token's rows, in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements in a block: 32 for each thread of 4 warps.
+# Elements in a block, which are 32 for each thread of 4 warps.
 BLOCK_SIZE = 4096
 
 
 def gather_rows(x: Tensor, row_token: Tensor) -> Tensor:
-    """Copy `x[row_token]`.
+    """Return a copy of `x[row_token]`.
 
     Args:
         x: (N, D), the tokens' vectors.
         row_token: (R,) int64, the token of each row.
 
     Returns:
-        (R, D).
+        (R, D), the vector of each row's token.
     """
     x, row_token = x.contiguous(), row_token.contiguous()
     num_rows, dim = len(row_token), x.shape[1]
@@ -32,15 +32,15 @@ def gather_rows(x: Tensor, row_token: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Add up the rows of each token in float32, in the order of K.
+    """Add up the rows of each token in float32, in the order of its slots.
 
     Args:
-        rows: (R, D) vectors to add up.
-        token_rows: (N, K) int64, the rows of each token; R for no row.
+        rows: (R, D), the vectors to add up.
+        token_rows: (N, K) int64, the rows of each token; R in an empty slot.
         weights: (N, K), the factor of each row; None for ones.
 
     Returns:
-        (N, D), in the dtype of `rows`.
+        (N, D), the sums, in the dtype of `rows`.
     """
     rows, token_rows = rows.contiguous(), token_rows.contiguous()
     num_tokens, num_slots = token_rows.shape
@@ -68,7 +68,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
 
 def choose_blocks(dim: int) -> tuple[int, int]:
-    """Return how many vectors, and how many of their D elements, one block holds.
+    """Return how many vectors a block holds, and how many of their D elements.
 
     A block holds whole vectors if they fit, so that neighbouring threads read neighbouring
     addresses.

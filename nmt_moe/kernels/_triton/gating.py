@@ -15,25 +15,27 @@ from nmt_moe.kernels._triton.gating_forward import (
     sum_kernel,
 )
 
-# Columns that a program holds; wider rows are read in chunks of this size.
+# Largest number of columns in a block. Wider rows are read in chunks of this size.
 MAX_BLOCK_COLUMNS = 1024
-# Numbers in a block: 8 for each thread of four warps, which leaves registers for more blocks.
+# Numbers in a block, which are 8 for each thread of four warps. This leaves registers for more
+# blocks.
 BLOCK_NUMBERS = 1024
-# Programs: a few for each multiprocessor of the largest GPU, so that partial sums stay small.
+# Largest number of programs. The largest GPU gets a few for each multiprocessor, and the partial
+# sums, of which each program writes one row, stay small.
 MAX_PROGRAMS = 1024
 
 
 class Choice(NamedTuple):
-    """Results of the forward pass; C is K + 1 if the load is smooth, else K.
+    """Results of the forward pass. C is K + 1 if the load is a smooth estimate, otherwise K.
 
     Attributes:
-        gates: (N, K), weights of the chosen experts.
+        gates: (N, K), the weights of the chosen experts.
         top: (N, C), the largest noisy logits, in descending order.
-        ids: (N, C) int64, their columns.
+        ids: (N, C) int64, the columns of these logits.
         importance: (G, E), the sum of each expert's gates.
         load: (G, E), the smooth estimate of each expert's number of tokens; uninitialised if it is
             not computed.
-        counts: (G, E) int64, tokens of each expert.
+        counts: (G, E) int64, the number of tokens of each expert.
     """
 
     gates: Tensor
@@ -45,31 +47,40 @@ class Choice(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The distribution of rows: the `splits` programs of a group take turns with its blocks."""
+    """The distribution of rows to programs.
+
+    Attributes:
+        splits: Number of programs per group, which take turns with its blocks of rows.
+        block_rows: Rows in a block.
+        block_columns: Columns in a block.
+        chunks: Number of blocks of columns in a row.
+        slots: Numbers kept for each row, rounded up to a power of two.
+        multiple: Number that is known to divide the row's width, for the compiler.
+    """
 
     splits: int
     block_rows: int
     block_columns: int
     chunks: int
     slots: int
-    multiple: int  # what divides the row's width, as far as it matters
+    multiple: int
 
 
 def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) -> Grid:
-    """Choose block sizes by the row's width, and the number of programs.
+    """Choose block sizes, depending on the width of rows, and the number of programs.
 
     Args:
         num_rows: Number of rows, N.
         num_groups: Number of groups, G.
         num_experts: Number of experts, E.
-        count: Numbers kept for each row.
+        count: Number of logits kept for each row, C.
     """
     block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
     block_rows = max(BLOCK_NUMBERS // block_columns, 1)
     chunks = triton.cdiv(num_experts, block_columns)
     splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
     slots = triton.next_power_of_2(count)
-    # Triton recognises only multiples of 16 by itself; a multiple of 4 lets a load read 4 numbers.
+    # Triton recognises only multiples of 16 itself. A multiple of 4 lets a load read 4 numbers.
     multiple = math.gcd(16, num_experts)
     multiple = multiple if multiple >= 4 else 1
     return Grid(max(splits, 1), block_rows, block_columns, chunks, slots, multiple)
@@ -85,17 +96,17 @@ def gating_forward(
     top_k: int,
     noise_floor: float,
 ) -> Choice:
-    """Choose experts; arguments as in `kernels.noisy_top_k`, all float32.
+    """Choose experts as `kernels.noisy_top_k` does, in float32.
 
     Args:
         clean: (N, E), logits without noise.
-        raw_scale: (N, E), logits of the noise's standard deviation, or None.
-        noise: (N, E), or None to draw it from `seed`.
-        seed: From 2^62 to 2^63 - 1, so that its type is always the same.
-        row_weight: (N,), the weight of each row in the importance, or None.
+        raw_scale: (N, E), logits of the noise's standard deviation; None for no noise.
+        noise: (N, E), standard normal numbers; None to draw them from `seed`.
+        seed: Seed of the noise, from 2^62 to 2^63 - 1, so that its type is always the same.
+        row_weight: (N,), the weight of each row in the importance; None for ones.
         row_offsets: (G + 1,) int64, bounds of the rows of each group, from 0 to N.
-        top_k: Experts for each token, K.
-        noise_floor: What is added to the noise's standard deviation.
+        top_k: Number of experts per token, K.
+        noise_floor: Constant added to the noise's standard deviation.
     """
     clean = clean.contiguous()
     num_rows, num_experts = clean.shape
@@ -133,7 +144,7 @@ def gating_forward(
             sum_kernel[(num_groups * grid.splits, grid.chunks)](
                 *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
             )
-    # Each program wrote its own row of sums; these are added in a fixed order.
+    # Each program wrote a row of sums of its own; these rows are added up in a fixed order.
     return Choice(*choice, *(partial.sum(1) for partial in sums))
 
 
@@ -148,21 +159,22 @@ def gating_backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     noise_floor: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run the backward pass of `gating_forward`, given its arguments.
+    """Run the backward pass of `gating_forward`.
 
     Args:
         clean: (N, E), logits without noise.
-        raw_scale: (N, E), logits of the noise's standard deviation, or None.
-        noise: (N, E), or None to redraw it from `seed`.
-        seed: The seed of the forward pass.
-        row_weight: (N,), the weight of each row in the importance, or None.
+        raw_scale: (N, E), logits of the noise's standard deviation; None for no noise.
+        noise: (N, E), the noise of the forward pass; None to draw it from `seed` again.
+        seed: Seed of the forward pass.
+        row_weight: (N,), the weight of each row in the importance; None for ones.
         row_offsets: (G + 1,) int64, bounds of the rows of each group.
-        choice: The result's gates (N, K), top (N, C) and ids (N, C).
-        grads: Gradients of gates (N, K), importance (G, E) and the smooth load (G, E).
-        noise_floor: What the forward pass added to the noise's standard deviation.
+        choice: The forward pass's gates (N, K), top (N, C) and ids (N, C).
+        grads: Gradients of the gates (N, K), the importance (G, E) and the smooth load (G, E); None
+            for a gradient of 0.
+        noise_floor: Constant that the forward pass added to the noise's standard deviation.
 
     Returns:
-        Gradients of `clean`, `raw_scale` and `row_weight`; None for those that are None.
+        Gradients of `clean`, `raw_scale` and `row_weight`; None for an input that is None.
     """
     clean = clean.contiguous()
     num_rows, num_experts = clean.shape
@@ -199,7 +211,7 @@ def gating_backward(
 
 
 def write_noise(seed: int, first_row: int, noise: Tensor) -> Tensor:
-    """Fill (N, E) `noise` with the kernels' noise for `seed` and rows from `first_row` on."""
+    """Fill `noise`, (N, E), with the noise that the kernels draw for rows from `first_row` on."""
     num_rows, num_experts = noise.shape
     grid = choose_grid(num_rows, 1, num_experts, 1)
     with torch.cuda.device_of(noise):

@@ -30,10 +30,11 @@ def _load_slope(
     TOP_K: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
 ):
-    """Differentiate the load: (B, W) slopes with respect to clean logits, margins, insides.
+    """Compute the load's derivative with respect to the clean logits, the margins, and `inside`.
 
-    The slope with respect to an expert's threshold is minus that for its clean logit; with respect
-    to the noise's scale, it is minus slope times margin.
+    Each result has the shape (B, W). The derivative with respect to an expert's threshold is minus
+    that with respect to its clean logit. The derivative with respect to the noise's scale is minus
+    that with respect to the clean logit, times the margin.
     """
     offsets = rows[:, None] * num_experts + columns[None, :]
     mask = row_mask[:, None] & (columns < num_experts)[None, :]
@@ -44,13 +45,14 @@ def _load_slope(
     weight = tl.load(grad_load + group_start + columns, columns < num_experts, other=0.0)
     slope = weight[None, :] * normal_density(z) / scale
     slope = tl.where(mask, slope, 0.0)
-    # An infinite margin has the slope 0: their product is 0, too.
+    # Where the margin is infinite, the slope is 0. Replacing the margin by 0 keeps the product of the
+    # two from becoming NaN.
     return slope, tl.where(slope == 0, 0.0, z), inside
 
 
 @triton.jit
 def _threshold_sums(slope, inside):
-    """Sum the slopes of the chosen experts, and of the others: (B,) each."""
+    """Sum the slopes of the experts inside, and those of the others: (B,) each."""
     return tl.sum(tl.where(inside, slope, 0.0), 1), tl.sum(tl.where(inside, 0.0, slope), 1)
 
 
@@ -81,7 +83,10 @@ def backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Run the backward pass; wider rows are read twice, for thresholds and for the rest."""
+    """Run the backward pass.
+
+    Rows wider than a block are read twice: first for the thresholds, then for everything else.
+    """
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     group = program // splits

@@ -1,4 +1,4 @@
-"""The forward pass of noisy top-k gating: one kernel, or two for rows wider than a block."""
+"""The forward pass of noisy top-k gating: one kernel, or two if rows are wider than a block."""
 
 import triton
 import triton.language as tl
@@ -44,10 +44,10 @@ def forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Do everything in one pass over rows that fit into a block of columns.
+    """Run the whole forward pass for rows that fit into a block of columns.
 
-    Each group has `splits` programs, which take turns with its blocks of rows; each writes its own
-    row of sums.
+    Each group has `splits` programs, which take turns with its blocks of rows. Each program writes
+    its own row of sums.
     """
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
@@ -88,7 +88,7 @@ def forward_kernel(
         dense = tl.exp(noisy - high) / total
         if row_weight is not None:
             dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
-        # A row with NaN adds NaN to every expert, whatever the search found in it.
+        # A row that contains NaN adds NaN to every expert, whatever the search found in it.
         sum_gates += tl.sum(tl.where(chosen | (total != total), dense, 0.0), 0)
         if COUNT > TOP_K:
             kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
@@ -113,7 +113,7 @@ def _merge(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Keep the COUNT largest of two (B, SLOTS) lists."""
+    """Keep the COUNT largest keys of two (B, SLOTS) lists, with their columns."""
     both = tl.reshape(tl.join(keys, more_keys), (BLOCK_ROWS, 2 * SLOTS))
     columns = tl.reshape(tl.join(ids, more_ids), (BLOCK_ROWS, 2 * SLOTS))
     keys, ids, _ = largest(both, columns, BLOCK_ROWS, 2 * SLOTS, COUNT, SLOTS)
@@ -140,7 +140,7 @@ def select_kernel(
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Find the largest noisy logits of rows read in chunks, and their softmax."""
+    """Find the largest noisy logits of rows that are read in chunks, and compute their softmax."""
     num_experts = whole(num_experts, MULTIPLE)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
@@ -193,7 +193,7 @@ def sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Add up a chunk of columns over rows whose experts have been chosen."""
+    """Compute the sums for a chunk of columns, over rows whose experts have been chosen."""
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)

@@ -1,4 +1,4 @@
-"""Parts shared by the gating kernels, for blocks of B rows and W columns of experts."""
+"""Functions shared by the gating kernels, for blocks of B rows and W columns, one per expert."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,8 @@ TAKEN = tl.constexpr(-(2**31))
 def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Draw (B, W) standard normal numbers that depend only on seed, row and column.
 
-    Philox with the counter (row, column / 4), 64 and 32 bits wide, gives four numbers at a time.
+    Philox gives four numbers for each counter, which consists of the row in 64 bits and a quarter
+    of the column in 32 bits.
     """
     num_quads: tl.constexpr = BLOCK_COLUMNS // 4
     quads = (first_column // 4 + tl.arange(0, num_quads)).to(tl.uint32)
@@ -27,7 +28,7 @@ def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
     noise_2, noise_3 = tl.pair_uniform_to_normal(
         tl.uint_to_uniform_float(bits_2), tl.uint_to_uniform_float(bits_3)
     )
-    # Four neighbouring columns share a counter, so no number moves between threads.
+    # Four neighbouring columns share a counter, so no number has to move between threads.
     fours = tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3))
     return tl.reshape(fours, (BLOCK_ROWS, BLOCK_COLUMNS))
 
@@ -43,7 +44,7 @@ def read_noise(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Read the given noise, or draw it."""
+    """Read the noise if it is given, otherwise draw it."""
     if noise is None:
         drawn = draw_noise(seed, rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
@@ -59,7 +60,10 @@ def softplus(raw):
 
 @triton.jit
 def sort_keys(scores):
-    """Map float32 to int32 in the same order, above `TAKEN`; NaN counts as infinity, -0 as 0."""
+    """Map float32 scores to int32 keys above `TAKEN` in the same order.
+
+    NaN counts as infinity and -0 as 0.
+    """
     bits = tl.where(scores != scores, float("inf"), scores + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -83,16 +87,17 @@ def largest(
     """Find the COUNT largest keys of each row; the lowest column wins ties.
 
     Args:
-        keys: (B, W) keys from `sort_keys`; `TAKEN` beyond the row.
+        keys: (B, W), keys from `sort_keys`; `TAKEN` beyond the end of the row.
         columns: (1, W) or (B, W) int32, the column number of each key.
-        BLOCK_ROWS: Rows in the block, B.
-        WIDTH: Keys in a row, W.
-        COUNT: Keys to find in each row, at most SLOTS.
-        SLOTS: Columns of the results, a power of two.
+        BLOCK_ROWS: Number of rows in the block, B.
+        WIDTH: Number of keys in a row, W.
+        COUNT: Number of keys to find in each row, at most SLOTS.
+        SLOTS: Number of columns of the results, a power of two.
 
     Returns:
-        (B, SLOTS) keys in descending order and their int32 columns, `TAKEN` and 0 from slot `COUNT`
-        on; and (B, W) int32 ranks, 1 for the largest, 0 for those not found.
+        found: (B, SLOTS) int32, the keys in descending order; `TAKEN` from slot COUNT on.
+        ids: (B, SLOTS) int32, the columns of these keys; 0 from slot COUNT on.
+        ranks: (B, W) int32, 1 for the largest key and so on; 0 for keys that are not among them.
     """
     slots = tl.arange(0, SLOTS)[None, :]
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
@@ -111,19 +116,19 @@ def largest(
 
 @triton.jit
 def has_nan(scores):
-    """Return which rows have NaN, which the search treats as infinity: (B, W) -> (B,)."""
+    """Return which rows contain NaN, which the search treats as infinity: (B, W) -> (B,)."""
     return tl.max((scores != scores).to(tl.int32), 1) > 0
 
 
 @triton.jit
 def read_column(table, rows, row_mask, COUNT: tl.constexpr, slot: tl.constexpr):
-    """Read column `slot` of an (N, COUNT) table: (B,)."""
+    """Read column `slot` of an (N, COUNT) table for the B rows of a block."""
     return tl.load(table + rows * COUNT + slot, row_mask, other=0)
 
 
 @triton.jit
 def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
-    """Return where the chosen experts are that strictly exceed the (k+1)-th."""
+    """Mark the chosen experts whose noisy logits strictly exceed the (k+1)-th: (B, W) bool."""
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)
     inside = (rows[:, None] < 0) & (columns[None, :] < 0)
     for slot in tl.static_range(TOP_K):
@@ -135,7 +140,10 @@ def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
 
 @triton.jit
 def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
-    """Compute (clean - threshold) / scale; the threshold is the k-th, inside the (k+1)-th logit."""
+    """Compute (clean - threshold) / scale.
+
+    The threshold is the (k+1)-th largest noisy logit where `inside` is True, otherwise the k-th.
+    """
     kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
     return (clean - tl.where(inside, next_one, kth)) / scale
@@ -166,22 +174,22 @@ def gate_gradient(
     COUNT: tl.constexpr,
     slot: tl.constexpr,
 ):
-    """Add up the gradients of the gate in slot `slot`, directly and through the importance.
+    """Add up the gradient of the gate in slot `slot` and its gradient through the importance.
 
     Args:
-        grad_gates: (N, K) gradient of the gates, or None.
-        grad_importance: (G, E) gradient of the importance, or None.
+        grad_gates: (N, K), gradient of the gates, or None.
+        grad_importance: (G, E), gradient of the importance, or None.
         group_start: Index at which the row's group begins in `grad_importance`.
         weight: (B,), the weight of each row in the importance.
-        ids: (N, COUNT) columns of the largest logits.
-        rows: (B,) row numbers.
-        row_mask: (B,) bool, True = a row that exists.
-        TOP_K: Experts for each row, K.
-        COUNT: Columns of `ids`.
+        ids: (N, COUNT), columns of the largest logits.
+        rows: (B,), row numbers.
+        row_mask: (B,) bool, True for a row that exists.
+        TOP_K: Number of experts per row, K.
+        COUNT: Number of columns of `ids`.
         slot: Slot of the gate, from 0 to K - 1.
 
     Returns:
-        (B,) gradients, and the importance's gradient alone, unweighted.
+        (B,), the total gradients, and (B,), the gradients of the importance, without the weights.
     """
     direct = weight * 0.0
     if grad_gates is not None:
@@ -246,7 +254,7 @@ def spread_gradient(
 ):
     """Put the gradients of the largest noisy logits in their columns: (B, W), 0 elsewhere.
 
-    They come from the softmax, and through the two thresholds of the load.
+    These gradients pass through the softmax and through the two thresholds of the load.
     """
     dense = columns[None, :] * weight[:, None] * 0.0
     for slot in tl.static_range(COUNT):

@@ -2,11 +2,11 @@
 
 Block sizes were chosen by reasoning, not by tuning, because no GPU was available. With t rows per
 expert, a pass over the weights does about t multiply-adds for each element read, and an H100 or
-H200 needs about 200 of them (in bf16) before arithmetic rather than memory is the bottleneck. So up
-to 32 rows per expert, all that matters is reading each expert's matrix only once. Blocks therefore
-have few rows and are narrow enough to leave registers and shared memory for loads in flight. Above
-128 rows per expert, blocks are as large as suits the tensor cores. In between, blocks have 64 rows,
-which is large enough to hold all rows of most experts up to a mean of about 60.
+H200 needs about 200 of them (in bfloat16) before arithmetic instead of memory becomes the
+bottleneck. With up to 32 rows per expert, it therefore only matters that each expert's matrix is
+read only once, so blocks have few rows and are narrow enough to leave registers and shared memory
+for loads in flight. Above 128 rows per expert, blocks are as large as suits the tensor cores. In
+between, blocks have 64 rows, enough to hold all rows of most experts up to a mean of about 60.
 """
 
 import math
@@ -24,13 +24,14 @@ from nmt_moe.kernels._triton.hints import whole
 
 @dataclass(frozen=True)
 class TileList:
-    """The expert that each block of rows belongs to.
+    """The blocks of rows (tiles) and their experts.
 
-    Kept on the device, so that the CPU does not wait for it.
+    The list stays on the device, so that the CPU does not wait for it. It has as many tiles as any
+    routing could need.
 
     Attributes:
-        block_rows: Rows in a block.
-        expert: (tiles,) int64. L in surplus tiles: there are as many as any routing could need.
+        block_rows: Number of rows in a tile.
+        expert: (tiles,) int64, the expert of each tile; L in surplus tiles.
         first_tile: (L + 1,) int64. Expert e owns tiles [first_tile[e], first_tile[e + 1]).
     """
 
@@ -43,10 +44,10 @@ class BlockShape(NamedTuple):
     """How a product over a given number of rows is divided into blocks.
 
     Attributes:
-        inner: Block size along D, in one step of the sum.
+        inner: Block size along D, the dimension that one step sums over.
         out: Block size along F.
         warps: Number of warps that share a block.
-        stages: Loads in flight, plus one.
+        stages: Number of loads in flight, plus one.
     """
 
     inner: int
@@ -59,15 +60,15 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
     """Cut each expert's rows into blocks.
 
     Args:
-        expert_offsets: (L + 1,) int64.
-        num_rows: R.
-        block_rows: Rows in a block.
+        expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
+        num_rows: Total number of rows, R.
+        block_rows: Number of rows in a block.
     """
     num_experts = len(expert_offsets) - 1
     first_tile = torch.zeros_like(expert_offsets)
     tiles = expert_offsets.diff().add_(block_rows - 1).div_(block_rows, rounding_mode="floor")
     torch.cumsum(tiles, 0, out=first_tile[1:])
-    # Each expert with rows may end in a block that is not full.
+    # The last block of each expert may be partly empty.
     bound = triton.cdiv(num_rows, block_rows) + min(num_experts, num_rows)
     tile = torch.arange(bound, device=expert_offsets.device)
     expert = torch.searchsorted(first_tile[1:], tile, right=True)
@@ -79,9 +80,10 @@ def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> in
 
     The module's docstring gives the reasons.
     """
-    # Row counts vary around their mean. If an expert has one row more than a block holds, its
-    # matrix is read twice. With these partly empty blocks it is read at most 1.1 times on average
-    # up to a mean of 55 rows (if counts are Poisson), and 2.5 times at a mean of 128.
+    # Row counts vary around their mean, and the matrix of an expert with one row more than a block
+    # holds is read twice. These block sizes leave room for that: if counts follow a Poisson
+    # distribution, a matrix is read at most 1.1 times on average up to a mean of 55 rows, and 2.5
+    # times at a mean of 128.
     for most, block_rows in ((8, 16), (20, 32), (128, 64)):
         if num_rows <= most * num_experts:
             return block_rows
@@ -101,16 +103,16 @@ def multiply_rows(
 
     Args:
         rows: (R, D), sorted by expert.
-        weight: (L, D, F), in the dtype of `rows`. Any strides are allowed, so a transpose costs
-            nothing.
-        expert_offsets: (L + 1,) int64.
-        tiles: The tiles listed from `expert_offsets`.
-        relu: Apply a ReLU to the product.
-        mask: (R, F). The result is 0 where the mask is 0 or less. With a ReLU's output as the mask,
-            this is the ReLU's gradient.
+        weight: (L, D, F), the experts' matrices, in the dtype of `rows`. Any strides are allowed,
+            so a transposed view needs no copy.
+        expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
+        tiles: Result of `list_tiles` for `expert_offsets`.
+        relu: Whether to apply a ReLU to the product.
+        mask: (R, F). The result is 0 where the mask is 0 or less. If the mask is a ReLU's output,
+            this applies the ReLU's gradient.
 
     Returns:
-        (R, F), in the dtype of `rows`.
+        (R, F), the products, in the dtype of `rows`.
     """
     num_rows, inner_dim = rows.shape
     num_experts, _, out_dim = weight.shape
@@ -148,16 +150,16 @@ def multiply_rows(
 
 
 def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_rows: int) -> Tensor:
-    """Compute rows^T @ grad for each expert; 0 for experts without rows.
+    """Compute rows^T @ grad for each expert, which is 0 for experts without rows.
 
     Args:
         rows: (R, D), sorted by expert.
-        grad: (R, F), in the dtype of `rows`.
-        expert_offsets: (L + 1,) int64.
-        block_rows: Rows of one step of the sum.
+        grad: (R, F), the gradient of the products, in the dtype of `rows`.
+        expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
+        block_rows: Largest number of rows that one step sums over.
 
     Returns:
-        (L, D, F), in the dtype of `rows`.
+        (L, D, F), the gradient of the experts' matrices, in the dtype of `rows`.
     """
     num_experts = len(expert_offsets) - 1
     dim, out_dim = rows.shape[1], grad.shape[1]
@@ -194,8 +196,8 @@ def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:
     """Fill the gradients of experts without rows with 0, in place, without changing the others.
 
     Args:
-        weight_grad: (L, D, F), contiguous.
-        expert_offsets: (L + 1,) int64.
+        weight_grad: (L, D, F), the gradient of the experts' matrices; contiguous.
+        expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
     """
     size, block = weight_grad[0].numel(), 4096
     with torch.cuda.device_of(weight_grad):
@@ -205,14 +207,14 @@ def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:
 
 
 def _fit(block: int, size: int) -> int:
-    """Shrink a block to a smaller dimension; tensor cores need at least 16."""
+    """Shrink a block to fit a smaller dimension, but not below 16, which tensor cores need."""
     return max(16, min(block, triton.next_power_of_2(size)))
 
 
 def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dtype) -> BlockShape:
     """Choose a product's block shape.
 
-    A step reads 128 bytes of each row, the length of a cache line.
+    Each step reads 128 bytes of each row, which is the length of a cache line.
     """
     is_wide = dtype == torch.float32
     inner, out = _fit(32 if is_wide else 64, inner_dim), _fit(64 if is_wide else 128, out_dim)
@@ -222,29 +224,29 @@ def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dty
 
 
 def _multiple(rows: Tensor, matrix: Tensor) -> int:
-    """Return the larger of 16 and 8 that divides all widths and all strides other than 1.
+    """Return 16 or 8, whichever is the larger that divides all widths and all strides except 1.
 
-    Return 1 if neither does, or if an operand is not contiguous (a transposed matrix counts as
-    contiguous). Triton looks for 16 only; without a hint it loads rows of a width such as 1000 one
-    element at a time.
+    Return 1 if neither divides them, or if an operand is not contiguous (a transposed matrix counts
+    as contiguous). Triton itself looks only for multiples of 16; without this hint, it would load
+    rows of a width such as 1000 one element at a time.
     """
     is_transposed = matrix.dim() == 3 and matrix.mT.is_contiguous()
     if not rows.is_contiguous() or not (matrix.is_contiguous() or is_transposed):
         return 1
     widths = matrix.shape[1:] if matrix.dim() == 3 else (rows.shape[1], matrix.shape[1])
-    # If there is only one row or matrix, its stride may be anything.
+    # Check strides as well as widths, because the stride of a dimension of size 1 may be anything.
     factor = math.gcd(16, *widths, rows.stride(0), matrix.stride(0))
     return factor if factor >= 8 else 1
 
 
 def _input_precision(dtype: torch.dtype) -> str:
-    """Return how products round their inputs: float32 means float32 unless torch allows less."""
+    """Return how products round their inputs; float32 is rounded only if torch allows it."""
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # If torch has the newer of its two settings, reading the older one raises an error once the
-    # newer one has been set; so does `torch.get_float32_matmul_precision`. The newer one reflects
-    # changes to either.
+    # torch may have two settings. Once the newer one has been set, reading the older one raises an
+    # error, and so does `torch.get_float32_matmul_precision`. The newer one reflects changes to
+    # either.
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
@@ -320,8 +322,8 @@ def _multiply_kernel(
         acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch.relu does
     if MASKED:
         relu_output = tl.load(mask + at_out, mask=inside, other=0).to(tl.float32)
-        # Adding 0.0 keeps ptxas from moving the selection into the products, which it would then
-        # serialise.
+        # Adding 0.0 keeps ptxas from moving the selection into the products, which would make it
+        # serialise them.
         acc = tl.where(relu_output <= 0, 0.0, acc + 0.0)
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -365,7 +367,7 @@ def _weight_gradient_kernel(
     start = tl.load(expert_offsets + expert)
     num_rows = (tl.load(expert_offsets + expert + 1) - start).to(tl.int32)
     step = tl.arange(0, BLOCK_ROWS)
-    # Zeros stay where the expert has no rows.
+    # If the expert has no rows, the sum stays 0.
     acc = tl.zeros((BLOCK_DIM, BLOCK_OUT), dtype=tl.float32)
     for done in range(0, num_rows, BLOCK_ROWS):
         is_row = step < num_rows - done
