@@ -1,4 +1,4 @@
-"""The sparsely-gated mixture-of-experts layer of Shazeer et al. 2017; needs only torch."""
+"""The sparsely-gated mixture-of-experts layer of Shazeer et al. 2017. It needs only torch."""
 
 from nmt_moe.moe.config import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.moe.experts import Experts

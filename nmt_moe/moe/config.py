@@ -1,4 +1,4 @@
-"""The sizes and choices of one MoE layer."""
+"""The configuration of one MoE layer."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,33 @@ from nmt_moe.checks import check_choice, check_divides, check_range, check_whole
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 RECOMPUTE = ("auto", "always", "never")
 
-# From this hidden width on, "auto" recomputes: a row's hidden activations are then many times
-# larger than the row itself, and recomputing them costs at most a sixth of the experts' work.
+# From this hidden width on, "auto" recomputes. A row's hidden activations are then many times
+# larger than the row itself, and recomputing them takes at most a sixth of the experts' operations.
 LARGE_HIDDEN_DIM = 4096
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Describe one MoE layer; values that cannot be built are rejected.
+    """Describe one MoE layer.
 
     Attributes:
         model_dim: Width of tokens, D.
         hidden_dim: Hidden width of an expert, H.
         num_experts: Number of experts, E.
-        top_k: Experts per token; with groups, groups per token and experts per group and token.
-            "strictly_balanced" keeps this number on average; "softmax" takes all experts.
+        top_k: Number of experts per token, K. With groups, the number of groups per token, and the
+            number of experts that the token uses in each of them. A "strictly_balanced" gate keeps
+            to this number on average; a "softmax" gate uses all experts.
         gate: Kind of gate, one of `GATES`.
-        num_groups: Groups of a hierarchical gate, G; 0 for a flat one.
+        num_groups: Number of groups of a hierarchical gate, G; 0 for a flat gate.
         importance_weight: Weight of the importance loss, w_importance in eq. 7.
         load_weight: Weight of the load loss, w_load in eq. 11.
         recompute: Whether to recompute experts' hidden activations in the backward pass, with the
-            same routing, instead of keeping them: "always", "never", or "auto", which does so if
-            `hidden_dim` is at least 4096 (Appendix D).
+            same routing, instead of keeping them: "always", "never", or "auto", which recomputes
+            them if `hidden_dim` is at least 4096 (Appendix D).
 
     Raises:
-        ValueError: naming the field, its rule and its value.
+        ValueError: if a layer with these values cannot be built. The message names the field, its
+            rule and its value.
     """
 
     model_dim: int
@@ -60,11 +62,11 @@ class MoEConfig:
     def _check_hierarchy(self) -> None:
         if self.gate == "softmax":
             raise ValueError(
-                f"`num_groups` must be 0 with the gate 'softmax', but is {self.num_groups}: it "
-                "takes all experts anyway. Use 'noisy_top_k' or 'strictly_balanced'."
+                f"`num_groups` must be 0 with the gate 'softmax', which uses all experts, but is "
+                f"{self.num_groups}. Use the gate 'noisy_top_k' or 'strictly_balanced'."
             )
         check_divides("num_experts", self.num_experts, "`num_groups`", self.num_groups)
-        # Both levels choose the same number, so neither may have fewer to choose from.
+        # Both levels choose `top_k`, so both must have at least that many to choose from.
         check_range("top_k", self.top_k, 1, min(self.num_groups, self.group_size))
 
     @property

@@ -41,11 +41,11 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights.
 
-        Each expert has its own seed, drawn from torch's CPU generator, so that its weights, and
-        whatever is drawn after them, do not depend on the number of ranks.
+        Each expert has its own seed, drawn from torch's CPU generator. Neither its weights nor
+        anything drawn later therefore depends on the number of ranks.
         """
         if self.weight_in.is_meta:
-            return  # on the meta device, so nothing is allocated for any number of experts
+            return  # weights on the meta device have no memory to fill
         seeds = torch.randint(2**62, 2**63 - 1, (self.num_experts,), device="cpu")
         generator = torch.Generator(self.weight_in.device)
         weights = [
@@ -58,16 +58,16 @@ class Experts(nn.Module):
                 weight[expert].uniform_(-bound, bound, generator=generator)
 
     def _mark(self) -> None:
-        """Mark the weights, again whenever torch has recreated them without their marks."""
+        """Mark the weights. This is repeated whenever torch recreates them without their marks."""
         for weight in (self.weight_in, self.weight_out):
             mark_expert(weight, self.group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # copies
+    def __setstate__(self, state: dict[str, Any]) -> None:  # called by `copy` and `pickle`
         super().__setstate__(state)
         self._mark()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # `to`, `to_empty`, `half`
+        super()._apply(fn, recurse)  # called by `to`, `to_empty` and `half`
         self._mark()
         return self
 
@@ -82,16 +82,16 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, gates: Tensor, plan: RowPlan) -> Tensor:
-        """Return each token's weighted sum of its experts' outputs.
+        """Return the weighted sum of the outputs of each token's experts.
 
         Args:
-            x: (N, D) tokens.
+            x: (N, D), the tokens' vectors.
             gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
                 slots.
-            plan: Rows of this rank's experts, and the token of each.
+            plan: Row plan for this rank's experts.
 
         Returns:
-            (N, D), in the dtype of `x`.
+            (N, D), the sums, in the dtype of `x`.
 
         Source: Shazeer et al. 2017, eq. 1.
         """
@@ -100,6 +100,6 @@ class Experts(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which experts compute: the tokens', or autocast's."""
+    """Return the dtype in which experts compute: autocast's if it is enabled, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

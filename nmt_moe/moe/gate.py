@@ -1,7 +1,8 @@
-"""Gates: which experts a token goes to, and with what weight.
+"""Gates, which choose the experts of each token and their weights.
 
-All gates compute logits, noise, softmax and load in float32 (float64 for float64 tokens), whatever
-the model's dtype or autocast. All have the same arguments and return a `Gating`.
+All gates compute logits, noise, softmax and load in float32 (in float64 for float64 tokens),
+whatever the model's dtype and autocast settings are. They take the same arguments and return a
+`Gating`.
 
 All gates have these attributes:
     can_balance_load: Whether the load can vary, so that there is a load loss.
@@ -22,7 +23,7 @@ def gate_dtype(x: Tensor) -> torch.dtype:
 
 
 class SoftmaxGate(nn.Module):
-    """Use all experts: the dense baseline.
+    """Use all experts for every token. This is the dense baseline.
 
     Source: Shazeer et al. 2017, eq. 2.
     """
@@ -34,7 +35,7 @@ class SoftmaxGate(nn.Module):
         self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
 
     def forward(self, x: Tensor, noise: None = None, row_offsets: Tensor | None = None) -> Gating:
-        """Compute the gates of all experts; arguments as in `NoisyTopKGate`, without noise."""
+        """Compute the gates of all experts. The arguments are those of `NoisyTopKGate.forward`."""
         num_tokens, num_experts = len(x), self.gate_weight.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
@@ -50,11 +51,11 @@ class SoftmaxGate(nn.Module):
 class NoisyTopKGate(nn.Module):
     """Keep the k largest noisy gate logits, and take the softmax over them.
 
-    Both weights start at zero, so that noise alone balances the first batches (Appendix A).
+    Both weights start at zero, so that the noise balances the first batches (Appendix A).
 
     Attributes:
-        gate_weight: Weights of the logits, (D, E), or (G, D, E) with `num_groups`.
-        noise_weight: Weights of the noise scale, in the shape of `gate_weight`.
+        gate_weight: (D, E), weights of the logits; (G, D, E) with `num_groups`.
+        noise_weight: Weights of the noise's scale, in the shape of `gate_weight`.
 
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """
@@ -67,8 +68,9 @@ class NoisyTopKGate(nn.Module):
         Args:
             model_dim: Width of tokens, D.
             num_experts: Number of experts, E.
-            top_k: Experts for each token, K.
-            num_groups: Groups of rows, G, each with a gate of its own; 0 for a single gate.
+            top_k: Number of experts per token, K.
+            num_groups: Number of groups of rows, G, each with a gate of its own; 0 for a single
+                gate.
         """
         super().__init__()
         self.top_k, self.can_balance_load = top_k, top_k < num_experts
@@ -86,11 +88,11 @@ class NoisyTopKGate(nn.Module):
         """Choose the experts of each token.
 
         Args:
-            x: (N, D) tokens.
-            noise: (N, E) standard normal, used only in training; None to draw it.
-            row_offsets: Bounds of the rows. With groups, (G + 1,) int64: group g owns rows
-                [offsets[g], offsets[g + 1]). Without groups, (3,) int64 [0, number of tokens, N]:
-                the rows after the tokens are padding, with zeros. None if there is no padding.
+            x: (N, D), the tokens' vectors.
+            noise: (N, E), standard normal numbers, used only in training. If None, they are drawn.
+            row_offsets: With groups, (G + 1,) int64; group g owns rows [offsets[g],
+                offsets[g + 1]). Without groups, (3,) int64, [0, number of tokens, N]; the rows
+                after the tokens are padding and contain zeros. None if there is no padding.
             row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
         """
         dtype = gate_dtype(x)
@@ -111,17 +113,17 @@ class NoisyTopKGate(nn.Module):
 
 
 class StrictlyBalancedGate(nn.Module):
-    """Send the same number of tokens to every expert in training; use thresholds in evaluation.
+    """Send the same number of tokens to every expert in training, and use thresholds in evaluation.
 
-    Each expert keeps the best m = ceil(K N / E) of N tokens. With equal scores (as at the start,
-    when the weight is zero), expert i takes tokens from token i m on, cyclically, so that the first
-    batches spread evenly. The thresholds are trained by `batchwise_threshold_loss`, averaged over
-    tokens so that its gradient does not grow with the batch; it has no gradient with respect to the
-    gate's weight.
+    In training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal, as
+    at the start, when the weight is zero, expert i takes tokens from token i m on, cyclically, so
+    that the first batches are spread evenly. The thresholds are trained by
+    `batchwise_threshold_loss`. This loss is averaged over tokens, so that its gradient does not
+    grow with the batch, and it has no gradient with respect to the gate's weight.
 
     Attributes:
-        gate_weight: Weights of the logits, (D, E), or (G, D, E) with `num_groups`.
-        threshold: (E,) or (G, E), the probability above which an expert is chosen.
+        gate_weight: (D, E), weights of the logits; (G, D, E) with `num_groups`.
+        threshold: (E,), the probability above which an expert is chosen; (G, E) with `num_groups`.
 
     Source: Shazeer et al. 2017, Appendix F, eqs. 15-20.
     """
@@ -129,12 +131,12 @@ class StrictlyBalancedGate(nn.Module):
     can_balance_load, waits = False, True
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
-        """Build the gate; arguments as in `NoisyTopKGate`."""
+        """Build the gate. The arguments are those of `NoisyTopKGate`."""
         super().__init__()
         self.top_k = top_k
         shape = weight_shape(model_dim, num_experts, num_groups)
         self.gate_weight = nn.Parameter(torch.zeros(shape))
-        # Start at the gate that each expert has while the weight is zero.
+        # The thresholds start at the probability that each expert has while the weight is zero.
         threshold_shape = *shape[:-2], num_experts
         self.threshold = nn.Parameter(torch.full(threshold_shape, 1 / num_experts))
 
@@ -145,9 +147,9 @@ class StrictlyBalancedGate(nn.Module):
         row_offsets: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Gating:
-        """Choose the tokens of each expert; arguments as in `NoisyTopKGate`, without noise.
+        """Choose the tokens of each expert. The arguments are those of `NoisyTopKGate.forward`.
 
-        With groups, each group is a batch of its own. There is no padding.
+        There must be no noise and no padding. With groups, each group is a batch of its own.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
@@ -169,21 +171,21 @@ class StrictlyBalancedGate(nn.Module):
                 else torch.segment_reduce(values, "sum", offsets=row_offsets)
                 for values in (weighted, mask.to(dtype))
             )
-        # Both numbers are fetched in one wait.
+        # The host waits only once for both numbers.
         num_slots, num_rows = torch.stack([_most(mask), mask.sum()]).tolist()
         gates, expert_ids = to_slots(masked, mask, max(num_slots, 1))
         return Gating(gates, expert_ids, importance, load, load.long(), loss, num_rows)
 
 
 def weight_shape(model_dim: int, num_experts: int, num_groups: int) -> tuple[int, ...]:
-    """Return the shape of a gate's weight, or of the stacked weights of several groups' gates."""
+    """Return the shape of a gate's weight, or of the stacked weights of one gate per group."""
     return (num_groups, model_dim, num_experts) if num_groups else (model_dim, num_experts)
 
 
 def empty_padding(
     gates: Tensor, expert_ids: Tensor, num_experts: int, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Remove the experts (N, K) of padding rows, which start at row `row_offsets[1]`."""
+    """Empty the slots, (N, K), of padding rows, which start at row `row_offsets[1]`."""
     is_padding = torch.arange(len(gates), device=gates.device) >= row_offsets[1]
     is_padding = is_padding.unsqueeze(1)
     return gates.masked_fill(is_padding, 0.0), expert_ids.masked_fill(is_padding, num_experts)
@@ -195,8 +197,8 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     Args:
         probs: (N, E), the softmax of each row's logits, G_sigma.
         top_k: Average number of experts per token, K.
-        row_offsets: (G + 1,) int64. Each group, with rows [offsets[g], offsets[g + 1]), is a batch
-            of its own; None for a single batch.
+        row_offsets: (G + 1,) int64. Each group g, with rows [offsets[g], offsets[g + 1]), is a
+            batch of its own; None for a single batch.
 
     Returns:
         (N, E) bool, with exactly m ones in each column of a group.
@@ -212,7 +214,7 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
     first, size, chosen = row_offsets[groups], sizes[groups], chosen_per_expert[groups]
     index = torch.arange(num_rows, device=probs.device) - first  # index within the group
     start = torch.arange(num_experts, device=probs.device) * chosen.unsqueeze(1)
-    # Column i starts at token i m of its group.
+    # The column of expert i starts at token i m of its group.
     token = first.unsqueeze(1) + (index.unsqueeze(1) + start) % size.unsqueeze(1)
     order = probs.detach().gather(0, token).sort(dim=0, descending=True, stable=True).indices
     if len(sizes) > 1:
@@ -222,14 +224,16 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
 
 
 def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Keep values above their expert's threshold, and NaN, so that it shows in the gates.
+    """Choose experts whose probability is above their threshold.
+
+    NaN is chosen too, so that it shows in the gates.
 
     Args:
         probs: (N, E), the softmax of each row's logits, G_sigma.
-        threshold: (E,), the threshold of each expert, or (N, E) for rows of several gates.
+        threshold: (E,), the threshold of each expert; (N, E) if rows belong to different gates.
 
     Returns:
-        (N, E) bool.
+        (N, E) bool, True for a chosen expert.
 
     Source: Shazeer et al. 2017, eq. 19.
     """
@@ -239,29 +243,34 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for tokens without experts.
 
-    This is computed as a softmax over the kept logits, because all kept G_sigma may underflow.
+    This is computed as a softmax over the logits of the chosen experts, because their G_sigma may
+    all underflow.
 
     Args:
         logits: (N, E), gate logits.
-        mask: (N, E) bool, True = chosen.
+        mask: (N, E) bool, True for a chosen expert.
+
+    Returns:
+        (N, E), the gates.
 
     Source: Shazeer et al. 2017, eqs. 2 and 16.
     """
-    # Leaving out all columns of a row would give NaN.
+    # Leaving out all columns of a row would give NaN, so such rows are masked only afterwards.
     left_out = ~mask & mask.any(dim=1, keepdim=True)
     return logits.masked_fill(left_out, -math.inf).softmax(dim=1).masked_fill(~mask, 0.0)
 
 
 def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
-    """Penalise thresholds whose choice of tokens differs from the batch's.
+    """Penalise thresholds that choose other tokens than the batchwise mask does.
 
     Args:
         probs: (N, E), the softmax of each row's logits, G_sigma; X in the paper.
-        threshold: (E,), the threshold of each expert, T in the paper.
-        mask: (N, E) bool, the choice in the batch.
+        threshold: (E,), the threshold of each expert; T in the paper.
+        mask: (N, E) bool, the batchwise mask.
 
     Returns:
-        A scalar, summed over tokens and experts; 0 if both masks agree, else positive.
+        A scalar, summed over tokens and experts. It is 0 if thresholds and mask make the same
+        choice, otherwise positive.
 
     Source: Shazeer et al. 2017, eqs. 19-20.
     """
@@ -273,12 +282,12 @@ def to_slots(dense: Tensor, mask: Tensor, num_slots: int) -> tuple[Tensor, Tenso
     """List each token's experts.
 
     Args:
-        dense: (N, E), gates, 0 where `mask` is False.
-        mask: (N, E) bool, True = chosen.
+        dense: (N, E), the gates; 0 where `mask` is False.
+        mask: (N, E) bool, True for a chosen expert.
         num_slots: Largest number of experts of any token, K.
 
     Returns:
-        (N, K) gates and (N, K) int64 ids in ascending order; empty slots have the gate 0 and the id
+        (N, K) gates and (N, K) int64 ids in ascending order. Empty slots have the gate 0 and the id
         E.
     """
     ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :num_slots]

@@ -1,4 +1,4 @@
-"""Hierarchical gates: choose a token's groups, then experts within each of these groups."""
+"""Hierarchical gates, which choose a token's groups, and then experts within each of them."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ FlatGate = NoisyTopKGate | StrictlyBalancedGate
 
 
 class HierarchicalGate(nn.Module):
-    """A gate over groups, and for each group a gate over its experts.
+    """A gate that chooses groups, and for each group a gate that chooses among its experts.
 
-    Expert j of group i is expert i * group_size + j. Its gate is the product of both levels' gates.
+    Expert j of group i is expert i * group_size + j. Its gate is the product of the gates of both
+    levels.
 
     Attributes:
         primary: One gate over G groups.
@@ -29,7 +30,7 @@ class HierarchicalGate(nn.Module):
 
     def __init__(self, primary: FlatGate, secondary: FlatGate) -> None:
         super().__init__()
-        # The order of parameters must stay that of saved optimizer states.
+        # This order of parameters is that of saved optimizer states, so it must not change.
         self.secondary, self.primary = secondary, primary
         self.num_groups, _, self.group_size = secondary.gate_weight.shape
         self.can_balance_load = primary.can_balance_load or secondary.can_balance_load
@@ -46,10 +47,10 @@ class HierarchicalGate(nn.Module):
         """Choose the experts of each token.
 
         Args:
-            x: (N, D) tokens.
-            noise: (N, G) and (N, E) standard normal, used only by noisy gates in training; None to
-                draw it.
-            row_offsets: (3,) int64 [0, number of tokens, N]: the rows after the tokens are
+            x: (N, D), the tokens' vectors.
+            noise: (N, G) and (N, E), standard normal numbers, used only by noisy gates in training.
+                If None, they are drawn.
+            row_offsets: (3,) int64, [0, number of tokens, N]; the rows after the tokens are
                 padding. None if there is no padding.
         """
         primary_noise, secondary_noise = (None, None) if noise is None else noise
@@ -76,9 +77,10 @@ class HierarchicalGate(nn.Module):
         )
 
     def _mean_load(self, primary: Gating) -> Tensor:
-        """Return each group's load divided by its tokens, in training over all ranks: (G,).
+        """Return each group's load divided by its number of tokens, (G,).
 
-        Thus the loads of all ranks' batches add up to the load of one batch of all tokens.
+        In training, both are sums over all ranks, so that the loads of all ranks' batches add up to
+        the load of one batch with all tokens.
         """
         balance = torch.stack([primary.load, primary.tokens_per_expert.to(primary.load.dtype)])
         if self.training:
@@ -91,12 +93,12 @@ class HierarchicalGate(nn.Module):
         return noise.view(-1, self.num_groups, self.group_size)[plan.row_token, row_group]
 
     def _multiply(self, primary: Gating, secondary: Gating, plan: RowPlan) -> tuple[Tensor, Tensor]:
-        """Multiply both levels' gates, in the order of tokens.
+        """Multiply the gates of both levels.
 
         Returns:
-            (N, K1 K2) gates and (N, K1 K2) int64 expert ids.
+            (N, K1 K2) gates and (N, K1 K2) int64 expert ids, both in the order of tokens.
         """
-        # A slot without a group reads an extra row that has no experts.
+        # A slot without a group reads an extra row that contains no experts.
         row_gates = F.pad(secondary.gates, (0, 0, 0, 1))
         row_ids = F.pad(secondary.expert_ids, (0, 0, 0, 1), value=self.group_size)
         secondary_ids = row_ids[plan.token_rows]  # (N, K1, K2)
@@ -108,8 +110,8 @@ class HierarchicalGate(nn.Module):
 
 
 def _by_row(gates: Tensor, plan: RowPlan) -> Tensor:
-    """Return the gate of each row, (R,), from gates (N, K)."""
-    # One extra element, to which empty slots write.
+    """Return the gate of each row, (R,), given those of each token, (N, K)."""
+    # Empty slots write to one extra element.
     row_gates = gates.new_zeros(len(plan.row_token) + 1)
     return row_gates.scatter(0, plan.token_rows.flatten(), gates.flatten())[:-1]
 

@@ -1,4 +1,4 @@
-"""Check the inputs of a layer."""
+"""Check the inputs of an MoE layer."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ def check_inputs(
     padding_mask: Tensor | None,
     noise: Noise | None,
 ) -> None:
-    """Reject tensors that do not fit the layer's weights or each other.
+    """Reject tensors that do not match the layer's weights or each other.
 
     Raises:
-        ValueError: naming the tensor, its shape, dtype or device, and what it must be.
+        ValueError: if a tensor does not match. The message names it, its shape, dtype or device,
+            and what is required.
     """
     if x.dim() == 3:
         raise ValueError(
@@ -38,14 +39,16 @@ def check_inputs(
 
 
 def _check_noise(config: MoEConfig, noise: Noise, x: Tensor) -> None:
-    """Reject noise that differs in form from what the gate draws."""
+    """Reject noise whose form differs from the noise that the gate draws."""
     if config.gate != "noisy_top_k":
-        raise ValueError(f"`noise` must be None with the gate '{config.gate}', which draws none.")
+        raise ValueError(f"`noise` must be None with the gate '{config.gate}', which uses none.")
     num_groups, num_experts = config.num_groups, config.num_experts
     parts = noise if isinstance(noise, tuple) else (noise,)
     is_pair = isinstance(noise, tuple) and len(noise) == 2
     if is_pair != bool(num_groups) or not all(isinstance(part, Tensor) for part in parts):
-        wanted = "a pair (N, G), (N, E) in a tuple" if num_groups else "one tensor (N, E)"
+        wanted = (
+            "a tuple of two tensors, (N, G) and (N, E)," if num_groups else "one tensor, (N, E),"
+        )
         raise ValueError(
             f"`noise` must be {wanted} with num_groups = {num_groups}, but is "
             f"({', '.join(type(part).__name__ for part in parts)})."

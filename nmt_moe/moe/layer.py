@@ -36,12 +36,12 @@ class MoELayer(nn.Module):
         """Build the layer.
 
         Args:
-            config: Sizes and choices of the layer.
-            name: Name of the layer in errors.
-            group: The ranks that share the experts. All of them must call the layer, and go
-                backward through it, the same number of times, with or without tokens.
-            init_range: Range of the uniform distribution of experts' weights; by default
-                1 / sqrt(number of inputs).
+            config: Configuration of the layer.
+            name: Name of the layer in error messages.
+            group: The ranks that share the experts. All of them must run the forward and the
+                backward pass the same number of times, even if they have no tokens.
+            init_range: Experts' weights are drawn uniformly from [-init_range, init_range]; None
+                for 1 / sqrt(number of inputs).
 
         Raises:
             ValueError: if `config` is not a `MoEConfig`.
@@ -60,7 +60,7 @@ class MoELayer(nn.Module):
         self.group = group
 
     def extra_repr(self) -> str:
-        """Return the layer's sizes and choices, for `print`."""
+        """Return the layer's configuration as text for `print`."""
         config = self.config
         words = [
             f"model_dim={config.model_dim}, hidden_dim={config.hidden_dim}",
@@ -77,27 +77,28 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, MoEStats]:
         """Compute y = sum_i G(x)_i E_i(x).
 
-        In training on a GPU, the host does not wait for the device (except with strictly balanced
-        gates or experts spread over ranks); call `MoEStats.check_finite` to find tokens that are
-        not finite.
+        During training on a GPU, the host does not wait for the device, except with strictly
+        balanced gates or with experts spread over ranks. The layer therefore does not check there
+        whether tokens are finite; call `MoEStats.check_finite` to do so.
 
-        `torch.compile` skips the layer, because its shapes depend on the choice of experts: a model
-        is compiled around it, but `fullgraph=True` and `torch.export` do not work.
+        `torch.compile` skips the layer, because its shapes depend on the choice of experts. It
+        compiles the model around the layer, but `fullgraph=True` and `torch.export` do not work.
 
         Args:
-            x: (N, D) tokens.
-            padding_mask: (N,) bool, True = padding. Padding reaches no expert, loss or statistic;
-                its rows of y are 0.
-            noise: (N, E) standard normal, to reproduce a pass; with groups, a tuple of (N, G) and
-                (N, E). Used only by noisy gates in training; None to draw it.
+            x: (N, D), the tokens' vectors.
+            padding_mask: (N,) bool, True for padding. Padding is sent to no expert, counts in no
+                loss or statistic, and gives rows of zeros in y.
+            noise: (N, E), standard normal numbers to use instead of new ones, to reproduce a pass;
+                with groups, a tuple of (N, G) and (N, E). If None, they are drawn. Only noisy gates
+                in training use them.
 
         Returns:
             y: (N, D), in the dtype of x.
-            stats: Choice of experts, balance and balance losses of this batch.
+            stats: The chosen experts, their balance, and the balance losses of this batch.
 
         Raises:
-            ValueError: if a shape, dtype or device does not fit.
-            FloatingPointError: naming the layer, if a token is not finite.
+            ValueError: if a shape, dtype or device is wrong.
+            FloatingPointError: if a token is not finite; the message names the layer.
 
         Source: Shazeer et al. 2017, eq. 1.
         """
@@ -125,9 +126,10 @@ class MoELayer(nn.Module):
         return rows.put_back(y, len(x)), stats
 
     def _mix(self, x: Tensor, gates: Tensor, route: Route) -> Tensor:
-        """Send tokens (N, D) to their experts and add up the outputs: (N, D).
+        """Send tokens, (N, D), to their experts and add up the outputs, (N, D).
 
-        Gates stay in float32 or wider: rounded to half precision, they would not sum to 1.
+        Gates stay in float32 or wider, because they would not sum to 1 if they were rounded to half
+        precision.
         """
         arrivals = route.to_experts(x.to(compute_dtype(x)), gates)
         plan = plan_rows(arrivals.expert_ids, self.experts.num_local_experts, arrivals.num_rows)
@@ -138,8 +140,9 @@ class MoELayer(nn.Module):
     def serve(self) -> None:
         """Compute experts for other ranks' tokens until all ranks of the group have called this.
 
-        This is for loops that run longer on some ranks than on others, such as a search: a rank
-        that has finished calls this, and all ranks of the group return together.
+        This is for loops that run longer on some ranks than on others, such as a search. A rank
+        that has finished calls this method, which returns on all ranks of the group at the same
+        time.
         """
         weight = self.experts.weight_in
         x = weight.new_empty(0, self.config.model_dim)
@@ -149,12 +152,12 @@ class MoELayer(nn.Module):
             self._mix(x, gates, route)
 
     def _balance(self, gating: Gating, rows: Unpadded, num_rows: int) -> MoEStats:
-        """Compute the balance losses of the gate's choice."""
+        """Compute the balance losses, and collect the statistics of a batch."""
         sums = torch.stack([gating.importance, gating.load])
         if self.training:
-            # Part of a batch is less balanced than all of it, so balance spans all ranks.
+            # A part of a batch is less balanced than the whole, so the balance covers all ranks.
             sums = sum_over_ranks(sums)
-        importance_cv, load_cv = squared_cv(sums).unbind()  # both at once
+        importance_cv, load_cv = squared_cv(sums).unbind()  # one call for both
         load_weight = self.config.load_weight if self.gate.can_balance_load else 0.0
         return MoEStats(
             gating,
@@ -166,7 +169,8 @@ class MoELayer(nn.Module):
         )
 
 
-# Does what `torch.compiler.disable` does, without importing the compiler, which takes seconds.
+# This does the same as `torch.compiler.disable`, but does not import the compiler, which takes
+# seconds.
 @torch._disable_dynamo
 def _compute_uncompiled(
     layer: MoELayer, x: Tensor, padding_mask: Tensor | None, noise: Noise | None

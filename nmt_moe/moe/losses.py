@@ -1,4 +1,4 @@
-"""The losses that balance the use of experts."""
+"""The balance losses, which penalise unequal use of the experts."""
 
 from typing import Any
 
@@ -8,13 +8,16 @@ from torch.autograd.function import once_differentiable
 
 
 def squared_cv(values: Tensor) -> Tensor:
-    """Compute the squared coefficient of variation, variance over squared mean.
+    """Compute the squared coefficient of variation, the variance divided by the squared mean.
+
+    The variance is that of a population (divided by E).
 
     Args:
-        values: (..., E) non-negative. The variance is the population's (divided by E).
+        values: (..., E), non-negative.
 
     Returns:
-        (...); 0 where all values are zero or there is a single expert; NaN where any value is.
+        (...), the squared coefficients: 0 where all values are zero or there is only one, NaN where
+        any value is NaN.
 
     Source: Shazeer et al. 2017, eqs. 7 and 11.
     """

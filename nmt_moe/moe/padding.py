@@ -1,4 +1,4 @@
-"""Batches of tokens with padding."""
+"""Separate the tokens of a batch from its padding."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,23 @@ from nmt_moe.kernels import is_on_host
 
 @dataclass(frozen=True)
 class Unpadded:
-    """The M rows of a batch (N, ...) on which the layer computes, tokens first.
+    """The M rows, out of the N rows of a batch, that an MoE layer processes.
 
-    If the host can count the tokens without waiting, padding is dropped and M is the number of
-    tokens. Otherwise M = N, and padding follows the tokens as zeros.
+    If the host can count the tokens without waiting, padding is dropped, and M is the number of
+    tokens. Otherwise M = N; tokens come first, and padding follows them as rows of zeros.
 
     Attributes:
-        index: (M,) int64, the row of the batch for each row here; None for all rows in order.
-        row_offsets: (3,) int64, [0, number of tokens, N], if padding follows; else None.
+        index: (M,) int64, the row of the batch that each of these rows is; None for all rows in
+            order.
+        row_offsets: (3,) int64, [0, number of tokens, N], if padding follows the tokens; otherwise
+            None.
     """
 
     index: Tensor | None = None
     row_offsets: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """Select the rows (M, ...) of a batch (N, ...)."""
+        """Select these rows, (M, ...), from a batch, (N, ...)."""
         if self.index is None:
             return x
         rows = x.index_select(0, self.index)
@@ -34,7 +36,7 @@ class Unpadded:
         return rows.masked_fill(is_padding.unsqueeze(1), 0.0)
 
     def put_back(self, rows: Tensor, num_rows: int, padding: float = 0) -> Tensor:
-        """Put rows (M, ...) back into a batch (N, ...), with `padding` elsewhere."""
+        """Put these rows, (M, ...), back into a batch, (N, ...), with `padding` elsewhere."""
         if self.index is None:
             return rows
         # Indices are distinct, so index_copy is deterministic.
@@ -46,8 +48,8 @@ def drop_padding(padding_mask: Tensor | None, may_wait: bool) -> Unpadded:
     """Find the tokens of a batch.
 
     Args:
-        padding_mask: (N,) bool, True = padding; None if there is none.
-        may_wait: Whether the host may wait for the device of `padding_mask`.
+        padding_mask: (N,) bool, True for padding; None if there is no padding.
+        may_wait: Whether the host may wait for the device that `padding_mask` is on.
     """
     if padding_mask is None:
         return Unpadded()

@@ -1,7 +1,7 @@
-"""Measure how decisive gates are and how much experts differ: signs of specialised experts.
+"""Measure how decisive gates are and how much experts differ, as signs of specialised experts.
 
-Balance (`nmt_moe.moe.stats`) shows whether all experts are used; these values show whether it
-matters which ones.
+The balance (`nmt_moe.moe.stats`) shows whether all experts are used. The values computed here show
+whether it matters which ones are used.
 """
 
 import torch
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 def gate_entropy(gates: Tensor) -> Tensor:
     """Compute the entropy of each token's gates.
 
-    A new gate weights all chosen experts equally (entropy log K); the entropy falls as it learns.
+    A new gate weights all chosen experts equally, which gives the entropy log K. The entropy falls
+    as the gate learns.
 
     Args:
-        gates: (N, K) non-negative; rows without an expert are 0.
+        gates: (N, K), non-negative; 0 for tokens without experts.
 
     Returns:
-        (N,) in nats, from 0 to log K.
+        (N,), the entropies in nats, from 0 to log K.
     """
     return torch.special.entr(gates).sum(1)
 
@@ -27,10 +28,10 @@ def gate_margin(gates: Tensor) -> Tensor:
     """Compute the difference between each token's largest and second largest gate.
 
     Args:
-        gates: (N, K) non-negative; rows without an expert are 0.
+        gates: (N, K), non-negative; 0 for tokens without experts.
 
     Returns:
-        (N,) from 0 to 1; the gate itself if K is 1.
+        (N,), the differences, from 0 to 1; the gate itself if K is 1.
     """
     if gates.shape[1] == 1:
         return gates.squeeze(1)
@@ -39,17 +40,17 @@ def gate_margin(gates: Tensor) -> Tensor:
 
 
 def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tensor:
-    """Compute the share of experts that tokens keep from one checkpoint to another.
+    """Compute the fraction of experts that tokens keep from one checkpoint to another.
 
     Args:
-        before: (N, K1) int64, experts of each token in the earlier checkpoint; `num_experts` in
-            empty slots.
-        after: (N, K2) int64, experts of each token in the later checkpoint.
+        before: (N, K1) int64, the experts of each token in the earlier checkpoint; E in an empty
+            slot.
+        after: (N, K2) int64, the same in the later checkpoint.
         num_experts: Number of experts, E.
 
     Returns:
-        A scalar from 0 to 1: the share of (token, expert) pairs of `after` that are in `before`.
-        With random gates it is K1 / E.
+        A scalar from 0 to 1: the fraction of the (token, expert) pairs in `after` that are also in
+        `before`. With random gates, it is K1 / E.
 
     Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), section 5.1.
     """
@@ -58,34 +59,38 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
 
 
 def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-    """Compute every expert's output for every token, chosen or not.
+    """Compute the output of every expert for every token, whether or not the token chose it.
 
     Args:
-        x: (N, D) tokens.
+        x: (N, D), the tokens' vectors.
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
 
     Returns:
-        (E, N, D).
+        (E, N, D), the outputs.
     """
     return F.relu(x @ weight_in) @ weight_out
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
-    """Compute the mean cosine between two experts' outputs for the same token.
+    """Compute the mean cosine similarity of two experts' outputs for the same token.
 
     Args:
-        outputs: (E, N, D), of at least two experts.
+        outputs: (E, N, D), the outputs of at least two experts.
 
     Returns:
-        A scalar: 1 for copies of one expert, near 0 for experts with nothing in common.
+        A scalar, the mean over all pairs of experts and all tokens. It is 1 for copies of one
+        expert, and near 0 for experts that have nothing in common.
 
     Raises:
         ValueError: if there are fewer than two experts.
     """
     num_experts = len(outputs)
     if num_experts < 2:
-        raise ValueError(f"`outputs` must be those of at least 2 experts, but is of {num_experts}.")
-    # The squared norm of a sum of unit vectors is twice the sum of all cosines, plus 1 per vector.
+        raise ValueError(
+            f"`outputs` must have at least 2 experts in its first dimension, but has {num_experts}."
+        )
+    # The squared norm of a sum of unit vectors is twice the sum of the cosines of all pairs, plus 1
+    # for each vector.
     squares = F.normalize(outputs, dim=2).sum(0).square().sum(1)
     return ((squares - num_experts) / (num_experts * (num_experts - 1))).mean()

@@ -1,4 +1,4 @@
-"""The statistics that one pass through an MoE layer returns besides its output."""
+"""The statistics that an MoE layer returns in addition to its output."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from nmt_moe.moe.padding import Unpadded
 
 @dataclass(frozen=True)
 class MoEStats:
-    """The gate's choice in one batch, its balance, and the balance losses.
+    """The experts that a gate chose in one batch, their balance, and the balance losses.
 
     Attributes:
-        gating: The gate's choice, for the rows `rows`.
-        rows: Rows of the batch that the gate received.
+        gating: The result of the gate, for the rows in `rows` only.
+        rows: The rows of the batch that the gate received.
         num_rows: Number of rows of the batch, N, including padding.
         importance_loss: Scalar, the weighted importance loss (eq. 7).
         load_loss: Scalar, the weighted load loss (eq. 11).
-        name: Name of the layer in errors.
+        name: Name of the layer in error messages.
     """
 
     gating: Gating
@@ -49,7 +49,7 @@ class MoEStats:
 
     @property
     def load(self) -> Tensor:
-        """Return the expected tokens of each expert, (E,) float32 or wider (see `Gating`)."""
+        """Return each expert's expected number of tokens, (E,) float32 or wider (see `Gating`)."""
         return self.gating.load
 
     @property
@@ -59,25 +59,28 @@ class MoEStats:
 
     @property
     def threshold_loss(self) -> Tensor:
-        """Return the loss for strictly balanced gates' thresholds (eq. 20, the mean over tokens).
+        """Return the loss for the thresholds of a strictly balanced gate, averaged over tokens.
 
         It is 0 with other gates and in evaluation.
+
+        Source: Shazeer et al. 2017, eq. 20.
         """
         loss = self.gating.threshold_loss
         return self.importance.new_zeros(()) if loss is None else loss
 
     @property
     def balance_loss(self) -> Tensor:
-        """Return the sum of the weighted losses: a scalar to add to the mean loss per token."""
+        """Return the sum of the weighted losses, a scalar to add to the mean loss per token."""
         return self.importance_loss + self.load_loss + self.threshold_loss
 
     def check_finite(self) -> None:
-        """Reject tokens and gate weights that are not finite; this waits for the device.
+        """Reject tokens and gate weights that are not finite. This waits for the device.
 
         Raises:
-            FloatingPointError: naming the layer.
+            FloatingPointError: if there are any; the message names the layer.
         """
-        # Any value of a token or gate weight that is not finite shows in the gates, hence here.
+        # If a value of a token or a gate weight is not finite, neither is some gate, and therefore
+        # neither is the importance.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 
@@ -86,10 +89,11 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 
     Args:
         importance: (E,), the sum of each expert's gates.
-        load: (E,), each expert's number of tokens, smooth or counted.
+        load: (E,), each expert's number of tokens, counted or as a smooth estimate.
 
     Returns:
-        `cv_importance`, `cv_load`, and `max_load`, the largest load over the mean load; scalars.
+        The scalars `cv_importance` and `cv_load`, the coefficients of variation, and `max_load`,
+        the largest load divided by the mean load.
 
     Source: Shazeer et al. 2017, Table 6.
     """
@@ -101,13 +105,16 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 
 
 def effective_experts(counts: Tensor) -> Tensor:
-    """Compute the effective number of experts: how many equally used ones have the same entropy.
+    """Compute the effective number of experts.
+
+    This is the number of equally used experts whose use would have the same entropy.
 
     Args:
-        counts: (..., E) non-negative, the tokens of each expert.
+        counts: (..., E), non-negative, the number of tokens of each expert.
 
     Returns:
-        (...): exp of the entropy of each row's shares, from 1 to E; 0 if a row has no tokens.
+        (...), the exponential of the entropy of each row's shares, from 1 to E; 0 for a row without
+        tokens.
     """
     total = counts.sum(-1, keepdim=True)
     shares = counts / total.clamp_min(1e-9)

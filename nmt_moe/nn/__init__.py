@@ -1,4 +1,4 @@
-"""Networks around the MoE layer; they need only torch."""
+"""The networks that contain MoE layers. They need only torch."""
 
 from nmt_moe.nn.attention import (
     ATTENTIONS,

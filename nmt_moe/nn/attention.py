@@ -7,10 +7,10 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Weight source positions by their relevance to a query.
 
-    V starts at 1 / sqrt(D). If it were drawn like a matrix, all attention weights would start
-    equal; if it started at 1, scores would reach +-D as soon as the tanh saturates, and at a high
-    learning rate the weights would get stuck on one position (the end of the sentence) before
-    attention is learnt.
+    V starts at 1 / sqrt(D). If it were drawn like a matrix, all attention weights would be equal at
+    the start. If it started at 1, scores would reach +-D as soon as the tanh saturated, and at a
+    high learning rate, the attention weights would get stuck on one position (the end of the
+    sentence) before attention was learnt.
 
     Source: Shazeer et al. 2017, Appendix G.
     """
@@ -22,26 +22,26 @@ class Attention(nn.Module):
 
     @staticmethod
     def keys(projected: Tensor) -> Tensor:
-        """Return the keys, (B, S, D), for the projected source x U, (B, S, D)."""
+        """Return the keys, (B, S, D), given the projected source x U, (B, S, D)."""
         raise NotImplementedError
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Return A(x_i, y_j), (B, T, S), for the projected queries y W, (B, T, D), and the keys."""
+        """Return A(x_i, y_j), (B, T, S), given the projected queries y W, (B, T, D), and keys."""
         raise NotImplementedError
 
     def forward(
         self, query: Tensor, keys: Tensor, source: Tensor, padding_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Attend from each query to its sentence.
+        """Compute, for each query, attention over its source sentence.
 
         Args:
-            query: (B, T, D), decoder outputs that attend.
-            keys: (B, S, D), from `AttentionKeys`.
+            query: (B, T, D), decoder outputs to use as queries.
+            keys: (B, S, D), the result of `AttentionKeys`.
             source: (B, S, D), the encoder's outputs.
-            padding_mask: (B, S) bool, True = padding, which gets no weight.
+            padding_mask: (B, S) bool, True for padding, which gets the weight 0.
 
         Returns:
-            (B, T, D) context, and (B, T, S) weights, each row of which sums to 1.
+            (B, T, D) contexts, and (B, T, S) attention weights, each row of which sums to 1.
         """
         scores = self.scores(self.projection(query), keys)
         scores = scores.masked_fill(padding_mask.unsqueeze(1), float("-inf"))
@@ -51,7 +51,9 @@ class Attention(nn.Module):
 
 
 class ProductAttention(Attention):
-    """Score by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d): one matrix product for all pairs.
+    """Score a pair by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d).
+
+    All pairs take one matrix product.
 
     Source: Shazeer et al. 2017, eq. 22.
     """
@@ -67,7 +69,9 @@ class ProductAttention(Attention):
 
 
 class AdditiveAttention(Attention):
-    """Score by sum_d V_d tanh((x_i U)_d + (y_j W)_d), as GNMT does; needs memory (B, T, S, D).
+    """Score a pair by sum_d V_d tanh((x_i U)_d + (y_j W)_d), as GNMT does.
+
+    This needs memory for a tensor of the shape (B, T, S, D).
 
     Source: Shazeer et al. 2017, eq. 21.
     """
@@ -97,5 +101,5 @@ class AttentionKeys(nn.Module):
         self.projection = nn.Linear(model_dim, model_dim, bias=False)  # U
 
     def forward(self, source: Tensor) -> Tensor:
-        """Map the encoder's outputs to keys: (B, S, D) to (B, S, D)."""
+        """Compute the keys, (B, S, D), from the encoder's outputs, (B, S, D)."""
         return self.attention.keys(self.projection(source))

@@ -1,4 +1,4 @@
-"""The decoder's first LSTM in the paper's wiring: it attends, and receives the context."""
+"""The decoder's first LSTM in the paper's wiring, whose inputs include the attention's context."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from nmt_moe.nn.lstm import State
 class AttentiveLSTM(nn.Module):
     """An LSTM whose input at each step is [x; context], with a projection if D and H differ.
 
-    As in GNMT, the context of a step is what the previous step's output attends to (at the first
-    step an output of zeros, hence all positions equally). Steps cannot run in parallel.
+    As in GNMT, the previous step's output is the query that yields a step's context. At the first
+    step, this output is zeros, so all positions get equal weights. Steps cannot run in parallel.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.
     """
@@ -26,7 +26,7 @@ class AttentiveLSTM(nn.Module):
         super().__init__()
         self.attention = ATTENTIONS[attention](model_dim)
         self.weight_x = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
-        # Columns for the context, then for the previous output; both are inputs at each step.
+        # The first D columns are for the context and the others for the previous output.
         self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
         self.hidden_dim = hidden_dim
@@ -41,8 +41,8 @@ class AttentiveLSTM(nn.Module):
         """Run over all steps.
 
         Args:
-            x: (T, B, D) inputs.
-            encoder_out: The encoding of the same B sentences.
+            x: (T, B, D), the inputs.
+            encoder_out: The encoder's output for the same B sentences.
             state: Output (B, D) and cells (B, H) of the previous step; None for zeros.
 
         Returns:
@@ -73,7 +73,7 @@ class AttentiveLSTM(nn.Module):
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
 
     def _is_compiled(self, x: Tensor, encoder_out: EncoderOutput, state: State) -> bool:
-        """Return whether compiled loops run all steps: not those of additive attention."""
+        """Return whether compiled loops can run all steps; additive attention has none."""
         tensors = x, self.weight_x, self.bias_ih, encoder_out.keys, encoder_out.source, *state
         is_product = isinstance(self.attention, ProductAttention)
         return is_product and x.numel() > 0 and has_compiled_loops(*tensors)
@@ -102,9 +102,9 @@ class AttentiveLSTM(nn.Module):
 class _CollectWeightGradient(torch.autograd.Function):
     """Compute the gradient of the recurrent weights in one product over all steps.
 
-    Autograd would add up one product per step, each over a few rows. The gates of all steps pass
-    through this function before the recurrent part is added, so their gradients are complete when
-    its backward pass runs; meanwhile the steps have filled `inputs`.
+    Autograd would add up one product per step, each over only a few rows. The gates of all steps
+    pass through this function before the recurrent part is added, so all of their gradients are
+    known when its backward pass runs. By then, the steps have filled `inputs`.
     """
 
     @staticmethod

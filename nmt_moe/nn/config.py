@@ -1,4 +1,4 @@
-"""The sizes and choices of the networks."""
+"""The configurations of the networks."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,8 @@ WIRINGS = ("recurrent", "parallel")
 def _check_moe_dim(model_dim: int, moe: MoEConfig | None) -> None:
     if moe is not None and moe.model_dim != model_dim:
         raise ValueError(
-            f"`moe.model_dim` must be the network's {model_dim}, but is {moe.model_dim}."
+            f"`moe.model_dim` must equal the network's `model_dim`, {model_dim}, but is "
+            f"{moe.model_dim}."
         )
 
 
@@ -21,23 +22,26 @@ class GNMTConfig:
     """Describe a GNMT-style encoder and decoder.
 
     Attributes:
-        model_dim: D, width of embeddings and of every layer's input and output.
-        lstm_hidden_dim: Cells in each LSTM; projected to D unless equal to it.
-        encoder_layers: LSTMs in the encoder; the bidirectional bottom pair counts as two.
-        decoder_layers: LSTMs in the decoder.
-        attention: "product" (eq. 22) or "additive" (eq. 21).
-        attention_wiring: "recurrent": decoder LSTM 1 receives the context to which its previous
-            output attends; "parallel": decoder LSTM 1 first runs over all steps, all its outputs
-            attend at once, and the context goes into LSTM 2.
-        dropout: Probability that an output of an embedding, LSTM or MoE layer is zeroed in
+        model_dim: Width of the embeddings and of every layer's input and output, D.
+        lstm_hidden_dim: Number of cells in each LSTM, H. Outputs are projected to D if H differs.
+        encoder_layers: Number of LSTMs in the encoder; the bidirectional pair at the bottom counts
+            as two.
+        decoder_layers: Number of LSTMs in the decoder.
+        attention: Kind of attention, "product" (eq. 22) or "additive" (eq. 21).
+        attention_wiring: Where the context goes. With "recurrent", the previous output of decoder
+            LSTM 1 is the query, and its context is an input of the same LSTM. With "parallel",
+            decoder LSTM 1 runs over all steps first, all of its outputs are queries at once, and
+            the contexts are inputs of LSTM 2.
+        dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0 in
             training.
-        init_range: Initial weights, except those of gates and biases, are uniform within +-this.
-        moe: Sizes of both MoE layers; None leaves them out.
-        decoder_num_experts: Experts in the decoder's MoE layer, if their number differs from the
-            encoder's (in a pruned model); 0 for the same number.
+        init_range: Weights other than biases and those of gates are drawn uniformly from
+            [-init_range, init_range].
+        moe: Configuration of both MoE layers; None for a network without them.
+        decoder_num_experts: Number of experts in the decoder's MoE layer if it differs from the
+            encoder's, as in a pruned model; 0 if it does not.
 
     Raises:
-        ValueError: naming the field, its rule and its value.
+        ValueError: if a value is not allowed. The message names the field, its rule and its value.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016 (GNMT).
     """
@@ -56,7 +60,8 @@ class GNMTConfig:
     def __post_init__(self) -> None:
         check_whole("model_dim", self.model_dim, 1)
         check_whole("lstm_hidden_dim", self.lstm_hidden_dim, self.model_dim)
-        # The MoE layer is between encoder LSTMs 2 and 3; `parallel` feeds the context to LSTM 2.
+        # The MoE layer is between encoder LSTMs 2 and 3. In the decoder, `parallel` needs LSTM 2,
+        # which receives the context.
         check_whole("encoder_layers", self.encoder_layers, 2 if self.moe is None else 3)
         check_whole("decoder_layers", self.decoder_layers, 2)
         check_choice("attention", self.attention, tuple(ATTENTIONS))
@@ -79,7 +84,7 @@ class GNMTConfig:
 
     @property
     def decoder_moe(self) -> MoEConfig | None:
-        """Return the sizes of the decoder's MoE layer."""
+        """Return the configuration of the decoder's MoE layer, or None if there is none."""
         if self.moe is None or not self.decoder_num_experts:
             return self.moe
         return replace(self.moe, num_experts=self.decoder_num_experts)
@@ -90,17 +95,18 @@ class LSTMLMConfig:
     """Describe a language model.
 
     Attributes:
-        model_dim: D, width of the embedding and of every layer's input and output.
-        lstm_hidden_dim: Cells in each LSTM; projected to D unless equal to it.
+        model_dim: Width of the embedding and of every layer's input and output, D.
+        lstm_hidden_dim: Number of cells in each LSTM, H. Outputs are projected to D if H differs.
         lstm_layers: Number of LSTMs; the MoE layer follows the first.
-        expert_layers: Hidden layers in an expert; more than 1 only with a single expert, which
-            every token uses and which needs no gate (MoE-1-Deep).
-        dropout: Probability that an output of a layer is zeroed in training.
-        init_range: Initial weights, except those of gates and biases, are uniform within +-this.
-        moe: Sizes of the MoE layer; None leaves it out.
+        expert_layers: Number of hidden layers in an expert. It may exceed 1 only if there is a
+            single expert, which all tokens use and which needs no gate (MoE-1-Deep).
+        dropout: Probability that an output of a layer is set to 0 in training.
+        init_range: Weights other than biases and those of gates are drawn uniformly from
+            [-init_range, init_range].
+        moe: Configuration of the MoE layer; None for a network without one.
 
     Raises:
-        ValueError: naming the field, its rule and its value.
+        ValueError: if a value is not allowed. The message names the field, its rule and its value.
 
     Source: Shazeer et al. 2017, Appendix C.1.
     """
@@ -124,6 +130,6 @@ class LSTMLMConfig:
             experts = 0 if self.moe is None else self.moe.num_experts
             raise ValueError(
                 f"`expert_layers` must be 1 with {experts} experts, but is {self.expert_layers}. "
-                "Set `num_experts` to 1: only a single expert can be deeper."
+                "Set `num_experts` to 1, because only a single expert can be deeper."
             )
         _check_moe_dim(self.model_dim, self.moe)

@@ -16,15 +16,15 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
+# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class DecoderOutput(NamedTuple):
     """The result of one pass of the decoder.
 
     Attributes:
-        features: (B, T, D), input of the softmax layer.
-        attention: (B, T, S), weights over the source tokens; each row sums to 1.
-        moe_stats: Statistics of the decoder's MoE layer, if it has one.
-        state: The LSTMs' state after the last step.
+        features: (B, T, D), the inputs of the softmax layer.
+        attention: (B, T, S), attention weights of the source tokens; each row sums to 1.
+        moe_stats: Statistics of the decoder's MoE layer; None if it has no such layer.
+        state: State of the LSTMs after the last step.
     """
 
     features: Tensor
@@ -66,7 +66,7 @@ class GNMTDecoder(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights, as the owner has initialised it
+        self.embedding = embedding  # set after init_weights, because it is already initialised
 
     def forward(
         self,
@@ -79,9 +79,10 @@ class GNMTDecoder(nn.Module):
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.
-            encoder_out: The encoding of the same B sentences.
-            state: The state after the previous step; None at the start.
-            padding_mask: (B, T) bool, True = padding, which reaches no expert, loss or statistic.
+            encoder_out: The encoder's output for the same B sentences.
+            state: State after the previous step; None at the start.
+            padding_mask: (B, T) bool, True for padding, which is sent to no expert and counts in no
+                loss or statistic; None for no padding.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * (1 + len(self.layers))
@@ -103,11 +104,11 @@ class GNMTDecoder(nn.Module):
     def _attend(
         self, x: Tensor, encoder_out: EncoderOutput, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor | None, State]:
-        """Run LSTM 1 and the attention, in the configured wiring.
+        """Run LSTM 1 and the attention in the configured wiring.
 
         Returns:
-            (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the context (T, B, D) for LSTM
-            2 if it receives one, and LSTM 1's new state.
+            (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the (T, B, D) contexts if
+            LSTM 2 receives them (otherwise None), and the new state of LSTM 1.
         """
         if self.attention is None:
             out, weights, new_state = self.bottom(x, encoder_out, state)

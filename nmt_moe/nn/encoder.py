@@ -14,16 +14,16 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
+# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class EncoderOutput(NamedTuple):
     """The encoder's results that the decoder needs.
 
     Attributes:
-        source: (B, S, D), aligned with the source tokens.
+        source: (B, S, D), the outputs for the source tokens.
         keys: (B, S, D), the part of attention that depends only on the source.
-        padding_mask: (B, S) bool, True = padding.
-        sentence: (B,) int64, which of the encoded sentences each row is.
-        moe_stats: Statistics of the encoder's MoE layer, if it has one.
+        padding_mask: (B, S) bool, True for padding.
+        sentence: (B,) int64, the index of the encoded sentence that each row belongs to.
+        moe_stats: Statistics of the encoder's MoE layer; None if it has no such layer.
     """
 
     source: Tensor
@@ -33,9 +33,9 @@ class EncoderOutput(NamedTuple):
     moe_stats: MoEStats | None
 
     def reorder(self, new_order: Tensor) -> "EncoderOutput":
-        """Select rows: `new_order` (B',) int64 holds the old row of each new one.
+        """Select rows; `new_order`, (B',) int64, contains the old row of each new row.
 
-        A beam search mostly exchanges hypotheses of the same sentence; then nothing is copied.
+        A beam search mostly reorders hypotheses within a sentence, in which case nothing is copied.
         """
         sentence = self.sentence.index_select(0, new_order)
         if torch.equal(sentence, self.sentence):
@@ -73,19 +73,19 @@ class GNMTEncoder(nn.Module):
         self.attention_keys = AttentionKeys(config.model_dim, config.attention)
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights, as the owner has initialised it
+        self.embedding = embedding  # set after init_weights, because it is already initialised
 
     def forward(self, src_tokens: Tensor, padding_mask: Tensor) -> EncoderOutput:
         """Encode a batch.
 
         Args:
             src_tokens: (B, S) int64, padded on either side.
-            padding_mask: (B, S) bool, True = padding.
+            padding_mask: (B, S) bool, True for padding.
 
         Returns:
-            The encoding, aligned with `src_tokens`; padding rows are 0.
+            The encoder's output, in the order of `src_tokens`; 0 at padding.
         """
-        # Move tokens first and padding last, whichever side it was on.
+        # Move padding behind the tokens, whichever side it was on.
         order = padding_mask.byte().argsort(dim=1, stable=True)
         lengths = (~padding_mask).sum(1)
         right_mask = padding_mask.gather(1, order).t()  # (S, B)

@@ -1,4 +1,4 @@
-"""Initial weights of the networks."""
+"""Initialise the weights of the networks."""
 
 from torch import nn
 
@@ -8,8 +8,9 @@ from nmt_moe.parallel import is_expert
 def init_weights(module: nn.Module, init_range: float) -> None:
     """Initialise the weights of a network.
 
-    Matrices are uniform within +-`init_range`. Experts, gates, biases and vectors keep the values
-    from their modules, except that LSTM biases start at 0, and those of forget gates at 1.
+    Matrices are drawn uniformly from [-init_range, init_range]. Biases start at 0, except those of
+    forget gates, which start at 1. Experts, gates and other vectors keep the values that their
+    modules gave them.
 
     Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates start at 0).
     """

@@ -1,4 +1,4 @@
-"""LSTMs with a recurrent projection, time-first."""
+"""LSTMs with a recurrent projection; the first dimension of their inputs is time."""
 
 import warnings
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 
 State = tuple[Tensor, Tensor]
 
-# The warning is irrelevant for users: the path it announces is the faster one for these sizes.
+# The warning does not matter to users, because the path that it announces is the faster one for
+# these sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
@@ -20,15 +21,15 @@ class LSTMState:
     """The state of all LSTMs of a decoder or language model between two steps.
 
     Attributes:
-        hidden: (B, layers, D), outputs.
-        cell: (B, layers, H), cells.
+        hidden: (B, layers, D), the LSTMs' outputs.
+        cell: (B, layers, H), the LSTMs' cells.
     """
 
     hidden: Tensor
     cell: Tensor
 
     def reorder(self, new_order: Tensor) -> "LSTMState":
-        """Select hypotheses: `new_order` (B',) int64 holds the old row of each new one."""
+        """Select rows; `new_order`, (B',) int64, contains the old row of each new row."""
         return LSTMState(
             self.hidden.index_select(0, new_order), self.cell.index_select(0, new_order)
         )
@@ -49,12 +50,12 @@ class ProjectedLSTM(nn.Module):
         """Run over all steps.
 
         Args:
-            x: (T, B, input_dim) inputs.
+            x: (T, B, input_dim), the inputs.
             state: Output (B, output_dim) and cells (B, hidden_dim) of the previous step; None for
                 zeros.
 
         Returns:
-            (T, B, output_dim), and the state after the last step.
+            (T, B, output_dim) outputs, and the state after the last step.
         """
         weights: Any = self.lstm
         weight_hr = weights.weight_hr_l0 if weights.proj_size else None
@@ -69,7 +70,7 @@ class ProjectedLSTM(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTMs, one from each end of the sentence, with their outputs summed.
+    """Two LSTMs that start from either end of the sentence, with their outputs summed.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.2.
     """
@@ -84,10 +85,10 @@ class BidirectionalLSTM(nn.Module):
 
         Args:
             x: (S, B, input_dim), padded at the end.
-            lengths: (B,) int64, tokens of each sentence.
+            lengths: (B,) int64, the number of tokens in each sentence.
 
         Returns:
-            (S, B, output_dim). The values at padded positions are undefined.
+            (S, B, output_dim) outputs. The values at padded positions are undefined.
         """
         turn = turned_positions(lengths, len(x)).unsqueeze(2)
         backwards, _ = self.backwards(torch.take_along_dim(x, turn, dim=0))
@@ -95,14 +96,14 @@ class BidirectionalLSTM(nn.Module):
 
 
 def turned_positions(lengths: Tensor, num_positions: int) -> Tensor:
-    """Return the index that reverses each sentence but not its padding; it is its own inverse.
+    """Return indices that reverse each sentence but not its padding. They are their own inverse.
 
     Args:
-        lengths: (B,) int64, tokens of each sentence.
+        lengths: (B,) int64, the number of tokens in each sentence.
         num_positions: Number of positions, S.
 
     Returns:
-        (S, B) int64.
+        (S, B) int64, the position to take each token from.
     """
     position = torch.arange(num_positions, device=lengths.device).unsqueeze(1)
     return torch.where(position < lengths, lengths - 1 - position, position)

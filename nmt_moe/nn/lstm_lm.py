@@ -1,4 +1,4 @@
-"""The paper's language model: an MoE layer between LSTMs."""
+"""The paper's language model, with an MoE layer between LSTMs."""
 
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# A tuple, because hooks on modules, such as fairseq's NanDetector, look for tensors there.
+# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class LMOutput(NamedTuple):
     """The result of one pass of the language model.
 
     Attributes:
-        features: (B, T, D), input of the softmax layer.
-        moe_stats: Statistics of the MoE layer, if there is one with a gate.
-        state: The LSTMs' state after the last step.
+        features: (B, T, D), the inputs of the softmax layer.
+        moe_stats: Statistics of the MoE layer; None if there is no MoE layer with a gate.
+        state: State of the LSTMs after the last step.
     """
 
     features: Tensor
@@ -30,9 +30,9 @@ class LMOutput(NamedTuple):
 
 
 class ResidualDeepExpert(nn.Module):
-    """A single expert with several hidden ReLU layers, a sigmoid, dropout, and the residual.
+    """A single expert with several hidden ReLU layers, followed by a sigmoid, dropout and residual.
 
-    It replaces an MoE layer; like other experts, it has no biases.
+    It replaces an MoE layer. Like other experts, it has no biases.
 
     Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
     """
@@ -47,7 +47,7 @@ class ResidualDeepExpert(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, None]:
-        """Apply the expert to (T, B, D). Padding does not matter, as there are no statistics."""
+        """Apply the expert to x, (T, B, D). There are no statistics, so the mask is not needed."""
         *inner, last = self.products
         y = x
         for product in inner:
@@ -56,9 +56,9 @@ class ResidualDeepExpert(nn.Module):
 
 
 class LSTMLanguageModel(nn.Module):
-    """Embedding, LSTM, MoE layer, further LSTMs; the softmax layer is up to the caller.
+    """An embedding, an LSTM, an MoE layer and further LSTMs. The caller adds the softmax layer.
 
-    After every layer comes dropout; then the layer's input is added.
+    Each layer is followed by dropout, and then its input is added (a residual connection).
 
     Source: Shazeer et al. 2017, Appendix C.1.
     """
@@ -85,7 +85,7 @@ class LSTMLanguageModel(nn.Module):
             )
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config.init_range)
-        self.embedding = embedding  # after init_weights, as the owner has initialised it
+        self.embedding = embedding  # set after init_weights, because it is already initialised
 
     def forward(
         self,
@@ -97,8 +97,9 @@ class LSTMLanguageModel(nn.Module):
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.
-            state: The state after the previous token; None at the start.
-            padding_mask: (B, T) bool, True = padding, which reaches no expert, loss or statistic.
+            state: State after the previous token; None at the start.
+            padding_mask: (B, T) bool, True for padding, which is sent to no expert and counts in no
+                loss or statistic; None for no padding.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * len(self.layers)

@@ -1,4 +1,4 @@
-"""The MoE layer as the networks use it: sigmoid, dropout and residual around it."""
+"""The MoE layer as the networks use it, with a sigmoid, dropout and a residual connection."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
 class ResidualMoE(nn.Module):
-    """An MoE layer, a sigmoid, dropout, and the residual.
+    """An MoE layer followed by a sigmoid, dropout and a residual connection.
 
     Source: Shazeer et al. 2017, Appendices C.1 and E.
     """
@@ -28,11 +28,11 @@ class ResidualMoE(nn.Module):
         """Apply the layer to all positions of all sentences as one batch of tokens.
 
         Args:
-            x: (T, B, D) inputs of the layer.
-            padding_mask: (T, B) bool, True = padding, or None for no padding.
+            x: (T, B, D), the inputs of the layer.
+            padding_mask: (T, B) bool, True for padding; None for no padding.
 
         Returns:
-            (T, B, D), and the layer's statistics.
+            (T, B, D) outputs, and the layer's statistics.
         """
         flat_mask = None if padding_mask is None else padding_mask.reshape(-1)
         y, stats = self.moe(x.reshape(-1, x.shape[2]), flat_mask)

@@ -1,4 +1,4 @@
-"""`--optimizer factored_adam`."""
+"""Register factored Adam as `--optimizer factored_adam`."""
 
 import ast
 from dataclasses import dataclass, field
@@ -14,36 +14,36 @@ from nmt_moe.training import FactoredAdam
 
 @dataclass
 class FactoredAdamConfig(FairseqDataclass):
-    """Options of the optimizer: those of fairseq's adam, with the same defaults."""
+    """Options of the optimizer, which are those of fairseq's adam with the same defaults."""
 
     adam_betas: Any = field(
         default=(0.9, 0.999), metadata={"help": "betas of Adam; experts use only the second"}
     )
     adam_eps: float = field(default=1e-8, metadata={"help": "epsilon of Adam, greater than 0"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay, decoupled"})
+    weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay"})
     lr: List[float] = II("optimization.lr")
 
 
 @register_optimizer("factored_adam", dataclass=FactoredAdamConfig)
 class FairseqFactoredAdam(FairseqOptimizer):
-    """Adam that keeps a row and a column instead of each expert matrix's second moment."""
+    """Adam that stores the second moment of each expert matrix as one row and one column."""
 
     def __init__(self, cfg: FactoredAdamConfig, params: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
         params = list(params)
         if len(params) == 1 and params[0].dim() == 1:
             raise ValueError(
-                "`--optimizer factored_adam` must see each expert's matrices, but `--fp16` joins "
-                "all parameters into one vector. Add --fp16-no-flatten-grads, or use "
+                "`--optimizer factored_adam` needs the experts' matrices, but `--fp16` joins all "
+                "parameters into one vector. Add --fp16-no-flatten-grads, or use "
                 "--memory-efficient-fp16 or --bf16."
             )
         self._optimizer = FactoredAdam(params, **self.optimizer_config)
-        # On loading, fairseq would undo torch's cast of the state; here there is no cast.
+        # When loading, fairseq would undo a cast by torch that this optimizer does not make.
         setattr(self._optimizer, "disable_mem_eff_fp16_loading_hack", True)  # noqa: B010
 
     @property
     def optimizer_config(self) -> Dict[str, Any]:
-        """Return the options under `FactoredAdam`'s names."""
+        """Return the options under the names that `FactoredAdam` uses."""
         return {
             "lr": self.cfg.lr[0],
             "betas": parse_betas(self.cfg.adam_betas),
@@ -53,29 +53,35 @@ class FairseqFactoredAdam(FairseqOptimizer):
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:
-        """Return True: half-precision parameters are updated in float32."""
+        """Return True, because half-precision parameters are updated in float32."""
         return True
 
     @property
     def supports_flat_params(self) -> bool:
-        """Return False: one long vector has no rows and columns."""
+        """Return False, because one long vector has no rows and columns."""
         return False
 
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load the state of this optimizer, with the overrides of --optimizer-overrides."""
+        """Load the state of this optimizer, and apply --optimizer-overrides to it.
+
+        Raises:
+            ValueError: if the state does not fit; the message says how to start with a new one.
+        """
         try:
             super().load_state_dict(state_dict, optimizer_overrides)
         except ValueError as error:
-            raise ValueError(f"{error} (--reset-optimizer starts with a new state.)") from error
+            raise ValueError(
+                f"{error} (To start with a new state, add --reset-optimizer.)"
+            ) from error
 
 
 def parse_betas(betas: Any) -> Tuple[float, float]:
-    """Parse `(0.9, 0.999)`, or omegaconf's form of it.
+    """Parse a pair such as `(0.9, 0.999)`, given as text or as omegaconf's list.
 
     Raises:
-        ValueError: if it is not a pair of numbers.
+        ValueError: if this is not a pair of numbers.
     """
     try:
         beta1, beta2 = ast.literal_eval(betas) if isinstance(betas, str) else betas

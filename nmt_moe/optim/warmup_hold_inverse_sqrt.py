@@ -1,4 +1,4 @@
-"""`--lr-scheduler warmup_hold_inverse_sqrt`."""
+"""Register the paper's schedule as `--lr-scheduler warmup_hold_inverse_sqrt`."""
 
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
@@ -13,13 +13,15 @@ from nmt_moe.training import warmup_hold_inverse_sqrt
 
 @dataclass
 class WarmupHoldInverseSqrtConfig(FairseqDataclass):
-    """Options of the schedule; the defaults are the paper's for translation."""
+    """Options of the schedule. The defaults are the values the paper uses for translation."""
 
     warmup_updates: int = field(
-        default=2000, metadata={"help": "updates over which the rate rises linearly to --lr"}
+        default=2000,
+        metadata={"help": "number of updates over which the rate rises linearly to --lr"},
     )
     hold_updates: int = field(
-        default=8000, metadata={"help": "updates at --lr before it falls as 1/sqrt(update)"}
+        default=8000,
+        metadata={"help": "number of updates at --lr before the rate falls as 1/sqrt(update)"},
     )
     warmup_init_lr: float = field(
         default=0.0, metadata={"help": "rate at the start of the warm-up"}
@@ -29,13 +31,14 @@ class WarmupHoldInverseSqrtConfig(FairseqDataclass):
 
 @register_lr_scheduler("warmup_hold_inverse_sqrt", dataclass=WarmupHoldInverseSqrtConfig)
 class WarmupHoldInverseSqrt(FairseqLRScheduler):
-    """A rate that rises linearly, stays constant, then falls as 1 / sqrt(update)."""
+    """A learning rate that rises linearly, stays constant, and then falls as 1 / sqrt(update)."""
 
     def __init__(self, cfg: WarmupHoldInverseSqrtConfig, optimizer: Any) -> None:
         super().__init__(cfg, optimizer)
         if len(cfg.lr) != 1:
             raise ValueError(
-                f"`--lr` must be one rate for warmup_hold_inverse_sqrt, but is {list(cfg.lr)}."
+                "`--lr` must be a single rate for `--lr-scheduler warmup_hold_inverse_sqrt`, but "
+                f"is {list(cfg.lr)}."
             )
         check_range("--warmup-updates", cfg.warmup_updates, 0)
         check_range("--hold-updates", cfg.hold_updates, 0)
@@ -43,12 +46,12 @@ class WarmupHoldInverseSqrt(FairseqLRScheduler):
         self.step_update(0)
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
-        """Keep the rate at the end of an epoch."""
+        """Leave the rate unchanged at the end of an epoch, and return it."""
         super().step(epoch, val_loss)
         return self.optimizer.get_lr()
 
     def step_update(self, num_updates: int) -> float:
-        """Set and return the rate of the update after `num_updates`."""
+        """Set the rate of the update that follows `num_updates` updates, and return it."""
         self.optimizer.set_lr(
             warmup_hold_inverse_sqrt(
                 num_updates,

@@ -1,4 +1,4 @@
-"""Send tokens to the ranks that hold their experts, and the experts' sums back."""
+"""Send tokens to the ranks that hold their experts, and send the weighted sums back."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,15 +13,15 @@ from nmt_moe.parallel.groups import ExpertParallelGroup
 
 
 class Arrivals(NamedTuple):
-    """Tokens on the rank of their experts.
+    """Tokens that this rank received for its experts.
 
     Attributes:
-        x: (M, D) tokens that this rank received.
+        x: (M, D), the tokens' vectors.
         gates: (M, K), weights of the chosen experts, in the dtype in which they were sent; 0 in
             empty slots.
         expert_ids: (M, K) int64, the chosen experts, counted from this rank's first expert; L in an
             empty slot.
-        num_rows: Number of slots that are not empty, if known.
+        num_rows: Number of slots that are not empty; None if unknown.
     """
 
     x: Tensor
@@ -32,23 +32,23 @@ class Arrivals(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalRoute:
-    """The route when every expert is on this rank: tokens stay where they are."""
+    """The route if all experts are on this rank, where the tokens then stay."""
 
     expert_ids: Tensor
     num_rows: int | None
     all_done: bool
 
     def to_experts(self, x: Tensor, gates: Tensor) -> Arrivals:
-        """Send tokens (N, D), with their gates (N, K), to the ranks of their experts."""
+        """Send tokens, (N, D), with their gates, (N, K), to the ranks of their experts."""
         return Arrivals(x, gates, self.expert_ids, self.num_rows)
 
     def to_tokens(self, y: Tensor) -> Tensor:
-        """Send the experts' sums (M, D) back and add them up for each token: (N, D)."""
+        """Send the weighted sums, (M, D), back, and add them up for each token, (N, D)."""
         return y
 
 
 class LocalExchange:
-    """The exchange of a rank that holds all experts; it does nothing."""
+    """The exchange of a rank that holds all experts. It sends nothing."""
 
     def route(
         self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
@@ -57,26 +57,29 @@ class LocalExchange:
 
         Args:
             expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
-            num_rows: Number of slots that are not empty, if known.
-            is_done: Whether this rank has no more tokens of its own and only computes for others.
+            num_rows: Number of slots that are not empty; None if unknown.
+            is_done: Whether this rank has no more tokens of its own and only computes for other
+                ranks.
         """
         return LocalRoute(expert_ids, num_rows, is_done)
 
 
 @dataclass(frozen=True)
 class AllToAllRoute:
-    """The numbers of tokens that ranks send to each other.
+    """The plan of which tokens each rank sends to which other rank.
 
-    All ranks of the group must call each method, and go backward through it, in the same order.
+    All ranks of the group must call each method, and run its backward pass, in the same order.
 
     Attributes:
-        plan: This rank's tokens sorted by destination rank, once for each destination.
-        expert_ids: (N, K) int64, global; E in an empty slot. K is the largest over all ranks.
-        send_counts: P numbers, the tokens this rank sends to each rank of its group.
-        recv_counts: P numbers, the tokens this rank receives from each rank.
+        plan: Row plan with this rank's tokens sorted by destination rank. A token has one row for
+            each of its destinations.
+        expert_ids: (N, K) int64, global ids of the chosen experts; E in an empty slot. K is the
+            largest number of slots on any rank.
+        send_counts: P numbers of tokens, which this rank sends to each rank of its group.
+        recv_counts: P numbers of tokens, which this rank receives from each rank of its group.
         all_done: Whether all ranks of the group are done.
-        owned: The global ids of this rank's experts.
-        members: torch's process group of these ranks.
+        owned: Slice of the global ids of this rank's experts.
+        members: torch's process group of the P ranks.
     """
 
     plan: RowPlan
@@ -94,17 +97,17 @@ class AllToAllRoute:
         ids = self._send(self.expert_ids.index_select(0, self.plan.row_token).int()).long()
         is_here = (ids >= self.owned.start) & (ids < self.owned.stop)
         local_ids = torch.where(is_here, ids - self.owned.start, self.owned.stop - self.owned.start)
-        # The host has already waited for the counts of the route.
+        # Waiting here costs little, because the host has already waited for the route's counts.
         num_rows = int(is_here.sum())
         return Arrivals(x, gates.masked_fill(~is_here, 0.0), local_ids, num_rows)
 
     def to_tokens(self, y: Tensor) -> Tensor:
-        """Send the sums back to the ranks of their tokens, and add up those of each token."""
+        """Send the weighted sums back to the ranks of their tokens, and add them up there."""
         rows = _AllToAll.apply(y, self.recv_counts, self.send_counts, self.members)
         return combine_rows(rows, None, self.plan)
 
     def _send_both(self, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Send vectors and gates, together unless the gates' dtype is wider (half precision)."""
+        """Send vectors and gates together, or separately if half precision makes dtypes differ."""
         if x.dtype != gates.dtype:
             return self._send(gather_rows(x, self.plan)), self._send(gather_rows(gates, self.plan))
         received = self._send(gather_rows(torch.cat([x, gates], dim=1), self.plan))
@@ -115,11 +118,11 @@ class AllToAllRoute:
 
 
 class AllToAllExchange:
-    """The exchange when each rank of the group holds its own experts.
+    """The exchange if each rank of the group holds different experts.
 
-    A token is sent once, with its gates, to each rank that holds any of its experts, and that rank
-    sends one vector back: the weighted sum of its experts' outputs. At most min(K, P) vectors per
-    token thus cross the network in each direction.
+    A token is sent once, with its gates, to each rank that holds any of its experts. That rank
+    sends one vector back, the weighted sum of the outputs of its experts. At most min(K, P) vectors
+    per token therefore cross the network in each direction.
 
     Source: Shazeer et al. 2017, section 3.1.
     """
@@ -130,7 +133,10 @@ class AllToAllExchange:
     def route(
         self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
     ) -> AllToAllRoute:
-        """Tell every rank of the group how many tokens it will receive."""
+        """Determine which tokens go to which rank, and tell the ranks how many they will receive.
+
+        The arguments are those of `LocalExchange.route`.
+        """
         group, num_slots = self.group, expert_ids.shape[1]
         ranks = expert_ids.div(self.num_experts // group.size, rounding_mode="floor")
         plan = plan_ranks(ranks, group.size)
@@ -141,7 +147,7 @@ class AllToAllExchange:
         ones = [1] * group.size
         distributed.all_to_all_single(received, sent, ones, ones, group=group.members)
         recv_counts, all_slots, all_done = received.t().tolist()
-        # With gates that may choose any number of experts for a token, K differs between ranks.
+        # Some gates choose a varying number of experts per token, so K may differ between ranks.
         spare = max(all_slots) - num_slots
         return AllToAllRoute(
             plan,
@@ -177,7 +183,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
 
 
 class _AllToAll(torch.autograd.Function):
-    """An all-to-all whose backward pass runs even without any row, because peers wait for it."""
+    """An all-to-all whose backward pass runs even without rows, because other ranks wait for it."""
 
     @staticmethod
     def forward(

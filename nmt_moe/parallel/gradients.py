@@ -12,12 +12,12 @@ from nmt_moe.parallel.marks import shard_group
 def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of shards as data parallelism averages those of other parameters.
 
-    The exchange has already summed them over the tokens of this rank's group; what remains is the
-    sum over replicas and the division by the number of all ranks. All ranks must call this, after
-    the last backward pass of an update, with parameters in the same order.
+    The exchange has already summed them over the tokens of this rank's expert-parallel group. This
+    function adds the sum over replicas and the division by the total number of ranks. All ranks
+    must call it after the last backward pass of an update, with parameters in the same order.
 
     Args:
-        parameters: The parameters; those that are not shards are not changed.
+        parameters: The model's parameters. Those that are not shards do not change.
     """
     for parameter in parameters:
         group = shard_group(parameter)
@@ -25,22 +25,22 @@ def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(group.world_size)  # before the sum, or float16 may overflow
+        parameter.grad.div_(group.world_size)  # divide before the sum, which may overflow float16
         if group.replicas is not None:
             distributed.all_reduce(parameter.grad, group=group.replicas)
 
 
 def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tensor:
-    """Compute the norm of the gradients of all experts, on any rank.
+    """Compute the norm of the gradients of all experts, including those on other ranks.
 
     All ranks of the group must call this.
 
     Args:
-        gradients: Gradients of this rank's shards, at least one.
+        gradients: Gradients of this rank's shards, of which there must be at least one.
         group: The ranks that share the experts.
 
     Returns:
-        A scalar, float32 or wider, equal on all ranks.
+        The norm, a scalar in float32 or wider, equal on all ranks.
     """
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -53,17 +53,17 @@ def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tenso
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients down to the norm `max_norm`, if theirs is larger.
+    """Scale all gradients down to the norm `max_norm` if their norm is larger.
 
-    Other ranks' shards are included, so the norm and the scale are those of one process with all
-    experts. All ranks must call this, once gradients are averaged.
+    The norm includes the shards of other ranks, so norm and scale are those of a single process
+    with all experts. All ranks must call this after the gradients have been averaged.
 
     Args:
-        parameters: Dense parameters and shards; those without a gradient are skipped.
-        max_norm: The largest norm; 0 for no limit.
+        parameters: Shards and other parameters; those without a gradient are skipped.
+        max_norm: Largest norm allowed; 0 for no limit.
 
     Returns:
-        A scalar, the norm before scaling.
+        The norm before scaling, a scalar.
     """
     groups, dense, shards = [], [], []
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The groups of ranks that share the experts."""
+"""Expert-parallel groups, the ranks that share the experts."""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from nmt_moe.checks import check_divides, check_range
 
 @dataclass(frozen=True)
 class ExpertParallelGroup:
-    """The ranks that together hold every expert once, as seen by one of them.
+    """The ranks that together hold every expert once, as seen by one of these ranks.
 
-    Ranks [g P, (g + 1) P) of the world are group g, and rank p of each group holds the experts
-    [p L, (p + 1) L), L = E / P. Ranks with the same p in different groups are replicas: they hold
-    the same experts and average their gradients.
+    Ranks [g P, (g + 1) P) of the world form group g, and rank p of each group holds the experts
+    [p L, (p + 1) L), where L = E / P. Ranks with the same p in different groups are replicas: they
+    hold the same experts and average their gradients.
 
     Attributes:
-        size: P; 1 if every rank holds all experts.
-        rank: This rank within its group, from 0 to P - 1.
+        size: Number of ranks in the group, P; 1 if every rank holds all experts.
+        rank: Number of this rank within its group, from 0 to P - 1.
         num_replicas: Number of groups in the world.
         members: torch's process group of the P ranks; None if P is 1.
-        replicas: torch's process group of the ranks with the same experts; None if P is all.
+        replicas: torch's process group of the ranks with the same experts; None if there is only
+            one group.
 
     Source: Shazeer et al. 2017, section 3.1.
     """
@@ -39,12 +40,12 @@ class ExpertParallelGroup:
         return self.size * self.num_replicas
 
     def owned(self, num_experts: int) -> slice:
-        """Return the global ids of this rank's experts, out of `num_experts`."""
+        """Return the slice of `num_experts` global ids that belong to this rank's experts."""
         share = num_experts // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# The group for a layer with all experts on this rank.
+# The group of a layer with all experts on this rank.
 ALONE = ExpertParallelGroup()
 
 
@@ -53,19 +54,20 @@ def make_expert_parallel_group(
 ) -> ExpertParallelGroup:
     """Spread experts over the ranks of the default process group.
 
-    All ranks must call this, with the same arguments. Without a process group there is one rank.
+    All ranks must call this with the same arguments. If there is no process group, there is one
+    rank.
 
     Args:
         num_experts: Number of experts, E.
-        num_groups: G of a hierarchical gate, whose groups stay whole; 0 for a flat one.
-        size: P, a divisor of the number of ranks and of E (with groups: of G); 0 for the largest
-            one, which is all ranks if E (or G) is a multiple of their number.
+        num_groups: Number of groups of a hierarchical gate, G, which stay whole; 0 for a flat gate.
+        size: Number of ranks in an expert-parallel group, P. It must divide the number of ranks and
+            E (with a hierarchical gate, G). 0 stands for the largest such number.
 
     Returns:
-        This rank's group.
+        This rank's expert-parallel group.
 
     Raises:
-        ValueError: if P does not divide them.
+        ValueError: if P does not divide these numbers.
     """
     check_range("expert_parallel_size", size, 0)
     is_started = distributed.is_available() and distributed.is_initialized()
@@ -93,5 +95,5 @@ def make_expert_parallel_group(
 
 
 def cut_shard(whole: Tensor, group: ExpertParallelGroup) -> Tensor:
-    """Return this rank's slice (L, ...) of a tensor (E, ...) of all experts."""
+    """Return a copy of this rank's slice, (L, ...), of a tensor of all experts, (E, ...)."""
     return whole[group.owned(len(whole))].clone()

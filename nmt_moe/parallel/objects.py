@@ -1,4 +1,4 @@
-"""Exchange of small Python objects between ranks."""
+"""Exchange small Python objects between ranks."""
 
 from typing import Any
 

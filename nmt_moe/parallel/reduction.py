@@ -1,4 +1,4 @@
-"""Sums over the batches of all ranks."""
+"""Sum over the batches of all ranks."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from torch.autograd.function import once_differentiable
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks; differentiable.
+    """Sum a tensor over all ranks, as a differentiable operation.
 
-    All ranks of the default process group must call this, and go backward through it, the same
-    number of times. Without a process group, or with one rank, the tensor is returned unchanged.
+    All ranks of the default process group must run its forward and backward pass the same number of
+    times. Without a process group, or with one rank, the tensor is returned unchanged.
 
     Args:
         values: A tensor of the same shape on all ranks.
 
     Returns:
-        The sum, equal on all ranks. The gradient of `values` is the sum over ranks of the gradients
-        of the result.
+        The sum, equal on all ranks. The gradient of `values` is the sum over all ranks of the
+        result's gradients.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return values
@@ -45,5 +45,5 @@ def _all_reduce(values: Tensor) -> Tensor:
 
 
 def ring_bytes(num_bytes: int, world_size: int) -> int:
-    """Return the bytes that each rank sends to sum `num_bytes` in a ring all-reduce."""
+    """Return how many bytes each rank sends in a ring all-reduce of `num_bytes` bytes."""
     return 2 * num_bytes * (world_size - 1) // world_size

@@ -1,4 +1,4 @@
-"""Beam search with GNMT's scores and pruning, on tensors and independent of the model."""
+"""Beam search with GNMT's scores and pruning, independent of the model."""
 
 from nmt_moe.search.beam import BeamConfig, Step, StepState, beam_search
 from nmt_moe.search.config import SearchConfig

@@ -1,13 +1,13 @@
-"""Beam search: one loop over the live hypotheses.
+"""Beam search, in one loop over the live hypotheses.
 
 The model is a function: for R rows, `step(tokens, state)` returns the log-probabilities of the next
-token, the attention paid while predicting it, and the new state. A row is a live hypothesis. Rows
-of a sentence are consecutive, best first. At the first step every sentence has one row; rows of
-finished sentences and of pruned hypotheses are never evaluated.
+token, the attention weights used to predict it, and the new state. In this package, a row is a live
+hypothesis. The rows of a sentence are consecutive, with the best first. At the first step, each
+sentence has one row. Rows of finished sentences and of pruned hypotheses are never evaluated.
 
-With `SearchConfig` off, the search is fairseq's: among the W best candidates of a step, those that
-end are finished; the W best of the others continue; and a sentence is finished with W hypotheses or
-at its maximal length.
+With all options of `SearchConfig` off, the search is that of fairseq. Among the W best candidates
+of a step, those that end are finished, and the W best of the others continue. A sentence is
+finished when it has W finished hypotheses or reaches its maximal length.
 """
 
 from collections.abc import Callable
@@ -28,16 +28,18 @@ class StepState(Protocol):
     """The state that a model keeps for each row between two steps."""
 
     def reorder(self, rows: Tensor) -> Self:
-        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+        """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
 
 
-# Tokens that share a maximum when searching for the best, and the size from which this pays.
+# Number of tokens that share a maximum in the search for the best tokens, and number of
+# log-probabilities from which this saves time.
 BLOCK = 8
 BLOCKS_FROM = 1 << 17
 
 StateT = TypeVar("StateT", bound=StepState)
-# ((R, T) int64 tokens so far, including the start; state) -> ((R, V) log-probabilities, which the
-# search may overwrite; (R, S) attention over the source or None; state)
+# Maps (R, T) int64 tokens so far, including the start token, and the state to (R, V)
+# log-probabilities, which the search may overwrite, (R, S) attention over the source or None, and
+# the new state.
 Step = Callable[[Tensor, StateT], tuple[Tensor, Tensor | None, StateT]]
 
 
@@ -46,10 +48,12 @@ class BeamConfig:
     """Options of a beam search.
 
     Attributes:
-        beam_size: W, the hypotheses kept for each sentence, and the number that finish it.
-        length_exponent: Without penalties in `search`, scores are log P / length^this (fairseq's
-            `--lenpen`); 0 = log P itself. The length includes the end mark.
-        search: GNMT's penalties, which replace that score, and its pruning.
+        beam_size: Number of hypotheses kept for each sentence, and of finished hypotheses after
+            which a sentence is finished, W.
+        length_exponent: Without penalties in `search`, the score of a hypothesis is
+            log P / length^length_exponent, as with fairseq's `--lenpen`. The length includes the
+            end mark. 0 means that the score is log P.
+        search: GNMT's penalties, which replace this score, and its pruning.
 
     Raises:
         ValueError: if `beam_size` is below 1.
@@ -75,10 +79,10 @@ class _Rows:
     """The R hypotheses that a step evaluates.
 
     Attributes:
-        sentence: (R,) int64, the sentence of each row, ascending.
-        rank: (R,) int64, 0 = the best of its sentence.
-        tokens: (R, T) int64, including the start.
-        log_probs: (R,) float32, log-probability of the tokens.
+        sentence: (R,) int64, the sentence of each row, in ascending order.
+        rank: (R,) int64, the rank of each row in its sentence; 0 for the best.
+        tokens: (R, T) int64, the tokens so far, including the start token.
+        log_probs: (R,) float32, the log-probability of these tokens.
         received: (R, S) float32, attention summed over all steps; None if no score needs it.
     """
 
@@ -91,11 +95,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The best continuations of each sentence: at most C = 2W, best first.
+    """The best continuations of each sentence, at most C = 2W, with the best first.
 
     Attributes:
-        log_probs: (B, C) float32, for the whole hypothesis; -inf = no candidate.
-        tokens: (B, C) int64, the last token.
+        log_probs: (B, C) float32, the log-probability of the whole hypothesis; -inf for no
+            candidate.
+        tokens: (B, C) int64, the last token of each candidate.
         rows: (B, C) int64, the row that each candidate continues.
     """
 
@@ -120,16 +125,17 @@ def beam_search(
         state: State of the model, with one row for each sentence.
         start: (B,) int64, the start token of each sentence.
         config: Beam size, scores and pruning.
-        restrictions: Rules for the tokens that may follow.
-        source_words: (B, S) bool, True = a word that counts for the coverage penalty.
+        restrictions: Restrictions on the tokens that may follow.
+        source_words: (B, S) bool, True for a word that counts in the coverage penalty. Needed only
+            with a coverage penalty.
 
     Returns:
-        The hypotheses of each sentence, best first, at most W. With equal scores, the one that
-        ended first comes first; with equal candidates of a step, the one from the better row, then
-        the one with the smaller token.
+        The hypotheses of each sentence, at most W, with the best first. If scores are equal, the
+        hypothesis that ended first comes first. If candidates of the same step are equal, the one
+        from the better row comes first, and then the one with the smaller token.
 
     Raises:
-        ValueError: if a sentence has no hypothesis, or the attention does not fit `source_words`.
+        ValueError: if a sentence has no hypothesis, or the attention does not match `source_words`.
 
     Source: Wu et al. 2016, section 7, for scores and pruning.
     """
@@ -138,7 +144,7 @@ def beam_search(
     rows = _Rows(sentence, torch.zeros_like(sentence), start.unsqueeze(1), log_probs)
     finished = FinishedHypotheses(len(start), config.beam_size, config.search.beam_prune, start)
     parents = sentence
-    while parents.numel():  # `len` of a tensor is a call of many microseconds
+    while parents.numel():  # `len` of a tensor takes many microseconds
         next_log_probs, attention, state = step(rows.tokens, state)
         finished.record_step(parents, rows.tokens[:, -1], rows.log_probs, attention)
         if config.search.coverage_penalty_beta:
@@ -164,7 +170,7 @@ def _find_candidates(
     next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
 ) -> _Candidates:
     width = config.beam_size
-    # At most W continuing candidates of a row can be needed, and one that ends.
+    # Of each row, at most W candidates that continue and one that ends can be needed.
     values, tokens = _best_tokens(next_log_probs, width + 1)
     shape = num_sentences, width, values.shape[1]
     num_rows = values.shape[0]
@@ -192,12 +198,12 @@ def _find_candidates(
 
 
 def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the (R, count) best log-probabilities and tokens; smaller tokens win ties."""
+    """Return the best log-probabilities and tokens, (R, count) each; smaller tokens win ties."""
     count = min(count, log_probs.shape[1])
-    # Find one extra, to see whether the last one is tied.
+    # Find one more, to see whether the last one is tied.
     values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
     is_tied = values[:, 1:] == values[:, :-1]
-    if is_tied.any():  # topk guarantees no order for ties
+    if is_tied.any():  # `topk` does not guarantee the order of ties
         tied = (is_tied & values[:, 1:].isfinite()).any(dim=1).nonzero().squeeze(1)
         ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
         values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
@@ -205,10 +211,11 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Do what topk does over (R, V), which on a CPU copies and partly sorts all V.
+    """Do the same as `topk` over (R, V), which on a CPU copies and partly sorts all V values.
 
-    The `count` blocks of tokens with the greatest maxima hold the `count` greatest values. Where a
-    token outside of them equals one inside, the last two values found are equal too.
+    The `count` blocks of tokens with the largest maxima contain the `count` largest values. If a
+    token outside these blocks has the same value as one found, the last two values found are also
+    equal, so the caller notices the tie.
     """
     num_tokens = log_probs.shape[1]
     if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
@@ -235,7 +242,7 @@ def _finish(
     eos: int,
     source_words: Tensor | None,
 ) -> None:
-    """Score the hypotheses that end at this step: those among the W best candidates."""
+    """Score the hypotheses that end at this step, which are among the W best candidates."""
     first = slice(config.beam_size)
     is_end = candidates.tokens[:, first].eq(eos) & candidates.log_probs[:, first].gt(-torch.inf)
     sentence, rank = is_end.nonzero(as_tuple=True)
@@ -258,7 +265,11 @@ def _goes_on(
     config: BeamConfig,
     restrictions: Restrictions,
 ) -> Tensor:
-    """Return (B, C) bool: the W best that do not end, unless nothing good enough can follow."""
+    """Return which candidates continue, (B, C) bool.
+
+    They are the W best candidates that do not end, except those from which, according to GNMT's
+    pruning, no hypothesis can follow that is good enough.
+    """
     goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.gt(-torch.inf)
     goes_on &= goes_on.cumsum(dim=1) <= config.beam_size
     goes_on &= finished.is_open().unsqueeze(1)
@@ -272,7 +283,7 @@ def _goes_on(
 
 
 def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
-    """Return the rows of the next step, and the rows of this step that they continue."""
+    """Return the rows of the next step, and for each of them the row of this step it continues."""
     sentence, index = goes_on.nonzero(as_tuple=True)
     parents = candidates.rows[sentence, index]
     tokens = candidates.tokens[sentence, index].unsqueeze(1)

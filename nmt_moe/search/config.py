@@ -1,4 +1,4 @@
-"""GNMT's additions to a beam search."""
+"""The options that GNMT adds to a beam search."""
 
 import math
 from dataclasses import dataclass, fields
@@ -6,15 +6,15 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The three options of GNMT's search; 0 turns each off.
+    """The three options of GNMT's search. The value 0 turns an option off.
 
     Attributes:
-        length_penalty_alpha: Strength of the length normalisation (GNMT: 0.2).
-        coverage_penalty_beta: Weight of the coverage penalty (GNMT: 0.2).
-        beam_prune: GNMT's beamsize, in nats (GNMT: 3.0).
+        length_penalty_alpha: Exponent of the length penalty (0.2 in GNMT).
+        coverage_penalty_beta: Weight of the coverage penalty (0.2 in GNMT).
+        beam_prune: Margin for pruning, in nats, which GNMT calls beamsize (3.0 in GNMT).
 
     Raises:
-        ValueError: if one is negative, infinite or NaN.
+        ValueError: if a value is negative, infinite or NaN.
 
     Source: Wu et al. 2016, section 7.
     """
@@ -30,7 +30,7 @@ class SearchConfig:
                 option = "--" + field.name.replace("_", "-")
                 raise ValueError(
                     f"`{option}` must be a finite number of at least 0, but is {value}. "
-                    "0 turns it off."
+                    "To turn it off, set it to 0."
                 )
 
     @property
@@ -40,5 +40,5 @@ class SearchConfig:
 
     @property
     def is_on(self) -> bool:
-        """Return whether anything differs from a plain beam search."""
+        """Return whether any option is on, so that the search is not a plain beam search."""
         return self.changes_scores or self.beam_prune > 0

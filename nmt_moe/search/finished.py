@@ -1,8 +1,9 @@
 """The finished hypotheses of a beam search, and the record from which they are read.
 
-The rows of each step are stored as they are evaluated, each with the row of the previous step that
-it continues. A finished hypothesis is stored as its last row; its tokens are traced back from there
-once, at the end. Thus nothing that grows with the length is moved when hypotheses change rows.
+The rows of each step are stored when they are evaluated, each with the row of the previous step
+that it continues. A finished hypothesis is stored as its last row, from which its tokens are traced
+back once, at the end. When hypotheses change rows, nothing that grows with their length has to be
+moved.
 """
 
 import itertools
@@ -19,10 +20,11 @@ class Hypothesis:
     """A finished hypothesis of T tokens, including the end mark.
 
     Attributes:
-        tokens: (T,) int64, ending with the end mark.
+        tokens: (T,) int64, the tokens, of which the last is the end mark.
         score: () float32, the score by which hypotheses are ranked.
-        positional_scores: (T,) float32, log-probability of each token, in nats.
-        attention: (S, T), attention to each source position at each step, if the model returns it.
+        positional_scores: (T,) float32, the log-probability of each token, in nats.
+        attention: (S, T), the attention to each source position at each step; None if the model
+            does not return it.
     """
 
     tokens: Tensor
@@ -33,15 +35,18 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class _Step:
-    parents: Tensor  # (R,) rows of the previous step
-    tokens: Tensor  # (R,) the last token of each row
-    log_probs: Tensor  # (R,) for each row before this step
-    attention: Tensor | None  # (R, S)
+    parents: Tensor  # (R,), the row of the previous step that each row continues
+    tokens: Tensor  # (R,), the last token of each row
+    log_probs: Tensor  # (R,), the log-probability of each row before this step
+    attention: Tensor | None  # (R, S), the attention of each row at this step
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """Hypotheses that ended at one step: all (N,), sorted by sentence, then by rank."""
+    """Hypotheses that ended at the same step, sorted by sentence, then by rank.
+
+    All fields have the shape (N,); `add` describes them.
+    """
 
     sentences: Tensor
     steps: Tensor
@@ -51,18 +56,18 @@ class _Ended:
 
 
 class FinishedHypotheses:
-    """Collect hypotheses of B sentences, at most `beam_size` for each.
+    """Collect the hypotheses of B sentences, at most `beam_size` for each.
 
     Args:
         num_sentences: Number of sentences, B.
-        beam_size: Hypotheses kept for each sentence, W.
-        margin: Hypotheses that score more than this below the best of their sentence are dropped,
-            in nats; 0 drops none.
+        beam_size: Number of hypotheses kept for each sentence, W.
+        margin: Largest difference, in nats, between a hypothesis' score and the best of its
+            sentence; hypotheses with lower scores are dropped. 0 drops none.
         like: A tensor on the device of the search.
 
     Attributes:
-        best: (B,) float32, the best score of each sentence so far; -inf = none yet.
-        count: (B,) int64, number of hypotheses of each sentence.
+        best: (B,) float32, the best score of each sentence so far; -inf if there is none yet.
+        count: (B,) int64, the number of hypotheses of each sentence.
     """
 
     def __init__(self, num_sentences: int, beam_size: int, margin: float, like: Tensor) -> None:
@@ -76,17 +81,17 @@ class FinishedHypotheses:
     def record_step(
         self, parents: Tensor, tokens: Tensor, log_probs: Tensor, attention: Tensor | None
     ) -> None:
-        """Store the (R,) rows of a step and their (R, S) attention."""
+        """Store the R rows of a step and their attention, (R, S)."""
         self._steps.append(_Step(parents, tokens, log_probs, attention))
 
     def add(self, sentences: Tensor, rows: Tensor, log_probs: Tensor, scores: Tensor) -> None:
-        """Add hypotheses that end at the step recorded last: all (N,), `sentences` ascending.
+        """Add N hypotheses that end at the step recorded last.
 
         Args:
-            sentences: int64, the sentence of each hypothesis.
-            rows: int64, the row of each hypothesis before its end mark.
-            log_probs: Log-probabilities of the whole hypotheses.
-            scores: Scores by which to rank them.
+            sentences: (N,) int64, the sentence of each hypothesis, in ascending order.
+            rows: (N,) int64, the row that each hypothesis continues with the end mark.
+            log_probs: (N,) float32, the log-probabilities of the whole hypotheses.
+            scores: (N,) float32, the scores by which to rank them.
         """
         self.best = self.best.scatter_reduce(0, sentences, scores, "amax")
         is_kept = torch.ones_like(sentences, dtype=torch.bool)
@@ -94,9 +99,8 @@ class FinishedHypotheses:
             is_kept = within_margin(scores, self.best[sentences], self.margin)
         kept_so_far = is_kept.cumsum(0)
         first = torch.searchsorted(sentences, sentences)
-        number = (
-            kept_so_far - kept_so_far[first] + is_kept[first]
-        )  # number within its sentence, from 1
+        # The hypotheses kept for a sentence are numbered from 1.
+        number = kept_so_far - kept_so_far[first] + is_kept[first]
         is_kept &= self.count[sentences] + number <= self.beam_size
         self.count = self.count.index_add(0, sentences, is_kept.long())
         steps = torch.full_like(rows, len(self._steps) - 1)
@@ -104,20 +108,22 @@ class FinishedHypotheses:
         self._ended.append(_Ended(*fields))
 
     def is_open(self) -> Tensor:
-        """Return (B,) bool: which sentences accept more hypotheses."""
+        """Return which sentences accept more hypotheses, (B,) bool."""
         return self.count < self.beam_size
 
     def collect(self, eos: int) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each sentence, best first; with equal scores, the earlier first.
+        """Return the hypotheses of each sentence, best first.
+
+        If scores are equal, the hypothesis that ended earlier comes first.
 
         Raises:
-            ValueError: if a sentence has none.
+            ValueError: if a sentence has no hypothesis.
         """
         if not bool(self.count.all()):
             raise ValueError(
-                f"sentence {int(self.count.argmin()) + 1} of the batch has no translation: no "
-                "token has a probability above 0. Either the model's output is not a number, or a "
-                "prefix or a restriction leaves no token."
+                f"sentence {int(self.count.argmin()) + 1} of the batch has no translation, because "
+                "no token has a probability above 0. Either the model's output is NaN, or a prefix "
+                "or a restriction leaves no token to choose from."
             )
         names = _Ended.__dataclass_fields__
         ended = _Ended(*(torch.cat([getattr(one, name) for one in self._ended]) for name in names))
@@ -141,18 +147,21 @@ class FinishedHypotheses:
         return found
 
     def _read_back(self, ended: _Ended, eos: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (N, T) tokens and log-probabilities, and (N, T, S) attention, up to each end."""
+        """Trace N hypotheses back; their values after the end mark are undefined.
+
+        Returns:
+            (N, T) tokens, (N, T) log-probabilities of the tokens, and (N, T, S) attention or None.
+        """
         longest = int(ended.steps.max()) + 1
         steps = self._steps[:longest]
-        rows = self._trace_rows(ended, steps)  # (N, T), in the rows of all steps
+        rows = self._trace_rows(ended, steps)
         number = torch.arange(len(rows), device=rows.device)
         tokens = torch.cat([step.tokens for step in steps])[rows]
         tokens = torch.cat([tokens[:, 1:], tokens.new_full((len(rows), 1), eos)], dim=1)
         tokens[number, ended.steps] = eos
         log_probs = torch.cat([step.log_probs for step in steps])[rows]
-        totals = torch.cat(
-            [log_probs, log_probs[:, :1]], dim=1
-        )  # totals after each number of tokens
+        # The log-probabilities of the first 0, 1, ... tokens.
+        totals = torch.cat([log_probs, log_probs[:, :1]], dim=1)
         totals[number, ended.steps + 1] = ended.log_probs
         attention = None
         if all(step.attention is not None for step in steps):
@@ -160,10 +169,10 @@ class FinishedHypotheses:
         return tokens, totals.diff(dim=1), attention
 
     def _trace_rows(self, ended: _Ended, steps: list[_Step]) -> Tensor:
-        """Return (N, T) int64, the row of each hypothesis at each step, counted over all steps.
+        """Return the row of each hypothesis at each step, (N, T) int64.
 
-        This runs on the host, because it follows one index after another. After its end, a
-        hypothesis has row 0.
+        Rows are numbered continuously over all steps. After the end of a hypothesis, its row is 0.
+        This runs on the host, because it follows one index after another.
         """
         parents = [step.parents.tolist() for step in steps]
         first = [0, *itertools.accumulate(map(len, parents))]

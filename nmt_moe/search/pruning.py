@@ -1,4 +1,4 @@
-"""GNMT's two kinds of pruning, both by a margin in nats below the best.
+"""GNMT's two kinds of pruning, both by a margin in nats below the best value.
 
 Source: Wu et al. 2016, section 7 ("beamsize").
 """
@@ -10,16 +10,17 @@ from torch import Tensor
 def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
     """Rule out tokens whose own log-probability is far below the best of the step.
 
-    The best is taken over all hypotheses of a sentence, so a hypothesis that is unsure how to
-    continue loses against one that is not; the best token itself always stays.
+    The best is taken over all hypotheses of a sentence, so a hypothesis whose probability is spread
+    over many tokens loses against one with a clear favourite. The best token always stays.
 
     Args:
-        log_probs: (B, W, V), for the next token; -inf = ruled out already.
-        alive: (B, W) bool, hypotheses whose own probability is not zero.
+        log_probs: (B, W, V), log-probabilities of the next token; -inf if it is already ruled out.
+        alive: (B, W) bool, True for a hypothesis whose own probability is not 0.
         margin: Largest difference from the sentence's best that is kept, in nats.
 
     Returns:
-        (B, W, V), with -inf for tokens more than `margin` below their sentence's best.
+        (B, W, V), the log-probabilities, with -inf for tokens that are more than `margin` below
+        the best of their sentence.
     """
     best_of_each = log_probs.amax(dim=2).masked_fill(~alive, -torch.inf)  # (B, W)
     lowest = best_of_each.amax(dim=1) - margin
@@ -27,21 +28,22 @@ def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
 
 
 def within_margin(scores: Tensor, best: Tensor | float, margin: float) -> Tensor:
-    """Return which normalised scores of finished hypotheses are close enough to the best."""
+    """Return which scores of finished hypotheses are at most `margin` below the best."""
     return scores >= best - margin
 
 
 def best_attainable(
     log_probability: Tensor, next_penalty: float, last_penalty: float | Tensor
 ) -> Tensor:
-    """Return an upper bound of the normalised scores of all continuations of given hypotheses.
+    """Return an upper bound for the scores of all continuations of the given hypotheses.
 
-    More tokens only lower the probability, coverage only lowers the score, and the length penalty
-    is monotonic, so it is extreme for the shortest or the longest hypothesis.
+    Additional tokens only lower the probability, and the coverage penalty only lowers the score.
+    The length penalty is monotonic, so its extremes are at the shortest and the longest hypothesis.
 
     Args:
-        log_probability: (N,) nats, at most 0.
+        log_probability: (N,), log-probabilities of the hypotheses, in nats, at most 0.
         next_penalty: Length penalty of the shortest hypothesis that is still possible.
-        last_penalty: Length penalty of the longest one, for all or for each.
+        last_penalty: Length penalty of the longest hypothesis that is possible, as one number or
+            one for each hypothesis.
     """
     return torch.maximum(log_probability / next_penalty, log_probability / last_penalty)

@@ -1,4 +1,4 @@
-"""Rule out tokens: lengths, prefixes, special symbols, unknown words, repetitions."""
+"""Restrict the tokens of a search by length, prefix, special symbols and repetitions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Restrictions:
-    """The tokens that a search may choose.
+    """The restrictions on the tokens that a search may choose.
 
     Attributes:
         eos: The end mark.
         pad: The padding symbol, which is never chosen.
-        max_lengths: (B,) int64, most tokens before the end mark, for each sentence's hypotheses.
-        min_length: Fewest tokens before the end mark. A prefix may end earlier.
-        prefixes: (B, P) int64, tokens with which each sentence's hypotheses begin; `pad` = free.
-            They override the other restrictions, up to the maximal length.
+        max_lengths: (B,) int64, the largest number of tokens before the end mark, for the
+            hypotheses of each sentence.
+        min_length: Smallest number of tokens before the end mark. A prefix may end earlier.
+        prefixes: (B, P) int64, the tokens that the hypotheses of each sentence must begin with;
+            `pad` where any token may follow. Prefixes override the other restrictions, except
+            the maximal length.
         suppressed: Tokens that are never chosen, such as other special symbols.
         unk: The symbol for unknown words.
-        unk_penalty: How much to lower the log-probability of `unk`, in nats; infinity = never
-            chosen.
-        no_repeat_ngram_size: Length of n-grams that no hypothesis may contain twice; 0 = off.
+        unk_penalty: Number of nats by which the log-probability of `unk` is lowered; infinity
+            means that it is never chosen.
+        no_repeat_ngram_size: Length of the n-grams that no hypothesis may contain twice; 0 for no
+            such restriction.
 
     Raises:
         ValueError: if `min_length` is above a maximal length.
@@ -51,11 +54,11 @@ class Restrictions:
         return int(self.max_lengths.min())
 
     def apply(self, log_probs: Tensor, tokens: Tensor, sentence: Tensor) -> Tensor:
-        """Rule tokens out.
+        """Set the log-probabilities of ruled-out tokens to -inf, in place.
 
         Args:
-            log_probs: (R, V) for the next token, changed in place; -inf = ruled out.
-            tokens: (R, T) int64, the tokens so far, including the start.
+            log_probs: (R, V), log-probabilities of the next token.
+            tokens: (R, T) int64, the tokens so far, including the start token.
             sentence: (R,) int64, the sentence of each row.
 
         Returns:
@@ -82,7 +85,10 @@ class Restrictions:
         return log_probs
 
     def _forced_tokens(self, length: int, sentence: Tensor) -> Tensor | None:
-        """Return the only token that each row may choose, (R,), -1 = any; None if all are free."""
+        """Return the only token that each row may choose, (R,), or -1 if it may choose any.
+
+        Return None if all rows may choose any token.
+        """
         forced = None
         if self.prefixes is not None and length < self.prefixes.shape[1]:
             forced = self.prefixes[sentence, length]
@@ -94,7 +100,7 @@ class Restrictions:
 
 
 def _rule_out_repeats(log_probs: Tensor, tokens: Tensor, size: int) -> None:
-    """Rule out tokens that would complete an n-gram that the (R, T) tokens already contain."""
+    """Rule out tokens that would complete an n-gram which `tokens`, (R, T), already contain."""
     if tokens.shape[1] < size:
         return
     ngrams = tokens.unfold(1, size, 1)  # (R, T - size + 1, size)

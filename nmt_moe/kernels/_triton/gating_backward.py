@@ -45,8 +45,8 @@ def _load_slope(
     weight = tl.load(grad_load + group_start + columns, columns < num_experts, other=0.0)
     slope = weight[None, :] * normal_density(z) / scale
     slope = tl.where(mask, slope, 0.0)
-    # Where the margin is infinite, the slope is 0. Replacing the margin by 0 keeps the product of the
-    # two from becoming NaN.
+    # Where the margin is infinite, the slope is 0. A margin of 0 keeps the product of the two from
+    # becoming NaN.
     return slope, tl.where(slope == 0, 0.0, z), inside
 
 
