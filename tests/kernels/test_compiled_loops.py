@@ -48,7 +48,7 @@ def test_a_library_built_from_other_sources_is_not_loaded(
 
 def test_without_a_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(SystemExit, match="There is no C.. compiler"):
+    with pytest.raises(SystemExit, match="No C.. compiler was found"):
         build.main()
 
 

@@ -63,7 +63,7 @@ def test_the_end_of_an_epoch_keeps_the_rate():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": [0.1, 0.2]}, r"`--lr` must be one rate .* \[0.1, 0.2\]"),
+        ({"lr": [0.1, 0.2]}, r"`--lr` must be a single rate .* \[0.1, 0.2\]"),
         ({"warmup_updates": -1}, "`--warmup-updates` must be at least 0, but is -1"),
         ({"hold_updates": -5}, "`--hold-updates` must be at least 0, but is -5"),
     ],
