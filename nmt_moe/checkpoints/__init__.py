@@ -1,4 +1,4 @@
-"""Read and write checkpoints in fairseq's format, and the expert files beside them."""
+"""Read and write checkpoints in fairseq's format, with the expert files beside them."""
 
 from nmt_moe.checkpoints.expert_files import (
     ByIndex,

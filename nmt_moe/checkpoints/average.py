@@ -11,38 +11,40 @@ from nmt_moe.checkpoints.reader import count_updates, load_checkpoint
 
 BY_EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
-# fairseq's names: the metric, its value with three digits, and a random digit to break ties.
+# fairseq's names contain the metric, its value with three digits, and a random digit to break ties.
 BY_SCORE = re.compile(r"checkpoint\.best_.+?_(-?\d+\.\d+)\.pt")
 
 
 def find_numbered(
     folder: Path, pattern: re.Pattern[str], count: int, upper_bound: int | None = None
 ) -> list[Path]:
-    """Find the `count` newest checkpoints whose names have a number, oldest first.
+    """Find the `count` newest checkpoints with numbered names, oldest first.
 
     Args:
         folder: Folder of the checkpoints.
         pattern: Pattern of the file names, `BY_EPOCH` or `BY_UPDATE`.
         count: Number of checkpoints to find.
-        upper_bound: Largest epoch or update to include.
+        upper_bound: Largest epoch or update to include; None for no bound.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: if the folder does not exist or has fewer such checkpoints.
     """
     found = _numbered(folder, pattern)
     return _take([p for n, p in found if upper_bound is None or n <= upper_bound], folder, count)
 
 
 def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[Path]:
-    """Find the `count` newest checkpoints of epochs and updates, by updates, oldest first.
+    """Find the `count` newest checkpoints, whether saved after epochs or updates, oldest first.
+
+    They are ordered by their numbers of updates.
 
     Args:
         folder: Folder of the checkpoints.
         count: Number of checkpoints to find.
-        upper_bound: The largest number of updates to include.
+        upper_bound: Largest number of updates to include; None for no bound.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: if the folder does not exist or has fewer such checkpoints.
     """
     by_updates = {count_updates(path): path for _, path in _numbered(folder, BY_EPOCH)}
     by_updates |= {int(updates): path for updates, path in _numbered(folder, BY_UPDATE)}
@@ -53,10 +55,10 @@ def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[
 def find_best(folder: Path, count: int) -> list[Path]:
     """Find the `count` best checkpoints that `--keep-best-checkpoints` kept, best last.
 
-    Their configuration says whether a larger metric is better.
+    The checkpoints' configuration says whether a larger metric is better.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: if the folder does not exist or has fewer such checkpoints.
     """
     found = [path for _, path in _numbered(folder, BY_SCORE)]
     if found and not _is_larger_better(found[0]):
@@ -71,7 +73,7 @@ def _is_larger_better(path: Path) -> bool:
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]]:
     if not folder.is_dir():
-        raise ValueError(f"`{folder}` does not exist: no such folder")
+        raise ValueError(f"`{folder}` does not exist or is not a folder")
     matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((float(match[1]), path) for match, path in matches if match)
 
@@ -79,13 +81,15 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]
 def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
     if len(found) < count:
         raise ValueError(
-            f"`{folder}` has {len(found)} checkpoints of that kind, but {count} were asked for"
+            f"`{folder}` has {len(found)} checkpoints of that kind, but {count} were requested"
         )
     return found[-count:]
 
 
 def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
-    """Average each parameter over the checkpoints, in float64; integers come from the last one.
+    """Average each parameter over the checkpoints in float64.
+
+    Integers cannot be averaged; they are those of the last checkpoint.
 
     Raises:
         ValueError: if two checkpoints differ in the names, shapes or dtypes of their parameters.
@@ -98,8 +102,7 @@ def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
         layout = layout or found
         if found != layout:
             raise ValueError(
-                f"{path}: its parameters have other names, shapes or dtypes than those of "
-                f"{paths[0]}"
+                f"`{path}` has parameters with other names, shapes or dtypes than `{paths[0]}`"
             )
         for name, value in parameters.items():
             if value.is_floating_point() and name in sums:
@@ -113,12 +116,18 @@ def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(paths: list[Path], output: Path, is_overwritten: bool = False) -> None:
-    """Write the averaged checkpoint; all else is the last one's, without the optimizer state.
+    """Write a checkpoint with averaged parameters.
 
-    It can translate, but training cannot resume from it.
+    Everything else is taken from the last checkpoint, except the optimizer state, which is left
+    out. The result can translate, but training cannot resume from it.
+
+    Args:
+        paths: The checkpoints to average.
+        output: The checkpoint to write.
+        is_overwritten: Whether to replace an output that exists.
 
     Raises:
-        ValueError: if a checkpoint cannot be read, they differ, or the output exists.
+        ValueError: if a checkpoint cannot be read, their parameters differ, or the output exists.
     """
     check_output(output, is_overwritten)
     averaged = average_parameters(paths)

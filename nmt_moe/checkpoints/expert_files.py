@@ -1,4 +1,4 @@
-"""Expert files beside a checkpoint: each holds a range of experts, and their optimizer state."""
+"""Read and write expert files, each of which holds a range of experts and their optimizer state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,8 @@ from nmt_moe.parallel import (
 )
 from nmt_moe.text.digests import compute_sha256
 
-# Weights from training in half precision: fairseq saves them as float32, expert files did not.
+# Dtypes of weights in half precision. fairseq saves these weights as float32, but earlier expert
+# files kept them in half precision.
 HALVES = {torch.float16, torch.bfloat16}
 PRECISIONS = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
@@ -43,22 +44,24 @@ ByIndex = dict[int, ByName]
 def save_experts(
     folder: Path, num_experts: int, model: ByName, optimizer: ByIndex, group: ExpertParallelGroup
 ) -> dict[str, Any] | None:
-    """Write this rank's experts for a checkpoint about to be saved, unless a lower rank does.
+    """Write this rank's experts for a checkpoint that is about to be saved.
 
-    All ranks must call this. No rank needs memory for the experts of others.
+    If a lower rank holds the same experts, only that rank writes them. All ranks must call this.
+    No rank needs memory for the experts of others.
 
     Args:
         folder: Folder of the checkpoint, the same for all ranks.
         num_experts: Number of experts, E.
-        model: (L, ...) parameters by name.
-        optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
-        group: The ranks that hold the other experts.
+        model: This rank's parameters of experts, (L, ...), by name.
+        optimizer: Their optimizer state, (L, ...), by the parameter's index in the optimizer and
+            the name of the value.
+        group: The ranks that share the experts.
 
     Returns:
         The checkpoint's manifest; None on ranks whose experts another rank writes.
 
     Raises:
-        FileNotFoundError: if the first rank does not find what another rank wrote.
+        FileNotFoundError: if the first rank cannot find a file that another rank wrote.
     """
     if not is_first_replica(group):
         return None
@@ -69,8 +72,8 @@ def save_experts(
     for writer, written in enumerate(entries):
         if group.rank == 0 and not (folder / written["name"]).is_file():
             raise FileNotFoundError(
-                f"process {writer} wrote `{written['name']}`, but process 0 does not find it in "
-                f"`{folder}`. The folder must be one that all machines share."
+                f"process {writer} wrote `{written['name']}`, but process 0 cannot find it in "
+                f"`{folder}`. Name a folder that all machines share."
             )
     return make_manifest(save_id, entries)
 
@@ -83,9 +86,10 @@ def write_expert_file(
     Args:
         folder: Folder of the checkpoint.
         save_id: Save id of the checkpoint.
-        owned: Global ids of the experts.
-        model: (L, ...) parameters by name.
-        optimizer: (L, ...) state by the parameter's index in the optimizer, and by name.
+        owned: Slice of the experts' global ids.
+        model: Parameters of these experts, (L, ...), by name.
+        optimizer: Their optimizer state, (L, ...), by the parameter's index in the optimizer and
+            the name of the value.
 
     Returns:
         The file's entry in the manifest.
@@ -104,17 +108,19 @@ def write_expert_file(
 def restore_experts(
     path: Path, state: dict[str, Any], owned: slice | None = None, with_optimizer: bool = True
 ) -> None:
-    """Add experts from their files to a checkpoint that was read.
+    """Add experts from their files to a checkpoint that has been read.
 
     Args:
-        path: Path of the checkpoint, whose folder has the files.
-        state: Contents of the checkpoint; unchanged if they include the experts already.
-        owned: Global ids of the experts to add; None for all. Other files are not read.
+        path: Path of the checkpoint, whose folder contains the files.
+        state: Contents of the checkpoint, which do not change if they already include the experts.
+        owned: Slice of the global ids of the experts to add; None for all. Files without any of
+            them are not read.
         with_optimizer: Whether to add the optimizer state of these experts too.
 
     Raises:
-        ValueError: naming a file that is missing, damaged, from another save, or does not match the
-            checkpoint; or the experts that are in no file or in several.
+        ValueError: if a file is missing, damaged, from another save, or does not match the
+            checkpoint, or if experts are in no file or in several. The message names the file or
+            the experts.
     """
     if state.get(MANIFEST) is None:
         return
@@ -135,7 +141,7 @@ def restore_experts(
 def _fill(
     target: dict[str, Any], parts: list[ByName], entries: Sequence[Mapping[str, Any]], owned: slice
 ) -> None:
-    """Copy the experts `owned` (global ids) from the values of several files to `target`."""
+    """Copy the experts with the global ids `owned` from the values of several files to `target`."""
     for name, first in parts[0].items():
         dtype = torch.float32 if first.dtype in HALVES else first.dtype
         target[name] = first.new_empty(owned.stop - owned.start, *first.shape[1:], dtype=dtype)
@@ -157,16 +163,17 @@ def read_expert_file(
         entry: The file's entry in the manifest.
 
     Returns:
-        What was passed to `write_expert_file`; tensors are mapped from the file, not yet in memory.
+        The contents that `write_expert_file` wrote. Tensors are mapped from the file and not yet in
+        memory.
 
     Raises:
-        ValueError: naming the file, if it is missing, damaged or from another save.
+        ValueError: if the file is missing, damaged or from another save. The message names it.
     """
     part = path.parent / entry["name"]
     experts = f"experts {entry['start']} to {entry['stop'] - 1} of `{path.name}`"
     way_out = "Copy it again from the training folder, or name another checkpoint."
     if not part.is_file():
-        raise ValueError(f"`{part}` is missing: it holds {experts}. {way_out}")
+        raise ValueError(f"`{part}` is missing. It holds {experts}. {way_out}")
     is_whole = part.stat().st_size == entry["bytes"] and compute_sha256(part) == entry["sha256"]
     try:
         content = read_file(part, is_header_only=True)
@@ -175,13 +182,13 @@ def read_expert_file(
     save_id = content.get("save_id") if isinstance(content, dict) else manifest["save_id"]
     if save_id != manifest["save_id"]:
         raise ValueError(
-            f"`{part}` is of another save ({shown(save_id)}) than `{path.name}` "
+            f"`{part}` comes from another save ({shown(save_id)}) than `{path.name}` "
             f"({manifest['save_id']}), so it cannot hold {experts}. {way_out}"
         )
     if not is_whole or content is None:
         raise ValueError(
-            f"`{part}` is damaged: its size or sha256 differs from the one in `{path.name}`. "
-            f"It holds {experts}. {way_out}"
+            f"`{part}` is damaged: its size or sha256 is not the one in `{path.name}`. It holds "
+            f"{experts}. {way_out}"
         )
     return content
 
@@ -195,14 +202,15 @@ def _check_content(
     """Check that the files hold the parameters and optimizer states that the checkpoint lacks.
 
     Raises:
-        ValueError: naming the file and what differs.
+        ValueError: if a file does not. The message names the file and the difference.
     """
     names = expert_names(path, state)
     optimizer = state.get("last_optimizer_state")
     states = optimizer.get("state") if isinstance(optimizer, dict) else {}
     if not isinstance(states, dict):
         raise ValueError(
-            f"`{path}` has the optimizer state {shown(states)}, which is not a table. {COPY_AGAIN}"
+            f"`{path}` has the optimizer state {shown(states)}, which is not a dictionary. "
+            f"{COPY_AGAIN}"
         )
     dtypes = {value.dtype for value in state["model"].values()}
     dtypes |= HALVES if _is_in_half_precision(state) else set()
@@ -211,13 +219,16 @@ def _check_content(
             _check_part(part, entry, parts[0], names)
             for name, value in part["model"].items():
                 if name in state["model"]:
-                    raise ValueError(f"it has {shown(name)}, which the checkpoint has itself")
+                    raise ValueError(f"it has {shown(name)}, which is also in the checkpoint")
                 if value.dtype not in dtypes:
                     raise ValueError(f"{shown(name)} is {value.dtype}, unlike all other parameters")
             for index, values in part["optimizer"].items():
                 repeated = values.keys() & (states.get(index) or {}).keys()
                 if repeated:
-                    raise ValueError(f"it repeats state {shown(repeated)} of parameter {index}")
+                    raise ValueError(
+                        f"it has the state {shown(repeated)} of parameter {index}, which is also "
+                        "in the checkpoint"
+                    )
         except ValueError as error:
             raise ValueError(
                 f"`{path.parent / entry['name']}` does not hold the experts missing from "
@@ -268,7 +279,7 @@ def _check_tensors(values: Any, count: int) -> None:
             raise ValueError(f"{shown(name)} is not a tensor")
         if len(value) != count or value.numel() == 0:
             raise ValueError(
-                f"{shown(name)} has the shape {tuple(value.shape)}, which does not fit {count} "
+                f"{shown(name)} has the shape {tuple(value.shape)}, which does not match {count} "
                 "experts"
             )
 
@@ -306,9 +317,9 @@ def remove_unused_files(folder: Path) -> None:
 
 
 def _files_used_by(path: Path, names: set[str]) -> set[str]:
-    """Return to which of the files `names` a checkpoint refers.
+    """Return which of the files `names` a checkpoint refers to.
 
-    In a damaged checkpoint, the names are searched for in its bytes; if it cannot be opened, all
+    If the checkpoint is damaged, its bytes are searched for the names. If it cannot be opened, all
     names are returned.
     """
     try:

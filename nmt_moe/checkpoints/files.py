@@ -1,4 +1,4 @@
-"""Read and write files in torch's format; nothing is executed, and everything is checked."""
+"""Read and write files in torch's format, checking everything and executing nothing."""
 
 import argparse
 import os
@@ -14,21 +14,22 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# Largest description of a file's tensors, which takes about 200 bytes each.
+# Largest size of the description of a file's tensors, which takes about 200 bytes for each tensor.
 MAX_PICKLE_BYTES = 64 * 2**20
-# Most values in nested containers, counting each tensor as one.
+# Largest number of values in nested containers, where each tensor counts as one, and largest depth.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
 
-# A disk that is briefly full, or a brief network outage, should not end training.
+# Number of attempts to write a file during training, which should not end because of a disk that is
+# briefly full or a brief network outage.
 ATTEMPTS = 3
 PAUSE = 2.5  # seconds between two attempts
 
-COPY_AGAIN = "Copy it again, or name another checkpoint of its folder."
+COPY_AGAIN = "Copy it again, or name another checkpoint in its folder."
 
 
 def shown(value: Any) -> str:
-    """Return a value from a file as one short printable line."""
+    """Return one short printable line that shows a value from a file."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -36,24 +37,25 @@ def shown(value: Any) -> str:
 def read_file(path: Path, is_header_only: bool = False) -> Any:
     """Read a file that `torch.save` wrote.
 
-    Before anything is allocated, sizes are compared with the file's and every part with its CRC.
+    Before anything is allocated, the sizes of the file's parts are compared with its own size, and
+    every part is compared with its CRC.
 
     Args:
         path: Path of the file.
-        is_header_only: Whether to map tensors from the file and check neither CRCs nor values, for
-            callers that need only the rest.
+        is_header_only: Whether to map tensors from the file and skip the CRCs, for callers that do
+            not need the tensors' values.
 
     Returns:
-        What was saved; tensors are on the CPU.
+        The saved value, with tensors on the CPU.
 
     Raises:
-        ValueError: naming the file, if it is missing or damaged, or holds an object that could run
-            code, or tensors of an unusual kind.
+        ValueError: if the file is missing or damaged, or if it holds an object that could run code
+            or a tensor of an unusual kind. The message names the file.
     """
     if not path.is_file():
-        raise ValueError(f"`{path}` does not exist: no such file")
+        raise ValueError(f"`{path}` does not exist or is not a file")
     try:
-        # Keep the file open from check to load, because another file may take its name meanwhile.
+        # Keep the file open from check to load, because another file might take its name.
         with path.open("rb") as file:
             is_archive = _check_archive(file, with_digests=not is_header_only)
             file.seek(0)
@@ -65,20 +67,23 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
         _check_values(content)
     except Exception as error:  # a hostile pickle may raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # from the file system; it names the file already
+            raise  # an error of the file system, which already names the file
         raise ValueError(_describe(path, error)) from None
     return content
 
 
 def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
-    """Check the sizes and CRCs of a zip file's parts; return False if it is not a zip file.
+    """Check the sizes and CRCs of a zip file's parts.
 
-    torch itself checks no CRC and would silently load damaged weights.
+    torch itself does not check CRCs and would silently load damaged weights.
+
+    Returns:
+        Whether the file is a zip file.
 
     Raises:
-        ValueError: naming the part.
+        ValueError: if a part is damaged. The message names it or the fault.
     """
-    if not zipfile.is_zipfile(file):  # files before torch 1.6 have no CRCs
+    if not zipfile.is_zipfile(file):  # files written before torch 1.6 have no CRCs
         return False
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
@@ -86,12 +91,15 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise ValueError("it is compressed, which torch never does")
         if sum(part.file_size for part in parts) > size:
-            raise ValueError("its parts claim more bytes than it has")
+            raise ValueError("its parts are together larger than the file")
         if len({part.filename for part in parts}) < len(parts):
             raise ValueError("two of its parts have the same name")
         for part in parts:
             if part.filename.endswith("/data.pkl") and part.file_size > MAX_PICKLE_BYTES:
-                raise ValueError(f"its part {shown(part.filename)} has {part.file_size} bytes")
+                raise ValueError(
+                    f"its part {shown(part.filename)} has {part.file_size} bytes, more than the "
+                    f"{MAX_PICKLE_BYTES} allowed"
+                )
         damaged = archive.testzip() if with_digests else None
     if damaged is not None:
         raise ValueError(f"its part {shown(damaged)} is damaged")
@@ -99,10 +107,10 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
 
 
 def _check_values(content: Any) -> None:
-    """Reject containers that expand without end, and tensors larger than their storage."""
+    """Reject containers with too many or too deeply nested values, and malformed tensors."""
     for count, (value, depth) in enumerate(_walk(content)):
         if count >= MAX_VALUES or depth > MAX_DEPTH:
-            raise ValueError("its containers are nested too deeply or hold too many values")
+            raise ValueError("its containers are nested too deeply or have too many values")
         if isinstance(value, Tensor):
             _check_tensor(value)
 
@@ -126,7 +134,7 @@ def _check_tensor(value: Tensor) -> None:
     if not is_plain or value.device.type != "cpu":
         raise ValueError("it holds a tensor that is sparse, quantized, nested or without values")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"a tensor {tuple(value.shape)} has fewer values than its shape")
+        raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values for it")
 
 
 def check_finite_values(path: Path, tensors: Any, name: str) -> None:
@@ -135,10 +143,10 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
     Args:
         path: File that the values come from.
         tensors: A tensor, or containers of tensors and other values.
-        name: Name of these values in errors.
+        name: Name of these values in error messages.
 
     Raises:
-        ValueError: naming the file and the tensor.
+        ValueError: if a value is not finite. The message names the file and the tensor.
     """
     if isinstance(tensors, Mapping):
         for key, value in tensors.items():
@@ -155,32 +163,35 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
 
 
 def _describe(path: Path, error: Exception) -> str:
-    """Return why a file could not be read, and what to do, without torch's advice to trust it."""
+    """Return a message that says why a file could not be read, and what to do.
+
+    It leaves out torch's advice to trust the file.
+    """
     text = str(error)
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text)
     if found:
         return (
             f"the checkpoint `{path}` holds a Python object of type {shown(found[1])}, which is "
-            "not loaded, because unpickling it could run code. This plugin's checkpoints hold no "
-            "such object: use another file, or save it again without that object."
+            "not loaded, because unpickling it could run code. This project's checkpoints hold no "
+            "such objects. Use another file, or save it again without that object."
         )
     reason = (
         text.rpartition("WeightsUnpickler error: ")[2].strip() or "without a reason"
     ).splitlines()[0]
-    if "weights_only" in reason:  # torch's advice to switch its safe loader off
+    if "weights_only" in reason:  # torch's advice to turn its safe loader off
         reason = "another kind of archive"
     cause = f"{type(error).__name__}: {shown(reason)[1:-1]}"
     return (
-        f"`{path}` ({path.stat().st_size} bytes) is not a complete fairseq checkpoint: it is "
+        f"`{path}` ({path.stat().st_size} bytes) is not a complete fairseq checkpoint. It is "
         f"truncated, corrupted or another kind of file ({cause}). {COPY_AGAIN}"
     )
 
 
 @contextmanager
 def _allowing_settings() -> Iterator[None]:
-    """Let torch's safe loader accept argparse.Namespace, and nothing else.
+    """Let torch's safe loader accept argparse.Namespace, and no other additional class.
 
-    It holds the settings of models without a dataclass, and is plain data.
+    A Namespace contains the settings of a model without a dataclass. It is plain data.
     """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -195,7 +206,7 @@ def check_output(path: Path, is_overwritten: bool) -> None:
     """Reject an output that exists, unless it may be overwritten.
 
     Raises:
-        ValueError: naming it.
+        ValueError: if the output is rejected. The message names it.
     """
     if os.path.lexists(path) and not is_overwritten:
         raise ValueError(f"`{path}` exists. Name another output, or add `--overwrite`.")
@@ -207,18 +218,19 @@ def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
     Args:
         path: Path of the file.
         content: Values to save.
-        attempts: Number of attempts, `PAUSE` apart; each attempt starts with an empty file.
+        attempts: Number of attempts, which are `PAUSE` seconds apart and each start with an empty
+            file.
 
     Raises:
-        OSError: naming the file and the reason, for example a full disk; an existing file of that
-            name is untouched.
+        OSError: if the file cannot be written. The message names the file and the reason, such as a
+            full disk. An existing file of that name does not change.
     """
     for attempt in range(1, attempts + 1):
         try:
             with _replacing(path) as file:
                 torch.save(content, file)
             return
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
             if attempt == attempts:
                 size = sum(value.nbytes for value, _ in _walk(content) if isinstance(value, Tensor))
                 raise _failed_write(path, error, size) from error
@@ -229,7 +241,8 @@ def copy_whole(source: Path, path: Path) -> None:
     """Copy a file, completely or not at all.
 
     Raises:
-        OSError: naming the file and the reason; an existing file of that name is untouched.
+        OSError: if the file cannot be copied. The message names the file and the reason. An
+            existing file of that name does not change.
     """
     with source.open("rb") as old:
         try:
@@ -241,29 +254,32 @@ def copy_whole(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that is renamed to `path` once it is written to disk."""
+    """Open a temporary file, which is renamed to `path` after it has been written to disk."""
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with create_exclusively(unfinished) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the name must not reach the disk before the contents
+            os.fsync(file.fileno())  # the new name must not reach the disk before the contents do
         os.replace(unfinished, path)
     except (OSError, RuntimeError):
-        with suppress(OSError):  # for example if the folder is not writable
+        with suppress(OSError):  # raised, for example, if the folder is not writable
             unfinished.unlink(missing_ok=True)
         raise
 
 
 def create_exclusively(path: Path) -> BinaryIO:
-    """Open a new file for writing; remove any file of that name, and follow no link."""
+    """Open a new file for writing, replacing any file of that name and following no link."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
-    """Return an error for a failed write; torch hides the system's error behind its own."""
+    """Return an error for a failed write.
+
+    It gives the system's reason, which torch hides behind an error of its own.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -274,6 +290,6 @@ def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
         free = "its folder cannot be opened"
     return OSError(
         f"cannot write `{path}`: {reason.splitlines()[0]}. It needs {size / 1e6:.1f} MB, and "
-        f"{free}. All files written before are complete. Make room, or name another folder, and "
-        "run the same command again: training resumes from the last checkpoint."
+        f"{free}. All files written before are complete. Make room or name another folder, and "
+        "run the same command again. Training then resumes from the last checkpoint."
     )

@@ -1,14 +1,15 @@
 """The manifest of a checkpoint whose experts are in files beside it.
 
-A checkpoint `checkpoint_last.pt` without its experts has a manifest, under the key `expert_files`:
+If a checkpoint does not contain its experts, it has a manifest under the key `expert_files`:
 
     {"save_id": "1f0c...", "num_experts": 8, "files": [
         {"name": "experts-1f0c...-0-4.pt", "save_id": "1f0c...", "start": 0, "stop": 4,
          "bytes": 81920, "sha256": "..."},
         {"name": "experts-1f0c...-4-8.pt", "start": 4, "stop": 8, ...}]}
 
-Names are never reused, and the checkpoint is written last. Copies of it therefore share the files,
-and the previous checkpoint keeps all its files until the new one is complete.
+The names of expert files are never reused, and the checkpoint is written after them. Copies of a
+checkpoint therefore share the same expert files, and the previous checkpoint keeps all its expert
+files until the new one is complete.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from typing import Any
 from nmt_moe.checkpoints.files import COPY_AGAIN, shown
 
 MANIFEST = "expert_files"
-# Key of a checkpoint's extra state: names of experts by their index in the optimizer state.
+# Key in a checkpoint's extra state of the names of experts' parameters, by their index in the
+# optimizer state.
 EXPERT_NAMES = "expert_places"
 PREFIX = "experts-"
 SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")
@@ -30,17 +32,17 @@ MAX_EXPERTS = 2**20
 
 
 def new_save_id() -> str:
-    """Return a random id for one save, without using torch's generator, which training needs."""
+    """Return a random id for one save, without changing the state of torch's generator."""
     return secrets.token_hex(8)
 
 
 def expert_file_name(save_id: str, owned: slice) -> str:
-    """Return the name of the file with experts `owned` (global ids) of a save."""
+    """Return the name of a save's file for the experts with the global ids `owned`."""
     return f"{PREFIX}{save_id}-{owned.start}-{owned.stop}.pt"
 
 
 def make_manifest(save_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Combine what the writers of all files returned."""
+    """Combine the entries that `write_expert_file` returned for all files into a manifest."""
     files = sorted(entries, key=lambda entry: entry["start"])
     return {"save_id": save_id, "num_experts": files[-1]["stop"], "files": files}
 
@@ -53,7 +55,7 @@ def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
         state: Contents of the checkpoint, with a manifest.
 
     Raises:
-        ValueError: naming the checkpoint and what is wrong.
+        ValueError: if the manifest is rejected. The message names the checkpoint and the fault.
     """
     manifest = state[MANIFEST]
     try:
@@ -74,12 +76,12 @@ def _check_fields(manifest: Any) -> None:
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
         raise ValueError(f"has a manifest of {shown(num_experts)} experts")
     if len(manifest["files"]) > num_experts:
-        raise ValueError(f"has more expert files than its {num_experts} experts")
+        raise ValueError(f"has more expert files than experts, of which it has {num_experts}")
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or not all(
             _is_count(entry.get(key)) for key in ("start", "stop", "bytes")
         ):
-            raise ValueError(f"has a malformed expert file in its manifest: {shown(entry)}")
+            raise ValueError(f"has a malformed entry in its manifest of experts: {shown(entry)}")
         owned = slice(entry["start"], entry["stop"])
         if entry.get("name") != expert_file_name(save_id, owned) or owned.start >= owned.stop:
             raise ValueError(f"has an expert file with the name {shown(entry.get('name'))}")
@@ -123,11 +125,16 @@ def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
 def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
     """Return the names of experts' parameters by their index in the optimizer state.
 
+    Args:
+        path: Path of the checkpoint, for error messages.
+        state: Contents of the checkpoint.
+
     Returns:
-        The names; {} if the checkpoint does not say: it has no experts or is from an older version.
+        The names. They are empty if the checkpoint has no experts or is from an older version,
+        which did not store them.
 
     Raises:
-        ValueError: naming the checkpoint, if the entry is malformed.
+        ValueError: if the names are malformed. The message names the checkpoint.
     """
     extra = state.get("extra_state")
     names = extra.get(EXPERT_NAMES) if isinstance(extra, dict) else None
@@ -136,5 +143,5 @@ def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
     if not isinstance(names, dict) or not all(
         _is_count(index) and isinstance(name, str) for index, name in names.items()
     ):
-        raise ValueError(f"`{path}` names its experts as {shown(names)}. {COPY_AGAIN}")
+        raise ValueError(f"`{path}` has malformed names of experts: {shown(names)}. {COPY_AGAIN}")
     return names

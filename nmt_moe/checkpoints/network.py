@@ -1,4 +1,4 @@
-"""The networks that nmt_moe's checkpoints hold: kind, sizes, parameters."""
+"""Read which network a checkpoint holds: its kind, its configuration and its parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 
 Config = TypeVar("Config")
 
-# Options of version 0.1.0 and their present names.
+# Names of options in version 0.1.0, and their present names.
 EARLY_NAMES = {
     "moe_top_k": "top_k",
     "expert_hidden_dim": "hidden_dim",
@@ -27,20 +27,20 @@ EARLY_NAMES = {
     "load_loss_weight": "load_weight",
 }
 
-# Options that earlier checkpoints lack.
+# Options that earlier checkpoints do not have.
 LATER_NAMES = {"decoder_num_experts"}
 
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """A network as a checkpoint describes it.
+    """A network that a checkpoint describes.
 
     Attributes:
         architecture: Name of the architecture in fairseq, such as `lstm_moe_gnmt_small`.
-        config: Sizes of the network: `GNMTConfig` for a translation model, `LSTMLMConfig` for a
-            language model.
+        config: Configuration of the network: a `GNMTConfig` for a translation model, an
+            `LSTMLMConfig` for a language model.
         parameters: Parameters by their names in `nmt_moe.nn`, prefixed with `encoder.` or
-            `decoder.`, without the wrapper's `network.`.
+            `decoder.`.
     """
 
     architecture: str
@@ -52,11 +52,12 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     """Read a checkpoint's description of its network.
 
     Args:
-        path: Path of the checkpoint, for errors.
+        path: Path of the checkpoint, for error messages.
         state: Contents of the checkpoint, with all experts.
 
     Raises:
-        ValueError: if it holds another kind of model, or a configuration that cannot be built.
+        ValueError: if the checkpoint holds another kind of model, or a configuration from which no
+            network can be built.
     """
     cfg = state.get("cfg")
     options = _as_dict(cfg.get("model")) if isinstance(cfg, Mapping) else {}
@@ -75,15 +76,17 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     needed = {field.name for field in fields(kind)} - {"moe", *LATER_NAMES}
     if not isinstance(architecture, str) or not needed <= options.keys():
         raise ValueError(
-            f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe's. Name "
-            "a checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or one of "
+            f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe. Name a "
+            "checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or one of "
             "their variants."
         )
     try:
         moe = None if options.get("dense") else _pick(MoEConfig, options)
         config = _pick(kind, options, moe=moe)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{path}` has a configuration that cannot be built: {error}") from error
+        raise ValueError(
+            f"`{path}` has a configuration from which no network can be built: {error}"
+        ) from error
     return SavedNetwork(architecture, config, parameters)
 
 

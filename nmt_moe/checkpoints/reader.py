@@ -1,4 +1,4 @@
-"""The one reader of checkpoints."""
+"""Read checkpoints. No other module of the project does so."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from nmt_moe.checkpoints.manifest import MANIFEST, check_manifest
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint, without the expert files beside it.
 
-    Nothing in it is executed. Sizes are bounded by the file's, CRCs are compared, parameters must
-    be plain and finite, and a manifest must be complete.
+    Nothing in the file is executed. Values cannot be larger than the file, CRCs are compared,
+    parameters must be plain tensors with finite values, and a manifest must be complete.
 
     Raises:
-        ValueError: if the file is missing, damaged, or not a checkpoint of fairseq.
+        ValueError: if the file is missing or damaged, or is not a checkpoint of fairseq.
     """
     state = read_file(path)
     model = state.get("model") if isinstance(state, dict) else None
@@ -25,9 +25,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` has no `model`, so it is not a checkpoint of fairseq")
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"`{path}` has {shown(name)} as a parameter. {COPY_AGAIN}")
+            raise ValueError(
+                f"`{path}` has a parameter {shown(name)} that is not a named tensor. {COPY_AGAIN}"
+            )
     if not isinstance(state.get("last_optimizer_state"), dict | None):
-        raise ValueError(f"`{path}` has an optimizer state that is not a table. {COPY_AGAIN}")
+        raise ValueError(f"`{path}` has an optimizer state that is not a dictionary. {COPY_AGAIN}")
     check_finite_values(path, model, "model")
     check_finite_values(path, state.get("last_optimizer_state"), "last_optimizer_state")
     if state.get(MANIFEST) is not None:
@@ -39,11 +41,11 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
     """Read and check a checkpoint with all its experts.
 
     Args:
-        path: The checkpoint; expert files are read from its folder.
-        with_optimizer: Whether to read the optimizer state of experts in files too.
+        path: Path of the checkpoint; expert files are read from its folder.
+        with_optimizer: Whether to read the optimizer state from expert files too.
 
     Raises:
-        ValueError: naming the file that is missing, damaged or does not match.
+        ValueError: if a file is missing, damaged or does not match. The message names it.
     """
     state = read_checkpoint(path)
     restore_experts(path, state, with_optimizer=with_optimizer)
@@ -51,13 +53,15 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
 
 
 def count_updates(path: Path) -> int:
-    """Return from a checkpoint's header how many updates it has had.
+    """Return the number of updates after which a checkpoint was saved, read from its header.
 
     Raises:
-        ValueError: if the file cannot be read or does not say.
+        ValueError: if the file cannot be read or does not contain the number.
     """
     state = read_file(path, is_header_only=True)
     try:
         return int(state["optimizer_history"][-1]["num_updates"])
     except (LookupError, TypeError, ValueError):
-        raise ValueError(f"`{path}` does not say how many updates it has had.") from None
+        raise ValueError(
+            f"`{path}` does not say after how many updates it was saved. {COPY_AGAIN}"
+        ) from None

@@ -13,6 +13,11 @@ from nmt_moe.checks import check_divisor
 def merge(path: Path, output: Path, is_overwritten: bool = False) -> None:
     """Write a checkpoint, with its experts and their optimizer state, as one file.
 
+    Args:
+        path: The checkpoint to read, with expert files beside it.
+        output: The file to write.
+        is_overwritten: Whether to replace an output that exists.
+
     Raises:
         ValueError: if the checkpoint is incomplete, or the output exists.
     """
@@ -22,6 +27,12 @@ def merge(path: Path, output: Path, is_overwritten: bool = False) -> None:
 
 def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False) -> None:
     """Write a checkpoint with its experts in `num_files` files beside it.
+
+    Args:
+        path: The checkpoint to read.
+        output: The checkpoint to write; the expert files are written to its folder.
+        num_files: Number of expert files, a divisor of the number of experts.
+        is_overwritten: Whether to replace an output that exists.
 
     Raises:
         ValueError: if the checkpoint is incomplete or has no experts, `num_files` does not divide
@@ -34,29 +45,29 @@ def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False
 
 
 def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
-    """Write a checkpoint that includes its experts as one with expert files.
+    """Write the contents of a complete checkpoint as a checkpoint with expert files.
 
     Args:
-        state: Contents of the checkpoint; changed.
-        path: The checkpoint to write; the files are written to its folder.
-        num_files: Number of files, a divisor of the number of experts.
+        state: Contents of the checkpoint, with all experts; changed in place.
+        path: The checkpoint to write; the expert files are written to its folder.
+        num_files: Number of expert files, a divisor of the number of experts.
 
     Raises:
-        ValueError: if it does not say which of its parameters are experts, or `num_files` does not
-            divide their number.
+        ValueError: if the checkpoint does not say which of its parameters are experts, its layers
+            differ in their number of experts, or `num_files` does not divide this number.
     """
     names = expert_names(path, state)
     if not names:
         raise ValueError(
-            "the checkpoint does not say which of its parameters are experts: it has none, or was "
-            "trained with --fp16's flat gradients or an older version. Train it for one more "
-            "update."
+            "the checkpoint does not say which of its parameters are experts. Either it has none, "
+            "or it was trained with the flat gradients of --fp16 or with an older version. In the "
+            "latter cases, train it for one more update, with --fp16-no-flatten-grads if needed."
         )
     counts = {len(state["model"][name]) for name in names.values()}
     if len(counts) > 1:
         raise ValueError(
             f"the checkpoint has layers of {min(counts)} and {max(counts)} experts, which cannot "
-            "share files. Use it as it is, in one file."
+            "be split into the same files. Keep it in one file."
         )
     num_experts = counts.pop()
     check_divisor("--files", num_files, "`num_experts`", num_experts)

@@ -1,4 +1,4 @@
-"""Add the balance of the MoE layers to the loss and the log of a criterion."""
+"""Add the balance losses of MoE layers to a criterion's loss, and their balance to its log."""
 
 import functools
 from typing import Any, Dict, List
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmt_moe.moe import MoEStats, balance_metrics, gate_entropy, gate_margin
 
-# Sums over the tokens of an update, across its batches and ranks.
+# Statistics that are summed over the tokens of an update, across its batches and ranks.
 STATS = ("importance", "load", "tokens_per_expert")
 GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 
@@ -17,7 +17,8 @@ GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 def moe_stats(extra: Any) -> Dict[str, MoEStats]:
     """Return the statistics of all MoE layers from a model's second output.
 
-    fairseq's models may return anything there: None, a tensor, a dictionary without statistics.
+    Models of fairseq may return anything there, such as None, a tensor, or a dictionary without
+    statistics.
     """
     return extra.get("moe_stats", {}) if isinstance(extra, dict) else {}
 
@@ -32,13 +33,14 @@ def add_balance(
     """Log the balance of a batch, and in training add the balance losses of all MoE layers.
 
     The trainer divides the summed loss by the summed sample size of all accumulated batches and
-    ranks. Each batch's balance loss is therefore multiplied by the batch's sample size; the result
-    is the mean balance loss, whatever the batch size, `--update-freq` or number of ranks.
+    ranks. The balance loss of each batch is therefore multiplied by the batch's sample size. The
+    result is the mean balance loss, whatever the batch size, `--update-freq` and number of ranks
+    are.
 
     Args:
         loss: The summed loss of the batch.
-        sample_size: Sample size of the batch; the trainer divides the loss by the sum of these.
-        extra: The model's second output; its `moe_stats` hold each layer's statistics.
+        sample_size: Sample size of the batch.
+        extra: The model's second output, whose `moe_stats` are the statistics of each layer.
         logging_output: The log of the batch, to which columns are added.
         is_training: Whether the model is in training mode.
 
@@ -61,13 +63,14 @@ def add_balance(
 
 
 def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
-    """Stop at a loss that is NaN, before it reaches the parameters.
+    """Stop training if the loss is NaN, before this changes the parameters.
 
-    On a GPU, MoE layers leave it to this check to find tokens that are not finite, which make the
-    loss NaN: the host reads the loss anyway, so nothing waits.
+    On a GPU, MoE layers do not check whether tokens are finite. Tokens that are not make the loss
+    NaN, which this check finds. The host reads the loss anyway, so the check adds no waiting.
 
     Raises:
-        FloatingPointError: naming the first MoE layer with such tokens, or else the sentences.
+        FloatingPointError: if the loss is NaN. The message names the first MoE layer with tokens
+            that are not finite or, if there is none, the sentences of the batch.
     """
     if torch.isnan(loss.detach()).any():
         for stats in moe_stats(extra).values():
@@ -75,16 +78,17 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
         sentences = sample["id"].tolist()
         raise FloatingPointError(
             f"The loss is NaN in the batch of sentences {sentences[:8]}"
-            f"{'...' if len(sentences) > 8 else ''}. Checkpoints already written are unaffected: "
-            "resume from the last one with a lower `--lr`, a lower `--clip-norm`, or in fp32."
+            f"{'...' if len(sentences) > 8 else ''}. Checkpoints already written are unaffected. "
+            "Resume from the last one with a lower `--lr`, a lower `--clip-norm`, or in fp32."
         )
 
 
 def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log the columns of Table 6 and the gates' statistics, from the outputs of batches and ranks.
+    """Log the columns of Table 6 and the gates' statistics, from the logs of all batches and ranks.
 
-    In training they are means over updates, whose balance the losses improve. In evaluation they
-    are computed over all tokens together: a mean over batches would grow as batches get smaller.
+    In training, the columns are means over updates, because the losses improve the balance of each
+    update. In evaluation, they are computed over all tokens together, because a mean over batches
+    would grow as batches get smaller.
     """
     sample_size = sum(log["sample_size"] for log in logging_outputs)
     is_training = "balance_loss" in logging_outputs[0]
@@ -111,7 +115,7 @@ def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
 
 
 def balance_columns(layers: List[str], sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Compute every layer's columns from sums, and the means over layers, `moe_cv_load` etc."""
+    """Compute the columns of every layer from sums, and their means over layers (`moe_cv_load`)."""
     rows = {layer: layer_metrics(layer, sums) for layer in layers}
     columns = {f"{layer}_moe_{key}": row[key] for layer, row in rows.items() for key in row}
     for key in rows[layers[0]]:
@@ -120,11 +124,12 @@ def balance_columns(layers: List[str], sums: Dict[str, Tensor]) -> Dict[str, Ten
 
 
 def layer_metrics(layer: str, sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Compute a layer's columns from sums over all tokens of an update or of an evaluation.
+    """Compute the columns of one layer from sums over all tokens of an update or an evaluation.
 
     Returns:
-        The columns of `balance_metrics`; the mean `gate_entropy` (nats) and `gate_margin` of a
-        token; the mean `rows_per_expert`; and the number of `idle_experts`, which had no row.
+        The columns of `balance_metrics`; `gate_entropy` (in nats) and `gate_margin`, means over
+        tokens; `rows_per_expert`, the mean over experts; and `idle_experts`, the number of experts
+        without rows.
     """
     importance, load, rows, *gate_sums = (
         sums[f"{layer}_moe_{key}"] for key in (*STATS, *GATE_STATS)
@@ -139,6 +144,6 @@ def layer_metrics(layer: str, sums: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def _column_of_all(column: str, layers: List[str], names: List[str], meters: Any) -> float:
-    """Compute one column from the logged sums."""
+    """Compute one column from sums over all batches."""
     sums = {name: torch.as_tensor(meters[f"_{name}"].sum) for name in names}
     return round(balance_columns(layers, sums)[column].item(), 3)

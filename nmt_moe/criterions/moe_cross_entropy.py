@@ -1,4 +1,4 @@
-"""`--criterion moe_cross_entropy`, for language models."""
+"""The criterion for language models, `--criterion moe_cross_entropy`."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,34 +23,34 @@ class MoECrossEntropyConfig(FairseqDataclass):
     sampled_softmax: int = field(
         default=0,
         metadata={
-            "help": "in training, estimate the softmax from this many samples of the vocabulary, "
-            "drawn once for each batch; 0: compute it in full, as evaluation always does"
+            "help": "number of vocabulary samples, drawn once for each batch, from which training "
+            "estimates the softmax; 0: compute it in full, as evaluation always does"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
 def _check_plain_softmax(model: nn.Module) -> None:
-    """Reject a model whose output is not logits.
+    """Reject a model whose outputs are not logits.
 
     Raises:
-        ValueError: naming the options.
+        ValueError: if the model has an adaptive softmax. The message names the options.
     """
     if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
         raise ValueError(
             "`--criterion` must be adaptive_loss with `--adaptive-softmax-cutoff`, but is "
-            "moe_cross_entropy, which needs the logits of all symbols. Use that criterion, or "
-            "leave the cut-offs out."
+            "moe_cross_entropy, which needs the logits of all symbols. Use adaptive_loss, or omit "
+            "--adaptive-softmax-cutoff."
         )
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
 class MoECrossEntropy(FairseqCriterion):
-    """Cross-entropy of all tokens, including end marks, plus the balance losses.
+    """The cross-entropy of all tokens, including end marks, plus the balance losses.
 
-    With --sampled-softmax N, the training log's `nll_loss` and `ppl` are estimates too, too low on
-    average; the additional column `sampled_softmax` = N says so. In validation they are exact, and
-    the column is absent.
+    With --sampled-softmax N, `nll_loss` and `ppl` in the training log are estimates as well, and
+    are too low on average. An additional column, `sampled_softmax` = N, shows this. In validation,
+    they are exact, and the column is absent.
     """
 
     adds_balance_losses = True
@@ -59,9 +59,9 @@ class MoECrossEntropy(FairseqCriterion):
         super().__init__(task)
         self.sentence_avg, self.num_draws = sentence_avg, sampled_softmax
         dictionary = task.target_dictionary
-        # fairseq's dictionaries are sorted by falling frequency after the special symbols. The last
-        # two of these, end mark and unknown word, are frequent; the first two, begin mark and
-        # padding, are never targets, so they rank as the rarest.
+        # After the special symbols, fairseq's dictionaries are sorted by decreasing frequency. The
+        # last two special symbols, end mark and unknown word, are frequent. The first two, start
+        # mark and padding, are never targets, so they are treated as the rarest symbols.
         self.first_class = dictionary.eos()
         if not 0 <= sampled_softmax <= len(dictionary):
             raise ValueError(
@@ -86,7 +86,7 @@ class MoECrossEntropy(FairseqCriterion):
             "sample_size": sample_size,
         }
         if is_sampled:
-            # Columns are summed over batches and ranks, so the constant needs a weight.
+            # Columns are summed over batches and ranks, so this constant needs a weight.
             logging_output["sampled_softmax"] = self.num_draws * num_tokens
         loss = nll.sum() if reduce else nll
         loss = add_balance(loss, sample_size, extra, logging_output, model.training)
@@ -107,11 +107,11 @@ class MoECrossEntropy(FairseqCriterion):
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
     def _sampled(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
-        """Return estimates of the same, without computing all logits."""
+        """Return estimates of what `_full` returns, without computing all logits."""
         output = getattr(model.decoder, "output", None)
         if not isinstance(output, nn.Linear):
             raise ValueError(
-                "`--sampled-softmax` must be 0 with models of other plugins or of fairseq, whose "
+                "`--sampled-softmax` must be 0 with models of fairseq or of other plugins, whose "
                 f"softmax layer is unknown, but is {self.num_draws}."
             )
         features, extra = model(**sample["net_input"], features_only=True)
@@ -122,7 +122,7 @@ class MoECrossEntropy(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
-        """Log the summed outputs of all batches and ranks of one update, with losses in bits."""
+        """Log the sums over all batches and ranks of one update, with losses in bits."""
         for key, divisor in (("loss", "sample_size"), ("nll_loss", "ntokens")):
             total = sum(log[key] for log in logging_outputs)
             weight = sum(log[divisor] for log in logging_outputs)
@@ -136,5 +136,5 @@ class MoECrossEntropy(FairseqCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """Return True: all ranks log the same keys."""
+        """Return True, because all ranks log the same keys."""
         return True

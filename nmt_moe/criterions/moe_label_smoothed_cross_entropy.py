@@ -1,4 +1,4 @@
-"""`--criterion moe_label_smoothed_cross_entropy`."""
+"""The criterion for translation models, `--criterion moe_label_smoothed_cross_entropy`."""
 
 from typing import Any, Dict, List, Tuple
 
@@ -15,8 +15,11 @@ from nmt_moe.kernels import cross_entropy, has_compiled_loops
 
 
 def has_plain_softmax(model: Any, logits: Tensor) -> bool:
-    """Return whether compiled loops serve these logits, and a softmax gives their probabilities."""
-    while isinstance(getattr(model, "module", None), nn.Module):  # of several processes
+    """Return whether compiled loops can compute the model's probabilities from these logits.
+
+    They can if the model gives the probabilities by a plain softmax.
+    """
+    while isinstance(getattr(model, "module", None), nn.Module):  # unwrap distributed models
         model = model.module
     own = type(model).get_normalized_probs, type(model.decoder).get_normalized_probs
     stock = FairseqEncoderDecoderModel.get_normalized_probs, FairseqDecoder.get_normalized_probs
@@ -56,7 +59,9 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     def compute_loss(
         self, model: Any, net_output: Tuple, sample: Dict, reduce: bool = True
     ) -> Tuple[Tensor, Tensor]:
-        """Compute fairseq's loss and negative log-likelihood; on the CPU without log-probabilities.
+        """Compute fairseq's loss and negative log-likelihood.
+
+        On the CPU, compiled loops do so without a tensor of log-probabilities.
 
         Source: fairseq's `label_smoothed_nll_loss`.
         """
@@ -71,6 +76,6 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
-        """Log the summed outputs of all batches and ranks of one update."""
+        """Log the sums over all batches and ranks of one update."""
         super().reduce_metrics(logging_outputs)
         reduce_balance(logging_outputs)

@@ -1,6 +1,6 @@
-"""Models registered with fairseq, which imports this package module by module.
+"""Models for fairseq, which imports this package module by module.
 
-fairseq imports `tasks/` in the same way, if it exists; what fairseq does not look for is
+fairseq imports `tasks/` in the same way. Everything that fairseq does not look for itself is
 therefore imported in both packages.
 """
 

@@ -1,4 +1,4 @@
-"""Detect a checkpoint that was trained with another dictionary."""
+"""Detect that a checkpoint was trained with another dictionary."""
 
 import hashlib
 from typing import Any, Dict, List
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class DictionaryCheck(nn.Module):
-    """Store a digest of a dictionary in the checkpoint, and compare it on loading.
+    """Store a digest of a dictionary in the checkpoint, and compare it when that is loaded.
 
-    fairseq stores no dictionary in a checkpoint, and pads dictionaries to multiples of 8: another
-    one often has the same size, loads silently, and makes every translation wrong.
+    fairseq stores no dictionary in a checkpoint, and pads dictionaries to multiples of 8. Another
+    dictionary therefore often has the same size, is loaded silently, and makes every translation
+    wrong.
 
     Attributes:
         digest: Scalar int64, computed from all symbols in order.

@@ -1,4 +1,4 @@
-"""Read checkpoints whose options have their names of version 0.1.0."""
+"""Read checkpoints whose options have the names that they had in version 0.1.0."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from nmt_moe.compat._replace import replace
 def rename_early_options(model: Any) -> None:
     """Rename the options of a checkpoint's model to their present names.
 
-    fairseq drops options that the model does not know, so early ones would silently fall back to
-    the defaults. The options of other models stay as they are.
+    fairseq drops options that the model does not know, so the defaults would silently replace
+    options with early names. The options of other models do not change.
     """
     if isinstance(model, Namespace):
         model = vars(model)
@@ -26,7 +26,7 @@ def rename_early_options(model: Any) -> None:
 
 
 def accept_early_options() -> None:
-    """Rename the options of every checkpoint that fairseq reads."""
+    """Make fairseq rename the options of every checkpoint that it reads."""
     replace(checkpoint_utils, "_upgrade_state_dict", _upgrading)
 
 

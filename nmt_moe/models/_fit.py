@@ -14,34 +14,36 @@ from nmt_moe.checkpoints.files import COPY_AGAIN
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Suffixes of settings that are sizes, and the largest value allowed in any model.
+# Suffixes of the settings that are sizes, and the largest size that is always allowed.
 SIZES = ("_layers", "_dim", "num_experts", "num_groups")
 LARGEST_SIZE = 2**17
-# Parameters with a row for each symbol of the source and of the target dictionary.
+# Parameters with one row for each symbol of the source or target dictionary.
 SIZED_BY_SOURCE = ("encoder.network.embedding.weight", "decoder.network.embedding.weight")
 SIZED_BY_TARGET = ("decoder.network.embedding.weight", "decoder.output.weight")
 
 
 def check_size(path: str, state: dict[str, Any]) -> None:
-    """Reject a configuration of a much larger model than the checkpoint holds.
+    """Reject a checkpoint whose configuration describes a much larger model than it contains.
 
-    Reason: the model is built before its weights are loaded; a forged 10^9 experts would take as
-    many gigabytes.
+    The model is built before its weights are loaded, so a forged configuration of 10^9 experts
+    would need as many gigabytes.
 
     Args:
         path: Path of the checkpoint.
         state: Contents of the checkpoint, with all experts.
 
     Raises:
-        ValueError: naming the setting that is too large, or both sizes.
+        ValueError: if the configuration is too large. The message names the setting that is too
+            large, or both sizes.
     """
     cfg = _configuration(state)
     have = _shapes(state)
     largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
-    # In a container, a missing option is "???"; elsewhere it is an error.
+    # A plain container has "???" for a missing option, which would otherwise raise an error.
     settings: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
     for key, value in settings.items():
-        # Each layer has parameters: millions of claimed layers must not take hours to reject.
+        # Each layer has parameters, so there cannot be more layers than parameters. Without this
+        # limit, it would take hours to reject millions of layers.
         most = len(have) if str(key).endswith("_layers") else largest
         if isinstance(value, int) and str(key).endswith(SIZES) and value > most:
             raise ValueError(
@@ -62,10 +64,11 @@ def check_fits_its_model(path: str) -> str | None:
     """Read a checkpoint as every command does, and compare it with its model.
 
     Returns:
-        The model's name; None for one of fairseq's models, whose parameters are not compared.
+        The model's name; None for a model of fairseq, whose parameters are not compared.
 
     Raises:
-        ValueError: naming the parameters that are missing, unexpected or of another shape.
+        ValueError: if parameters are missing, unexpected or of another shape. The message names
+            them.
     """
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     cfg = _configuration(state)
@@ -84,7 +87,7 @@ def check_fits_its_model(path: str) -> str | None:
     ]
     if faults:
         raise ValueError(
-            f"`{path}` does not fit the model `{cfg._name}` of its configuration: "
+            f"`{path}` does not match the model `{cfg._name}` of its configuration: "
             f"{'; '.join(sorted(faults)[:3])}. {COPY_AGAIN}"
         )
     return cfg._name
@@ -105,10 +108,11 @@ def _shapes(state: dict[str, Any]) -> Shapes:
 
 
 def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
-    """Return the shapes of a configuration's model, with dictionaries of the original sizes."""
+    """Return the shapes of a configuration's model, with dictionaries of the checkpoint's sizes."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    # The random initialisation of this model must not change what a sampling search draws later.
+    # Building this model draws random numbers, which must not change those that a search draws
+    # later.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = models.build_model(deepcopy(cfg), task, from_checkpoint=True)
     return _shapes({"model": model.state_dict()})

@@ -1,4 +1,4 @@
-"""The LSTMs' state between two steps, kept in fairseq's incremental state."""
+"""Keep the state of LSTMs between two steps in fairseq's incremental state."""
 
 from typing import Dict, Optional
 
@@ -9,10 +9,10 @@ from nmt_moe.nn import LSTMState
 
 
 class LSTMDecoder(FairseqIncrementalDecoder):
-    """A decoder of LSTMs, whose state follows the hypotheses."""
+    """A decoder of LSTMs whose state follows the hypotheses of a search."""
 
     def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
-        """Move each hypothesis' state to its new row."""
+        """Move the state of each hypothesis to its new row."""
         state = self._get_state(incremental_state)
         if state is not None:
             self._set_state(incremental_state, state.reorder(new_order))

@@ -12,7 +12,7 @@ from fairseq.models import register_model_architecture
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
-# LSTMs have no maximal length, but fairseq needs a number. The task's limit is reached first.
+# LSTMs have no maximal length, but fairseq needs a number. The task's limit is smaller than this.
 MAX_POSITIONS = 100_000
 
 GateChoice: Any = ChoiceEnum(GATES)
@@ -23,10 +23,10 @@ Config = TypeVar("Config")
 
 @dataclass
 class MoEOptions(FairseqDataclass):
-    """Options of both models; the defaults are the paper's for a single language pair.
+    """Options of both models. The defaults are the paper's values for a single language pair.
 
-    An option that is also a field of a core configuration has the same name there, so the core's
-    errors name the option. Aliases are the spellings of version 0.1.0.
+    An option that is also a field of a core configuration has the same name there, so that the
+    core's errors name the option. Aliases are the names that options had in version 0.1.0.
     """
 
     model_dim: int = field(
@@ -35,17 +35,23 @@ class MoEOptions(FairseqDataclass):
     init_range: float = field(
         default=0.04,
         metadata={
-            "help": "initial weights are uniform within +-this, except those of gates and biases"
+            "help": "initial weights, except those of gates and biases, are drawn uniformly from "
+            "[-init_range, init_range]"
         },
     )
-    dense: bool = field(default=False, metadata={"help": "leave MoE layers out"})
+    dense: bool = field(default=False, metadata={"help": "build the network without MoE layers"})
     share_decoder_input_output_embed: bool = field(
-        default=False, metadata={"help": "share the decoder's embedding with the softmax"}
+        default=False,
+        metadata={"help": "use the decoder's embedding as the weights of the softmax layer"},
     )
-    num_experts: int = field(default=32, metadata={"help": "experts in an MoE layer"})
+    num_experts: int = field(default=32, metadata={"help": "number of experts in an MoE layer"})
     top_k: int = field(
         default=MoEConfig.top_k,
-        metadata={"help": "experts for each token", "argparse_alias": "--moe-top-k"},
+        metadata={
+            "help": "number of experts per token; with groups, of groups per token, and of experts "
+            "in each of them",
+            "argparse_alias": "--moe-top-k",
+        },
     )
     hidden_dim: int = field(
         default=2048,
@@ -54,22 +60,22 @@ class MoEOptions(FairseqDataclass):
     recompute: RecomputeChoice = field(
         default=MoEConfig.recompute,
         metadata={
-            "help": "recompute experts' hidden activations in the backward pass instead of "
-            "keeping them; auto: if --hidden-dim is at least 4096",
+            "help": "whether to recompute experts' hidden activations in the backward pass instead "
+            "of keeping them; auto: only if --hidden-dim is at least 4096",
             "argparse_alias": "--expert-recompute",
         },
     )
     gate: GateChoice = field(
         default=MoEConfig.gate,
         metadata={
-            "help": "kind of gate, by which tokens choose experts",
+            "help": "kind of gate, which chooses the experts of a token",
             "argparse_alias": "--moe-gate",
         },
     )
     num_groups: int = field(
         default=MoEConfig.num_groups,
         metadata={
-            "help": "groups of a hierarchical gate; 0 for a flat one",
+            "help": "number of groups of a hierarchical gate; 0 for a flat gate",
             "argparse_alias": "--moe-groups",
         },
     )
@@ -90,9 +96,9 @@ class MoEOptions(FairseqDataclass):
     expert_parallel_size: int = field(
         default=0,
         metadata={
-            "help": "processes that share the experts; 1: each process has all experts; 0: the "
-            "greatest common divisor of the number of processes and that of experts (or "
-            "--num-groups)"
+            "help": "number of processes that share the experts; 1: each process has all experts; "
+            "0: the greatest common divisor of the number of processes and the number of experts "
+            "(with groups, --num-groups)"
         },
     )
 
@@ -103,26 +109,26 @@ def other_default(name: str, default: Any) -> Any:
 
 
 def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
-    """Build a core configuration from the options of the same names and `others`.
+    """Build a core configuration from the options of the same names and from `others`.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: if a value is not allowed. The message names the option, its rule and its value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
-    # Options that an earlier version lacks get their defaults.
+    # An option that did not exist in the version of a checkpoint gets its default.
     values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
 
 
 def moe_config(options: Any) -> Optional[MoEConfig]:
-    """Return the sizes of an MoE layer; None if the options leave it out.
+    """Return the configuration of an MoE layer, or None if there is to be none.
 
     Args:
-        options: A dataclass, or an omegaconf container made from one.
+        options: The options of the model, as a dataclass or an omegaconf container made from one.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: if a value is not allowed. The message names the option, its rule and its value.
     """
     return None if options.dense else to_core(MoEConfig, options)
 
@@ -130,15 +136,16 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
 def expert_parallel_group(
     options: Any, moe: Optional[MoEConfig], other: Optional[MoEConfig] = None
 ) -> ExpertParallelGroup:
-    """Decide which process holds which experts; all processes must call this.
+    """Decide which process holds which experts. All processes must call this.
 
     Args:
-        options: The options of the model, a dataclass or an omegaconf container.
-        moe: The sizes of an MoE layer, if there is one.
-        other: The sizes of a second layer. If its number of experts differs, each process has all.
+        options: The options of the model, as a dataclass or an omegaconf container made from one.
+        moe: Configuration of an MoE layer; None if there is none.
+        other: Configuration of a second layer. If its number of experts differs, each process
+            holds all experts.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: if a value is not allowed. The message names the option, its rule and its value.
     """
     if moe is None:
         return ALONE
@@ -147,15 +154,15 @@ def expert_parallel_group(
         if size > 1:
             raise ValueError(
                 f"`expert_parallel_size` must be 1 for layers of {moe.num_experts} and "
-                f"{other.num_experts} experts, but is {size}. Prune both to the same number to "
-                "spread them."
+                f"{other.num_experts} experts, but is {size}. To spread experts over processes, "
+                "prune both layers to the same number."
             )
         size = 1
     return make_expert_parallel_group(moe.num_experts, moe.num_groups, size)
 
 
 def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:
-    """Register architectures of a model, each with its defaults for options the user omits."""
+    """Register architectures of a model, each with its values for options that the user omits."""
 
     def setter(sizes: Dict[str, Any]) -> Callable[[Namespace], None]:
         def set_sizes(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`--arch lstm_moe_gnmt` and its variants: the translation model as fairseq sees it."""
+"""The translation model for fairseq, `--arch lstm_moe_gnmt` and its variants."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
@@ -38,28 +38,28 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 
 @dataclass
 class LSTMMoEGNMTConfig(MoEOptions):
-    """Options of the model; the defaults are the paper's single-pair model with 32 flat experts."""
+    """Options of the model. The defaults are the paper's single-pair model with 32 flat experts."""
 
     lstm_hidden_dim: int = field(
         default=GNMTConfig.lstm_hidden_dim,
-        metadata={"help": "cells in each LSTM, projected to --model-dim"},
+        metadata={"help": "number of cells in each LSTM; outputs are projected to --model-dim"},
     )
     encoder_layers: int = field(
         default=GNMTConfig.encoder_layers,
-        metadata={"help": "LSTMs of the encoder; the bidirectional pair counts as two"},
+        metadata={"help": "number of LSTMs in the encoder; the bidirectional pair counts as two"},
     )
     decoder_layers: int = field(
-        default=GNMTConfig.decoder_layers, metadata={"help": "LSTMs of the decoder"}
+        default=GNMTConfig.decoder_layers, metadata={"help": "number of LSTMs in the decoder"}
     )
     attention: AttentionChoice = field(
         default=GNMTConfig.attention,
-        metadata={"help": "form of attention; product: eq. 22 of the paper; additive: eq. 21"},
+        metadata={"help": "kind of attention; product: eq. 22 of the paper; additive: eq. 21"},
     )
     attention_wiring: WiringChoice = field(
         default=GNMTConfig.attention_wiring,
         metadata={
-            "help": "recurrent: decoder LSTM 1 receives the context; parallel: LSTM 1 first runs "
-            "over all steps, then attends, and LSTM 2 receives the context"
+            "help": "where the attention's context goes; recurrent: into decoder LSTM 1, at each "
+            "step; parallel: into LSTM 2, after LSTM 1 has run over all steps"
         },
     )
     dropout: float = field(
@@ -69,22 +69,24 @@ class LSTMMoEGNMTConfig(MoEOptions):
     decoder_num_experts: int = field(
         default=GNMTConfig.decoder_num_experts,
         metadata={
-            "help": "experts in the decoder's MoE layer, if not --num-experts (for a pruned model)"
+            "help": "number of experts in the decoder's MoE layer, as in a pruned model; 0: the "
+            "same as --num-experts"
         },
     )
 
     def to_config(self) -> GNMTConfig:
-        """Convert to the core's configuration.
+        """Convert the options to the core's configuration.
 
         Raises:
-            ValueError: naming the option, its rule and its value.
+            ValueError: if a value is not allowed. The message names the option, its rule and its
+                value.
         """
         return to_core(GNMTConfig, self, moe=moe_config(self))
 
 
 @register_model("lstm_moe_gnmt", dataclass=LSTMMoEGNMTConfig)
 class LSTMMoEGNMT(FairseqEncoderDecoderModel):
-    """GNMT-style encoder and decoder with MoE layers between the LSTMs."""
+    """A GNMT-style encoder and decoder with MoE layers between the LSTMs."""
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
@@ -104,7 +106,7 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
 
 
 class LSTMMoEGNMTEncoder(FairseqEncoder):
-    """The encoder as fairseq calls it."""
+    """The encoder with the interface that fairseq calls."""
 
     def __init__(
         self,
@@ -120,11 +122,11 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
     def forward(
         self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None, **_: Any
     ) -> EncoderOutput:
-        """Encode (B, S) source tokens, padded on either side."""
+        """Encode source tokens, (B, S), padded on either side."""
         return self.network(src_tokens, src_tokens.eq(self.dictionary.pad()))
 
     def reorder_encoder_out(self, encoder_out: EncoderOutput, new_order: Tensor) -> EncoderOutput:
-        """Select sentences by index: (B',) int64."""
+        """Select sentences by their indices, (B',) int64."""
         return encoder_out.reorder(new_order)
 
     def max_positions(self) -> int:
@@ -133,7 +135,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
 
 
 class LSTMMoEGNMTDecoder(LSTMDecoder):
-    """The decoder as fairseq calls it, with the softmax layer."""
+    """The decoder and the softmax layer, with the interface that fairseq calls."""
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         """Return (B, T, V) logits and a dictionary with `attn` and `moe_stats`.
 
         With an incremental state, only the last step is computed. With `features_only`, return the
-        (B, T, D) input of the softmax layer instead of the logits.
+        inputs of the softmax layer, (B, T, D), instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())

@@ -1,4 +1,4 @@
-"""`--arch lstm_moe_lm` and its variants: the language model as fairseq sees it."""
+"""The language model for fairseq, `--arch lstm_moe_lm` and its variants."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
@@ -23,11 +23,14 @@ from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
 
 @dataclass
 class LSTMMoELMConfig(MoEOptions):
-    """Options of the model; the defaults are the paper's MoE-32."""
+    """Options of the model. The defaults are those of the paper's MoE-32."""
 
     lstm_hidden_dim: int = field(
         default=LSTMLMConfig.lstm_hidden_dim,
-        metadata={"help": "cells in each LSTM, projected to --model-dim unless equal to it"},
+        metadata={
+            "help": "number of cells in each LSTM; if it is not --model-dim, outputs are projected "
+            "to --model-dim"
+        },
     )
     lstm_layers: int = field(
         default=LSTMLMConfig.lstm_layers,
@@ -35,7 +38,9 @@ class LSTMMoELMConfig(MoEOptions):
     )
     expert_layers: int = field(
         default=LSTMLMConfig.expert_layers,
-        metadata={"help": "hidden layers in an expert; more than 1 only with --num-experts 1"},
+        metadata={
+            "help": "number of hidden layers in an expert; more than 1 only with --num-experts 1"
+        },
     )
     dropout: float = field(
         default=LSTMLMConfig.dropout, metadata={"help": "dropout on the output of every layer"}
@@ -45,21 +50,27 @@ class LSTMMoELMConfig(MoEOptions):
     load_weight: float = other_default("load_weight", 0.1)
 
     def to_config(self) -> LSTMLMConfig:
-        """Convert to the core's configuration.
+        """Convert the options to the core's configuration.
 
         Raises:
-            ValueError: naming the option, its rule and its value.
+            ValueError: if a value is not allowed. The message names the option, its rule and its
+                value.
         """
         return to_core(LSTMLMConfig, self, moe=moe_config(self))
 
 
 @register_model("lstm_moe_lm", dataclass=LSTMMoELMConfig)
 class LSTMMoELM(FairseqLanguageModel):
-    """Embedding, LSTM, MoE layer, LSTM, softmax."""
+    """A language model of an embedding, an LSTM, an MoE layer, an LSTM and a softmax layer."""
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoELM":
-        """Build the model; the output may omit the last symbols of the task's dictionary."""
+        """Build the model. Its output may omit the last symbols of the task's dictionary.
+
+        Raises:
+            ValueError: if a value is not allowed. The message names the option, its rule and its
+                value.
+        """
         config = LSTMMoELMConfig.to_config(cfg)
         group = expert_parallel_group(cfg, config.moe)
         dictionary, num_outputs = task.source_dictionary, len(task.target_dictionary)
@@ -67,7 +78,7 @@ class LSTMMoELM(FairseqLanguageModel):
             raise ValueError(
                 "`--share-decoder-input-output-embed` needs an output for each of the "
                 f"{len(dictionary)} symbols of the dictionary, but `--output-dictionary-size` "
-                f"leaves {num_outputs}. Drop one of the two."
+                f"leaves only {num_outputs}. Omit one of the two options."
             )
         embedding = build_embedding(dictionary, config.model_dim, config.init_range)
         output = nn.Linear(config.model_dim, num_outputs, bias=False)
@@ -79,11 +90,12 @@ class LSTMMoELM(FairseqLanguageModel):
 
 
 class LSTMMoELMDecoder(LSTMDecoder):
-    """The network as fairseq calls it, with the softmax layer.
+    """The network and the softmax layer, with the interface that fairseq calls.
 
-    The LSTMs start every row of a batch from zero. --sample-break-mode decides what a row is: with
-    `eos`, one sentence (those of the benchmark are shuffled); with `none` and `complete`, a stretch
-    of text, in which the state is kept from sentence to sentence.
+    The LSTMs start each row of a batch with a state of zeros. What a row is depends on
+    --sample-break-mode. With `eos`, it is one sentence (the benchmark's sentences are shuffled).
+    With `none` or `complete`, it is a passage of text, in which the state is kept from one sentence
+    to the next.
     """
 
     def __init__(
@@ -105,7 +117,7 @@ class LSTMMoELMDecoder(LSTMDecoder):
         """Return (B, T, V) logits and a dictionary with `moe_stats`.
 
         With an incremental state, only the last step is computed. With `features_only`, return the
-        (B, T, D) input of the softmax layer instead of the logits.
+        inputs of the softmax layer, (B, T, D), instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())
@@ -121,13 +133,13 @@ class LSTMMoELMDecoder(LSTMDecoder):
     def extract_features(
         self, prev_output_tokens: Tensor, **kwargs: Any
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Return (B, T, D) features instead of logits."""
+        """Return features, (B, T, D), and the same dictionary as `forward`."""
         return self(prev_output_tokens, features_only=True, **kwargs)
 
     def output_layer(self, features: Tensor, **_: Any) -> Tensor:
-        """Compute (..., V) logits from (..., D) features."""
+        """Compute logits, (..., V), from features, (..., D)."""
         return self.output(features)
 
     def max_positions(self) -> int:
-        """Return the maximal sample length."""
+        """Return the maximal length of a row."""
         return MAX_POSITIONS

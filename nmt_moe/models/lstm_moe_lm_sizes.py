@@ -2,14 +2,14 @@
 
 from typing import Any, Dict
 
-from nmt_moe.models import lstm_moe_lm as lstm_moe_lm  # registered first
+from nmt_moe.models import lstm_moe_lm as lstm_moe_lm  # the model must be registered first
 from nmt_moe.models._options import register_sizes
 
 # Each token uses two of 16 groups, and two experts in each.
 GROUPS_OF_16: Dict[str, Any] = {"num_groups": 16, "top_k": 2}
 
-# One-billion-word benchmark. Unless a row says otherwise: width 512, two LSTMs of 512 cells,
-# experts of 1024 hidden units, k = 4, dropout 0.1.
+# Models for the one-billion-word benchmark. Unless a row says otherwise, a model has the width 512,
+# two LSTMs of 512 cells, experts of 1024 hidden units, k = 4, and dropout 0.1.
 # Source: Shazeer et al. 2017, Table 7.
 TABLE_7: Dict[str, Dict[str, Any]] = {
     "lstm_lm_2048_512": {"dense": True, "lstm_layers": 1, "lstm_hidden_dim": 2048},
@@ -40,7 +40,8 @@ TABLE_7: Dict[str, Dict[str, Any]] = {
     },
 }
 
-# 100 billion words. The table's 4xLSTM-512 is `lstm_lm_4x512`; dropout is not stated there.
+# Models for 100 billion words. The table does not state the dropout; its 4xLSTM-512 is
+# `lstm_lm_4x512`.
 # Source: Shazeer et al. 2017, Table 8.
 TABLE_8: Dict[str, Dict[str, Any]] = {
     "lstm_moe_lm_100b_32": {"num_experts": 32},

@@ -1,4 +1,4 @@
-"""Cost cards and cluster plans, from one description of a network that is read off its modules."""
+"""Cost cards and cluster plans, both based on a description of a network's modules."""
 
 from nmt_moe.planning.architectures import (
     VOCABULARY,

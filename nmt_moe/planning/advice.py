@@ -15,14 +15,17 @@ MOST_DEVICES = 4096
 
 
 def largest_size(setup: Setup) -> int:
-    """Return the largest number of devices that can share the experts, as fairseq-train chooses."""
+    """Return the largest number of devices that can share the experts.
+
+    This is the number that fairseq-train chooses by default.
+    """
     if not setup.num_moe_layers or setup.moe is None:
         return 1
     return math.gcd(setup.devices, setup.moe.num_groups or setup.moe.num_experts)
 
 
 def halved_until_fits(setup: Setup, device: Device) -> Setup:
-    """Return a setup whose batch is halved until it fits or holds one sentence."""
+    """Halve a setup's batch until the setup fits or the batch holds only one sentence."""
     while not make_plan(setup, device, 1.0).fits and setup.batch.sentences > 1:
         smaller = replace(setup.batch, sentences=setup.batch.sentences // 2)
         setup = replace(setup, batch=smaller)
@@ -30,7 +33,7 @@ def halved_until_fits(setup: Setup, device: Device) -> Setup:
 
 
 def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
-    """Yield possible changes, one at a time, the cheapest first."""
+    """Yield possible changes, each with the changed setup, the cheapest first."""
     if setup.num_moe_layers and not setup.factored:
         yield "--optimizer factored_adam", replace(setup, factored=True)
     is_lm = isinstance(setup.config, LSTMLMConfig)
@@ -58,10 +61,11 @@ def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
 
 
 def advise(setup: Setup, device: Device) -> list[str]:
-    """Return single changes that make a setup fit; if none does, changes that do together.
+    """Return changes that make a setup fit into the memory of a device.
 
     Returns:
-        Changes, each of them sufficient; empty if there are none.
+        Single changes, each of which is sufficient. If there are none, one combination of changes
+        that is sufficient. If there is none either, an empty list.
     """
     found = list(changes(setup, device))
     ways = [name for name, changed in found if make_plan(changed, device, 1.0).fits]

@@ -1,4 +1,4 @@
-"""The architectures that this project registers with fairseq, by name."""
+"""Find the architectures that this project registers with fairseq."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 
 NetworkConfig = LSTMLMConfig | GNMTConfig
-# The words of the language-model benchmark; GNMT's 32K wordpieces.
+# Default vocabulary sizes: the words of the language-model benchmark, and GNMT's 32K wordpieces.
 VOCABULARY = {LSTMLMConfig: 793_471, GNMTConfig: 32_000}
 
 
 def find_options() -> dict[str, tuple[type, argparse.Namespace]]:
-    """Return, by architecture, the model's dataclass of options and the options it sets."""
+    """Return, by architecture, the dataclass of its model's options and the options it sets."""
     logging.disable(logging.INFO)  # fairseq logs while it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,24 +37,28 @@ def find_options() -> dict[str, tuple[type, argparse.Namespace]]:
 
 
 def find_configs() -> dict[str, NetworkConfig]:
-    """Return the sizes of every architecture."""
+    """Return the network configuration of every architecture, by its name."""
     return {name: make_config(*options) for name, options in find_options().items()}
 
 
 def make_config(options: Any, args: argparse.Namespace) -> NetworkConfig:
-    """Build the sizes of a model from its options.
+    """Build a network configuration from a model's options.
+
+    Args:
+        options: Dataclass of the model's options.
+        args: Values of options; the others have their defaults.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: if a value is not allowed. The message names the option, its rule and its value.
     """
     return options(**vars(args)).to_config()
 
 
 def check_known(names: Sequence[str], known: Sequence[str]) -> None:
-    """Reject a name that is not known.
+    """Reject names of unknown architectures.
 
     Raises:
-        ValueError: naming it and the closest known names, or all names.
+        ValueError: if a name is unknown. The message names it and similar names, or all known ones.
     """
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The batch that one device processes at a time."""
+"""Describe the batch that one device processes at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Batch:
     """The sizes of a batch without padding.
 
     Attributes:
-        sentences: Sentences in one device's batch.
-        length: Tokens in a sentence; for translation, on each side.
+        sentences: Number of sentences in one device's batch.
+        length: Number of tokens in a sentence; for translation, on each side.
         vocab_size: Size of the vocabulary, V.
-        num_draws: Samples of the sampled softmax; 0 for the full softmax.
-        number_bytes: Bytes of an activation: 4, or 2 in half precision.
-        on_cpu: Whether the device is a CPU. CPUs keep dropout masks as numbers; GPUs keep experts'
-            rows twice.
+        num_draws: Number of samples of the sampled softmax; 0 for the full softmax.
+        number_bytes: Size of an activation in bytes: 4, or 2 in half precision.
+        on_cpu: Whether the device is a CPU. CPUs store dropout masks in the dtype of activations;
+            GPUs store the inputs and outputs of experts for each row.
     """
 
     sentences: int
@@ -31,7 +31,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of one side."""
+        """Return the number of tokens on one side."""
         return self.sentences * self.length
 
     @property
@@ -41,12 +41,17 @@ class Batch:
 
     @property
     def distinct_classes(self) -> float:
-        """Return the mean number of different classes among the samples."""
+        """Return the mean number of distinct classes among the samples."""
         return distinct_classes(self.num_draws, self.vocab_size)
 
 
 def distinct_classes(num_draws: int, vocab_size: int) -> float:
-    """Return the mean number of different classes among samples of the sampled softmax."""
+    """Return the mean number of distinct classes among the samples of the sampled softmax.
+
+    Args:
+        num_draws: Number of samples.
+        vocab_size: Number of classes, V.
+    """
     rank = torch.arange(vocab_size, dtype=torch.float64)
     chance = torch.log1p(1 / (rank + 1)) / math.log(vocab_size + 1)
     return float(-torch.expm1(torch.log1p(-chance) * num_draws).sum())

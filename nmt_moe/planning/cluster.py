@@ -1,4 +1,4 @@
-"""Predict memory, traffic and time of a training step on each device of a cluster."""
+"""Predict the memory, traffic and time of a training step on each device of a cluster."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nmt_moe.planning.mixture import kept_by_mixture, ranks_per_token, rows_per_
 from nmt_moe.planning.network import count, describe
 from nmt_moe.planning.recorder import Network
 
-# fairseq's legacy_ddp reduces gradients in a buffer of at most this many numbers; larger parameters
-# are reduced by themselves.
+# fairseq's legacy_ddp sums gradients over ranks in a buffer of at most this many numbers. The
+# gradient of a larger parameter is summed separately.
 BUFFER_NUMBERS = 2**28
-# Share of a device's memory that a plan may fill; the rest is for the runtime and fragmentation.
+# Fraction of a device's memory that a plan may fill. The rest is for the runtime and fragmentation.
 FILLED = 0.9
 
 
@@ -26,13 +26,16 @@ class Setup:
     """A training setup: the network, and how it is spread over devices.
 
     Attributes:
-        config: The network's sizes.
+        config: Configuration of the network.
         batch: Batch that each device processes at a time.
         devices: Number of devices.
         size: Number of devices that share the experts.
         factored: Whether the optimizer is factored Adam instead of Adam.
-        precision: "fp32"; "half", half precision with fp32 copies of the weights; or
-            "memory-efficient", half precision without them.
+        precision: "fp32"; "half" for half precision with fp32 copies of the weights; or
+            "memory-efficient" for half precision without such copies.
+
+    Raises:
+        ValueError: if a value is not allowed. The message names the field, its rule and its value.
     """
 
     config: NetworkConfig
@@ -48,7 +51,7 @@ class Setup:
         moe = self.moe
         if getattr(self.config, "decoder_moe", moe) != moe:
             raise ValueError(
-                "`decoder_num_experts` must be 0 or `num_experts` here, because a plan assumes "
+                "`decoder_num_experts` must be 0 or `num_experts` here, because a plan assumes MoE "
                 "layers of the same size. Plan with the larger number."
             )
         if moe is not None:
@@ -58,12 +61,12 @@ class Setup:
 
     @property
     def moe(self) -> MoEConfig | None:
-        """Return the sizes of the MoE layers, if there are any."""
+        """Return the configuration of the MoE layers, or None if there are none."""
         return self.config.moe
 
     @property
     def num_moe_layers(self) -> int:
-        """Return the number of MoE layers whose experts can be spread."""
+        """Return the number of MoE layers whose experts can be spread over devices."""
         return describe_setup(self).num_moe_layers
 
 
@@ -72,12 +75,12 @@ class Sizes:
     """Counts for one device.
 
     Attributes:
-        dense: Parameters that are not experts.
-        buffered: Dense parameters whose gradients fit into the buffer.
-        experts: Parameters of the experts on the device.
-        factored: Rows and columns of the matrices of these experts.
-        macs: Multiply-adds of the forward pass of a batch, by part.
-        weights: Parameters that these operations read, by part.
+        dense: Number of parameters that do not belong to experts.
+        buffered: Number of these parameters whose gradients fit into the buffer.
+        experts: Number of parameters of the experts on the device.
+        factored: Number of rows and columns of the matrices of these experts.
+        macs: Number of multiply-adds in the forward pass of a batch, by part of the network.
+        weights: Number of parameters that these operations read, by part of the network.
     """
 
     dense: int
@@ -89,7 +92,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Return the number of all parameters."""
+        """Return the number of all parameters on the device."""
         return self.dense + self.experts
 
 
@@ -113,21 +116,22 @@ def count_sizes(setup: Setup) -> Sizes:
             weights[weight.part] = weights.get(weight.part, 0) + size
     macs = count(setup.config, replace(batch, num_draws=0)).macs
     if batch.num_draws:
-        macs["softmax"] = batch.tokens * weights["softmax"]  # at most
+        macs["softmax"] = batch.tokens * weights["softmax"]  # an upper bound
     buffered = sum(size for size in dense if size <= BUFFER_NUMBERS)
     return Sizes(sum(dense), buffered, experts, factored, macs, weights)
 
 
 def describe_setup(setup: Setup) -> Network:
-    """Describe the network of a setup; its parameters do not depend on the batch."""
+    """Describe the network of a setup with a small batch, on which its parameters do not depend."""
     return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
 
 
 def count_activations(setup: Setup) -> tuple[dict[str, int], int]:
-    """Count what the forward pass of one batch keeps.
+    """Count the bytes that the forward pass of one batch keeps.
 
     Returns:
-        Bytes kept by part, and the bytes of the softmax layer's largest temporaries.
+        The bytes kept, by part of the network, and the bytes of the softmax layer's largest
+        temporary tensors.
     """
     batch = setup.batch
     kept = count(setup.config, replace(batch, num_draws=0)).kept
@@ -144,7 +148,10 @@ def count_activations(setup: Setup) -> tuple[dict[str, int], int]:
 
 
 def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
-    """Predict the bytes on one device, by part; their sum is an upper bound of the peak."""
+    """Predict the memory on one device in bytes, by purpose.
+
+    The sum of these sizes is an upper bound for the peak.
+    """
     total = sizes.total
     number, copies = {"fp32": (4, 0), "half": (2, 4), "memory-efficient": (2, 0)}[setup.precision]
     optimizer = 8 * total
@@ -164,9 +171,10 @@ def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """Predict the bytes that one device sends in a step, by purpose.
 
-    Exchange: tokens with their gates to the ranks of their experts, and results back; gradients of
-    both; the ids of experts; and three counts for each rank. Balance: importance and load of all
-    experts (in a hierarchy, also of groups), forward and backward.
+    The exchange sends tokens with their gates to the ranks of their experts, results back,
+    gradients of both, the ids of experts, and three counts for each rank. The balance needs the
+    importance and load of all experts (in a hierarchy, also those of groups), in the forward and
+    the backward pass.
     """
     number = 4 if setup.precision == "fp32" else 2
     devices, size, moe = setup.devices, setup.size, setup.moe
@@ -176,7 +184,7 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     if moe is not None and setup.num_moe_layers:
         tokens = setup.batch.tokens
         slots, dim = rows_per_token(moe), moe.model_dim
-        # Gates are in float32 whatever the precision.
+        # Gates are float32 in any precision.
         row = 4 * number * dim + 2 * 4 * slots + 4 * slots
         away = ranks_per_token(moe, size) * (size - 1) / size
         layer = tokens * away * row + 24 * (size - 1) * (size > 1)
@@ -192,11 +200,12 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def predict_time(
     setup: Setup, sizes: Sizes, traffic: dict[str, int], device: Device, utilisation: float
 ) -> dict[str, float]:
-    """Predict the seconds of one step, by part; nothing overlaps.
+    """Predict the time of one step in seconds, by part, as if no parts overlapped.
 
-    A product takes as long as its operations at `utilisation` of the device's FLOP/s, or as long as
-    the traffic of its weights, whichever is longer. Weights are read forward and backward (an
-    LSTM's at each position of the sentences), and their gradient is written once.
+    A product takes as long as its operations at the fraction `utilisation` of the device's FLOP/s,
+    or as long as moving its weights between memory and processor, whichever takes longer. Weights
+    are read in the forward and the backward pass (those of an LSTM at each position of the
+    sentences), and their gradient is written once.
     """
     number = 4 if setup.precision == "fp32" else 2
     flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)
@@ -209,8 +218,9 @@ def predict_time(
         reads = 2 * setup.batch.length + 1 if part == "LSTM" else 3
         moved = reads * sizes.weights[part] * number
         seconds[part] = max(operations / flops, moved / device.memory_bandwidth)
-    # Adam reads weights, gradients and both moments, and writes all of these except gradients;
-    # factored Adam reads the gradients of experts twice.
+    # Bytes moved for each parameter. Adam reads weights, gradients and both moments, and writes all
+    # of these except gradients. Factored Adam reads weights once and the gradients of experts
+    # twice, and writes weights.
     adam, factored = 28, 16
     moved = adam * sizes.dense + (factored if setup.factored else adam) * sizes.experts
     seconds["optimizer"] = moved / device.memory_bandwidth
@@ -223,12 +233,12 @@ class Plan:
     """The predicted costs of a step on one device.
 
     Attributes:
-        memory: Bytes of memory, by part.
+        memory: Bytes of memory, by purpose.
         activations: Bytes of activations, by part of the network.
         traffic: Bytes sent, by purpose.
-        seconds: Time in seconds, by part.
-        parameters: Parameters on this device, and in the whole cluster.
-        capacity: Bytes that a plan may fill.
+        seconds: Time in seconds, by part of the step.
+        parameters: Number of parameters on this device, and in the whole cluster.
+        capacity: Bytes of the device's memory that a plan may fill.
     """
 
     memory: dict[str, int]
@@ -240,7 +250,7 @@ class Plan:
 
     @property
     def total_memory(self) -> int:
-        """Return the bytes of memory in total."""
+        """Return the total number of bytes of memory."""
         return sum(self.memory.values())
 
     @property
@@ -250,7 +260,13 @@ class Plan:
 
 
 def make_plan(setup: Setup, device: Device, utilisation: float) -> Plan:
-    """Predict the memory, traffic and time of a setup on a device."""
+    """Predict the memory, traffic and time of a setup.
+
+    Args:
+        setup: The training setup.
+        device: The kind of all devices.
+        utilisation: Fraction of the device's FLOP/s that products reach.
+    """
     sizes = count_sizes(setup)
     traffic = predict_traffic(setup, sizes)
     return Plan(

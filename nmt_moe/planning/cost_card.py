@@ -1,4 +1,4 @@
-"""The costs of one architecture, as the paper counts them."""
+"""Count the costs of an architecture in the same way as the paper."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from nmt_moe.planning.batch import Batch
 from nmt_moe.planning.network import describe
 
 BYTES = 4
-# Parts that the paper counts; attention, embedding and a language model's softmax are left out.
+# Parts that the paper counts. It leaves out attention, embeddings and a language model's softmax.
 COUNTED = ("LSTM", "gates", "experts")
 
 
 @dataclass(frozen=True)
 class Card:
-    """The costs of one architecture; memory in bytes, all in float32.
+    """The costs of one architecture. Memory is in bytes, for float32.
 
     Attributes:
         architecture: Name of the architecture.
         vocab_size: Size of the vocabulary, V.
-        ops: Multiply-adds of the forward pass for a token: LSTMs with their projections, both
-            matrices of each gate that is evaluated, the experts a token goes to; in a translation
-            model (for a source and a target token) also the softmax.
-        params: The weights of LSTMs, gates and experts, and one bias for each gate of an LSTM.
-        active: The part of `params` that one token uses.
-        total: All numbers that torch stores.
-        parts: Multiply-adds of each part, including those left out of `ops`.
-        weights_bytes: Memory of the weights.
-        gradients_bytes: Memory of the gradients.
-        adam_bytes: Memory of both moments of Adam.
-        factored_adam_bytes: Memory of factored Adam, which keeps a row and a column of each expert
-            matrix.
+        ops: Number of multiply-adds in the forward pass for one token. It includes LSTMs with their
+            projections, both matrices of each gate that is evaluated, and the experts that the
+            token uses. For a translation model, it includes the softmax too, and one token is a
+            source token and a target token.
+        params: Number of weights of LSTMs, gates and experts, with one bias for each gate of an
+            LSTM.
+        active: Number of these parameters that one token uses.
+        total: Number of all values that torch stores.
+        parts: Number of multiply-adds of each part, including parts that `ops` leaves out.
+        weights_bytes: Memory for the weights.
+        gradients_bytes: Memory for the gradients.
+        adam_bytes: Memory for both moments of Adam.
+        factored_adam_bytes: Memory for the state of factored Adam, which keeps one row and one
+            column of each expert matrix.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """
@@ -51,7 +53,13 @@ class Card:
 
 
 def make_card(architecture: str, config: NetworkConfig, vocab_size: int) -> Card:
-    """Count the costs of a network, without allocating it."""
+    """Count the costs of a network without allocating memory for it.
+
+    Args:
+        architecture: Name of the architecture.
+        config: Configuration of the network.
+        vocab_size: Size of the vocabulary, V.
+    """
     network = describe(config, Batch(1, 1, vocab_size))
     parts: dict[str, int] = {}
     for product in network.products:

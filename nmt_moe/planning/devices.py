@@ -1,4 +1,4 @@
-"""Devices of clusters, described by their data sheets."""
+"""Describe devices of clusters by the figures of their data sheets."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One device and its link to the others; bytes and operations per second.
+    """A device and its link to other devices.
 
     Attributes:
-        flops: Operations per second in float32; a multiplication and an addition are two.
-        half_flops: Operations per second in half precision; 0 if the device has none.
-        memory: Size of the memory.
-        memory_bandwidth: Bandwidth of the memory.
-        bandwidth: Bandwidth of the link to other devices, one way.
-        source: Document that the numbers come from.
+        flops: Operations per second in float32; a multiplication and an addition count as two.
+        half_flops: Operations per second in half precision; 0 if the device does not support it.
+        memory: Size of the memory in bytes.
+        memory_bandwidth: Bandwidth of the memory in bytes per second.
+        bandwidth: Bandwidth of the link to other devices, in bytes per second in one direction.
+        source: Document that the figures come from.
         is_cpu: Whether the device is a CPU.
     """
 

@@ -1,9 +1,11 @@
-"""The products of an MoE layer, and what it keeps for the backward pass.
+"""Formulas for the products of an MoE layer, and for the memory it keeps for the backward pass.
 
-Its operations are fused and depend on the values of tensors, so torch cannot report them from
-shapes alone; a test compares these formulas with what torch saves and computes. Letters: N tokens
-of a side on a device, D model dim, H hidden dim of an expert, E experts, G groups, K experts (or
-groups) per token.
+The layer's operations are fused and depend on the values of tensors, so torch cannot report them
+when it knows only shapes. A test compares these formulas with what torch computes and saves.
+
+N is the number of tokens on one side on a device, D the width of the model, H the hidden width of
+an expert, E the number of experts, G the number of groups, and K the number of experts (or groups)
+per token.
 """
 
 from __future__ import annotations
@@ -17,26 +19,27 @@ from nmt_moe.planning.batch import Batch
 
 
 def rows_per_token(moe: MoEConfig) -> int:
-    """Return how many experts a token goes to (with strict balance, on average)."""
+    """Return how many experts a token uses (with a strictly balanced gate, on average)."""
     if moe.gate == "softmax":
         return moe.num_experts
     return moe.top_k**2 if moe.num_groups else moe.top_k
 
 
 def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the rows that a gate's weight multiplies, and the number of matrices that share them.
+    """Return the number of rows that a gate's weight multiplies, and the number of its matrices.
 
-    One matrix (D, E) multiplies all tokens; of G matrices (D, E / G), each token uses those of its
-    K groups.
+    A single matrix, (D, E), multiplies all tokens. Of G matrices, (D, E / G), each token uses those
+    of its K groups.
     """
     return (tokens, 1) if weight.dim() == 2 else (tokens * moe.top_k, len(weight))
 
 
 def ranks_per_token(moe: MoEConfig, size: int) -> float:
-    """Return how many of `size` ranks hold any of a token's experts, if all are equally likely.
+    """Return the mean number of ranks, out of `size`, that hold any of a token's experts.
 
-    A rank gets no row of a token if all the token's choices fall on other ranks. Choices are made
-    without replacement, among experts or, in a hierarchy (whose groups stay whole), among groups.
+    All experts are assumed to be equally likely. A rank receives no row of a token if the token
+    chooses only experts on other ranks. Choices are made without replacement, among experts or, in
+    a hierarchy (whose groups stay whole), among groups.
     """
     if moe.gate == "softmax":
         return size
@@ -48,14 +51,14 @@ def ranks_per_token(moe: MoEConfig, size: int) -> float:
 
 
 def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]:
-    """Return the bytes kept by a layer whose experts are spread over `size` ranks, by part."""
+    """Return the bytes that a layer keeps, by part, if its experts are spread over `size` ranks."""
     dim, rows, number = moe.model_dim, rows_per_token(moe), batch.number_bytes
-    # The tokens and, in half precision, their float32 copy for the gate; the outputs are kept by
-    # the sigmoid that follows.
+    # The layer keeps the tokens and, in half precision, their float32 copy for the gate. Its
+    # outputs are not counted here, because the sigmoid that follows keeps them.
     tokens = (number if number == 4 else number + 4) * dim
     hidden = 0 if moe.recomputes else rows * moe.hidden_dim * number
     if not batch.on_cpu:
-        hidden += 2 * rows * dim * number  # gathered tokens and outputs, one row for each expert
+        hidden += 2 * rows * dim * number  # the inputs and outputs of each row
     exchange = 0.0
     if size > 1:
         slots = (8 + 8 + 4 + 1) * rows
@@ -69,9 +72,9 @@ def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]
 
 
 def _gate_bytes(moe: MoEConfig) -> float:
-    """Return the bytes of a token's gate: logits of both levels (always fp32), and its choices."""
+    """Return the bytes that a gate keeps for one token: its logits, always fp32, and choices."""
     k, groups = moe.top_k, moe.num_groups
-    level = 17 if moe.gate == "strictly_balanced" else 8  # bytes for each logit, over all tensors
+    level = 17 if moe.gate == "strictly_balanced" else 8  # bytes per logit, in all tensors together
     if moe.gate == "softmax":
         return 12 * moe.num_experts + 28 * moe.num_experts
     if not groups:

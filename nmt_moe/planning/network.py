@@ -1,10 +1,10 @@
 """Describe a network: its parameters, matrix products and activations.
 
-Modules are built and run on the meta device, which holds shapes but no numbers, so that a model of
-137 billion parameters takes no memory. torch reports every matrix product and every tensor that the
-forward pass saves for the backward pass; a new layer made of torch's operations needs no code here.
-Only the MoE layer, whose fused operations depend on the values of tensors, is described by
-formulas, in `mixture`.
+Modules are built and run on the meta device, where tensors have shapes but no values, so that a
+model of 137 billion parameters takes no memory. torch reports every matrix product, and every
+tensor that the forward pass saves for the backward pass. A new layer that consists of torch's
+operations therefore needs no code here. Only the MoE layer, whose fused operations depend on the
+values of tensors, is described by formulas, in `mixture`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,23 @@ from nmt_moe.planning.recorder import Network, Product, Recorder, is_matrix
 
 @dataclass(frozen=True)
 class Totals:
-    """Multiply-adds of a batch's forward pass, and bytes that it keeps, by part."""
+    """Totals of a batch's forward pass.
+
+    Attributes:
+        macs: Number of multiply-adds, by part of the network.
+        kept: Bytes kept for the backward pass, by part of the network.
+    """
 
     macs: dict[str, float]
     kept: dict[str, float]
 
 
 def count(config: NetworkConfig, batch: Batch) -> Totals:
-    """Return the totals of a batch, in time independent of its length.
+    """Return the totals of a batch, in a time that does not depend on its length.
 
-    All steps of an LSTM cost the same, and attention costs the product of both lengths, so totals
-    are quadratic in the length and linear in the sentences: three short runs determine them.
+    All steps of an LSTM cost the same, and the cost of attention is proportional to the product of
+    both lengths. Totals are therefore quadratic in the length and linear in the number of
+    sentences, so three short runs determine them.
     """
     lengths = (2, 3, 4)
     runs = [describe(config, replace(batch, sentences=1, length=length)) for length in lengths]
@@ -69,7 +75,11 @@ def build_modules(config: NetworkConfig, vocab_size: int) -> list[nn.Module]:
 
 @lru_cache(maxsize=64)
 def describe(config: NetworkConfig, batch: Batch) -> Network:
-    """Run a training step's forward pass, with the full softmax, on the meta device."""
+    """Run the forward pass of a training step, with the full softmax, on the meta device.
+
+    Returns:
+        The network's weights and products, and the bytes that the forward pass keeps.
+    """
     modules = build_modules(config, batch.vocab_size)
     recorder = Recorder(modules)
     for module in modules:
@@ -79,7 +89,7 @@ def describe(config: NetworkConfig, batch: Batch) -> Network:
                 recorder.network.num_moe_layers += 1
                 _replace_forward(layer, partial(_mix, layer, recorder))
             elif isinstance(layer, nn.Dropout) and not batch.on_cpu and layer.p > 0:
-                # GPUs keep a mask of one byte for each number, CPUs one of numbers.
+                # GPUs keep a mask with one byte for each value; CPUs keep it in the values' dtype.
                 _replace_forward(layer, partial(_fused_dropout, layer.p))
     with recorder.recording():
         tokens = torch.zeros(batch.sentences, batch.length, dtype=torch.int64, device="meta")
@@ -118,7 +128,7 @@ def _fused_dropout(p: float, x: Tensor) -> Tensor:
 
 
 def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tensor, None]:
-    """Stand in for the forward pass of an MoE layer: only record its products."""
+    """Replace the forward pass of an MoE layer; this only records its products."""
     config, tokens = layer.config, len(x)
     for name, weight in layer.gate.named_parameters():
         if is_matrix(name):
@@ -133,9 +143,9 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return the extra bytes of oneDNN's workspace over torch's own LSTM, as measured.
+    """Return how many bytes more oneDNN's LSTM keeps than torch's own, as measured.
 
     CPUs run oneDNN's LSTM if there is no projection. It keeps gates, states and space for all their
-    gradients: (15 + 12 / length) numbers per cell and step, where torch's own keeps 6.
+    gradients, which are (15 + 12 / length) numbers per cell and step. torch's own LSTM keeps 6.
     """
     return batch.tokens * (9 + 12 / batch.length) * layer.hidden_size * batch.number_bytes

@@ -1,4 +1,4 @@
-"""Record what a network on the meta device computes and keeps: products and saved tensors."""
+"""Record the products that a network computes on the meta device, and the tensors it saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from nmt_moe.nn.lstm_lm import ResidualDeepExpert
 from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import is_expert
 
-# Parts of a network, by a module's class; a parameter belongs to the innermost such module.
+# Parts of a network, by the class of their modules. A parameter belongs to the part of the
+# innermost module of such a class.
 PARTS: dict[type[nn.Module], str] = {
     nn.Embedding: "embeddings",
     BidirectionalLSTM: "LSTM",
@@ -34,17 +35,17 @@ PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1, "mv": 0}
 
 @dataclass(frozen=True)
 class Product:
-    """Matrix products of the forward pass, each (rows, inner) @ (inner, cols).
+    """A matrix product of the forward pass, (rows, inner) @ (inner, cols), or several equal ones.
 
     Attributes:
-        part: The part of the network.
+        part: Part of the network.
         weight: Name of the parameter on the right; empty for a product of two activations.
-        rows: Rows of one call; with `experts`, rows of all of them.
-        inner: The dimension summed over.
-        cols: Columns of the result.
-        steps: Sequential calls that share the right-hand matrix.
-        batch: Pairs of matrices in one call, each with its own `rows`.
-        experts: Right-hand matrices among which the rows are divided.
+        rows: Number of rows in one call; with `experts`, the rows of all of them.
+        inner: Size of the dimension that is summed over.
+        cols: Number of columns of the result.
+        steps: Number of sequential calls with the same matrix on the right.
+        batch: Number of pairs of matrices in one call, each of them with `rows` rows.
+        experts: Number of matrices on the right, among which the rows are divided.
     """
 
     part: str
@@ -67,10 +68,10 @@ class Weight:
     """One parameter.
 
     Attributes:
-        part: The part of the network.
+        part: Part of the network.
         name: Name of the parameter within the network.
         shape: Shape of the parameter in torch.
-        is_expert: Whether the parameter belongs to experts that ranks can share.
+        is_expert: Whether the parameter belongs to experts that can be spread over ranks.
     """
 
     part: str
@@ -80,22 +81,22 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """Return the number of values."""
+        """Return the number of values in the parameter."""
         return self.shape.numel()
 
     @property
     def factored_size(self) -> int:
-        """Return the rows and columns of the weight's matrices, which factored Adam keeps."""
+        """Return the number of rows and columns of all matrices, which factored Adam keeps."""
         return self.shape[:-2].numel() * (self.shape[-2] + self.shape[-1])
 
     @property
     def is_matrix(self) -> bool:
-        """Return whether tokens are multiplied by it, unlike biases and thresholds."""
+        """Return whether tokens are multiplied by the parameter, unlike biases and thresholds."""
         return is_matrix(self.name)
 
 
 def is_matrix(name: str) -> bool:
-    """Return whether tokens are multiplied by the parameter of this name."""
+    """Return whether tokens are multiplied by the parameter with this name."""
     return "bias" not in name and "threshold" not in name
 
 
@@ -105,10 +106,11 @@ class Network:
 
     Attributes:
         weights: All parameters except those of the embedding and the softmax layer.
-        products: Matrix products; equal products of one weight share an entry, and the softmax
-            layer's is the last.
-        kept: Bytes kept for the backward pass, by part, excluding those of MoE layers (`mixture`).
-        num_moe_layers: MoE layers whose experts can be spread over ranks.
+        products: Matrix products, of which the last is the softmax layer's. Equal products of the
+            same weight share an entry.
+        kept: Bytes kept for the backward pass, by part of the network, without those of MoE layers,
+            which are in `mixture`.
+        num_moe_layers: Number of MoE layers whose experts can be spread over ranks.
     """
 
     weights: list[Weight] = field(default_factory=list)
@@ -117,7 +119,7 @@ class Network:
     num_moe_layers: int = 0
 
     def macs(self) -> dict[str, int]:
-        """Return the multiply-adds of the batch, by part."""
+        """Return the number of multiply-adds in the forward pass, by part of the network."""
         found: dict[str, int] = {}
         for product in self.products:
             found[product.part] = found.get(product.part, 0) + product.macs
@@ -133,11 +135,11 @@ class Recorder(TorchDispatchMode):
         self.part = "other"
         self._modules = modules
         self._parameters: dict[int, tuple[str, str]] = {}
-        self._known: dict[int, Any] = {}  # saved already, or a parameter
+        self._known: dict[int, Any] = {}  # storages already saved, and those of parameters
         self._index: dict[tuple, int] = {}
 
     def own(self, parameter: Tensor, part: str, name: str) -> None:
-        """Register a tensor that is not an activation: a parameter, or the input."""
+        """Register a tensor that is not an activation but a parameter or the input."""
         storage = parameter.untyped_storage()
         self._parameters[storage._cdata] = part, name
         self._known[storage._cdata] = storage
@@ -147,7 +149,7 @@ class Recorder(TorchDispatchMode):
         self.network.kept[part] = self.network.kept.get(part, 0) + count
 
     def add(self, product: Product, owner: int = 0) -> None:
-        """Record a product; a repetition counts as another step of the first."""
+        """Record a product. If the same product has been recorded, count another step of it."""
         key = (owner, product) if owner else (len(self.network.products), product)
         if key not in self._index:
             self._index[key] = len(self.network.products)
@@ -155,7 +157,7 @@ class Recorder(TorchDispatchMode):
             return
         index = self._index[key]
         known = self.network.products[index]
-        # All inputs of an LSTM are known in advance, so the device multiplies them at once.
+        # All inputs of an LSTM are known in advance, so the device multiplies them in one product.
         if "_ih" in product.weight:
             known = replace(known, rows=known.rows + product.rows)
         else:
@@ -192,7 +194,11 @@ class Recorder(TorchDispatchMode):
         return enter
 
     def _leave(self, parts: dict[str, str], name: str) -> Callable:
-        """Return to the enclosing part; at the top level, following dropout belongs to this one."""
+        """Return to the enclosing part.
+
+        At the top level, the part does not change, so that a dropout layer that follows belongs to
+        it.
+        """
         around = parts[name.rpartition(".")[0]]
 
         def leave(*_: Any) -> None:
@@ -227,7 +233,10 @@ class Recorder(TorchDispatchMode):
 
 
 def _find_parts(network: nn.Module) -> dict[str, str]:
-    """Return the part of every module, by name: its own, or that of the enclosing module."""
+    """Return the part of every module by its name.
+
+    A module whose class is not in `PARTS` belongs to the part of the enclosing module.
+    """
     found = {"": "other"}
     for name, module in network.named_modules():
         if name:

@@ -1,4 +1,4 @@
-"""Change the number of experts in a trained model: prune, merge, upcycle. Needs no fairseq."""
+"""Change the number of experts in a trained model by pruning, merging or upcycling."""
 
 from nmt_moe.resizing.layers import Layer
 from nmt_moe.resizing.merge import merge

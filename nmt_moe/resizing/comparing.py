@@ -22,18 +22,19 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
     """Return the bundle that reads text for a model: the model itself, or a checkpoint's bundle.
 
     Raises:
-        ValueError: if a checkpoint has no bundle, or that of another model.
+        ValueError: if a checkpoint has no bundle or the bundle of another model, or if there are
+            two bundles.
     """
     if isinstance(model, StoredBundle):
         if bundle is not None:
             raise ValueError(
-                "`--bundle` is only for checkpoints; a bundle reads text itself. Leave it out."
+                "`--bundle` is only for checkpoints, because a bundle reads text itself. Omit it."
             )
         return model
     if bundle is None:
         raise ValueError(
-            f"`{model.path}` is a checkpoint, which has no pieces to read text with. Add the "
-            "bundle that `nmt-moe export` made from it: `--bundle FOLDER`."
+            f"`{model.path}` is a checkpoint, which cannot split text into pieces. Name the bundle "
+            "that `nmt-moe export` made from it with `--bundle FOLDER`."
         )
     reader = StoredBundle.read(bundle)
     for side, layer in model.layers.items():
@@ -43,13 +44,13 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
             stored = None if other is None else other.gate.get(name)
             if stored is not None and not torch.equal(stored, value.float()):
                 raise ValueError(
-                    f"`{bundle}` was not exported from `{model.path}`: its gates differ. Export "
-                    "the checkpoint again with `nmt-moe export`."
+                    f"`{bundle}` was not exported from `{model.path}`, because its gates differ. "
+                    "Export the checkpoint again with `nmt-moe export`."
                 )
         if other is None or other.moe.num_experts != layer.moe.num_experts:
             raise ValueError(
-                f"`{bundle}` was not exported from `{model.path}`: its experts differ. Export "
-                "the checkpoint again with `nmt-moe export`."
+                f"`{bundle}` was not exported from `{model.path}`, because its experts differ. "
+                "Export the checkpoint again with `nmt-moe export`."
             )
     return reader
 
@@ -58,10 +59,10 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
 def changed_reader(
     model: Checkpoint | StoredBundle, reader: StoredBundle, output: Path, layers: Layers
 ) -> Iterator[Path]:
-    """Yield a bundle that has been changed in the same way as a model.
+    """Yield the path of a bundle that has been changed in the same way as a model.
 
     Args:
-        model: The model that was changed.
+        model: The model before it was changed.
         reader: The bundle that reads text for the model.
         output: Path to which the changed model was written.
         layers: The reader's layers, changed in the same way.
@@ -76,7 +77,13 @@ def changed_reader(
 
 
 def measure_perplexity(folder: Path, parts: Sequence[Part], *, progress: bool = False) -> float:
-    """Return the perplexity per piece, of the references or of a language model's texts."""
+    """Return the perplexity per piece of the references, or of the texts for a language model.
+
+    Args:
+        folder: Folder of the bundle.
+        parts: Texts to read; for a translation model, with references.
+        progress: Whether to show a progress bar.
+    """
     model = load_model(folder)
     usages = [
         collect_usage(model, one.text, one.references, one.target_lang, progress=progress)
@@ -88,7 +95,10 @@ def measure_perplexity(folder: Path, parts: Sequence[Part], *, progress: bool = 
 
 @torch.no_grad()
 def measure_difference(before: Layer, after: Layer) -> float:
-    """Return the largest difference between two layers' outputs on random tokens, in float64."""
+    """Return the largest difference between the outputs of two layers.
+
+    Both layers compute the same random tokens in float64.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLE_TOKENS, before.moe.model_dim, generator=generator, dtype=torch.float64)
     outputs = []

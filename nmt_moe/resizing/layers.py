@@ -1,4 +1,4 @@
-"""An MoE layer as stored, whose experts can be selected, merged or multiplied."""
+"""Stored MoE layers, whose experts can be selected, merged or copied."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nmt_moe.inference.storing import store
 from nmt_moe.inference.weights import DIGEST, EXPERTS_IN, EXPERTS_OUT, SCALE
 from nmt_moe.moe import MoEConfig
 
-# A hierarchical gate keeps the first level's parameters under this prefix; those of the second
-# level have the shape (G, ..., E / G).
+# Prefixes of a hierarchical gate's parameters. Those of the second level have the shape
+# (G, ..., E / G).
 PRIMARY, SECONDARY = "primary.", "secondary_"
 
 
@@ -22,12 +22,12 @@ class Layer:
     """The gate and the experts of one layer.
 
     Attributes:
-        moe: Sizes of the layer.
-        gate: Parameters of the gate by their names in its state: (..., E), or (G, ..., E / G) for a
-            second level.
-        experts: (E, ...) tensors, as stored.
-        dtype: The bundle's dtype; in a bundle, each output has a row. None for a checkpoint, with
-            (E, D, H) and (E, H, D).
+        moe: Configuration of the layer.
+        gate: Parameters of the gate by their names in its state dict: (..., E), or (G, ..., E / G)
+            for a second level.
+        experts: (E, ...) tensors of the experts by name, as stored. A checkpoint stores matrices of
+            the shapes (E, D, H) and (E, H, D); a bundle stores their transposes.
+        dtype: The dtype of the bundle; None for a checkpoint.
     """
 
     moe: MoEConfig
@@ -36,37 +36,38 @@ class Layer:
     dtype: str | None = None
 
     def take(self, ids: Sequence[int]) -> Layer:
-        """Return the layer with some of its experts, in the order given.
+        """Return the layer with some of its experts, in the given order.
 
         Args:
             ids: Ids of the experts; with groups, the same number from each group.
 
         Raises:
-            ValueError: if there are too few, some are repeated, or groups have different numbers.
+            ValueError: if there are too few experts, if some are repeated, or if groups would have
+                different numbers of experts.
         """
         moe = replace(self.moe, num_experts=len(ids))
         index = torch.tensor(ids)
         if len(set(ids)) != len(ids):
-            raise ValueError("`ids` must be different experts, but some are repeated.")
+            raise ValueError("`ids` must not repeat experts, but some are repeated.")
         local = self._by_group(index) if moe.num_groups else index
         experts = {name: value[index] for name, value in self.experts.items() if name != DIGEST}
         gate = {name: _take(name, value, local) for name, value in self.gate.items()}
         return replace(self, moe=moe, gate=gate, experts=experts)
 
     def _by_group(self, index: Tensor) -> Tensor:
-        """Return the experts' indices within their groups: (G, E' / G)."""
+        """Return the indices of experts within their groups, (G, E' / G)."""
         size = self.moe.group_size
         index = index.sort().values
         counts = (index // size).bincount(minlength=self.moe.num_groups)
         if counts.min() != counts.max():
             raise ValueError(
-                "`ids` must have equally many experts from each group, but has from "
+                "`ids` must have the same number of experts from each group, but has from "
                 f"{int(counts.min())} to {int(counts.max())}."
             )
         return (index % size).view(self.moe.num_groups, -1)
 
     def float_experts(self) -> tuple[Tensor, Tensor]:
-        """Return both matrices of all experts, float32 or wider: (E, D, H) and (E, H, D)."""
+        """Return both matrices of all experts, (E, D, H) and (E, H, D), in float32 or wider."""
         found = []
         for name in (EXPERTS_IN, EXPERTS_OUT):
             value = self.experts[name]
@@ -78,7 +79,7 @@ class Layer:
         return found[0], found[1]
 
     def with_experts(self, weight_in: Tensor, weight_out: Tensor) -> Layer:
-        """Return the layer with other experts, stored in the same way.
+        """Return the layer with other experts, which are stored in the same way.
 
         Args:
             weight_in: (E', D, H), the experts' first matrices.
@@ -94,7 +95,7 @@ class Layer:
 
 
 def _take(name: str, value: Tensor, local: Tensor) -> Tensor:
-    """Select columns of a gate's parameter."""
+    """Select the columns of some experts from a parameter of a gate."""
     if local.dim() == 1:
         return value[..., local].contiguous()
     if name.startswith(PRIMARY):

@@ -13,19 +13,21 @@ from nmt_moe.resizing.layers import Layer
 
 
 def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
-    """Merge each expert that is not kept into the most similar kept one.
+    """Merge each expert that is not kept into the most similar expert that is.
 
-    Two experts are similar if the gate scores tokens similarly for both, measured by the cosine of
-    their columns of the gate's weight. Hidden units are matched; then weights are averaged, each
-    expert weighted by its share. The gate's columns are averaged with the same shares.
+    Two experts are similar if the gate scores tokens similarly for both, which is measured by the
+    cosine of their columns in the gate's weight. After hidden units have been matched, the weights
+    of merged experts are averaged, each expert weighted by its share. Their columns in the gate's
+    parameters are averaged in the same way.
 
     Args:
-        layer: The layer.
-        kept: Ids of the kept experts; with groups, the same number from each group.
-        shares: (E,), each expert's share of what the layer did on a text.
+        layer: The layer to change.
+        kept: Ids of the experts to keep; with groups, the same number from each group.
+        shares: (E,), each expert's share of what the layer did on a text (see `shares`).
 
     Returns:
-        The layer with the experts `kept`, each the weighted mean of those merged into it.
+        The layer with only the experts `kept`, each of which is the weighted mean of those merged
+        into it.
 
     Source: Li et al. 2024, "Merge, Then Compress" (MC-SMoE).
     """
@@ -49,12 +51,15 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
 
 
 def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
-    """Return, for each of E experts, the kept one it is merged into: itself, if it is kept.
+    """Return, for each of E experts, the kept expert that it is merged into.
+
+    An expert that is kept is merged into itself. With groups, experts are merged only within their
+    group.
 
     Args:
         columns: (E, D), the gate's weights for each expert.
-        kept: Ids of the kept experts.
-        num_groups: G; experts are merged within their group. 0 for a flat gate.
+        kept: Ids of the experts to keep.
+        num_groups: Number of groups of a hierarchical gate, G; 0 for a flat gate.
     """
     likeness = F.normalize(columns.float(), dim=1)
     likeness = likeness @ likeness[list(kept)].t()
@@ -70,7 +75,7 @@ def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
 
 
 def gate_columns(layer: Layer) -> Tensor:
-    """Return the weights with which the gate scores each expert: (E, D)."""
+    """Return the weights with which the gate scores each expert, (E, D)."""
     weight = layer.gate["secondary_gate_weight" if layer.moe.num_groups else "gate_weight"]
     return weight.mT.flatten(0, -2)
 
@@ -78,16 +83,16 @@ def gate_columns(layer: Layer) -> Tensor:
 def match_units(
     weight_in: Tensor, weight_out: Tensor, one: int, other: int
 ) -> tuple[Tensor, Tensor]:
-    """Return an expert's matrices with its hidden units in the order of another's.
+    """Reorder the hidden units of an expert to match those of another expert.
 
     Args:
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
-        one: The expert whose order is kept.
-        other: The expert whose units are reordered, which does not change its function.
+        one: Id of the expert whose order is kept.
+        other: Id of the expert whose units are reordered, which does not change its outputs.
 
     Returns:
-        (D, H) and (H, D).
+        The matrices of `other` with reordered units, (D, H) and (H, D).
 
     Source: Ainsworth et al. 2023, "Git Re-Basin", weight matching.
     """
@@ -103,7 +108,7 @@ def match_units(
 def _average_columns(
     layer: Layer, gates: dict[str, Tensor], expert: int, members: list[int], share: Tensor
 ) -> None:
-    """Set each kept expert's column of the gate's parameters to its members' mean."""
+    """Set the column of a kept expert, in the gate's parameters, to the mean of its members'."""
     for name, value in gates.items():
         if name.startswith("primary."):
             continue

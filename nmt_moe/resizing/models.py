@@ -1,4 +1,4 @@
-"""Trained models whose experts are to be changed: checkpoints and bundles."""
+"""Read and write the models whose experts are changed, which are checkpoints and bundles."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def read_model(path: Path) -> Checkpoint | StoredBundle:
     """Read a checkpoint, or a bundle if `path` is a folder.
 
     Raises:
-        ValueError: if it is damaged or has no MoE layers.
+        ValueError: if the model is damaged or has no MoE layers.
     """
     found = StoredBundle.read(path) if path.is_dir() else Checkpoint.read(path)
     if not found.layers:
         raise ValueError(
-            f"`{path}` has no MoE layers, so it has no experts to change. Name a model with "
-            "experts, or one with a single expert in each layer (such as `lstm_gnmt_small`)."
+            f"`{path}` has no MoE layers, so it has no experts to change. Name a model with MoE "
+            "layers, which may have a single expert each (as in `--arch lstm_gnmt_small`)."
         )
     return found
 
 
 def new_network(network: Network, layers: Layers) -> Network:
-    """Return the sizes of a network with other MoE layers."""
+    """Return the configuration of a network after its MoE layers have been replaced by `layers`."""
     moe = layers["encoder" if "encoder" in layers else "decoder"].moe
     if not isinstance(network, GNMTConfig):
         return replace(network, moe=moe)
@@ -70,9 +70,9 @@ class Checkpoint:
 
     Attributes:
         path: Path of the checkpoint.
-        network: Sizes of the network.
-        layers: MoE layers by side, "encoder" and "decoder".
-        state: Contents of the file.
+        network: Configuration of the network.
+        layers: The MoE layers by side, "encoder" or "decoder".
+        state: Contents of the checkpoint.
     """
 
     path: Path
@@ -82,21 +82,24 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Read a checkpoint with all its experts, without the optimizer state."""
+        """Read a checkpoint with all its experts, but without the optimizer state."""
         state = load_checkpoint(path, with_optimizer=False)
         network = read_network(path, state).config
         return cls(path, network, _find_layers(network, state["model"]), state)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the checkpoint with other layers, without the optimizer state.
+        """Write the checkpoint with other layers, and without the optimizer state.
 
-        `fairseq-train --finetune-from-model` trains it further.
+        `fairseq-train --finetune-from-model` can train it further.
 
         Args:
             output: The file to write.
-            layers: The layers, by side.
-            note: Text stored in the checkpoint's `extra_state`, under "resized".
+            layers: The new layers, by side.
+            note: Text to store in the checkpoint's `extra_state`, under "resized".
             is_overwritten: Whether to replace an output that exists.
+
+        Raises:
+            ValueError: if the output exists and must not be replaced, or is the model itself.
         """
         check_output(output, is_overwritten)
         _check_other(output, self.path)
@@ -119,7 +122,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle whose weights are mapped; attributes as in `Checkpoint`."""
+    """A bundle whose weights are mapped from its files.
+
+    Attributes:
+        path: Folder of the bundle.
+        config: The bundle's configuration.
+        layers: The MoE layers by side, "encoder" or "decoder".
+        dense: All parameters except those of experts, by name.
+    """
 
     path: Path
     config: BundleConfig
@@ -128,12 +138,12 @@ class StoredBundle:
 
     @property
     def network(self) -> Network:
-        """Return the sizes of the network."""
+        """Return the configuration of the network."""
         return self.config.network
 
     @classmethod
     def read(cls, folder: Path) -> StoredBundle:
-        """Read a bundle, and compare every file and expert with its digest."""
+        """Read a bundle, and compare every file and every expert with its digest."""
         verify_bundle(folder)
         config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
         dense = map_file(folder / WEIGHTS)
@@ -146,9 +156,10 @@ class StoredBundle:
         return cls(folder, config, _find_layers(config.network, parameters, config.dtype), dense)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the bundle with other layers; arguments as in `Checkpoint.write`.
+        """Write the bundle with other layers.
 
-        The note becomes a section of the model card.
+        The arguments and errors are those of `Checkpoint.write`, except that the note becomes a
+        section of the model card.
         """
         check_output(output, is_overwritten)
         check_replaceable(output)
@@ -186,7 +197,7 @@ class StoredBundle:
 def _check_other(output: Path, path: Path) -> None:
     if output.exists() and output.samefile(path):
         raise ValueError(
-            f"`{output}` is the model itself, which is never changed. Name another output."
+            f"`{output}` is the model itself, which must not be replaced. Name another output."
         )
 
 
@@ -215,7 +226,7 @@ def _moe_of(network: Network, side: str) -> MoEConfig | None:
 
 
 def _set_options(model: Any, network: Network) -> Any:
-    """Return the options of a checkpoint's model with other layer sizes."""
+    """Return the options of a checkpoint's model with the sizes of the new layers."""
     moe = network.moe
     assert moe is not None
     options = dict(vars(model)) if isinstance(model, argparse.Namespace) else dict(model)

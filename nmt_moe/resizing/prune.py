@@ -16,20 +16,22 @@ SCOPES = ("layer", "model")
 def choose_experts(
     shares: Mapping[str, Tensor], moe: Mapping[str, MoEConfig], keep: int, scope: str = "layer"
 ) -> dict[str, list[int]]:
-    """Choose the experts with the largest shares; ties go to the smaller id.
+    """Choose the experts with the largest shares; smaller ids win ties.
 
     Args:
-        shares: (E,) for each layer, each summing to 1.
-        moe: Sizes of each layer.
-        keep: Experts to keep in each layer; with the scope "model", on average.
-        scope: "layer" keeps the same number in each layer; "model" drops the experts with the
-            smallest shares of all layers, but leaves each layer enough for every token's choice.
+        shares: For each layer, (E,), the experts' shares, which sum to 1.
+        moe: Configuration of each layer.
+        keep: Number of experts to keep in each layer; with the scope "model", on average.
+        scope: "layer" keeps the same number in each layer. "model" drops the experts with the
+            smallest shares of all layers, but leaves enough experts in each layer for a token to
+            choose from.
 
     Returns:
-        For each layer, the ids of experts in ascending order.
+        For each layer, the ids of the experts to keep, in ascending order.
 
     Raises:
-        ValueError: naming the option, its rule and its value.
+        ValueError: if `keep` or `scope` is not allowed. The message names the argument, its rule
+            and its value.
     """
     check_choice("scope", scope, SCOPES)
     counts = {name: one.num_experts for name, one in moe.items()}
@@ -38,7 +40,8 @@ def choose_experts(
         check_whole("num_experts", keep, low if one.gate != "softmax" else 1, counts[name])
         if one.num_groups and keep % one.num_groups:
             raise ValueError(
-                f"`num_experts` must be a multiple of the {one.num_groups} groups, but is {keep}."
+                f"`num_experts` must be a multiple of the number of groups, {one.num_groups}, but "
+                f"is {keep}."
             )
     if scope == "layer":
         return {name: _best(shares[name], moe[name], keep) for name in moe}

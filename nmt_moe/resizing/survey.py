@@ -1,4 +1,4 @@
-"""Measure what each expert does on a text, on which pruning and merging are based."""
+"""Measure what each expert does on a text, as the basis of pruning and merging."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ExpertSurvey:
     """The use of one layer's experts on a text.
 
     Attributes:
-        usage: Counts of tokens and sums of gates.
-        contribution: (E,) float64, the sum over an expert's tokens of its gate times the norm of
-            its output, which is how much it contributed to the layer's output.
+        usage: The experts' numbers of tokens and sums of gates.
+        contribution: (E,) float64, how much each expert contributed to the layer's output: the sum
+            over its tokens of the gate times the norm of the expert's output.
     """
 
     def __init__(self, layer: MoE) -> None:
@@ -31,7 +31,7 @@ class ExpertSurvey:
         self.contribution = torch.zeros(layer.config.num_experts, dtype=torch.float64)
 
     def add(self, routing: Routing) -> None:
-        """Add tokens, whose inputs must have been kept."""
+        """Add tokens. Their `inputs` must not be None."""
         self.usage.add(routing.expert_ids, routing.gates)
         assert routing.inputs is not None
         for expert in routing.expert_ids.unique().tolist():
@@ -44,7 +44,7 @@ class ExpertSurvey:
             self.contribution[expert] += (gates * norms).double().sum()
 
     def values(self, criterion: str) -> Tensor:
-        """Return the values by which to rank experts: (E,) float64."""
+        """Return the values by which to rank experts, (E,) float64."""
         if criterion == "contribution":
             return self.contribution
         return getattr(self.usage, criterion).double()
@@ -52,12 +52,12 @@ class ExpertSurvey:
 
 @dataclass
 class Survey:
-    """The results of a model that read one text.
+    """The results of running a model over one text.
 
     Attributes:
-        layers: The layers by side, "encoder" and "decoder".
-        score: Score of the references or of a language model's text; None without references, or if
-            all lines are blank.
+        layers: The use of experts in each MoE layer, by side, "encoder" or "decoder".
+        score: Score of the references or, for a language model, of the text; None if there are no
+            references.
     """
 
     layers: dict[str, ExpertSurvey]
@@ -66,15 +66,15 @@ class Survey:
 
 @torch.inference_mode()
 def survey(model: Translator | LanguageModel, part: Part, *, progress: bool = False) -> Survey:
-    """Run a model over a text.
+    """Run a model over a text, and record the use of its experts.
 
     Args:
         model: The model that reads the text.
         part: The text to read, with or without references.
-        progress: Whether to show a bar on standard error.
+        progress: Whether to show a progress bar on standard error.
 
     Raises:
-        ValueError: if the model has no experts, or the text cannot be read.
+        ValueError: if the model has no experts, or the text cannot be read or has no words.
     """
     if not model.moe_layers:
         raise ValueError("the model has no experts. Name a mixture-of-experts model.")
@@ -87,7 +87,7 @@ def survey(model: Translator | LanguageModel, part: Part, *, progress: bool = Fa
         for side, layer in found.layers.items():
             layer.add(_join([one.routings[side] for one in chunk]))
     if not scores:
-        raise ValueError("the text has no line with words. Name a text of the model's language.")
+        raise ValueError("the text has no line with words. Name a text in the model's language.")
     if part.references is not None or isinstance(model, LanguageModel):
         found.score = total_score(scores)
     return found
@@ -103,15 +103,15 @@ def _join(routings: list[Routing]) -> Routing:
 
 
 def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) -> dict[str, Tensor]:
-    """Return each expert's share of what its layer did, over several texts.
+    """Return each expert's share of what its layer did on several texts.
 
     Args:
-        surveys: One for each text.
+        surveys: One survey for each text.
         criterion: Measure of use, "contribution", "importance" or "load".
-        is_equal: Whether texts count equally, whatever their length.
+        is_equal: Whether all texts count equally, whatever their length.
 
     Returns:
-        By side, (E,) float64, summing to 1.
+        By side, (E,) float64, the shares, which sum to 1.
     """
     check_choice("criterion", criterion, CRITERIA)
     found = {}

@@ -1,4 +1,4 @@
-"""Turn the one network that every token uses into several experts."""
+"""Turn the single expert of a dense layer into several experts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from nmt_moe.resizing.layers import Layer
 
 
 def upcycle(layer: Layer, num_experts: int, top_k: int) -> Layer:
-    """Return a layer whose experts are copies of the only one.
+    """Return a layer whose experts are copies of the single expert of another layer.
 
-    The gate's weights start at zero, as in a new layer, and gates sum to 1, so the output is the
-    same whichever experts a token is sent to. In training, the gate's noise sends different tokens
-    to the copies, which therefore learn different things. A token costs `top_k` times as much.
+    The gate's weights start at zero, as in a new layer, and the gates of a token sum to 1, so the
+    output does not depend on which experts the token is sent to. In training, the gate's noise
+    sends different tokens to the copies, which therefore learn different things. A token takes
+    `top_k` times as many operations as before.
 
     Args:
         layer: A layer with one expert.
-        num_experts: Number of experts, E.
-        top_k: Experts for each token, K.
+        num_experts: Number of experts in the new layer, E.
+        top_k: Number of experts per token, K.
 
     Raises:
         ValueError: if the layer has several experts, or a number is out of range.
@@ -31,15 +32,15 @@ def upcycle(layer: Layer, num_experts: int, top_k: int) -> Layer:
     check_whole("num_experts", num_experts, 2)
     if layer.moe.num_experts != 1:
         raise ValueError(
-            f"the model has {layer.moe.num_experts} experts in a layer, but only a single one can "
-            "be copied. Name a dense model, such as one of `--arch lstm_gnmt_small`."
+            f"the model has {layer.moe.num_experts} experts in a layer, but only a single expert "
+            "can be upcycled. Name a dense model, such as one with `--arch lstm_gnmt_small`."
         )
     moe: MoEConfig = replace(layer.moe, num_experts=num_experts, top_k=top_k)
     gate = {
         name: torch.zeros(*value.shape[:-1], num_experts, dtype=value.dtype)
         for name, value in layer.gate.items()
     }
-    if "threshold" in gate:  # the value of a gate with zero weights for each expert
+    if "threshold" in gate:  # while the weights are zero, all experts have this probability
         gate["threshold"].fill_(1 / num_experts)
     experts = {
         name: value.expand(num_experts, *value.shape[1:]).contiguous()

@@ -81,13 +81,13 @@ def test_the_best_checkpoints_are_found_by_their_score(tmp_path, is_larger_bette
 
 def test_too_few_checkpoints_are_refused(tmp_path):
     save(tmp_path / "checkpoint1.pt", [0.0], **with_updates(7))
-    with pytest.raises(ValueError, match="has 1 checkpoints of that kind, but 5 were asked for"):
+    with pytest.raises(ValueError, match="has 1 checkpoints of that kind, but 5 were requested"):
         tool.find_last(tmp_path, 5)
 
 
 def test_other_shapes_or_names_are_refused(tmp_path):
     paths = [save(tmp_path / "1.pt", [1.0]), save(tmp_path / "2.pt", [1.0, 2.0])]
-    with pytest.raises(ValueError, match=r"2\.pt: its parameters have other names, shapes"):
+    with pytest.raises(ValueError, match=r"2\.pt` has parameters with other names, shapes"):
         tool.average_parameters(paths)
 
 

@@ -167,7 +167,7 @@ def test_a_dense_model_is_upcycled(tmp_path):
         (["prune", "CHECKPOINT", "--num-experts", "3"], "Add the bundle that `nmt-moe export`"),
         (["prune", "BUNDLE", "--num-experts", "3", "--bundle", "BUNDLE"], "only for checkpoints"),
         (["prune", "OTHER", "--num-experts", "3", "--bundle", "BUNDLE"], "its gates differ"),
-        (["upcycle", "BUNDLE", "--num-experts", "9", "--top-k", "2"], "only a single one"),
+        (["upcycle", "BUNDLE", "--num-experts", "9", "--top-k", "2"], "only a single expert"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(files, tmp_path, words, message):

@@ -60,7 +60,7 @@ def test_the_least_used_experts_of_all_layers_are_removed(first, second, keep):
     [
         (FLAT, 1, "layer", "`num_experts` must be from 2 to 8, but is 1"),
         (FLAT, 9, "layer", "`num_experts` must be from 2 to 8, but is 9"),
-        (GROUPS, 5, "layer", "must be a multiple of the 2 groups, but is 5"),
+        (GROUPS, 5, "layer", "must be a multiple of the number of groups, 2, but is 5"),
         (GROUPS, 3, "layer", "from 4 to 8, but is 3"),
         (GROUPS, 4, "model", "`scope` must be 'layer' for hierarchical gates"),
         (FLAT, 4, "all", "`scope` must be one of 'layer', 'model'"),
@@ -147,7 +147,7 @@ def test_copies_get_different_gradients():
 
 def test_only_a_dense_layer_is_upcycled():
     _, layer = make_layer(FLAT)
-    with pytest.raises(ValueError, match="has 8 experts in a layer, but only a single one"):
+    with pytest.raises(ValueError, match="has 8 experts in a layer, but only a single expert"):
         upcycle(layer, 16, 2)
     _, layer = make_layer(ONE)
     with pytest.raises(ValueError, match="`top_k` must be from 1 to 4, but is 5"):

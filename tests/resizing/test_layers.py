@@ -98,7 +98,7 @@ def test_taking_all_experts_gives_the_same_layer():
 
 def test_what_cannot_be_taken_is_refused():
     _, layer = make_layer(GROUPS)
-    with pytest.raises(ValueError, match="many experts from each group, but has from 1 to 3"):
+    with pytest.raises(ValueError, match="number of experts from each group, but has from 1 to 3"):
         layer.take([0, 1, 2, 4])
     with pytest.raises(ValueError, match="some are repeated"):
         layer.take([0, 0, 4, 5])

@@ -120,7 +120,7 @@ def test_a_checkpoint_is_complete_only_if_it_fits_its_model(checkpoint: Path, tm
         (cut, rf"{name} is \("),
         (claim, "`encoder_layers` to 1000000000"),
         (forget, "no model configuration"),
-        (spoil, "not a table"),
+        (spoil, "not a dictionary"),
     ]:
         state = torch.load(checkpoint, weights_only=False)
         change(state)

@@ -161,5 +161,5 @@ def test_endlessly_nested_containers_are_refused(tmp_path: Path, monkeypatch: py
     many = [{}] * 1000
     for content in (nest, many, [many] * 1000):
         torch.save({"model": {}, "extra_state": content}, tmp_path / LAST)
-        with pytest.raises(ValueError, match="nested too deeply or hold too many"):
+        with pytest.raises(ValueError, match="nested too deeply or have too many"):
             read_checkpoint(tmp_path / LAST)
