@@ -1,7 +1,7 @@
 """Fast operations that need only torch (and, in `_triton`, Triton).
 
-`reference` defines them in plain torch under the same names; the tests compare each operation with
-its definition.
+`reference` contains definitions in plain torch under the same names, with which the tests compare
+the operations.
 """
 
 from nmt_moe.kernels import reference

@@ -173,7 +173,7 @@ class TritonProducts:
 
 
 def choose_products(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Products:
-    """Choose how to multiply, by device, dtype and shape only, so that the host waits for nothing.
+    """Choose how to multiply, based only on device, dtype and shape, without waiting for CUDA.
 
     Args:
         rows: (R, D), sorted by expert.

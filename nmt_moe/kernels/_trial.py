@@ -238,7 +238,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Draw float64 numbers from a generator of its own, so that a training run's do not change."""
+    """Draw float64 numbers from a generator of its own, which leaves the caller's unchanged."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)

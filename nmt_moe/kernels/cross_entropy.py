@@ -1,4 +1,4 @@
-"""Compute the cross-entropy of logits on the CPU, plain and smoothed, in one pass each way."""
+"""Compute the plain and the smoothed cross-entropy of logits on the CPU, in compiled loops."""
 
 from typing import Any
 

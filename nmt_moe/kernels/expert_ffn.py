@@ -23,8 +23,8 @@ def expert_ffn(
 
     This computes grouped products over all experts (see `grouped_gemm`). On CUDA, the ReLU and its
     gradient are fused into them. The backward pass is written by hand, so that each expert's weight
-    gradient is one product, written in place. `mixture_ffn` calls this function where it has
-    no faster path.
+    gradient is one product, written in place. `mixture_ffn` calls this function where it has no
+    faster path.
 
     Args:
         rows: (R, D), sorted by expert.

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels._cpu import load
 
 # Smallest number of steps for which copying the transposed recurrent weights saves time. The
-# product of a few rows and a transposed view takes up to 1.5 times as long as with a matrix that is
-# stored in the order in which it is read.
+# product of a few rows and a transposed view takes up to 1.5 times as long as the product with a
+# matrix that is stored in the order in which it is read.
 FEWEST_STEPS = 4
 
 

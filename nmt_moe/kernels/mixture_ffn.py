@@ -1,4 +1,4 @@
-"""Compute the mixture of this rank's experts: gather rows, run experts, combine, in one pass."""
+"""Compute the mixture of this rank's experts: gather rows, run experts and combine outputs."""
 
 from typing import Any
 

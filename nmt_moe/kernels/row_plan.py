@@ -1,4 +1,4 @@
-"""Plan the order of rows: sorted by bin, each row belonging to one token."""
+"""Plan the order of rows, which are sorted by bin and belong to one token each."""
 
 from dataclasses import dataclass
 

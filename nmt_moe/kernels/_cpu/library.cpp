@@ -1,7 +1,7 @@
 // The operators `torch.ops.nmt_moe.*`: LSTM steps, products of few rows, cross-entropy and factored Adam.
 //
-// The callers in Python check shapes and types, and pass contiguous float32 or float64 tensors on the
-// CPU. Work is divided between rows, never within a row, so that results do not depend on the number of threads.
+// The callers in Python check shapes and types, and pass contiguous float32 or float64 tensors on the CPU. Threads
+// divide the work between rows, never within a row, so that results do not depend on the number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>

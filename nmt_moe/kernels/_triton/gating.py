@@ -51,10 +51,10 @@ class Grid(NamedTuple):
 
     Attributes:
         splits: Number of programs per group, which take turns with its blocks of rows.
-        block_rows: Rows in a block.
-        block_columns: Columns in a block.
+        block_rows: Number of rows in a block.
+        block_columns: Number of columns in a block.
         chunks: Number of blocks of columns in a row.
-        slots: Numbers kept for each row, rounded up to a power of two.
+        slots: Number of logits kept for each row, rounded up to a power of two.
         multiple: Number that is known to divide the row's width, for the compiler.
     """
 

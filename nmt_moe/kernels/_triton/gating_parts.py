@@ -13,8 +13,8 @@ TAKEN = tl.constexpr(-(2**31))
 def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Draw (B, W) standard normal numbers that depend only on seed, row and column.
 
-    Philox gives four numbers for each counter, which consists of the row in 64 bits and a quarter
-    of the column in 32 bits.
+    Philox gives four numbers for each counter, which consists of the row (64 bits) and a quarter of
+    the column (32 bits).
     """
     num_quads: tl.constexpr = BLOCK_COLUMNS // 4
     quads = (first_column // 4 + tl.arange(0, num_quads)).to(tl.uint32)
