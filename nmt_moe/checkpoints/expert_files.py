@@ -302,7 +302,7 @@ def rows_of(values: Mapping[str, Any], count: int) -> ByName:
 
 
 def remove_unused_files(folder: Path) -> None:
-    """Delete expert files to which no checkpoint in the folder refers."""
+    """Delete expert files that no checkpoint in the folder refers to."""
     found = set(folder.glob(f"{PREFIX}*.pt"))
     for path in folder.glob(f"{PREFIX}*.pt.tmp"):
         path.unlink()

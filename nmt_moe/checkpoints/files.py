@@ -20,8 +20,8 @@ MAX_PICKLE_BYTES = 64 * 2**20
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
 
-# Number of attempts to write a file during training, which should not end because of a disk that is
-# briefly full or a brief network outage.
+# Number of attempts to write a file during training. Training should not end because a disk is
+# briefly full or the network is briefly down.
 ATTEMPTS = 3
 PAUSE = 2.5  # seconds between two attempts
 
@@ -81,7 +81,7 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
         Whether the file is a zip file.
 
     Raises:
-        ValueError: if a part is damaged. The message names it or the fault.
+        ValueError: if a part is damaged. The message names the part or the fault.
     """
     if not zipfile.is_zipfile(file):  # files written before torch 1.6 have no CRCs
         return False
@@ -134,7 +134,7 @@ def _check_tensor(value: Tensor) -> None:
     if not is_plain or value.device.type != "cpu":
         raise ValueError("it holds a tensor that is sparse, quantized, nested or without values")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values for it")
+        raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values")
 
 
 def check_finite_values(path: Path, tensors: Any, name: str) -> None:
@@ -176,7 +176,7 @@ def _describe(path: Path, error: Exception) -> str:
             "such objects. Use another file, or save it again without that object."
         )
     reason = (
-        text.rpartition("WeightsUnpickler error: ")[2].strip() or "without a reason"
+        text.rpartition("WeightsUnpickler error: ")[2].strip() or "no reason given"
     ).splitlines()[0]
     if "weights_only" in reason:  # torch's advice to turn its safe loader off
         reason = "another kind of archive"

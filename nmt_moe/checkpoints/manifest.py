@@ -22,8 +22,8 @@ from typing import Any
 from nmt_moe.checkpoints.files import COPY_AGAIN, shown
 
 MANIFEST = "expert_files"
-# Key in a checkpoint's extra state of the names of experts' parameters, by their index in the
-# optimizer state.
+# Key in a checkpoint's extra state. Its value maps the indices of experts' parameters in the
+# optimizer state to their names.
 EXPERT_NAMES = "expert_places"
 PREFIX = "experts-"
 SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")

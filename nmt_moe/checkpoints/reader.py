@@ -1,4 +1,4 @@
-"""Read checkpoints. No other module of the project does so."""
+"""Read checkpoints. All other code of the project uses this module to do so."""
 
 from pathlib import Path
 from typing import Any

@@ -60,14 +60,14 @@ def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
     if not names:
         raise ValueError(
             "the checkpoint does not say which of its parameters are experts. Either it has none, "
-            "or it was trained with the flat gradients of --fp16 or with an older version. In the "
-            "latter cases, train it for one more update, with --fp16-no-flatten-grads if needed."
+            "or it was trained with the flat gradients of --fp16 or with an older version. If it "
+            "has experts, train it for one more update."
         )
     counts = {len(state["model"][name]) for name in names.values()}
     if len(counts) > 1:
         raise ValueError(
             f"the checkpoint has layers of {min(counts)} and {max(counts)} experts, which cannot "
-            "be split into the same files. Keep it in one file."
+            "be split into the same files. Keep the checkpoint in one file."
         )
     num_experts = counts.pop()
     check_divisor("--files", num_files, "`num_experts`", num_experts)

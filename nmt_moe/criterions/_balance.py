@@ -63,10 +63,10 @@ def add_balance(
 
 
 def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
-    """Stop training if the loss is NaN, before this changes the parameters.
+    """Stop training if the loss is NaN, before the parameters are updated.
 
-    On a GPU, MoE layers do not check whether tokens are finite. Tokens that are not make the loss
-    NaN, which this check finds. The host reads the loss anyway, so the check adds no waiting.
+    On a GPU, MoE layers do not check whether tokens are finite. If some are not, the loss is NaN,
+    which this check finds. The host reads the loss anyway, so the check adds no waiting.
 
     Raises:
         FloatingPointError: if the loss is NaN. The message names the first MoE layer with tokens

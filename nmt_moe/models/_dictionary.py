@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class DictionaryCheck(nn.Module):
-    """Store a digest of a dictionary in the checkpoint, and compare it when that is loaded.
+    """Store a digest of a dictionary in the checkpoint, and check it when loading the checkpoint.
 
     fairseq stores no dictionary in a checkpoint, and pads dictionaries to multiples of 8. Another
     dictionary therefore often has the same size, is loaded silently, and makes every translation

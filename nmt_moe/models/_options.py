@@ -48,8 +48,8 @@ class MoEOptions(FairseqDataclass):
     top_k: int = field(
         default=MoEConfig.top_k,
         metadata={
-            "help": "number of experts per token; with groups, of groups per token, and of experts "
-            "in each of them",
+            "help": "number of experts per token; with groups, number of groups per token and of "
+            "experts per token in each of these groups",
             "argparse_alias": "--moe-top-k",
         },
     )

@@ -38,7 +38,10 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 
 @dataclass
 class LSTMMoEGNMTConfig(MoEOptions):
-    """Options of the model. The defaults are the paper's single-pair model with 32 flat experts."""
+    """Options of the model.
+
+    The defaults are those of the paper's single-pair model with 32 experts and a flat gate.
+    """
 
     lstm_hidden_dim: int = field(
         default=GNMTConfig.lstm_hidden_dim,

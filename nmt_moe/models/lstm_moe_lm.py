@@ -61,7 +61,7 @@ class LSTMMoELMConfig(MoEOptions):
 
 @register_model("lstm_moe_lm", dataclass=LSTMMoELMConfig)
 class LSTMMoELM(FairseqLanguageModel):
-    """A language model of an embedding, an LSTM, an MoE layer, an LSTM and a softmax layer."""
+    """A language model with an MoE layer between its LSTMs."""
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoELM":

@@ -15,8 +15,10 @@ class Experts(nn.Module):
     """The experts of a layer that this rank holds; they have no biases.
 
     Attributes:
-        weight_in: (L, D, H), uniform within `init_range`, or within 1 / sqrt(D) if that is None.
-        weight_out: (L, H, D), uniform within `init_range`, or within 1 / sqrt(H) if that is None.
+        weight_in: (L, D, H), the experts' first matrices, drawn uniformly from [-init_range,
+            init_range]. If `init_range` is None, 1 / sqrt(D) is used.
+        weight_out: (L, H, D), the experts' second matrices, drawn in the same way. If `init_range`
+            is None, 1 / sqrt(H) is used.
 
     Source: Shazeer et al. 2017, section 2 and Appendix C.1.
     """

@@ -79,8 +79,8 @@ class MoEStats:
         Raises:
             FloatingPointError: if there are any; the message names the layer.
         """
-        # If a value of a token or a gate weight is not finite, neither is some gate, and therefore
-        # neither is the importance.
+        # A value that is not finite in a token or a gate weight makes a gate, and therefore the
+        # importance, not finite either.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 

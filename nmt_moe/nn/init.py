@@ -9,8 +9,8 @@ def init_weights(module: nn.Module, init_range: float) -> None:
     """Initialise the weights of a network.
 
     Matrices are drawn uniformly from [-init_range, init_range]. Biases start at 0, except those of
-    forget gates, which start at 1. Experts, gates and other vectors keep the values that their
-    modules gave them.
+    forget gates, which start at 1. Experts, gates, and vectors other than biases keep the values
+    that their modules gave them.
 
     Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates start at 0).
     """

@@ -70,7 +70,7 @@ class ProjectedLSTM(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTMs that start from either end of the sentence, with their outputs summed.
+    """Two LSTMs, one in each direction, whose outputs are summed.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.2.
     """

@@ -30,9 +30,10 @@ class LMOutput(NamedTuple):
 
 
 class ResidualDeepExpert(nn.Module):
-    """A single expert with several hidden ReLU layers, followed by a sigmoid, dropout and residual.
+    """A single expert with several hidden ReLU layers, which replaces an MoE layer.
 
-    It replaces an MoE layer. Like other experts, it has no biases.
+    It is followed by a sigmoid, dropout and a residual connection. Like other experts, it has no
+    biases.
 
     Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
     """

@@ -38,7 +38,8 @@ class FairseqFactoredAdam(FairseqOptimizer):
                 "--memory-efficient-fp16 or --bf16."
             )
         self._optimizer = FactoredAdam(params, **self.optimizer_config)
-        # When loading, fairseq would undo a cast by torch that this optimizer does not make.
+        # When a state is loaded, fairseq would undo the cast that torch's optimizers apply to it,
+        # but this optimizer does not cast its state.
         setattr(self._optimizer, "disable_mem_eff_fp16_loading_hack", True)  # noqa: B010
 
     @property
@@ -67,7 +68,8 @@ class FairseqFactoredAdam(FairseqOptimizer):
         """Load the state of this optimizer, and apply --optimizer-overrides to it.
 
         Raises:
-            ValueError: if the state does not fit; the message says how to start with a new one.
+            ValueError: if the state does not match the parameters. The message says how to start
+                with a new state.
         """
         try:
             super().load_state_dict(state_dict, optimizer_overrides)

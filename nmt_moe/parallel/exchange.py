@@ -32,7 +32,7 @@ class Arrivals(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalRoute:
-    """The route if all experts are on this rank, where the tokens then stay."""
+    """The route if all experts are on this rank, so that tokens stay where they are."""
 
     expert_ids: Tensor
     num_rows: int | None

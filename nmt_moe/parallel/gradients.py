@@ -13,8 +13,8 @@ def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of shards as data parallelism averages those of other parameters.
 
     The exchange has already summed them over the tokens of this rank's expert-parallel group. This
-    function adds the sum over replicas and the division by the total number of ranks. All ranks
-    must call it after the last backward pass of an update, with parameters in the same order.
+    function sums them over replicas as well, and divides them by the total number of ranks. All
+    ranks must call it after the last backward pass of an update, with parameters in the same order.
 
     Args:
         parameters: The model's parameters. Those that are not shards do not change.

@@ -23,9 +23,9 @@ class Card:
         vocab_size: Size of the vocabulary, V.
         ops: Number of multiply-adds in the forward pass for one token. It includes LSTMs with their
             projections, both matrices of each gate that is evaluated, and the experts that the
-            token uses. For a translation model, it includes the softmax too, and one token is a
-            source token and a target token.
-        params: Number of weights of LSTMs, gates and experts, with one bias for each gate of an
+            token uses. For a translation model, it is the number for one source token and one
+            target token, and also includes the softmax.
+        params: Number of weights of LSTMs, gates and experts, plus one bias for each gate of an
             LSTM.
         active: Number of these parameters that one token uses.
         total: Number of all values that torch stores.

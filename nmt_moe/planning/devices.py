@@ -31,7 +31,7 @@ class Device:
 DEVICES = {
     "k40": Device(
         *(4.29e12, 0, 12e9, 288e9, 1.25e9),
-        "Tesla K40 data sheet (boost off: 4.29 TFLOP/s); 10 Gbit/s Ethernet is assumed",
+        "Tesla K40 data sheet, without boost (4.29 TFLOP/s); 10 Gbit/s Ethernet is assumed",
     ),
     "v100": Device(
         *(15.7e12, 125e12, 32e9, 900e9, 150e9),
@@ -43,16 +43,16 @@ DEVICES = {
     ),
     "h100": Device(
         *(67e12, 989e12, 80e9, 3350e9, 450e9),
-        "H100 SXM data sheet, float32 without TF32, dense half; NVLink",
+        "H100 SXM data sheet, float32 without TF32, half precision without sparsity; NVLink",
     ),
     "h200": Device(
         *(67e12, 989e12, 141e9, 4800e9, 450e9),
-        "H200 SXM data sheet, float32 without TF32, dense half; NVLink",
+        "H200 SXM data sheet, float32 without TF32, half precision without sparsity; NVLink",
     ),
     "cpu": Device(
         *(0.1e12, 0, 8e9, 10e9, 1e9),
-        "two cores of the machine of benchmarks/results/cpu.md, whose products reach 82-102 "
-        "GFLOP/s; memory and links are assumed",
+        "two cores of the machine in benchmarks/results/cpu.md, whose products reach 82-102 "
+        "GFLOP/s; memory and link are assumed",
         True,
     ),
 }

@@ -128,7 +128,7 @@ def _fused_dropout(p: float, x: Tensor) -> Tensor:
 
 
 def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tensor, None]:
-    """Replace the forward pass of an MoE layer; this only records its products."""
+    """Record the products of an MoE layer instead of running its forward pass."""
     config, tokens = layer.config, len(x)
     for name, weight in layer.gate.named_parameters():
         if is_matrix(name):

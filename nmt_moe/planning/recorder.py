@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
         self.network.kept[part] = self.network.kept.get(part, 0) + count
 
     def add(self, product: Product, owner: int = 0) -> None:
-        """Record a product. If the same product has been recorded, count another step of it."""
+        """Record a product. If it has been recorded before, count another step of it."""
         key = (owner, product) if owner else (len(self.network.products), product)
         if key not in self._index:
             self._index[key] = len(self.network.products)

@@ -22,8 +22,8 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
     """Return the bundle that reads text for a model: the model itself, or a checkpoint's bundle.
 
     Raises:
-        ValueError: if a checkpoint has no bundle or the bundle of another model, or if there are
-            two bundles.
+        ValueError: if a checkpoint has no bundle or the bundle of another model, or if `model` and
+            `bundle` are both bundles.
     """
     if isinstance(model, StoredBundle):
         if bundle is not None:

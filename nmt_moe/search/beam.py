@@ -48,8 +48,8 @@ class BeamConfig:
     """Options of a beam search.
 
     Attributes:
-        beam_size: Number of hypotheses kept for each sentence, and of finished hypotheses after
-            which a sentence is finished, W.
+        beam_size: Number of hypotheses kept for each sentence, W. A sentence is finished when it
+            has this many finished hypotheses.
         length_exponent: Without penalties in `search`, the score of a hypothesis is
             log P / length^length_exponent, as with fairseq's `--lenpen`. The length includes the
             end mark. 0 means that the score is log P.
@@ -170,7 +170,7 @@ def _find_candidates(
     next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
 ) -> _Candidates:
     width = config.beam_size
-    # Of each row, at most W candidates that continue and one that ends can be needed.
+    # From each row, at most W candidates that continue can be needed, and one that ends.
     values, tokens = _best_tokens(next_log_probs, width + 1)
     shape = num_sentences, width, values.shape[1]
     num_rows = values.shape[0]
@@ -267,8 +267,8 @@ def _goes_on(
 ) -> Tensor:
     """Return which candidates continue, (B, C) bool.
 
-    They are the W best candidates that do not end, except those from which, according to GNMT's
-    pruning, no hypothesis can follow that is good enough.
+    They are the W best candidates that do not end. With GNMT's pruning, candidates that cannot lead
+    to a good enough hypothesis are left out.
     """
     goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.gt(-torch.inf)
     goes_on &= goes_on.cumsum(dim=1) <= config.beam_size

@@ -171,7 +171,7 @@ class FinishedHypotheses:
     def _trace_rows(self, ended: _Ended, steps: list[_Step]) -> Tensor:
         """Return the row of each hypothesis at each step, (N, T) int64.
 
-        Rows are numbered continuously over all steps. After the end of a hypothesis, its row is 0.
+        Rows are numbered consecutively over all steps. After the end of a hypothesis, its row is 0.
         This runs on the host, because it follows one index after another.
         """
         parents = [step.parents.tolist() for step in steps]
