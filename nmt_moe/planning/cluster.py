@@ -122,7 +122,7 @@ def count_sizes(setup: Setup) -> Sizes:
 
 
 def describe_setup(setup: Setup) -> Network:
-    """Describe the network of a setup. The batch is small, because parameters do not depend on it."""
+    """Describe the network of a setup with a small batch, which does not change its parameters."""
     return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
 
 
