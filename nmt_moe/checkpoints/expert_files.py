@@ -1,4 +1,4 @@
-"""Read and write expert files, each of which holds a range of experts and their optimizer state."""
+"""Read and write expert files. Each contains a range of experts and their optimizer state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,7 +173,7 @@ def read_expert_file(
     experts = f"experts {entry['start']} to {entry['stop'] - 1} of `{path.name}`"
     way_out = "Copy it again from the training folder, or name another checkpoint."
     if not part.is_file():
-        raise ValueError(f"`{part}` is missing. It holds {experts}. {way_out}")
+        raise ValueError(f"`{part}`, which contains {experts}, is missing. {way_out}")
     is_whole = part.stat().st_size == entry["bytes"] and compute_sha256(part) == entry["sha256"]
     try:
         content = read_file(part, is_header_only=True)
@@ -183,12 +183,12 @@ def read_expert_file(
     if save_id != manifest["save_id"]:
         raise ValueError(
             f"`{part}` comes from another save ({shown(save_id)}) than `{path.name}` "
-            f"({manifest['save_id']}), so it cannot hold {experts}. {way_out}"
+            f"({manifest['save_id']}), so it cannot contain {experts}. {way_out}"
         )
     if not is_whole or content is None:
         raise ValueError(
-            f"`{part}` is damaged: its size or sha256 is not the one in `{path.name}`. It holds "
-            f"{experts}. {way_out}"
+            f"`{part}`, which contains {experts}, is damaged: its size or sha256 is not the one in "
+            f"`{path.name}`. {way_out}"
         )
     return content
 
@@ -199,7 +199,7 @@ def _check_content(
     entries: Sequence[Mapping[str, Any]],
     parts: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Check that the files hold the parameters and optimizer states that the checkpoint lacks.
+    """Check that the files contain the parameters and optimizer states that the checkpoint lacks.
 
     Raises:
         ValueError: if a file does not. The message names the file and the difference.
@@ -231,7 +231,7 @@ def _check_content(
                     )
         except ValueError as error:
             raise ValueError(
-                f"`{path.parent / entry['name']}` does not hold the experts missing from "
+                f"`{path.parent / entry['name']}` does not contain the experts missing from "
                 f"`{path.name}`: {error}. {COPY_AGAIN}"
             ) from None
         for key in ("model", "optimizer"):

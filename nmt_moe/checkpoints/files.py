@@ -49,8 +49,8 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
         The saved value, with tensors on the CPU.
 
     Raises:
-        ValueError: if the file is missing or damaged, or if it holds an object that could run code
-            or a tensor of an unusual kind. The message names the file.
+        ValueError: if the file is missing or damaged, or if it contains an object that could run
+            code or a tensor of an unusual kind. The message names the file.
     """
     if not path.is_file():
         raise ValueError(f"`{path}` does not exist or is not a file")
@@ -132,7 +132,7 @@ def _walk(content: Any) -> Iterator[tuple[Any, int]]:
 def _check_tensor(value: Tensor) -> None:
     is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
     if not is_plain or value.device.type != "cpu":
-        raise ValueError("it holds a tensor that is sparse, quantized, nested or without values")
+        raise ValueError("it contains a tensor that is sparse, quantized, nested or without values")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values")
 
@@ -171,9 +171,9 @@ def _describe(path: Path, error: Exception) -> str:
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text)
     if found:
         return (
-            f"the checkpoint `{path}` holds a Python object of type {shown(found[1])}, which is "
-            "not loaded, because unpickling it could run code. This project's checkpoints hold no "
-            "such objects. Use another file, or save it again without that object."
+            f"the checkpoint `{path}` contains a Python object of type {shown(found[1])}, which "
+            "is not loaded, because unpickling it could run code. This project's checkpoints "
+            "contain no such objects. Use another file, or save it again without that object."
         )
     reason = (
         text.rpartition("WeightsUnpickler error: ")[2].strip() or "no reason given"

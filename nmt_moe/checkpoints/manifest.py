@@ -48,7 +48,7 @@ def make_manifest(save_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
-    """Reject a manifest that is malformed or whose files do not hold each expert exactly once.
+    """Reject a manifest that is malformed or whose files do not contain each expert exactly once.
 
     Args:
         path: Path of the checkpoint.

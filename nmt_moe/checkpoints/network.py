@@ -1,4 +1,4 @@
-"""Read which network a checkpoint holds: its kind, its configuration and its parameters."""
+"""Read which network a checkpoint contains: its kind, its configuration and its parameters."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
         state: Contents of the checkpoint, with all experts.
 
     Raises:
-        ValueError: if the checkpoint holds another kind of model, or a configuration from which no
-            network can be built.
+        ValueError: if the checkpoint contains another kind of model, or a configuration from which
+            no network can be built.
     """
     cfg = state.get("cfg")
     options = _as_dict(cfg.get("model")) if isinstance(cfg, Mapping) else {}
@@ -76,9 +76,9 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
     needed = {field.name for field in fields(kind)} - {"moe", *LATER_NAMES}
     if not isinstance(architecture, str) or not needed <= options.keys():
         raise ValueError(
-            f"`{path}` holds the model {shown(architecture)}, which is not one of nmt_moe. Name a "
-            "checkpoint that was trained with `--arch lstm_moe_gnmt`, `lstm_moe_lm` or one of "
-            "their variants."
+            f"`{path}` contains the model {shown(architecture)}, which is not one of this "
+            "project's models. Name a checkpoint that was trained with `--arch lstm_moe_gnmt`, "
+            "`lstm_moe_lm` or one of their variants."
         )
     try:
         moe = None if options.get("dense") else _pick(MoEConfig, options)

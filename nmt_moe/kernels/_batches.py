@@ -52,7 +52,7 @@ class PaddedPlan:
     experts. The gates of the padding are 0.
 
     Attributes:
-        batches: Batches that together hold all experts with rows, in order.
+        batches: Batches that together contain all experts with rows, in order.
         row_token: (P,) int64, the token of each padded row.
         token_rows: (N, K) int64, the padded rows of each token; P in empty slots.
     """

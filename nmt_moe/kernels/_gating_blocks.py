@@ -92,10 +92,10 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _largest_ids(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the largest float32 scores.
 
-    The upper half of a 64-bit key holds the score's bits, rearranged to compare as integers; the
-    lower half holds the index, counted backwards. All keys therefore differ, and plain vectorised
-    maxima find them in order. NaN of either sign counts as infinity, so that it is chosen and shows
-    in the result.
+    The upper half of a 64-bit key contains the score's bits, rearranged to compare as integers; the
+    lower half contains the index, counted backwards. All keys therefore differ, and plain
+    vectorised maxima find them in order. NaN of either sign counts as infinity, so that it is
+    chosen and shows in the result.
     """
     last = scores.shape[1] - 1
     numbers = scores.nan_to_num(math.inf, math.inf, -math.inf)

@@ -55,7 +55,7 @@ def check_size(path: str, state: dict[str, Any]) -> None:
         claimed = sum(map(prod, _shapes_of_model(cfg, have).values()))
         if claimed > 2 * values + LARGEST_SIZE:
             raise ValueError(
-                f"`{path}` holds {values} values, but its configuration describes a model with "
+                f"`{path}` contains {values} values, but its configuration describes a model with "
                 f"{claimed}. {COPY_AGAIN}"
             )
 

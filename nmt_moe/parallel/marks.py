@@ -10,7 +10,7 @@ PARAM_GROUP = "experts"
 
 
 def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
-    """Mark a parameter that holds one matrix of each expert in its last two dimensions.
+    """Mark a parameter that contains one matrix of each expert in its last two dimensions.
 
     The mark is lost when torch recreates a parameter, as in `copy.deepcopy` or in `to_empty` after
     the meta device. The module that owns the parameter must then mark it again.

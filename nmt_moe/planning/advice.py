@@ -25,7 +25,7 @@ def largest_size(setup: Setup) -> int:
 
 
 def halved_until_fits(setup: Setup, device: Device) -> Setup:
-    """Halve a setup's batch until the setup fits or the batch holds only one sentence."""
+    """Halve a setup's batch until the setup fits or the batch contains only one sentence."""
     while not make_plan(setup, device, 1.0).fits and setup.batch.sentences > 1:
         smaller = replace(setup.batch, sentences=setup.batch.sentences // 2)
         setup = replace(setup, batch=smaller)

@@ -220,7 +220,7 @@ def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     num_tokens = log_probs.shape[1]
     if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
         return log_probs.topk(count, dim=1)
-    num_blocks = num_tokens // BLOCK  # block b holds the tokens b, b + num_blocks, ...
+    num_blocks = num_tokens // BLOCK  # block b contains the tokens b, b + num_blocks, ...
     blocks = log_probs[:, : BLOCK * num_blocks].unflatten(1, (BLOCK, num_blocks))
     chosen = blocks.amax(dim=1).topk(count, dim=1).indices
     inside = blocks.gather(2, chosen.unsqueeze(1).expand(-1, BLOCK, -1)).flatten(1)

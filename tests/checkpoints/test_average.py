@@ -101,7 +101,7 @@ class RunsCode:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"model": {}, "extra": RunsCode(str(tmp_path / "made"))}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad\.pt` holds a Python object"):
+    with pytest.raises(ValueError, match=r"bad\.pt` contains a Python object"):
         read_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "made").exists()
 

@@ -86,7 +86,7 @@ def test_any_range_is_read_from_the_files_that_hold_it(path, owned):
 def test_a_range_needs_only_its_own_files(path):
     (path.parent / read(path)[MANIFEST]["files"][0]["name"]).unlink()
     restored(path, owned=slice(2, 6))
-    with pytest.raises(ValueError, match=r"is missing. It holds experts 0 to 1 of `checkpoint_la"):
+    with pytest.raises(ValueError, match=r"experts 0 to 1 of `checkpoint_la.*is missing"):
         restored(path)
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_file_is_named(path):
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"`{part}` is damaged: .* experts 2 to 3"):
+    with pytest.raises(ValueError, match=rf"`{part}`, which contains experts 2 to 3 .* is damaged"):
         restored(path)
     part.write_bytes(content[:100])
     with pytest.raises(ValueError, match="is damaged"):

@@ -329,12 +329,12 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path: Path):
     assert_refused("`dtype` must be one of", path, data, pieces, dtype="float16")
 
     edit(path, lambda state: state["cfg"].update(model={"_name": "transformer", "dropout": 0.1}))
-    assert_refused("holds the model 'transformer', which is not one of", path, data, pieces)
+    assert_refused("contains the model 'transformer', which is not one of", path, data, pieces)
     path.write_bytes(content)
     # fairseq's own LSTM has options of similar names.
     lstm = {"_name": "lstm", "encoder_layers": 3, "decoder_layers": 2, "dropout": 0.1}
     edit(path, lambda state: state["cfg"].update(model=lstm))
-    assert_refused("holds the model 'lstm', which is not one of", path, data, pieces)
+    assert_refused("contains the model 'lstm', which is not one of", path, data, pieces)
     for cut in (0, 100, len(content) // 2):
         path.write_bytes(content[:cut])
         assert_refused("fairseq checkpoint", path, data, pieces)

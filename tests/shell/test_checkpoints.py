@@ -36,7 +36,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(stock):
             return os.mkdir, (str(stock / "sprung"),)
 
     torch.save({"cfg": Trap()}, stock / "trap.pt")
-    with pytest.raises(ValueError, match=r"trap\.pt` holds a Python object .* could run code"):
+    with pytest.raises(ValueError, match=r"trap\.pt` contains a Python object .* could run code"):
         load_with_fairseq(stock, "trap.pt")
     assert not (stock / "sprung").exists()
 
