@@ -75,7 +75,7 @@ class PackedExperts:
     def from_int8(
         cls, weight: Tensor, scale: Tensor, check: Callable[[int], None] | None = None
     ) -> "PackedExperts":
-        """Hold what `quantise_rows` returned.
+        """Hold the result of `quantise_rows`.
 
         Args:
             weight: (E, O, I) int8, the quantised rows.

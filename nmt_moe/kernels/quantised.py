@@ -108,7 +108,7 @@ class PackedLinear:
 
     @classmethod
     def from_int8(cls, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> "PackedLinear":
-        """Pack what `quantise_rows` returned.
+        """Pack the result of `quantise_rows`.
 
         Args:
             weight: (O, I) int8, from -127 to 127.

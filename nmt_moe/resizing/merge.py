@@ -23,7 +23,7 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
     Args:
         layer: The layer to change.
         kept: Ids of the experts to keep; with groups, the same number from each group.
-        shares: (E,), each expert's share of what the layer did on a text (see `shares`).
+        shares: (E,), each expert's share of the layer's use on a text, as `survey.shares` returns.
 
     Returns:
         The layer with only the experts `kept`, each of which is the weighted mean of those merged

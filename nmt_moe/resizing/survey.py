@@ -1,4 +1,4 @@
-"""Measure what each expert does on a text, as the basis of pruning and merging."""
+"""Measure how much each expert is used on a text, as the basis of pruning and merging."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _join(routings: list[Routing]) -> Routing:
 
 
 def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) -> dict[str, Tensor]:
-    """Return each expert's share of what its layer did on several texts.
+    """Return each expert's share of its layer's use on several texts.
 
     Args:
         surveys: One survey for each text.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements in a block, which are 32 for each thread of 4 warps.
+# Elements in a block, 32 for each thread of four warps.
 BLOCK_SIZE = 4096
 
 

@@ -17,7 +17,7 @@ from nmt_moe.kernels._triton.gating_forward import (
 
 # Largest number of columns in a block. Wider rows are read in chunks of this size.
 MAX_BLOCK_COLUMNS = 1024
-# Numbers in a block, which are 8 for each thread of four warps. This leaves registers for more
+# Numbers in a block. With 8 for each thread of four warps, there are enough registers for several
 # blocks.
 BLOCK_NUMBERS = 1024
 # Largest number of programs. The largest GPU gets a few for each multiprocessor, and the partial

@@ -224,7 +224,7 @@ def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dty
 
 
 def _multiple(rows: Tensor, matrix: Tensor) -> int:
-    """Return 16 or 8, whichever is the larger that divides all widths and all strides except 1.
+    """Return 16 if it divides all widths and strides (except strides of 1), otherwise 8 if it does.
 
     Return 1 if neither divides them, or if an operand is not contiguous (a transposed matrix counts
     as contiguous). Triton itself looks only for multiples of 16; without this hint, it would load
