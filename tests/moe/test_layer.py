@@ -219,7 +219,7 @@ def test_mismatched_tensors_are_refused():
         ((x, None, torch.ones(9, 4).long()), r"`noise` must be floating-point"),
         ((x, None, torch.ones(9, 4, device="meta")), r"`noise` must be on cpu, but is on meta"),
         ((x, None, (x, x)), r"`noise` must be one tensor, \(N, E\)"),
-        ((x, None, [1.0]), r"`noise` must be one tensor, \(N, E\) .*, but is \(list\)"),
+        ((x, None, [1.0]), r"`noise` must be one tensor, \(N, E\), .*, but is \(list\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             layer(*wrong)
