@@ -26,7 +26,7 @@ def test_the_average_by_hand(tmp_path):
     assert "last_optimizer_state" not in state
 
 
-def test_half_precision_is_summed_in_full(tmp_path):
+def test_half_precision_is_summed_in_full_precision(tmp_path):
     # 2049 is not a float16; the average of 2048, 2050, 2050, 2050 is 2049.5, rounded to 2050
     values = [2048.0, 2050.0, 2050.0, 2050.0]
     paths = [tmp_path / f"{i}.pt" for i in range(4)]

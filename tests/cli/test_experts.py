@@ -196,7 +196,7 @@ def test_a_text_without_words_is_refused(files, tmp_path):
         survey(Translator.load(bundle), Part("dev", ["", " "]))
 
 
-def test_upcycling_without_a_text_takes_no_bundle_to_read_it(files, tmp_path):
+def test_upcycling_without_a_text_needs_no_bundle(files, tmp_path):
     path, bundle, _, _ = files
     words = ["upcycle", path, "--num-experts", 8, "--top-k", 2, "--output", tmp_path / "x"]
     assert "`--bundle` need `--text`" in run(*words, "--bundle", bundle, status=1)

@@ -257,7 +257,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("flags", "message"), OPTIONS, ids=[str(o[0]) for o in OPTIONS])
-def test_a_bad_option_is_one_message(
+def test_a_bad_option_gives_one_message(
     bundle: Path, text: Path, flags: list[object], message: str, tmp_path: Path
 ):
     result = call("translate", bundle, text, *flags, "--output", tmp_path / "out")

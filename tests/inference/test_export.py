@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path):
     assert config["search"]["max_len_b"] == 8
 
 
-def test_experts_in_files_of_their_own_are_exported_too(tmp_path: Path):
+def test_experts_in_separate_files_are_exported_too(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
 
     def name_experts(state: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def test_samples_follow_their_seed(model: LanguageModel):
     assert not any(mark in line for line in one for mark in ("<unk>", "<s>", "</s>", "<pad>"))
 
 
-def test_a_prefix_is_what_each_line_begins_with(model: LanguageModel):
+def test_each_line_begins_with_the_prefix(model: LanguageModel):
     for prefix in ("the cat", "a ☃"):
         assert all(line.startswith(prefix) for line in model.sample(4, prefix, max_pieces=5))
     # The first piece after the prefix is drawn from the model's prediction.

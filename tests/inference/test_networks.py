@@ -45,7 +45,7 @@ def encode(networks: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_translation_network_is_that_of_the_training(name: str, tmp_path: Path):
+def test_a_translation_network_equals_the_one_used_in_training(name: str, tmp_path: Path):
     folder, networks = make_bundle(tmp_path, CONFIGS[name])
     network: Any = open_bundle(folder, "translation").network
     expected = encode(networks)
@@ -66,7 +66,7 @@ def test_a_translation_network_is_that_of_the_training(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["flat", "hierarchical", "strict"])
-def test_traced_experts_are_those_of_the_training(name: str, tmp_path: Path):
+def test_traced_experts_are_those_used_in_training(name: str, tmp_path: Path):
     folder, networks = make_bundle(tmp_path, CONFIGS[name])
     network: Any = open_bundle(folder, "translation").network
     trace = Trace([], [])
@@ -110,7 +110,7 @@ LMS = {
 
 
 @pytest.mark.parametrize("name", LMS)
-def test_a_language_network_is_that_of_the_training(name: str, tmp_path: Path):
+def test_a_language_network_equals_the_one_used_in_training(name: str, tmp_path: Path):
     folder, networks = make_bundle(tmp_path, LMS[name])
     network: Any = open_bundle(folder, "language_model").network
     read = torch.tensor(TARGETS)

@@ -77,7 +77,7 @@ def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
     assert 1 not in many
 
 
-def test_chance_alone_makes_no_specialists():
+def test_chance_makes_no_specialists():
     generator = torch.Generator().manual_seed(5)
     names = [f"piece {int(n)}" for n in torch.randint(50, (3000,), generator=generator)]
     ids = torch.rand(3000, 64, generator=generator).topk(2, dim=1).indices
@@ -132,7 +132,7 @@ def test_complete_words_surround_a_piece():
     assert right == "z" * 48 + "…"
 
 
-def test_classes_are_of_spelling_and_position():
+def test_classes_describe_spelling_and_position():
     found = classes_of(["<2de>", "▁Un", "happy", "▁NASA", "▁12", ".", "</s>"])
     assert found[0] == ["language token"]
     assert found[-1] == ["end of sentence"]

@@ -112,7 +112,7 @@ def test_the_noise_follows_the_seed():
     torch.testing.assert_close(first.load, given.load)
 
 
-def test_backward_goes_through_the_noise_of_the_forward_pass():
+def test_the_backward_pass_uses_the_noise_of_the_forward_pass():
     clean, raw_scale = (torch.randn(9, 8, dtype=torch.float64) for _ in range(2))
 
     def loss(clean, raw_scale):

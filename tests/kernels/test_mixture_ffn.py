@@ -111,7 +111,7 @@ def test_the_operands_decide_who_multiplies_without_gradients():
 
 
 @pytest.mark.parametrize("changed", ["FEW_ROWS", "loops_in_torch", "has_compiled_loops", "both"])
-def test_all_ways_without_gradients_agree(changed, monkeypatch):
+def test_all_paths_without_gradients_agree(changed, monkeypatch):
     leaves, ids = draw(40, 6, 3, 16, 24, torch.float32)
     plan = plan_rows(ids, 6)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def test_only_experts_with_tokens_are_packed(dtype):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_unused_experts_of_a_mapped_file_do_not_come_into_memory(dtype, tmp_path):
+def test_unused_experts_of_a_mapped_file_are_not_read_into_memory(dtype, tmp_path):
     num_experts, hidden, dim = 8, 1024 * 4 // dtype.itemsize, 1024
     path = tmp_path / "experts"
     numel = 2 * num_experts * hidden * dim

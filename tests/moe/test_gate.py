@@ -23,7 +23,7 @@ def test_load_is_the_frequency_over_redraws_of_each_experts_own_noise():
         torch.testing.assert_close(load[expert], frequency, rtol=0, atol=0.02)
 
 
-def test_gates_sum_to_one_and_fall():
+def test_gates_sum_to_one_and_are_sorted():
     gate = NoisyTopKGate(4, num_experts=6, top_k=3)
     out = gate(torch.randn(20, 4))
     torch.testing.assert_close(out.gates.sum(1), torch.ones(20))

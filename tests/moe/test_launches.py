@@ -13,7 +13,7 @@ from tests.support.launches import count_launches
 MOST_FORWARD, MOST_BACKWARD = 39, 25
 
 
-def test_a_training_pass_starts_half_of_what_it_did(
+def test_a_training_pass_starts_half_as_many_kernels_as_before(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())  # interpreted: as on a GPU

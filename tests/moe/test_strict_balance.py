@@ -76,7 +76,7 @@ def test_a_batch_without_experts_is_accepted():
     assert not stats.tokens_per_expert.any()
 
 
-def test_trained_thresholds_choose_as_the_batch_does_on_tokens_they_have_not_seen():
+def test_trained_thresholds_choose_like_the_batch_on_unseen_tokens():
     torch.manual_seed(0)
     gate = StrictlyBalancedGate(model_dim=8, num_experts=8, top_k=2)
     torch.nn.init.normal_(gate.gate_weight, std=0.5)
@@ -113,7 +113,7 @@ def test_noise_is_refused_by_a_gate_without_noise():
             layer(torch.zeros(3, 4), noise=torch.zeros(3, 4))
 
 
-def test_each_group_of_rows_is_a_batch_of_its_own():
+def test_each_group_of_rows_is_a_separate_batch():
     torch.manual_seed(0)
     offsets = torch.tensor([0, 7, 7, 20, 21])
     probs = torch.randn(21, 6).softmax(1)

@@ -158,7 +158,7 @@ def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(
 
 @pytest.mark.parametrize("wiring", ["recurrent", "parallel"])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_totals_of_a_long_batch_are_those_of_its_own_run(wiring: str, on_cpu: bool):
+def test_totals_of_a_long_batch_equal_those_of_a_separate_run(wiring: str, on_cpu: bool):
     config = GNMTConfig(model_dim=8, lstm_hidden_dim=8, attention_wiring=wiring)
     batch = Batch(3, 9, 50, on_cpu=on_cpu)
     network, totals = describe(config, batch), count(config, batch)

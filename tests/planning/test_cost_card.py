@@ -130,7 +130,7 @@ def test_a_card_by_hand():
 
 
 @pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced", "softmax"])
-def test_the_total_is_that_of_a_model_that_exists(gate: str):
+def test_the_total_is_that_of_a_real_model(gate: str):
     moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=6, top_k=2, gate=gate)
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=8, moe=moe)
     network = LSTMLanguageModel(config, nn.Embedding(10, 4))
@@ -138,7 +138,7 @@ def test_the_total_is_that_of_a_model_that_exists(gate: str):
     assert make_card("small", config, 10).total == numbers
 
 
-def test_a_translation_model_counts_attention_apart():
+def test_a_translation_model_counts_attention_separately():
     config = GNMTConfig(model_dim=4, lstm_hidden_dim=8)
     card = make_card("dense", config, 10)
     lstms = 5 * (4 * 8 * (4 + 4) + 8 * 4) + 4 * 8 * 4  # and the context
@@ -171,7 +171,7 @@ def test_an_unknown_name_lists_similar_names():
     assert 0 < run("--arch", "LSTM").stderr.partition("Similar names: ")[2].count("lstm") < 10
 
 
-def test_a_name_unlike_all_others_lists_all():
+def test_for_a_name_unlike_all_others_all_names_are_listed():
     result = run("--arch", "zzz", "--json")
     assert result.exit_code == 1
     listed = result.stderr.partition("but is 'zzz'. Known names: ")[2].rstrip(".\n").split(", ")

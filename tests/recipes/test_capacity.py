@@ -53,7 +53,7 @@ def test_dropout_is_chosen_only_on_valid():
     assert capacity.choose_dropout(results) == "0.1"
 
 
-def test_dropout_is_chosen_on_the_seeds_that_all_have():
+def test_dropout_is_chosen_on_the_common_seeds():
     results = {"0.0": make_results(a=10.0, b=20.0), "0.1": make_results(a=14.0)}
     assert capacity.choose_dropout(results) == "0.0"
     with pytest.raises(ValueError, match=r"0\.0, 0\.1 of a model have no seed in common"):

@@ -51,7 +51,7 @@ def test_from_text_to_perplexity(tmp_path):
 
 
 @pytest.mark.slow
-def test_dense_costs_what_the_chosen_experts_cost(tmp_path):
+def test_the_dense_model_costs_as_much_as_the_chosen_experts(tmp_path):
     variables = {"TEXT_DIR": write_text(tmp_path / "text"), "WORK": tmp_path / "work"}
     variables["MODEL"] = "dense"
     done = run("train.sh", **variables, EVALUATE=0)

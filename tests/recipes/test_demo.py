@@ -140,7 +140,7 @@ SIZES = {
 }
 
 
-def test_all_steps_in_miniature_twice(tmp_path):
+def test_all_steps_run_in_miniature_and_only_once(tmp_path):
     # There are 13 test sentences, not a multiple of 8, so a dropped last batch would be noticed.
     flags = ["--updates", 4, "--train-size", 300, "--test-size", 13, "--device", "cpu"]
     flags += ["--target-lang", "de", "--work", tmp_path]

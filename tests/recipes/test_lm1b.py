@@ -124,7 +124,7 @@ def test_only_sliced_lines_are_read_and_zero_reads_all(tmp_path):
     assert (tmp_path / "out").read_bytes() == b"a\nb\nc\nd\n"
 
 
-def test_each_word_stays_one_word_and_none_becomes_another():
+def test_each_word_stays_one_word_and_different_words_stay_different():
     words = ["a\u0085b", "a\u00a0b", "a<U+0085>b", "a<U+3000", "<U+0085>\u3000", "\x1c", "a&b"]
     kept = fetch.keep_words(" ".join(words).encode() + b"\n").decode()
     assert kept == (
@@ -195,7 +195,7 @@ def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
         fetch.unpack(path, [fetch.train_shard(1)], tmp_path / "out")
 
 
-def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path):
+def test_a_text_that_is_not_utf8_is_named_with_file_and_line(tmp_path):
     texts = make_texts() | {fetch.train_shard(1): b"w1\nw2 \xff\n"}
     error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
     assert "text/train`, line 2" in error

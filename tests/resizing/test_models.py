@@ -111,7 +111,7 @@ def test_a_language_model_is_pruned(tmp_path):
     assert model.score(SENTENCES)[0].log_prob < 0
 
 
-def test_an_upcycled_bundle_translates_as_the_dense_one(tmp_path):
+def test_an_upcycled_bundle_translates_like_the_dense_one(tmp_path):
     folder, _ = make_bundle(tmp_path, DENSE)
     model = read_model(folder)
     model.write(tmp_path / "moe", {s: upcycle(x, 5, 2) for s, x in model.layers.items()}, "grown")

@@ -24,7 +24,7 @@ def test_tokens_far_below_the_sentences_best_are_ruled_out():
     torch.testing.assert_close(kept, torch.tensor(expected))
 
 
-def test_a_dead_hypothesis_does_not_set_the_best():
+def test_a_dead_hypothesis_does_not_count_as_the_best():
     log_probs = torch.tensor([[[-0.1, -5.0], [-6.0, -7.0]]])
     kept = mask_tokens(log_probs, torch.tensor([[False, True]]), margin=3.0)
     assert kept[0, 1].isfinite().all()

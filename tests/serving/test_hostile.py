@@ -277,7 +277,7 @@ def test_a_slow_body_is_refused(server: LiveServer, monkeypatch: pytest.MonkeyPa
         check(receive(connection), 408, b"slow")
 
 
-def test_a_failure_of_the_model_is_one_message_and_no_text(held, caplog):
+def test_a_failure_of_the_model_gives_one_message_and_no_text(held, caplog):
     server, go = held
     go.set()
     translator = server.service.models.opened[0].translator

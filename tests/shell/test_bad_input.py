@@ -137,7 +137,7 @@ def test_unknown_words_are_counted_and_become_the_unknown_symbol(
     assert len(done.hypotheses()) == 8
 
 
-def test_a_line_that_is_not_utf8_names_its_file_and_line(own_corpus: Path):
+def test_a_line_that_is_not_utf8_is_named_with_its_file(own_corpus: Path):
     path = own_corpus / "train.aa"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], b"ba \xff de\n", *lines[5:]]))

@@ -207,7 +207,7 @@ def test_an_empty_text_is_named(split: str, tmp_path: Path):
         train(data, tmp_path, "--max-epoch", 1)
 
 
-def test_a_text_that_is_not_utf8_names_its_file_and_line(tmp_path: Path):
+def test_a_text_that_is_not_utf8_is_named_with_file_and_line(tmp_path: Path):
     with pytest.raises(ValueError, match=r"text/train`, line 2 is not valid UTF-8"):
         preprocess(tmp_path, "train", b"w1 w2\nw3 \xff\n")
 

@@ -154,7 +154,7 @@ def train_on_two(rank: int, data: Path, folder: Path) -> str:
 
 
 @pytest.mark.timeout(280)
-def test_two_processes_validate_every_pair_as_one_does(data: Path, tmp_path: Path):
+def test_two_processes_validate_every_pair_like_one(data: Path, tmp_path: Path):
     first, _ = run_ranks(train_on_two, 2, data, tmp_path)
     last = [row for row in records(Output(0, first)) if "valid_loss" in row][-1]
     flags = [*TASK, *UNEVEN, "--path", tmp_path / "checkpoint_last.pt", "--log-format", "json"]

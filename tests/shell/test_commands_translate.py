@@ -93,7 +93,7 @@ def test_sampling_follows_its_seed(data: Path, checkpoint: Path):
     assert one.hypotheses() != other.hypotheses()
 
 
-def test_interactive_aligns_and_translates_what_generate_does(
+def test_interactive_aligns_and_translates_like_generate(
     data: Path, checkpoint: Path, corpus: Path
 ):
     flags = ["--path", checkpoint, *TRANSLATE, "--print-alignment", "--buffer-size", 8]

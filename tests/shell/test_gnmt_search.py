@@ -30,7 +30,7 @@ PENALTIES = [(0.2, 0.0), (0.0, 0.2), (0.2, 0.2), (1.0, 0.0), (0.6, 1.5)]
 
 @pytest.mark.parametrize("ensemble", [1, 2])
 @pytest.mark.parametrize(("alpha", "beta"), PENALTIES)
-def test_a_wide_beam_ranks_all_translations_as_their_enumeration(
+def test_a_wide_beam_ranks_all_translations_like_their_enumeration(
     alpha: float, beta: float, ensemble: int
 ):
     models = make_models(ensemble)

@@ -60,7 +60,7 @@ def test_sampled_with_all_classes_certain_it_is_the_full_loss_with_all_gradients
         torch.testing.assert_close(sampled_grads[name], grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_the_proposal_begins_at_the_end_of_sentence():
+def test_the_proposal_begins_at_the_end_mark():
     seen = []
 
     def draw(*args: object) -> ClassSample:
@@ -72,7 +72,7 @@ def test_the_proposal_begins_at_the_end_of_sentence():
     assert seen == [(5, VOCABULARY, 2)]  # one set for the batch; the end mark is symbol 2
 
 
-def test_sampling_computes_no_full_logits_and_only_in_training():
+def test_sampling_happens_only_in_training_and_computes_no_full_logits():
     model, criterion = make_model().train(), make_criterion(3)
     with mock.patch.object(type(model.decoder), "output_layer") as output_layer:
         criterion(model, SAMPLE)

@@ -123,7 +123,7 @@ def make_parameters() -> list[torch.nn.Parameter]:
     return parameters
 
 
-def test_flat_half_precision_gradients_are_refused_with_the_flag_to_give(monkeypatch):
+def test_flat_half_precision_gradients_are_refused_with_the_required_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     config = OmegaConf.create(
         {

@@ -43,7 +43,7 @@ def test_impossible_settings_are_refused(arguments: tuple, message: str):
         passes_per_epoch(*arguments)
 
 
-def test_one_pass_is_every_sentence_once():
+def test_one_pass_contains_every_sentence_once():
     assert sorted(sentences_of_epoch(7, 1.0, epoch=3, seed=1).tolist()) == list(range(7))
 
 

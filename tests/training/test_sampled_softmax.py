@@ -189,7 +189,7 @@ def test_divided_by_the_true_partition_sum_the_gradient_is_that_of_the_full_soft
     assert (deviation < 0.05 * wanted.norm()).all()
 
 
-def test_half_precision_is_summed_in_full():
+def test_half_precision_is_summed_in_full_precision():
     features, weight, target = (t.detach() for t in make_problem())
     sample = ClassSample(torch.tensor([0, 2]), torch.tensor([0.9, 0.4]))
     nll = sampled_nll(features.bfloat16(), weight.bfloat16(), target, sample)
