@@ -1,10 +1,17 @@
-"""Check arguments. Every error message gives the name, the rule, the value and a remedy."""
+"""Check arguments. Every error message gives the name, the rule, the value and a remedy.
+
+This module does not import torch, so that commands can check their options before they do.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
@@ -119,7 +126,7 @@ def check_finite(what: str, values: Tensor) -> None:
         FloatingPointError: if there are any; the message says what is not finite, and what usually
             helps.
     """
-    if not torch.isfinite(values).all():
+    if not values.isfinite().all():
         raise FloatingPointError(
             f"There are infinities or NaN in {what}. Look for the first earlier layer that "
             "produces them; in training, a lower learning rate or gradient clipping usually helps."

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
 import click
+
+from nmt_moe.checks import check_whole
+
+# Starting far more threads than this crashes the process.
+MAX_THREADS = 1024
 
 
 class WithExamples(click.Command):
@@ -40,18 +46,26 @@ class Command(WithExamples):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse arguments; `--inputs a b` stands for `--inputs a --inputs b`."""
         lists = {n for option in self.params if isinstance(option, List) for n in option.opts}
-        return super().parse_args(ctx, spread_lists(args, lists))
+        with mistakes_as_messages(ctx):
+            return super().parse_args(ctx, spread_lists(args, lists))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn a ValueError or OSError into a message and exit status 1."""
-        try:
+        with mistakes_as_messages(ctx):
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader closed the pipe: click exits with status 1 and no message
-        except (ValueError, OSError) as error:
-            if os.environ.get("NMT_MOE_TRACEBACK") == "1":
-                raise
-            raise Mistake(ctx.command_path, describe_error(error)) from error
+
+
+@contextmanager
+def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
+    """Raise a ValueError or OSError as a `Mistake`, unless its traceback is wanted."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader closed the pipe: click exits with status 1 and no message
+    except (ValueError, OSError) as error:
+        if os.environ.get("NMT_MOE_TRACEBACK") == "1":
+            raise
+        raise Mistake(ctx.command_path, describe_error(error)) from error
 
 
 def describe_error(error: ValueError | OSError) -> str:
@@ -93,6 +107,28 @@ def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Co
 def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
     """Decorate a command with an option of one or more values; the function receives a tuple."""
     return click.option(*names, cls=List, **options)
+
+
+def check_threads(threads: int) -> None:
+    """Reject a value of `--threads` that no machine can use.
+
+    Raises:
+        ValueError: its message names the option and the bounds.
+    """
+    check_whole("--threads", threads, 1, MAX_THREADS)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set how many CPU threads torch uses; None leaves its default.
+
+    Raises:
+        ValueError: see `check_threads`.
+    """
+    if threads is not None:
+        check_threads(threads)
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def standard_input() -> BinaryIO:

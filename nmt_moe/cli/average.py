@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command, list_option
+from nmt_moe.cli._paths import NEW_FILE, Existing
 
 COUNTS = {
     "last": "the N newest of either kind, by number of updates",
@@ -27,12 +28,10 @@ nmt-moe average --inputs checkpoints --num-best-checkpoints 5 --output average.p
 @list_option(
     "--inputs",
     required=True,
-    type=click.Path(path_type=Path),
+    type=Existing("file", "folder"),
     help="Checkpoints, or a folder to choose them from.",
 )
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint to write."
-)
+@click.option("--output", required=True, type=NEW_FILE, help="Checkpoint to write.")
 @click.option("--last", type=int, metavar="N", help=f"From the folder: {COUNTS['last']}.")
 @click.option(
     "--num-epoch-checkpoints",

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import FILE
 from nmt_moe.text import parallel
 
 
 @command("check-parallel", "nmt-moe check-parallel train.en train.de")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--allow-empty", is_flag=True, help="Accept lines without text.")
 def check_parallel(files: tuple[Path, ...], allow_empty: bool) -> None:
     """Check that FILES are UTF-8 and have the same number of lines, none of them empty.

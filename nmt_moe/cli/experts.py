@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmt_moe.cli._command import Group, command, list_option
+from nmt_moe.cli._paths import BUNDLE, FILE, NEW_PATH, Existing
 from nmt_moe.cli.report import read_parts
 
 if TYPE_CHECKING:
     from nmt_moe.inspection import Part
     from nmt_moe.resizing import Layer, Survey
 
-PATH = click.Path(path_type=Path)
+MODEL = Existing(
+    "file", "bundle", advice="Name a checkpoint, or a folder that `nmt-moe export` wrote."
+)
 
 
 @click.group(
@@ -46,8 +49,8 @@ def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
             list_option(
                 "--target-lang", help="For a multilingual model: target language of each text."
             ),
-            list_option("--reference", type=PATH, help="Translations, one file for each text."),
-            list_option("--text", type=PATH, required=is_needed, help="Text to read."),
+            list_option("--reference", type=FILE, help="Translations, one file for each text."),
+            list_option("--text", type=FILE, required=is_needed, help="Text to read."),
         ):
             function = option(function)
         return function
@@ -59,8 +62,10 @@ def _output_options(function: Callable) -> Callable:
     """Decorate a command with the options for its output."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
-        click.option("--bundle", type=PATH, help="For a checkpoint: the bundle that reads text."),
-        click.option("--output", type=PATH, required=True, help="Bundle or checkpoint to write."),
+        click.option("--bundle", type=BUNDLE, help="For a checkpoint: the bundle that reads text."),
+        click.option(
+            "--output", type=NEW_PATH, required=True, help="Bundle or checkpoint to write."
+        ),
     ):
         function = option(function)
     return function
@@ -97,7 +102,7 @@ def _choice_options(function: Callable) -> Callable:
 
 
 @command("stats", "nmt-moe experts stats en-de --text dev.en --reference dev.de")
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=BUNDLE)
 @_text_options(is_needed=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def stats(
@@ -155,7 +160,7 @@ nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
     --text dev.en dev.fr --reference dev.fr dev.en --target-lang fr en
 """,
 )
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @_choice_options
 @_text_options(is_needed=True)
 @_output_options
@@ -173,7 +178,7 @@ def prune(model: Path, **options: Any) -> None:
     "merge",
     "nmt-moe experts merge en-de --num-experts 8 --text dev.en --reference dev.de --output en-de-8",
 )
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @_choice_options
 @_text_options(is_needed=True)
 @_output_options
@@ -277,7 +282,7 @@ fairseq-train data-bin --user-dir nmt_moe --arch lstm_moe_gnmt_small --num-exper
     --hidden-dim 1024 --finetune-from-model moe.pt ...
 """,
 )
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @click.option("--num-experts", type=int, required=True, help="Experts in each layer.")
 @click.option("--top-k", type=int, required=True, help="Experts for each token.")
 @_text_options(is_needed=False)

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import CHECKPOINT, FILE, NEW_PATH, Existing
 from nmt_moe.text.lines import read_lines
 
-PATH = click.Path(path_type=Path)
+DATA = Existing("folder", advice="Name the one that fairseq-preprocess wrote.")
 
 
 @command(
@@ -20,15 +21,15 @@ nmt-moe export average.pt --data data-bin --pieces spm.model --output en-de-int8
 nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-model
 """,
 )
-@click.argument("checkpoint", type=PATH)
-@click.option("--data", type=PATH, required=True, help="Folder that fairseq-preprocess wrote.")
+@click.argument("checkpoint", type=CHECKPOINT)
+@click.option("--data", type=DATA, required=True, help="Folder that fairseq-preprocess wrote.")
 @click.option(
-    "--pieces", type=PATH, help="sentencepiece model; without it, words are split at spaces."
+    "--pieces", type=FILE, help="sentencepiece model; without it, words are split at spaces."
 )
 @click.option(
-    "--target-pieces", type=PATH, help="sentencepiece model of the target, if it has its own."
+    "--target-pieces", type=FILE, help="sentencepiece model of the target, if it has its own."
 )
-@click.option("--output", type=PATH, required=True, help="Folder to write.")
+@click.option("--output", type=NEW_PATH, required=True, help="Folder to write.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
@@ -61,7 +62,7 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
     "--coverage-penalty-beta", type=float, help="The bundle's default for GNMT's coverage penalty."
 )
 @click.option("--beam-prune", type=float, help="The bundle's default for GNMT's pruning, in nats.")
-@click.option("--scores", type=PATH, help="Text for the model card, such as sacrebleu's output.")
+@click.option("--scores", type=FILE, help="Text for the model card, such as sacrebleu's output.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 def export(
     checkpoint: Path,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from nmt_moe.cli._command import Group, command, standard_input
+from nmt_moe.cli._paths import BUNDLE, FILE
 from nmt_moe.text.lines import BadLine, in_chunks, open_bytes
 
 if TYPE_CHECKING:
     from nmt_moe.inference import LineScore
 
-PATH = click.Path(path_type=Path)
 COLUMNS = "log_prob\tppl_per_piece\tppl_per_word\tppl_per_character\tpieces\tunknown"
 READ_AHEAD = 2048
 
@@ -31,8 +31,8 @@ def lm() -> None:
 
 
 @command("score", "nmt-moe lm score my-language-model < text > scores.tsv")
-@click.argument("folder", type=PATH)
-@click.argument("file", type=PATH, required=False)
+@click.argument("folder", type=BUNDLE)
+@click.argument("file", type=FILE, required=False)
 def score(folder: Path, file: Path | None) -> None:
     """Print a line of numbers for each line of FILE, or of standard input.
 
@@ -79,7 +79,7 @@ def _row(one: LineScore) -> str:
 
 
 @command("sample", "nmt-moe lm sample my-language-model --count 5 --prefix 'Once upon a time'")
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=BUNDLE)
 @click.option("--count", default=1, show_default=True, help="Number of lines to sample.")
 @click.option("--prefix", default="", help="Text at the start of each line.")
 @click.option(

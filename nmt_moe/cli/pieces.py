@@ -10,21 +10,25 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import Group, command, list_option, standard_input
+from nmt_moe.cli._paths import FILE, FILE_OR_INPUT, NEW_FILE
 from nmt_moe.text import pieces as lib
 from nmt_moe.text.lines import BadLine, open_output, read_lines, scan_lines
 from nmt_moe.text.outputs import check_outputs
 
 logger = logging.getLogger(__name__)
 
-FILE = click.Path(path_type=Path)
 MODEL = click.option("--model", type=FILE, required=True, help="The sentencepiece model.")
 INPUTS = list_option(
-    "--inputs", "--input", type=FILE, default=["-"], help="Texts (default: standard input)."
+    "--inputs",
+    "--input",
+    type=FILE_OR_INPUT,
+    default=["-"],
+    help="Texts (default: standard input).",
 )
 OUTPUTS = list_option(
     "--outputs",
     "--output",
-    type=FILE,
+    type=NEW_FILE,
     default=["-"],
     help="Files to write, one for each input (default: standard output).",
 )
@@ -52,8 +56,8 @@ nmt-moe pieces train --vocab-size 6000 --model spm.model --dictionary dict.txt \
 """,
 )
 @list_option("--inputs", "--input", type=FILE, required=True, help="Texts, one sentence per line.")
-@click.option("--model", type=FILE, required=True, help="Model to write.")
-@click.option("--dictionary", type=FILE, required=True, help="fairseq dictionary to write.")
+@click.option("--model", type=NEW_FILE, required=True, help="Model to write.")
+@click.option("--dictionary", type=NEW_FILE, required=True, help="fairseq dictionary to write.")
 @click.option("--vocab-size", type=int, required=True, help="Number of pieces.")
 @click.option(
     "--model-type",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import NEW_FILE
 from nmt_moe.scoring import plots
 from nmt_moe.scoring.logs import read_runs
 
@@ -20,7 +21,7 @@ nmt-moe plot "32 experts=moe.log" "dense=dense.log" --output runs.png
 """,
 )
 @click.argument("logs", nargs=-1, required=True, metavar="[LABEL=]LOG...")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="PNG to write.")
+@click.option("--output", type=NEW_FILE, required=True, help="PNG to write.")
 @click.option("--title", default="", help="Text above the panels.")
 def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
     """Draw the curves of training runs from their JSON logs.
@@ -35,7 +36,6 @@ def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
     A run is named by its LABEL, or else by its file, with as many parent folders as it takes to
     distinguish the runs. Plotting needs matplotlib: pip install 'nmt-moe[plot]'.
     """
-    plots.check_output(output)
     runs = read_runs(logs)
     plots.draw(runs, output, title)
     click.echo(f"{output}: {', '.join(run.label for run in runs)}")

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmt_moe.cli._command import command, list_option
+from nmt_moe.cli._command import command, list_option, set_threads
+from nmt_moe.cli._paths import BUNDLE, FILE, NEW_FILE
+from nmt_moe.text.lines import open_output
+from nmt_moe.text.outputs import check_outputs
 
 if TYPE_CHECKING:
     from nmt_moe.inspection import Part
-
-PATH = click.Path(path_type=Path)
 
 
 @command(
@@ -28,16 +29,16 @@ nmt-moe report many --text test.en --reference test.de test.fr --target-lang de 
 nmt-moe report my-language-model --text test.txt --output report.html
 """,
 )
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=BUNDLE)
 @list_option(
-    "--text", type=PATH, required=True, help="Text to read: one file, or one for each part."
+    "--text", type=FILE, required=True, help="Text to read: one file, or one for each part."
 )
-@list_option("--reference", type=PATH, help="Translations of the text, one file for each part.")
+@list_option("--reference", type=FILE, help="Translations of the text, one file for each part.")
 @list_option("--target-lang", help="For a multilingual model: target languages, one for each part.")
-@click.option("--against", type=PATH, help="A second bundle to compare with.")
-@click.option("--output", type=PATH, help="HTML page to write, of less than 5 MB.")
+@click.option("--against", type=BUNDLE, help="A second bundle to compare with.")
+@click.option("--output", type=NEW_FILE, help="HTML page to write, of less than 5 MB.")
 @click.option(
-    "--json", "dump", type=PATH, help="JSON file to write, with the page's values and more."
+    "--json", "dump", type=NEW_FILE, help="JSON file to write, with the page's values and more."
 )
 @click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
 @click.option(
@@ -66,27 +67,16 @@ def report(
     For several languages, the report has parts: name a --target-lang and a --reference for each
     part, and one --text for all of them or one for each. Blank lines are left out.
     """
-    import torch
-
-    from nmt_moe.checks import check_whole
-    from nmt_moe.cli.translate import MAX_THREADS
-    from nmt_moe.inspection import make_report, render_page
-    from nmt_moe.text.lines import open_output
-    from nmt_moe.text.outputs import check_outputs
-
     outputs = [path for path in (output, dump) if path is not None]
     if not outputs:
         raise ValueError("name a file to write: `--output report.html` or `--json report.json`.")
-    for path in outputs:
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"`{path}` must be in a folder that exists. Create its folder first.")
     bundles = [one for one in (folder, against) if one is not None]
     check_outputs(
         [*text, *reference, *(file for one in bundles for file in one.glob("*"))], outputs
     )
-    if threads is not None:
-        check_whole("--threads", threads, 1, MAX_THREADS)
-        torch.set_num_threads(threads)
+    set_threads(threads)
+    from nmt_moe.inspection import make_report, render_page
+
     parts = read_parts(text, reference, target_lang)
     is_shown = sys.stderr.isatty() if progress is None else progress
     values = make_report(folder, parts, against, is_shown)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import CHECKPOINT, NEW_PATH
 
 
 @command(
@@ -18,8 +19,8 @@ nmt-moe reshape split whole.pt --files 8 --output parts/checkpoint_last.pt
 """,
 )
 @click.argument("action", type=click.Choice(["verify", "merge", "split"]))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write.")
+@click.argument("checkpoint", type=CHECKPOINT)
+@click.option("--output", type=NEW_PATH, help="Checkpoint to write.")
 @click.option("--files", type=int, help="For `split`: number of expert files to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 def reshape(

@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import FILE
 from nmt_moe.scoring import measures as lib
-
-FILE = click.Path(path_type=Path)
 
 
 @command(

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
-from nmt_moe.cli._command import command
+from nmt_moe.cli._command import check_threads, command
+from nmt_moe.cli._paths import BUNDLE, FILE
+
+
+def check_folders(
+    ctx: click.Context, param: click.Parameter, folders: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Reject an argument that is not a bundle, with or without `=FROM:TO` after its folder."""
+    for folder in folders:
+        BUNDLE.convert(re.sub(r"=[\w-]+:[\w-]+$", "", folder), param, ctx)
+    return folders
 
 
 @command(
@@ -18,7 +29,13 @@ nmt-moe serve old-model=en:fr --max-characters 5000
 curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=de
 """,
 )
-@click.argument("folders", metavar="FOLDER[=FROM:TO]...", nargs=-1, required=True)
+@click.argument(
+    "folders",
+    metavar="FOLDER[=FROM:TO]...",
+    nargs=-1,
+    required=True,
+    callback=check_folders,
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free one."
@@ -29,7 +46,7 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
 @click.option("--max-items", type=int, help="Maximum texts in a request.  [default: 128]")
 @click.option("--max-waiting", type=int, help="Maximum requests at a time.  [default: 256]")
 @click.option("--time-limit", type=float, help="Seconds a request may take.  [default: 60]")
-@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys, one per line.")
+@click.option("--keys", type=FILE, help="File of API keys, one per line.")
 @click.option(
     "--allow-origin", multiple=True, help="Another web origin that may send requests; *: any."
 )
@@ -45,10 +62,14 @@ def serve(
 ) -> None:
     """Serve the bundles FOLDER over HTTP, with a web page at / and the APIs described at /docs.
 
-    FROM:TO names the languages of a bundle that does not name them itself. Logs are lines of JSON
-    on standard error and never contain users' text. On SIGTERM the server finishes all open
-    requests and then stops.
+    FROM:TO names the languages of a bundle that does not name them itself. On standard error, the
+    first line says what is being loaded. All further lines are a log in JSON, which never contains
+    users' text; the entry "serving" gives the address once the server answers requests. On Ctrl-C
+    or SIGTERM the server finishes all open requests and then stops.
     """
+    if threads is not None:
+        check_threads(threads)
+    click.echo(f"loading {' '.join(folders)} ...", err=True)
     try:
         from nmt_moe import serving
     except ModuleNotFoundError as error:
@@ -58,11 +79,6 @@ def serve(
             f"the server needs packages that are not installed, among them `{error.name}`: "
             "pip install 'nmt-moe[serve]'."
         ) from error
-    from nmt_moe.checks import check_whole
-    from nmt_moe.cli.translate import MAX_THREADS
-
-    if threads is not None:
-        check_whole("--threads", threads, 1, MAX_THREADS)
     given = {name: value for name, value in limits.items() if value is not None}
     settings = serving.ServerSettings(
         **given,  # type: ignore[arg-type]

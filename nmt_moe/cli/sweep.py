@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command, list_option
-from nmt_moe.scoring import penalties as lib
+from nmt_moe.cli._paths import FILE, NEW_FILE
 from nmt_moe.text.lines import read_lines
 
-FILE = click.Path(path_type=Path)
-VALUES = " ".join(f"{value:g}" for value in lib.GRID)
+GRID = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+VALUES = " ".join(f"{value:g}" for value in GRID)
 
 
 @command(
@@ -25,9 +25,9 @@ nmt-moe sweep nbest.txt --reference valid.de --alphas 0 0.2 0.4 --plot grid.png
 )
 @click.argument("nbest", type=FILE)
 @click.option("--reference", type=FILE, help="Reference text of the split (default: the T- lines).")
-@list_option("--alphas", type=float, default=lib.GRID, help=f"Length penalties ({VALUES}).")
-@list_option("--betas", type=float, default=lib.GRID, help=f"Coverage penalties ({VALUES}).")
-@click.option("--plot", type=FILE, help="PNG to write with the grid; needs matplotlib.")
+@list_option("--alphas", type=float, default=GRID, help=f"Length penalties ({VALUES}).")
+@list_option("--betas", type=float, default=GRID, help=f"Coverage penalties ({VALUES}).")
+@click.option("--plot", type=NEW_FILE, help="PNG to write with the grid; needs matplotlib.")
 def sweep(
     nbest: Path,
     reference: Path | None,
@@ -47,6 +47,8 @@ def sweep(
     with --reference, which must have one line per sentence of the split. To get scores comparable
     with published ones, give the raw text as --reference.
     """
+    from nmt_moe.scoring import penalties as lib
+
     lib.check_grid(alphas, betas)
     found = lib.read_nbest(read_lines(nbest, allow_controls=True))
     references = dict(enumerate(read_lines(reference))) if reference else found.references

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from nmt_moe.cli._command import command, standard_input
+from nmt_moe.checks import check_whole
+from nmt_moe.cli._command import command, set_threads, standard_input
+from nmt_moe.cli._paths import BUNDLE, FILE_OR_INPUT, NEW_FILE
 from nmt_moe.text.lines import BadLine, open_bytes, open_output
 
 if TYPE_CHECKING:
     from nmt_moe.inference import Translation
 
-PATH = click.Path(path_type=Path)
 STANDARD_INPUT = Path("-")
-# Starting far more threads than this crashes the process.
-MAX_THREADS = 1024
 
 
 @command(
@@ -33,16 +32,16 @@ nmt-moe translate many --target-lang fr --jsonl --experts < text.en > text.jsonl
 nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 """,
 )
-@click.argument("folder", type=PATH)
-@click.argument("files", type=PATH, nargs=-1)
+@click.argument("folder", type=BUNDLE)
+@click.argument("files", type=FILE_OR_INPUT, nargs=-1)
 @click.option(
     "--output",
-    type=PATH,
+    type=NEW_FILE,
     help="File to write once everything is translated.  [default: standard output, line by line]",
 )
 @click.option("--target-lang", help="Language to translate into, for a multilingual model.")
 @click.option(
-    "--ensemble", type=PATH, multiple=True, help="Another bundle to average with; repeatable."
+    "--ensemble", type=BUNDLE, multiple=True, help="Another bundle to average with; repeatable."
 )
 @click.option("--beam", type=int, help="Hypotheses kept at each step.  [default: the bundle's]")
 @click.option(
@@ -86,21 +85,13 @@ def translate(
     (invalid UTF-8, control characters) is left blank and reported at the end, with exit status 1;
     all other lines are translated.
     """
-    import torch
-
-    from nmt_moe.checks import check_whole
-    from nmt_moe.inference.translator import Translator
-
-    for file in files:
-        if file != STANDARD_INPUT and (not file.exists() or file.is_dir()):
-            raise ValueError(f"`{file}` is not a file. Name files with one sentence per line.")
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")
     if nbest is not None:
         check_whole("--nbest", nbest, 1)
-    if threads is not None:
-        check_whole("--threads", threads, 1, MAX_THREADS)
-        torch.set_num_threads(threads)
+    set_threads(threads)
+    from nmt_moe.inference.translator import Translator
+
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given |= {"num_hypotheses": nbest or 1, "with_experts": experts}
     if beam is not None:

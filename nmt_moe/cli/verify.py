@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli._command import command
+from nmt_moe.cli._paths import BUNDLE
 
 
 @command("verify", "nmt-moe verify en-de")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=BUNDLE)
 def verify(folder: Path) -> None:
     """Read the bundle FOLDER, and compare every file and every expert with its sha256.
 

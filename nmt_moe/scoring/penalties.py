@@ -22,7 +22,6 @@ from sacrebleu.metrics import BLEU
 from nmt_moe.scoring.plots import make_figure
 from nmt_moe.search import SearchConfig, log_coverage, normalised_score
 
-GRID = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 Grid = dict[tuple[float, float], float]
 
 

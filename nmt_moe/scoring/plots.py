@@ -22,19 +22,6 @@ PANELS = [
 ]
 
 
-def check_output(output: Path) -> None:
-    """Reject an output in a folder that does not exist, before anything is read.
-
-    Raises:
-        ValueError: if the folder is missing; the message names it.
-    """
-    if not output.parent.is_dir():
-        raise ValueError(
-            f"`--output` must be in a folder that exists, but is {output}. "
-            f"Create `{output.parent}` first."
-        )
-
-
 def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
     """Write the panels as PNG.
 

@@ -2,9 +2,12 @@
 
 import configparser
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +16,8 @@ from click.testing import CliRunner
 from nmt_moe import cli
 from nmt_moe.cli import main
 from nmt_moe.cli._command import Command, describe_error, list_option, spread_lists
+from nmt_moe.cli._paths import Existing, NewFile
+from nmt_moe.inference.bundle import CONFIG, read_small
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -109,3 +114,86 @@ def test_an_error_of_the_system_names_the_file_and_the_reason():
     assert describe_error(missing) == expected
     assert describe_error(OSError("cut off")) == "cut off"
     assert describe_error(ValueError("`--x` must be 1")) == "`--x` must be 1"
+
+
+# `FOLDER` stands for a folder that is not a bundle, `FILE` for a file that exists.
+WRONG_PATHS = [
+    ("average --inputs no.pt --output a.pt", "`no.pt` does not exist"),
+    ("average --inputs FILE --output no/a.pt", "`no/a.pt` must be in a folder that exists"),
+    ("check-parallel FILE no", "`no` does not exist"),
+    ("experts stats FOLDER --text FILE", "has no `config.json`, so it is not a complete bundle"),
+    ("experts stats no --text FILE", "`no` does not exist. Name a folder that `nmt-moe export`"),
+    ("experts prune no --num-experts 2 --text FILE --output x", "`no` does not exist. Name a che"),
+    ("experts prune FILE --num-experts 2 --text no --output x", "`no` does not exist"),
+    ("export no.pt --data FOLDER --output x", "`no.pt` does not exist. Name a checkpoint"),
+    ("export FILE --data no --output x", "`no` does not exist. Name the one that fairseq-prepr"),
+    ("export FILE --data FILE --output x", "is a file. Name the one that fairseq-preprocess"),
+    ("export FILE --data FOLDER --pieces no --output x", "`no` does not exist. Check the path."),
+    ("hypotheses no", "`no` does not exist"),
+    ("lm score FOLDER", "has no `config.json`"),
+    ("lm sample no", "`no` does not exist. Name a folder"),
+    ("pieces encode --model no", "`no` does not exist"),
+    ("pieces encode --model FILE --inputs FOLDER", "is a folder. Check the path."),
+    ("pieces encode --model FILE --outputs no/x", "`no/x` must be in a folder that exists"),
+    ("pieces train --vocab-size 9 --model m --dictionary d --inputs no", "`no` does not exist"),
+    ("plot FILE --output no/x.png", "`no/x.png` must be in a folder that exists. Make `no` first"),
+    ("report FOLDER --text FILE --output x.html", "has no `config.json`"),
+    ("report no --text FILE --output x.html", "`no` does not exist"),
+    ("reshape verify FOLDER", "is a folder. Name a checkpoint"),
+    ("score no FILE", "`no` does not exist"),
+    ("score FILE no", "`no` does not exist"),
+    ("serve no=en:de", "`no` does not exist. Name a folder"),
+    ("serve FOLDER", "has no `config.json`"),
+    ("sweep no", "`no` does not exist"),
+    ("translate no", "`no` does not exist. Name a folder"),
+    ("translate FILE", "is a file. Name a folder that `nmt-moe export` wrote."),
+    ("verify no", "`no` does not exist"),
+]
+NOTICED_EARLY = """
+import json, sys
+from click.testing import CliRunner
+from nmt_moe.cli import main
+results = []
+for line in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, line.split())
+    results.append([result.exit_code, result.stdout, result.stderr, "torch" in sys.modules])
+print(json.dumps(results))
+"""
+
+
+def test_a_wrong_path_is_one_message_before_torch_is_imported(tmp_path):
+    (tmp_path / "file").write_text("a line\n")
+    paths = {"FILE": "file", "FOLDER": "."}
+    lines = [" ".join(paths.get(word, word) for word in line.split()) for line, _ in WRONG_PATHS]
+    command = [sys.executable, "-c", NOTICED_EARLY, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    for (line, message), result in zip(WRONG_PATHS, json.loads(done.stdout), strict=True):
+        status, output, error, has_torch = result
+        assert (status, output, error.count("\n")) == (1, "", 1), line
+        assert re.match(r"nmt-moe [a-z- ]+: error: ", error), line
+        assert message in error
+        assert not has_torch, line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_path_is_checked_while_the_command_line_is_read():
+    for name in cli.COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        for one in getattr(command, "commands", {"": command}).values():
+            for option in one.params:
+                if isinstance(option.type, click.Path) and not option.name.startswith("output"):
+                    assert isinstance(option.type, (Existing, NewFile)), (name, option.name)
+
+
+def test_the_command_says_of_a_folder_what_the_library_says(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="Name a folder") as caught:
+            read_small(path, CONFIG)
+        result = CliRunner().invoke(main, ["verify", str(path)])
+        assert result.stderr == f"nmt-moe verify: error: {caught.value}\n"
+
+
+def test_a_pipe_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert Existing("file").convert(str(tmp_path / "pipe"), None, None) == tmp_path / "pipe"
+    assert NewFile().convert(os.devnull, None, None) == Path(os.devnull)

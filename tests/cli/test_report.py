@@ -87,7 +87,7 @@ def test_mistakes_are_named_and_nothing_is_written(
     bad.write_bytes(b"a\xff\nb\nc\nd\n")
     to_page = ("--output", page)
     assert_mistake(call(bundle, "--text", text), "name a file to write")
-    assert_mistake(call(bundle, "--text", tmp_path / "no", *to_page), "No such file", "no")
+    assert_mistake(call(bundle, "--text", tmp_path / "no", *to_page), "no` does not exist")
     assert_mistake(call(tmp_path / "no", "--text", text, *to_page), "no` does not exist")
     assert_mistake(
         call(bundle, "--text", text, "--reference", short, *to_page),

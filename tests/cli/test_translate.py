@@ -268,18 +268,18 @@ def test_a_bad_option_gives_one_message(
 def test_missing_files_are_named_before_anything_is_translated(
     bundle: Path, text: Path, tmp_path: Path
 ):
-    for name in ("none", "."):
+    for name, wrong in (("none", "does not exist"), (".", "is a folder")):
         result = call("translate", bundle, text, tmp_path / name)
-        assert_mistake(result, "translate", "is not a file. Name files")
+        assert_mistake(result, "translate", wrong)
         assert result.stdout == ""
     result = call("translate", tmp_path / "none", text)
     assert_mistake(result, "translate", f"`{tmp_path / 'none'}` does not exist. Name a folder")
     result = call("translate", bundle, text, "--ensemble", tmp_path)
     assert_mistake(result, "translate", "has no `config.json`")
     result = call("translate", bundle, text, "--output", tmp_path / "no/such/folder")
-    assert_mistake(result, "translate", "No such file or directory")
+    assert_mistake(result, "translate", "must be in a folder that exists")
     result = call("translate", bundle, text, "--output", tmp_path)
-    assert_mistake(result, "translate", "Is a directory")
+    assert_mistake(result, "translate", "must be a file to write, but is a folder")
 
 
 def test_options_request_ensembles_and_languages(

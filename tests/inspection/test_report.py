@@ -184,6 +184,12 @@ def test_the_page_of_hostile_text_is_harmless(report: dict[str, Any]):
         assert name in reader.ids
 
 
+def test_every_section_has_a_title_of_its_own(report: dict[str, Any]):
+    titles = re.findall(r"<h[123]>(.*?)</h[123]>", render_page(report))
+    assert {"Encoder: expert by expert", "Decoder: expert by expert"} <= set(titles)
+    assert len(titles) == len(set(titles))
+
+
 def test_every_text_of_a_report_is_escaped(report: dict[str, Any]):
     evil = "</style></script><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"
 

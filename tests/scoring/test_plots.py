@@ -111,7 +111,7 @@ def test_names_are_only_as_long_as_necessary(paths: list[str], names: list[str])
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path):
     output = tmp_path / "nodir" / "out.png"
     message = run("--output", output, tmp_path / "absent.log").stderr
-    assert f"error: `--output` must be in a folder that exists, but is {output}." in message
+    assert f"error: `{output}` must be in a folder that exists." in message
     assert f"Make `{output.parent}` first." in message
 
 

@@ -86,6 +86,7 @@ def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dic
         log.extend(map(json.loads, stderr))
 
     try:
+        assert stderr.readline().startswith("loading ")
         log.append(json.loads(stderr.readline()))
         reader = threading.Thread(target=read)
         reader.start()

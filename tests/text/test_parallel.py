@@ -54,5 +54,5 @@ def test_the_command_says_how_many_or_what_is_wrong(tmp_path):
     assert done.stderr.startswith("nmt-moe check-parallel: error: the files must have the same num")
     assert CliRunner().invoke(main, ["check-parallel", files[0]]).stdout == "1 lines: a\n"
     done = CliRunner().invoke(main, ["check-parallel", str(tmp_path / "absent")])
-    assert "No such file or directory" in done.stderr
+    assert "does not exist" in done.stderr
     assert str(tmp_path / "absent") in done.stderr

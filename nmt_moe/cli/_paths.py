@@ -1,0 +1,85 @@
+"""Types of arguments that are paths.
+
+They are checked while the command line is read, so that a mistyped path is reported at once and not
+after the seconds that it takes to import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+# The file by which a bundle is known.
+BUNDLE_FILE = "config.json"
+
+
+class Existing(click.Path):
+    """A path that is read.
+
+    Args:
+        kinds: What the path may name: "file" (or a pipe), "folder", "bundle" (a folder that
+            `nmt-moe export` wrote), or "-" for standard input.
+        advice: What to name instead; it ends the message.
+    """
+
+    def __init__(self, *kinds: str, advice: str = "Check the path.") -> None:
+        super().__init__(path_type=Path)
+        self.kinds, self.advice = kinds, advice
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path.
+
+        Raises:
+            ValueError: if nothing of the right kind is there.
+        """
+        path = Path(value)
+        fault = None if str(value) == "-" and "-" in self.kinds else self._fault(path)
+        if fault is not None:
+            raise ValueError(f"`{path}` {fault}. {self.advice}")
+        return path
+
+    def _fault(self, path: Path) -> str | None:
+        if not path.exists():
+            return "does not exist"
+        if not path.is_dir():
+            return None if "file" in self.kinds else "is a file"
+        if "folder" in self.kinds:
+            return None
+        if "bundle" not in self.kinds:
+            return "is a folder"
+        if not (path / BUNDLE_FILE).is_file():
+            return f"has no `{BUNDLE_FILE}`, so it is not a complete bundle"
+        return None
+
+
+class NewFile(click.Path):
+    """A file to write, in a folder that exists; - passes for standard output."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path.
+
+        Raises:
+            ValueError: if its folder does not exist, or it is a folder itself.
+        """
+        path = Path(value)
+        if path.is_dir():
+            raise ValueError(f"`{path}` must be a file to write, but is a folder.")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(
+                f"`{path}` must be in a folder that exists. Make `{path.parent}` first."
+            )
+        return path
+
+
+BUNDLE = Existing("bundle", advice="Name a folder that `nmt-moe export` wrote.")
+CHECKPOINT = Existing("file", advice="Name a checkpoint, such as checkpoints/checkpoint_best.pt.")
+FILE = Existing("file")
+FILE_OR_INPUT = Existing("file", "-")
+NEW_FILE = NewFile()
+# The command makes it, and the folders above it.
+NEW_PATH = click.Path(path_type=Path)
