@@ -113,7 +113,7 @@ def check_threads(threads: int) -> None:
     """Reject a value of `--threads` that no machine can use.
 
     Raises:
-        ValueError: its message names the option and the bounds.
+        ValueError: if it is out of bounds; the message names the option and both bounds.
     """
     check_whole("--threads", threads, 1, MAX_THREADS)
 

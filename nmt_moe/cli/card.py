@@ -48,6 +48,9 @@ def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int |
 
     In a translation model, a token stands for one source token and one target token.
 
+    Architectures are described as they are. For other sizes, use `nmt-moe plan`, which takes the
+    model's options, such as --model-dim.
+
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """  # noqa: D301 - \b keeps the table as it is
     if take_all == bool(arch):

@@ -42,6 +42,7 @@ PRESETS = "; ".join(f"{name}: {device.source}" for name, device in DEVICES.items
 EXAMPLES = """
 nmt-moe plan --arch lstm_moe_lm_100b_131072h --devices 128 --optimizer factored_adam
 nmt-moe plan --arch lstm_moe_gnmt --num-experts 256 --devices 8 --device a100 --json
+nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device cpu
 """
 
 
