@@ -71,7 +71,7 @@ class NewFile(click.Path):
             raise ValueError(f"`{path}` must be a file to write, but is a folder.")
         if not path.absolute().parent.is_dir():
             raise ValueError(
-                f"`{path}` must be in a folder that exists. Make `{path.parent}` first."
+                f"`{path}` must be in a folder that exists. Create `{path.parent}` first."
             )
         return path
 

@@ -136,7 +136,7 @@ WRONG_PATHS = [
     ("pieces encode --model FILE --inputs FOLDER", "is a folder. Check the path."),
     ("pieces encode --model FILE --outputs no/x", "`no/x` must be in a folder that exists"),
     ("pieces train --vocab-size 9 --model m --dictionary d --inputs no", "`no` does not exist"),
-    ("plot FILE --output no/x.png", "`no/x.png` must be in a folder that exists. Make `no` first"),
+    ("plot FILE --output no/x.png", "`no/x.png` must be in a folder that exists. Create `no`"),
     ("report FOLDER --text FILE --output x.html", "has no `config.json`"),
     ("report no --text FILE --output x.html", "`no` does not exist"),
     ("reshape verify FOLDER", "is a folder. Name a checkpoint"),

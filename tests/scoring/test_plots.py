@@ -112,7 +112,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
     output = tmp_path / "nodir" / "out.png"
     message = run("--output", output, tmp_path / "absent.log").stderr
     assert f"error: `{output}` must be in a folder that exists." in message
-    assert f"Make `{output.parent}` first." in message
+    assert f"Create `{output.parent}` first." in message
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(
