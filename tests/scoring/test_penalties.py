@@ -91,9 +91,9 @@ def test_the_grid_is_drawn(output: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "no hypothesis"),
+        ([], "no hypotheses"),
         ([line for line in NBEST if line[0] != "A"], "sentence 0 has no attention .* soft"),
-        ([line for line in NBEST if line[0] != "P"], "of 0 are damaged"),
+        ([line for line in NBEST if line[0] != "P"], "of sentence 0 are damaged"),
         ([*SHORT[:2], "A-0\t0-0 1-1"], "`--print-alignment soft`"),
         ([*SHORT, *(row.replace("-0", "-1", 1) for row in SHORT), *SHORT], "0 is translated twice"),
         ([SHORT[0], "P-0\tnan -0.5", SHORT[2]], "is not a finite number"),
