@@ -1,4 +1,4 @@
-"""How many kernels an MoE layer starts on a device. Each start takes the host microseconds."""
+"""The number of kernels that an MoE layer starts on a device; each start costs microseconds."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from nmt_moe.moe import MoEConfig, MoELayer
 pytest.importorskip("triton")
 from tests.support.launches import count_launches
 
-# An earlier version started 60 forward and 69 backward.
+# An earlier version started 60 kernels forward and 69 backward.
 MOST_FORWARD, MOST_BACKWARD = 39, 25
 
 
 def test_a_training_pass_starts_half_as_many_kernels_as_before(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())  # interpreted: as on a GPU
+    monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())  # as on a GPU
     layer = MoELayer(MoEConfig(model_dim=16, hidden_dim=32, num_experts=8, top_k=2)).to(device)
     x = torch.randn(64, 16, device=device, requires_grad=True)
     with count_launches() as forward:
