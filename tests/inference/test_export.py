@@ -208,7 +208,7 @@ def test_a_dictionary_other_than_that_of_training_is_refused(tmp_path: Path):
     dictionary.write_text("")
     assert_refused("has no words", path, data, pieces)
     dictionary.unlink()
-    assert_refused(r"dict.bb.txt` is missing; .*: dict.aa.txt", path, data, pieces)
+    assert_refused(r"dict.bb.txt` is missing. .*: dict.aa.txt", path, data, pieces)
     many, data, pieces, _ = make_checkpoint(tmp_path / "many", languages="aa bb")
     (data / "dict.aa.txt").write_text("\n".join(rows[::-1]) + "\n")
     assert_refused("is not the one that the checkpoint was trained with", many, data, pieces)
@@ -409,4 +409,4 @@ def test_checkpoints_without_digests_of_their_dictionaries_are_exported(tmp_path
     state = make_state(GNMT, make_networks(GNMT, len(symbols)), symbols, task, {})
     state["model"] = {n: v for n, v in state["model"].items() if not n.endswith("digest")}
     torch.save(state, tmp_path / "early.pt")
-    assert "whole" in export(tmp_path / "early.pt", data, Pieces(pieces), tmp_path / "out")
+    assert "complete" in export(tmp_path / "early.pt", data, Pieces(pieces), tmp_path / "out")

@@ -38,7 +38,7 @@ def test_pairs_and_languages_are_read_in_their_order():
         ("en-fr-de", "but has 'en-fr-de'"),
         ("en-fr,", "but has ''"),
         ("en-", "but has 'en-'"),
-        ("en-en", "source and target must differ, but are both in 'en-en'"),
+        ("en-en", "source and target must differ, but are equal in 'en-en'"),
         ("en-fr,en-fr", "must name each pair once, but has 'en-fr' twice"),
     ],
 )
