@@ -1,6 +1,6 @@
 """Check arguments. Every error message gives the name, the rule, the value and a remedy.
 
-This module does not import torch, so that commands can check their options before they do.
+This module does not import torch, so that commands can check their options before importing it.
 """
 
 from __future__ import annotations

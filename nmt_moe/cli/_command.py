@@ -122,7 +122,7 @@ def set_threads(threads: int | None) -> None:
     """Set how many CPU threads torch uses; None leaves its default.
 
     Raises:
-        ValueError: see `check_threads`.
+        ValueError: as in `check_threads`.
     """
     if threads is not None:
         check_threads(threads)

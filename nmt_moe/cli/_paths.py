@@ -1,7 +1,7 @@
-"""Types of arguments that are paths.
+"""Define types for arguments that are paths.
 
-They are checked while the command line is read, so that a mistyped path is reported at once and not
-after the seconds that it takes to import torch.
+Paths are checked while the command line is parsed, so that a mistyped path is reported at once
+instead of after the seconds that it takes to import torch.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 import click
 
-# The file by which a bundle is known.
+# The file by which a bundle is recognised.
 BUNDLE_FILE = "config.json"
 
 
 class Existing(click.Path):
-    """A path that is read.
+    """A path to read from.
 
     Args:
         kinds: What the path may name: "file" (or a pipe), "folder", "bundle" (a folder that
             `nmt-moe export` wrote), or "-" for standard input.
-        advice: What to name instead; it ends the message.
+        advice: What to name instead, as the last sentence of the message.
     """
 
     def __init__(self, *kinds: str, advice: str = "Check the path.") -> None:
@@ -32,7 +32,7 @@ class Existing(click.Path):
         """Return the path.
 
         Raises:
-            ValueError: if nothing of the right kind is there.
+            ValueError: if the path names nothing, or something of another kind.
         """
         path = Path(value)
         fault = None if str(value) == "-" and "-" in self.kinds else self._fault(path)
@@ -55,7 +55,7 @@ class Existing(click.Path):
 
 
 class NewFile(click.Path):
-    """A file to write, in a folder that exists; - passes for standard output."""
+    """A file to write, in a folder that exists; - stands for standard output."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -64,7 +64,7 @@ class NewFile(click.Path):
         """Return the path.
 
         Raises:
-            ValueError: if its folder does not exist, or it is a folder itself.
+            ValueError: if the file's folder does not exist, or the path is a folder.
         """
         path = Path(value)
         if path.is_dir():
@@ -81,5 +81,5 @@ CHECKPOINT = Existing("file", advice="Name a checkpoint, such as checkpoints/che
 FILE = Existing("file")
 FILE_OR_INPUT = Existing("file", "-")
 NEW_FILE = NewFile()
-# The command makes it, and the folders above it.
+# The command creates this path and the folders above it.
 NEW_PATH = click.Path(path_type=Path)

@@ -64,8 +64,8 @@ def serve(
 
     FROM:TO names the languages of a bundle that does not name them itself. On standard error, the
     first line says what is being loaded. All further lines are a log in JSON, which never contains
-    users' text; the entry "serving" gives the address once the server answers requests. On Ctrl-C
-    or SIGTERM the server finishes all open requests and then stops.
+    users' text; its entry "serving" gives the address once the server answers requests. On Ctrl-C
+    or SIGTERM, the server finishes all open requests and then stops.
     """
     if threads is not None:
         check_threads(threads)
