@@ -56,7 +56,10 @@ class Gating(NamedTuple):
 
 
 def _first(sums: Tensor) -> Tensor:
-    """Return the first row. The gradient of `squeeze` is a view; that of an index is a copy."""
+    """Return the first row of sums.
+
+    `squeeze` is used where possible, because its gradient is a view. That of an index is a copy.
+    """
     return sums.squeeze(0) if len(sums) == 1 else sums[0]
 
 

@@ -25,12 +25,15 @@ def squared_cv(values: Tensor) -> Tensor:
 
 
 class _SquaredCV(torch.autograd.Function):
-    """`squared_cv` in few operations: on a GPU, starting a kernel costs more than E additions."""
+    """Compute `squared_cv` in few operations.
+
+    On a GPU, starting a kernel takes longer than adding E numbers.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         variance, mean = torch.var_mean(values, dim=-1, correction=0)
-        # The variance of unused experts is 0 too, so any other divisor gives 0.
+        # If no expert is used, the variance is 0 too, so any divisor except 0 gives 0.
         squared_mean = mean.masked_fill(mean == 0, 1.0).square_()
         squared_cv = variance / squared_mean
         ctx.save_for_backward(values, mean, squared_mean, squared_cv)
