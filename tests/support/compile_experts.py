@@ -44,10 +44,10 @@ def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
     gradient = partial(grouped_gemm.weight_gradient, rows, hidden, offsets, block_rows)
     zero = partial(grouped_gemm.zero_idle_experts, weight_in, offsets)
     forward = partial(multiply, rows, weight_in, relu=True)
-    yield f"multiply {mean}", grouped_gemm, "_multiply_kernel", forward
-    yield f"multiply_back {mean}", grouped_gemm, "_multiply_kernel", back
-    yield f"weight_gradient {mean}", grouped_gemm, "_weight_gradient_kernel", gradient
-    yield "zero", grouped_gemm, "_zero_kernel", zero
+    yield f"multiply {mean}", grouped_gemm, "multiply_kernel", forward
+    yield f"multiply_back {mean}", grouped_gemm, "multiply_kernel", back
+    yield f"weight_gradient {mean}", grouped_gemm, "weight_gradient_kernel", gradient
+    yield "zero", grouped_gemm, "zero_kernel", zero
 
 
 def main() -> None:
