@@ -21,8 +21,7 @@ def cross_entropy(logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor,
 
     Returns:
         nll: (N,), the negative log-likelihood of each row's target; 0 in ignored rows.
-        smooth: (N,), the sum of -log p over all classes, which label smoothing uses; 0 in ignored
-            rows.
+        smooth: (N,), the sum of -log p over all classes, for label smoothing; 0 in ignored rows.
 
     Raises:
         IndexError: if a target is neither a class nor `ignored`.
