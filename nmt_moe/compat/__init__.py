@@ -81,6 +81,7 @@ REPAIRS = (
     precision.skip_overflowing_updates_on_cpu,
     options.let_validate_read_the_task_from_the_checkpoint,
     options.suggest_close_names,
+    options.show_options_of_chosen_parts_in_help,
     options.drop_warnings_of_libraries,
     processes.let_torchrun_train_on_cpu,
     processes.fix_distributed_config,

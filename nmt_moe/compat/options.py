@@ -1,7 +1,8 @@
-"""Suggest close names instead of listing all, and take the task from a checkpoint."""
+"""Suggest close names, show all options in help, and take the task from a checkpoint."""
 
 import difflib
 import re
+import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -72,6 +73,34 @@ def shorten_choices(message: str) -> str:
     close = difflib.get_close_matches(name, choices, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all."
     return f"{start}: {hint} A plugin's names need its --user-dir."
+
+
+def show_options_of_chosen_parts_in_help() -> None:
+    """Let `--help` list the options of the architecture, criterion and optimizer that are named.
+
+    Reason: fairseq prints its help before it adds these options to the parser.
+    """
+    replace(options, "parse_args_and_arch", _helping)
+
+
+def _helping(parse: Callable) -> Callable:
+    def parse_args_and_arch(
+        parser: ArgumentParser, input_args: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = sys.argv[1:] if input_args is None else input_args
+        others = [word for word in given if word not in ("-h", "--help")]
+        if len(others) == len(given):
+            return parse(parser, input_args, *args, **kwargs)
+
+        def show(*_: Any) -> NoReturn:
+            parser.print_help()
+            parser.exit()
+
+        # fairseq calls it once all options have been added; before, it parses only what it knows.
+        vars(parser)["parse_args"] = show
+        return parse(parser, others, *args, **kwargs)
+
+    return parse_args_and_arch
 
 
 def drop_warnings_of_libraries() -> None:

@@ -45,6 +45,14 @@ def test_for_a_misspelt_architecture_similar_names_are_suggested(data: Path, tmp
     assert "--max-tokens" not in done.text
 
 
+def test_help_lists_the_options_of_what_is_named(tmp_path: Path):
+    flags = ["--arch", "lstm_moe_gnmt", "--lr-scheduler", "warmup_hold_inverse_sqrt", "--help"]
+    done = run("train", "--user-dir", PLUGIN, *flags, cwd=tmp_path)
+    assert done.status == 0
+    for option in ("--max-tokens", "--model-dim", "--top-k", "--hold-updates"):
+        assert re.search(rf"^  {option} ", done.text, re.MULTILINE)
+
+
 def test_of_many_choices_the_similar_ones_are_named():
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--arch", choices=[f"lstm_{name}" for name in "abcdefghijklmno"])
