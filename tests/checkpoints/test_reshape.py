@@ -51,7 +51,7 @@ def test_faults_are_named(whole, tmp_path):
     part.unlink()
     for arguments in (["verify", split], ["merge", split, "--output", tmp_path / "m.pt"]):
         status, text = run(*arguments)
-        assert (status, f"`{part}` is missing: it holds experts 2 to 3" in text) == (1, True)
+        assert (status, f"`{part}`, which contains experts 2 to 3" in text) == (1, True)
     status, text = run("verify", whole)  # the file has no configuration for a model
     assert (status, "fairseq checkpoint" in text) == (1, True)
     status, text = run("verify", tmp_path / "none.pt")
