@@ -81,7 +81,7 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]
 def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
     if len(found) < count:
         raise ValueError(
-            f"`{folder}` has {len(found)} checkpoints of that kind, but {count} were requested"
+            f"`{folder}` has only {len(found)} of the {count} requested checkpoints of that kind"
         )
     return found[-count:]
 

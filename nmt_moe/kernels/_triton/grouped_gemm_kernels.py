@@ -148,7 +148,10 @@ def zero_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """Fill the gradient of an expert with 0 if it has no rows. Several programs share the elements."""
+    """Fill the gradient of an expert with 0 if it has no rows.
+
+    The elements are divided among several programs.
+    """
     expert = tl.program_id(0).to(tl.int64)
     if tl.load(expert_offsets + expert + 1) > tl.load(expert_offsets + expert):
         return
