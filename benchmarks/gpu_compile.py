@@ -1,0 +1,208 @@
+"""Compile Triton's kernels for GPUs that need not be present, and read what the machine code needs.
+
+Triton cannot compile while it interprets, so TRITON_INTERPRET must not be set.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Gpu(NamedTuple):
+    """A GPU to compile for, and what one of its multiprocessors offers to blocks.
+
+    Source: NVIDIA, CUDA C++ Programming Guide, compute capabilities.
+    """
+
+    capability: int
+    name: str  # as ptxas names it
+    shared_bytes: int
+
+
+GPUS = {
+    "A100": Gpu(80, "sm_80", 164 * 1024),
+    "H100": Gpu(90, "sm_90a", 228 * 1024),
+}
+# Equal on both GPUs. A block reserves 1 KiB of shared memory beyond its own.
+REGISTERS, WARPS, BLOCKS, RESERVED_BYTES = 65536, 64, 32, 1024
+# A warp gets registers in units of 256.
+REGISTER_UNIT, WARP_THREADS = 256, 32
+
+TYPES = {
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+NARROW_OFFSETS = r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+xi32>"
+INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE
+)
+
+
+class Launch(NamedTuple):
+    """A launcher's call, whose kernel is compiled.
+
+    Attributes:
+        name: Name in tables.
+        module: The module in which the launcher finds its kernel.
+        kernel: The kernel's name in that module.
+        call: Calls the launcher once, with CPU tensors.
+        elements: Numbers that a block processes at a time; 0 if the count says nothing.
+    """
+
+    name: str
+    module: ModuleType
+    kernel: str
+    call: Callable[[], object]
+    elements: int = 0
+
+
+def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
+    """Compile the kernel that `launch` would start, with its arguments, down to machine code.
+
+    Args:
+        launch: What to compile.
+        gpu: A name in GPUS.
+
+    Returns:
+        A report with these entries:
+        registers, spilled: The registers of a thread, and the bytes that it keeps outside of them.
+        shared: The bytes of shared memory of a block.
+        blocks: The number of blocks that fit on a multiprocessor at a time.
+        warnings: The codes of ptxas' warnings, such as C7514 (wgmma serialised).
+        instructions: The number of instructions in the code, those in loops counted once.
+        per_element: Instructions of a thread for each of its elements; 0 if unknown.
+        wgmma, mma: Whether Hopper's and older tensor-core instructions occur.
+        wide_copies: The number of copies of 16 bytes from global to shared memory.
+        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks from a base pointer.
+    """
+    kernels = {
+        name: kernel for name, kernel in vars(launch.module).items() if name.endswith("_kernel")
+    }
+    recorder = _Recorder(kernels[launch.kernel], GPUS[gpu], launch.elements)
+    try:
+        for name in kernels:
+            setattr(launch.module, name, recorder if name == launch.kernel else _Nothing())
+        launch.call()
+    finally:
+        for name, kernel in kernels.items():
+            setattr(launch.module, name, kernel)
+    return recorder.report
+
+
+class _Nothing:
+    """A replacement for a kernel that is not wanted, of which `kernel[grid](...)` does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *values, **named: None
+
+
+class _Recorder:
+    """A replacement for a kernel, with which `kernel[grid](...)` compiles but does not run."""
+
+    def __init__(self, kernel: Any, gpu: Gpu, elements: int) -> None:
+        self.kernel, self.gpu, self.elements = kernel, gpu, elements
+        self.report: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._compile
+
+    def _compile(self, *values: Any, **named: Any) -> None:
+        params = self.kernel.params
+        named = dict(zip((param.name for param in params), values, strict=False)) | named
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        signature, constants, multiples = {}, {}, {}
+        for index, param in enumerate(params):
+            value = named[param.name]
+            kind = _type(value, param)
+            signature[param.name] = kind
+            if kind == "constexpr":
+                constants[param.name] = value
+            elif _is_multiple(value, param):
+                multiples[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, multiples)
+        target = GPUTarget("cuda", self.gpu.capability, WARP_THREADS)
+        compiled = triton.compile(source, target=target, options=options)
+        self.report = _read(compiled, self.gpu, self.elements)
+
+
+def _type(value: Any, param: Any) -> str:
+    """Return the type as which Triton would compile an argument."""
+    is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+    if value is None or param.is_constexpr or is_one:
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i64" if value >= 2**31 else "i32"
+
+
+def _is_multiple(value: Any, param: Any) -> bool:
+    """Return whether Triton would see that an address or number is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return True
+    return isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
+
+
+def _read(compiled: Any, gpu: Gpu, elements: int) -> dict[str, Any]:
+    ptx, warps, shared = compiled.asm["ptx"], compiled.metadata.num_warps, compiled.metadata.shared
+    with tempfile.TemporaryDirectory() as folder:
+        code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        code.write_bytes(compiled.asm["cubin"])
+        assembly.write_text(ptx)
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", code)
+        listing = _run(knobs.nvidia.cuobjdump.path, "-sass", code)
+        said = _run(
+            *(knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu.name}", assembly),
+            *("-o", Path(folder, "again.cubin")),
+        )
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = sum(name != "NOP" for name in INSTRUCTION.findall(listing))
+    elements_per_thread = elements / (WARP_THREADS * warps)
+    return {
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "shared": shared,
+        "blocks": blocks_on_multiprocessor(found["REG"], warps, shared, gpu),
+        "warnings": sorted(set(re.findall(r"\bC7\d{3}\b", said))),
+        "instructions": instructions,
+        "per_element": round(instructions / elements_per_thread) if elements else 0,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "mma": "mma.sync" in ptx,
+        "wide_copies": len(re.findall(r"cp\.async\.cg", ptx)),
+        "narrow_offsets": len(re.findall(NARROW_OFFSETS, compiled.asm["ttir"])),
+    }
+
+
+def blocks_on_multiprocessor(registers: int, warps: int, shared: int, gpu: Gpu) -> int:
+    """Compute how many blocks fit on a multiprocessor at a time.
+
+    Args:
+        registers: Registers of a thread.
+        warps: Warps of a block.
+        shared: Bytes of shared memory of a block.
+        gpu: What a multiprocessor offers.
+    """
+    by_warp = -(-registers * WARP_THREADS // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // (by_warp * warps)
+    by_memory = gpu.shared_bytes // (shared + RESERVED_BYTES)
+    return min(by_registers, by_memory, WARPS // warps, BLOCKS)
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run(
+        command, text=True, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ).stdout

@@ -1,0 +1,85 @@
+"""Triton's kernels compile to efficient code for A100 and H100 (`benchmarks/gpu_budgets.py`)."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Blocks on a multiprocessor, at least; fewer cannot hide the time that loads take.
+LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "gating": 3, "adam": 3, "gather": 8, "sum": 5}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Compile all kernels in a process of its own, because Triton interprets in this one."""
+    file = tmp_path_factory.mktemp("budgets") / "budgets.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_budgets", "--json", str(file)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("multiply_back 1024", "gating 4096 4 drawn select", "adam update"):
+        assert name in done.stdout
+    return json.loads(file.read_text())
+
+
+def chosen(reports: dict, *words: str) -> dict:
+    """Return the reports whose names contain all words, at least one."""
+    found = {name: found for name, found in reports.items() if all(word in name for word in words)}
+    assert found
+    return found
+
+
+def test_all_kernels_are_compiled_for_both_gpus(reports):
+    # dtypes x rows, means x products, gatings whole and in chunks, dtypes x factored Adam
+    assert len(reports) == 2 * (3 * 3 + 5 * 4 + 4 * 2 + 2 * 3 + 2 * 3)
+
+
+def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
+    for name, report in reports.items():
+        # CUDA's sine and cosine, for the noise, reserve 32 bytes for angles that do not occur.
+        assert report["spilled"] <= (32 if "gating" in name else 0), name
+        assert report["shared"] <= 99 * 1024, name  # the smallest size of a GPU since A100
+
+
+def test_enough_blocks_run_at_a_time(reports):
+    for kernel, least in LEAST_BLOCKS.items():
+        for name, report in chosen(reports, "H100", kernel).items():
+            assert report["blocks"] >= least, name
+
+
+def test_no_product_is_serialised(reports):
+    for name, report in reports.items():
+        assert not report["warnings"], name
+
+
+def test_products_in_half_precision_run_on_tensor_cores(reports):
+    for kernel in ("multiply", "weight_gradient"):
+        for name, report in chosen(reports, "float16", kernel).items():
+            mean = int(name.split()[-1])
+            is_wide = mean > 32 or kernel == "weight_gradient"  # wgmma takes 64 rows or more
+            assert report["wgmma" if "H100" in name and is_wide else "mma"], name
+            assert report["wide_copies"], name
+
+
+def test_float32_stays_float32(reports):
+    """Tensor cores would round float32 to TF32."""
+    for name, report in chosen(reports, "float32").items():
+        assert not report["wgmma"], name
+        assert not report["mma"], name
+
+
+def test_offsets_of_gating_have_64_bits(reports):
+    """Rows times experts may exceed 2^31."""
+    for name, report in chosen(reports, "gating").items():
+        assert report["narrow_offsets"] == 0, name
+
+
+def test_gating_needs_no_more_instructions_than_it_did(reports):
+    """At 256 experts, 329 to 336 an element forward and 298 to 301 backward were measured."""
+    for name, report in chosen(reports, "gating 256").items():
+        assert report["per_element"] <= (350 if "forward" in name else 310), name
