@@ -76,18 +76,18 @@ def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
     tiles = grouped_gemm.list_tiles(offsets, num_rows, block_rows)
     multiply = partial(grouped_gemm.multiply_rows, expert_offsets=offsets, tiles=tiles)
     calls = [
-        ("multiply", "_multiply_kernel", partial(multiply, rows, weight_in, relu=True)),
+        ("multiply", "multiply_kernel", partial(multiply, rows, weight_in, relu=True)),
         (
             "multiply_back",
-            "_multiply_kernel",
+            "multiply_kernel",
             partial(multiply, rows, weight_out.transpose(1, 2), mask=hidden),
         ),
         (
             "weight_gradient",
-            "_weight_gradient_kernel",
+            "weight_gradient_kernel",
             partial(grouped_gemm.weight_gradient, rows, hidden, offsets, block_rows),
         ),
-        ("zero", "_zero_kernel", partial(grouped_gemm.zero_idle_experts, weight_in, offsets)),
+        ("zero", "zero_kernel", partial(grouped_gemm.zero_idle_experts, weight_in, offsets)),
     ]
     for name, kernel, call in calls:
         yield Launch(f"{name} {mean}", grouped_gemm, kernel, call)
