@@ -13,7 +13,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # One thread per process unless the caller sets another number: more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # glibc returns large blocks to the kernel when they are freed, so every training step has to get fresh pages, which takes
-# a quarter of a small model's step. These settings keep freed blocks (other C libraries ignore them).
+# a third of its time with many experts. These settings keep freed blocks (other C libraries ignore them).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
 # Sort and handle characters in the same way on every machine.
