@@ -43,15 +43,21 @@ def serve(service: Service, host: str, port: int) -> None:
         lifespan="on",
         ws="none",
     )
-    # When uvicorn stops, it raises the signal again, although a requested stop is not an error.
+    server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn handles these signals only while it runs, and raises them again when it stops. An
+    # earlier signal must not be lost, and a requested stop is not an error.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, stop)
     names = {
         model.folder: [*model.sources, "->", *model.targets] for model in service.models.opened
     }
     fields = {"address": address, "models": {f: " ".join(n) for f, n in names.items()}}
     logger.info("serving", extra={"fields": fields})
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
     logger.info("ended")
 
 
@@ -65,5 +71,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(128)  # before the log announces it
     except OSError as error:
         listening.close()
-        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}.") from None
+        raise OSError(
+            f"cannot listen on {host}, port {port}: {error.strerror}. Choose another `--host` or "
+            "`--port`."
+        ) from None
     return listening

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +128,14 @@ def test_sigterm_finishes_what_is_in_flight(bundle: Path, translator: Translator
     assert line["status"] == 200
     assert line["ms"] > 0
     assert not any(word in json.dumps(log) for word in ("house", expected[0]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server_as_soon_as_it_is_ready(bundle: Path, number: int):
+    with served(bundle, "--threads", 1) as (process, _, log):
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 0
+    assert [one["event"] for one in log] == ["serving", "ended"]
 
 
 def test_mistakes_end_with_one_message(bundle: Path, tmp_path: Path, server: LiveServer):
