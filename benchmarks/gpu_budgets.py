@@ -1,12 +1,13 @@
-"""Print what each Triton kernel needs on A100 and H100, without a GPU.
+"""Print what each Triton kernel needs on an A100 and an H100; no GPU is required.
 
     python -m benchmarks.gpu_budgets
     python -m benchmarks.gpu_budgets --gpu H100 --kernels gating --json budgets.json
 
-Kernels are compiled as they are launched, down to machine code. `blocks` is the number of blocks
-that fit on a multiprocessor at a time; `instructions` counts those in loops once; `per element`
-divides them by the numbers that a thread processes at a time, so it is too high where much of the
-code is outside the loop over blocks.
+Each kernel is compiled to machine code for the arguments with which it would be launched. `blocks`
+is how many blocks fit on a multiprocessor at a time. `instructions` is the number of instructions
+in the code, each counted once even in a loop. `per element` is that number divided by how many
+numbers a thread processes at a time, so it is too high where much of the code is outside the loop
+over blocks.
 """
 
 import argparse
@@ -37,9 +38,10 @@ COLUMNS = [
     *("instructions", "per element"),
 ]
 DIM, HIDDEN, EXPERTS, TOKENS = 512, 1024, 4, 64
-# Mean rows per expert that lead to small, middle and large blocks in bfloat16, the usual dtype.
+# Mean rows per expert that lead to small, medium and large blocks in bfloat16, the usual dtype.
 MEANS = {torch.bfloat16: (16, 128, 1024), torch.float16: (1024,), torch.float32: (1024,)}
-# (experts, per token, noise): whole blocks of rows, and chunks of columns.
+# (experts, experts per token, noise). Up to 1024 experts, a block holds whole rows; rows of more
+# experts are read in chunks.
 GATINGS = [
     (6, 6, "drawn"),
     (256, 4, "drawn"),
@@ -117,7 +119,7 @@ def gating_launches(experts: int, top_k: int, noise: str) -> Iterator[Launch]:
 
 
 def adam_launches(dtype: torch.dtype) -> Iterator[Launch]:
-    """Yield the kernels of the factored Adam."""
+    """Yield the kernels of factored Adam."""
     weight = torch.empty(EXPERTS, DIM, HIDDEN, dtype=dtype)
     means = torch.empty(EXPERTS, DIM), torch.empty(EXPERTS, HIDDEN)
     call = partial(factored_adam.factored_adam, weight, weight, *means, 1e-3, 0.999, 1e-8, 0.99)
@@ -140,11 +142,11 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def measure(gpus: list[str], wanted: str) -> dict[str, dict[str, Any]]:
-    """Compile the kernels whose names begin with `wanted`: a report for each GPU and kernel."""
+    """Compile the kernels whose names begin with `wanted`; return reports by GPU and name."""
     chosen = [(dtype, launch) for dtype, launch in all_launches() if launch.name.startswith(wanted)]
     if not chosen:
         raise ValueError(
-            f"--kernels must begin a kernel's name, but no name begins with {wanted!r}."
+            f"--kernels must begin like the name of a kernel, but none begins with {wanted!r}."
         )
     reports = {}
     for index, (dtype, launch) in enumerate(chosen, 1):
@@ -167,7 +169,7 @@ def to_rows(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Compile, and print a table or write JSON."""
+    """Compile, print a table, and write JSON if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

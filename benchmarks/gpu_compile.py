@@ -1,4 +1,4 @@
-"""Compile Triton's kernels for GPUs that need not be present, and read what the machine code needs.
+"""Compile the Triton kernels for GPUs that need not be present, and report what they need.
 
 Triton cannot compile while it interprets, so TRITON_INTERPRET must not be set.
 """
@@ -33,9 +33,9 @@ GPUS = {
     "A100": Gpu(80, "sm_80", 164 * 1024),
     "H100": Gpu(90, "sm_90a", 228 * 1024),
 }
-# Equal on both GPUs. A block reserves 1 KiB of shared memory beyond its own.
+# The same on both GPUs. CUDA reserves 1 KiB of shared memory per block in addition.
 REGISTERS, WARPS, BLOCKS, RESERVED_BYTES = 65536, 64, 32, 1024
-# A warp gets registers in units of 256.
+# Registers are allocated to a warp in units of 256.
 REGISTER_UNIT, WARP_THREADS = 256, 32
 
 TYPES = {
@@ -52,14 +52,14 @@ INSTRUCTION = re.compile(
 
 
 class Launch(NamedTuple):
-    """A launcher's call, whose kernel is compiled.
+    """A call to a launcher, and the kernel to compile from that call.
 
     Attributes:
         name: Name in tables.
         module: The module in which the launcher finds its kernel.
         kernel: The kernel's name in that module.
         call: Calls the launcher once, with CPU tensors.
-        elements: Numbers that a block processes at a time; 0 if the count says nothing.
+        elements: How many numbers a block processes at a time; 0 if that would be meaningless.
     """
 
     name: str
@@ -78,15 +78,16 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
 
     Returns:
         A report with these entries:
-        registers, spilled: The registers of a thread, and the bytes that it keeps outside of them.
-        shared: The bytes of shared memory of a block.
-        blocks: The number of blocks that fit on a multiprocessor at a time.
+        registers, spilled: Registers per thread, and bytes per thread that do not fit into them.
+        shared: Bytes of shared memory per block.
+        blocks: How many blocks fit on a multiprocessor at a time.
         warnings: The codes of ptxas' warnings, such as C7514 (wgmma serialised).
         instructions: The number of instructions in the code, those in loops counted once.
-        per_element: Instructions of a thread for each of its elements; 0 if unknown.
-        wgmma, mma: Whether Hopper's and older tensor-core instructions occur.
+        per_element: Instructions per element that a thread processes; 0 if unknown.
+        wgmma, mma: Whether tensor-core instructions of Hopper and of older GPUs occur.
         wide_copies: The number of copies of 16 bytes from global to shared memory.
-        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks from a base pointer.
+        narrow_offsets: How many offsets of two-dimensional blocks have 32 bits, which large tensors
+            overflow.
     """
     kernels = {
         name: kernel for name, kernel in vars(launch.module).items() if name.endswith("_kernel")
@@ -103,14 +104,14 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
 
 
 class _Nothing:
-    """A replacement for a kernel that is not wanted, of which `kernel[grid](...)` does nothing."""
+    """A stand-in for an unwanted kernel: `kernel[grid](...)` does nothing."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *values, **named: None
 
 
 class _Recorder:
-    """A replacement for a kernel, with which `kernel[grid](...)` compiles but does not run."""
+    """A stand-in for a kernel: `kernel[grid](...)` compiles the kernel but does not run it."""
 
     def __init__(self, kernel: Any, gpu: Gpu, elements: int) -> None:
         self.kernel, self.gpu, self.elements = kernel, gpu, elements
@@ -139,7 +140,7 @@ class _Recorder:
 
 
 def _type(value: Any, param: Any) -> str:
-    """Return the type as which Triton would compile an argument."""
+    """Return the type that Triton would give an argument when compiling."""
     is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
     if value is None or param.is_constexpr or is_one:
         return "constexpr"
@@ -191,9 +192,9 @@ def blocks_on_multiprocessor(registers: int, warps: int, shared: int, gpu: Gpu) 
     """Compute how many blocks fit on a multiprocessor at a time.
 
     Args:
-        registers: Registers of a thread.
-        warps: Warps of a block.
-        shared: Bytes of shared memory of a block.
+        registers: Registers per thread.
+        warps: Warps per block.
+        shared: Bytes of shared memory per block.
         gpu: What a multiprocessor offers.
     """
     by_warp = -(-registers * WARP_THREADS // REGISTER_UNIT) * REGISTER_UNIT

@@ -92,7 +92,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Return the number of all parameters on the device."""
+        """Return the total number of parameters on the device."""
         return self.dense + self.experts
 
 
@@ -122,7 +122,7 @@ def count_sizes(setup: Setup) -> Sizes:
 
 
 def describe_setup(setup: Setup) -> Network:
-    """Describe the network of a setup with a small batch, which does not change its parameters."""
+    """Describe the network of a setup. The batch is small, as it does not affect the parameters."""
     return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
 
 
@@ -171,10 +171,10 @@ def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """Predict the bytes that one device sends in a step, by purpose.
 
-    The exchange sends tokens with their gates to the ranks of their experts, results back,
-    gradients of both, the ids of experts, and three counts for each rank. The balance needs the
-    importance and load of all experts (in a hierarchy, also those of groups), in the forward and
-    the backward pass.
+    The exchange sends tokens and their gates to the ranks of their experts, sends the results back,
+    and sends the gradients of all three in the opposite directions. It also sends the experts' ids
+    and three counts per rank. The balance losses sum the importance and load of all experts (in a
+    hierarchy, also those of groups) over the ranks, in the forward and in the backward pass.
     """
     number = 4 if setup.precision == "fp32" else 2
     devices, size, moe = setup.devices, setup.size, setup.moe
@@ -184,7 +184,7 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     if moe is not None and setup.num_moe_layers:
         tokens = setup.batch.tokens
         slots, dim = rows_per_token(moe), moe.model_dim
-        # Gates are float32 in any precision.
+        # Gates are float32 whatever the precision of training is.
         row = 4 * number * dim + 2 * 4 * slots + 4 * slots
         away = ranks_per_token(moe, size) * (size - 1) / size
         layer = tokens * away * row + 24 * (size - 1) * (size > 1)
@@ -264,7 +264,7 @@ def make_plan(setup: Setup, device: Device, utilisation: float) -> Plan:
 
     Args:
         setup: The training setup.
-        device: The kind of all devices.
+        device: The kind of device; all devices are of this kind.
         utilisation: Fraction of the device's FLOP/s that products reach.
     """
     sizes = count_sizes(setup)

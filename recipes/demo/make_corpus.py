@@ -5,9 +5,9 @@
     le deux mai mille neuf cent un à dix-neuf heures trente la lampe coûtait une livre
 
 The words for numbers come from num2words; the phrases around them are in this file. Each English
-sentence has one translation, which is not word for word: word order, 12-hour and 24-hour clock, and
-genders differ. The same seed gives the same corpus, and no sentence of either language occurs in
-two of train, valid and test.
+sentence has one translation, which is not word for word: word order and grammatical gender differ,
+and English uses the 12-hour clock where the translation uses the 24-hour clock. The same seed gives
+the same corpus. No sentence of either language occurs in more than one of train, valid and test.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class English:
         return f"{self.hour(hour)} {'oh ' if minute < 10 else ''}{self.number(minute)}"
 
     def part_of_day(self, hour: int) -> str:
-        # Each part is shorter than twelve hours, so an hour and its part of the day are
-        # unambiguous.
+        # Each part is shorter than twelve hours, so an hour together with its part of the
+        # day is unambiguous.
         if hour < 5 or hour >= 22:
             return "at night"
         if hour < 12:
@@ -247,17 +247,18 @@ LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often a quarter hour, for which English has special names."""
+    """Draw minutes after midnight, often on a quarter hour: English has names for these."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)
 
 
 def draw_item(generator: random.Random) -> Item:
-    """Draw the meaning of a sentence; small numbers are as frequent as large ones."""
+    """Draw the meaning of a sentence; numbers of all lengths are equally likely."""
     first_day = datetime.date(1800, 1, 1)
-    # Half the sentences are just a number, price, time or date: with few words to choose from,
-    # attention is learnt in a fraction of the updates that only whole sentences would take.
+    # Half the sentences are just a number, price, time or date: with so few words to choose
+    # from, the model learns attention in a fraction of the updates that it would take with whole
+    # sentences alone.
     is_bare = generator.random() < 0.5
     return Item(
         template=generator.randrange(NUM_BARE)

@@ -1,4 +1,4 @@
-"""Noisy top-k gating on the CPU, compared with its definition, worked by hand, and repeated."""
+"""Noisy top-k gating on the CPU, compared with its definition and with results by hand."""
 
 import importlib
 
@@ -58,7 +58,7 @@ def test_single_precision_computes_the_definition(rows, experts, top_k, training
 
 @pytest.mark.parametrize(("rows", "width"), [(50, 5), (500, 5), (50, 64), (50, 1024)])
 def test_the_lowest_index_wins_among_equals(rows, width):
-    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # sorted, and searched
+    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # the first is sorted, the second searched
     torch.manual_seed(0)
     scores = torch.randint(-2, 3, (rows, width)).float()
     scores[scores == 0] = torch.tensor([0.0, -0.0])[torch.randint(0, 2, ((scores == 0).sum(),))]
@@ -70,14 +70,15 @@ def test_the_lowest_index_wins_among_equals(rows, width):
 
 
 def test_two_experts_by_hand():
-    # The scale is softplus(0) + 0.01. Without noise, 1 beats 0; with noise of 2 scales, 0 wins.
+    # The scale is softplus(0) + 0.01. Without noise, expert 1 wins. Noise adds 2 to the
+    # logit of expert 0, which then wins.
     clean, scale = torch.tensor([[0.0, 1.0]]), torch.tensor(2.0).log() + NOISE_FLOOR
     noise = torch.tensor([[2.0 / scale, 0.0]])
     out = noisy_top_k(clean, torch.zeros(1, 2), 1, noise)
     assert out.expert_ids.tolist() == [[0]]
     assert out.gates.tolist() == [[1.0]]
     assert out.tokens_per_expert.tolist() == [1, 0]
-    # Expert 0 must beat expert 1's noisy 1, and expert 1 must beat expert 0's noisy 2.
+    # Expert 0 must beat expert 1's noisy logit, 1, and expert 1 must beat expert 0's, 2.
     load = torch.special.ndtr(torch.tensor([0.0 - 1.0, 1.0 - 2.0]) / scale)
     torch.testing.assert_close(out.load, load)
 
@@ -87,7 +88,7 @@ def test_gradients_are_those_of_finite_differences():
     noise, offsets = inputs["noise"], offsets_of([2, 4])
     leaves = [inputs[name].detach()[2:] for name in ("clean", "raw_scale", "row_weight")]
     noise, offsets = noise[2:], offsets_of([1, 3])
-    leaves = [leaf.requires_grad_() for leaf in leaves]  # without the rows of ties
+    leaves = [leaf.requires_grad_() for leaf in leaves]  # without the rows that contain ties
 
     def smooth(clean, raw_scale, row_weight):
         out = noisy_top_k(clean, raw_scale, 2, noise, offsets, row_weight)

@@ -1,4 +1,4 @@
-"""The loss and its log; the weight of the balance losses has the same meaning everywhere."""
+"""The loss and what it logs. The balance losses have the same weight in batches of any size."""
 
 import math
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def make_training_model(weight: float = 0.5, **options: object) -> nn.Module:
 
 
 def gradients(model: nn.Module, batches: list[dict], **options: bool) -> dict[str, Tensor]:
-    """Accumulate batches and divide by the sample size, like fairseq's trainer."""
+    """Accumulate the batches' gradients and divide them by the sample size, as fairseq does."""
     criterion, sample_size = make_criterion(**options), 0
     model.zero_grad()
     for batch in batches:
@@ -72,7 +72,7 @@ def test_the_loss_by_hand():
     wanted = SAMPLE["target"] != pad
     log_probs = F.log_softmax(logits, dim=2)[wanted]
     nll = -log_probs.gather(1, SAMPLE["target"][wanted].unsqueeze(1)).sum()
-    # fairseq's smoothing: 0.3 is shared by all other symbols.
+    # fairseq's smoothing: 0.3 is shared by all symbols but the target.
     share = 0.3 / (size - 1)
     smooth = (1 - 0.3 - share) * nll - share * log_probs.sum()
     balance = sum(stats.balance_loss for stats in extra["moe_stats"].values())
@@ -128,7 +128,7 @@ def make_log(encoder: list[float], decoder: list[float], **values: float) -> dic
 
 
 def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
-    # Encoder: [2, 6] + [6, 2] = [8, 8] is balanced, though each batch has mean 4, deviation 2.
+    # Encoder: [2, 6] + [6, 2] = [8, 8] is balanced, though each batch has mean 4 and deviation 2.
     # Decoder: [1, 3] + [1, 3] = [2, 6] has mean 4, deviation 2 and largest value 6.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     values = reduce_metrics(logs)
@@ -142,7 +142,7 @@ def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
 
 
 def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_update_by_hand():
-    # There are 8 and 4 tokens, over which the sums are 2 and 2, and 1 and 1.
+    # The encoder has 8 and 4 tokens. In each batch, the entropies sum to 2 and the margins to 1.
     values = reduce_metrics([make_log([2.0, 6.0], [4.0, 0.0]), make_log([4.0, 0.0], [4.0, 0.0])])
     assert values["encoder_moe_gate_entropy"] == pytest.approx(4 / 12, abs=1e-3)
     assert values["encoder_moe_gate_margin"] == pytest.approx(2 / 12, abs=1e-3)
@@ -171,7 +171,7 @@ def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
     assert values == pytest.approx(reduce_metrics(logs))
     assert values["encoder_moe_cv_load"] == 0.0
     assert values["moe_cv_load"] == 0.25
-    # In training, each update counts separately: the mean of 0.5 and 0.5.
+    # In training, each update counts separately, so the result is the mean of 0.5 and 0.5.
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
             MoELabelSmoothedCrossEntropy.reduce_metrics([{**log, "balance_loss": 1.0}])
