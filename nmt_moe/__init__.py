@@ -1,9 +1,10 @@
 """Sparsely-gated mixture-of-experts translation as a fairseq plugin.
 
 Folders named as in fairseq (`models`, `tasks`, `criterions`, `optim`) and `compat` are the shell;
-every other folder is plain torch, so that `from nmt_moe.moe import MoELayer` needs no fairseq.
+every other folder contains plain torch, so that `from nmt_moe.moe import MoELayer` works without
+fairseq.
 
-Letters for the sizes in shapes, which are the same everywhere:
+In every file, these letters stand for the sizes in shapes:
     B sentences, S source positions, T target positions, N tokens after flattening, D model dim,
     H hidden dim of an expert, E experts, L experts on this rank, K experts per token,
     R rows = (token, expert) pairs, G groups of a hierarchy, P ranks, V vocabulary, W beam width.

@@ -70,10 +70,13 @@ COMMANDS = {
     ),
     "score": (
         "nmt_moe.cli.score:score",
-        "Score a translation with several kinds of BLEU, chrF and TER.",
+        "Score a translation with chrF, TER and several kinds of BLEU.",
     ),
     "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a web page."),
-    "sweep": ("nmt_moe.cli.sweep:sweep", "Tune alpha and beta of GNMT's search: BLEU over a grid."),
+    "sweep": (
+        "nmt_moe.cli.sweep:sweep",
+        "Tune alpha and beta of GNMT's search by BLEU over a grid.",
+    ),
     "translate": ("nmt_moe.cli.translate:translate", "Translate text with an exported model."),
     "verify": (
         "nmt_moe.cli.verify:verify",

@@ -1,4 +1,4 @@
-"""The parts that all subcommands share: examples in the help, lists of values, short errors."""
+"""Share what all subcommands need: examples in the help, lists of values, and short errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Return an error's message; for an error of the operating system, name file and reason."""
+    """Return an error's message; one from the operating system names the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"`{error.filename}`: {error.strerror}. Check the path."
     return str(error)

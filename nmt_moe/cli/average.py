@@ -10,7 +10,7 @@ from nmt_moe.cli._command import command, list_option
 from nmt_moe.cli._paths import NEW_FILE, Existing
 
 COUNTS = {
-    "last": "the N newest of either kind, by number of updates",
+    "last": "the N newest epoch or update checkpoints, by number of updates",
     "num_epoch_checkpoints": "the N newest `checkpointE.pt`",
     "num_update_checkpoints": "the N newest `checkpoint_E_U.pt`",
     "num_best_checkpoints": "the N best that --keep-best-checkpoints kept",

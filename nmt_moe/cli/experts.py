@@ -84,7 +84,7 @@ def _choice_options(function: Callable) -> Callable:
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: keep this many in each layer; model: drop the least used of all layers.",
+            help="layer: keep --num-experts in each layer; model: keep as many on average.",
         ),
         click.option(
             "--by",
@@ -94,7 +94,10 @@ def _choice_options(function: Callable) -> Callable:
             help="Rank experts by gate times output norm, by gates, or by number of tokens.",
         ),
         click.option(
-            "--num-experts", type=int, required=True, help="Experts to keep in each layer."
+            "--num-experts",
+            type=int,
+            required=True,
+            help="Number of experts to keep in each layer.",
         ),
     ):
         function = option(function)
@@ -167,8 +170,8 @@ nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
 def prune(model: Path, **options: Any) -> None:
     """Write a copy of MODEL with only the experts that contribute most on a text.
 
-    Tokens that chose a dropped expert go to the best of those that remain. The command prints the
-    perplexity before and after for a language model, and for a translation model if there are
+    Tokens that chose a dropped expert go to the best of the remaining experts. The command prints
+    the perplexity before and after for a language model, and for a translation model if there are
     references. To train a pruned checkpoint further, use `fairseq-train --finetune-from-model`.
     """
     _reduce(model, is_merged=False, **options)
@@ -283,8 +286,8 @@ fairseq-train data-bin --user-dir nmt_moe --arch lstm_moe_gnmt_small --num-exper
 """,
 )
 @click.argument("model", type=MODEL)
-@click.option("--num-experts", type=int, required=True, help="Experts in each layer.")
-@click.option("--top-k", type=int, required=True, help="Experts for each token.")
+@click.option("--num-experts", type=int, required=True, help="Number of experts in each layer.")
+@click.option("--top-k", type=int, required=True, help="Number of experts for each token.")
 @_text_options(is_needed=False)
 @_output_options
 def upcycle(
@@ -298,7 +301,7 @@ def upcycle(
     bundle: Path | None,
     overwrite: bool,
 ) -> None:
-    """Write a copy of the dense MODEL with several experts, each a copy of its only one.
+    """Write a copy of the dense MODEL with several experts, each a copy of the model's only expert.
 
     The new model's output is the same at first; training (`--finetune-from-model`) makes the
     experts differ. The command prints the largest difference between the old and the new output of

@@ -35,7 +35,7 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Type of the stored weights. int8 takes a quarter of the space and is faster.",
+    help="Type of the stored weights. int8 takes a quarter of float32's space and is faster.",
 )
 @click.option(
     "--source-lang", help="Source language; needed if neither the checkpoint nor its data names it."
@@ -83,7 +83,8 @@ def export(
 
     CHECKPOINT may have been written by one process or several, may be averaged, and may hold a
     translation model for one direction or many, or a language model. The bundle contains weights,
-    vocabulary, pieces, text pipeline, search defaults, a model card, and the sha256 of every file.
+    vocabulary, pieces, text pipeline, search defaults, a model card, and the SHA-256 hash of every
+    file.
     """
     from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline
     from nmt_moe.inference import export as write_bundle

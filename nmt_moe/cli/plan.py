@@ -59,12 +59,12 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     type=click.Choice(list(DEVICES)),
     default="a100",
     show_default=True,
-    help="Preset with the figures of a device.",
+    help="Device whose figures are used unless the options below replace them.",
 )
 @click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
-@click.option("--memory", type=float, metavar="GB", help="Memory of a device [preset].")
+@click.option("--memory", type=float, metavar="GB", help="Memory per device [preset].")
 @click.option(
-    "--memory-bandwidth", type=float, metavar="GB/S", help="Memory bandwidth of a device [preset]."
+    "--memory-bandwidth", type=float, metavar="GB/S", help="Memory bandwidth per device [preset]."
 )
 @click.option(
     "--bandwidth", type=float, metavar="GB/S", help="Bandwidth of a link in one direction [preset]."
@@ -76,12 +76,20 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     help="Share of the peak FLOP/s that matrix products reach; in Table 8, 1.23 of 4.29 TFLOP/s.",
 )
 @click.option(
-    "--sentences", default=160, show_default=True, help="Sentences in the batch of a device."
+    "--sentences",
+    default=160,
+    show_default=True,
+    help="Number of sentences in each device's batch.",
 )
-@click.option("--length", default=25, show_default=True, help="Tokens in a sentence, on each side.")
+@click.option(
+    "--length", default=25, show_default=True, help="Number of tokens per sentence, on each side."
+)
 @click.option("--vocab-size", default=0, help="Vocabulary size [793471; for translation, 32000].")
 @click.option(
-    "--sampled-softmax", default=0, show_default=True, help="Sampled symbols, as in fairseq-train."
+    "--sampled-softmax",
+    default=0,
+    show_default=True,
+    help="Number of sampled symbols, as in fairseq-train.",
 )
 @click.option(
     "--optimizer",
@@ -100,7 +108,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
 @click.option(
     "--expert-parallel-size",
     default=0,
-    help="Devices that share the experts; 0: as many as possible.",
+    help="Number of devices that share the experts; 0: as many as possible.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
@@ -116,14 +124,14 @@ def plan(ctx: click.Context, **values: Any) -> None:
     upper bound, because activations are freed while gradients are created. A plan fits if it fills
     at most 90 % of the memory.
 
-    Traffic: the bytes that a device sends in a step for tokens on their way to the experts and back
-    (assuming that all experts are equally likely), the sums for the balance losses, and the ring
-    all-reduce of gradients.
+    Traffic: the bytes that a device sends in a step. They carry tokens to the experts and back
+    (assuming that all experts are equally likely), the sums for the balance losses, and the
+    gradients of the ring all-reduce.
 
     Time: how long one batch and the update after it take. A matrix product takes as long as its
-    operations (at --utilisation of the device's FLOP/s) or as reading its weights, whichever is
-    longer; the optimizer is bound by memory bandwidth, and traffic by the link. The prediction
-    assumes that nothing overlaps, and ignores everything else.
+    operations (at the share --utilisation of the device's FLOP/s) or as reading its weights,
+    whichever is longer; the optimizer is bound by memory bandwidth, and traffic by the link. The
+    prediction assumes that nothing overlaps, and ignores everything else.
 
     Byte counts are tested against real processes. Times are only predictions: no cluster was
     measured.
@@ -249,14 +257,14 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
         f"{batch.vocab_size} symbols",
         "",
     ]
-    rows = [["memory of a device", ""]]
+    rows = [["memory per device", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.memory.items()]
     rows += [["  total", in_bytes(plan.total_memory)]]
     rows += [["activations", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.activations.items() if count]
-    rows += [["sent by a device in a step", ""]]
+    rows += [["sent per device in a step", ""]]
     rows += [[f"  {part}", in_bytes(count)] for part, count in plan.traffic.items()]
-    rows += [["time of a step", ""]]
+    rows += [["time per step", ""]]
     rows += [[f"  {part}", f"{seconds * 1e3:.1f} ms"] for part, seconds in plan.seconds.items()]
     rows += [["  total", f"{sum(plan.seconds.values()) * 1e3:.1f} ms"]]
     lines += [align(rows), ""]

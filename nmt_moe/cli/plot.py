@@ -26,12 +26,12 @@ nmt-moe plot "32 experts=moe.log" "dense=dense.log" --output runs.png
 def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
     """Draw the curves of training runs from their JSON logs.
 
-    There is one panel for training loss (bits per token, dashed) with validation loss (solid), one
+    There is one panel for training loss (dashed) and validation loss (solid) in bits per token, one
     for validation perplexity, and one for each column of the paper's Table 6: CV of importance, CV
-    of load, and largest load divided by mean load. A run without a column is left out of that
-    panel. With --sampled-softmax the training loss is an estimate, too low on average, and the
-    legend says so. The logs of a resumed run can be concatenated: if an update occurs twice, the
-    later entry counts.
+    of load, and largest load divided by mean load. A run whose log lacks a column is left out of
+    that column's panel. With --sampled-softmax, the training loss is an estimate that is too low on
+    average, and the legend says so. The logs of a resumed run can be concatenated: if an update
+    occurs twice, the later entry counts.
 
     A run is named by its LABEL, or else by its file, with as many parent folders as it takes to
     distinguish the runs. Plotting needs matplotlib: pip install 'nmt-moe[plot]'.

@@ -36,7 +36,7 @@ nmt-moe report my-language-model --text test.txt --output report.html
 @list_option("--reference", type=FILE, help="Translations of the text, one file for each part.")
 @list_option("--target-lang", help="For a multilingual model: target languages, one for each part.")
 @click.option("--against", type=BUNDLE, help="A second bundle to compare with.")
-@click.option("--output", type=NEW_FILE, help="HTML page to write, of less than 5 MB.")
+@click.option("--output", type=NEW_FILE, help="HTML page to write; it is smaller than 5 MB.")
 @click.option(
     "--json", "dump", type=NEW_FILE, help="JSON file to write, with the page's values and more."
 )

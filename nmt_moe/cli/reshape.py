@@ -29,8 +29,8 @@ def reshape(
     """Verify, merge or split a checkpoint.
 
     Training on several processes (`--expert-parallel-size`) writes experts to files beside the
-    checkpoint, and every command reads them. Use `merge` or `split` to copy a checkpoint, or to
-    move it to machines with more or less memory.
+    checkpoint, and every command can read such files. Use `merge` or `split` to copy a checkpoint,
+    or to move it to machines with more or less memory.
 
     \b
     verify: read all files, and check that they fit the model in the configuration.
@@ -58,7 +58,7 @@ def reshape(
 
 
 def verify(path: Path) -> str:
-    """Read a checkpoint with all its files, and compare it with its model.
+    """Read a checkpoint with all its files, and compare its tensors with those of its model.
 
     Returns:
         A description of its contents.

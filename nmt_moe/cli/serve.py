@@ -1,4 +1,4 @@
-"""`nmt-moe serve`: an HTTP server that translates, with a web page."""
+"""`nmt-moe serve`: serve exported models over HTTP, with a web page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nmt_moe.cli._paths import BUNDLE, FILE
 def check_folders(
     ctx: click.Context, param: click.Parameter, folders: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Reject an argument that is not a bundle, with or without `=FROM:TO` after its folder."""
+    """Reject an argument whose folder is not a bundle; `=FROM:TO` may follow the folder."""
     for folder in folders:
         BUNDLE.convert(re.sub(r"=[\w-]+:[\w-]+$", "", folder), param, ctx)
     return folders
@@ -41,10 +41,14 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
     "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free one."
 )
 @click.option(
-    "--max-characters", type=int, help="Maximum characters in a request.  [default: 20000]"
+    "--max-characters",
+    type=int,
+    help="Maximum number of characters in a request.  [default: 20000]",
 )
-@click.option("--max-items", type=int, help="Maximum texts in a request.  [default: 128]")
-@click.option("--max-waiting", type=int, help="Maximum requests at a time.  [default: 256]")
+@click.option("--max-items", type=int, help="Maximum number of texts in a request.  [default: 128]")
+@click.option(
+    "--max-waiting", type=int, help="Maximum number of requests at a time.  [default: 256]"
+)
 @click.option("--time-limit", type=float, help="Seconds a request may take.  [default: 60]")
 @click.option("--keys", type=FILE, help="File of API keys, one per line.")
 @click.option(

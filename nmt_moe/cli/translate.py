@@ -41,16 +41,21 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 )
 @click.option("--target-lang", help="Language to translate into, for a multilingual model.")
 @click.option(
-    "--ensemble", type=BUNDLE, multiple=True, help="Another bundle to average with; repeatable."
+    "--ensemble",
+    type=BUNDLE,
+    multiple=True,
+    help="Another bundle whose predictions are averaged with FOLDER's; repeatable.",
 )
-@click.option("--beam", type=int, help="Hypotheses kept at each step.  [default: the bundle's]")
+@click.option(
+    "--beam", type=int, help="Number of hypotheses kept at each step.  [default: the bundle's]"
+)
 @click.option(
     "--nbest", type=int, help="Print the N best translations: line number, tab, score, tab, text."
 )
 @click.option("--length-penalty-alpha", type=float, help="GNMT's length penalty; 0: off.")
 @click.option("--coverage-penalty-beta", type=float, help="GNMT's coverage penalty; 0: off.")
 @click.option("--beam-prune", type=float, help="GNMT's pruning, in nats; 0: off.")
-@click.option("--batch-tokens", type=int, help="Source pieces to translate at once.")
+@click.option("--batch-tokens", type=int, help="Number of source pieces to translate at once.")
 @click.option(
     "--jsonl",
     is_flag=True,

@@ -13,7 +13,7 @@ from nmt_moe.cli._paths import BUNDLE
 @command("verify", "nmt-moe verify en-de")
 @click.argument("folder", type=BUNDLE)
 def verify(folder: Path) -> None:
-    """Read the bundle FOLDER, and compare every file and every expert with its sha256.
+    """Read the bundle FOLDER, and compare every file and every expert with its SHA-256 hash.
 
     To verify a checkpoint, use `nmt-moe reshape verify`.
     """

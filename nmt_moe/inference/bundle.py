@@ -1,14 +1,14 @@
-"""Define the format of bundles: folders with a trained model that need neither fairseq nor data.
+"""Define the format of a bundle, a folder with a trained model that works without fairseq.
 
     config.json               format, network, languages, text pipeline, search defaults
     vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
     source.model, target.model  sentencepiece models; `pieces.model` if both sides share one
     model.safetensors         all weights except those of experts
     experts.encoder.safetensors, experts.decoder.safetensors
-                              experts, each with its sha256, so that only the experts that a
+                              experts, each with its SHA-256 hash, so that only the experts that a
                               sentence uses have to be read
     README.md                 the model card
-    SHA256SUMS                the sha256 of all files above, for `nmt-moe verify` and
+    SHA256SUMS                the SHA-256 hashes of all files above, for `nmt-moe verify` and
                               `sha256sum --check`
 
 Nothing in a bundle is executed: JSON, safetensors and sentencepiece's format contain only numbers
@@ -50,7 +50,7 @@ EXPORT_AGAIN = "Copy the folder again, or export the model again with `nmt-moe e
 
 @dataclass(frozen=True)
 class SearchDefaults:
-    """The default options of `translate`, with the names of `BeamConfig`.
+    """The default options of `translate`, named as in `BeamConfig`.
 
     Attributes:
         max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces,
@@ -111,7 +111,7 @@ class BundleConfig:
         text: Steps applied to text before it is split into pieces.
         search: Defaults of the search.
         has_pieces: Whether there are sentencepiece models; if not, words are split at spaces.
-        shared_weights: For each weight that is stored under another name, that name.
+        shared_weights: For each weight that is stored under another weight's name, that name.
     """
 
     kind: str
@@ -161,8 +161,8 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
     """Parse `config.json`.
 
     Raises:
-        ValueError: if it is not that of a bundle, or has another format version or impossible
-            values.
+        ValueError: if the file does not belong to a bundle, or has another format version or
+            impossible values.
     """
     try:
         table = json.loads(content)
@@ -242,7 +242,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Read `SHA256SUMS`.
 
     Returns:
-        The sha256 of each file, in hexadecimal.
+        The SHA-256 hash of each file, in hexadecimal.
 
     Raises:
         ValueError: if it is missing or malformed, or names a file that is missing.
@@ -263,7 +263,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_content(folder: Path, name: str, sums: Mapping[str, str], content: bytes) -> None:
-    """Reject the contents of a file if their sha256 differs from the listed one.
+    """Reject the contents of a file if their SHA-256 hash differs from the listed one.
 
     Raises:
         ValueError: if it differs; the message names the file.
@@ -272,7 +272,7 @@ def check_content(folder: Path, name: str, sums: Mapping[str, str], content: byt
 
 
 def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
-    """Reject a file if its sha256 differs from the listed one.
+    """Reject a file if its SHA-256 hash differs from the listed one.
 
     Raises:
         ValueError: if it differs; the message names the file.

@@ -18,8 +18,8 @@ from nmt_moe.inference.bundle import BundleConfig
 from nmt_moe.text.digests import compute_sha256
 from nmt_moe.text.vocabulary import Vocabulary
 
-# Groups of a checkpoint's configuration that hold the options of one registered class each, and the
-# option that names the class.
+# Each of these groups of a checkpoint's configuration holds the options of one registered class.
+# The value is the option that names the class.
 CLASSES = {
     "task": "task",
     "model": "arch",
@@ -182,7 +182,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def _commit() -> str:
-    """Return the commit of the code, if this is a clone."""
+    """Return the commit of the code if it runs from a git clone."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

@@ -71,7 +71,7 @@ class Description:
     """The information in a bundle besides its weights.
 
     Attributes:
-        languages: [source, target], if neither the checkpoint nor its data name them.
+        languages: [source, target], if neither the checkpoint nor its data names them.
         text: Steps applied to source text before it is split into pieces.
         search: Defaults of the search.
         scores: Text for the model card.
@@ -250,7 +250,7 @@ def _check_sizes(path: Path, network: SavedNetwork, vocabularies: dict[str, Voca
 def _check_digests(
     path: Path, state: Mapping[str, Any], vocabularies: dict[str, Vocabulary]
 ) -> None:
-    """Reject a dictionary other than that of training; early checkpoints have no digest."""
+    """Reject a dictionary that was not used in training, if the checkpoint has a digest."""
     sides = {"source": "encoder", "target": "decoder"}
     for side, vocabulary in vocabularies.items():
         digest = state["model"].get(f"{sides[side]}.dictionary_check.digest")
@@ -264,7 +264,7 @@ def _check_digests(
 
 
 def _find_shared(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the name of each table that equals an earlier table to that table's name."""
+    """Map the name of each table that equals an earlier one to the earlier table's name."""
     names = ("encoder.embedding.weight", "decoder.embedding.weight", "decoder.output.weight")
     there = [name for name in names if name in parameters]
     shared = {}

@@ -27,7 +27,7 @@ def translate_file(
     Args:
         translator: The translator.
         source: File to read; it is not held in memory.
-        output: File to write, with as many lines; it appears only once it is complete.
+        output: File to write, with the same number of lines; it appears only once it is complete.
         target_lang: Target language of a multilingual model.
         progress: Whether to show a progress bar on standard error.
         options: Further options of `Translator.translate`.

@@ -42,7 +42,7 @@ def force_decode(
     Args:
         ensemble: The networks.
         sentences: Sources with their end marks.
-        targets: A translation of each, without end mark.
+        targets: A translation of each source, without end mark.
         with_inputs: Whether to keep the inputs of the MoE layers.
 
     Returns:
@@ -93,7 +93,7 @@ def force_in_batches(
 
 
 def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
-    """Return each sentence's routing from a call with the tokens of all sentences in a row."""
+    """Return each sentence's routing from a call that read all sentences' tokens in sequence."""
     if not trace.expert_ids:
         return None
     inputs = trace.inputs[0].split(lengths) if trace.inputs else [None] * len(lengths)

@@ -20,7 +20,7 @@ from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
 
-# Up to this many gate logits are fully sorted, which is then the fastest way to find the largest.
+# Up to this many gate logits are fully sorted, because that finds the largest ones fastest.
 FEW_LOGITS = 1 << 14
 # The maximum number of rows in a step when a single sentence is searched.
 FEW_ROWS = 8
@@ -209,7 +209,7 @@ class Attention:
         self.is_product = kind == "product"
 
     def __call__(self, query: Tensor, keys: Tensor, source: Tensor, bias: Tensor) -> State:
-        """Attend from each query.
+        """Compute the context and the attention weights of each query.
 
         Args:
             query: (B, W, D), decoder outputs that attend.

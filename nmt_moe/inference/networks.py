@@ -62,7 +62,7 @@ class DecoderState:
     layers: list[State]
 
     def reorder(self, rows: Tensor) -> Self:
-        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+        """Return the state of new rows; `rows` (R',) int64 holds the old row of each new one."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
         if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentence has finished
@@ -150,7 +150,7 @@ class TranslationNetwork:
         """Predict the next token: the `step` of `beam_search`.
 
         Args:
-            tokens: (R, T) int64, of which only the last is read.
+            tokens: (R, T) int64; only the last token of each row is read.
             state: The state after the previous tokens.
             trace: Object that receives the experts of the last tokens.
 
@@ -184,7 +184,7 @@ class TranslationNetwork:
 
 
 def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
-    """Reorder the last call's tokens: from steps of sorted sentences to sentences in order."""
+    """Sort the last call's tokens by sentence; they were traced by step, longest sentence first."""
     number = torch.zeros(is_token.shape, dtype=torch.int64)
     number[is_token] = torch.arange(int(is_token.sum()))
     columns = torch.tensor(order).argsort()
@@ -219,7 +219,7 @@ class _AttentiveLSTM:
 
 
 class _Slots:
-    """Put rows into slots, equally many per sentence, so that a sentence's keys are read only once.
+    """Give each sentence's rows the same number of slots, so that its keys are read only once.
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.

@@ -64,8 +64,8 @@ class Bundle:
 def open_bundle(folder: Path | str, kind: str) -> Bundle:
     """Open a bundle.
 
-    Every file is compared with its sha256, except for the experts, each of which is compared before
-    its first use.
+    Every file is compared with its SHA-256 hash, except for the files of experts: each expert is
+    compared before its first use.
 
     Args:
         folder: A folder that `nmt-moe export` wrote.

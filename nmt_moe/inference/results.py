@@ -46,7 +46,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One translation of one sentence, of T pieces.
+    """One translation of a sentence, with T pieces.
 
     Attributes:
         text: Text of the translation, without the end mark.
@@ -229,7 +229,7 @@ def score_line(
 
 
 def total_score(scores: Sequence[LineScore]) -> LineScore:
-    """Return the score of a whole text from those of its lines.
+    """Compute the score of a whole text from the scores of its lines.
 
     Its perplexities are those of the whole text, including the end of each line.
 

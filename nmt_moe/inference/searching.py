@@ -38,7 +38,7 @@ class EnsembleState:
     states: list[DecoderState]
 
     def reorder(self, rows: Tensor) -> Self:
-        """Return the state of new rows; `rows` (R',) int64 holds the old row of each."""
+        """Return the state of new rows; `rows` (R',) int64 holds the old row of each new one."""
         return type(self)([state.reorder(rows) for state in self.states])
 
 
@@ -91,7 +91,7 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 def run_batches(
     run: Callable[[list[int]], ResultT], batches: Sequence[list[int]]
 ) -> Iterator[ResultT]:
-    """Run a function over batches, as many at a time as torch has threads, each with one thread.
+    """Run a function over batches, each with one thread and as many at a time as torch has threads.
 
     A second thread would hardly speed up small products, so it runs a second batch instead. A
     single batch gets all threads.

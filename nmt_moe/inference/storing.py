@@ -59,7 +59,7 @@ def store(name: str, value: Tensor, dtype: str) -> dict[str, Tensor]:
 
 
 def save_experts(path: Path, stored: dict[str, Tensor]) -> None:
-    """Write the experts of a layer, each with its digest.
+    """Write the experts of a layer, and a digest of each.
 
     Args:
         path: Path of the file.

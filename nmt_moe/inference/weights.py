@@ -23,8 +23,8 @@ EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Part of the names of weights that are used only in training.
 UNUSED = "noise_weight"
-# A layer is small if its first matrices have at most this many elements: 2 MB in float32, which
-# stay in the cache.
+# A layer is small if its first matrices have at most this many elements: 2 MB in float32, which fit
+# into the cache.
 SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -43,7 +43,7 @@ def is_product(name: str, value: Tensor) -> bool:
 
 
 def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of all weights except experts', from the networks themselves.
+    """Return the names and shapes that the networks give all weights except those of experts.
 
     Args:
         config: Configuration of the bundle.
@@ -80,9 +80,9 @@ class Weights:
     Args:
         folder: Folder of the bundle.
         config: Configuration of the bundle.
-        sizes: Number of rows of the embeddings, "encoder" and "decoder", and of "output"; the
-            latter may be omitted, and is then read from the file.
-        sums: The sha256 of each file.
+        sizes: Number of rows of the embeddings, "encoder" and "decoder", and of "output". If
+            "output" is missing, its number is read from the file.
+        sums: The SHA-256 hash of each file.
 
     Raises:
         ValueError: if the file was changed or a weight does not fit; the message names it.
@@ -248,7 +248,7 @@ class ExpertWeights:
 
 
 def expert_digest(expert: int, tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the sha256 of one expert's weights and scales, in the order of their names."""
+    """Return the SHA-256 hash of one expert's weights and scales, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors.keys() - {DIGEST}):
         digest.update(tensors[name][expert].contiguous().view(torch.uint8).numpy().data)
