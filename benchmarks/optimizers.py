@@ -1,7 +1,7 @@
-"""Time an update of expert weights: the factored Adam and its alternatives.
+"""Time an update of expert weights: factored Adam and its alternatives.
 
 The weights are those of a layer of E experts, one (E, D, H) and one (E, H, D) tensor, and all of
-them have gradients. All optimizers except the factored Adam store two numbers for each weight.
+them have gradients. All optimizers except factored Adam store two numbers for each weight.
 """
 
 import argparse

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run Triton's kernels on new tensors: on the CUDA device, or interpreted on the CPU."""
+    """Run the Triton kernels on new tensors: on the CUDA device, or interpreted on the CPU."""
     pytest.importorskip("triton")
     from nmt_moe.kernels import _backend
 

@@ -1,4 +1,4 @@
-"""Triton's kernels compile to efficient code for A100 and H100 (`benchmarks/gpu_budgets.py`)."""
+"""The Triton kernels compile to efficient code for A100 and H100 (`benchmarks/gpu_budgets.py`)."""
 
 import json
 import os

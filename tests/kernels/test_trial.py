@@ -1,4 +1,4 @@
-"""Triton's kernels are tried before use; one that fails is left out with a warning."""
+"""The Triton kernels are tried before use; one that fails is left out with a warning."""
 
 import importlib
 import warnings

@@ -1,4 +1,4 @@
-"""Count what a pass starts on a device: Triton's kernels and torch's operations."""
+"""Count what a pass starts on a device: the Triton kernels and torch's operations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
