@@ -89,7 +89,7 @@ def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
 def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
     """Average each parameter over the checkpoints in float64.
 
-    Integers cannot be averaged; they are those of the last checkpoint.
+    Integers cannot be averaged; they are taken from the last checkpoint.
 
     Raises:
         ValueError: if two checkpoints differ in the names, shapes or dtypes of their parameters.
@@ -127,7 +127,8 @@ def average_checkpoints(paths: list[Path], output: Path, is_overwritten: bool = 
         is_overwritten: Whether to replace an output that exists.
 
     Raises:
-        ValueError: if a checkpoint cannot be read, their parameters differ, or the output exists.
+        ValueError: if a checkpoint cannot be read, the checkpoints' parameters differ, or the
+            output exists.
     """
     check_output(output, is_overwritten)
     averaged = average_parameters(paths)

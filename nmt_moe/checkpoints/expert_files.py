@@ -113,8 +113,8 @@ def restore_experts(
     Args:
         path: Path of the checkpoint, whose folder contains the files.
         state: Contents of the checkpoint, which do not change if they already include the experts.
-        owned: Slice of the global ids of the experts to add; None for all. Files without any of
-            them are not read.
+        owned: Slice of the global ids of the experts to add; None for all. Files that contain none
+            of them are not read.
         with_optimizer: Whether to add the optimizer state of these experts too.
 
     Raises:
@@ -187,8 +187,8 @@ def read_expert_file(
         )
     if not is_whole or content is None:
         raise ValueError(
-            f"`{part}`, which contains {experts}, is damaged: its size or sha256 is not the one in "
-            f"`{path.name}`. {way_out}"
+            f"`{part}`, which contains {experts}, is damaged: its size or SHA-256 hash is not "
+            f"the one in `{path.name}`. {way_out}"
         )
     return content
 

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# Largest size of the description of a file's tensors, which takes about 200 bytes for each tensor.
+# Largest size of a file's description of its tensors, which takes about 200 bytes per tensor.
 MAX_PICKLE_BYTES = 64 * 2**20
-# Largest number of values in nested containers, where each tensor counts as one, and largest depth.
+# Largest number of values in nested containers, where each tensor counts as one, and their largest
+# depth.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
 
@@ -89,7 +90,7 @@ def _check_archive(file: BinaryIO, with_digests: bool) -> bool:
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError("it is compressed, which torch never does")
+            raise ValueError("it is compressed, but torch never compresses files")
         if sum(part.file_size for part in parts) > size:
             raise ValueError("its parts are together larger than the file")
         if len({part.filename for part in parts}) < len(parts):
@@ -189,7 +190,7 @@ def _describe(path: Path, error: Exception) -> str:
 
 @contextmanager
 def _allowing_settings() -> Iterator[None]:
-    """Let torch's safe loader accept argparse.Namespace, and no other additional class.
+    """Let torch's safe loader accept argparse.Namespace, but no other additional class.
 
     A Namespace contains the settings of a model without a dataclass. It is plain data.
     """
@@ -290,6 +291,6 @@ def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
         free = "its folder cannot be opened"
     return OSError(
         f"cannot write `{path}`: {reason.splitlines()[0]}. It needs {size / 1e6:.1f} MB, and "
-        f"{free}. All files written before are complete. Make room or name another folder, and "
+        f"{free}. All files written earlier are complete. Make room or name another folder, and "
         "run the same command again. Training then resumes from the last checkpoint."
     )

@@ -22,8 +22,8 @@ from typing import Any
 from nmt_moe.checkpoints.files import COPY_AGAIN, shown
 
 MANIFEST = "expert_files"
-# Key in a checkpoint's extra state. Its value maps the indices of experts' parameters in the
-# optimizer state to their names.
+# Key in a checkpoint's extra state. Its value maps the index of each of the experts' parameters in
+# the optimizer state to the parameter's name.
 EXPERT_NAMES = "expert_places"
 PREFIX = "experts-"
 SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")
@@ -76,7 +76,7 @@ def _check_fields(manifest: Any) -> None:
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
         raise ValueError(f"has a manifest of {shown(num_experts)} experts")
     if len(manifest["files"]) > num_experts:
-        raise ValueError(f"has more expert files than experts, of which it has {num_experts}")
+        raise ValueError(f"has more expert files than its {num_experts} experts")
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or not all(
             _is_count(entry.get(key)) for key in ("start", "stop", "bytes")
@@ -123,15 +123,15 @@ def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
 
 
 def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
-    """Return the names of experts' parameters by their index in the optimizer state.
+    """Return the names of the experts' parameters by their indices in the optimizer state.
 
     Args:
         path: Path of the checkpoint, for error messages.
         state: Contents of the checkpoint.
 
     Returns:
-        The names. They are empty if the checkpoint has no experts or is from an older version,
-        which did not store them.
+        The names; empty if the checkpoint has no experts, or was written by an older version that
+        did not store them.
 
     Raises:
         ValueError: if the names are malformed. The message names the checkpoint.

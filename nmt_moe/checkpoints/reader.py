@@ -1,4 +1,4 @@
-"""Read checkpoints. All other code of the project uses this module to do so."""
+"""Read checkpoints. All other code in the project uses this module to do so."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
 
 
 def count_updates(path: Path) -> int:
-    """Return the number of updates after which a checkpoint was saved, read from its header.
+    """Return how many updates preceded the saving of a checkpoint, as its header states.
 
     Raises:
         ValueError: if the file cannot be read or does not contain the number.

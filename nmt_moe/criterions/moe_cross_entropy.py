@@ -48,9 +48,9 @@ def _check_plain_softmax(model: nn.Module) -> None:
 class MoECrossEntropy(FairseqCriterion):
     """The cross-entropy of all tokens, including end marks, plus the balance losses.
 
-    With --sampled-softmax N, `nll_loss` and `ppl` in the training log are estimates as well, and
-    are too low on average. An additional column, `sampled_softmax` = N, shows this. In validation,
-    they are exact, and the column is absent.
+    With --sampled-softmax N, `nll_loss` and `ppl` in the training log are only estimates, which are
+    too low on average. An additional column, `sampled_softmax` = N, shows this. In validation, they
+    are exact, and the column is absent.
     """
 
     adds_balance_losses = True

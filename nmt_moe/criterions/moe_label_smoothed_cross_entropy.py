@@ -17,7 +17,7 @@ from nmt_moe.kernels import cross_entropy, has_compiled_loops
 def has_plain_softmax(model: Any, logits: Tensor) -> bool:
     """Return whether compiled loops can compute the model's probabilities from these logits.
 
-    They can if the model gives the probabilities by a plain softmax.
+    They can if these probabilities are the plain softmax of the logits.
     """
     while isinstance(getattr(model, "module", None), nn.Module):  # unwrap distributed models
         model = model.module
@@ -61,7 +61,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     ) -> Tuple[Tensor, Tensor]:
         """Compute fairseq's loss and negative log-likelihood.
 
-        On the CPU, compiled loops do so without a tensor of log-probabilities.
+        On the CPU, compiled loops do so without creating a tensor of log-probabilities.
 
         Source: fairseq's `label_smoothed_nll_loss`.
         """

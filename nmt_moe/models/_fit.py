@@ -33,13 +33,13 @@ def check_size(path: str, state: dict[str, Any]) -> None:
         state: Contents of the checkpoint, with all experts.
 
     Raises:
-        ValueError: if the configuration is too large. The message names the setting that is too
-            large, or both sizes.
+        ValueError: if the configuration describes too large a model. The message names the setting
+            that is too large, or gives both sizes.
     """
     cfg = _configuration(state)
     have = _shapes(state)
     largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
-    # A plain container has "???" for a missing option, which would otherwise raise an error.
+    # Convert to a plain container, where a missing option is "???" and reading it raises no error.
     settings: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
     for key, value in settings.items():
         # Each layer has parameters, so there cannot be more layers than parameters. Without this

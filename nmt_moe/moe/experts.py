@@ -12,7 +12,7 @@ from nmt_moe.parallel import ALONE, ExpertParallelGroup, cut_shard, mark_expert
 
 
 class Experts(nn.Module):
-    """The experts of a layer that this rank holds; they have no biases.
+    """One layer's experts on this rank. They have no biases.
 
     Attributes:
         weight_in: (L, D, H), the experts' first matrices, drawn uniformly from [-init_range,
@@ -43,8 +43,8 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights.
 
-        Each expert has its own seed, drawn from torch's CPU generator. Neither its weights nor
-        anything drawn later therefore depends on the number of ranks.
+        Each expert has its own seed, drawn from torch's CPU generator. Therefore, neither its
+        weights nor anything drawn later depends on the number of ranks.
         """
         if self.weight_in.is_meta:
             return  # weights on the meta device have no memory to fill
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, gates: Tensor, plan: RowPlan) -> Tensor:
-        """Return the weighted sum of the outputs of each token's experts.
+        """Return, for each token, the weighted sum of its experts' outputs.
 
         Args:
             x: (N, D), the tokens' vectors.

@@ -115,8 +115,8 @@ class NoisyTopKGate(nn.Module):
 class StrictlyBalancedGate(nn.Module):
     """Send the same number of tokens to every expert in training, and use thresholds in evaluation.
 
-    In training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal, as
-    at the start, when the weight is zero, expert i takes tokens from token i m on, cyclically, so
+    In training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal (as
+    at the start, when the weight is zero), expert i takes tokens cyclically from token i m on, so
     that the first batches are spread evenly. The thresholds are trained by
     `batchwise_threshold_loss`. This loss is averaged over tokens, so that its gradient does not
     grow with the batch, and it has no gradient with respect to the gate's weight.
@@ -171,7 +171,7 @@ class StrictlyBalancedGate(nn.Module):
                 else torch.segment_reduce(values, "sum", offsets=row_offsets)
                 for values in (weighted, mask.to(dtype))
             )
-        # The host waits only once for both numbers.
+        # Both numbers are read together, so that the host waits only once.
         num_slots, num_rows = torch.stack([_most(mask), mask.sum()]).tolist()
         gates, expert_ids = to_slots(masked, mask, max(num_slots, 1))
         return Gating(gates, expert_ids, importance, load, load.long(), loss, num_rows)
@@ -201,7 +201,7 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
             batch of its own; None for a single batch.
 
     Returns:
-        (N, E) bool, with exactly m ones in each column of a group.
+        (N, E) bool, with exactly m True values in each column of a group.
 
     Source: Shazeer et al. 2017, eq. 18.
     """
@@ -261,7 +261,7 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> Tensor:
-    """Penalise thresholds that choose other tokens than the batchwise mask does.
+    """Penalise thresholds that do not choose the same tokens as the batchwise mask.
 
     Args:
         probs: (N, E), the softmax of each row's logits, G_sigma; X in the paper.

@@ -17,8 +17,8 @@ FlatGate = NoisyTopKGate | StrictlyBalancedGate
 class HierarchicalGate(nn.Module):
     """A gate that chooses groups, and for each group a gate that chooses among its experts.
 
-    Expert j of group i is expert i * group_size + j. Its gate is the product of the gates of both
-    levels.
+    Expert j of group i is expert i * group_size + j. Its gate is the product of the gate of its
+    group and its gate within the group.
 
     Attributes:
         primary: One gate over G groups.
@@ -30,7 +30,7 @@ class HierarchicalGate(nn.Module):
 
     def __init__(self, primary: FlatGate, secondary: FlatGate) -> None:
         super().__init__()
-        # This order of parameters is that of saved optimizer states, so it must not change.
+        # Saved optimizer states rely on this order of parameters, so it must not change.
         self.secondary, self.primary = secondary, primary
         self.num_groups, _, self.group_size = secondary.gate_weight.shape
         self.can_balance_load = primary.can_balance_load or secondary.can_balance_load
@@ -79,8 +79,8 @@ class HierarchicalGate(nn.Module):
     def _mean_load(self, primary: Gating) -> Tensor:
         """Return each group's load divided by its number of tokens, (G,).
 
-        In training, both are sums over all ranks, so that the loads of all ranks' batches add up to
-        the load of one batch with all tokens.
+        In training, the load and the number of tokens are summed over all ranks first, so that the
+        loads of all ranks add up to the load of a single batch with all tokens.
         """
         balance = torch.stack([primary.load, primary.tokens_per_expert.to(primary.load.dtype)])
         if self.training:

@@ -78,11 +78,11 @@ class MoELayer(nn.Module):
         """Compute y = sum_i G(x)_i E_i(x).
 
         During training on a GPU, the host does not wait for the device, except with strictly
-        balanced gates or with experts spread over ranks. The layer therefore does not check there
-        whether tokens are finite; call `MoEStats.check_finite` to do so.
+        balanced gates or with experts spread over ranks. Where the host does not wait, the layer
+        does not check whether tokens are finite; call `MoEStats.check_finite` to do so.
 
-        `torch.compile` skips the layer, because its shapes depend on the choice of experts. It
-        compiles the model around the layer, but `fullgraph=True` and `torch.export` do not work.
+        `torch.compile` skips the layer, because its shapes depend on the choice of experts. The
+        model around the layer is compiled, but `fullgraph=True` and `torch.export` do not work.
 
         Args:
             x: (N, D), the tokens' vectors.
@@ -157,7 +157,7 @@ class MoELayer(nn.Module):
         if self.training:
             # A part of a batch is less balanced than the whole, so the balance covers all ranks.
             sums = sum_over_ranks(sums)
-        importance_cv, load_cv = squared_cv(sums).unbind()  # one call for both
+        importance_cv, load_cv = squared_cv(sums).unbind()  # one call for importance and load
         load_weight = self.config.load_weight if self.gate.can_balance_load else 0.0
         return MoEStats(
             gating,

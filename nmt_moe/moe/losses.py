@@ -16,8 +16,8 @@ def squared_cv(values: Tensor) -> Tensor:
         values: (..., E), non-negative.
 
     Returns:
-        (...), the squared coefficients: 0 where all values are zero or there is only one, NaN where
-        any value is NaN.
+        (...), the squared coefficients: 0 where all values are zero or there is only one value, and
+        NaN where any value is NaN.
 
     Source: Shazeer et al. 2017, eqs. 7 and 11.
     """

@@ -16,8 +16,8 @@ class Unpadded:
     tokens. Otherwise M = N; tokens come first, and padding follows them as rows of zeros.
 
     Attributes:
-        index: (M,) int64, the row of the batch that each of these rows is; None for all rows in
-            order.
+        index: (M,) int64, the position of each of these rows in the batch; None if they are all
+            rows, in order.
         row_offsets: (3,) int64, [0, number of tokens, N], if padding follows the tokens; otherwise
             None.
     """

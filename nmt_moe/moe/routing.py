@@ -73,7 +73,7 @@ def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
-    """Compute the mean cosine similarity of two experts' outputs for the same token.
+    """Compute the mean cosine similarity between two experts' outputs for the same token.
 
     Args:
         outputs: (E, N, D), the outputs of at least two experts.

@@ -77,7 +77,7 @@ class MoEStats:
         """Reject tokens and gate weights that are not finite. This waits for the device.
 
         Raises:
-            FloatingPointError: if there are any; the message names the layer.
+            FloatingPointError: if any value is not finite. The message names the layer.
         """
         # A value that is not finite in a token or a gate weight makes a gate, and therefore the
         # importance, not finite either.
@@ -89,7 +89,7 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 
     Args:
         importance: (E,), the sum of each expert's gates.
-        load: (E,), each expert's number of tokens, counted or as a smooth estimate.
+        load: (E,), the number of tokens per expert, either counted or estimated smoothly.
 
     Returns:
         The scalars `cv_importance` and `cv_load`, the coefficients of variation, and `max_load`,
@@ -107,10 +107,10 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 def effective_experts(counts: Tensor) -> Tensor:
     """Compute the effective number of experts.
 
-    This is the number of equally used experts whose use would have the same entropy.
+    This is how many equally used experts would give the same entropy.
 
     Args:
-        counts: (..., E), non-negative, the number of tokens of each expert.
+        counts: (..., E), non-negative, the number of tokens per expert.
 
     Returns:
         (...), the exponential of the entropy of each row's shares, from 1 to E; 0 for a row without

@@ -41,7 +41,7 @@ class Attention(nn.Module):
             padding_mask: (B, S) bool, True for padding, which gets the weight 0.
 
         Returns:
-            (B, T, D) contexts, and (B, T, S) attention weights, each row of which sums to 1.
+            (B, T, D) contexts, and (B, T, S) attention weights. Each row of weights sums to 1.
         """
         scores = self.scores(self.projection(query), keys)
         scores = scores.masked_fill(padding_mask.unsqueeze(1), float("-inf"))
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 class ProductAttention(Attention):
     """Score a pair by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d).
 
-    All pairs take one matrix product.
+    The scores of all pairs take a single matrix product.
 
     Source: Shazeer et al. 2017, eq. 22.
     """

@@ -17,7 +17,7 @@ class AttentiveLSTM(nn.Module):
     """An LSTM whose input at each step is [x; context], with a projection if D and H differ.
 
     As in GNMT, the previous step's output is the query that yields a step's context. At the first
-    step, this output is zeros, so all positions get equal weights. Steps cannot run in parallel.
+    step, this output is zero, so all positions get equal weights. Steps cannot run in parallel.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.
     """
@@ -73,7 +73,7 @@ class AttentiveLSTM(nn.Module):
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
 
     def _is_compiled(self, x: Tensor, encoder_out: EncoderOutput, state: State) -> bool:
-        """Return whether compiled loops can run all steps; additive attention has none."""
+        """Return whether compiled loops can run all steps; additive attention has no such loops."""
         tensors = x, self.weight_x, self.bias_ih, encoder_out.keys, encoder_out.source, *state
         is_product = isinstance(self.attention, ProductAttention)
         return is_product and x.numel() > 0 and has_compiled_loops(*tensors)

@@ -34,7 +34,7 @@ class GNMTConfig:
             the contexts are inputs of LSTM 2.
         dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0 in
             training.
-        init_range: Weights other than biases and those of gates are drawn uniformly from
+        init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].
         moe: Configuration of both MoE layers; None for a network without them.
         decoder_num_experts: Number of experts in the decoder's MoE layer if it differs from the
@@ -101,7 +101,7 @@ class LSTMLMConfig:
         expert_layers: Number of hidden layers in an expert. It may exceed 1 only if there is a
             single expert, which all tokens use and which needs no gate (MoE-1-Deep).
         dropout: Probability that an output of a layer is set to 0 in training.
-        init_range: Weights other than biases and those of gates are drawn uniformly from
+        init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].
         moe: Configuration of the MoE layer; None for a network without one.
 

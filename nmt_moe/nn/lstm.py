@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="LSTM with projections is not supporte
 
 @dataclass(frozen=True)
 class LSTMState:
-    """The state of all LSTMs of a decoder or language model between two steps.
+    """The state of all LSTMs in a decoder or language model between two steps.
 
     Attributes:
         hidden: (B, layers, D), the LSTMs' outputs.

@@ -14,7 +14,7 @@ from nmt_moe.training import FactoredAdam
 
 @dataclass
 class FactoredAdamConfig(FairseqDataclass):
-    """Options of the optimizer, which are those of fairseq's adam with the same defaults."""
+    """The optimizer's options. They are those of fairseq's adam, with the same defaults."""
 
     adam_betas: Any = field(
         default=(0.9, 0.999), metadata={"help": "betas of Adam; experts use only the second"}
@@ -83,7 +83,7 @@ def parse_betas(betas: Any) -> Tuple[float, float]:
     """Parse a pair such as `(0.9, 0.999)`, given as text or as omegaconf's list.
 
     Raises:
-        ValueError: if this is not a pair of numbers.
+        ValueError: if `betas` is not a pair of numbers.
     """
     try:
         beta1, beta2 = ast.literal_eval(betas) if isinstance(betas, str) else betas

@@ -32,7 +32,7 @@ class Arrivals(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalRoute:
-    """The route if all experts are on this rank, so that tokens stay where they are."""
+    """The route for a rank that holds all experts, so that tokens stay where they are."""
 
     expert_ids: Tensor
     num_rows: int | None
@@ -66,7 +66,7 @@ class LocalExchange:
 
 @dataclass(frozen=True)
 class AllToAllRoute:
-    """The plan of which tokens each rank sends to which other rank.
+    """A plan that says which tokens each rank sends to which other rank.
 
     All ranks of the group must call each method, and run its backward pass, in the same order.
 
@@ -75,8 +75,8 @@ class AllToAllRoute:
             each of its destinations.
         expert_ids: (N, K) int64, global ids of the chosen experts; E in an empty slot. K is the
             largest number of slots on any rank.
-        send_counts: P numbers of tokens, which this rank sends to each rank of its group.
-        recv_counts: P numbers of tokens, which this rank receives from each rank of its group.
+        send_counts: How many tokens this rank sends to each of the P ranks in its group.
+        recv_counts: How many tokens this rank receives from each of the P ranks in its group.
         all_done: Whether all ranks of the group are done.
         owned: Slice of the global ids of this rank's experts.
         members: torch's process group of the P ranks.
@@ -118,11 +118,11 @@ class AllToAllRoute:
 
 
 class AllToAllExchange:
-    """The exchange if each rank of the group holds different experts.
+    """The exchange for a group whose ranks hold different experts.
 
     A token is sent once, with its gates, to each rank that holds any of its experts. That rank
-    sends one vector back, the weighted sum of the outputs of its experts. At most min(K, P) vectors
-    per token therefore cross the network in each direction.
+    sends one vector back, the weighted sum of its experts' outputs. At most min(K, P) vectors per
+    token therefore cross the network in each direction.
 
     Source: Shazeer et al. 2017, section 3.1.
     """

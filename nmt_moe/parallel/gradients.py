@@ -36,11 +36,11 @@ def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tenso
     All ranks of the group must call this.
 
     Args:
-        gradients: Gradients of this rank's shards, of which there must be at least one.
+        gradients: Gradients of this rank's shards; there must be at least one.
         group: The ranks that share the experts.
 
     Returns:
-        The norm, a scalar in float32 or wider, equal on all ranks.
+        The norm, a scalar in float32 or wider, the same on all ranks.
     """
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -55,8 +55,9 @@ def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tenso
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients down to the norm `max_norm` if their norm is larger.
 
-    The norm includes the shards of other ranks, so norm and scale are those of a single process
-    with all experts. All ranks must call this after the gradients have been averaged.
+    The norm includes the shards of other ranks, so the norm and the scale are the same as in a
+    single process with all experts. All ranks must call this after the gradients have been
+    averaged.
 
     Args:
         parameters: Shards and other parameters; those without a gradient are skipped.

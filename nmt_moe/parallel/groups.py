@@ -40,12 +40,12 @@ class ExpertParallelGroup:
         return self.size * self.num_replicas
 
     def owned(self, num_experts: int) -> slice:
-        """Return the slice of `num_experts` global ids that belong to this rank's experts."""
+        """Return which of the `num_experts` global ids this rank's experts have, as a slice."""
         share = num_experts // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# The group of a layer with all experts on this rank.
+# The group for layers whose experts are all on this rank.
 ALONE = ExpertParallelGroup()
 
 
@@ -54,12 +54,13 @@ def make_expert_parallel_group(
 ) -> ExpertParallelGroup:
     """Spread experts over the ranks of the default process group.
 
-    All ranks must call this with the same arguments. If there is no process group, there is one
+    All ranks must call this with the same arguments. Without a process group, there is a single
     rank.
 
     Args:
         num_experts: Number of experts, E.
-        num_groups: Number of groups of a hierarchical gate, G, which stay whole; 0 for a flat gate.
+        num_groups: Number of groups of a hierarchical gate, G; 0 for a flat gate. A group is never
+            split between ranks.
         size: Number of ranks in an expert-parallel group, P. It must divide the number of ranks and
             E (with a hierarchical gate, G). 0 stands for the largest such number.
 
@@ -95,5 +96,5 @@ def make_expert_parallel_group(
 
 
 def cut_shard(whole: Tensor, group: ExpertParallelGroup) -> Tensor:
-    """Return a copy of this rank's slice, (L, ...), of a tensor of all experts, (E, ...)."""
+    """Return a copy of this rank's slice, (L, ...), of a tensor with all experts, (E, ...)."""
     return whole[group.owned(len(whole))].clone()

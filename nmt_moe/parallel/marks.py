@@ -10,10 +10,11 @@ PARAM_GROUP = "experts"
 
 
 def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
-    """Mark a parameter that contains one matrix of each expert in its last two dimensions.
+    """Mark a parameter that contains one matrix per expert in its last two dimensions.
 
-    The mark is lost when torch recreates a parameter, as in `copy.deepcopy` or in `to_empty` after
-    the meta device. The module that owns the parameter must then mark it again.
+    The mark is lost when torch recreates a parameter, for example in `copy.deepcopy`, or in
+    `to_empty` after a module has been built on the meta device. The module that owns the parameter
+    must then mark it again.
 
     Args:
         parameter: (L, ...), this rank's shard of a parameter, (E, ...), or all of it.
@@ -28,12 +29,12 @@ def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Return whether a parameter, or the one that it is a copy of, was marked by `mark_expert`."""
+    """Return whether a parameter, or the one it was copied from, was marked by `mark_expert`."""
     return getattr(parameter, "param_group", None) == PARAM_GROUP
 
 
 def is_shard(parameter: Tensor) -> bool:
-    """Return whether a parameter, or the one that it is a copy of, is a shard of the experts."""
+    """Return whether a parameter, or the one it was copied from, is a shard of the experts."""
     return hasattr(parameter, "expert")
 
 

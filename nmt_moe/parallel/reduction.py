@@ -17,8 +17,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         values: A tensor of the same shape on all ranks.
 
     Returns:
-        The sum, equal on all ranks. The gradient of `values` is the sum over all ranks of the
-        result's gradients.
+        The sum, the same on all ranks. The gradient of `values` is the gradient of the result,
+        summed over all ranks.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return values

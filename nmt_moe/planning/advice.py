@@ -61,11 +61,11 @@ def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
 
 
 def advise(setup: Setup, device: Device) -> list[str]:
-    """Return changes that make a setup fit into the memory of a device.
+    """Return changes that make a setup fit into a device's memory.
 
     Returns:
-        Single changes, each of which is sufficient. If there are none, one combination of changes
-        that is sufficient. If there is none either, an empty list.
+        All single changes that are sufficient. If there are none, the list contains one combination
+        of changes that is sufficient; if there is no such combination either, the list is empty.
     """
     found = list(changes(setup, device))
     ways = [name for name, changed in found if make_plan(changed, device, 1.0).fits]

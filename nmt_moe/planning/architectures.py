@@ -17,7 +17,7 @@ VOCABULARY = {LSTMLMConfig: 793_471, GNMTConfig: 32_000}
 
 
 def find_options() -> dict[str, tuple[type, argparse.Namespace]]:
-    """Return, by architecture, the dataclass of its model's options and the options it sets."""
+    """Return, for each architecture, its model's options class and the options that it sets."""
     logging.disable(logging.INFO)  # fairseq logs while it is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

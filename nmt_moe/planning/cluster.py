@@ -72,13 +72,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts for one device.
+    """Numbers of parameters and operations on one device.
 
     Attributes:
         dense: Number of parameters that do not belong to experts.
         buffered: Number of these parameters whose gradients fit into the buffer.
         experts: Number of parameters of the experts on the device.
-        factored: Number of rows and columns of the matrices of these experts.
+        factored: Total number of rows and columns in these experts' matrices.
         macs: Number of multiply-adds in the forward pass of a batch, by part of the network.
         weights: Number of parameters that these operations read, by part of the network.
     """
@@ -150,7 +150,7 @@ def count_activations(setup: Setup) -> tuple[dict[str, int], int]:
 def predict_memory(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """Predict the memory on one device in bytes, by purpose.
 
-    The sum of these sizes is an upper bound for the peak.
+    The sum of these sizes is an upper bound on the peak.
     """
     total = sizes.total
     number, copies = {"fp32": (4, 0), "half": (2, 4), "memory-efficient": (2, 0)}[setup.precision]
@@ -203,9 +203,9 @@ def predict_time(
     """Predict the time of one step in seconds, by part, as if no parts overlapped.
 
     A product takes as long as its operations at the fraction `utilisation` of the device's FLOP/s,
-    or as long as moving its weights between memory and processor, whichever takes longer. Weights
-    are read in the forward and the backward pass (those of an LSTM at each position of the
-    sentences), and their gradient is written once.
+    or as long as moving its weights between memory and processor, whichever is longer. Weights are
+    read in the forward and the backward pass (those of an LSTM at each position of the sentences),
+    and their gradient is written once.
     """
     number = 4 if setup.precision == "fp32" else 2
     flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)

@@ -28,7 +28,7 @@ class Card:
         params: Number of weights of LSTMs, gates and experts, plus one bias for each gate of an
             LSTM.
         active: Number of these parameters that one token uses.
-        total: Number of all values that torch stores.
+        total: Total number of values that torch stores.
         parts: Number of multiply-adds of each part, including parts that `ops` leaves out.
         weights_bytes: Memory for the weights.
         gradients_bytes: Memory for the gradients.

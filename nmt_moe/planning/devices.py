@@ -1,4 +1,4 @@
-"""Describe devices of clusters by the figures of their data sheets."""
+"""Describe the devices of a cluster by the figures in their data sheets."""
 
 from __future__ import annotations
 

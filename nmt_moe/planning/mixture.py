@@ -28,8 +28,8 @@ def rows_per_token(moe: MoEConfig) -> int:
 def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int]:
     """Return the number of rows that a gate's weight multiplies, and the number of its matrices.
 
-    A single matrix, (D, E), multiplies all tokens. Of G matrices, (D, E / G), each token uses those
-    of its K groups.
+    A single matrix, (D, E), multiplies all tokens. If there are G matrices, (D, E / G), each token
+    is multiplied by those of its K groups.
     """
     return (tokens, 1) if weight.dim() == 2 else (tokens * moe.top_k, len(weight))
 
@@ -72,7 +72,7 @@ def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]
 
 
 def _gate_bytes(moe: MoEConfig) -> float:
-    """Return the bytes that a gate keeps for one token: its logits, always fp32, and choices."""
+    """Return the bytes that a gate keeps for one token: its logits, which are fp32, and choices."""
     k, groups = moe.top_k, moe.num_groups
     level = 17 if moe.gate == "strictly_balanced" else 8  # bytes per logit, in all tensors together
     if moe.gate == "softmax":

@@ -43,8 +43,8 @@ def count(config: NetworkConfig, batch: Batch) -> Totals:
     """Return the totals of a batch, in a time that does not depend on its length.
 
     All steps of an LSTM cost the same, and the cost of attention is proportional to the product of
-    both lengths. Totals are therefore quadratic in the length and linear in the number of
-    sentences, so three short runs determine them.
+    the source and target lengths. Totals are therefore quadratic in the length and linear in the
+    number of sentences, so three short runs determine them.
     """
     lengths = (2, 3, 4)
     runs = [describe(config, replace(batch, sentences=1, length=length)) for length in lengths]
@@ -143,7 +143,7 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return how many bytes more oneDNN's LSTM keeps than torch's own, as measured.
+    """Return how many more bytes oneDNN's LSTM keeps than torch's own, according to measurements.
 
     CPUs run oneDNN's LSTM if there is no projection. It keeps gates, states and space for all their
     gradients, which are (15 + 12 / length) numbers per cell and step. torch's own LSTM keeps 6.

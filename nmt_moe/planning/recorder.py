@@ -19,7 +19,7 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import is_expert
 
 # Parts of a network, by the class of their modules. A parameter belongs to the part of the
-# innermost module of such a class.
+# innermost of these modules that contains it.
 PARTS: dict[type[nn.Module], str] = {
     nn.Embedding: "embeddings",
     BidirectionalLSTM: "LSTM",
@@ -44,7 +44,8 @@ class Product:
         inner: Size of the dimension that is summed over.
         cols: Number of columns of the result.
         steps: Number of sequential calls with the same matrix on the right.
-        batch: Number of pairs of matrices in one call, each of them with `rows` rows.
+        batch: Number of pairs of matrices in one call; the left matrix of each pair has `rows`
+            rows.
         experts: Number of matrices on the right, among which the rows are divided.
     """
 
@@ -86,7 +87,7 @@ class Weight:
 
     @property
     def factored_size(self) -> int:
-        """Return the number of rows and columns of all matrices, which factored Adam keeps."""
+        """Return how many numbers factored Adam keeps, one per row and per column of a matrix."""
         return self.shape[:-2].numel() * (self.shape[-2] + self.shape[-1])
 
     @property
@@ -106,10 +107,10 @@ class Network:
 
     Attributes:
         weights: All parameters except those of the embedding and the softmax layer.
-        products: Matrix products, of which the last is the softmax layer's. Equal products of the
-            same weight share an entry.
-        kept: Bytes kept for the backward pass, by part of the network, without those of MoE layers,
-            which are in `mixture`.
+        products: Matrix products; the last is that of the softmax layer. Equal products of the same
+            weight share an entry.
+        kept: Bytes kept for the backward pass, by part of the network, except those of MoE layers,
+            which `mixture` computes.
         num_moe_layers: Number of MoE layers whose experts can be spread over ranks.
     """
 

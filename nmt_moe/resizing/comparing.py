@@ -19,7 +19,10 @@ SAMPLE_TOKENS = 256
 
 
 def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> StoredBundle:
-    """Return the bundle that reads text for a model: the model itself, or a checkpoint's bundle.
+    """Return the bundle that reads text for a model.
+
+    This is the model itself if it is a bundle. For a checkpoint, it is `bundle`, which must have
+    been exported from the checkpoint.
 
     Raises:
         ValueError: if a checkpoint has no bundle or the bundle of another model, or if `model` and
@@ -40,7 +43,7 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
     for side, layer in model.layers.items():
         other = reader.layers.get(side)
         for name, value in layer.gate.items():
-            # Bundles of every dtype store gates in float32.
+            # Gates are stored in float32, whatever the dtype of the bundle.
             stored = None if other is None else other.gate.get(name)
             if stored is not None and not torch.equal(stored, value.float()):
                 raise ValueError(

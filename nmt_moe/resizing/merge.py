@@ -26,8 +26,8 @@ def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
         shares: (E,), each expert's share of the layer's use on a text, as `survey.shares` returns.
 
     Returns:
-        The layer with only the experts `kept`, each of which is the weighted mean of those merged
-        into it.
+        The layer with only the experts `kept`. Each of them is the weighted mean of itself and the
+        experts merged into it.
 
     Source: Li et al. 2024, "Merge, Then Compress" (MC-SMoE).
     """
@@ -89,7 +89,7 @@ def match_units(
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
         one: Id of the expert whose order is kept.
-        other: Id of the expert whose units are reordered, which does not change its outputs.
+        other: Id of the expert whose units are reordered. Its outputs do not change.
 
     Returns:
         The matrices of `other` with reordered units, (D, H) and (H, D).
@@ -108,7 +108,7 @@ def match_units(
 def _average_columns(
     layer: Layer, gates: dict[str, Tensor], expert: int, members: list[int], share: Tensor
 ) -> None:
-    """Set the column of a kept expert, in the gate's parameters, to the mean of its members'."""
+    """Set a kept expert's column in the gate's parameters to the mean of its members' columns."""
     for name, value in gates.items():
         if name.startswith("primary."):
             continue

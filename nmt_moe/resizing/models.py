@@ -1,4 +1,4 @@
-"""Read and write the models whose experts are changed, which are checkpoints and bundles."""
+"""Read and write checkpoints and bundles whose experts are to be changed."""
 
 from __future__ import annotations
 

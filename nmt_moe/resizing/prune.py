@@ -23,8 +23,8 @@ def choose_experts(
         moe: Configuration of each layer.
         keep: Number of experts to keep in each layer; with the scope "model", on average.
         scope: "layer" keeps the same number in each layer. "model" drops the experts with the
-            smallest shares of all layers, but leaves enough experts in each layer for a token to
-            choose from.
+            smallest shares in all layers together, but leaves enough experts in each layer for a
+            token to choose from.
 
     Returns:
         For each layer, the ids of the experts to keep, in ascending order.

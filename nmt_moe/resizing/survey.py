@@ -20,7 +20,7 @@ class ExpertSurvey:
     """The use of one layer's experts on a text.
 
     Attributes:
-        usage: The experts' numbers of tokens and sums of gates.
+        usage: The number of tokens and the sum of gates of each expert.
         contribution: (E,) float64, how much each expert contributed to the layer's output: the sum
             over its tokens of the gate times the norm of the expert's output.
     """

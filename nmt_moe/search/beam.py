@@ -31,8 +31,8 @@ class StepState(Protocol):
         """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
 
 
-# Number of tokens that share a maximum in the search for the best tokens, and number of
-# log-probabilities from which this saves time.
+# How many tokens share a maximum in the search for the best tokens, and from how many
+# log-probabilities on these maxima save time.
 BLOCK = 8
 BLOCKS_FROM = 1 << 17
 
@@ -211,11 +211,12 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Do the same as `topk` over (R, V), which on a CPU copies and partly sorts all V values.
+    """Do the same as `topk` over (R, V), but in less time.
 
-    The `count` blocks of tokens with the largest maxima contain the `count` largest values. If a
-    token outside these blocks has the same value as one found, the last two values found are also
-    equal, so the caller notices the tie.
+    On a CPU, `topk` copies and partly sorts all V values. For many tokens, this function searches
+    only the `count` blocks of tokens with the largest maxima, which contain the `count` largest
+    values. If a token outside these blocks has the same value as one found, the last two values
+    found are also equal, so the caller notices the tie.
     """
     num_tokens = log_probs.shape[1]
     if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
@@ -283,7 +284,7 @@ def _goes_on(
 
 
 def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
-    """Return the rows of the next step, and for each of them the row of this step it continues."""
+    """Return the next step's rows and, for each of them, the row of this step that it continues."""
     sentence, index = goes_on.nonzero(as_tuple=True)
     parents = candidates.rows[sentence, index]
     tokens = candidates.tokens[sentence, index].unsqueeze(1)

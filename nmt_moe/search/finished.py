@@ -1,9 +1,9 @@
 """The finished hypotheses of a beam search, and the record from which they are read.
 
 The rows of each step are stored when they are evaluated, each with the row of the previous step
-that it continues. A finished hypothesis is stored as its last row, from which its tokens are traced
-back once, at the end. When hypotheses change rows, nothing that grows with their length has to be
-moved.
+that it continues. A finished hypothesis is stored as the number of its last row; its tokens are
+traced back from that row once, at the end. When hypotheses change rows, nothing that grows with
+their length has to be moved.
 """
 
 import itertools
@@ -20,7 +20,7 @@ class Hypothesis:
     """A finished hypothesis of T tokens, including the end mark.
 
     Attributes:
-        tokens: (T,) int64, the tokens, of which the last is the end mark.
+        tokens: (T,) int64, the tokens; the last one is the end mark.
         score: () float32, the score by which hypotheses are ranked.
         positional_scores: (T,) float32, the log-probability of each token, in nats.
         attention: (S, T), the attention to each source position at each step; None if the model
@@ -61,7 +61,7 @@ class FinishedHypotheses:
     Args:
         num_sentences: Number of sentences, B.
         beam_size: Number of hypotheses kept for each sentence, W.
-        margin: Largest difference, in nats, between a hypothesis' score and the best of its
+        margin: Largest difference, in nats, between a hypothesis's score and the best score of its
             sentence; hypotheses with lower scores are dropped. 0 drops none.
         like: A tensor on the device of the search.
 

@@ -1,4 +1,4 @@
-"""GNMT's two kinds of pruning, both by a margin in nats below the best value.
+"""GNMT's two kinds of pruning. Both keep what is within a margin, in nats, of the best value.
 
 Source: Wu et al. 2016, section 7 ("beamsize").
 """
@@ -10,8 +10,9 @@ from torch import Tensor
 def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
     """Rule out tokens whose own log-probability is far below the best of the step.
 
-    The best is taken over all hypotheses of a sentence, so a hypothesis whose probability is spread
-    over many tokens loses against one with a clear favourite. The best token always stays.
+    The best log-probability is that of all hypotheses of a sentence, so a hypothesis whose
+    probability is spread over many tokens loses to one with a clear favourite. The best token
+    always stays.
 
     Args:
         log_probs: (B, W, V), log-probabilities of the next token; -inf if it is already ruled out.
