@@ -1,7 +1,7 @@
 """Fast operations that need only torch (and, in `_triton`, Triton).
 
-`reference` contains definitions in plain torch under the same names, with which the tests compare
-the operations.
+`reference` defines the same operations in plain torch, under the same names. The tests compare each
+operation with its definition.
 """
 
 from nmt_moe.kernels import reference

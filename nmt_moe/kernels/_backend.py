@@ -1,4 +1,4 @@
-"""Answer questions about an operation's tensors, such as whether Triton's kernels run on them."""
+"""Answer questions about an operation's tensors, such as whether the Triton kernels run on them."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from torch import Tensor
 # debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Types of devices whose tensors the host can read without waiting, and types of devices on which
-# Triton's kernels run.
+# the Triton kernels run.
 HOST_DEVICES, TRITON_DEVICES = frozenset({"cpu"}), frozenset({"cuda"})
 
 
@@ -24,9 +24,9 @@ def has_triton() -> bool:
 def uses_triton(tensor: Tensor, kernel: str) -> bool:
     """Return whether an operation on `tensor` runs a Triton kernel.
 
-    It does on CUDA if the kernel passes its trial, which runs when this function is first called
-    for it. float64 always runs in torch, because the kernels add up in float32. The environment
-    variable NMT_MOE_KERNELS replaces the trial's result if it is set.
+    On CUDA, it does if the kernel passes its trial. The trial runs when this function is first
+    called for the kernel. float64 always runs in torch, because the kernels add up in float32. The
+    environment variable NMT_MOE_KERNELS replaces the trial's result if it is set.
 
     Args:
         tensor: The operation's main operand.

@@ -1,4 +1,4 @@
-"""Multiply neighbouring experts in one batched product, each padded to the rows of the busiest.
+"""Multiply neighbouring experts in one batched product, after padding them to equal row counts.
 
 A product of a few rows is too small to be split among the cores, and starting it costs as much as
 computing it: with 16 rows per expert, single products took twice as long as batches of four.
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Largest average number of rows added as padding to each expert of a batch. They cost operations,
-# but with fewer than about twenty rows, an expert takes as long as reading its weights.
+# Largest average number of rows added as padding to each expert of a batch. These rows cost
+# operations, but computing an expert with fewer than about twenty rows takes no longer than reading
+# its weights.
 SPARE_ROWS = 8
 # A batch may have this many experts, even if there are fewer threads.
 MIN_EXPERTS = 4

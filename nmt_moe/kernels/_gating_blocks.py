@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.reference import NOISE_FLOOR
 
-# Numbers in a block. Four buffers of this many float32 numbers fit into an L2 cache of 2 MB. With a
-# power of two, torch draws the same noise block by block as in one call.
+# How many numbers a block holds. Four buffers of this many float32 numbers fit into an L2 cache of
+# 2 MB. With a power of two, torch draws the same noise block by block as in one call.
 BLOCK_NUMBERS = 1 << 17
 # Rows with at least WIDE columns are searched in two steps, starting with the maxima of runs of RUN
 # columns.

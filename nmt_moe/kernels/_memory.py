@@ -28,7 +28,7 @@ PAGE_BYTES = 1 << 21
 
 
 class _Pool:
-    """Memory blocks whose tensors have been freed and that wait to hold another tensor.
+    """Memory blocks whose tensors have been freed, waiting to hold other tensors.
 
     The total size of the blocks in use and waiting never exceeds the largest size that was in use
     at any one time.

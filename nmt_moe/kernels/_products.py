@@ -112,7 +112,7 @@ class TorchProducts:
 
     On CUDA it is used for bfloat16 on Hopper and Blackwell, with at most 1023 experts. On the CPU
     it runs the same loop as `LoopProducts`, but without Python between the products. The operands
-    are laid out as it requires if there are experts without rows.
+    are laid out as torch requires when some experts have no rows.
     """
 
     def __init__(self, expert_offsets: Tensor) -> None:

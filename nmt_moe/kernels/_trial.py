@@ -1,7 +1,7 @@
 """Compare each Triton kernel with its definition, once on each device, before it is used.
 
 A training run must not end because a compiler or a driver rejects a kernel, or because the kernel
-computes something else. A caller for whom `is_sound` returns False runs torch's own operations
+computes something else. If `is_sound` returns False, the caller runs torch's own operations
 instead. A kernel that writes outside its tensors still ends the process, because no program
 survives that on a GPU.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 from nmt_moe.kernels import reference
 from nmt_moe.kernels.row_plan import RowPlan, plan_rows
 
-# (tokens, experts, top_k, rows in each group). There are few rows because the interpreter needs
-# seconds even for these. In the first case a row of experts fits into a block; in the second it is
-# read in chunks.
+# Each case is (tokens, experts, top_k, rows in each group). There are few rows, because the
+# interpreter needs seconds even for these. In the first case, a row fits into a block; in the
+# second case, it is read in chunks.
 GATINGS = [(40, 6, 2, [25, 0, 15]), (5, 1100, 4, [5])]
 
 _answers: dict[tuple[str, torch.device, torch.dtype], bool] = {}
@@ -238,7 +238,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Draw float64 numbers from a generator of its own, which leaves the caller's unchanged."""
+    """Draw float64 numbers from a separate generator, without changing the caller's."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)
@@ -263,10 +263,11 @@ def _mover(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tenso
 
 
 def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
-    """Reject NaN, and a difference above `tolerance`, which is absolute plus relative.
+    """Reject NaN, and differences above `tolerance`, which is both absolute and relative.
 
     Raises:
-        ArithmeticError: if the tensors differ, with the name and the largest difference.
+        ArithmeticError: if the tensors differ. The message gives the name and the largest
+            difference.
     """
     found, expected = found.detach().cpu().double(), expected.detach().double()
     difference = (found - expected).abs()

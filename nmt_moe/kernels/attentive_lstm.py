@@ -26,8 +26,8 @@ def attentive_lstm(
     """Run an LSTM whose input at each step is [x; context of the previous output].
 
     Each step computes only what depends on the previous step. The product of x and its weights, and
-    the gradients of all weights, keys and sources, are single products over all steps. Sums run in
-    a fixed order, so the same inputs give bit-identical results.
+    the gradient of each weight, of the keys and of the source, are computed at once over all steps.
+    Sums run in a fixed order, so the same inputs give bit-identical results.
 
     Args:
         x: (T, B, D) float32 or float64 on the CPU. `has_compiled_loops` must return True for all

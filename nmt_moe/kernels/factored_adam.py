@@ -9,11 +9,11 @@ from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
 
-# Elements in a block. On a CPU, 4 MiB of float32 and the same amount of scratch stay in the cache
-# between passes. With smaller blocks, starting two threads would cost too much; a GPU needs even
-# larger ones.
+# How many elements a block holds. On a CPU, 4 MiB of float32 and the same amount of scratch stay in
+# the cache between passes. With smaller blocks, starting two threads would cost too much; a GPU
+# needs even larger ones.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# Number of blocks for which all means are updated before any weights are.
+# How many blocks have their means updated before any of their weights are updated.
 GROUP = 4
 
 

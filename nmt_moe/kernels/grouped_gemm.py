@@ -15,8 +15,8 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
     On the CPU, each expert that has rows takes one product in the forward pass and one for each
     gradient in the backward pass; nothing is copied. On CUDA, the host does not wait for the
-    device: torch's grouped product runs where it is fast, and Triton's kernels elsewhere. float32
-    products use TF32 only if torch allows it for matrix products
+    device: torch's grouped product runs where it is fast, and the Triton kernels run elsewhere.
+    float32 products use TF32 only if torch allows it for matrix products
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`).
 
     Args:

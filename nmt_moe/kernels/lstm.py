@@ -25,8 +25,8 @@ def lstm(
     """Run an LSTM over all steps.
 
     Each step computes only the recurrent products and one fused point-wise loop. The input's part
-    of the gates, and the gradients of all weights, are single products over all steps. Sums run in
-    a fixed order, so the same inputs give bit-identical results.
+    of the gates, and the gradient of each weight, are each computed by one product over all steps.
+    Sums run in a fixed order, so the same inputs give bit-identical results.
 
     Args:
         x: (T, B, I) float32 or float64 on the CPU. `has_compiled_loops` must return True for all

@@ -165,7 +165,7 @@ class _MixtureFFN(torch.autograd.Function):
 
 
 def _empty_rows(num_rows: int, x: Tensor) -> Tensor:
-    """Return (R + 1, D) uninitialised rows, except that the last, for empty slots, is 0."""
+    """Return (R + 1, D) rows: R uninitialised ones, and a row of zeros for empty slots."""
     rows = _memory.empty((num_rows + 1, x.shape[1]), x)
     rows[-1].zero_()
     return rows

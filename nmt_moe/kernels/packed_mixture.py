@@ -17,7 +17,7 @@ STACKED_BELOW = 1 << 22
 class PackedExperts:
     """One matrix of every expert, packed when the expert is first used.
 
-    The weights may be a memory-mapped file, of which the experts that are not used are never read.
+    The weights may be mapped from a file; experts that are not used are then never read from it.
     Only small experts, which together have at most `STACKED_BELOW` weights, are all converted to
     float32 at once.
 

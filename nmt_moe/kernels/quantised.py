@@ -1,8 +1,8 @@
 """Products with weights packed for inference: float32, bfloat16 or int8.
 
-int8 is symmetric. Each row of weights has one scale, and so does each row of activations, whose
-scale is computed when the row is multiplied. Rows never share a scale, so the result for a row does
-not depend on the other rows of its batch.
+int8 is symmetric. Each row of weights has one scale, and so does each row of activations. The scale
+of a row of activations is computed when the row is multiplied. Rows never share a scale, so the
+result for a row does not depend on the other rows of its batch.
 """
 
 import threading
@@ -175,7 +175,7 @@ def activation_levels() -> int:
 class _Float32Product:
     """A product in float32, computed by BLAS or oneDNN depending on the sizes.
 
-    The weights are copied into the layout of either library when it is first used.
+    The weights are copied into a library's layout when that library is first used.
     """
 
     def __init__(self, weight: Tensor) -> None:

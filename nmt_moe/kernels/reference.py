@@ -58,7 +58,8 @@ class Gating(NamedTuple):
 def _first(sums: Tensor) -> Tensor:
     """Return the first row of sums.
 
-    `squeeze` is used where possible, because its gradient is a view. That of an index is a copy.
+    `squeeze` is used where possible, because its gradient is a view, whereas that of indexing is a
+    copy.
     """
     return sums.squeeze(0) if len(sums) == 1 else sums[0]
 

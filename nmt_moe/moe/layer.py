@@ -78,8 +78,8 @@ class MoELayer(nn.Module):
         """Compute y = sum_i G(x)_i E_i(x).
 
         During training on a GPU, the host does not wait for the device, except with strictly
-        balanced gates or with experts spread over ranks. Where the host does not wait, the layer
-        does not check whether tokens are finite; call `MoEStats.check_finite` to do so.
+        balanced gates or with experts spread over ranks. For this reason, training on a GPU
+        includes no check that tokens are finite; call `MoEStats.check_finite` to run one.
 
         `torch.compile` skips the layer, because its shapes depend on the choice of experts. The
         model around the layer is compiled, but `fullgraph=True` and `torch.export` do not work.

@@ -17,7 +17,7 @@ import torch
 from nmt_moe.kernels._cpu.loading import SOURCES, library_path
 
 # Compiler flags for each level of vector instructions. The loops are compiled once per level, and
-# each call uses the level of its processor.
+# each call uses the highest level that the processor supports.
 LEVELS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma"],

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows and columns in a program's tile. Each thread holds 16 numbers, so that a multiprocessor has
-# enough registers for four programs.
+# How many rows and columns a program's tile has. Each thread holds 16 numbers, so that a
+# multiprocessor has enough registers for four programs.
 TILE_ROWS, TILE_COLUMNS, WARPS = 16, 256, 8
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32

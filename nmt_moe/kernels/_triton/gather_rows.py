@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements in a block, 32 for each thread of four warps.
+# How many elements a block holds: 32 per thread in four warps.
 BLOCK_SIZE = 4096
 
 

@@ -17,11 +17,11 @@ from nmt_moe.kernels._triton.gating_forward import (
 
 # Largest number of columns in a block. Wider rows are read in chunks of this size.
 MAX_BLOCK_COLUMNS = 1024
-# Numbers in a block. With 8 for each thread of four warps, there are enough registers for several
-# blocks.
+# How many numbers a block holds. With 8 numbers per thread in four warps, there are enough
+# registers to run several blocks at a time.
 BLOCK_NUMBERS = 1024
-# Largest number of programs. The largest GPU gets a few for each multiprocessor, and the partial
-# sums, of which each program writes one row, stay small.
+# Largest number of programs. On the largest GPU, this gives each multiprocessor a few programs.
+# Each program writes one row of partial sums, and this many rows are still small.
 MAX_PROGRAMS = 1024
 
 

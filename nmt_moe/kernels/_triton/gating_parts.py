@@ -1,4 +1,4 @@
-"""Functions shared by the gating kernels, for blocks of B rows and W columns, one per expert."""
+"""Functions for blocks of B rows and W columns (one per expert), shared by the gating kernels."""
 
 import triton
 import triton.language as tl
@@ -97,7 +97,8 @@ def largest(
     Returns:
         found: (B, SLOTS) int32, the keys in descending order; `TAKEN` from slot COUNT on.
         ids: (B, SLOTS) int32, the columns of these keys; 0 from slot COUNT on.
-        ranks: (B, W) int32, 1 for the largest key and so on; 0 for keys that are not among them.
+        ranks: (B, W) int32, 1 for the largest key, and so on; 0 for keys that are not among the
+            COUNT largest.
     """
     slots = tl.arange(0, SLOTS)[None, :]
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)

@@ -6,5 +6,5 @@ import triton.language as tl
 
 @triton.jit
 def whole(number, MULTIPLE: tl.constexpr):
-    """Return the same number, which the compiler then knows to be a multiple of MULTIPLE."""
+    """Return `number`, and tell the compiler that it is a multiple of MULTIPLE."""
     return number // MULTIPLE * MULTIPLE
