@@ -20,7 +20,7 @@ WAY_OUT = "Binarise the text again with fairseq-preprocess."
 
 
 def write_digests_of_binarised_data() -> None:
-    """Let fairseq-preprocess write the SHA-256 of each `.bin`, `.idx` and dictionary to `.sha256`.
+    """Let fairseq-preprocess write the SHA-256 hashes of its data and dictionaries to `.sha256`.
 
     Reason: damaged data silently decode to other sentences. `sha256sum -c` reads the digests.
     """

@@ -143,7 +143,8 @@ def keep_numpy_out_of_checkpoints() -> None:
     """Save metrics as plain numbers and lists.
 
     Reason: --eval-bleu counts in numpy arrays, which fairseq saves unchanged and torch's safe
-    loader rejects, so that such a checkpoint could neither be resumed nor used for translation.
+    loader rejects, so that such a checkpoint could be used neither to resume training nor to
+    translate.
     """
     replace(metrics, "state_dict", _plainly)
 

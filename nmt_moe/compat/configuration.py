@@ -1,7 +1,7 @@
 """Let the configuration in a checkpoint set values, but execute nothing.
 
 fairseq builds models, tasks and criterions from the configuration in a file. It evaluates some
-options as Python, opens the files that others name, and could even start a program.
+options as Python, opens the files that other options name, and could even start a program.
 """
 
 import argparse

@@ -40,8 +40,8 @@ def is_fairseq_command() -> bool:
 def explain(error: BaseException) -> str | None:
     """Return a message that explains the error fully, or None if a traceback is needed.
 
-    By convention, our ValueErrors report mistakes of the caller, for which fairseq raises a bare
-    Exception.
+    By convention, our ValueErrors report mistakes of the caller; fairseq raises a bare Exception
+    for such mistakes.
     """
     raiser = _raiser(error)
     message = str(error).strip()

@@ -31,7 +31,7 @@ def _reading(_: Callable) -> Callable:
 
 
 class NumberedLines(list):
-    """Lines of the input in order, None for each that could not be read.
+    """Lines of the input in order; None for each line that could not be read.
 
     Attributes:
         first_number: Number of the first of these lines in the input, counted from 1.

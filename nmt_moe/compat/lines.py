@@ -37,7 +37,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
 
 @contextmanager
 def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterator[str]]:
-    """Yield an iterator over the lines between two offsets; an end of 0 is that of the file."""
+    """Yield an iterator over the lines between two offsets; 0 as the end means the file's end."""
     yield read_lines(path, start_offset, end_offset if end_offset > 0 else None)
 
 

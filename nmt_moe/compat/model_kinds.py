@@ -1,4 +1,4 @@
-"""Detect models of another task or of another translation direction."""
+"""Detect models that belong to another task or another translation direction."""
 
 import logging
 from collections.abc import Callable

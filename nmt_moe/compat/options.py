@@ -96,7 +96,8 @@ def _helping(parse: Callable) -> Callable:
             parser.print_help()
             parser.exit()
 
-        # fairseq calls it once all options have been added; before, it parses only what it knows.
+        # fairseq calls `parse_args` once all options have been added, and `parse_known_args`
+        # before.
         vars(parser)["parse_args"] = show
         return parse(parser, others, *args, **kwargs)
 

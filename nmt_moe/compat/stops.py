@@ -26,7 +26,7 @@ def end_with_the_launcher() -> None:
     """End a rank once the torchrun that started it has ended.
 
     Reason: if torchrun is killed by SIGKILL, it cannot end its ranks, which would keep training
-    alongside those of the next torchrun.
+    alongside the ranks of the next torchrun.
     """
     replace(distributed_utils, "call_main", _watching_launcher)
 

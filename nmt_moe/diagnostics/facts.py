@@ -1,4 +1,4 @@
-"""Collect the facts to ask for when something fails: versions, processor, memory, devices."""
+"""Collect the facts to ask for when something fails: versions, processor, memory and devices."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _ask_torch(question: Any) -> Any:
 
 
 def _commit() -> str:
-    """Return the commit of the code and whether it is modified, if this is a clone."""
+    """Return the commit and whether the code is modified, if it runs from a git clone."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""Compare the packages that nmt_moe needs with those installed."""
+"""Compare the packages that nmt_moe needs with the installed ones."""
 
 from __future__ import annotations
 

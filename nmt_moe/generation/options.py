@@ -4,8 +4,8 @@ How an option gets from the command line to the search, and what is replaced on 
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then; our replacement adds our options, whatever the task.
-2. fairseq keeps only parsed arguments that its dataclasses list. Those of our options that are set
-   are appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
+2. fairseq keeps only parsed arguments that its dataclasses list. Our options that are set are
+   appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
    `cfg.generation` beside `beam` and `lenpen`; all other configurations stay unchanged.
 3. Tasks pass `cfg.generation` to `FairseqTask.build_generator`. Our replacement reads the options
    and passes our generator as `seq_gen_cls`. It accepts any namespace, so that

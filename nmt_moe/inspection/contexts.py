@@ -17,7 +17,7 @@ class TopContexts:
 
     Args:
         num_experts: Number of experts, E.
-        most: Maximum number of contexts for an expert.
+        most: Maximum number of contexts per expert.
 
     Source: Shazeer et al. 2017, Appendix E, Table 9.
     """

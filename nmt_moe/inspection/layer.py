@@ -19,9 +19,9 @@ from nmt_moe.inspection.tokens import classes_of, context_of, frequency_band
 from nmt_moe.inspection.usage import ExpertUsage
 from nmt_moe.moe import output_similarity, routing_saturation
 
-# The JSON output has contexts and over-use for the busiest experts, at most this many.
+# The JSON output has contexts and over-use for at most this many experts, the busiest ones.
 MAX_DETAILED = 2048
-# Matrices (pairs, similarity of outputs) contain the busiest experts, at most this many.
+# Matrices (pairs, similarity of outputs) cover at most this many experts, the busiest ones.
 MAX_MATRIX = 32
 NUM_CONTEXTS, NUM_FEATURES, NUM_PAIRS = 10, 10, 12
 # Number of tokens on which the similarity of outputs is measured.
@@ -174,7 +174,7 @@ class LayerReport:
 
     @torch.inference_mode()
     def _similarity(self, experts: list[int]) -> dict[str, Any] | None:
-        """Return the mean cosine between the outputs of each two experts for the same tokens."""
+        """Return the mean cosine of each pair of experts' outputs for the same tokens."""
         if len(experts) < 2 or not self._samples:
             return None
         x = _thin_out(torch.cat(self._samples), NUM_SAMPLES)

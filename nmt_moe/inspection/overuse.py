@@ -1,15 +1,15 @@
 """Find features for which experts are used more often than by chance.
 
-Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and
-for k tokens both are true. By chance, the expert would get the share m / N of the feature's tokens.
-The lift is (k / n) / (m / N). Its lower bound is
+Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and k
+have the feature and were sent to the expert. By chance, the expert would get the share m / N of the
+feature's tokens. The lift is (k / n) / (m / N). Its lower bound is
 
     Wilson's lower bound of k / n  /  Wilson's upper bound of m / N,
 
 where each bound is at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni).
 If tokens were independent, all lower bounds of a layer would hold together with a probability of
-95 %. The features whose lower bound is above 1 are listed in the order of their lower bounds. Both
-shares of a rare expert are uncertain, so a few tokens do not make it a specialist.
+95 %. Features with a lower bound above 1 are listed, sorted by that bound. If an expert is rarely
+used, its shares are uncertain, so a few tokens do not make it a specialist.
 
 Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
 """
@@ -105,7 +105,7 @@ def find_overuse(
         load: Number of tokens of each of the E experts.
         num_tokens: Number of tokens, N.
         num_comparisons: Number of comparisons, M, over all features of the layer.
-        most: Maximum number of features for an expert.
+        most: Maximum number of features per expert.
 
     Returns:
         For each expert, rows of `feature`, `uses` (k), `count` (n), `lift`, and its bounds `low`

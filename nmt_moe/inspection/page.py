@@ -24,7 +24,7 @@ MAX_BYTES = 5_000_000
 FOLDER = Path(__file__).parent
 # Maximum number of bars in a figure of loads; with more experts, the busiest are shown.
 MAX_BARS = 256
-# Maximum number of pieces on each side of a figure of attention.
+# Maximum number of pieces on each side of an attention figure.
 MAX_ATTENTION = 60
 # Smaller attention weights are left blank.
 MIN_WEIGHT = 0.03
@@ -35,11 +35,11 @@ class Caps:
     """Limits on what a page shows, which are reduced until the page is small enough.
 
     Attributes:
-        experts: Experts shown for each layer, the busiest ones.
-        contexts: Contexts shown for each expert.
-        features: Features in each list of an expert's over-use.
-        sentences: Sentences shown piece by piece.
-        characters: Characters in a line of text; longer lines are cut off.
+        experts: Number of experts shown for each layer, the busiest ones.
+        contexts: Number of contexts shown for each expert.
+        features: Number of features in each list of an expert's over-use.
+        sentences: Number of sentences shown piece by piece.
+        characters: Maximum number of characters in a line of text; longer lines are cut off.
     """
 
     experts: int = 48
@@ -49,7 +49,7 @@ class Caps:
     characters: int = 1000
 
     def halved(self) -> Caps:
-        """Return limits of about half the size."""
+        """Return limits that are about half as large."""
         return replace(
             self,
             experts=max(1, self.experts // 2),
@@ -61,7 +61,7 @@ class Caps:
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """Return a report as a page of less than 5 MB.
+    """Return a report as a page smaller than 5 MB.
 
     Args:
         report: The values that `make_report` returned, possibly written as JSON and read again.
@@ -136,7 +136,7 @@ def cut(text: str | None, most: int) -> str:
 
 
 def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
-    """Return row, column and weight of each cell in a figure of attention."""
+    """Return the row, column and weight of each cell in an attention figure."""
     return [
         (row, column, weight)
         for row, weights in enumerate(attention[:MAX_ATTENTION])

@@ -1,4 +1,4 @@
-"""Find experts that are used together, and measure how far two texts use the same experts."""
+"""Find experts that are used together, and measure how much two texts use the same experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from nmt_moe.inspection.overuse import LEVEL, MIN_COUNT, wilson_interval
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Rounds of iterative proportional fitting. Few experts that are always used together need the most.
+# Number of rounds of iterative proportional fitting. A few experts that are always used together
+# need the most rounds.
 ROUNDS = 500
 
 
@@ -19,8 +20,8 @@ def expected_pairs(coactivation: Tensor) -> Tensor:
     """Compute how often each pair is expected, if experts with the same loads met by chance.
 
     A token's experts differ from each other, so chance means quasi-independence: the expected
-    number is a_i a_j off the diagonal, with factors a for which each expert is in as many pairs as
-    observed.
+    number is a_i a_j off the diagonal, where the factors a are chosen so that each expert is in as
+    many pairs as observed.
 
     Args:
         coactivation: (E, E) int64, symmetric with 0 on the diagonal.

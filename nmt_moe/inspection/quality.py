@@ -13,7 +13,7 @@ from nmt_moe.scoring.words import f_measure_by_frequency
 
 # Number of resamples of the paired bootstrap.
 NUM_SAMPLES = 1000
-# Number of sentences in each list of the best, worst and most different ones.
+# Number of sentences in each list (best, worst, most different).
 NUM_EXTREMES = 8
 
 

@@ -47,7 +47,7 @@ class TextUsage:
     """The use of a model's experts on a text.
 
     Attributes:
-        layers: Usage in those of "encoder" and "decoder" that have an MoE layer.
+        layers: Usage in "encoder" and "decoder"; a side without an MoE layer is absent.
         score: Score of the references or of a language model's text; otherwise of the model's own
             translations. None if all lines are blank.
         num_lines: Number of lines.

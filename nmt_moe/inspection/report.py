@@ -24,7 +24,7 @@ FORMAT, VERSION = "nmt_moe report", 1
 
 
 def load_model(folder: Path | str) -> Translator | LanguageModel:
-    """Open a bundle of a translation or a language model.
+    """Open a bundle of a translation model or a language model.
 
     Raises:
         ValueError: if a file is missing, changed or of a newer format; the message names it.
@@ -45,7 +45,8 @@ def make_report(
     Args:
         folder: Folder of the bundle.
         parts: Parts of the text, such as one for each language.
-        against: Another bundle to compare with: another model, or another checkpoint of this one.
+        against: Another bundle to compare with, of another model or of another checkpoint of this
+            model.
         progress: Whether to show progress bars on standard error.
 
     Returns:

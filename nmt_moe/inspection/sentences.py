@@ -8,7 +8,7 @@ from typing import Any
 
 from nmt_moe.inference import LanguageModel, Sentence, Translator
 
-# Maximum number of sentences shown piece by piece in all, and minimum for each part.
+# Maximum number of sentences shown piece by piece in total, and minimum for each part.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
 # Maximum number of pieces, on each side, of a sentence shown piece by piece.

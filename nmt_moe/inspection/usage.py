@@ -10,7 +10,7 @@ from torch import Tensor
 from nmt_moe.checks import check_shape, check_whole
 from nmt_moe.moe import balance_metrics, effective_experts, gate_entropy, gate_margin
 
-# The pairs of this many experts take 32 MiB.
+# The counts for the pairs of this many experts take 32 MiB.
 MAX_PAIRED_EXPERTS = 2048
 
 
@@ -115,7 +115,7 @@ class ExpertUsage:
 
     @property
     def idle_experts(self) -> int:
-        """Return the number of experts without a token."""
+        """Return the number of experts that received no token."""
         return int((self.load == 0).sum())
 
     @property

@@ -20,8 +20,8 @@ from sacrebleu.significance import PairedTest
 
 from nmt_moe.text.parallel import check_parallel, read_good_lines
 
-# Characters such as the non-breaking space: spaces in Python, but letters in multi-bleu.perl, which
-# reads bytes.
+# Characters such as the non-breaking space, which are spaces in Python but letters in
+# multi-bleu.perl, because it reads bytes.
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
 # Source lengths, in words, at which the rows of --src end.
 LENGTH_ENDS = (10, 20, 30, 40, 50)

@@ -2,8 +2,8 @@
 
 Each point picks from every n-best list the translation with the best
 log P / ((5 + length) / 6)^alpha + beta * coverage. In fairseq-generate's output, the P- lines have
-log-probabilities (in bits per token, with four decimals) and the A- lines attention (with six
-decimals). The last source position is the end mark, which is not a word.
+log-probabilities (in bits per token, with four decimals), and the A- lines have attention weights
+(with six decimals). The last source position is the end mark, which is not a word.
 
 Source: Wu et al. 2016, section 7, eq. 14 and Table 2.
 """

@@ -26,7 +26,7 @@ logger = logging.getLogger(LOGGER)
 
 # nginx's status for a client that closed its connection.
 CLIENT_GONE = 499
-# Seconds for discarding the rest of a refused body: in total, and at most between two parts.
+# Time limits, in seconds, for discarding the rest of a refused body and for awaiting its next part.
 LINGER_SECONDS, LINGER_PAUSE = 30.0, 2.0
 
 

@@ -23,8 +23,8 @@ from nmt_moe.inference import Translation, Translator
 
 logger = logging.getLogger(__name__)
 
-# Characters in a batch. Pieces are known only once a model has split the text; four characters are
-# about one piece, so this is about the translator's own `batch_tokens`.
+# Number of characters that fill a batch. Pieces are known only once a model has split the text;
+# four characters are about one piece, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
 # Seconds that the thread waits for more requests, and seconds after a batch in which it may wait.
 MAX_WAIT = 0.02
@@ -147,7 +147,7 @@ class Batcher:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job's remaining lines, after which `done` is never set."""
+        """Drop a job's remaining lines; its `done` is never set afterwards."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)

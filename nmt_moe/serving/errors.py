@@ -12,7 +12,7 @@ class RequestError(Exception):
 
     Attributes:
         status: Status of the HTTP response.
-        message: Description of the error; it quotes no text of the user's except short wrong
+        message: Description of the error; it quotes none of the user's text except short wrong
             values.
         headers: Further headers of the response.
     """

@@ -1,4 +1,4 @@
-"""Collect metrics for Prometheus, and write logs in lines of JSON, both without users' text."""
+"""Collect metrics for Prometheus, and write logs as lines of JSON; neither contains users' text."""
 
 from __future__ import annotations
 
@@ -39,23 +39,27 @@ class Metrics:
         counter = partial(Counter, namespace="nmt_moe", registry=self.registry)
         histogram = partial(Histogram, namespace="nmt_moe", registry=self.registry)
         gauge = partial(Gauge, namespace="nmt_moe", registry=self.registry)
-        self.requests = counter("requests", "Answered requests.", ["path", "status"])
+        self.requests = counter("requests", "Number of answered requests.", ["path", "status"])
         self.seconds = histogram(
             "request_seconds",
             "From request head to response, in seconds.",
             ["path"],
             buckets=SECONDS,
         )
-        self.characters = counter("characters", "Characters in texts to translate.")
-        self.batch_requests = histogram("batch_requests", "Requests in a batch.", buckets=COUNTS)
-        self.batch_lines = histogram("batch_lines", "Lines in a batch.", buckets=COUNTS)
+        self.characters = counter("characters", "Number of characters in texts to translate.")
+        self.batch_requests = histogram(
+            "batch_requests", "Number of requests in a batch.", buckets=COUNTS
+        )
+        self.batch_lines = histogram("batch_lines", "Number of lines in a batch.", buckets=COUNTS)
         self.batch_seconds = histogram(
             "batch_seconds", "Time to translate a batch.", buckets=SECONDS
         )
-        gauge("waiting_requests", "Requests waiting for a batch.").set_function(num_waiting)
-        gauge("open_requests", "Requests being read, waiting or being translated.").set_function(
-            num_open
+        gauge("waiting_requests", "Number of requests waiting for a batch.").set_function(
+            num_waiting
         )
+        gauge(
+            "open_requests", "Number of requests being read, waiting or being translated."
+        ).set_function(num_open)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
@@ -72,7 +76,7 @@ class Metrics:
 
 
 class JsonLines(logging.Formatter):
-    """Format a record as a line of JSON: time, level, event, and fields from `extra["fields"]`.
+    """Format a record as a line of JSON, with time, level, event and fields from `extra["fields"]`.
 
     Only the type of an exception and its place in the code are written, because its message may
     quote text.

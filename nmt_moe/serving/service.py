@@ -32,7 +32,7 @@ class Wish:
     """Options of a translation request.
 
     Attributes:
-        source: Source language, one of the server's; "auto" to detect that of each text.
+        source: Source language, one of the server's; "auto" to detect the language of each text.
         target: Target language, one of the server's.
         format: Format of the texts, "text" or "html".
         alternatives: Number of further translations of each text.
@@ -122,7 +122,8 @@ class Service:
         key = key or (value.strip() if kind.lower() in KEY_KINDS else None)
         if not key:
             raise RequestError(
-                403, "An API key is required: as `api_key`, or as `Authorization: Bearer KEY`."
+                403,
+                "An API key is required. Send it as `api_key` or as `Authorization: Bearer KEY`.",
             )
         if not self.keys.know(key):
             raise RequestError(403, "The API key is not valid.")
@@ -297,7 +298,7 @@ def _check_options(wish: Wish) -> None:
 
 
 def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:
-    """Return HTML; its n-th alternative has each text's n-th alternative, or else its best one."""
+    """Return HTML; its n-th alternative takes each text's n-th alternative or else the best one."""
     results = [split.join([one.text for one in answers])]
     for rank in range(
         min(num_alternatives, max([len(a.alternatives) for a in answers], default=0))

@@ -1,7 +1,7 @@
 """Register this project's tasks with fairseq.
 
 fairseq imports this package first, before it parses arguments, so the packages that fairseq does
-not look for are imported here.
+not import by itself are imported here.
 """
 
 from nmt_moe import compat as compat

@@ -99,7 +99,7 @@ def check_language(language: str, languages: Sequence[str], what: str) -> None:
 
 
 def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
-    """Parse `--oversampling`, such as `en-ko=8,ko-en=8`: passes per epoch over some pairs.
+    """Parse `--oversampling` (passes per epoch over some pairs), such as `en-ko=8,ko-en=8`.
 
     Raises:
         ValueError: if a pair is unknown or its value is not a number; the message names it.

@@ -14,7 +14,7 @@ from nmt_moe.tasks._languages import Pair
 
 logger = logging.getLogger(__name__)
 
-# fairseq's counts for BLEU: matches and totals of 1- to 4-grams, lengths.
+# fairseq's counts for BLEU: matches and totals of 1- to 4-grams, and lengths.
 BLEU_COUNTS = [f"_bleu_{kind}_{n}" for kind in ("counts", "totals") for n in range(4)]
 BLEU_COUNTS += ["_bleu_sys_len", "_bleu_ref_len"]
 LAYERS = ("encoder", "decoder")
@@ -65,7 +65,7 @@ def reduce_pairs(logging_outputs: List[Dict[str, Any]], pairs: Sequence[Pair]) -
 
 
 def log_pair(pair: str, row: Dict[str, Any], num_tokens: float) -> None:
-    """Log the columns of one pair: loss in bits per token, perplexity, BLEU."""
+    """Log the columns of one pair: loss in bits per token, perplexity and BLEU."""
     loss = f"{pair}_nll_loss"
     value = row["_pair_nll"].item() / num_tokens / math.log(2)
     metrics.log_scalar(loss, value, num_tokens, round=3)

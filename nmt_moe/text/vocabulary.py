@@ -73,7 +73,7 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
 
 
 def find_dictionary(folder: Path, language: str | None) -> Path:
-    """Return the path of a language's dictionary in binarised data; for None, that of `dict.txt`.
+    """Return the path of a language's dictionary in binarised data; for None, of `dict.txt`.
 
     Raises:
         ValueError: if the dictionary does not exist.

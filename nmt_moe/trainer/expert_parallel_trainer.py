@@ -58,9 +58,9 @@ class ExpertParallelTrainer(Trainer):
     With such a model, fairseq's own trainer would clip by the norm of the other parameters only;
     flatten the gradients of experts and others together under --fp16; retry a batch that did not
     fit into memory while other ranks wait; and save only rank 0's experts. Here, each rank writes
-    its experts to a file beside the checkpoint, which holds the rest and the digests of those
-    files. Any number of ranks can read them; in training, each rank reads only its own experts, so
-    that no rank needs memory for all of them.
+    its experts to a file beside the checkpoint. The checkpoint holds everything else and the
+    digests of the expert files, and any number of ranks can read it. In training, each rank reads
+    only its own experts, so that no rank needs memory for all of them.
 
     Attributes:
         group: The ranks that share the experts.

@@ -35,7 +35,7 @@ class StandIn:
 
 
 def _mask_tokens(_: MoELayer, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Mask every token as padding: (x, mask, ...)."""
+    """Return the layer's arguments, (x, mask, ...), with every token masked as padding."""
     x = arguments[0]
     return x, torch.ones(len(x), dtype=torch.bool, device=x.device), *arguments[2:]
 

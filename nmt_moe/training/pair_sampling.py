@@ -1,4 +1,4 @@
-"""Determine how often training on many language pairs uses each of them."""
+"""Determine how often training on many language pairs uses each pair."""
 
 from collections.abc import Mapping
 

@@ -13,9 +13,9 @@ certain to be drawn, all estimates are exact.
 
 Draws are with replacement, and duplicates are dropped, because then
 P(i is drawn) = 1 - (1 - p_i)^draws is known. Drawing until there is a given number of distinct
-classes would leave it unknown; counting a class as often as it was drawn has the same mean but a
-larger variance, most of all where p_i is large. N draws therefore give fewer than N classes: about
-4600 for N = 8192 and V = 793,471.
+classes would leave this probability unknown; counting a class as often as it was drawn has the same
+mean but a larger variance, most of all where p_i is large. Without duplicates, N draws give fewer
+than N classes: about 4600 for N = 8192 and V = 793,471.
 
 Source: Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; Bengio and Senecal 2003.
 """
@@ -36,7 +36,7 @@ class ClassSample:
 
     Attributes:
         ids: (S,) int64, distinct, in order of rank.
-        expected_count: (S,) float64, the probability that the class is among them, in (0, 1].
+        expected_count: (S,) float64, for each class, the probability that it is drawn, in (0, 1].
     """
 
     ids: Tensor
@@ -44,7 +44,7 @@ class ClassSample:
 
 
 def log_uniform_probability(rank: Tensor, num_classes: int) -> Tensor:
-    """Return the probability that one draw is the class of a given rank: nearly Zipf's law.
+    """Return the (nearly Zipfian) probability that one draw is the class of a given rank.
 
     Args:
         rank: int64, from 0, the most frequent class, to V - 1.
@@ -100,7 +100,7 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
         (N,) float32 (float64 for float64 features), in nats.
     """
     num_drawn = len(sample.ids)
-    # One gather, so that the backward pass allocates just one gradient of the size of `weight`.
+    # Gather once, so that the backward pass allocates just one gradient of the size of `weight`.
     rows = F.embedding(torch.cat([sample.ids, target]), weight)
     wide = torch.promote_types(features.dtype, torch.float32)
     target_logit = (features.to(wide) * rows[num_drawn:].to(wide)).sum(1)
