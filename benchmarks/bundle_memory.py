@@ -27,7 +27,7 @@ WORDS = [f"w{number}" for number in range(4000)]
 
 
 def write_bundle(folder: Path, config: GNMTConfig, dtype: str) -> Path:
-    """Export a model with random weights, whose text consists of words separated by spaces."""
+    """Export a model with random weights; its text consists of words separated by spaces."""
     torch.manual_seed(1)
     data = folder / "data"
     data.mkdir()

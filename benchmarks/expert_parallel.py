@@ -71,7 +71,7 @@ class RankStep(TrainingStep):
         self.bytes_sent = {"exchange": 0, "dense": ring_bytes(dense, world_size)}
 
     def __call__(self) -> dict[str, float]:
-        """Do one update; return the seconds of its exchange and of its sum of gradients."""
+        """Do one update; return the seconds that the exchange and the sum of gradients took."""
         with measure_traffic() as traffic:
             loss, sample_size, _ = self.criterion(self.model, self.sample)
             self.optimizer.zero_grad(set_to_none=True)
@@ -136,7 +136,7 @@ class World:
         self.shape = self._answers()[0]
 
     def __call__(self) -> dict[str, float]:
-        """Do one step on all ranks, and return the seconds of its parts."""
+        """Do one step on all ranks, and return how many seconds each part took."""
         for orders in self.orders:
             orders.send(True)
         answers = self._answers()

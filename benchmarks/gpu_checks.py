@@ -276,7 +276,7 @@ def _check_layer_case(
         torch.nn.init.normal_(parameter, std=1.0 if "gate" in key else 0.3)
     layer.to(device, dtype)
     padding = torch.rand(tokens, device=device) < 0.2 if padded else None
-    # Use numbers of few bits: x and the gates are then the same in all dtypes, and rounding does
+    # Use numbers with few bits: x and the gates are then the same in all dtypes, and rounding does
     # not decide between experts.
     x = torch.randn(tokens, config.model_dim).to(dtype).to(device).requires_grad_()
     wide = MoELayer(config).eval().to(device, torch.float64)

@@ -3,8 +3,8 @@
 #
 # The script first tries and checks every kernel and then times it. It stops at the first wrong result; if it is run
 # again, it resumes there. To repeat a part, delete OUT/NN-PART.md. Each part writes its table to OUT/NN-PART.md, and
-# OUT/summary.md has all tables. The script needs torch with CUDA and Triton. The parts `train-step` and `training` also
-# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer; they say so if it is missing.
+# OUT/summary.md contains all tables. The script needs torch with CUDA and Triton. The parts `train-step` and `training` also
+# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer; a part says so if what it needs is missing.
 #   --dry-run   tiny sizes, under Triton's interpreter, without a GPU: shows that the programs work
 #   PART...     run only these parts: machine memcheck racecheck initcheck rows gating adam layer train-step training
 #               products kernels sweep-products sweep-adam layers-1 to layers-9 profile

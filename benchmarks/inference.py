@@ -265,7 +265,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line per bundle: seconds until it can translate, each measured in its own process.
+    """Return a line per bundle: how long it takes to be ready, measured in a new process.
 
     A bundle is warm if its files are still in memory, and cold after the system was told to drop
     them.
@@ -326,11 +326,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--ctranslate2", nargs="*", default=[], metavar="FOLDER[:TYPE]", help="converted models"
     )
-    parser.add_argument(
-        "--interactive", action="store_true", help="the command fairseq-interactive too"
-    )
+    parser.add_argument("--interactive", action="store_true", help="also time fairseq-interactive")
     parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
-    parser.add_argument("--one", type=int, default=50, help="how many also one at a time (50)")
+    parser.add_argument("--one", type=int, default=50, help="how many of them one at a time (50)")
     parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument(

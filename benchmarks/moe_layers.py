@@ -19,7 +19,7 @@ Answer = tuple[Tensor, Tensor | None]
 
 
 class Layer(nn.Module):
-    """A layer of a library: tokens (N, D) to outputs (N, D) and a balance loss or None.
+    """A library's layer: it maps tokens (N, D) to outputs (N, D) and a balance loss or None.
 
     `capacity` is the most tokens per expert divided by the mean, for libraries that have a limit.
 
@@ -224,7 +224,7 @@ PLAIN: dict[str, type[Layer]] = {"torch_loop": LoopLayer, "torch_grouped_mm": Gr
 def build_layer(
     layer_class: type[Layer], point: Point, device: str, capacity: float = CAPACITY
 ) -> Layer:
-    """Make a layer with random weights, whose logits have a standard deviation of 1.
+    """Make a layer with random weights; its logits have a standard deviation of 1.
 
     Experts therefore get unequal numbers of tokens, as in training. The weight of the noise has its
     initial value, 0, so the scale of the noise is softplus(0) + 0.01.

@@ -31,7 +31,7 @@ class Competitor(Protocol):
     """The interface of what a worker measures."""
 
     def run(self, mode: str) -> dict[str, float] | None:
-        """Run a mode once; may return the seconds of its parts."""
+        """Run a mode once; may return how many seconds each part took."""
 
     def rest(self) -> None:
         """Free the memory that only a run needs."""
@@ -116,7 +116,7 @@ class LayerRun:
 
 
 def make_optimizer(layer: Layer, factored: bool, device: str) -> torch.optim.Optimizer:
-    """Make a layer's optimizer: torch's fastest Adam, or the factored one for nmt_moe's."""
+    """Make a layer's optimizer: torch's fastest Adam, or factored Adam for nmt_moe's layers."""
     if factored:
         return training.FactoredAdam(layer.parameters(), lr=1e-4)
     fastest = {"foreach": True} if device == "cuda" else {"fused": True}
@@ -184,7 +184,7 @@ class Worker:
         return samples
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: the peak so far above the start, and all that is held now."""
+        """Return, in bytes, how far the peak is above the start and how much is held now."""
         peak = timing.peak_bytes(self.device) - self._before
         if self.device == "cuda":
             torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ import torch
 # Working directory of the processes that these programs start, so that they can import these
 # modules.
 REPOSITORY = Path(__file__).resolve().parent.parent
-# A job runs a competitor once, and may return the seconds of its parts.
+# A job runs a competitor once, and may return how many seconds each part took.
 Job = Callable[[], Mapping[str, float] | None]
 
 

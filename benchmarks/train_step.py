@@ -72,7 +72,7 @@ class TrainingStep:
         self.sample = make_sample(dictionary, args.sentences, args.length, args.device)
 
     def __call__(self) -> dict[str, float]:
-        """Do one update; return the seconds of its parts."""
+        """Do one update; return how many seconds each part took."""
         marks = [self._now()]
         loss, sample_size, _ = self.criterion(self.model, self.sample)
         marks.append(self._now())

@@ -64,13 +64,13 @@ use_environment() {
 # nmt-moe COMMAND...: the project's command, even if it is not installed.
 nmt-moe() { python -m nmt_moe.cli "$@"; }
 
-# export_bundle CHECKPOINT FOLDER ARGUMENT...: write a model as a bundle, which needs neither fairseq nor its data.
+# export_bundle CHECKPOINT FOLDER ARGUMENT...: write a model as a bundle, which can be used without fairseq and its data.
 export_bundle() {
   nmt-moe export "$1" --output "$2" --overwrite "${@:3}" >/dev/null
   say "exported: $2"
 }
 
-# digest: print the sha256 of standard input.
+# digest: print the SHA-256 hash of standard input.
 digest() { { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-64; }
 
 # step_key PREVIOUS NAME SETTINGS: print the key of a step that follows the step with the key PREVIOUS (empty for the first).
@@ -154,7 +154,7 @@ check_settings() {
   [[ -z ${AVERAGE+set} || -z ${UPDATES+set} || -z ${SAVE_INTERVAL+set} ]] || check_averaging
 }
 
-# check_averaging: reject settings with which there would be fewer than AVERAGE checkpoints.
+# check_averaging: reject settings that would give fewer than AVERAGE checkpoints.
 check_averaging() {
   ((AVERAGE * SAVE_INTERVAL <= UPDATES)) ||
     die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"

@@ -1,4 +1,4 @@
-"""The wording of errors: name, rule, value, remedy."""
+"""The wording of errors: name, rule, value and remedy."""
 
 import pytest
 import torch

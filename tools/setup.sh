@@ -10,7 +10,7 @@
 #
 # Environment variables:
 #   NMT_MOE_PYTHON  a Python that already has everything; it is checked and used as it is, and nothing is installed
-#   PYTHON          the Python 3.11 or 3.12 from which to create .venv (default: the first one on PATH)
+#   PYTHON          the Python 3.11 or 3.12 from which to create .venv (default: the first such on PATH)
 #   PIP_*           pip's own settings; PIP_INDEX_URL, for instance, names another package index
 set -euo pipefail
 

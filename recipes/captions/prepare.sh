@@ -6,8 +6,8 @@
 # are skipped; a changed variable repeats what depends on it. Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en)
-#   VALID_LINES  last lines of TRAIN, held out for validation (5000)
-#   VOCAB_SIZE   pieces of the vocabulary (8000)
+#   VALID_LINES  how many of the last lines of TRAIN are held out for validation (5000)
+#   VOCAB_SIZE   pieces in the vocabulary (8000)
 #   WORK         folder to write (recipes/captions/work)
 #   THREADS      processes for binarising (1)
 set -euo pipefail

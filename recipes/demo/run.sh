@@ -35,7 +35,7 @@ LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-96}
 NUM_EXPERTS=${NUM_EXPERTS:-8}
 TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-128}
-# In so narrow a model, attention forms with this wide range in a third of the updates that it needs with 0.15.
+# In a model this narrow, a range this wide lets attention form in a third of the updates that it needs with 0.15.
 INIT_RANGE=${INIT_RANGE:-0.3}
 DROPOUT=${DROPOUT:-0}
 BEAM=${BEAM:-5}

@@ -26,8 +26,8 @@ SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"  # 1
 NUM_TRAIN, NUM_HELD_OUT = 99, 50
 # A shard has about 42 MB.
 MAX_SHARD_BYTES = 1 << 29
-# White space at which fairseq would split a word, and text that looks like its name, so that names
-# stay unique.
+# White space at which fairseq would split a word, and text that looks like an escaped character, so
+# that every escape can be told from text.
 CUTS = re.compile(r"[^\S ]|<(?=U\+[0-9A-F]{4}>)")
 
 
@@ -85,7 +85,7 @@ def keep_words(line: bytes) -> bytes:
 @click.option("--folder", type=Path, required=True, help="Folder for the archive.")
 @click.option("--target", type=Path, required=True, help="Folder for train, valid and test.")
 @click.option("--shards", type=int, default=NUM_TRAIN, help="Training shards to use.")
-@click.option("--lines", type=int, default=0, help="Lines to use of each shard; 0: all.")
+@click.option("--lines", type=int, default=0, help="Lines to use from each shard; 0: all.")
 @click.option("--address", default=ADDRESS, help="Folder of the archive (LM1B_MIRROR).")
 @click.option("--sha256", default=SHA256, help="Digest of the archive (LM1B_SHA256).")
 def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha256: str) -> None:

@@ -6,7 +6,7 @@
 # tokens with the text's words. Finished steps are skipped. Variables:
 #   SLICE        1 uses the first 20,000 lines of one training shard, to try the recipe on a small machine (0)
 #   SHARDS       training shards, the first of 99 (99; with SLICE 1)
-#   SHARD_LINES  lines of each shard, including held-out ones; 0: all (0; with SLICE 20000)
+#   SHARD_LINES  lines used from each shard, including held-out ones; 0: all (0; with SLICE 20000)
 #   MIN_COUNT    rarer words become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
 #   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); may be file:///...
 #   LM1B_SHA256  its digest (the public one)

@@ -4,7 +4,7 @@
 # Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, and calls
 # evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them share; run
 # prepare.sh on one of them first.
-#   SLICE      1 trains a model with an eighth of the widths on a part of the text, in minutes on a laptop (0)
+#   SLICE      1 trains a model with one eighth of the widths on a part of the text, in minutes on a laptop (0)
 #   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
@@ -51,8 +51,8 @@ EPOCHS=${EPOCHS:-10}
 # the peak, so this recipe chooses it.
 WARMUP_UPDATES=${WARMUP_UPDATES:-1000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
-# Samples of the vocabulary replace the softmax over 793,471 words, 8,192 of them as in Jozefowicz et al. 2016. 0 means the
-# full softmax.
+# 8,192 samples of the vocabulary, as in Jozefowicz et al. 2016, replace the softmax over 793,471 words. 0 means the full
+# softmax.
 SAMPLES=${SAMPLES:-8192}
 # Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, several times over.
 VALID_TOKENS=${VALID_TOKENS:-512}

@@ -3,16 +3,16 @@
 #
 # Fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
 # data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
-#   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); without it they are downloaded
+#   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); if not set, they are downloaded
 #   CASE          source-lower (default): the raw text with the English side lower-cased, because its case says little;
 #                 the same model gets the cased and the lower-cased score
 #                 cased: the raw text as written
 #                 lower: the official lower-cased, tokenised text; only the lower-cased score is possible
-#   VOCAB_SIZE    pieces of the joint vocabulary (5000)
+#   VOCAB_SIZE    pieces in the joint vocabulary (5000)
 #   PIECE_TYPE    unigram or bpe (unigram)
-#   SAMPLES       further copies of the training text, each split into pieces differently at random (0)
+#   SAMPLES       additional copies of the training text, each split into pieces differently at random (0)
 #   SAMPLE_ALPHA  unigram: sharpness of the random splits; bpe: share of merges left out (0.2)
-#   EXTRA         further pairs to train on, EXTRA.en and EXTRA.PAIR, in the form of CASE (none); see back_translate.sh
+#   EXTRA         additional pairs to train on, EXTRA.en and EXTRA.PAIR, in the form of CASE (none); see back_translate.sh
 #   COPIES        how often the training text repeats the corpus's own pairs (1), to balance them against EXTRA
 #   WORK          folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); with one PAIR only
 #   THREADS       processes for binarising (2)
@@ -112,7 +112,7 @@ binarise() { # PAIR FOLDER
     --workers "$THREADS"
 }
 
-# extra_key PAIR: print what COPIES and EXTRA add to the key of a step: nothing for only the corpus.
+# extra_key PAIR: print what COPIES and EXTRA add to the key of a step; nothing if only the corpus is used.
 extra_key() {
   [[ $COPIES == 1 ]] || printf ' x%s' "$COPIES"
   [[ -z $EXTRA ]] || printf ' %s' "$(digest <"$EXTRA.en")" "$(digest <"$EXTRA.$1")"

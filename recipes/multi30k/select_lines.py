@@ -32,7 +32,7 @@ def select(lines: Iterable[str], held_back: Iterable[str]) -> Iterator[str]:
     "--without",
     type=Path,
     multiple=True,
-    help="Text to score on, whose lines are left out; repeatable.",
+    help="Text to score on; its lines are left out. Repeatable.",
 )
 @click.option("--output", type=Path, required=True, help="File to write.")
 def main(text: Path, without: Sequence[Path], output: Path) -> None:

@@ -7,8 +7,8 @@
 #   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence per line
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
 #   LANGUAGES     languages besides English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
-#   MAX_PAIRS     most training pairs to use for each language (all)
-#   VOCAB_SIZE    pieces of the shared vocabulary (16000 for tatoeba, 8000 for multi30k)
+#   MAX_PAIRS     maximum number of training pairs for each language (all)
+#   VOCAB_SIZE    pieces in the shared vocabulary (16000 for tatoeba, 8000 for multi30k)
 #   WORK          folder to write (recipes/multilingual/work/CORPUS-LANGUAGES)
 #   THREADS       processes for binarising (2)
 set -euo pipefail

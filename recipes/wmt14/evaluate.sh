@@ -30,7 +30,7 @@ SUBSET=${SUBSET:-test}
 BEAM=${BEAM:-8}
 BATCH_SIZE=${BATCH_SIZE:-64}
 OUTPUT_FOLDER=$WORK/$RUN/translations
-# Names end with the target language, by which nmt-moe score chooses the tokeniser.
+# Names end with the target language, because nmt-moe score chooses the tokeniser by it.
 OUTPUT=$OUTPUT_FOLDER/$SUBSET.$PAIR
 REFERENCE=$WORK/text/$SUBSET.reference
 

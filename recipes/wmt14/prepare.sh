@@ -14,7 +14,7 @@
 #   WORK            folder to write (recipes/wmt14_en_PAIR/work)
 #   THREADS         processes (all cores)
 #   NORMALIZE       source (default), both or none: whose punctuation is normalised (see recipes/wmt14/README.md)
-#   VOCAB_SIZE      pieces of the vocabulary (32000)
+#   VOCAB_SIZE      pieces in the vocabulary (32000)
 #   PIECE_TYPE      bpe (default, nearest to the paper's wordpieces) or unigram
 #   SAMPLE_PAIRS    number of pairs, evenly spaced, from which to learn the vocabulary (5000000); more need more memory
 #   COVERAGE        share of the characters that the pieces must cover (0.9995), which excludes rare alphabets

@@ -9,7 +9,7 @@
 #   UPDATES     updates to train (en-de 12000, en-fr 37000)
 #   LEARNING_RATE  rate after the warm-up (0.001)
 #   OPTIMIZER   adam (default), or factored_adam, which keeps a row and a column for each expert matrix (Appendix D)
-#   SAVE_INTERVAL  updates between two checkpoints, each with perplexity on valid (500)
+#   SAVE_INTERVAL  updates between two checkpoints; valid is scored at each (500)
 #   RUN         name of the run, a folder in WORK (MODEL-seedSEED);  SEED (1)
 #   DEVICE      auto (default), cpu or cuda;  WORK as in prepare.sh
 #   LAUNCH      torchrun (default with GPUS above 1), plain, or srun (default inside a SLURM job; GPUS are its tasks)

@@ -1,4 +1,4 @@
-"""Restore torch's number of threads, which benchmarks set for their process."""
+"""Restore torch's number of threads, because benchmarks change it for their process."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The measurements on a GPU: order, stopping, resuming, and their programs in the interpreter."""
+"""A session on a GPU: its order, stopping and resuming, and its programs in the interpreter."""
 
 import os
 import subprocess

@@ -43,7 +43,7 @@ def test_each_competitor_runs_only_what_it_supports():
 
 
 class FakeProcess:
-    """A fake process that records events; one of the fakes fails, and all of them hold memory."""
+    """A fake process that records events; all fakes hold memory, and one of them fails."""
 
     events: list[str] = []
     failing = ""

@@ -29,7 +29,7 @@ def test_flops_by_hand_of_the_recurrent_wiring():
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
         # Three LSTMs run over 10 source tokens, and two over 10 target tokens, from D to the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
-        # The recurrent input is D, or in decoder LSTM 1, output and context, 2 D.
+        # The recurrent input is D, or, in decoder LSTM 1, output and context with 2 D in total.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
         "LSTM projection": 6 * 5 * 10 * 8 * 4,
         # There are 20 tokens and 4 experts, once for the logits and once for the noise.
@@ -61,8 +61,8 @@ def test_a_dense_model_has_no_products_of_an_moe():
 @pytest.mark.usefixtures("torch_operations")
 def test_the_list_agrees_with_what_the_model_computes(monkeypatch):
     monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is not a necessary product
-    # At each LSTM's first step, torch omits the gradient of the zero state, B D 4 H; in the
-    # recurrent wiring, decoder LSTM 1 computes it for the context, but not for its query.
+    # At each LSTM's first step, torch omits the gradient of the zero state, B D 4 H operations;
+    # in the recurrent wiring, decoder LSTM 1 computes it for the context, but not for its query.
     zero_state, zero_query = 2 * 2 * 4 * 32, 2 * 2 * 4 * 4
     for wiring, left_out in (
         ("parallel", 5 * zero_state),

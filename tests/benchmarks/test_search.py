@@ -14,7 +14,7 @@ NAMES = ["stock", "penalties", "pruning", "penalties, pruning"]
 
 @pytest.fixture
 def line(tmp_path, monkeypatch):
-    """A random model with confident predictions, its data, and the flags for both."""
+    """A random model with confident predictions, its data, and the flags that name both."""
     args = SimpleNamespace(
         arch="lstm_moe_gnmt_small",
         attention_wiring=["parallel"],

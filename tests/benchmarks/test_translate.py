@@ -28,7 +28,7 @@ def test_the_table_has_a_row_for_each_model(capsys, tmp_path):
     found = json.loads(path.read_text())["rows"]
     for row in found:
         assert len(row["seconds"]) == 2
-        # 2 batches of 4 tokens and the end: 10 steps for 4 sentences
+        # 2 batches of 4 tokens and the end mark take 10 steps for 4 sentences
         steps_per_second = 1 / row["seconds_per_step"]
         assert row["sentences_per_second"] * 10 / 4 == pytest.approx(steps_per_second)
 
@@ -48,7 +48,8 @@ def test_fairseqs_lstm_gets_the_widths_of_the_other_models(tmp_path):
     model = tasks.setup_task(config.task).build_model(config.model)
     assert model.encoder.embed_tokens.embedding_dim == 256
     assert model.encoder.lstm.hidden_size == 512
-    # As many levels as the other models have: a bidirectional pair, and two layers above it.
+    # The encoder has as many levels as those of the other models: a bidirectional pair and two
+    # layers above it.
     assert model.encoder.lstm.num_layers == 3
     assert len(model.decoder.layers) == 3
     assert model.decoder.fc_out.in_features == 256

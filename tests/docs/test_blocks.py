@@ -1,4 +1,4 @@
-"""Every command block of README and docs runs on a tiny text and with tiny models."""
+"""Every command block in the README and docs runs on a tiny text and with tiny models."""
 
 import os
 import random
@@ -24,12 +24,13 @@ pytest.importorskip("fairseq")
 # The first test waits for a whole training run, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
 
-# The blocks of this page create what other pages use: pieces, data, checkpoints, a bundle.
+# The blocks of this page create what other pages use: pieces, data, checkpoints and a bundle.
 FIRST = "docs/train.md"
 PORT = "5000"  # the server's port in the pages
 TEXT = "the a cat dog house tree runs sees big red under with two birds sing"
 
-# Options that are added to a reader's commands, so that they take a second. The last value counts.
+# Options that are added to a reader's commands, so that each takes a second. If an option is given
+# twice, the last value counts.
 SHIMS = {
     "fairseq-train": """
 sizes=(--cpu --model-dim 16 --lstm-hidden-dim 16 --hidden-dim 32 --max-update 2 --num-workers 0)

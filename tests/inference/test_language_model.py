@@ -73,7 +73,7 @@ def test_perplexities_by_hand():
     assert one.perplexity_per_word == pytest.approx(2 ** (4 / 2))
     assert one.perplexity_per_character == pytest.approx(2 ** (4 / 4))
     assert one.bits_per_character == pytest.approx(1.0)
-    # Three such lines, which are the same text three times, have the same perplexities.
+    # Three copies of such a line have the same perplexities.
     total = total_score([one] * 3)
     assert total.log_prob == pytest.approx(3 * one.log_prob)
     assert total.pieces == ["▁c", "at"] * 3

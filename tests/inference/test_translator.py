@@ -1,4 +1,4 @@
-"""From raw text to raw text: order, lines, batches, searches, ensembles, experts, marks."""
+"""From raw text to raw text: order, lines, batches, searches, ensembles, experts and marks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -125,7 +125,7 @@ def test_complete_words_surround_a_piece():
     assert context_of(tokens, 0) == ["", "", "<2de>", "", "unhappiness is red. </s>"]
     assert context_of(tokens, 7)[2:] == ["</s>", "", ""]
     assert context_of(["▁a", "▁", "猫"], 1) == ["a", "", "▁", "猫", ""]
-    # Words without pieces; long neighbours are cut.
+    # This covers words without pieces, and long neighbours, which are cut.
     assert context_of(["a", "▁b", "c"], 1, has_pieces=False) == ["a", "", "▁b", "", "c"]
     left, *_, right = context_of(["▁" + "y" * 90, "▁m", "▁" + "z" * 90], 1)
     assert left == "…" + "y" * 48

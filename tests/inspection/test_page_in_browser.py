@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, list[str]]:
-    """Open the page; also return its errors and its requests for anything but itself."""
+    """Open the page; return it, its errors and its requests for anything but itself."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []

@@ -31,7 +31,7 @@ REFERENCES = ["a dog", "cat", "a red cat", " ", *HOSTILE]
 
 
 class Reader(html.parser.HTMLParser):
-    """A parser that collects what a page has, and checks that every element ends."""
+    """A parser that collects a page's contents and checks that every element is closed."""
 
     VOID = ("meta", "br", "rect", "line")
 

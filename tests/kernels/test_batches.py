@@ -1,4 +1,4 @@
-"""Tests of which experts share a batched product, and where their rows go."""
+"""Test which experts share a batched product, and where their rows go."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Blocks on a multiprocessor, at least; fewer cannot hide the time that loads take.
+# The least number of blocks per multiprocessor; fewer cannot hide the time that loads take.
 LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "gating": 3, "adam": 3, "gather": 8, "sum": 5}
 
 
@@ -80,6 +80,6 @@ def test_offsets_of_gating_have_64_bits(reports):
 
 
 def test_gating_needs_no_more_instructions_than_it_did(reports):
-    """At 256 experts, 329 to 336 an element forward and 298 to 301 backward were measured."""
+    """At 256 experts, 329 to 336 per element forward and 298 to 301 backward were measured."""
     for name, report in chosen(reports, "gating 256").items():
         assert report["per_element"] <= (350 if "forward" in name else 310), name

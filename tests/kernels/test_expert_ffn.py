@@ -6,7 +6,7 @@ import torch
 from nmt_moe.kernels import _products, expert_ffn, reference
 from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, poisoned_memory
 
-SHAPES = [  # (rows of each expert, dim, hidden)
+SHAPES = [  # (rows per expert, dim, hidden)
     pytest.param([4, 6, 3, 5], 8, 16, id="the-usual-case"),
     pytest.param([11, 20, 0, 33, 7], 5, 11, id="nothing-is-a-power-of-two"),
     pytest.param([0, 1, 0, 1, 0, 0], 3, 4, id="most-experts-are-without-rows"),

@@ -1,4 +1,4 @@
-"""One update by factored Adam, by hand, against its definition, and in Triton's interpreter."""
+"""One update of factored Adam: worked out by hand, compared with its definition, interpreted."""
 
 from importlib import import_module
 

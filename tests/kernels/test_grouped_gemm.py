@@ -10,7 +10,7 @@ from nmt_moe.kernels import _products, grouped_gemm, has_compiled_loops, referen
 from nmt_moe.kernels._backend import INTERPRETED
 from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, poisoned_memory
 
-SHAPES = [  # (rows of each expert, dim, out dim)
+SHAPES = [  # (rows per expert, dim, out dim)
     pytest.param([3, 2], 16, 32, id="fewer-rows-than-a-block"),
     pytest.param([5, 17, 40], 33, 70, id="nothing-is-a-power-of-two"),
     pytest.param([0, 4, 0, 9, 0], 8, 24, id="first-middle-and-last-without-rows"),
@@ -126,7 +126,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
 
 @pytest.fixture
 def float32_settings():
-    """Restore torch's old and new settings for float32 products."""
+    """Restore torch's settings for float32 products, old and new."""
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
     for owner in (torch.backends, torch.backends.cuda.matmul):
@@ -184,7 +184,7 @@ def test_repeated_runs_agree_bit_for_bit(device):
 def test_tiles_by_hand(kernels):
     tiles = kernels.list_tiles(offsets_of([0, 20, 1, 0, 16]), 37, 16)
     assert tiles.first_tile.tolist() == [0, 0, 2, 3, 3, 4]
-    # ceil(37 / 16) + min(5, 37) tiles for any routing; here four have rows.
+    # There are ceil(37 / 16) + min(5, 37) tiles whatever the routing; here four of them have rows.
     assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
 
 

@@ -1,4 +1,4 @@
-"""The fused LSTM compared with torch's: outputs, last states, all gradients, bits."""
+"""The fused LSTM compared with torch's: outputs, last states and all gradients."""
 
 import os
 import subprocess

@@ -147,7 +147,7 @@ def test_narrow_dtypes_agree_with_float64(dtype):
     grad = torch.randn_like(ours)
     mine = torch.autograd.grad(ours, leaves, grad)
     expected = torch.autograd.grad(theirs, wide, grad.double())
-    # Each value is rounded four times by this much, in sums up to 24 times as large.
+    # Each value is rounded four times by this much, in sums that are up to 24 times as large.
     scale = 4 * torch.finfo(dtype).eps
     for name, one, other in zip(("y", *NAMES), (ours, *mine), (theirs, *expected), strict=True):
         error = (one.double() - other).norm() / other.norm()

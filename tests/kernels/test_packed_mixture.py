@@ -46,7 +46,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 4), (90, 3), (0, 2)])
 def test_it_equals_the_mixture_used_in_training(tokens, top_k, dtype, way):
     x, gates, expert_ids, weight_in, weight_out = draw(tokens, top_k)
-    if tokens > 2:  # a token with one slot fewer, and one without any
+    if tokens > 2:  # one token has one slot fewer, and another has none
         expert_ids[0, -1], gates[0, -1] = NUM_EXPERTS, 0
         expert_ids[1], gates[1] = NUM_EXPERTS, 0
     expected = mixture_ffn(x, gates, plan_rows(expert_ids, NUM_EXPERTS), weight_in, weight_out)

@@ -15,7 +15,7 @@ SHAPES = [  # (rows, inputs, outputs)
 
 @pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
-    """Use the products of large matrices for all sizes, also without tiles or FBGEMM."""
+    """Use the products meant for large matrices at all sizes, also without tiles or FBGEMM."""
     for name in ("PACKED_FROM", "NARROW_FROM", "TILED_FROM"):
         monkeypatch.setattr(quantised, name, 0)
     if request.param == "tiles":

@@ -23,7 +23,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 CASES = [
     (kernel, dtype) for kernel in KERNELS for dtype in DTYPES[: 1 if kernel == "gating" else 3]
 ]
-LAUNCHERS = {  # one launcher of each kernel
+LAUNCHERS = {  # one launcher for each kernel
     "combine_rows": ("combine_rows", "combine_rows_backward"),
     "factored_adam": ("factored_adam", "factored_adam"),
     "gather_rows": ("gather_rows", "sum_rows"),

@@ -1,4 +1,4 @@
-"""Configurations from which no MoE layer can be built."""
+"""Reject configurations that no MoE layer can have."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Balance losses, each computed by hand."""
+"""Balance losses, worked out by hand."""
 
 import torch
 

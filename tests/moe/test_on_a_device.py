@@ -106,7 +106,7 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
     with waits:
         found = run(layer, padding, noise, device)
-    if gate == "strictly_balanced":  # it reads how many experts the busiest token has
+    if gate == "strictly_balanced":  # this path reads how many experts the busiest token has
         assert waits.lines
     else:
         assert not waits.lines
@@ -117,7 +117,8 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
             value.cpu(),
             definition,
             rtol=1e-4,
-            atol=1e-5 * max(largest, 1.0),  # sums that cancel round as their terms do
+            # Sums whose terms cancel have the rounding errors of their terms.
+            atol=1e-5 * max(largest, 1.0),
             msg=lambda text, name=name: f"{name}: {text}",
         )
 

@@ -1,4 +1,4 @@
-"""Measures of gates and experts, by hand and against the definition."""
+"""Measures of gates and experts, worked out by hand and compared with their definitions."""
 
 import math
 

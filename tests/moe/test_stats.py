@@ -1,4 +1,4 @@
-"""How many experts were used, by hand."""
+"""How many experts were used, worked out by hand."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The language model's network: by hand, step by step, and what it refuses."""
+"""The language model's network: worked out by hand, run step by step, and what it refuses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""With any number of ranks, each with its own experts, training equals that of one process."""
+"""Training gives the same results on any number of ranks, each with its own experts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ DIM, EXPERTS = 6, 8
 FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)
 GROUPED = replace(FLAT, num_groups=4, top_k=2)
 # Numbers of tokens on each of four ranks in two accumulated batches. With two ranks, each has the
-# tokens of two of these.
+# tokens that two of the four have here.
 TOKENS = ((5, 3, 2, 7), (1, 4, 0, 3))
 # In the first batch this rank has only padding.
 ONLY_PADDING = 1
@@ -124,7 +124,7 @@ def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dic
 
 
 def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
-    """Return a strictly balanced layer's results for tokens with few or many experts."""
+    """Return a strictly balanced layer's results for tokens that use few or many experts."""
     torch.manual_seed(0)
     config = MoEConfig(DIM, 5, EXPERTS, 2, gate="strictly_balanced")
     layer = MoELayer(config, group=make_expert_parallel_group(EXPERTS, 0, size)).eval()

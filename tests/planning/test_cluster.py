@@ -1,4 +1,4 @@
-"""The planner: compared with two real processes and with numbers by hand, and its bad input."""
+"""The planner: compared with two real processes and figures worked out by hand; bad input."""
 
 import argparse
 import json

@@ -16,7 +16,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLanguageModel, LSTMLMConfig
 from nmt_moe.planning import VOCABULARY, Card, find_configs, make_card
 from nmt_moe.planning.network import build_modules
 
-# Architecture, ops/timestep, parameters; in millions, as printed.
+# Architecture, operations per timestep and parameters, in millions, as printed.
 # Source: Shazeer et al. 2017, Table 7.
 TABLE_7 = [
     ("lstm_lm_2048_512", "9.4", "9.4"),
@@ -89,7 +89,7 @@ def test_translation_costs_what_the_paper_prints(
         # Count with and without embedding and softmax, for 32,000 wordpieces or 2^15.
         for count in (card.total, card.total + 2 * 512 * 768):
             assert f"{count / 1e9:.1f}" == params
-    if ops == 85:  # 2^15 wordpieces would also fit; 102 would be 103
+    if ops == 85:  # 2^15 wordpieces would also fit, except that 102 would be 103
         assert round((card.ops + 512 * 768) / 1e6) == 85
 
 

@@ -1,4 +1,4 @@
-"""The demo: its corpus by hand, and a miniature run of all its steps."""
+"""The demo: sentences of its corpus, written out by hand, and a miniature run of all its steps."""
 
 import datetime
 

@@ -217,7 +217,7 @@ def test_official_form_by_hand():
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A server that gives one answer after the other, and repeats the last."""
+    """A server that gives one answer after the other, and then repeats the last one."""
 
     answers: list = []
 

@@ -1,4 +1,4 @@
-"""Tests of which experts are kept, and of how merging and upcycling change weights."""
+"""Test which experts are kept, and how merging and upcycling change weights."""
 
 from dataclasses import replace
 

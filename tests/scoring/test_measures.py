@@ -1,4 +1,4 @@
-"""Figures of `nmt-moe score` by hand and as in multi-bleu.perl, and what it refuses."""
+"""Figures of `nmt-moe score`, by hand and by multi-bleu.perl, and what the command refuses."""
 
 import json
 import math
@@ -19,7 +19,7 @@ GUIDE_REFERENCE = [
     "it is a guide to action that ensures that the military will forever heed Party commands .",
     "he was interested in world history because he read the book .",
 ]
-# The output of multi-bleu.perl of mosesdecoder@31473d88 for them, without and with -lc:
+# For these, multi-bleu.perl from mosesdecoder@31473d88 prints, without and with -lc:
 #   BLEU = 50.40, 77.4/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
 #   BLEU = 50.92, 80.6/58.6/44.4/32.0 (BP=1.000, ratio=1.069, hyp_len=31, ref_len=29)
 CASED, LOWERED = 50.40, 50.92

@@ -1,4 +1,4 @@
-"""Words by frequency, by hand."""
+"""Words by frequency, counted by hand."""
 
 import pytest
 

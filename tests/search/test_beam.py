@@ -1,4 +1,4 @@
-"""The beam search compared with a naive one, and by hand."""
+"""The beam search, compared with a naive one and with cases worked out by hand."""
 
 import itertools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pruning by hand."""
+"""Pruning, worked out by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Scores by hand."""
+"""Scores, worked out by hand."""
 
 import math
 

@@ -174,7 +174,7 @@ def test_three_hundred_hostile_requests_leave_no_trace(bundle: Path):
         def attack(maker: Callable[[random.Random], bytes], seed: int) -> None:
             request = maker(random.Random(seed))
             check(raw(port, request), KINDS[maker], request)
-            if seed % 4 == 0:  # one that disconnects midway, and one that does not wait
+            if seed % 4 == 0:  # one client disconnects midway, and one does not wait
                 for content in (as_json()[:-5], as_json()):
                     with socket.create_connection(("127.0.0.1", port)) as connection:
                         connection.sendall(content)

@@ -1,4 +1,4 @@
-"""Tests of which bundle translates which languages."""
+"""Test which bundle translates which languages."""
 
 import shutil
 from pathlib import Path

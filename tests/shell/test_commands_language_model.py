@@ -76,7 +76,7 @@ def test_two_epochs_and_two_more_give_the_same_bits_as_four(
 def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
     text_data: Path, unbroken: Path, tmp_path: Path
 ):
-    # Update 7 is the second of epoch 2's five.
+    # Update 7 is the second of the five in epoch 2.
     shutil.copy(unbroken / "checkpoint_2_7.pt", tmp_path / "checkpoint_last.pt")
     train(text_data, tmp_path, "--max-epoch", 4, *SAMPLED)
     assert_same_training(unbroken, tmp_path)
@@ -190,7 +190,7 @@ def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path,
 
 
 def preprocess(folder: Path, split: str, content: bytes) -> Path:
-    """Binarise a text, one of whose files has the given contents."""
+    """Binarise a text in which one file has the given contents."""
     text = write_text(folder / "text")
     (text / split).write_bytes(content)
     call("preprocess", *preprocess_flags(text, folder / "data"))

@@ -37,7 +37,7 @@ def test_two_epochs_and_two_more_give_the_same_bits_as_four(
 def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
     data: Path, trained: Path, tmp_path: Path
 ):
-    # Update 8 is the second of epoch 2's six.
+    # Update 8 is the second of the six in epoch 2.
     shutil.copy(trained / "checkpoint_2_8.pt", tmp_path / "checkpoint_last.pt")
     train(data, tmp_path, 4)
     assert_same_training(trained / "checkpoint4.pt", tmp_path / "checkpoint_last.pt")

@@ -1,4 +1,4 @@
-"""Repairs of fairseq: applied only once; corpora, batches and precision of fairseq's models."""
+"""Repairs to fairseq: applied only once; corpora, batches and precision of fairseq's models."""
 
 import argparse
 import shutil

@@ -49,7 +49,7 @@ def test_the_penalties_choose_different_translations():
 
 
 def test_coverage_is_that_of_the_hypothesis_it_scores():
-    # With a narrow beam and long translations, rows change places at most steps.
+    # With a narrow beam and long translations, rows change places at most of the steps.
     models = make_models()
     options = {"length_penalty_alpha": 0.4, "coverage_penalty_beta": 2.0}
     hypotheses = search(models, SOURCE, beam_size=6, max_len_b=9, **options)[0]

@@ -120,7 +120,7 @@ def test_a_search_encodes_each_sentence_once(wiring: str):
         [model], {"net_input": {"src_tokens": src_tokens, "src_lengths": src_lengths}}
     )
     assert all(len(nbest) == 4 and len(nbest[0]["tokens"]) >= 6 for nbest in hypotheses)
-    # There is one pass of three sentences, not of twelve hypotheses, and none at later steps.
+    # There is one pass over three sentences, not over twelve hypotheses, and none at later steps.
     assert calls == [("keys", 3), ("encoder", 3)]
 
 

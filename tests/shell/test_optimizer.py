@@ -1,4 +1,4 @@
-"""fairseq-train with `--optimizer factored_adam`: Adam for all but experts, in any precision."""
+"""fairseq-train with `--optimizer factored_adam`: Adam for all but experts, at every precision."""
 
 import shutil
 from pathlib import Path
@@ -40,7 +40,8 @@ def test_experts_keep_rows_and_columns_and_other_parameters_adams_moments(unbrok
     checkpoint = load(folder / "checkpoint_last.pt")
     states = list(checkpoint["last_optimizer_state"]["state"].values())
     factored = [state for state in states if "row_mean" in state]
-    # Encoder and decoder have one layer each: two weights of 4 experts, 16 wide, 16 hidden.
+    # Encoder and decoder have one layer each, with two matrices for each of 4 experts, of width 16
+    # and hidden width 16.
     assert [tuple(state["row_mean"].shape) for state in factored] == [(4, 16)] * 4
     assert all(sorted(state) == ["column_mean", "row_mean", "step"] for state in factored)
     dense = [state for state in states if "row_mean" not in state]

@@ -1,4 +1,4 @@
-"""The repairs of fairseq's option parsing."""
+"""The repairs to fairseq's option parsing."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""Tests of which sentences of the language pairs an epoch contains."""
+"""Test which sentences of the language pairs an epoch contains."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The learning rate by hand: it rises for w updates, is constant for h, then falls as 1 / sqrt."""
+"""The learning rate, by hand: it rises for w updates, is constant for h, then falls as 1 / sqrt."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Options of a search: refused by name, or obeyed."""
+"""Options of a search are either obeyed or refused by name."""
 
 import json
 import math

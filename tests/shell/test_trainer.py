@@ -361,7 +361,7 @@ def test_a_training_run_can_be_stopped_if_nothing_reads_its_output(number):
         env={**os.environ, "PYTHONPATH": str(PLUGIN.parent)},
     )
     try:
-        assert b"ready\n" in training.stdout  # lines of imports before it
+        assert b"ready\n" in training.stdout  # lines printed by imports come before it
         training.stdout.close()
         training.send_signal(number)
         assert training.wait(60) == 128 + number

@@ -21,7 +21,7 @@ PLUGIN = REPOSITORY / "nmt_moe"
 
 @dataclass(frozen=True)
 class Output:
-    """The result of a command: its exit status and all it printed or logged."""
+    """The result of a command: its exit status and everything that it printed or logged."""
 
     status: int
     text: str

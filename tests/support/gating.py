@@ -1,4 +1,4 @@
-"""Helpers of the tests of noisy top-k gating."""
+"""Helpers for the tests of noisy top-k gating."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from nmt_moe.kernels import Gating, noisy_top_k, reference
 # The tensors of each result.
 FIELDS = Gating._fields[:5]
 
-SHAPES = [  # (rows, experts, per token, sizes of groups)
+SHAPES = [  # (rows, experts, experts per token, sizes of groups)
     pytest.param(7, 4, 2, None, id="the-usual-case"),
     pytest.param(33, 7, 3, None, id="nothing-is-a-power-of-two"),
     pytest.param(5, 6, 1, None, id="one-expert-a-token"),
@@ -44,7 +44,7 @@ def assert_is_the_definition(
     one_by_one: bool = True,
     **tolerance: float,
 ):
-    """Compare results and gradients with the definition's, by name; also for single results."""
+    """Compare results and gradients, by name, with the definition's, also for single results."""
     keywords = inputs | {"row_offsets": offsets_of(sizes), "top_k": top_k}
     if not training:
         keywords["raw_scale"] = None

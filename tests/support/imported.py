@@ -1,4 +1,4 @@
-"""Imports of the server that forks the processes of `ranks.py`, so that they start quickly."""
+"""Imports for the server that forks the processes of `ranks.py`, so that they start quickly."""
 
 import importlib
 import importlib.util

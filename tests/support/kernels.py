@@ -1,4 +1,4 @@
-"""Helpers of the tests of fast operations."""
+"""Helpers for the tests of fast operations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
 """Programs that start quickly: forks of a process that has already imported torch and fairseq.
 
-Importing fairseq takes seconds, which is most of the time of a test that runs small commands.
+Importing fairseq takes seconds, which is most of the time that a test of small commands takes.
 `python()` returns a Python in a folder with the programs of this environment. The programs that
 tests start most often are clients: they send arguments, variables, folder and open files to the
 server, which forks a process that becomes the program. Each program imports the project's own
@@ -112,7 +112,7 @@ class Server:
                 self.report_ended()
             for process, client in self.clients.items():
                 if client in ready:
-                    number = client.recv(1)  # a signal to pass on; nothing: the client was killed
+                    number = client.recv(1)  # a signal to pass on; none if the client died
                     os.kill(process, number[0] if number else signal.SIGKILL)
             if self.listener in ready:
                 client, _ = self.listener.accept()

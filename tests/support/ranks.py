@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import distributed
 
-# Each process is a fork of one that has imported torch and the project, which takes seconds.
+# Each process is a fork of one that has already imported torch and the project, because importing
+# them takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.imported"])
 

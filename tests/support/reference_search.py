@@ -1,4 +1,4 @@
-"""Translate with the networks of training, which share no code with those of a bundle."""
+"""Translate with the networks used in training, which share no code with those in a bundle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""fairseq's own LSTM, on which repairs are tested, and commands with only the repairs."""
+"""fairseq's own LSTM, which serves to test repairs, and commands with only the repairs."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamesp
     (plugin / "__init__.py").write_text("import nmt_moe.compat, nmt_moe.trainer\n")
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
-    environment["PYTHON_EXEC"] = str(programs.python())  # torchrun starts ranks with it
+    environment["PYTHON_EXEC"] = str(programs.python())  # torchrun starts ranks with this program
     result = subprocess.run(
         [programs.python(), "-m", *arguments, "--user-dir", "repairs"],
         cwd=folder,

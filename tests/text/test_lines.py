@@ -141,7 +141,7 @@ def test_a_line_is_bounded_and_the_next_is_read(end: bytes):
 def test_no_more_of_a_long_line_is_kept_than_its_limit(tmp_path: Path):
     path = tmp_path / "text"
     with path.open("wb") as file:
-        file.truncate(300_000_000)  # sparse: NUL to the end
+        file.truncate(300_000_000)  # the file is sparse, so NUL follows to the end
     tracemalloc.start()
     with pytest.raises(ValueError, match="line 1 has more than 16777216 bytes"):
         count_lines(path)

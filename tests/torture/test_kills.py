@@ -20,7 +20,7 @@ LAST = "checkpoint_last.pt"
 
 
 def save_for_ever(folder: Path, first: int) -> None:
-    """Save one checkpoint after another, with its number in the weights and in the experts."""
+    """Save one checkpoint after another; the weights and the experts contain its number."""
     torch.set_num_threads(1)
     for number in range(first, first + 100_000):
         state = whole_state()

@@ -1,4 +1,4 @@
-"""FactoredAdam: what it computes, what it keeps, what it refuses."""
+"""FactoredAdam: what it computes, what it keeps and what it refuses."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ def reload(state: dict) -> dict:
 
 
 def rank_one_grad(step: int) -> Tensor:
-    """The squares are the product of a row and a column, with another factor at each update."""
+    """The squares are the product of a row and a column, with a different factor at each update."""
     generator = torch.Generator().manual_seed(3)
     row, column = (
         torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5

@@ -1,4 +1,4 @@
-"""Tests of how often pairs are seen, by hand and over many epochs."""
+"""Test how often pairs are seen: worked out by hand, and counted over many epochs."""
 
 import pytest
 

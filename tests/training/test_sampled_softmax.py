@@ -51,7 +51,7 @@ def expected_loss(features: Tensor, weight: Tensor, target: Tensor, num_draws: i
 
 
 def test_the_proposal_by_hand():
-    # The chances are log(2/1), log(3/2) and log(4/3) divided by log(4); the first is a half.
+    # The chances are log(2/1), log(3/2) and log(4/3), each divided by log(4); the first is 1/2.
     p = log_uniform_probability(torch.arange(3), 3)
     wanted = torch.tensor([2 / 1, 3 / 2, 4 / 3], dtype=torch.float64).log() / math.log(4)
     torch.testing.assert_close(p, wanted)

@@ -1,4 +1,4 @@
-"""Learning rates by hand."""
+"""Learning rates, worked out by hand."""
 
 import pytest
 
