@@ -2,10 +2,10 @@
 
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
-The model has random weights, so tokens use far more experts than in a trained model, and what is
-read after one sentence is close to the most that a sentence can need. Each pair of figures is
-measured in a separate process: the resident size of all its memory, and that of the bundle's mapped
-files, which the system can drop at any time.
+The model has random weights, so tokens use far more experts than in a trained model, and one
+sentence needs close to the most memory that a sentence can need. Each pair of figures is
+measured in a separate process: the resident size of the whole process, and the resident size of the
+bundle's mapped files, which the system can drop at any time.
 """
 
 import random

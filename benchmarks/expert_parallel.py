@@ -6,9 +6,9 @@ Each number of ranks has its own group of processes, which communicate by gloo o
 The groups take turns; while one works, the others are idle. The same number of sentences is divided
 among the ranks, and each rank holds its share of the experts. A step is the same as in
 fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
-and Adam. The seconds of a part are those of the slowest rank, including the time spent waiting for
-others. Bytes are the mean of what the ranks send; for dense gradients, of what they would send in a
-ring.
+and Adam. The time of a part is the slowest rank's, including the time spent waiting for others.
+Bytes are the mean over ranks of the bytes sent; for dense gradients, of the bytes that a ring would
+send.
 """
 
 import argparse
@@ -111,7 +111,7 @@ class World:
     """The processes for one number of ranks.
 
     Attributes:
-        shape: Numbers of `experts` and `parameters` on each rank.
+        shape: How many `experts` and `parameters` each rank holds.
         bytes_sent: Mean bytes sent by a rank in the last step, by kind.
     """
 

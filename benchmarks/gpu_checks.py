@@ -29,7 +29,7 @@ class Report:
     """The comparisons made so far; the first failure ends the check.
 
     Attributes:
-        rows: Rows of the table: what was compared, the figure, the limit, the verdict.
+        rows: Rows of the table: what was compared, the figure, the limit and the verdict.
     """
 
     rows: list[list[str]] = field(default_factory=list)

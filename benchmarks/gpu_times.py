@@ -25,7 +25,7 @@ Work = Callable[[], object]
 def seconds(work: Work, device: str, tiny: bool) -> float:
     """Return the median time of `work`, replayed as a CUDA graph to leave out the host's time.
 
-    On the CPU, which serves only for trying this out, `work` is called once.
+    On the CPU, which serves only to try out the program, `work` is called once.
     """
     if device == "cpu":
         begin = time.perf_counter()

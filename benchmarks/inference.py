@@ -5,11 +5,11 @@
 
 All of them translate the test split of --data with the same beam and limits. `batch` translates
 the split as fast as possible, and each competitor sorts by length in its own way; `one` translates
-one sentence after the other. For fairseq, the time is the one that fairseq-generate reports, that
-of its task's generator, without reading text or splitting it into pieces. For bundles and
+one sentence after the other. For fairseq, the time is the one that fairseq-generate reports: the
+generator's time, without reading text or splitting it into pieces. For bundles and
 CTranslate2, everything from raw text to raw text is timed. With --interactive, the command
-fairseq-interactive is measured, too, in a process that was started beforehand; it gets a line once
-it has answered the previous one. Start-up is measured separately.
+fairseq-interactive is also measured, in a process that was started beforehand and gets each line
+once it has answered the previous one. Start-up is measured separately.
 
 CPU seconds are shown as well, because they are more reliable on a machine that others use.
 --ctranslate2 names converted models with the same pieces, such as a Transformer that fairseq

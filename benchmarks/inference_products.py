@@ -3,9 +3,9 @@
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
 Each line of the table is for one matrix (outputs x inputs) and one number of activation rows. Times
-are microseconds of CPU time, including the quantisation of activations. Each product cycles through
-copies of its matrix, so that between two uses of a matrix as many bytes of weights are read as in a
-real model.
+are in microseconds of CPU time, including the quantisation of activations. Each product cycles
+through copies of its matrix, so that between two uses of a matrix as many bytes of weights are read
+as in a real model.
 """
 
 import argparse

@@ -10,9 +10,9 @@
 Modes: "forward" is a pass in evaluation without gradients, "fwd+bwd" a pass in training that
 creates the gradients of tokens and weights, "step" the same with the optimizer, and "gate" the
 forward and backward pass of only nmt_moe's gate. Limits: "gemm" does the same number of operations
-in dense products over all k T rows, and "bmm" in products with n weight matrices and equal numbers
-of rows; neither allocates memory. Tokens are standard normal, and so are the logits of random
-gates, so that experts get unequal numbers of tokens, as in training.
+in dense products over all k T rows, and "bmm" does it in products with n weight matrices and equal
+numbers of rows; neither allocates memory. Tokens are standard normal, and so are the logits of
+random gates, so that experts get unequal numbers of tokens, as in training.
 
 Each competitor runs in its own process, and a round measures each of them once.
 """
@@ -41,7 +41,7 @@ def choose_peers(words: list[str]) -> list[str]:
     """Return the requested peers, or with "all" those that can be imported.
 
     Raises:
-        SystemExit: if one is unknown, or requested and not installed.
+        SystemExit: if a peer is unknown, or was requested but is not installed.
     """
     others = {**PEERS, **PLAIN}
     unknown = [word for word in words if word != "all" and word not in others]
@@ -79,7 +79,7 @@ def choose_points(args: argparse.Namespace) -> list[Point]:
     """Return the point of --shape, or the points of --grid that have any of --modes.
 
     Raises:
-        SystemExit: if --only does not name one of them.
+        SystemExit: if --only does not name one of these points.
     """
     if args.shape:
         modes = tuple(mode for mode in MODES if mode in (args.modes or TRAINING))

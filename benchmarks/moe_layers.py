@@ -21,11 +21,12 @@ Answer = tuple[Tensor, Tensor | None]
 class Layer(nn.Module):
     """A library's layer: it maps tokens (N, D) to outputs (N, D) and a balance loss or None.
 
-    `capacity` is the most tokens per expert divided by the mean, for libraries that have a limit.
+    `capacity` is the maximum number of tokens per expert divided by the mean, for libraries with a
+    limit.
 
     Attributes:
         notes: How this layer differs from the requested one.
-        most_k: The largest supported number of experts per token.
+        most_k: The largest number of experts per token that the library supports.
         package: Names for importing and for installing the library; None if the layer belongs to
             this project.
         has_backward: Whether the layer has a backward pass.

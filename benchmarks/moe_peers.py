@@ -11,7 +11,7 @@ from benchmarks.moe_peers_hf import HFMixtral, HFMixtralGrouped, HFReLU, HFSwitc
 from benchmarks.moe_peers_vllm import VLLMCPU
 from benchmarks.moe_points import Point
 
-# The cost of dispatch by one-hot products is quadratic in the tokens of a group.
+# The cost of dispatch by one-hot products is quadratic in the number of tokens per group.
 GROUP = 512
 
 
@@ -22,7 +22,7 @@ def feed_forward(point: Point) -> nn.Sequential:
 
 
 def in_groups(x: Tensor) -> Tensor:
-    """View tokens (N, D) as (groups, tokens of a group, D)."""
+    """View tokens (N, D) as (groups, tokens per group, D)."""
     size = min(GROUP, len(x))
     if len(x) % size:
         raise ValueError(f"T must be a multiple of {size} for this library, but is {len(x)}.")

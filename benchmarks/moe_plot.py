@@ -29,10 +29,10 @@ class Steps:
 
 
 def parts_of_steps(document: dict[str, Any]) -> Steps:
-    """Find the size with the most numbers of experts, and split its steps into parts.
+    """Find the size measured with the most numbers of experts, and split its steps into parts.
 
     Raises:
-        ValueError: if no size has two.
+        ValueError: if no size was measured with two numbers of experts.
     """
     threads = document["settings"]["threads"]
     by_size: dict[tuple[int, ...], dict[int, tuple[Point, dict[str, dict[str, Timing]]]]] = {}

@@ -12,7 +12,7 @@ from nmt_moe.moe import MoEConfig
 # balance losses.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
-# Modes in which the bare matrix products are measured, too.
+# Modes in which the bare matrix products are also measured.
 BARE = ("forward", "fwd+bwd")
 
 
@@ -26,8 +26,8 @@ class Point:
         hidden_dim: Hidden width of an expert, H.
         num_experts: Number of experts, E.
         top_k: Experts per token, K.
-        num_groups: Groups of the hierarchical layer, G, of which each token uses sqrt(K), with
-            sqrt(K) experts each; 0 if there is no such layer.
+        num_groups: Groups of the hierarchical layer, G; each token uses sqrt(K) groups, and
+            sqrt(K) experts in each. 0 if there is no such layer.
         modes: Modes that are timed, some of `MODES`.
         dtype: Type of tokens and weights, by its name in torch.
         kind: Kind of measurement: "layer", or "gating" for only the gate's arithmetic on logits.
@@ -56,7 +56,7 @@ class Point:
 
     @property
     def rows_per_expert(self) -> float:
-        """Return the mean number of tokens of an expert."""
+        """Return the mean number of tokens per expert."""
         return self.tokens * self.top_k / self.num_experts
 
     def flops(self) -> int:

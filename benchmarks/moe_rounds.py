@@ -1,7 +1,7 @@
 """Rounds of competitors, each in its own process.
 
-In the first round, each process is started when its turn comes. As long as all fit into memory
-together, they keep running; otherwise every turn starts and ends a process.
+In the first round, each process is started when its turn comes. As long as all processes fit
+into memory together, they keep running; otherwise every turn starts and ends a process.
 """
 
 import contextlib

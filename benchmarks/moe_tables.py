@@ -23,7 +23,7 @@ class Timing:
 
     Attributes:
         samples: Seconds of the rounds that count.
-        is_clean: Whether enough rounds were undisturbed, so that only those count.
+        is_clean: Whether enough rounds were undisturbed, so that only undisturbed rounds count.
     """
 
     samples: timing.Samples

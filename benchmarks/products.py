@@ -1,4 +1,4 @@
-"""The matrix products that a training step of the translation model must do.
+"""The matrix products that a training step of the translation model requires.
 
 They come from the planner's description of the network. Other operations (activations, softmaxes,
 embeddings, dropout, sorting, the optimizer) are not included, and neither are products that could

@@ -1,7 +1,8 @@
 """Time the loss of a softmax layer, full and by importance sampling, forward and backward.
 
 A step computes the logits, the loss, and the gradients of features and weight; the sampled softmax
-also draws its samples. Both create a gradient of the weight's full size, as optimizers require.
+also draws its samples. The full and the sampled softmax both create a gradient as large as the
+weight, because optimizers require it.
 """
 
 import argparse

@@ -3,15 +3,15 @@
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
 This compares fairseq's own search ("stock", all options off) with GNMT's penalties, GNMT's pruning,
-and both, with GNMT's values. The time is the one that fairseq-generate reports, that of its task's
-generator on batches of its own iterator, which sorts sentences by length. Translations have their
-natural lengths, so the model must be trained: a random model assigns similar scores to everything,
-and nothing is pruned.
+and the two together, with GNMT's values. The time is the one that fairseq-generate reports: the
+generator's time on batches of its own iterator, which sorts sentences by length. Translations have
+their natural lengths, so the model must be trained: a random model assigns similar scores to
+everything, and nothing is pruned.
 
-`steps` and `rows` count calls of the decoder and the hypotheses evaluated in them. `same` is the
-share of sentences whose best translation is the same as with "stock" or, for the row with both, as
-with "penalties". `BLEU` is computed on the binarised pieces of the data's targets, so use it only
-to compare these rows.
+`steps` counts calls of the decoder, and `rows` counts the hypotheses evaluated in these calls.
+`same` is the share of sentences whose best translation is the same as with "stock" or, in the row
+with penalties and pruning, as with "penalties". `BLEU` is computed on the binarised pieces of the
+data's targets, so use it only to compare these rows.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class Search:
 
     Attributes:
         num_steps: Counted steps of the decoder.
-        num_rows: Hypotheses evaluated in them.
+        num_rows: Number of hypotheses evaluated in these steps.
         best: Best translation of each sentence, by sentence number.
     """
 

@@ -118,7 +118,7 @@ def ask_at_once(
     """Let all clients request translations at once, each sending one request after another.
 
     Returns:
-        Sentences per second, and the seconds of each request.
+        Sentences per second, and how many seconds each request took.
     """
 
     def ask(own: Sequence[str]) -> list[float]:
@@ -201,7 +201,7 @@ class Soak:
 
     Attributes:
         texts: Sentences.
-        expected: The translator's own answer for each.
+        expected: The translator's own answer for each sentence.
         alternatives: The translator's alternatives for each sentence when two are requested.
     """
 

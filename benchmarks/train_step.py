@@ -1,10 +1,10 @@
-"""Time a training step, and compare it with the bare matrix products it must do.
+"""Time a training step, and compare it with the bare matrix products that it requires.
 
     python -m benchmarks.train_step --threads 2 --sentences 64 --length 25 --rounds 7
 
 A step consists of forward pass, loss, backward pass and Adam, on random sentences of one length,
-with the model, the criterion and the Adam that fairseq-train would use. All models, and the
-products of each (see products.py), take turns in one process. Peak memory is measured over two
+with the model, the criterion and the Adam that fairseq-train would use. All models, and each
+model's products (see products.py), take turns in one process. Peak memory is measured over two
 steps in a separate process, minus the memory in use after the imports. Tokens are target tokens;
 there are as many source tokens.
 """

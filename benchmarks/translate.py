@@ -2,8 +2,8 @@
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
-The time is the one that fairseq-generate reports, that of its task's generator on batches of its
-own iterator. With --command, the whole command is timed, too. The models have random parameters, so
+The time is the one that fairseq-generate reports: the generator's time on batches of its own
+iterator. With --command, the whole command is also timed. The models have random parameters, so
 every hypothesis is forced to have --length tokens (min_len = max_len): all models do the same
 number of steps, and no batch shrinks. Source sentences have between --length / 2 and --length
 tokens.
@@ -11,8 +11,8 @@ tokens.
 fairseq's lstm has the same embedding width, hidden size and number of decoder layers as
 lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder, which is two, as in
 lstm_moe_gnmt_small. Both of its encoder layers are bidirectional, while only the bottom layer of
-lstm_moe_gnmt_small is; its LSTMs have no projection. All models use the same dictionary, sentences,
-batch and beam.
+lstm_moe_gnmt_small is; fairseq's LSTMs have no projection. All models use the same dictionary,
+sentences, batch and beam.
 """
 
 import argparse

@@ -58,8 +58,8 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
 def main(bits: float, scored: int, pieces: Path, text: Path) -> None:
     """Print perplexity per piece and per word, and bits per character.
 
-    The same loss, of all pieces and end marks, is divided by three counts; only that of pieces
-    includes the end marks.
+    The same loss, summed over all pieces and end marks, is divided by three counts; only the
+    count of pieces includes the end marks.
     """
     print(score_text(bits, scored, pieces, text))
 

@@ -2,8 +2,8 @@
 """Count sentences and words of train, valid and test, and compare with the published counts.
 
 The benchmark's README gives 829,250,940 training tokens, including a mark at the start and at the
-end of each sentence, and the numbers of scored tokens of its held-out shards, which are words and
-one end mark for each sentence. Without the marks of 30,301,028 sentences, there are 768,648,884
+end of each sentence, and the number of scored tokens in each held-out shard; these are words and
+one end mark per sentence. Without the marks of 30,301,028 sentences, there are 768,648,884
 words; others have counted the same number.
 
 Source: https://github.com/ciprian-chelba/1-billion-word-language-modeling-benchmark, README and
@@ -54,7 +54,7 @@ NAMES = {
 def count(path: Path) -> Counts:
     """Count lines, and words separated by ASCII white space, like the published figures.
 
-    `wc -w` leaves out words without a printable character: 2,358 in the training text.
+    `wc -w` leaves out words without a printable character; the training text has 2,358 of them.
     """
     sentences = words = 0
     with path.open("rb") as file:

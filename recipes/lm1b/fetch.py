@@ -2,8 +2,9 @@
 """Download, verify and unpack the text of the One Billion Word benchmark.
 
 The digest is the one that public loaders of the archive pin; the benchmark's own page gives none.
-The text is written so that fairseq finds the benchmark's own words in it: Unicode white space, at
-which fairseq splits words and the benchmark does not, is written as `<U+00A0>` and the like.
+The text is written so that fairseq finds the benchmark's own words in it: fairseq, unlike the
+benchmark, splits words at Unicode white space, so such characters are written as `<U+00A0>` and the
+like.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
 
 
 def keep_words(line: bytes) -> bytes:
-    """Return a line whose words, separated by ASCII white space, fairseq will not split.
+    """Return a line in which fairseq finds exactly the words separated by ASCII white space.
 
     fairseq also splits words at Unicode white space (U+0085, U+00A0, U+2028, ...), and lines at a
     carriage return. The benchmark has words that contain, or consist of, such characters. Each word

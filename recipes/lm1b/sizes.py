@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Print the widths of a language model, or an eighth of them, as flags of fairseq-train.
+"""Print the widths of a language model, or one eighth of them, as flags of fairseq-train.
 
-All three widths are divided and the number of experts stays the same. In every model, LSTMs and
-experts therefore shrink to a 64th of their operations and weights, and gates to an eighth.
+All three widths are divided, and the number of experts stays the same. In every model, LSTMs and
+experts therefore shrink to one 64th of their operations and weights, and gates to one eighth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
     """Return the widths of architecture `model`, divided by `divisor`.
 
     Raises:
-        ValueError: if it is not one of this project's language models.
+        ValueError: if `model` is not one of this project's language models.
     """
     architectures = find_options()
     # Imported late, because fairseq must be set up first.

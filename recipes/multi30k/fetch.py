@@ -18,7 +18,7 @@ from recipes.downloads import bounded, damage_named, download
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
 MAX_BYTES = 1 << 24  # the largest text has 2 MB
-# Folders of a copy that may have the files: without structure, or as in the public repository.
+# Folders in a copy that may have the files: flat, or structured as in the public repository.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
 

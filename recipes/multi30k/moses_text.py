@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Lower-case, normalise and tokenise text as Multi30k's official lc.norm.tok files were made.
 
-From standard input to standard output. The order is that of the data set's task1-tokenize.sh:
-lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, all as implemented in
-sacremoses. Of the 2,014 lines in the official val and test_2016_flickr files, this reproduces 2,014
-English, 2,013 German and 2,012 French lines exactly.
+Reads standard input and writes standard output. The order of the steps is that of the data set's
+task1-tokenize.sh: lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, all as
+implemented in sacremoses. Of the 2,014 lines in the official val and test_2016_flickr files, this
+reproduces 2,014 English, 2,013 German and 2,012 French lines exactly.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def main(text: Path, without: Sequence[Path], output: Path) -> None:
     lines = list(read_lines(text, allow_controls=True))
     selected = list(select(lines, held_back))
     if not selected:
-        raise ValueError(f"{text}: no line is left to translate. Name a text of another source.")
+        raise ValueError(f"{text}: no line is left to translate. Name a text from another source.")
     output.write_text("".join(line + "\n" for line in selected), encoding="utf-8")
     print(f"{output}: {len(selected)} of {len(lines)} lines")
 

@@ -236,7 +236,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_message(bundle: Path):
 
 @pytest.mark.parametrize("name", ["input", "output"])
 def test_closed_streams_are_reported(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, f"std{name.removesuffix('put')}", None)  # as Python does for a closed one
+    monkeypatch.setattr(sys, f"std{name.removesuffix('put')}", None)  # as if it were closed
     with pytest.raises(click.ClickException, match=f"standard {name} is closed. Name a file"):
         main(["translate", str(bundle)], standalone_mode=False)
 
