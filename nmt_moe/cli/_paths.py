@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-# The file by which a bundle is recognised.
+# A folder that contains this file is a bundle.
 BUNDLE_FILE = "config.json"
 
 

@@ -1,4 +1,4 @@
-"""`nmt-moe card`: the costs of an architecture."""
+"""`nmt-moe card`: print the costs of an architecture."""
 
 from __future__ import annotations
 

@@ -62,7 +62,11 @@ def _output_options(function: Callable) -> Callable:
     """Decorate a command with the options for its output."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
-        click.option("--bundle", type=BUNDLE, help="For a checkpoint: the bundle that reads text."),
+        click.option(
+            "--bundle",
+            type=BUNDLE,
+            help="For a checkpoint: bundle whose vocabulary and pieces are used.",
+        ),
         click.option(
             "--output", type=NEW_PATH, required=True, help="Bundle or checkpoint to write."
         ),

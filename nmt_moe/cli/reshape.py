@@ -58,7 +58,7 @@ def reshape(
 
 
 def verify(path: Path) -> str:
-    """Read a checkpoint with all its files, and compare its tensors with those of its model.
+    """Read a checkpoint with all its files, and check that its tensors fit its model.
 
     Returns:
         A description of its contents.

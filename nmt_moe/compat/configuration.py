@@ -52,7 +52,7 @@ ALLOWED = {
         "nat_loss",
     },
 }
-# Keys by which fairseq looks up a group's class.
+# Keys under which fairseq looks up a group's class.
 NAME_KEYS = {"model": ("_name", "arch"), "task": ("_name", "task")}
 
 # Options that name files, folders, network addresses or programs.

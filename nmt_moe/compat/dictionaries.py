@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def name_damaged_dictionaries() -> None:
     """Report the file and line where a dictionary is malformed or incomplete.
 
-    Reason: fairseq ends in one of several tracebacks, most of which name neither.
+    Reason: fairseq ends in one of several tracebacks, and most of them name neither file nor line.
     """
     replace(Dictionary, "add_from_file", _adding)
 

@@ -170,8 +170,8 @@ def check_retained_dropout(prepare: Callable) -> Callable:
             if not modules or missing:
                 raise ValueError(
                     f"`--retain-dropout` must name dropout modules of a {type(model).__name__} "
-                    f"that it can reach, {', '.join(names) or 'of which there are none'}, but asks "
-                    f"for {', '.join(sorted(missing)) or 'all'}. Leave it out."
+                    f"that it can reach ({', '.join(names) or 'there are none'}), but asks for "
+                    f"{', '.join(sorted(missing)) or 'all'}. Leave it out."
                 )
         elif wanted:
             raise ValueError(

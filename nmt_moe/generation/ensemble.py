@@ -64,7 +64,7 @@ class EnsembleStep:
     Attributes:
         temperature: Divisor of the logits.
         lm_model: A language model whose log-probabilities are added.
-        lm_weight: The factor by which those log-probabilities are multiplied.
+        lm_weight: The factor that multiplies the language model's log-probabilities.
     """
 
     temperature: float = 1.0

@@ -109,7 +109,8 @@ class Translation:
         score: Sum of the scores of the text's sentences, in nats; 0 for a text without words.
         hypotheses: Texts, best first; for several sentences, the n-th text joins the n-th best
             hypotheses.
-        sentences: The sentences of the text: one, unless it is long or has several lines.
+        sentences: The sentences of the text; there is one unless the text is long or has several
+            lines.
     """
 
     text: str
@@ -231,7 +232,7 @@ def score_line(
 def total_score(scores: Sequence[LineScore]) -> LineScore:
     """Compute the score of a whole text from the scores of its lines.
 
-    Its perplexities are those of the whole text, including the end of each line.
+    Its perplexities refer to the whole text, including the end of each line.
 
     Raises:
         ValueError: if there are no lines.

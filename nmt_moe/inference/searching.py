@@ -43,7 +43,7 @@ class EnsembleState:
 
 
 class Ensemble:
-    """Networks whose probabilities are averaged; a single network's stay unchanged."""
+    """Networks whose probabilities are averaged; those of a single network stay unchanged."""
 
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
@@ -57,7 +57,7 @@ class Ensemble:
     def step(
         self, tokens: Tensor, state: EnsembleState, trace: Trace | None = None
     ) -> tuple[Tensor, Tensor, EnsembleState]:
-        """Predict the next token: the `step` of `beam_search`."""
+        """Predict the next token, as the `step` of `beam_search`."""
         traces = [trace, *[None] * (len(self.networks) - 1)]
         rows = zip(self.networks, state.states, traces, strict=True)
         results = [one.step(tokens, own, of_network) for one, own, of_network in rows]

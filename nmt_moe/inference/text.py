@@ -21,7 +21,7 @@ UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
 def find_fault(text: str) -> str | None:
     """Return the reason why a text cannot be translated; None if it can be.
 
-    The rules are those for lines in files: see `nmt_moe.text.lines`.
+    The rules are the same as for lines in files; see `nmt_moe.text.lines`.
     """
     try:
         content = text.encode("utf-8")

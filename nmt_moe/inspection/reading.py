@@ -30,8 +30,8 @@ class Reading:
     Attributes:
         line: Index of the sentence in the text.
         source_tokens: The S tokens that the encoder read; empty for a language model.
-        target: Score of the target: the reference, the model's own translation, or a language
-            model's line.
+        target: Score of the target, which is the reference, the model's own translation, or a
+            language model's line.
         routings: Routing in "encoder", for each of `source_tokens`, and in "decoder", for each
             piece of the target and the end mark; only for layers that the model has.
     """
@@ -117,8 +117,8 @@ def read_text(
 ) -> Iterator[list[Reading]]:
     """Yield the sentences of a text, several lines at a time.
 
-    Lines that are blank, or whose reference is blank, are left out. The arguments are those of
-    `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
+    Lines that are blank, or whose reference is blank, are left out. The arguments are the same as
+    in `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:
         ValueError: if the numbers of texts and references differ; if a language model gets options

@@ -19,7 +19,7 @@ class ExpertUsage:
 
     Attributes:
         num_experts: Number of experts, E.
-        num_tokens: Number of tokens, N, including those without an expert.
+        num_tokens: Number of tokens, N, including tokens without an expert.
         load: (E,) int64, the number of tokens sent to each expert.
         importance: (E,) float64, the sum of each expert's gates (Shazeer et al. 2017, eq. 6).
         squares: (E,) float64, the sum of each expert's squared gates.

@@ -25,7 +25,8 @@ from nmt_moe.text.parallel import check_parallel, read_good_lines
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
 # Source lengths, in words, at which the rows of --src end.
 LENGTH_ENDS = (10, 20, 30, 40, 50)
-# Other codes of languages, and sacrebleu's tokenisers for those that Moses and 13a cannot split.
+# Other codes for languages, and sacrebleu's tokenisers for languages that Moses and 13a cannot
+# split.
 LANGUAGE_NAMES = {"zho": "zh", "cmn": "zh", "yue": "zh", "jpn": "ja", "kor": "ko", "tha": "th"}
 LANGUAGE_NAMES |= {"khm": "km", "lao": "lo", "mya": "my"}
 TOKENS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
@@ -35,7 +36,7 @@ WITHOUT_SPACES = ("zh", "ja", "th", "km", "lo", "my")
 
 @dataclass(frozen=True)
 class Measure:
-    """One score: how both texts are prepared, and sacrebleu's metric for that form.
+    """One kind of score: how both texts are prepared, and which of sacrebleu's metrics is applied.
 
     `note` is appended to the metric's signature.
     """

@@ -12,7 +12,7 @@ BAND_ENDS = (1, 4, 9, 99, 999)
 def f_measure_by_frequency(
     hypotheses: Sequence[str], references: Sequence[str], tokenize: Callable[[str], str]
 ) -> list[dict[str, float | int | str]]:
-    """Compare the words of translations with those of references, in any order.
+    """Compare the words of translations with the words of references, whatever their order.
 
     A word of a translation matches an identical word of the sentence's reference. Bands are ranges
     of a word's frequency in all references.

@@ -2,9 +2,9 @@
 
 The thread picks the request that has waited longest and all other requests for the same search. It
 takes one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
-requests queue up. If there are several clients, those whose requests were just answered may be
-about to send their next ones. Only in this case does the thread wait, for at most `MAX_WAIT`
-seconds, until there are as many requests as before.
+requests queue up. If there are several clients, clients whose requests were just answered may be
+about to send more. Only in this case does the thread wait, for at most `MAX_WAIT` seconds, until
+there are as many requests as before.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Job:
     """The lines of one request.
 
     Attributes:
-        search: Options with which to translate the lines.
+        search: Options for translating the lines.
         lines: At least one line with text.
         done: Translations of the lines, in order, once they are ready.
     """

@@ -1,4 +1,4 @@
-"""Read API keys from a file with one key per line, and check those of clients."""
+"""Read API keys from a file with one key per line, and check the keys that clients send."""
 
 from __future__ import annotations
 

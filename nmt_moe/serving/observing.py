@@ -70,7 +70,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Record a request; `path` is that of its route, so that there are few different paths."""
+        """Record a request; `path` is its route's path, so that there are few different paths."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 

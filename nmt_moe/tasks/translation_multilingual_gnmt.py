@@ -61,8 +61,8 @@ class MultilingualGNMTConfig(TranslationConfig):
     oversampling: str = field(
         default="",
         metadata={
-            "help": "passes per epoch over some pairs, such as en-ko=8,ko-en=8, instead of those "
-            "that the temperature implies"
+            "help": "number of passes per epoch over some pairs, such as en-ko=8,ko-en=8, instead "
+            "of the number that the temperature implies"
         },
     )
     seed: int = II("common.seed")
@@ -135,7 +135,7 @@ class MultilingualGNMTTask(TranslationTask):
 
     @property
     def evaluated_pairs(self) -> List[Pair]:
-        """Return the directions to validate: the chosen one, or else those of training."""
+        """Return the directions to validate: the chosen one, or else all training directions."""
         return self.pairs if self.direction is None else [self.direction]
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **_: Any) -> None:

@@ -12,7 +12,7 @@ def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
 
     Args:
         iterator: The epoch's iterator.
-        dataset: The data settings, with which an error message can say what changed.
+        dataset: The data settings; they let an error message say what changed.
     """
     settings = {name: dataset[name] for name in ("batch_size", "max_tokens")}
     if not isinstance(iterator, EpochBatchIterator):

@@ -92,7 +92,7 @@ def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) 
 def cut_experts(
     state: dict[str, Any], names: Mapping[int, str], group: ExpertParallelGroup
 ) -> None:
-    """Reduce a checkpoint with all experts to those of this rank.
+    """Remove the experts of other ranks from a checkpoint with all experts.
 
     Args:
         state: Contents of the checkpoint; changed.

@@ -22,7 +22,8 @@ def passes_per_epoch(
     Args:
         sizes: Number of sentences of each pair, at least 1.
         temperature: T, at least 1.
-        oversampling: Passes over some pairs, which replace those that the temperature implies.
+        oversampling: Number of passes over some pairs, instead of the number that the temperature
+            implies.
 
     Returns:
         Passes over each pair, in the order of `sizes`.

@@ -121,8 +121,8 @@ class Block(nn.Module):
 @pytest.mark.parametrize(
     ("model", "retain", "modules", "message"),
     [
-        (nn.Dropout(0.1), True, None, "of a Dropout .* there are none, but asks for all"),
-        (Block(), True, ["Typo"], "of a Block that it can reach, Block, but asks for Typo"),
+        (nn.Dropout(0.1), True, None, r"of a Dropout .* \(there are none\), but asks for all"),
+        (Block(), True, ["Typo"], r"can reach \(Block\), but asks for Typo"),
         (Block(), False, ["Block"], "`--retain-dropout-modules` has an effect only with"),
         (Block(), True, ["Block"], None),
         (Block(), True, None, None),
