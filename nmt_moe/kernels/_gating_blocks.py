@@ -1,8 +1,8 @@
 """Noisy top-k gating on the CPU, in blocks of rows that stay in the cache.
 
 The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. In
-addition, it needs the k + 1 largest noisy logits of each row, which include the thresholds, and
-their noise.
+addition, it needs the k + 1 largest noisy logits of each row, which include the thresholds, and the
+noise in these logits.
 """
 
 import math

@@ -18,7 +18,7 @@ def gate_logits(
     noise_weight: Tensor | None,
     row_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply rows by both matrices of their gate.
+    """Multiply rows by their gate's two matrices, one for logits and one for the scale of noise.
 
     The backward pass adds the gradients that `rows` gets from the two products in place, instead of
     creating an (N, D) tensor for each, and keeps their dtype even under autocast. A group without

@@ -28,17 +28,17 @@ SMALLEST_SCALE = 1e-30
 # The next three thresholds were chosen with `benchmarks/inference_products.py`, whose table is in
 # `benchmarks/results/inference.md`.
 # From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
-# more than one row. For a single row, the product is a vector times a matrix, which reads the
-# matrix fastest if the matrix has one row per input.
+# more than one row. For a single row, a vector is multiplied by a matrix, and the matrix is read
+# fastest if it has one row per input.
 PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
 # From this many weights on, reading fewer bytes saves more time than it costs to quantise the
 # activations or to round them to half precision.
 NARROW_FROM = 1 << 18
-# The same threshold for bfloat16 in tiles, whose results are bfloat16 and must be converted to
-# float32.
+# The same threshold for bfloat16 in tiles. It is higher, because the results are bfloat16 and must
+# be converted to float32.
 TILED_FROM = 1 << 20
 
-# Number of rows in a tile; larger numbers of rows are padded to a multiple of ROWS_STEP.
+# How many rows a tile holds. If there are more rows, they are padded to a multiple of ROWS_STEP.
 FEW_ROWS, ROWS_STEP = 16, 32
 
 # Maps rows, (R, I), and an addend, (O,), (R, O) or None, to a result, (R, O).

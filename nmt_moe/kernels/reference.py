@@ -29,9 +29,9 @@ class Gating(NamedTuple):
         expert_ids: (N, K) int64, the chosen experts; E in an empty slot, because a token may use
             fewer than K experts. The lowest ids win ties.
         importance: (E,), the sum of each expert's gates (eq. 6).
-        load: (E,). With a noisy gate during training, the sum over tokens of the probability
-            P(x, i) that expert i is chosen, which is differentiable (eqs. 8-10). Otherwise, and
-            whenever all experts are chosen, the number of tokens of each expert.
+        load: (E,). With a noisy gate during training, a differentiable sum over tokens of the
+            probability P(x, i) that expert i is chosen (eqs. 8-10). Otherwise, and whenever all
+            experts are chosen, the number of tokens of each expert.
         tokens_per_expert: (E,) int64, the number of tokens that chose each expert.
         threshold_loss: Scalar loss that trains the thresholds of strictly balanced gates (eq. 20,
             averaged over tokens); None with other gates.

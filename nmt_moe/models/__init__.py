@@ -1,6 +1,6 @@
 """Models for fairseq, which imports this package module by module.
 
-fairseq imports `tasks/` in the same way. Everything that fairseq does not look for itself is
+fairseq imports `tasks/` in the same way. All other parts that must be registered with fairseq are
 therefore imported in both packages.
 """
 

@@ -64,7 +64,7 @@ def check_fits_its_model(path: str) -> str | None:
     """Read a checkpoint as every command does, and compare it with its model.
 
     Returns:
-        The model's name; None for a model of fairseq, whose parameters are not compared.
+        The model's name; None for one of fairseq's own models, which is not compared.
 
     Raises:
         ValueError: if parameters are missing, unexpected or of another shape. The message names
@@ -108,7 +108,7 @@ def _shapes(state: dict[str, Any]) -> Shapes:
 
 
 def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
-    """Return the shapes of a configuration's model, with dictionaries of the checkpoint's sizes."""
+    """Return the parameter shapes of a configuration's model with the checkpoint's dictionaries."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
     # Building this model draws random numbers, which must not change those that a search draws

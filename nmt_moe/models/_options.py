@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 @dataclass
 class MoEOptions(FairseqDataclass):
-    """Options of both models. The defaults are the paper's values for a single language pair.
+    """Options that the models share. The defaults are the paper's values for one language pair.
 
     An option that is also a field of a core configuration has the same name there, so that the
     core's errors name the option. Aliases are the names that options had in version 0.1.0.

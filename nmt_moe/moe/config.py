@@ -66,7 +66,7 @@ class MoEConfig:
                 f"{self.num_groups}. Use the gate 'noisy_top_k' or 'strictly_balanced'."
             )
         check_divides("num_experts", self.num_experts, "`num_groups`", self.num_groups)
-        # Both levels choose `top_k`, so both must have at least that many to choose from.
+        # Each level chooses `top_k` groups or experts, so it must have at least that many.
         check_range("top_k", self.top_k, 1, min(self.num_groups, self.group_size))
 
     @property

@@ -110,7 +110,7 @@ class HierarchicalGate(nn.Module):
 
 
 def _by_row(gates: Tensor, plan: RowPlan) -> Tensor:
-    """Return the gate of each row, (R,), given those of each token, (N, K)."""
+    """Return the gate of each row, (R,), given the gates of each token, (N, K)."""
     # Empty slots write to one extra element.
     row_gates = gates.new_zeros(len(plan.row_token) + 1)
     return row_gates.scatter(0, plan.token_rows.flatten(), gates.flatten())[:-1]

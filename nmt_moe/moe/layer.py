@@ -169,8 +169,8 @@ class MoELayer(nn.Module):
         )
 
 
-# This does the same as `torch.compiler.disable`, but does not import the compiler, which takes
-# seconds.
+# This does the same as `torch.compiler.disable`, but does not spend seconds on importing the
+# compiler.
 @torch._disable_dynamo
 def _compute_uncompiled(
     layer: MoELayer, x: Tensor, padding_mask: Tensor | None, noise: Noise | None

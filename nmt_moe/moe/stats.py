@@ -79,8 +79,8 @@ class MoEStats:
         Raises:
             FloatingPointError: if any value is not finite. The message names the layer.
         """
-        # A value that is not finite in a token or a gate weight makes a gate, and therefore the
-        # importance, not finite either.
+        # If a value in a token or a gate weight is not finite, a gate is not finite either, and
+        # neither is the importance.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 

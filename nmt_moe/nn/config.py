@@ -36,7 +36,8 @@ class GNMTConfig:
             training.
         init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].
-        moe: Configuration of both MoE layers; None for a network without them.
+        moe: Configuration of the MoE layers in encoder and decoder; None for a network without
+            them.
         decoder_num_experts: Number of experts in the decoder's MoE layer if it differs from the
             encoder's, as in a pruned model; 0 if it does not.
 

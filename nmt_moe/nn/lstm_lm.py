@@ -30,7 +30,7 @@ class LMOutput(NamedTuple):
 
 
 class ResidualDeepExpert(nn.Module):
-    """A single expert with several hidden ReLU layers, which replaces an MoE layer.
+    """A single expert with several hidden ReLU layers, used in place of an MoE layer.
 
     It is followed by a sigmoid, dropout and a residual connection. Like other experts, it has no
     biases.

@@ -83,7 +83,8 @@ def make_expert_parallel_group(
     rank, num_replicas = distributed.get_rank(), world_size // size
     if num_replicas == 1:
         return ExpertParallelGroup(size, rank, 1, distributed.group.WORLD)
-    # Every rank must take part in creating every group, even those it does not belong to.
+    # Every rank must take part in creating every group, including groups that it does not belong
+    # to.
     members = [
         distributed.new_group(list(range(first, first + size)))
         for first in range(0, world_size, size)

@@ -23,8 +23,8 @@ def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
     parameter.param_group = PARAM_GROUP  # type: ignore[attr-defined]
     if group.size > 1:
         parameter.expert_group = group  # type: ignore[attr-defined]
-        # This is fairseq's own mark, which its fp32 copies inherit. It excludes the parameter from
-        # sums over ranks and from the gradient norm, and counts it separately in the log.
+        # This is fairseq's own mark, which the fp32 copies inherit. The mark excludes the parameter
+        # from sums over ranks and from the gradient norm, and counts it separately in the log.
         parameter.expert = True  # type: ignore[attr-defined]
 
 

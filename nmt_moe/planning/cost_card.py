@@ -34,7 +34,7 @@ class Card:
         gradients_bytes: Memory for the gradients.
         adam_bytes: Memory for both moments of Adam.
         factored_adam_bytes: Memory for the state of factored Adam, which keeps one row and one
-            column of each expert matrix.
+            column for each expert matrix.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """

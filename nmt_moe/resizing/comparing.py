@@ -36,8 +36,8 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
         return model
     if bundle is None:
         raise ValueError(
-            f"`{model.path}` is a checkpoint, which cannot split text into pieces. Name the bundle "
-            "that `nmt-moe export` made from it with `--bundle FOLDER`."
+            f"`{model.path}` is a checkpoint, which cannot split text into pieces. Use `--bundle "
+            "FOLDER` to name the bundle that `nmt-moe export` made from it."
         )
     reader = StoredBundle.read(bundle)
     for side, layer in model.layers.items():

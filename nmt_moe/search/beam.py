@@ -68,7 +68,7 @@ class BeamConfig:
             raise ValueError(f"`beam_size` must be at least 1, but is {self.beam_size}.")
 
     def penalty(self, length: Any) -> Any:
-        """Return the divisor of the log-probability of a hypothesis of `length` tokens."""
+        """Return what the log-probability of a hypothesis with `length` tokens is divided by."""
         if self.search.changes_scores:
             return length_penalty(length, self.search.length_penalty_alpha)
         return length**self.length_exponent

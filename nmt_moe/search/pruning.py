@@ -10,7 +10,7 @@ from torch import Tensor
 def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
     """Rule out tokens whose own log-probability is far below the best of the step.
 
-    The best log-probability is that of all hypotheses of a sentence, so a hypothesis whose
+    Tokens are compared with the best token of all hypotheses of a sentence, so a hypothesis whose
     probability is spread over many tokens loses to one with a clear favourite. The best token
     always stays.
 
@@ -36,7 +36,7 @@ def within_margin(scores: Tensor, best: Tensor | float, margin: float) -> Tensor
 def best_attainable(
     log_probability: Tensor, next_penalty: float, last_penalty: float | Tensor
 ) -> Tensor:
-    """Return an upper bound for the scores of all continuations of the given hypotheses.
+    """Return an upper bound on the scores of all continuations of the given hypotheses.
 
     Additional tokens only lower the probability, and the coverage penalty only lowers the score.
     The length penalty is monotonic, so its extremes are at the shortest and the longest hypothesis.

@@ -1,7 +1,7 @@
 """Compile the library: `python -m nmt_moe.kernels._cpu.build`.
 
 This needs a C++ compiler (`CXX`, otherwise c++ or g++) and takes half a minute. Without the
-library, torch's own operations run instead, which are slower.
+library, torch's own, slower operations run instead.
 """
 
 import os

@@ -50,7 +50,8 @@ class Grid(NamedTuple):
     """The distribution of rows to programs.
 
     Attributes:
-        splits: Number of programs per group, which take turns with its blocks of rows.
+        splits: Number of programs per group. They take turns at processing the group's blocks of
+            rows.
         block_rows: Number of rows in a block.
         block_columns: Number of columns in a block.
         chunks: Number of blocks of columns in a row.

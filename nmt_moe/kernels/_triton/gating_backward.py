@@ -52,7 +52,7 @@ def _load_slope(
 
 @triton.jit
 def _threshold_sums(slope, inside):
-    """Sum the slopes of the experts inside, and those of the others: (B,) each."""
+    """Sum the slopes of the experts in `inside`, and the slopes of all others: (B,) each."""
     return tl.sum(tl.where(inside, slope, 0.0), 1), tl.sum(tl.where(inside, 0.0, slope), 1)
 
 

@@ -46,8 +46,8 @@ def forward_kernel(
 ):
     """Run the whole forward pass for rows that fit into a block of columns.
 
-    Each group has `splits` programs, which take turns with its blocks of rows. Each program writes
-    its own row of sums.
+    Each group has `splits` programs, which take turns at processing its blocks of rows. Each
+    program writes its own row of sums.
     """
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
@@ -239,7 +239,7 @@ def noise_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write out the noise of some rows, which the other kernels draw but do not store."""
+    """Write out the noise that the other kernels draw for some rows but do not store."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     first_column = tl.program_id(1) * BLOCK_COLUMNS

@@ -153,7 +153,7 @@ def multiply_rows(
 
 
 def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_rows: int) -> Tensor:
-    """Compute rows^T @ grad for each expert, which is 0 for experts without rows.
+    """Compute rows^T @ grad for each expert; the result is 0 for experts without rows.
 
     Args:
         rows: (R, D), sorted by expert.

@@ -77,7 +77,7 @@ def multiply_kernel(
         acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch.relu does
     if MASKED:
         relu_output = tl.load(mask + at_out, mask=inside, other=0).to(tl.float32)
-        # Adding 0.0 keeps ptxas from moving the selection into the products, which would make it
+        # Without the addition of 0.0, ptxas would move the selection into the products and then
         # serialise them.
         acc = tl.where(relu_output <= 0, 0.0, acc + 0.0)
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
