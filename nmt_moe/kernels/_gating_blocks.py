@@ -251,7 +251,7 @@ def _load_backward(
     grad_top: Tensor,
     bounds: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass of the load estimate; add the thresholds' gradients to `grad_top`.
+    """Run the backward pass of the load estimate, and add the thresholds' gradients to `grad_top`.
 
     With z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradients of `clean`,
     of the threshold and of the scale are w, -w and -w z.

@@ -120,7 +120,7 @@ def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
 
 
 def _try_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the smallest and the largest blocks, on numbers with exact products, whatever the dtype."""
+    """Try the smallest and largest blocks on numbers with exact products, whatever the dtype."""
     from nmt_moe.kernels._triton import grouped_gemm as kernels
 
     draw, counts = _Draw(), [3, 0, 20, 37]

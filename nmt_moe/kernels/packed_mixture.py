@@ -1,4 +1,4 @@
-"""Compute the mixture of experts in inference; weights are read when a token needs them."""
+"""Compute the mixture of experts in inference, reading weights only when a token needs them."""
 
 from collections.abc import Callable
 

@@ -67,7 +67,7 @@ class Layer:
         return (index % size).view(self.moe.num_groups, -1)
 
     def float_experts(self) -> tuple[Tensor, Tensor]:
-        """Return the experts' first matrices, (E, D, H), and second, (E, H, D), in float32 or wider."""
+        """Return both matrices of every expert, (E, D, H) and (E, H, D), in float32 or wider."""
         found = []
         for name in (EXPERTS_IN, EXPERTS_OUT):
             value = self.experts[name]

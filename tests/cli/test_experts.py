@@ -164,7 +164,7 @@ def test_a_dense_model_is_upcycled(tmp_path):
     ("words", "message"),
     [
         (["prune", "BUNDLE", "--num-experts", "7"], "must be from 2 to 6, but is 7"),
-        (["prune", "CHECKPOINT", "--num-experts", "3"], "Name the bundle that `nmt-moe export`"),
+        (["prune", "CHECKPOINT", "--num-experts", "3"], "name the bundle that `nmt-moe export`"),
         (["prune", "BUNDLE", "--num-experts", "3", "--bundle", "BUNDLE"], "only for checkpoints"),
         (["prune", "OTHER", "--num-experts", "3", "--bundle", "BUNDLE"], "its gates differ"),
         (["upcycle", "BUNDLE", "--num-experts", "9", "--top-k", "2"], "only a single expert"),

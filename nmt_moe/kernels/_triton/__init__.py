@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; imported only when a tensor needs them."""
+"""Triton kernels and their launchers, which are imported only when a tensor needs them."""

@@ -145,7 +145,7 @@ def gating_forward(
             sum_kernel[(num_groups * grid.splits, grid.chunks)](
                 *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
             )
-    # Each program wrote a row of sums of its own; these rows are added up in a fixed order.
+    # Each program wrote its own row of sums. These rows are added up in a fixed order.
     return Choice(*choice, *(partial.sum(1) for partial in sums))
 
 
