@@ -11,7 +11,7 @@ a shared machine other programs lengthen the times.
 
 `--soak` sends an hour's requests (one per second) within the given seconds: single texts,
 lists, texts of several lines, with or without alternatives, through different APIs, from several
-clients, some of which disconnect early. Every answer is compared with the translator's own.
+clients; some of them disconnect early. Every answer is compared with the translator's own.
 """
 
 import argparse

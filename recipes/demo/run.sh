@@ -157,7 +157,7 @@ show_translations
 printf '\n'
 cat "$WORK/score.txt"
 text='the train leaves at half past six in the evening'
-printf '\nThe trained model is a folder with which you can translate your own text: here after source .venv/bin/activate, or\n'
+printf '\nYou can translate your own text with the trained model, which is a folder: here after source .venv/bin/activate, or\n'
 printf "anywhere after pip install . (without fairseq or a compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
   "$(nmt-moe translate "$WORK/bundle" <<<"$text")"
 printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"

@@ -46,7 +46,7 @@ def test_the_wirings_differ_in_where_the_context_goes_but_not_in_operations():
     recurrent = products.flops_by_group(products.model_products(config(), BATCH))
     parallel = products.flops_by_group(products.model_products(config("parallel"), BATCH))
     # The contexts of 10 target tokens (D = 4) go to the 32 gates of LSTM 2 all at once, instead of
-    # to those of LSTM 1 step by step.
+    # to the gates of LSTM 1 step by step.
     moved = 6 * 10 * 4 * 32
     recurrent["LSTM input"] += moved
     recurrent["LSTM recurrent"] -= moved

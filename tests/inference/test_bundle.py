@@ -372,7 +372,7 @@ def test_a_header_that_claims_too_much_is_refused(bundle: Path, name: str):
 
 
 class Hostile:
-    """An object whose code unpickling would run."""
+    """An object with code that unpickling would run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

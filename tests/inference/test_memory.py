@@ -1,4 +1,4 @@
-"""Experts to which no token is sent are never read from their files."""
+"""Experts that receive no tokens are never read from their files."""
 
 import gc
 import sys

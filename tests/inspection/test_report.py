@@ -1,4 +1,4 @@
-"""The report of tiny bundles: its page, and its values compared with those of the model."""
+"""The report of tiny bundles: its page, and its values, compared with the model's."""
 
 import html.parser
 import json

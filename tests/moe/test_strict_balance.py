@@ -126,7 +126,7 @@ def test_each_group_of_rows_is_a_separate_batch():
 @pytest.mark.parametrize("groups", [0, 2])
 def test_a_token_assigned_with_probability_0_gets_a_gate_of_1(groups):
     # Expert 0 has probability 1 for both tokens; strict balance sends one of them to expert 1,
-    # whose probability is 0 in float32.
+    # which has probability 0 in float32.
     layer = MoELayer(MoEConfig(2, 4, 2 * max(groups, 1), 1, "strictly_balanced", groups))
     with torch.no_grad():
         for name, weight in layer.gate.named_parameters():

@@ -1,4 +1,4 @@
-"""Losses of several ranks equal those of one rank with all their tokens."""
+"""Losses on several ranks equal those on one rank that has all their tokens."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from tests.support.models import make_dictionary, make_task, make_tokens
 
 LETTERS = "abc"
 LONGEST = 3
-# These unused words enlarge the dictionary, whose size limits fairseq's beam.
+# These unused words enlarge the dictionary, because its size limits fairseq's beam.
 FILLERS = "".join(chr(0x4E00 + number) for number in range(45))
 UNUSED = ["<s>", *FILLERS]
 # This beam holds all translations: 3 + 9 + 27 finished ones and at most 27 unfinished ones.

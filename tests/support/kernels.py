@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# The parameter value with which a test requests the fixture `device`.
+# The parameter value that a test uses to request the fixture `device`.
 ON_DEVICE = pytest.param("triton", marks=pytest.mark.device)
 
 

@@ -40,7 +40,7 @@ def make_task(source: str = "abcdefghij", target: str = "abcdefghij") -> Any:
 
 
 def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
-    """Build a model in evaluation mode, whose gates are not uniform."""
+    """Build a model in evaluation mode, with gates that are not uniform."""
     torch.manual_seed(seed)
     config = LSTMMoEGNMTConfig(**{**SIZES, **options})
     model = LSTMMoEGNMT.build_model(config, task or make_task()).eval()

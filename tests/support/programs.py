@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# Modules that nmt_moe, recipes and fairseq's commands import, without those that set up logging.
+# Modules that nmt_moe, recipes and fairseq's commands import, except modules that set up logging.
 IMPORTED_BEFORE = (
     *("click", "num2words", "pooch", "sacrebleu.significance", "sacremoses", "sentencepiece"),
     *("fairseq.checkpoint_utils", "fairseq.data.data_utils_fast", "fairseq.options"),

@@ -29,7 +29,7 @@ class _Shorter:
 
 
 def make_model(seed: int = 1, task: Any = None, **options: Any) -> LSTMMoELM:
-    """Build a model in evaluation mode, whose gates are not uniform."""
+    """Build a model in evaluation mode, with gates that are not uniform."""
     torch.manual_seed(seed)
     sizes = {**SMALL, "num_experts": 4, "top_k": 2, "hidden_dim": 8, "dropout": 0.0}
     config = LSTMMoELMConfig(**{**sizes, **options})
