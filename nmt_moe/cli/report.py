@@ -40,7 +40,7 @@ nmt-moe report my-language-model --text test.txt --output report.html
 @click.option(
     "--json", "dump", type=NEW_FILE, help="JSON file to write, with the page's values and more."
 )
-@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
+@click.option("--threads", type=int, help="Number of CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,

@@ -54,7 +54,7 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
 @click.option(
     "--allow-origin", multiple=True, help="Another web origin that may send requests; *: any."
 )
-@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
+@click.option("--threads", type=int, help="Number of CPU threads to use.  [default: torch's]")
 def serve(
     folders: tuple[str, ...],
     host: str,

@@ -39,8 +39,8 @@ def sweep(
 
     NBEST is the output of fairseq-generate. Each point of the grid ranks every n-best list by
     log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam;
-    they rank finished hypotheses. With --nbest as large as --beam and without --beam-prune, each
-    point is therefore the BLEU of fairseq-generate's output with these penalties; alpha = beta = 0
+    they rank finished hypotheses. If --nbest equals --beam and --beam-prune is not used, each point
+    is therefore the BLEU of fairseq-generate's output with these penalties; alpha = beta = 0
     corresponds to the option --unnormalized.
 
     BLEU is computed by sacrebleu. It compares the D- lines with the T- lines of the same file or

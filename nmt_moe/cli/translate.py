@@ -64,7 +64,7 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 @click.option(
     "--experts", is_flag=True, help="With --jsonl: add the experts and gates of each piece."
 )
-@click.option("--threads", type=int, help="CPU threads to use.  [default: torch's]")
+@click.option("--threads", type=int, help="Number of CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,

@@ -131,7 +131,7 @@ def evaluate_literal(text: Any) -> Any:
     """Return the value of a literal, in which numbers and lists may be combined by `+` and `*`.
 
     Raises:
-        ValueError: if `text` is anything else or has too many items; the message names it.
+        ValueError: if `text` is not such a literal or has too many items; the message names it.
     """
     if not isinstance(text, str):
         raise ValueError(f"an option must be text, but is {text!r}.")

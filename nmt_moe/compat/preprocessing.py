@@ -78,7 +78,7 @@ def warn_of_unknown_words_in_texts() -> None:
     """Warn if many words of a text are not in the dictionary.
 
     Reason: in a text that was not split into pieces, two thirds of the words are unknown, but
-    training runs nevertheless.
+    training still runs.
     """
     replace(FileBinarizer, "multiprocess_dataset", _binarizing)
 

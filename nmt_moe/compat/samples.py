@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nmt_moe.compat._replace import replace
 
-# fairseq keeps lengths of samples in 16 bits if --tokens-per-sample needs no more.
+# fairseq stores the lengths of samples in 16 bits if --tokens-per-sample fits into 16 bits.
 MOST_TOKENS = 65_535
 
 

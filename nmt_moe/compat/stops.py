@@ -95,7 +95,8 @@ def _end(status: int, message: str | None) -> None:
         if message is not None:
             print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last message
     finally:
-        # Flush what waits for TensorBoard's thread, in limited time, because the disk may hang.
+        # Flush the events that wait for TensorBoard's thread, in limited time, because the disk may
+        # hang.
         closing = threading.Thread(target=progress_bar._close_writers, daemon=True)
         closing.start()
         closing.join(CLOSED_WITHIN)

@@ -119,7 +119,7 @@ def _try_gpu() -> str:
     if failed := failed_kernels():
         names = ", ".join(failed)
         return f"using torch's operations for {names}, whose Triton kernels failed their trial"
-    return "using Triton's kernels, which give the CPU's results"
+    return "using the Triton kernels, which give the CPU's results"
 
 
 def _try_products() -> str:

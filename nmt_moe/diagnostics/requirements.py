@@ -49,7 +49,7 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
     """Return the version of each required package, and what is wrong with it.
 
     Args:
-        extras: Extras whose packages are required too.
+        extras: Extras whose packages are also required.
 
     Returns:
         For each name, the version (or None) and a line such as "torch>=2.6: has 2.5.1", which is ""

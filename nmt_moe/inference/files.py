@@ -36,8 +36,8 @@ def translate_file(
         The number of lines.
 
     Raises:
-        ValueError: if lines could not be translated; the message names them. The output is complete
-            nevertheless, with blank lines for them.
+        ValueError: if lines could not be translated; the message names them. Even then, the output
+            is complete and has blank lines for them.
         OSError: if a file cannot be opened or written.
     """
     faults: list[BadLine] = []

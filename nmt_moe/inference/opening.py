@@ -72,8 +72,8 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
         kind: Required kind of model, "translation" or "language_model".
 
     Raises:
-        ValueError: if something is missing, changed, too new, inconsistent, or of another kind; the
-            message names it.
+        ValueError: if a file is missing, changed, too new or inconsistent, or the model is of
+            another kind; the message names it.
     """
     folder = Path(folder)
     content = read_small(folder, CONFIG)

@@ -29,9 +29,10 @@ from nmt_moe.inference.text import SourceText, TargetText, check_line, check_tex
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
 
-# Source pieces in a batch, including padding; larger batches are faster, but need more memory.
+# Number of source pieces in a batch, including padding; larger batches are faster, but need more
+# memory.
 BATCH_TOKENS = 1024
-# Lines to read before they are sorted into batches.
+# Number of lines to read before they are sorted into batches.
 READ_AHEAD = 2048
 
 
@@ -148,7 +149,7 @@ class Translator:
         Args:
             lines: Lines, for example from `nmt_moe.text.lines.scan_lines`.
             target_lang: Target language of a multilingual model, one of `languages`.
-            read_ahead: Lines to read before the first is translated.
+            read_ahead: Number of lines to read before the first one is translated.
             options: Further options of `translate`.
 
         Yields:

@@ -102,7 +102,8 @@ class Batcher:
     """A queue of jobs, and the thread that translates their lines.
 
     Args:
-        num_threads: Threads that torch uses in the translating thread; None for torch's default.
+        num_threads: Number of threads that torch uses in the translating thread; None for torch's
+            default.
         is_batching: Whether requests are batched together instead of translated one after another.
         observe: Function called after each batch with its number of requests, its number of lines,
             and its duration in seconds.
@@ -194,7 +195,7 @@ class Batcher:
                 same.append(job)
         served = {id(job) for job, _ in taken}
         left = [job for job in self._jobs if job.has_more]
-        left.sort(key=lambda job: id(job) in served)  # stable: jobs that were not served come first
+        left.sort(key=lambda job: id(job) in served)  # stable sort: jobs not served come first
         self._jobs = deque(left)
         return taken
 

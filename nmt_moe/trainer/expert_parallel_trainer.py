@@ -159,7 +159,8 @@ class ExpertParallelTrainer(Trainer):
             return super().clip_grad_norm(clip_norm)
 
         def add_experts(dense_norm: Tensor) -> Tensor:
-            # In half precision, these are fp32 copies, to which fairseq also copies a shard's mark.
+            # In half precision, these are fp32 copies. fairseq copies attributes such as the mark
+            # of a shard, too.
             gradients = [p.grad for p in self.optimizer.params if is_shard(p)]
             return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
 
@@ -174,7 +175,7 @@ class ExpertParallelTrainer(Trainer):
         """Serve this rank's experts to other ranks until all ranks have called this.
 
         The translations of --eval-bleu take a different number of steps on each rank. All ranks
-        encode once; after that only the decoder's layer is called.
+        encode once; after that, only the decoder's layer is called.
         """
         model = self.get_model()
         for layer in moe_layers(getattr(model, "decoder", model)):

@@ -1,4 +1,4 @@
-"""Compute the parts of one update: sampled losses, factored Adam, learning rates, sampling."""
+"""Compute what an update needs: sampled losses, factored Adam, learning rates and sentences."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (
