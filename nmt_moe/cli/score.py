@@ -64,7 +64,7 @@ def score(
     sacrebleu-13a, -intl
                       sacrebleu's own tokenisers, cased: the scores to publish; zh for
                       Chinese, ja-mecab for Japanese, ko-mecab for Korean
-    chrf, ter         character n-grams (chrF2); edits per 100 words (less is better)
+    chrf, ter         character n-grams (chrF2); edits per 100 words (lower is better)
 
     With --tokenized, multi-bleu uses the texts as they are, and the scores that need plain text
     are left out.

@@ -123,9 +123,9 @@ def ignore_unsafe_loading() -> None:
 
 
 def allow_configuration_in_broadcasts() -> None:
-    """Let rank 0 send a checkpoint to the others when several processes resume.
+    """Let rank 0 send a checkpoint to the other ranks when several processes resume.
 
-    Reason: the others read it with `torch.load`, whose safe loader rejects types of the
+    Reason: the other ranks read it with `torch.load`, whose safe loader rejects types of the
     configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)
@@ -170,8 +170,8 @@ def to_plain(value: Any) -> Any:
 def copy_checkpoints_whole() -> None:
     """Copy a checkpoint to a temporary name, and rename it once it is complete.
 
-    Reason: fairseq copies to `checkpoint_last.pt` and others in place, so a process that is killed
-    meanwhile leaves half a file, from which training cannot resume.
+    Reason: fairseq copies to `checkpoint_last.pt` and other names in place, so a process that is
+    killed meanwhile leaves half a file, from which training cannot resume.
     """
     replace(PathManager, "copy", _copying)
 
@@ -241,7 +241,7 @@ def describe_misfit(filenames: list[str], error: BaseException) -> str | None:
 
 
 def refuse_untied_weights() -> None:
-    """Reject a checkpoint with two values for what is one parameter in the model.
+    """Reject a checkpoint with two values for one parameter of the model.
 
     Reason: the last value loaded would silently replace the other, for example the embeddings of a
     model that was trained without `--share-decoder-input-output-embed`.
@@ -288,10 +288,10 @@ def _finding_folder(load: Callable) -> Callable:
             if not os.path.isdir(path):
                 what = "is a file" if os.path.exists(path) else "does not exist"
                 raise ValueError(
-                    f"`{path}` must be a folder, but {what}. from_pretrained takes the "
-                    "checkpoint's folder, in `checkpoint_file=` the checkpoint's name there, and "
-                    "in `data_name_or_path=` the folder of the dictionaries, as a path that does "
-                    "not begin with a dot."
+                    f"`{path}` must be a folder, but {what}. Pass from_pretrained the "
+                    "checkpoint's folder, set `checkpoint_file=` to the checkpoint's name in it, "
+                    "and set `data_name_or_path=` to the folder of the dictionaries, as a path "
+                    "that does not begin with a dot."
                 )
         return archive_file
 

@@ -14,7 +14,7 @@ from nmt_moe.trainer.experts import moe_layers
 logger = logging.getLogger(__name__)
 
 
-# Smallest and largest values, by (group of settings, option) under fairseq's names.
+# Smallest and largest values by (group of settings, option), as fairseq names them.
 RANGES = {
     ("criterion", "label_smoothing"): (0, 1),
     ("optimizer", "adam_eps"): (0, None),
@@ -72,7 +72,7 @@ def check_betas(betas: Any) -> None:
     """Reject `--adam-betas` that are not two numbers of at least 0 and less than 1.
 
     Raises:
-        ValueError: if they are anything else; the message names the option and its value.
+        ValueError: if the option has another value; the message names the option and its value.
     """
     found = ast.literal_eval(betas) if isinstance(betas, str) else betas
     if found is None:

@@ -1,4 +1,4 @@
-"""Compute what an update needs: sampled losses, factored Adam, learning rates and sentences."""
+"""Compute the parts of one update: sampled losses, factored Adam, learning rates and sampling."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (
