@@ -102,7 +102,7 @@ class BundleConfig:
     Attributes:
         kind: Kind of model, "translation" or "language_model".
         architecture: Name of the network's architecture in fairseq.
-        dtype: The dtype in which weights are stored, one of `DTYPES`.
+        dtype: The dtype of the stored weights, one of `DTYPES`.
         network: Sizes of the network.
         languages: Names of the languages: [source, target] for one direction; for a multilingual
             model all languages, whose tokens `<2xx>` are in the vocabulary. May be empty.
@@ -285,5 +285,5 @@ def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
         raise ValueError(f"`{path.parent / SUMS}` does not list `{path.name}`. {EXPORT_AGAIN}")
     if sums[path.name] != digest:
         raise ValueError(
-            f"`{path}` was altered: its sha256 differs from that in {SUMS}. {EXPORT_AGAIN}"
+            f"`{path}` was altered: its sha256 differs from the one in {SUMS}. {EXPORT_AGAIN}"
         )

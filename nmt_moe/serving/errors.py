@@ -34,7 +34,7 @@ class ClientGoneError(Exception):
 
 
 def show(value: Any) -> str:
-    """Return a wrong value for a message in a form that is short, on one line and encodable."""
+    """Format a wrong value for a message: shorten it, and escape what cannot be shown."""
     if isinstance(value, str):
         short = repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
         return short.encode("utf-8", "backslashreplace").decode("utf-8")

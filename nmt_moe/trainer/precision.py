@@ -1,4 +1,4 @@
-"""Save what --fp16, --bf16 and --amp keep beside the model's weights, for exact resuming."""
+"""Save what --fp16, --bf16 and --amp keep beside the weights, so that training resumes exactly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ def master_weights(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         optimizer: fairseq's optimizer.
 
     Returns:
-        Weights by their names in the model's state, shared parameters under each name; {} if the
-        optimizer trains the model's own weights.
+        Weights by their names in the model's state, with a shared parameter under each of its
+        names; {} if the optimizer trains the model's own weights.
     """
     masters = getattr(optimizer, "fp32_params", None)
     if masters is None:
