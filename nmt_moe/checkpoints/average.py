@@ -11,7 +11,8 @@ from nmt_moe.checkpoints.reader import count_updates, load_checkpoint
 
 BY_EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
-# fairseq's names contain the metric, its value with three digits, and a random digit to break ties.
+# fairseq names its best checkpoints after the metric and its value with three decimals, followed by
+# a random digit to break ties.
 BY_SCORE = re.compile(r"checkpoint\.best_.+?_(-?\d+\.\d+)\.pt")
 
 

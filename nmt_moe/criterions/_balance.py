@@ -17,7 +17,7 @@ GATE_STATS = {"gate_entropy": gate_entropy, "gate_margin": gate_margin}
 def moe_stats(extra: Any) -> Dict[str, MoEStats]:
     """Return the statistics of all MoE layers from a model's second output.
 
-    Models of fairseq may return anything there, such as None, a tensor, or a dictionary without
+    fairseq's own models may return anything there, such as None, a tensor, or a dictionary without
     statistics.
     """
     return extra.get("moe_stats", {}) if isinstance(extra, dict) else {}

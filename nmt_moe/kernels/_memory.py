@@ -5,8 +5,8 @@ many experts with few tokens each, this takes as much time as the products that 
 returns large CPU blocks to the system as soon as they are freed, so every training step would pay
 this cost again.
 
-Only memory that grows with the number of experts comes from here. LSTM states have many different
-sizes, so they rarely fit a free block, and taking their memory from here would slow training down
+Only memory that grows with the number of experts is reused. LSTM states have many different sizes,
+so they rarely fit a free block, and reusing their memory would slow training down
 (benchmarks/results/cpu.md).
 """
 

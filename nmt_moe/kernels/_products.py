@@ -18,8 +18,8 @@ GROUPED_MM: Callable[..., Tensor] | None = getattr(
 # torch's grouped product accepts only fewer groups than this.
 MAX_GROUPS = 1024
 # With fewer rows per expert than this, reading the weights costs more than multiplying by them.
-# There, torch's grouped product has been reported to reach only a fifth of the memory bandwidth;
-# this project has not measured it.
+# In that case, torch's grouped product has been reported to reach only a fifth of the memory
+# bandwidth; this project has not measured it.
 MIN_MEAN_ROWS = 128
 # Compute capabilities 9 (Hopper) and 10 (Blackwell). On other devices, torch's grouped product is a
 # loop that waits for the offsets.

@@ -6,7 +6,7 @@ whatever the model's dtype and autocast settings are. They take the same argumen
 
 All gates have these attributes:
     can_balance_load: Whether the load can vary, so that there is a load loss.
-    waits: Whether the host waits for the device, because the number of slots depends on the tokens.
+    waits: Whether the host must wait for the device to learn how many slots the tokens need.
 """
 
 import math

@@ -33,7 +33,7 @@ def halved_until_fits(setup: Setup, device: Device) -> Setup:
 
 
 def changes(setup: Setup, device: Device) -> Iterator[tuple[str, Setup]]:
-    """Yield possible changes, each with the changed setup, the cheapest first."""
+    """Yield possible changes, each with the changed setup, cheapest first."""
     if setup.num_moe_layers and not setup.factored:
         yield "--optimizer factored_adam", replace(setup, factored=True)
     is_lm = isinstance(setup.config, LSTMLMConfig)

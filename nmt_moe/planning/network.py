@@ -40,7 +40,7 @@ class Totals:
 
 
 def count(config: NetworkConfig, batch: Batch) -> Totals:
-    """Return the totals of a batch, in a time that does not depend on its length.
+    """Return the totals of a batch, in a time that does not depend on the length of sentences.
 
     All steps of an LSTM cost the same, and the cost of attention is proportional to the product of
     the source and target lengths. Totals are therefore quadratic in the length and linear in the

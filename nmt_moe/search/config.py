@@ -11,7 +11,7 @@ class SearchConfig:
     Attributes:
         length_penalty_alpha: Exponent of the length penalty (0.2 in GNMT).
         coverage_penalty_beta: Weight of the coverage penalty (0.2 in GNMT).
-        beam_prune: Margin for pruning, in nats, which GNMT calls beamsize (3.0 in GNMT).
+        beam_prune: Margin for pruning, in nats (3.0 in GNMT, which calls it beamsize).
 
     Raises:
         ValueError: if a value is negative, infinite or NaN.

@@ -17,7 +17,8 @@ class Restrictions:
         pad: The padding symbol, which is never chosen.
         max_lengths: (B,) int64, the largest number of tokens before the end mark, for the
             hypotheses of each sentence.
-        min_length: Smallest number of tokens before the end mark. A prefix may end earlier.
+        min_length: Smallest number of tokens before the end mark. A prefix may contain an earlier
+            one.
         prefixes: (B, P) int64, the tokens that the hypotheses of each sentence must begin with;
             `pad` where any token may follow. Prefixes override the other restrictions, except
             the maximal length.
