@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.prepare(args)
     for flag, path in (("--checkpoint", args.checkpoint), ("--data", args.data)):
         if not path.exists():
-            sys.exit(f"{flag}: {path} does not exist. Train a model first, as recipes/ do.")
+            sys.exit(f"{flag}: {path} does not exist. Train a model first, as the recipes do.")
     rows = measure(args)
     hardware = timing.describe_hardware(args.device, args.threads)
     print(format_rows(rows))

@@ -54,7 +54,7 @@ use_environment() {
     python=$REPOSITORY/.venv/bin/python
   fi
   [[ -x $(dirname "$python")/fairseq-train ]] ||
-    die "no fairseq-train exists beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to a complete one"
+    die "no fairseq-train exists beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to the Python of a complete environment"
   PATH=$(dirname "$python"):$PATH
   # Scripts called by this one need not check the environment again.
   NMT_MOE_PYTHON=$python

@@ -64,7 +64,7 @@ set_update_freq() { # the number of passes that add up to the paper's batch
   local words=$((PAPER_GPUS * WORDS_PER_GPU)) at_once=$((GPUS * MAX_TOKENS))
   ((words % at_once == 0)) ||
     die "$PAPER_GPUS x $WORDS_PER_GPU = $words words per update must be a multiple of GPUS x MAX_TOKENS =" \
-      "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS whose product divides that, such as 8 and 4000"
+      "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS so that their product divides $words, such as 8 and 4000"
   UPDATE_FREQ=$((words / at_once))
   say "$words words per update (the paper's $PAPER_GPUS GPUs x $WORDS_PER_GPU) =" \
     "$GPUS GPUs x $MAX_TOKENS words x $UPDATE_FREQ accumulated passes"
