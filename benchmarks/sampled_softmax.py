@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     prepare(args)
     too_many = max(args.draws) > min(args.vocab_size)
     if too_many or min(args.draws + [args.tokens, args.dim]) < 1:
-        sys.exit("--draws must be from 1 to the smallest --vocab-size; --tokens and --dim at least 1.")
+        sys.exit(
+            "--draws must be from 1 to the smallest --vocab-size; --tokens and --dim at least 1."
+        )
     rows, kept = [], []
     for vocab_size in args.vocab_size:
         samples = interleave(make_jobs(args, vocab_size), args.rounds, args.device)
