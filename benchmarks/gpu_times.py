@@ -1,4 +1,4 @@
-"""Measure how long kernels take on this device, relative to the least time possible."""
+"""Measure how long kernels take on this device, relative to the shortest possible time."""
 
 import importlib
 import itertools
@@ -23,9 +23,9 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work, device: str, tiny: bool) -> float:
-    """Return the median time of `work`, replayed as a CUDA graph to leave out the host's time.
+    """Return the median time of `work`, which a CUDA graph replays to leave out the host's time.
 
-    On the CPU, which serves only to try out the program, `work` is called once.
+    On the CPU, which serves only to try out the program, `work` is called once and timed.
     """
     if device == "cpu":
         begin = time.perf_counter()
@@ -58,7 +58,10 @@ def _time(replay: Work, count: int) -> float:
 
 
 def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
-    """Measure a copy of random data and large products, and save the results for later parts."""
+    """Measure the speed of copying random data and of computing large products.
+
+    The results are saved for later parts.
+    """
     size = 2**12 if tiny else 2**29  # float32 numbers
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
@@ -78,7 +81,7 @@ def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
 
 
 def time_kernels(device: str, tiny: bool, out: Path) -> str:
-    """Time each kernel, and compare with copying its bytes or computing its products."""
+    """Time each kernel, and compare its time with that of copying its bytes or of its products."""
     ceilings = json.loads((out / CEILINGS).read_text())
     rows = []
     for name, work, num_bytes, flops, dtype in _kernel_works(device, tiny):
@@ -133,7 +136,7 @@ def _gating_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int
             gates, importance, load = eager_gating(*leaves, 4)
             torch.autograd.grad(gates.square().sum() + importance.sum() + load.sum(), leaves)
 
-        yield f"by torch, forward and backward, {name}", eager, 6 * clean.nbytes, 0, ""
+        yield f"eager torch, forward and backward, {name}", eager, 6 * clean.nbytes, 0, ""
 
 
 def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, str]]:
@@ -182,7 +185,7 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
                     flops,
                 ),
                 (
-                    "product back, masked",
+                    "backward product, masked",
                     gemm.multiply_rows,
                     (wide, weight.mT, plan.offsets, tiles, False, rows),
                     traffic + rows.nbytes,
@@ -210,14 +213,14 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
 
 
 def _make_plan(experts: int, mean: int, device: str, top_k: int = 4) -> kernels.RowPlan:
-    """Send tokens to random experts, which get unequal numbers of rows, as in training."""
+    """Send tokens to random experts, so that the numbers of rows differ, as in training."""
     tokens = experts * mean // top_k
     ids = torch.randint(experts, (tokens, top_k), device=device)
     return kernels.plan_rows(ids, experts, tokens * top_k)
 
 
 def sweep_products(device: str, tiny: bool, out: Path) -> str:
-    """Time products for different mean rows per expert, block rows, warps and stages."""
+    """Time products for different mean numbers of rows per expert, block rows, warps and stages."""
     gemm = importlib.import_module("nmt_moe.kernels._triton.grouped_gemm")
     experts, dim, hidden = (4, 16, 24) if tiny else (256, 512, 1024)
     blocks = (16, 32) if tiny else (16, 32, 64, 128)
@@ -234,18 +237,20 @@ def sweep_products(device: str, tiny: bool, out: Path) -> str:
             times[block, shape] = _time_shape(gemm, rows, weight, plan, tiles, shape, device, tiny)
         best = min(times, key=times.__getitem__)
         by_torch = "-"
-        with mock.patch.object(_products, "MIN_MEAN_ROWS", 0):  # where is the crossover?
+        with mock.patch.object(_products, "MIN_MEAN_ROWS", 0):  # to find the crossover
             suits = _products.suits_grouped_mm(rows, weight)
         if suits:
             products = _products.TorchProducts(plan.offsets)
             taken = seconds(lambda p=products, r=rows, w=weight: p.multiply(r, w), device, tiny)
             by_torch = f"{taken * 1e6:.0f}"
         default = [f"{times[block, None] * 1e6:.0f}" for block in blocks]
-        shape = "as now" if best[1] is None else f"{best[1][0]} warps, {best[1][1]} stages"
+        shape = (
+            "current settings" if best[1] is None else f"{best[1][0]} warps, {best[1][1]} stages"
+        )
         figure = f"{times[best] * 1e6:.0f}"
         lines.append([str(mean), *default, str(chosen), f"{best[0]}, {shape}", figure, by_torch])
     columns = ["rows per expert", *(f"µs, block {block}" for block in blocks)]
-    columns += ["chosen block", "fastest", "its µs", "torch's µs"]
+    columns += ["chosen block", "fastest", "fastest, µs", "torch's µs"]
     return timing.markdown_table(columns, lines)
 
 
@@ -288,11 +293,11 @@ def sweep_adam(device: str, tiny: bool, out: Path) -> str:
             )
         cells = str(rows), str(columns), str(warps), f"{taken * 1e3:.3f}", f"{least / taken:.0%}"
         lines.append(list(cells))
-    return timing.markdown_table(["rows", "columns", "warps", "ms", "share of a copy"], lines)
+    return timing.markdown_table(["rows", "columns", "warps", "ms", "share of copy speed"], lines)
 
 
 def profile_layer(device: str, tiny: bool, out: Path) -> str:
-    """Show on what a layer's passes spend the device's time, and how long the device is busy."""
+    """Show what a layer's passes spend the device's time on, and how long the device is busy."""
     from torch.profiler import ProfilerActivity, profile
 
     tokens, config = (64, MoEConfig(16, 24, 8, 2)) if tiny else (2048, MoEConfig(512, 1024, 512, 4))
