@@ -202,8 +202,8 @@ def predict_time(
 ) -> dict[str, float]:
     """Predict the time of one step in seconds, by part, as if no parts overlapped.
 
-    A product takes as long as its operations at the fraction `utilisation` of the device's FLOP/s,
-    or as long as moving its weights between memory and processor, whichever is longer. Weights are
+    A product takes as long as its operations take at the fraction `utilisation` of the device's
+    FLOP/s, or as long as moving its weights between memory and processor takes, whichever is longer. Weights are
     read in the forward and the backward pass (those of an LSTM at each position of the sentences),
     and their gradient is written once.
     """

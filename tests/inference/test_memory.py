@@ -12,7 +12,7 @@ from nmt_moe.inference import Pieces, export
 from tests.support.bundles import LM, MOE, make_checkpoint
 
 NUM_EXPERTS = 32
-# An expert has 2 MB, like the pages that the system maps at once; all experts together have 64 MB.
+# An expert takes up 2 MB, as much as the system maps at once; all experts together, 64 MB.
 WIDE = replace(MOE, model_dim=256, hidden_dim=1024, num_experts=NUM_EXPERTS, top_k=1)
 
 

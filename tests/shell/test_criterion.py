@@ -142,7 +142,7 @@ def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
 
 
 def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_update_by_hand():
-    # The encoder has 8 and 4 tokens. In each batch, the entropies sum to 2 and the margins to 1.
+    # The encoder gets 8 tokens, then 4. In each batch, the entropies sum to 2, the margins to 1.
     values = reduce_metrics([make_log([2.0, 6.0], [4.0, 0.0]), make_log([4.0, 0.0], [4.0, 0.0])])
     assert values["encoder_moe_gate_entropy"] == pytest.approx(4 / 12, abs=1e-3)
     assert values["encoder_moe_gate_margin"] == pytest.approx(2 / 12, abs=1e-3)
