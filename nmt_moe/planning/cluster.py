@@ -203,9 +203,9 @@ def predict_time(
     """Predict the time of one step in seconds, by part, as if no parts overlapped.
 
     A product takes as long as its operations take at the fraction `utilisation` of the device's
-    FLOP/s, or as long as moving its weights between memory and processor takes, whichever is longer. Weights are
-    read in the forward and the backward pass (those of an LSTM at each position of the sentences),
-    and their gradient is written once.
+    FLOP/s, or as long as moving its weights between memory and processor takes, whichever is
+    longer. Weights are read in the forward and the backward pass (those of an LSTM at each position
+    of the sentences), and their gradient is written once.
     """
     number = 4 if setup.precision == "fp32" else 2
     flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)
