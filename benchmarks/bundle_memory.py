@@ -1,9 +1,9 @@
-"""Show how much of a bundle is read into memory: after opening, one sentence, and many.
+"""Show how much of a bundle is in memory after opening it, after one sentence and after many.
 
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
 The model has random weights, so tokens use far more experts than in a trained model, and one
-sentence needs close to the most memory that a sentence can need. Each pair of figures is
+sentence needs almost as much memory as a sentence can need. Each pair of figures is
 measured in a separate process: the resident size of the whole process, and the resident size of the
 bundle's mapped files, which the system can drop at any time.
 """
@@ -69,7 +69,7 @@ def resident(folder: Path) -> tuple[float, float]:
 
 
 def measure(folder: Path, num_sentences: int) -> None:
-    """Print the sizes of a process that translates."""
+    """Print the memory sizes of a process that translates."""
     torch.manual_seed(1)
     chance = random.Random(1)
     lines = [" ".join(chance.choices(WORDS, k=chance.randint(8, 16))) for _ in range(num_sentences)]

@@ -6,9 +6,9 @@ Each number of ranks has its own group of processes, which communicate by gloo o
 The groups take turns; while one works, the others are idle. The same number of sentences is divided
 among the ranks, and each rank holds its share of the experts. A step is the same as in
 fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
-and Adam. The time of a part is the slowest rank's, including the time spent waiting for others.
-Bytes are the mean over ranks of the bytes sent; for dense gradients, of the bytes that a ring would
-send.
+and Adam. The time of each part is that of the slowest rank, including the time spent waiting for
+others. The bytes are those that a rank sends on average; for dense gradients, they are the bytes
+that it would send in a ring.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class RankStep(TrainingStep):
         self.bytes_sent = {"exchange": 0, "dense": ring_bytes(dense, world_size)}
 
     def __call__(self) -> dict[str, float]:
-        """Do one update; return the seconds that the exchange and the sum of gradients took."""
+        """Do one update, and return how long the exchange and the sum of gradients took."""
         with measure_traffic() as traffic:
             loss, sample_size, _ = self.criterion(self.model, self.sample)
             self.optimizer.zero_grad(set_to_none=True)
@@ -89,7 +89,7 @@ class RankStep(TrainingStep):
 def run_rank(
     rank: int, world_size: int, port: int, args: argparse.Namespace, orders: Connection
 ) -> None:
-    """Do a step on each command until told to stop; send back seconds and bytes, or an error."""
+    """Do a step for each command until told to stop, and send back times and bytes or an error."""
     try:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
@@ -112,7 +112,7 @@ class World:
 
     Attributes:
         shape: How many `experts` and `parameters` each rank holds.
-        bytes_sent: Mean bytes sent by a rank in the last step, by kind.
+        bytes_sent: How many bytes a rank sent on average in the last step, by kind.
     """
 
     def __init__(self, args: argparse.Namespace, world_size: int) -> None:
@@ -172,7 +172,7 @@ class World:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each number of ranks."""
     worlds = {str(count): World(args, count) for count in args.ranks}
-    for world in worlds.values():  # all start at once
+    for world in worlds.values():  # all processes start at once
         world.wait()
     samples = timing.interleave(worlds, args.rounds)
     rows = []

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_budgets
     python -m benchmarks.gpu_budgets --gpu H100 --kernels gating --json budgets.json
 
-Each kernel is compiled to machine code for the arguments with which it would be launched. `blocks`
+Each kernel is compiled to machine code for the arguments that a launch would pass to it. `blocks`
 is how many blocks fit on a multiprocessor at a time. `instructions` is the number of instructions
-in the code, each counted once even in a loop. `per element` is that number divided by how many
+in the code; those in a loop are counted once. `per element` is that number divided by how many
 numbers a thread processes at a time, so it is too high where much of the code is outside the loop
 over blocks.
 """
@@ -38,7 +38,8 @@ COLUMNS = [
     *("instructions", "per element"),
 ]
 DIM, HIDDEN, EXPERTS, TOKENS = 512, 1024, 4, 64
-# Mean rows per expert that lead to small, medium and large blocks in bfloat16, the usual dtype.
+# Mean numbers of rows per expert that lead to small, medium and large blocks in bfloat16, the
+# usual dtype.
 MEANS = {torch.bfloat16: (16, 128, 1024), torch.float16: (1024,), torch.float32: (1024,)}
 # (experts, experts per token, noise). Up to 1024 experts, a block holds whole rows; rows of more
 # experts are read in chunks.
@@ -142,11 +143,11 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def measure(gpus: list[str], wanted: str) -> dict[str, dict[str, Any]]:
-    """Compile the kernels whose names begin with `wanted`; return reports by GPU and name."""
+    """Compile kernels whose names begin with `wanted`, and return reports by GPU and name."""
     chosen = [(dtype, launch) for dtype, launch in all_launches() if launch.name.startswith(wanted)]
     if not chosen:
         raise ValueError(
-            f"--kernels must begin like the name of a kernel, but none begins with {wanted!r}."
+            f"--kernels must be the beginning of a kernel's name, but none begins with {wanted!r}."
         )
     reports = {}
     for index, (dtype, launch) in enumerate(chosen, 1):

@@ -128,7 +128,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
 
 
 def check_gating(report: Report, device: str, tiny: bool) -> None:
-    """Check gating in training, forward and backward, and the noise."""
+    """Check the forward and backward passes of gating in training, and the noise."""
     cases = [(40, 6, 2, None), (12, 20, 3, [5, 0, 7])]
     if not tiny:
         cases += [
@@ -186,22 +186,24 @@ def _part_ties(clean: Tensor, raw_scale: Tensor, noise: Tensor, top_k: int) -> T
 
 def _check_special_logits(report: Report, device: str) -> None:
     equal = kernels.noisy_top_k(torch.zeros(5, 20, device=device), None, 3)
-    report.claim("equal logits: the lowest ids", equal.expert_ids.tolist() == [[0, 1, 2]] * 5)
+    report.claim(
+        "equal logits: the lowest ids are chosen", equal.expert_ids.tolist() == [[0, 1, 2]] * 5
+    )
     clean = torch.full((2, 40), float("-inf"), device=device)
     clean[0, 7], clean[1, 30:32] = 0.0, 1.0
     lonely = kernels.noisy_top_k(clean, None, 3)
     wanted = [[7, 0, 1], [30, 31, 0]]
-    report.claim("logits of -inf: each expert once", lonely.expert_ids.tolist() == wanted)
+    report.claim("logits of -inf: no expert is chosen twice", lonely.expert_ids.tolist() == wanted)
     clean = torch.randn(6, 40, device=device)
     clean[2, 17] = float("nan")
     for kind, raw_scale in (("training", torch.zeros_like(clean)), ("evaluation", None)):
         found = kernels.noisy_top_k(clean, raw_scale, 3).gates.isnan().all(1).tolist()
         wanted = [row == 2 for row in range(6)]
-        report.claim(f"a logit of NaN in {kind}: its row is NaN, no other", found == wanted)
+        report.claim(f"a logit of NaN in {kind}: only its row is NaN", found == wanted)
 
 
 def _check_noise(report: Report, device: str, rows: int) -> None:
-    """Compare statistics of the noise with limits that one seed in a thousand exceeds."""
+    """Compare statistics of the noise with limits that only one seed in a thousand exceeds."""
     noise = _launchers().write_noise(SEED, 0, torch.empty(rows, 250, device=device)).double()
     number = noise.numel()
     ordered = noise.flatten().sort().values
@@ -269,7 +271,7 @@ def _check_layer_case(
     autocast: bool,
     device: str,
 ) -> None:
-    """Compare a pass in evaluation with torch's operations on the same numbers in float64."""
+    """Compare an evaluation pass with torch's operations on the same numbers in float64."""
     torch.manual_seed(3)
     layer = MoELayer(config).eval()
     for key, parameter in layer.named_parameters():

@@ -1,9 +1,9 @@
-"""Run one part of a session on a GPU; gpu_session.sh runs all parts in order.
+"""Run one part of the checks and timings on a GPU; gpu_session.sh runs all parts in order.
 
     python -m benchmarks.gpu_session rows --out OUT
     python -m benchmarks.gpu_session rows --out OUT --dry-run    # tiny, under Triton's interpreter
 
-Prints a table in Markdown. The exit status is 1 if a result is wrong.
+The program prints a table in Markdown. Its exit status is 1 if a result is wrong.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
 
 
 def run_check(name: str, device: str, tiny: bool) -> str:
-    """Run one of the checks; at its first wrong result, print its table and exit."""
+    """Run one of the checks; after the first wrong result, print the check's table and exit."""
     import torch
 
     from benchmarks import gpu_checks
@@ -94,7 +94,7 @@ def run_check(name: str, device: str, tiny: bool) -> str:
 
 
 def run_times(name: str) -> Callable[[str, bool, Path], str]:
-    """Return a function of `gpu_times`, to be imported when it is called."""
+    """Return a function of `gpu_times` that is imported only when it is called."""
 
     def run(device: str, tiny: bool, out: Path) -> str:
         from benchmarks import gpu_times

@@ -3,9 +3,9 @@
     python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
         --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
 
-All of them translate the test split of --data with the same beam and limits. `batch` translates
+All competitors translate the test split of --data with the same beam and limits. `batch` translates
 the split as fast as possible, and each competitor sorts by length in its own way; `one` translates
-one sentence after the other. For fairseq, the time is the one that fairseq-generate reports: the
+one sentence after another. For fairseq, the time is the one that fairseq-generate reports: the
 generator's time, without reading text or splitting it into pieces. For bundles and
 CTranslate2, everything from raw text to raw text is timed. With --interactive, the command
 fairseq-interactive is also measured, in a process that was started beforehand and gets each line
@@ -133,7 +133,7 @@ class InteractiveCommand:
         )
 
     def translate(self, sources: list[str]) -> list[str]:
-        """Translate sentences, one after the other."""
+        """Translate sentences, one after another."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         texts = []
@@ -158,7 +158,7 @@ class InteractiveCommand:
 
 
 def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Return the name of a bundle, and its jobs: many sentences, and one at a time."""
+    """Return a bundle's name, and its jobs for many sentences at once and for one at a time."""
     translator = Translator.load(folder)
     translator.defaults = replace(translator.defaults, beam_size=args.beam)
     if args.max_length:
@@ -265,7 +265,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line per bundle: how long it takes to be ready, measured in a new process.
+    """Return a line per bundle that says how long loading it takes, measured in new processes.
 
     A bundle is warm if its files are still in memory, and cold after the system was told to drop
     them.
@@ -284,13 +284,13 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
         _, cold_own = (statistics.median(times) for times in zip(*cold, strict=True))
         lines.append(
             f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without torch's import; "
-            f"{cold_own:.2f} s when its files are not in memory."
+            f"{cold_own:.2f} s if its files are not in memory."
         )
     return lines
 
 
 def load_bundle(folder: Path) -> tuple[float, float]:
-    """Return the seconds to open a bundle in a new process, with and without torch's import."""
+    """Return how long a new process takes to open a bundle, with and without torch's import."""
     line = [sys.executable, "-c", LOAD.format(folder=str(folder))]
     found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=timing.REPOSITORY)
     whole, own = json.loads(found.stdout)
@@ -328,11 +328,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--interactive", action="store_true", help="also time fairseq-interactive")
     parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
-    parser.add_argument("--one", type=int, default=50, help="how many of them one at a time (50)")
+    parser.add_argument(
+        "--one", type=int, default=50, help="how many of them to translate one at a time (50)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
     parser.add_argument(
-        "--max-length", type=int, default=0, help="pieces of a translation, for random weights"
+        "--max-length",
+        type=int,
+        default=0,
+        help="maximum pieces per translation, for random weights",
     )
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)

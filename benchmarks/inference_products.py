@@ -1,11 +1,11 @@
-"""Time the matrix products of inference, the basis for the choices in `kernels/quantised.py`.
+"""Time the matrix products of inference that `kernels/quantised.py` chooses from.
 
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
-Each line of the table is for one matrix (outputs x inputs) and one number of activation rows. Times
-are in microseconds of CPU time, including the quantisation of activations. Each product cycles
-through copies of its matrix, so that between two uses of a matrix as many bytes of weights are read
-as in a real model.
+Each line of the table is for one matrix (outputs x inputs) and one number of activation rows.
+Figures are CPU times in microseconds, including the quantisation of activations. Each product
+cycles through copies of its matrix, so that between two uses of a matrix as many bytes of weights
+are read as in a real model.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from benchmarks.moe_points import Point
 
 SMALL = Point(tokens=64, model_dim=32, hidden_dim=48, num_experts=8, top_k=4, num_groups=4)
 COLUMNS = ["layer", "dtype", "output", "gradient of x", "gradients of weights", "verdict"]
-# Tolerance: the largest difference divided by the largest value.
+# The largest difference, divided by the largest value, that counts as agreement.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 

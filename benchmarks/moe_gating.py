@@ -76,7 +76,7 @@ class GatingRun:
         return {"notes": "" if self.gating else "a copy of the same bytes"}
 
     def rest(self) -> None:
-        """Free the memory that only a run needs."""
+        """Free the memory that is needed only during a run."""
         if self.gating is not None:
             for tensor in self.logits:
                 tensor.grad = None

@@ -7,8 +7,8 @@
     python -m benchmarks.moe_layer --grid scaling --json scaling.json --plot scaling.png
     python -m benchmarks.moe_layer --render paper.json
 
-Modes: "forward" is a pass in evaluation without gradients, "fwd+bwd" a pass in training that
-creates the gradients of tokens and weights, "step" the same with the optimizer, and "gate" the
+Modes: "forward" is an evaluation pass without gradients, "fwd+bwd" is a training pass that creates
+the gradients of tokens and weights, "step" adds the optimizer to this pass, and "gate" is the
 forward and backward pass of only nmt_moe's gate. Limits: "gemm" does the same number of operations
 in dense products over all k T rows, and "bmm" does it in products with n weight matrices and equal
 numbers of rows; neither allocates memory. Tokens are standard normal, and so are the logits of
@@ -53,7 +53,7 @@ def choose_peers(words: list[str]) -> list[str]:
     for name, requirement in missing.items():
         message = f"{name} is not installed: pip install {requirement}"
         if name in named:
-            sys.exit(f"--peers: {message}. Or use --peers all, which leaves it out.")
+            sys.exit(f"--peers: {message}, or use --peers all, which leaves it out.")
         timing.say(f"left out: {message}")
     return [name for name in names if name not in missing]
 
@@ -143,9 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="T,d,h,n,k[,groups]",
         help="tokens, width, hidden width, experts, experts per token; instead of --grid",
     )
-    parser.add_argument(
-        "--only", type=int, metavar="N", help="only the grid's Nth point, to measure it in parts"
-    )
+    parser.add_argument("--only", type=int, metavar="N", help="measure only the grid's Nth point")
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, help="only these modes of a grid; with --shape any"
     )
@@ -154,13 +152,15 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="give up a layer whose step takes longer (60)",
+        help="give up a layer whose step takes longer than this many seconds (60)",
     )
     parser.add_argument("--list", action="store_true", help="list layers and grids, and exit")
     parser.add_argument(
         "--check", action="store_true", help="compare with a dense definition, and exit"
     )
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a file of --json")
+    parser.add_argument(
+        "--render", type=Path, metavar="FILE", help="print the tables of a file that --json wrote"
+    )
     parser.add_argument(
         "--plot",
         type=Path,

@@ -27,8 +27,8 @@ class Layer(nn.Module):
     Attributes:
         notes: How this layer differs from the requested one.
         most_k: The largest number of experts per token that the library supports.
-        package: Names for importing and for installing the library; None if the layer belongs to
-            this project.
+        package: The names under which the library is imported and installed; None if the layer
+            belongs to this project.
         has_backward: Whether the layer has a backward pass.
         top_k: Experts per token in this layer.
     """
@@ -161,7 +161,7 @@ class OwnHierarchicalLayer(OwnLayer):
 
 
 class PlainLayer(OwnLayer):
-    """nmt_moe's gate, and otherwise torch's own operations."""
+    """A layer with nmt_moe's gate and otherwise torch's own operations."""
 
     def forward(self, x: Tensor) -> Answer:
         out, config = self.moe.gate(x), self.moe.config

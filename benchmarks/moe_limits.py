@@ -16,7 +16,7 @@ _BLOCK = 1_000_003
 
 
 class BareProducts:
-    """Two products forward and four backward, into preallocated memory."""
+    """Two products forward and four backward, which write to preallocated memory."""
 
     def __init__(self, kind: str, point: Point, device: str) -> None:
         assert kind in LIMITS, kind
@@ -59,7 +59,7 @@ class BareProducts:
         return {"notes": LIMITS[self.kind]}
 
     def rest(self) -> None:
-        """Do nothing: no memory is needed only for a run."""
+        """Do nothing, because no memory is needed only during a run."""
 
     def dropped(self) -> None:
         """Return None: there are no tokens to drop."""

@@ -29,7 +29,7 @@ class Steps:
 
 
 def parts_of_steps(document: dict[str, Any]) -> Steps:
-    """Find the size measured with the most numbers of experts, and split its steps into parts.
+    """Find the size measured for the most expert counts, and split its steps into parts.
 
     Raises:
         ValueError: if no size was measured with two numbers of experts.
@@ -68,7 +68,7 @@ def _parts(times: dict[str, dict[str, Timing]]) -> dict[str, float]:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Plot the parts of a step, stacked, against the number of experts.
+    """Plot the parts of a step, stacked on each other, against the number of experts.
 
     Raises:
         ValueError: if fewer than two numbers of experts were measured at one size.

@@ -24,7 +24,7 @@ from benchmarks.moe_points import BARE, Point
 
 # A turn repeats a short job for about this many seconds, at most this many times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# Seconds allowed for imports, the first kernels on a GPU, and filling the weights.
+# How many seconds imports, the first kernels on a GPU, and filling the weights may take in all.
 START_SECONDS = 300.0
 
 
@@ -53,8 +53,8 @@ class Record:
         rounds: For each mode the samples of each round; see `Worker.measure`.
         peaks: Peak bytes for each mode, including the modes before it.
         facts: Results of `describe` and `dropped`.
-        failed: Reason for giving up a mode, by mode.
-        skipped: Reason for giving up everything, or None.
+        failed: Why a mode was given up, by mode.
+        skipped: Why everything was given up, or None.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Process:
         )
 
     def call(self, command: str, within: float, **arguments: Any) -> Any:
-        """Send a command and wait for its answer, at most `within` seconds."""
+        """Send a command, and wait at most `within` seconds for its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it died; reported below
@@ -220,7 +220,7 @@ class Match:
             process.close()
 
     def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
-        """Give up the remaining modes, which all do more; without any, give up everything."""
+        """Give up the remaining modes, which all do more, or everything if no mode remains."""
         timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} given up: {reason}")
         if record.rounds.keys() - todo and todo:
             record.failed |= dict.fromkeys(todo, reason)

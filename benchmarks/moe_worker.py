@@ -23,7 +23,7 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 from nmt_moe import training
 
-# Bytes of the initially free memory that are left to other processes.
+# How many bytes of the initially free memory are left to other processes.
 _KEPT_FREE = 2**30
 
 
@@ -31,10 +31,10 @@ class Competitor(Protocol):
     """The interface of what a worker measures."""
 
     def run(self, mode: str) -> dict[str, float] | None:
-        """Run a mode once; may return how many seconds each part took."""
+        """Run a mode once, and return how many seconds each part took if that is known."""
 
     def rest(self) -> None:
-        """Free the memory that only a run needs."""
+        """Free the memory that is needed only during a run."""
 
     def dropped(self) -> float | None:
         """Return the share of (token, expert) pairs not computed; None if there are no pairs."""
@@ -202,7 +202,7 @@ class Worker:
 
 
 def limit_memory() -> None:
-    """Make an allocation beyond free memory an error, so that the kernel kills no process."""
+    """Make allocations beyond free memory fail, so that the kernel does not kill processes."""
     free = timing.available_bytes() - _KEPT_FREE
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
 

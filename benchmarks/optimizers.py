@@ -1,6 +1,6 @@
 """Time an update of expert weights: factored Adam and its alternatives.
 
-The weights are those of a layer of E experts, one (E, D, H) and one (E, H, D) tensor, and all of
+The weights are those of a layer of E experts: one tensor (E, D, H) and one tensor (E, H, D). All of
 them have gradients. All optimizers except factored Adam store two numbers for each weight.
 """
 
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def optimizers() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
-    """Return each competitor's constructor; fairseq's Adam only if fairseq is installed."""
+    """Return each competitor's constructor, with fairseq's Adam if fairseq is installed."""
     found: dict[str, Callable[[list[Parameter]], Optimizer]] = {
         FACTORED: partial(FactoredAdam, factored=True),
         "torch fused": partial(Adam, fused=True),
@@ -60,7 +60,7 @@ def make_parameters(args: argparse.Namespace) -> list[Parameter]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of an optimizer's state."""
+    """Return how many bytes an optimizer's state takes."""
     kept = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
 

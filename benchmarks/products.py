@@ -76,7 +76,9 @@ class Pool:
     def reserve(self, size: int) -> None:
         """Enlarge the scratch buffer for results to at least `size` numbers."""
         if self.scratch.numel() < size:
-            self.scratch = torch.zeros(size, device=self.device).add_(1.0)  # touch the memory
+            self.scratch = torch.zeros(size, device=self.device).add_(
+                1.0
+            )  # so that the memory is really allocated
 
 
 class BareProducts:

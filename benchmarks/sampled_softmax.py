@@ -1,4 +1,4 @@
-"""Time the loss of a softmax layer, full and by importance sampling, forward and backward.
+"""Time the loss and gradients of a softmax layer, in full and by importance sampling.
 
 A step computes the logits, the loss, and the gradients of features and weight; the sampled softmax
 also draws its samples. The full and the sampled softmax both create a gradient as large as the
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> Mapping[str, Job]:
-    """Return the full softmax, and a sampled one for each number of draws."""
+    """Return the full softmax, and one sampled softmax for each number of draws."""
     bound = args.dim**-0.5
     weight = torch.empty(vocab_size, args.dim, device=args.device).uniform_(-bound, bound)
     features = torch.randn(args.tokens, args.dim, device=args.device)

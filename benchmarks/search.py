@@ -2,9 +2,10 @@
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
-This compares fairseq's own search ("stock", all options off) with GNMT's penalties, GNMT's pruning,
-and the two together, with GNMT's values. The time is the one that fairseq-generate reports: the
-generator's time on batches of its own iterator, which sorts sentences by length. Translations have
+This compares fairseq's own search ("stock", all options off) with GNMT's penalties, with GNMT's
+pruning and with both together. The options have GNMT's values. The time is the one that
+fairseq-generate reports: the generator's time on batches of its own iterator, which sorts sentences
+by length. Translations have
 their natural lengths, so the model must be trained: a random model assigns similar scores to
 everything, and nothing is pruned.
 
@@ -92,8 +93,8 @@ class Search:
     """One search on the model; each call translates everything.
 
     Attributes:
-        num_steps: Counted steps of the decoder.
-        num_rows: Number of hypotheses evaluated in these steps.
+        num_steps: How many steps the decoder did.
+        num_rows: How many hypotheses were evaluated in these steps.
         best: Best translation of each sentence, by sentence number.
     """
 

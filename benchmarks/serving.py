@@ -6,12 +6,13 @@
 Each server runs in its own process; clients are threads of this process, each with one connection.
 Servers with and without batching across requests are measured in turn, with several clients and
 with one. The overhead is the time that a client waits, minus the time that the server spends in
-the translator according to its metrics. The machine's load is printed below the table, because on
-a shared machine other programs lengthen the times.
+the translator according to its metrics. The machine's load is printed below the table, because
+other programs on a shared machine lengthen the times.
 
-`--soak` sends an hour's requests (one per second) within the given seconds: single texts,
-lists, texts of several lines, with or without alternatives, through different APIs, from several
-clients; some of them disconnect early. Every answer is compared with the translator's own.
+`--soak` sends as many requests as arrive in an hour at one per second, within the given number of
+seconds. The requests contain single texts, lists or texts of several lines; some ask for
+alternatives, and some use a different API. They come from several clients, some of which disconnect
+early. Every answer is compared with the translator's own.
 """
 
 import argparse
@@ -53,7 +54,7 @@ serve(service, "127.0.0.1", 0)
 
 @contextmanager
 def served(folder: str, threads: int, is_batching: bool) -> Iterator[str]:
-    """Run a server; yield its host and port."""
+    """Run a server, and yield its host and port."""
     command = [sys.executable, "-c", WORKER, folder, str(threads), str(is_batching)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=timing.REPOSITORY)
     assert process.stderr is not None
@@ -77,7 +78,7 @@ class Client:
         self._languages = {"source": source, "target": target}
 
     def post(self, path: str, **fields: Any) -> Any:
-        """Send JSON; return the answer, whose status must be 200."""
+        """Send JSON, and return the answer, whose status must be 200."""
         headers = {"Content-Type": "application/json"}
         self._connection.request("POST", path, json.dumps(fields), headers)
         answer = self._connection.getresponse()
@@ -87,11 +88,11 @@ class Client:
         return json.loads(content)
 
     def translate(self, q: str | Sequence[str], **fields: Any) -> Any:
-        """Use LibreTranslate's API; return texts, and alternatives if requested."""
+        """Use LibreTranslate's API, and return the texts and any alternatives requested."""
         return self.post("/translate", q=q, **self._languages, **fields)
 
     def explain(self, text: str) -> str:
-        """Use the project's own API; return the text."""
+        """Use the project's own API, and return the text."""
         return self.post("/v1/translate", texts=text, **self._languages)["translations"][0]["text"]
 
     def leave(self, text: str) -> None:
@@ -118,7 +119,7 @@ def ask_at_once(
     """Let all clients request translations at once, each sending one request after another.
 
     Returns:
-        Sentences per second, and how many seconds each request took.
+        How many sentences were translated per second, and how many seconds each request took.
     """
 
     def ask(own: Sequence[str]) -> list[float]:
@@ -156,7 +157,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
                     after = [read_metric(host, name) for name in COUNTED]
                     inside, num_batches, num_requests = map(float.__sub__, after, before)
                     if number < 0:
-                        continue  # not counted: the first round loads the experts from disk
+                        continue  # not counted, because the first round loads the experts from disk
                     key = num_clients, is_batching
                     rates.setdefault(key, []).append(rate)
                     waits.setdefault(key, []).extend(waited)
@@ -222,7 +223,7 @@ class Soak:
         return cls(list(texts), expected, others)
 
     def ask(self, client: Client, chance: random.Random) -> bool:
-        """Send one request; return whether its answer is the translator's own."""
+        """Send one request, and return whether its answer is the translator's own."""
         text, other = chance.sample(self.texts, 2)
         want, want_other = self.expected[text], self.expected[other]
         kind = chance.randrange(10)
@@ -251,8 +252,8 @@ class Soak:
         """Send requests from several clients at once.
 
         Returns:
-            Requests without an answer, requests that got a wrong answer or another request's
-            answer, and seconds.
+            How many requests got no answer, how many got a wrong answer or another request's
+            answer, and how many seconds all of them took.
         """
         numbers = iter(range(num_requests))
         lock = threading.Lock()
@@ -286,7 +287,7 @@ class Soak:
 
 
 def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
-    """Print the results of an hour's worth of requests; return whether all answers were right."""
+    """Send an hour's requests, print the results, and return whether all succeeded in time."""
     plan = Soak.prepare(args.folder, texts[:400])
     with served(args.folder, args.threads, True) as host:
         before = read_metric(host, "process_resident_memory_bytes")
@@ -296,10 +297,9 @@ def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
         grown = read_metric(host, "process_resident_memory_bytes") - before
         num_batches = read_metric(host, "nmt_moe_batch_requests_count")
         mean = read_metric(host, "nmt_moe_batch_requests_sum") / num_batches
-    print(
-        f"{args.soak_requests} requests of {args.clients} clients in {seconds:.0f} s: {lost} lost,"
-    )
-    print(f"{wrong} mixed up; {mean:.1f} requests per batch; memory grew by {grown / 1e6:.0f} MB;")
+    print(f"{args.soak_requests} requests from {args.clients} clients in {seconds:.0f} s:")
+    print(f"{lost} lost, {wrong} mixed up; {mean:.1f} requests per batch;")
+    print(f"memory grew by {grown / 1e6:.0f} MB;")
     print(f"{timing.describe_hardware('cpu', args.threads)}, load {os.getloadavg()[0]:.1f}.")
     return lost == wrong == 0 and seconds <= args.soak
 
@@ -313,14 +313,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="file of short sentences, one per line")
     parser.add_argument("--source", default="en", help="language of the text (en)")
     parser.add_argument("--target", default="de", help="language of the translations (de)")
-    parser.add_argument("--clients", type=int, default=16, help="clients at once (16)")
+    parser.add_argument("--clients", type=int, default=16, help="number of clients at once (16)")
     parser.add_argument("--requests", type=int, default=6, help="requests per client and round (6)")
     parser.add_argument("--max-words", type=int, default=12, help="maximum words per sentence (12)")
     parser.add_argument(
         "--soak",
         type=float,
         metavar="SECONDS",
-        help="send an hour's requests within this many seconds",
+        help="send an hour's worth of requests within this many seconds",
     )
     parser.add_argument("--soak-requests", type=int, default=HOUR, help="requests in total (3600)")
     timing.add_common_flags(parser)
@@ -328,7 +328,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its status."""
+    """Run the program, and return its exit status."""
     args = parse(argv)
     timing.prepare(args)
     with open(args.text, encoding="utf-8") as file:

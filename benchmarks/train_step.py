@@ -52,7 +52,7 @@ class TrainingStep:
 
     Attributes:
         config: The model's configuration.
-        num_parameters: Number of parameters, shared ones counted once.
+        num_parameters: How many parameters the model has; shared ones are counted once.
     """
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
@@ -72,7 +72,7 @@ class TrainingStep:
         self.sample = make_sample(dictionary, args.sentences, args.length, args.device)
 
     def __call__(self) -> dict[str, float]:
-        """Do one update; return how many seconds each part took."""
+        """Do one update, and return how many seconds each part took."""
         marks = [self._now()]
         loss, sample_size, _ = self.criterion(self.model, self.sample)
         marks.append(self._now())
@@ -113,7 +113,7 @@ def _shift(target: Tensor) -> Tensor:
 
 
 def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, int]:
-    """Return each model's peak bytes, measured by this program in a process per model."""
+    """Return each model's peak memory in bytes, measured in a separate process per model."""
     peaks = {}
     for name in names:
         timing.say(f"memory: {name}")
@@ -132,7 +132,7 @@ def print_memory(name: str, args: argparse.Namespace) -> None:
     tiny.sentences, tiny.length, tiny.vocab_size = 1, 2, 8
     sizes = ("--model-dim", "--lstm-hidden-dim", "--expert-hidden-dim")
     tiny.model_flags += "".join(f" {flag} 8" for flag in sizes)
-    TrainingStep(name, tiny)()  # triggers loading on first use, which is not the model's memory
+    TrainingStep(name, tiny)()  # loads libraries on first use; their memory is not the model's
     before = timing.peak_bytes(args.device)
     step = TrainingStep(name, args)
     step()
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=32000, help="symbols in the vocabulary (32000)"
     )
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)

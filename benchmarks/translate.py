@@ -88,7 +88,7 @@ class Translation:
 
     Attributes:
         model: The model, as built by task and flags.
-        num_steps: Number of decoder steps in a call.
+        num_steps: How many steps the decoder does in a call.
     """
 
     def __init__(

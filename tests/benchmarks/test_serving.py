@@ -32,7 +32,7 @@ def test_each_of_many_requests_gets_its_own_answer(
     monkeypatch.setenv("PYTHONPATH", str(repository))
     assert main([*arguments, "--soak", "600", "--soak-requests", "200", "--clients", "8"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"200 requests of 8 clients in \d+ s: 0 lost, 0 mixed up", shown)
+    assert re.search(r"200 requests from 8 clients in \d+ s: 0 lost, 0 mixed up", shown)
 
 
 def test_the_table_has_a_row_for_each_server(
