@@ -233,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
         help="attention wiring (parallel)",
     )
     parser.add_argument(
-        "--model-flags", default="", metavar="FLAGS", help="more options of the model, one string"
+        "--model-flags",
+        default="",
+        metavar="FLAGS",
+        help="more options of the model, in one string",
     )
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)"

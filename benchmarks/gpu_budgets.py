@@ -174,8 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), help="all by default")
-    parser.add_argument("--kernels", default="", help="only kernels whose names begin with this")
+    parser.add_argument(
+        "--gpu", nargs="+", choices=GPUS, default=list(GPUS), help="GPUs to compile for (all)"
+    )
+    parser.add_argument(
+        "--kernels", default="", help="compile only kernels whose names begin with this"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all values to FILE")
     args = parser.parse_args()
     try:

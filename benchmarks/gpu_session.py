@@ -30,8 +30,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder for the results of all parts",
     )
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as under a sanitizer")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no GPU")
+    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as under a sanitizer")
+    parser.add_argument("--dry-run", action="store_true", help="use tiny sizes and no GPU")
     return parser.parse_args(words)
 
 

@@ -321,7 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="output of fairseq-preprocess")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint for fairseq")
-    parser.add_argument("--pieces", type=Path, help="sentencepiece model; default: words")
+    parser.add_argument(
+        "--pieces", type=Path, help="sentencepiece model; without it, tokens are words"
+    )
     parser.add_argument("--bundles", type=Path, nargs="*", default=[], help="bundles of the model")
     parser.add_argument(
         "--ctranslate2", nargs="*", default=[], metavar="FOLDER[:TYPE]", help="converted models"

@@ -145,7 +145,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", type=int, metavar="N", help="measure only the grid's Nth point")
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, help="only these modes of a grid; with --shape any"
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="measure only these modes of a grid, or any with --shape",
     )
     parser.add_argument(
         "--step-limit",

@@ -225,10 +225,13 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=list(WIRINGS),
         choices=WIRINGS,
-        help="attention wirings of each (both)",
+        help="attention wirings of each architecture (both)",
     )
     parser.add_argument(
-        "--model-flags", default="", metavar="FLAGS", help="more flags for every model, one string"
+        "--model-flags",
+        default="",
+        metavar="FLAGS",
+        help="more flags for every model, in one string",
     )
     parser.add_argument("--sentences", type=int, default=64, help="sentences per batch (64)")
     parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")

@@ -238,10 +238,10 @@ def main(argv: list[str] | None = None) -> None:
         "--model-flags",
         default="",
         metavar="FLAGS",
-        help="more flags for that architecture, one string",
+        help="more flags for that architecture, in one string",
     )
     parser.add_argument(
-        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (the same)"
+        "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (as in --arch)"
     )
     parser.add_argument("--sentences", type=int, default=64, help="sentences to translate (64)")
     parser.add_argument("--batch", type=int, default=32, help="sentences per batch (32)")
