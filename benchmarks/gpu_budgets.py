@@ -90,10 +90,16 @@ def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
             "weight_gradient_kernel",
             partial(grouped_gemm.weight_gradient, rows, hidden, offsets, block_rows),
         ),
-        ("zero", "zero_kernel", partial(grouped_gemm.zero_idle_experts, weight_in, offsets)),
     ]
     for name, kernel, call in calls:
         yield Launch(f"{name} {mean}", grouped_gemm, kernel, call)
+
+
+def zero_launch(dtype: torch.dtype) -> Launch:
+    """Return the kernel that fills the gradients of experts without rows."""
+    weight_grad = torch.empty(EXPERTS, DIM, HIDDEN, dtype=dtype)
+    call = partial(grouped_gemm.zero_idle_experts, weight_grad, torch.zeros(EXPERTS + 1).long())
+    return Launch("zero", grouped_gemm, "zero_kernel", call)
 
 
 def gating_launches(experts: int, top_k: int, noise: str) -> Iterator[Launch]:
@@ -132,7 +138,7 @@ def adam_launches(dtype: torch.dtype) -> Iterator[Launch]:
 def all_launches() -> Iterator[tuple[str, Launch]]:
     """Yield each launch with the name of its dtype."""
     for dtype, means in MEANS.items():
-        launches = list(row_launches(dtype))
+        launches = [*row_launches(dtype), zero_launch(dtype)]
         for mean in means:
             launches += product_launches(dtype, mean)
         yield from ((str(dtype).removeprefix("torch."), launch) for launch in launches)

@@ -164,13 +164,12 @@ def _read(compiled: Any, gpu: Gpu, elements: int) -> dict[str, Any]:
         code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         code.write_bytes(compiled.asm["cubin"])
         assembly.write_text(ptx)
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", code)
-        listing = _run(knobs.nvidia.cuobjdump.path, "-sass", code)
+        listing = _run(knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", code)
         said = _run(
             *(knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu.name}", assembly),
             *("-o", Path(folder, "again.cubin")),
         )
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     instructions = sum(name != "NOP" for name in INSTRUCTION.findall(listing))
     elements_per_thread = elements / (WARP_THREADS * warps)
     return {
