@@ -159,9 +159,7 @@ def test_attention_that_does_not_cover_the_source_is_refused():
         return forward(*args, **options)[0], {"attn": None}
 
     models[0].decoder.forward = without_attention
-    with pytest.raises(
-        ValueError, match="needs attention over the 6 source positions.*returns none"
-    ):
+    with pytest.raises(ValueError, match="attention over the 6 source positions.*returns none"):
         search(models, SOURCE, coverage_penalty_beta=0.2)
     assert search(models, SOURCE, length_penalty_alpha=0.2)
 
