@@ -205,7 +205,7 @@ def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each competitor and number of sentences at once."""
+    """Return a row for each competitor and way of translating: in batches, or one at a time."""
     interactive = InteractiveCommand(args) if args.interactive else None
     fairseq = FairseqTranslator(args)
     sources, first = fairseq.sources, fairseq.sources[: args.one]
@@ -283,14 +283,14 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
         whole, own = (statistics.median(times) for times in zip(*warm, strict=True))
         _, cold_own = (statistics.median(times) for times in zip(*cold, strict=True))
         lines.append(
-            f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without torch's import; "
+            f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without importing torch; "
             f"{cold_own:.2f} s if its files are not in memory."
         )
     return lines
 
 
 def load_bundle(folder: Path) -> tuple[float, float]:
-    """Return how long a new process takes to open a bundle, with and without torch's import."""
+    """Return how long a new process takes to open a bundle, with and without importing torch."""
     line = [sys.executable, "-c", LOAD.format(folder=str(folder))]
     found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=timing.REPOSITORY)
     whole, own = json.loads(found.stdout)
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--interactive", action="store_true", help="also time fairseq-interactive")
     parser.add_argument("--sentences", type=int, default=1000, help="sentences to translate (1000)")
     parser.add_argument(
-        "--one", type=int, default=50, help="how many of them to translate one at a time (50)"
+        "--one", type=int, default=50, help="sentences to translate one at a time (50)"
     )
     parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
     parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.write_json(args.json, args, hardware, rows)
     print(format_rows(rows))
     print(f"\n{hardware}; beam {args.beam}; medians of {args.rounds} interleaved rounds.")
-    print("Speed-ups are over fairseq's with the same number of sentences at once.")
+    print("Speed-ups are relative to fairseq's generator translating in the same way.")
     for row in rows:
         if row["translator"].startswith("nmt_moe, float32"):
             print(f"Float32, {row['way']}: {row['same']:.1%} of the translations equal fairseq's.")

@@ -74,14 +74,14 @@ class Point:
         )
 
     def smaller(self) -> "Point":
-        """Return a tiny point of this kind, to trigger loading on first use."""
+        """Return a tiny point of this kind, which is run first so that loading is not measured."""
         sizes = {"tokens": 32, "model_dim": 32, "hidden_dim": 48, "num_experts": 8}
         groups = 4 if self.num_groups else 0
         return dataclasses.replace(self, **sizes, top_k=min(self.top_k, 4), num_groups=groups)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Point":
-        """Restore a point from JSON of `dataclasses.asdict`."""
+        """Restore a point from the JSON form of its `dataclasses.asdict`."""
         tuples = {name: tuple(fields[name]) for name in ("modes", "yardsticks")}
         return cls(**{**fields, **tuples})
 
@@ -109,8 +109,8 @@ def parse_shape(text: str) -> Point:
         if point.num_groups:
             if math.isqrt(point.top_k) ** 2 != point.top_k:
                 raise ValueError(
-                    f"k must be a square with groups, but is {point.top_k}: each of sqrt(k) "
-                    "groups provides sqrt(k) experts. Use 1, 4 or 16."
+                    f"with groups, k must be a square number, but is {point.top_k}: each of "
+                    "sqrt(k) groups provides sqrt(k) experts. Use 1, 4 or 16."
                 )
             point.config(hierarchical=True)
     except ValueError as error:
@@ -159,7 +159,7 @@ GRIDS: dict[str, list[Point]] = {
         _on_gpu(2048, 512),  # 16
         _on_gpu(512, 512),  # 4
         _on_gpu(4096, 1024),  # 16, and more experts than torch's grouped_mm accepts
-        # In bfloat16 Adam's moments of 4.3e9 parameters fit into 80 GB.
+        # In bfloat16, Adam's moments for 4.3e9 parameters fit into 80 GB.
         Point(16384, 512, 1024, 4096, 4, modes=("step",), dtype="bfloat16"),
     ],
     "smoke": [Point(128, 32, 48, 8, 4, num_groups=4)],

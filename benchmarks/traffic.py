@@ -19,8 +19,9 @@ class Traffic:
     """The traffic of this rank during a measurement.
 
     Attributes:
-        bytes_sent: Bytes sent to other ranks. "exchange" counts rows of tokens and their numbers
-            (all-to-all); "sum" counts all-reduce as in a ring, 2 (W - 1) / W of the tensor.
+        bytes_sent: Bytes sent to other ranks. "exchange" counts what is sent by all-to-all: rows of
+            tokens, and how many there are. "sum" counts each all-reduce as if it ran in a ring of
+            W ranks, which sends 2 (W - 1) / W of the tensor.
         seconds: Seconds, under the same names, including the time spent waiting for other ranks.
     """
 

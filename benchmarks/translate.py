@@ -2,14 +2,14 @@
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
-The time is the one that fairseq-generate reports: the generator's time on batches of its own
-iterator. With --command, the whole command is also timed. The models have random parameters, so
-every hypothesis is forced to have --length tokens (min_len = max_len): all models do the same
-number of steps, and no batch shrinks. Source sentences have between --length / 2 and --length
-tokens.
+The time is the one that fairseq-generate reports: the time that its generator takes on batches from
+fairseq's own iterator. With --command, the whole command is also timed. The models have random
+parameters, so every hypothesis is forced to have --length tokens (min_len = max_len): all models do
+the same number of steps, and no batch shrinks. Source sentences have between --length / 2 and
+--length tokens.
 
 fairseq's lstm has the same embedding width, hidden size and number of decoder layers as
-lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder, which is two, as in
+lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder: two, as in
 lstm_moe_gnmt_small. Both of its encoder layers are bidirectional, while only the bottom layer of
 lstm_moe_gnmt_small is; fairseq's LSTMs have no projection. All models use the same dictionary,
 sentences, batch and beam.
@@ -87,7 +87,7 @@ class Translation:
     """One model with fairseq's generator; each call translates all batches.
 
     Attributes:
-        model: The model, as built by task and flags.
+        model: The model that the task builds from the flags.
         num_steps: How many steps the decoder does in a call.
     """
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=list(WIRINGS),
         choices=WIRINGS,
-        help="its attention wirings (both)",
+        help="attention wirings of --arch (both)",
     )
     parser.add_argument(
         "--model-flags",

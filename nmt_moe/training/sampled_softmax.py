@@ -59,13 +59,13 @@ def log_uniform_probability(rank: Tensor, num_classes: int) -> Tensor:
 def draw_classes(
     num_draws: int, num_classes: int, first_id: int = 0, device: torch.device | str = "cpu"
 ) -> ClassSample:
-    """Draw classes, frequent ones more often, with torch's generator of the device.
+    """Draw classes, frequent ones more often, with torch's generator for the device.
 
     Args:
         num_draws: Number of draws, with replacement; at most V.
         num_classes: Number of classes, V.
-        first_id: The most frequent class. Frequency falls with the id from there on, and lower ids
-            are the rarest: rank r has the id (first_id + r) % V.
+        first_id: The most frequent class. From there on, frequency falls as the id rises,
+            and the ids below `first_id` are the rarest: rank r has the id (first_id + r) % V.
         device: Device of the result.
 
     Raises:

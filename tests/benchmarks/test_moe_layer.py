@@ -172,7 +172,7 @@ def test_unknown_and_absent_peers_are_refused(monkeypatch, capsys):
         ("1,2,3,4,x", "five or six whole numbers"),
         ("0,8,8,4,2", "T must be at least 1, but is 0"),
         ("8,8,8,4,5", "`top_k` must be"),
-        ("8,8,8,4,2,2", "k must be a square with groups, but is 2"),
+        ("8,8,8,4,2,2", "with groups, k must be a square number, but is 2"),
         ("8,8,8,4,4,3", "`num_experts` must be"),
     ],
 )
