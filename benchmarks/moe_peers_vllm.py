@@ -1,4 +1,4 @@
-"""vLLM's fused mixture of experts for CPUs, called as its layer does; it has no backward pass."""
+"""vLLM's fused mixture of experts for CPUs, called the way its own layer calls it: forward only."""
 
 import importlib.util
 from pathlib import Path
@@ -30,7 +30,7 @@ class VLLMCPU(Layer):
     has_backward = False
     notes = (
         "forward only; gated experts, three products of width 2 h / 3 (as many operations), SiLU; "
-        "the gate in torch's operations; weights laid out beforehand"
+        "the gate computed by torch's operations; weights laid out beforehand"
     )
 
     def __init__(self, point: Point, capacity: float) -> None:

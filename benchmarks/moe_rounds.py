@@ -53,8 +53,8 @@ class Record:
         rounds: For each mode the samples of each round; see `Worker.measure`.
         peaks: Peak bytes for each mode, including the modes before it.
         facts: Results of `describe` and `dropped`.
-        failed: Why a mode was given up, by mode.
-        skipped: Why everything was given up, or None.
+        failed: Why a mode was abandoned, by mode.
+        skipped: Why everything was abandoned, or None.
     """
 
     name: str
@@ -221,7 +221,7 @@ class Match:
 
     def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
         """Give up the remaining modes, which all do more, or everything if no mode remains."""
-        timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} given up: {reason}")
+        timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} abandoned: {reason}")
         if record.rounds.keys() - todo and todo:
             record.failed |= dict.fromkeys(todo, reason)
         else:

@@ -13,7 +13,7 @@ MOST_WAITED = 0.05
 # With fewer undisturbed rounds than this, the median is taken over all rounds and marked.
 LEAST_CLEAN = 3
 MARK = "~"
-# The divisors of times, for each kind of point.
+# What times are divided by, for each kind of point.
 YARDSTICKS = {"layer": ("bmm", "gemm"), "gating": ("copy", "eager_gating")}
 
 
@@ -53,7 +53,7 @@ def summarise(rounds: list[list[dict[str, Any]]], threads: int) -> Timing:
 
 
 def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, Timing]]:
-    """Return the timings by label and mode, without competitors that were given up."""
+    """Return the timings by label and mode, without competitors that were abandoned."""
     return {
         one["label"]: {mode: summarise(rounds, threads) for mode, rounds in one["rounds"].items()}
         for one in found["competitors"]
@@ -62,7 +62,7 @@ def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, 
 
 
 def format_point(found: dict[str, Any], threads: int) -> str:
-    """Lay out the table of one point under a heading, followed by what was given up and why."""
+    """Lay out the table of one point under a heading, followed by what was abandoned and why."""
     point = Point.from_json(found["point"])
     times = summarise_point(found, threads)
     modes = [mode for mode in MODES if mode in point.modes]
@@ -100,7 +100,7 @@ def _milliseconds(timed: Timing | None, part: str | None = None) -> str:
 def _ratio(
     times: dict[str, dict[str, Timing]], one: dict[str, Any], mode: str, name: str, point: Point
 ) -> str:
-    """Divide by the time of the yardstick for the same number of experts per token."""
+    """Divide by the time of the yardstick that has the same number of experts per token."""
     label = name if one["top_k"] == point.top_k else f"{name} k={one['top_k']}"
     mine, limit = times[one["label"]].get(mode), times.get(label, {}).get(mode)
     if mine is None or limit is None:
@@ -114,7 +114,7 @@ def _given_up(found: dict[str, Any]) -> list[str]:
         if one["skipped"] is not None:
             lines.append(f"No figures for {one['label']}: {one['skipped']}.")
         for mode, reason in one["failed"].items():
-            lines.append(f"{mode} of {one['label']} was given up: {reason}.")
+            lines.append(f"{mode} of {one['label']} was abandoned: {reason}.")
     return lines
 
 
@@ -136,7 +136,8 @@ def format_all(document: dict[str, Any]) -> str:
     tables = "\n\n".join(format_point(found, threads) for found in points)
     legend = (
         f"{document['hardware']}; medians of {document['settings']['rounds']} interleaved rounds. "
-        "MB: peak memory of its process above that at the start, including the modes to the left. "
+        "MB: peak memory of the competitor's process above that at its start, including that of "
+        "the modes to the left. "
         "k: experts per token; a layer with fewer is compared with the limits for the same k.  "
         f"{MARK}: fewer than {LEAST_CLEAN} rounds in which threads waited for a core at most "
         f"{MOST_WAITED:.0%} of the time. dropped: (token, expert) pairs not computed."

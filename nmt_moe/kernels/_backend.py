@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Triton's interpreter runs kernels on CPU tensors. It is slow, so it serves only tests and
+# Triton's interpreter runs kernels on CPU tensors. It is slow, so it is used only for tests and
 # debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Types of devices whose tensors the host can read without waiting, and types of devices on which
@@ -25,8 +25,8 @@ def uses_triton(tensor: Tensor, kernel: str) -> bool:
     """Return whether an operation on `tensor` runs a Triton kernel.
 
     On CUDA, it does if the kernel passes its trial. The trial runs when this function is first
-    called for the kernel. float64 always runs in torch, because the kernels add up in float32. The
-    environment variable NMT_MOE_KERNELS replaces the trial's result if it is set.
+    called for the kernel. float64 always runs in torch, because the kernels accumulate in float32.
+    The environment variable NMT_MOE_KERNELS replaces the trial's result if it is set.
 
     Args:
         tensor: The operation's main operand.

@@ -229,7 +229,7 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` must be at least 0 and less than 1, but is {beta}.")
     if not group["eps"] > 0:
         raise ValueError(
-            f"`eps` must be greater than 0, but is {group['eps']}: it is the whole divisor while "
+            f"`eps` must be greater than 0, but is {group['eps']}: it is the whole divisor as long as "
             "all gradients have been 0. Use 1e-8."
         )
     for number, parameter in enumerate(group["params"]):
@@ -248,9 +248,9 @@ def _check_state(number: int, parameter: Parameter, factored: bool, saved: dict[
         raise ValueError(
             f"the saved state of parameter {number} {tuple(parameter.shape)} must be "
             f"{', '.join(sorted(['step', *wanted]))}, but is {', '.join(sorted(saved))}: it was "
-            "saved by another optimizer, or as a parameter of the kind "
-            f"{'dense' if factored else 'expert'}. Load the file with that optimizer, or start "
-            "with a new state."
+            "saved by another optimizer, or as "
+            f"{'a dense' if factored else 'an expert'} parameter. Load the file with that "
+            "optimizer, or start with a new state."
         )
     for name, shape in wanted.items():
         if saved[name].shape != shape:

@@ -75,7 +75,7 @@ def test_the_table_divides_by_the_limit_for_the_same_experts_per_token():
     heading, table, *given_up = moe_tables.format_point(found, threads=2).split("\n\n")
     assert heading == "### N=12 D=8 H=12 E=6 K=4 float32: 8 rows per expert"
     assert given_up == [
-        "step of hf_switch was given up: too slow.",
+        "step of hf_switch was abandoned: too slow.",
         "No figures for st_moe: out of memory.",
     ]
     columns = ["layer", "k", "forward ms", "forward / bmm", "forward / gemm", "spread"]

@@ -16,7 +16,7 @@ LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "gating": 3, "adam": 3, "ga
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Compile all kernels in a process of its own, because Triton interprets in this one."""
+    """Compile all kernels in a separate process, because Triton interprets them in this one."""
     file = tmp_path_factory.mktemp("budgets") / "budgets.json"
     command = [sys.executable, "-m", "benchmarks.gpu_budgets", "--json", str(file)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -28,7 +28,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 def chosen(reports: dict, *words: str) -> dict:
-    """Return the reports whose names contain all words, at least one."""
+    """Return the reports whose names contain all the words; assert that there are any."""
     found = {name: found for name, found in reports.items() if all(word in name for word in words)}
     assert found
     return found
@@ -43,7 +43,7 @@ def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
     for name, report in reports.items():
         # CUDA's sine and cosine, for the noise, reserve 32 bytes for angles that do not occur.
         assert report["spilled"] <= (32 if "gating" in name else 0), name
-        assert report["shared"] <= 99 * 1024, name  # the smallest size of a GPU since A100
+        assert report["shared"] <= 99 * 1024, name  # the smallest of any GPU since the A100
 
 
 def test_enough_blocks_run_at_a_time(reports):
@@ -80,6 +80,6 @@ def test_offsets_of_gating_have_64_bits(reports):
 
 
 def test_gating_needs_no_more_instructions_than_it_did(reports):
-    """At 256 experts, 329 to 336 per element forward and 298 to 301 backward were measured."""
+    """With 256 experts, they took 329 to 336 per element forward and 298 to 301 backward."""
     for name, report in chosen(reports, "gating 256").items():
         assert report["per_element"] <= (350 if "forward" in name else 310), name
