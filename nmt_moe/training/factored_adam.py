@@ -229,8 +229,8 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` must be at least 0 and less than 1, but is {beta}.")
     if not group["eps"] > 0:
         raise ValueError(
-            f"`eps` must be greater than 0, but is {group['eps']}: it is the whole divisor as long as "
-            "all gradients have been 0. Use 1e-8."
+            f"`eps` must be greater than 0, but is {group['eps']}: it is the whole divisor as "
+            "long as all gradients have been 0. Use 1e-8."
         )
     for number, parameter in enumerate(group["params"]):
         factored = _is_factored(parameter, group["factored"])
