@@ -70,6 +70,9 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def _loggers_speak_again():
-    """Undo what a program in this process did to capture output."""
+    """Undo what a program in this process did to capture output or to log less."""
+    root = logging.getLogger()
+    level = root.level
     yield
+    root.setLevel(level)
     logging.disable(logging.NOTSET)
