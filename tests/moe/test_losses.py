@@ -33,6 +33,17 @@ def test_no_tokens_cost_nothing_and_give_a_finite_gradient():
     assert torch.isfinite(values.grad).all()
 
 
+def test_rows_are_independent_and_unused_experts_get_no_gradient():
+    values = torch.tensor([[2.5, 0.5], [0.0, 0.0], [1.0, 3.0]], requires_grad=True)
+    torch.testing.assert_close(squared_cv(values), torch.tensor([1 / 2.25, 0.0, 0.25]))
+    squared_cv(values).sum().backward()
+    for row, grad in zip(values.detach(), values.grad, strict=True):
+        alone = row.clone().requires_grad_()
+        squared_cv(alone).backward()
+        torch.testing.assert_close(grad, alone.grad)
+    assert values.grad[1].tolist() == [0.0, 0.0]
+
+
 def test_gradient_agrees_with_finite_differences():
     values = torch.rand(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(squared_cv, (values,))
