@@ -1,4 +1,4 @@
-"""Fixtures of the shell's tests: tiny binarised corpora, and models trained on them."""
+"""Fixtures for the tests of the shell: tiny binarised corpora and models trained on them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny corpus, binarised with one dictionary for both languages."""
+    """Binarise a tiny corpus with one dictionary for both languages."""
     folder = tmp_path_factory.mktemp("data")
     call("preprocess", *preprocess_flags(corpus, folder), "--joined-dictionary")
     return folder
@@ -26,7 +26,7 @@ def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training run: 8 epochs of 6 updates."""
+    """Train for 8 epochs of 6 updates without interruption, and return the run's folder."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--max-epoch", 8, "--save-interval-updates", 8]
     call("train", data, *TINY_MOE, *flags, "--save-dir", folder)
@@ -35,13 +35,13 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(trained: Path) -> Path:
-    """A model that has learned a little."""
+    """Return a model that has learned a little."""
     return trained / "checkpoint_last.pt"
 
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text for language models, binarised."""
+    """Binarise a text for language models."""
     folder = tmp_path_factory.mktemp("text")
     text = language_model.write_text(folder / "text")
     call("preprocess", *language_model.preprocess_flags(text, folder / "data"))
@@ -50,7 +50,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a binarised corpus and fairseq's own LSTM after two updates."""
+    """Return a folder with a binarised corpus and fairseq's own LSTM after two updates."""
     folder = tmp_path_factory.mktemp("stock")
     write_data(folder, "bin")
     call("train", *training(folder, "models", 2))

@@ -1,4 +1,4 @@
-"""Bad input ends a command with one message; existing files are kept."""
+"""Bad input ends a command with one message and leaves existing files unchanged."""
 
 import shutil
 from pathlib import Path
@@ -23,14 +23,14 @@ def put(folder: Path, name: str, number: int, line: str) -> None:
 
 
 def preprocess(folder: Path, *flags: object) -> str:
-    """Binarise a corpus into its folder's `data`."""
+    """Binarise a corpus into its subfolder `data`."""
     joined = [*preprocess_flags(folder, folder / "data"), "--joined-dictionary"]
     return call("preprocess", *joined, *flags).text
 
 
 @pytest.fixture
 def own_corpus(tmp_path: Path) -> Path:
-    """A corpus that a test may damage."""
+    """Copy the corpus, so that a test may damage it."""
     return write_corpus(tmp_path / "corpus")
 
 

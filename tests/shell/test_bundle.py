@@ -14,7 +14,7 @@ from tests.support.language_model import EVALUATE, TINY_LM, preprocess_flags, wr
 from tests.support.multilingual import SIZES, TASK, make_data
 from tests.support.training import TINY_MOE, TRANSLATE
 
-# fairseq prints bits, with 4 digits.
+# fairseq prints scores in bits, with 4 decimal places.
 PRINTED = 6e-5
 DESCRIPTION = Description(search=SearchDefaults(max_len_b=20))  # as in TRANSLATE
 
@@ -43,7 +43,7 @@ SEARCHES: dict[str, tuple[list[object], dict[str, Any]]] = {
 
 
 def hypotheses_of(done: Output) -> dict[int, list[tuple[str, float]]]:
-    """Return text and score (nats) of each sentence's hypotheses."""
+    """Return the text and the score (in nats) of each hypothesis, by sentence."""
     found: dict[int, list[tuple[str, float]]] = {}
     for line in done.text.splitlines():
         if line.startswith("H-"):
@@ -109,7 +109,7 @@ def test_a_multilingual_bundle_translates_like_fairseq_generate(
     translator = Translator.load(tmp_path / "many")
     assert sorted(translator.languages) == ["aa", "bb", "cc"]
     flags, options = SEARCHES["all"]
-    # bb-cc was never trained.
+    # The model was not trained on bb-cc.
     for source, target in (("aa", "bb"), ("cc", "aa"), ("bb", "cc")):
         direction = ["-s", source, "-t", target]
         path = ["--path", many_checkpoint, *TASK, *direction, *TRANSLATE, *flags]

@@ -1,4 +1,4 @@
-"""Checkpoints that fairseq cannot read are reported by name, and none of them runs code."""
+"""Checkpoints that fairseq cannot read are reported by name, and cannot run code."""
 
 import os
 

@@ -13,7 +13,7 @@ PLUGGED = ["--user-dir", PLUGIN]
 
 @pytest.fixture(scope="module")
 def scratch(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which fairseq-preprocess and fairseq-train have run."""
+    """Run fairseq-preprocess and fairseq-train in a new folder, and return it."""
     folder = tmp_path_factory.mktemp("journey")
     flags = preprocess_flags(corpus, Path("data"))
     done = run("preprocess", *flags, "--joined-dictionary", cwd=folder, is_installed=True)
@@ -82,7 +82,7 @@ def test_a_second_start_continues_where_the_first_stopped(scratch: Path):
 
 
 def test_validate_repeats_the_loss_of_training(data: Path, checkpoint: Path):
-    # fairseq-validate requires the task; nothing else is taken from the command line.
+    # fairseq-validate requires the task, but reads its options from the checkpoint.
     flags = ["--task", "translation", "--path", checkpoint, "--log-format", "json", "--cpu"]
     done = call("validate", data, *flags, "--batch-size", 16, "--num-workers", 0)
     trained = load(checkpoint)["extra_state"]["val_loss"]

@@ -1,4 +1,4 @@
-"""Language models: preprocess, train, stop and resume, eval-lm; and unusable input."""
+"""Language models are preprocessed, trained, resumed and evaluated; unusable input is refused."""
 
 import math
 import re
@@ -29,7 +29,7 @@ SAMPLED = ["--sampled-softmax", 8]
 
 @pytest.fixture(scope="module")
 def unbroken(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training run: 4 epochs of 5 updates."""
+    """Train for 4 epochs of 5 updates without interruption, and return the run's folder."""
     folder = tmp_path_factory.mktemp("unbroken")
     return train(text_data, folder, "--max-epoch", 4, *SAMPLED, "--save-interval-updates", 7)
 
@@ -56,7 +56,7 @@ def test_training_learns_and_logs_the_balance(unbroken: Path):
     rows = records(unbroken, "nll_loss")
     assert [row["num_updates"] for row in rows] == list(range(1, 21))
     assert all(BALANCE_KEYS | {"balance_loss", "ppl"} <= row.keys() for row in rows)
-    # Estimates are marked as such; validation uses none.
+    # The log marks estimates as such. Validation computes exact values.
     assert all(row["sampled_softmax"] == 8 for row in rows)
     assert [row["train_sampled_softmax"] for row in records(unbroken, "train_nll_loss")] == [8] * 4
     valid = records(unbroken, "valid_nll_loss")
@@ -99,7 +99,7 @@ def test_eval_lm_gives_the_perplexity_of_validation_over_all_words_and_ends(
     assert tokens == sum(len(line.split()) + 1 for line in lines)
     bits = records(unbroken, "valid_nll_loss")[-1]["valid_nll_loss"]
     assert math.log2(perplexity) == pytest.approx(bits, abs=2e-3)
-    # Results do not depend on a sentence's batch.
+    # Results do not depend on the batch that a sentence is in.
     assert evaluate(text_data, unbroken / "checkpoint_last.pt", *flags, "--batch-size", 1) == (
         tokens,
         pytest.approx(perplexity, rel=1e-3),
@@ -153,7 +153,7 @@ def test_the_state_is_kept_between_the_sentences_of_a_block_and_reset_between_bl
         )
         for mode in ("eos", "none")
     }
-    # The same tokens are scored with more context.
+    # In blocks, the same tokens are scored with more context.
     assert found["eos"][0] == found["none"][0]
     assert found["eos"][1] != pytest.approx(found["none"][1], rel=1e-3)
 
@@ -178,7 +178,7 @@ def test_the_state_is_kept_between_the_sentences_of_a_block_and_reset_between_bl
 def test_a_variant_trains_and_is_evaluated(flags: list[object], text_data: Path, tmp_path: Path):
     train(text_data, tmp_path, *flags, "--max-epoch", 2, "--no-epoch-checkpoints")
     assert all(math.isfinite(row["loss"]) for row in records(tmp_path, "nll_loss"))
-    # Compare the validation loss, which is exact; a sampled loss fluctuates.
+    # Compare validation losses, which are exact. Sampled losses fluctuate.
     first, last = (row["valid_nll_loss"] for row in records(tmp_path, "valid_nll_loss"))
     assert last < first
     output = flags if "--output-dictionary-size" in flags else []
@@ -218,7 +218,7 @@ def test_the_documented_command_names_the_line_that_is_not_utf8(tmp_path: Path):
     commands = [line.split() for line in printed.splitlines() if "fairseq-preprocess -" in line]
     (words,) = (words for words in commands if "--only-source" in words)
     text = write_text(tmp_path / "text")
-    (tmp_path / "nmt_moe").symlink_to(PLUGIN)  # commands are printed for the repository's folder
+    (tmp_path / "nmt_moe").symlink_to(PLUGIN)  # the page's commands assume the repository's folder
     (text / "train").write_bytes(b"w1 w2\nw3 \xff\n")
     done = run("preprocess", *words[1:], cwd=tmp_path)
     assert done.status == 1
@@ -244,7 +244,7 @@ def test_for_a_line_longer_than_a_batch_the_message_names_the_options(tmp_path: 
         r"sample #1 must have at most 100 tokens.* has 301.*--max-tokens-valid.*"
         r"--sample-break-mode none --tokens-per-sample 100\."
     )
-    # Validation is checked before the first update.
+    # The validation set is checked before the first update.
     with without_updates(), pytest.raises(ValueError, match=match):
         train(data, tmp_path, "--max-epoch", 1, "--max-tokens", 100)
     blocks = ["--sample-break-mode", "none", "--tokens-per-sample", 100]

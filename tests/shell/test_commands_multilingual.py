@@ -1,4 +1,4 @@
-"""The multilingual task through fairseq's commands: training, resuming, translating, refusing."""
+"""fairseq's commands train, resume, translate and refuse bad input with the multilingual task."""
 
 import re
 import shutil
@@ -36,14 +36,14 @@ def train(data: Path, folder: Path, epochs: int, *flags: object) -> Output:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
-    """Folder and output of 20 epochs; after only 12, words of another language may still occur."""
+    """Train for 20 epochs; after only 12, words of another language may still occur."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--save-interval-updates", 40, "--keep-last-epochs", 2, *BLEU]
     return folder, train(data, folder, 20, *flags)
 
 
 def records(output: Output) -> list[dict[str, float]]:
-    """Return the JSON entries, but not the logged options, which also contain JSON."""
+    """Return the JSON entries without the logged options, which also contain JSON."""
     lines = [line for line in output.text.splitlines() if '_loss": "' in line]
     return Output(0, "\n".join(lines)).records()
 
@@ -57,9 +57,10 @@ def test_the_table_before_training_gives_the_effective_epochs(trained: tuple[Pat
     text = trained[1].text
     rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
     assert list(rows) == PAIRS.split(",")
-    # N = 240. The roots of the shares 0.4, 0.4, 0.1, 0.1 have the ratio 2 to 1, which gives 80 of
-    # 96 sentences and 40 of 24.
-    # cc-aa has 4 x 24 instead, so that an epoch has 80 + 80 + 40 + 96 = 296; 20 epochs in all.
+    # There are 240 sentences in all. The square roots of the shares 0.4, 0.4, 0.1 and 0.1 have the
+    # ratio 2 to 1, so an epoch uses 80 sentences of pairs with 96 and 40 of pairs with 24. The
+    # option overrides this for cc-aa with 4 x 24. Each of the 20 epochs thus uses
+    # 80 + 80 + 40 + 96 = 296 sentences.
     assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "16.67"]
     assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "33.33"]
     assert rows["cc-aa"].split() == ["24", "96", "32.4%", "4.00", "80.00"]
@@ -68,7 +69,7 @@ def test_the_table_before_training_gives_the_effective_epochs(trained: tuple[Pat
 
 def test_max_update_also_limits_the_effective_epochs(data: Path, tmp_path: Path):
     output = train(data, tmp_path, 50, "--max-update", 10, "--no-save", "--disable-validation")
-    # 296 sentences make 19 batches of at most 16: 10 updates are 10 / 19 of an epoch.
+    # The 296 sentences form 19 batches of at most 16, so 10 updates are 10 / 19 of an epoch.
     assert "epochs of this run: 0.53" in output.text
 
 
@@ -78,7 +79,7 @@ def test_validation_logs_every_pair(trained: tuple[Path, Output]):
     for pair in PAIRS.split(","):
         assert last[f"valid_{pair}_ppl"] == pytest.approx(2 ** last[f"valid_{pair}_nll_loss"], 0.01)
         assert 0 <= last[f"valid_{pair}_bleu"] <= 100
-        # Sentences have 1, 2, ... 5, 1, ... words and an end mark each.
+        # Sentences have 1, 2, ... 5, 1, ... words, and each ends with an end mark.
         size = next(sizes for name, sizes in SIZES.items() if set(name) == set(pair))["valid"]
         tokens[pair] = sum(2 + number % 5 for number in range(size))
     mean = sum(tokens[pair] * last[f"valid_{pair}_nll_loss"] for pair in tokens)
@@ -142,7 +143,7 @@ def test_validate_repeats_the_losses_of_training(data: Path, trained: tuple[Path
         assert losses[f"valid_{pair}_nll_loss"] == last[f"valid_{pair}_nll_loss"]
 
 
-# In validation, there are 2 + 2 + 1 batches: the second of two processes lacks one.
+# Validation has 2 + 2 + 1 batches, so the second of two processes has one fewer than the first.
 UNEVEN = ["--lang-pairs", "aa-bb,bb-aa,aa-cc", "--batch-size-valid", 6]
 
 
@@ -171,7 +172,7 @@ def test_two_processes_validate_every_pair_like_one(data: Path, tmp_path: Path):
 def test_resumed_training_gives_the_same_bits_as_uninterrupted_training(
     data: Path, trained: tuple[Path, Output], tmp_path: Path
 ):
-    # Update 160 is within epoch 9 of 19 updates each.
+    # Epochs have 19 updates, so update 160 is within epoch 9.
     shutil.copy(trained[0] / "checkpoint_9_160.pt", tmp_path / "checkpoint_last.pt")
     train(data, tmp_path, 20, *BLEU)
     one, two = (load(folder / "checkpoint_last.pt") for folder in (trained[0], tmp_path))

@@ -37,14 +37,14 @@ def test_two_epochs_and_two_more_give_the_same_bits_as_four(
 def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
     data: Path, trained: Path, tmp_path: Path
 ):
-    # Update 8 is the second of the six in epoch 2.
+    # Update 8 is the second of six updates in epoch 2.
     shutil.copy(trained / "checkpoint_2_8.pt", tmp_path / "checkpoint_last.pt")
     train(data, tmp_path, 4)
     assert_same_training(trained / "checkpoint4.pt", tmp_path / "checkpoint_last.pt")
 
 
 def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
-    # There are 6 batches in 3 updates of 2; each start draws new noise for all batches.
+    # Six batches make 3 updates of 2 batches. Each start draws new noise for all batches.
     flags = ["--update-freq", 2, "--save-interval-updates", 4]
     train(data, tmp_path / "one", 2, *flags)
     (tmp_path / "two").mkdir()
@@ -59,7 +59,7 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     "flags",
     [
         ["--bf16"],
-        ["--fp16", "--fp16-scale-window", 5],  # the scale changes between the resume and the end
+        ["--fp16", "--fp16-scale-window", 5],  # the scale changes after resuming
         ["--memory-efficient-bf16"],
         ["--memory-efficient-fp16", "--fp16-scale-window", 5],
         ["--fp16", "--optimizer", "factored_adam"],
@@ -67,7 +67,7 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
-    # --bf16 and --fp16 train float32 copies of the weights, and these are saved.
+    # With --bf16 and --fp16, training updates and saves float32 copies of the weights.
     train(data, tmp_path / "unbroken", 2, "--save-interval-updates", 8, *flags)
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "unbroken/checkpoint_2_8.pt", tmp_path / "resumed/checkpoint_last.pt")

@@ -19,12 +19,12 @@ def generate(data: Path, path: object, *flags: object) -> Output:
 
 
 def rows(done: Output, kind: str) -> list[list[str]]:
-    """Return the columns of all lines of a kind, with complete n-best lists."""
+    """Return the columns of all lines of a kind, for all hypotheses in the n-best lists."""
     return [line.split("\t") for line in done.text.splitlines() if line.startswith(f"{kind}-")]
 
 
 def scores_by_hand(done: Output, alpha: float, beta: float) -> list[float]:
-    """Compute each hypothesis' score (bits) from its printed probabilities and attention."""
+    """Compute each hypothesis's score (in bits) from its printed probabilities and attention."""
     scores = []
     for (_, probabilities), (_, matrix) in zip(rows(done, "P"), rows(done, "A"), strict=True):
         log_probs = [float(one) for one in probabilities.split()]

@@ -36,7 +36,7 @@ def test_a_batch_is_translated_like_its_sentences_one_by_one(data: Path, checkpo
 def test_alignments_point_at_the_same_source_words_in_a_batch_and_alone(
     data: Path, checkpoint: Path
 ):
-    # In a batch, shorter sentences are padded on the left.
+    # Shorter sentences in a batch are padded on the left.
     together = generate(data, checkpoint, "--batch-size", 8, "--print-alignment")
     alone = generate(data, checkpoint, "--batch-size", 1, "--print-alignment")
     assert together.lines("A") == alone.lines("A")
@@ -52,8 +52,8 @@ def test_an_ensemble_averages_its_models(data: Path, checkpoint: Path, other_che
     assert scores(twice) == pytest.approx(scores(generate(data, checkpoint)), abs=1e-4)
     both = generate(data, f"{checkpoint}:{other_checkpoint}", "--score-reference")
     each = [generate(data, path, "--score-reference") for path in (checkpoint, other_checkpoint)]
-    # At each word log((p + q) / 2) >= (log p + log q) / 2, so this also holds for the mean over the
-    # sentence.
+    # At each word, log((p + q) / 2) >= (log p + log q) / 2. This therefore also holds for the mean
+    # over the sentence.
     for number, score in scores(both).items():
         mean = sum(scores(one)[number] for one in each) / 2
         assert mean - 1e-4 <= score < mean + 1.0

@@ -1,4 +1,4 @@
-"""Data-parallel training on CPU: two processes with gloo over the loopback."""
+"""Data-parallel training on CPU in two processes that use gloo over the loopback interface."""
 
 import math
 import socket
@@ -12,7 +12,7 @@ from tests.support.commands import PLUGIN, Output, call, run
 from tests.support.training import BALANCE_KEYS, TINY_MOE, load
 
 UPDATES = ["--max-update", 3, "--log-interval", 1, "--no-epoch-checkpoints"]
-# There is no noise or dropout, because each process would draw its own. Epsilon is large, because
+# Noise and dropout are off, because each process would draw its own. Epsilon is large, because
 # otherwise Adam would turn gradients that differ from 0 only by rounding into full steps.
 EXACT = ["--num-experts", 1, "--moe-top-k", 1, "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 
@@ -67,7 +67,7 @@ def test_two_processes_learn_the_same_as_one_with_both_batches(data: Path, tmp_p
 def test_accumulated_updates_with_an_uneven_end_equal_those_of_one_process(
     data: Path, tmp_path: Path
 ):
-    # There are seven batches, so one rank has no batch for the second slot of the second update.
+    # With seven batches, one rank has only one batch for the second update.
     seven = [*EXACT, "--batch-size", 14, "--required-batch-size-multiple", 1]
     first, _ = train_in_two_processes(data, tmp_path, *seven, "--update-freq", 2)
     accumulated = [*TINY_MOE, *UPDATES, *seven, "--update-freq", 4]

@@ -29,7 +29,7 @@ VARIANTS = [
     pytest.param([*TINY_MOE, *GROUPS, "--moe-gate", "strictly_balanced"], id="strict-groups"),
     pytest.param([*TINY_MOE, "--encoder-layers", 4, "--decoder-layers", 3], id="deeper"),
     pytest.param([*TINY_MOE, "--share-decoder-input-output-embed"], id="tied"),
-    # A flag that is on by default turns off when it is given.
+    # The option is on by default, and giving the flag turns it off.
     pytest.param([*TINY_MOE, "--left-pad-source"], id="padded-right"),
 ]
 

@@ -1,4 +1,4 @@
-"""Repairs to fairseq: applied only once; corpora, batches and precision of fairseq's models."""
+"""Repairs to fairseq's corpora, batches and precision, which are applied only once."""
 
 import argparse
 import shutil
@@ -22,7 +22,7 @@ from tests.support.stock_model import (
 
 
 def host() -> dict[tuple[str, ...], int]:
-    """Return the identity of each name in fairseq's modules and classes, and of Python's hook."""
+    """Return the ids of all objects in fairseq's modules and classes, and of Python's hook."""
     names: dict[tuple[str, ...], int] = {("hook",): id(sys.excepthook)}
     for module in [m for name, m in sys.modules.items() if name.startswith("fairseq")]:
         for name, value in vars(module).items():

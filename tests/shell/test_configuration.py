@@ -1,4 +1,4 @@
-"""A configuration from a file sets values and executes nothing, whatever it names."""
+"""A configuration from a file only sets values; it executes nothing, whatever it names."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The loss and what it logs. The balance losses have the same weight in batches of any size."""
+"""The loss and its log columns. Balance losses have the same weight in batches of any size."""
 
 import math
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_the_loss_by_hand():
     wanted = SAMPLE["target"] != pad
     log_probs = F.log_softmax(logits, dim=2)[wanted]
     nll = -log_probs.gather(1, SAMPLE["target"][wanted].unsqueeze(1)).sum()
-    # fairseq's smoothing: 0.3 is shared by all symbols but the target.
+    # In fairseq's label smoothing, all symbols except the target share 0.3.
     share = 0.3 / (size - 1)
     smooth = (1 - 0.3 - share) * nll - share * log_probs.sum()
     balance = sum(stats.balance_loss for stats in extra["moe_stats"].values())
@@ -92,7 +92,7 @@ def test_perplexity_is_free_of_smoothing_and_of_the_balance():
     values = [reduce_metrics([log]) for log in logs]
     assert values[0]["nll_loss"] == values[1]["nll_loss"]
     assert values[0]["ppl"] == values[1]["ppl"]
-    # The losses are in nats, summed over 11 tokens; fairseq logs bits per token.
+    # The losses are sums over 11 tokens, in nats, but fairseq logs bits per token.
     bits = logs[0]["nll_loss"].item() / 11 / math.log(2)
     assert values[0]["nll_loss"] == pytest.approx(bits, abs=1e-3)
 
@@ -128,8 +128,8 @@ def make_log(encoder: list[float], decoder: list[float], **values: float) -> dic
 
 
 def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
-    # Encoder: [2, 6] + [6, 2] = [8, 8] is balanced, though each batch has mean 4 and deviation 2.
-    # Decoder: [1, 3] + [1, 3] = [2, 6] has mean 4, deviation 2 and largest value 6.
+    # The encoder's sum [2, 6] + [6, 2] = [8, 8] is balanced, although each batch has mean 4 and
+    # deviation 2. The decoder's sum [1, 3] + [1, 3] = [2, 6] has mean 4, deviation 2 and maximum 6.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     values = reduce_metrics(logs)
     for kind in ("importance", "load"):
@@ -142,7 +142,8 @@ def test_the_balance_of_several_batches_is_that_of_their_sums_by_hand():
 
 
 def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_update_by_hand():
-    # The encoder gets 8 tokens, then 4. In each batch, the entropies sum to 2, the margins to 1.
+    # The encoder receives 8 tokens and then 4. In each batch, the entropies sum to 2, and the
+    # margins sum to 1.
     values = reduce_metrics([make_log([2.0, 6.0], [4.0, 0.0]), make_log([4.0, 0.0], [4.0, 0.0])])
     assert values["encoder_moe_gate_entropy"] == pytest.approx(4 / 12, abs=1e-3)
     assert values["encoder_moe_gate_margin"] == pytest.approx(2 / 12, abs=1e-3)
@@ -162,7 +163,7 @@ def test_untrained_gates_have_nearly_the_entropy_of_even_gates():
 
 
 def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
-    # The same batches are reduced one by one, as during validation.
+    # As in validation, the same batches are reduced one by one.
     logs = [make_log([2.0, 6.0], [1.0, 3.0]), make_log([6.0, 2.0], [1.0, 3.0])]
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
@@ -171,7 +172,7 @@ def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
     assert values == pytest.approx(reduce_metrics(logs))
     assert values["encoder_moe_cv_load"] == 0.0
     assert values["moe_cv_load"] == 0.25
-    # In training, each update counts separately, so the result is the mean of 0.5 and 0.5.
+    # In training, each update counts separately. The result is the mean of 0.5 and 0.5.
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
             MoELabelSmoothedCrossEntropy.reduce_metrics([{**log, "balance_loss": 1.0}])
@@ -237,7 +238,7 @@ def test_fairseqs_own_models_train_with_the_criterion(
 def test_a_model_of_several_processes_is_recognised_under_its_wrappers(monkeypatch):
     monkeypatch.setattr(module, "has_compiled_loops", lambda _: True)
     model, logits = make_model(), torch.zeros(2, 8)
-    parallel = nn.Module()  # as DistributedDataParallel holds its model
+    parallel = nn.Module()  # holds its model as DistributedDataParallel does
     parallel.module = model
     assert module.has_plain_softmax(ModuleProxyWrapper(parallel), logits)
     model.decoder.adaptive_softmax = nn.Identity()

@@ -1,4 +1,4 @@
-"""Experts spread over two processes: training as in one process, and files that load anywhere."""
+"""Experts spread over two processes train as in one process, and their files load anywhere."""
 
 import shutil
 from pathlib import Path
@@ -23,22 +23,22 @@ from tests.support.training import (
     load_whole,
 )
 
-# There are five batches, so one of two processes is idle in the third and last update of an epoch.
+# With five batches, one of two processes is idle in the third and last update of an epoch.
 FIVE_BATCHES = ["--batch-size", 20, "--required-batch-size-multiple", 1, "--clip-norm", 0.5]
 FIVE_BATCHES += ["--no-epoch-checkpoints", "--importance-loss-weight", 1.0]
-# Each token uses all experts, and there is no noise or dropout, so that one process can give the
-# same results. Epsilon is large, because otherwise Adam would turn rounding errors of zero
-# gradients into full steps.
+# Each token uses all experts, without noise or dropout, so that one process can give the same
+# results. Epsilon is large, because otherwise Adam would turn rounding errors in zero gradients
+# into full steps.
 EXACT = [*FIVE_BATCHES, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 UNEVEN = [*FIVE_BATCHES, "--max-epoch", 2]
-# Translations end after different numbers of steps in each process.
+# With these options, the number of steps until all translations end differs between the processes.
 BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 20}', "--batch-size-valid", 5]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
-    """Do all training runs of the tests below, because starting processes is expensive."""
+    """Do all training runs for the tests below together, because starting processes is slow."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -62,7 +62,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
 
 
 def resume_on_four(rank: int, data: Path, folder: Path) -> None:
-    """Continue from the files of two processes, with four processes and in two groups of two."""
+    """Continue from the files of two processes in one group of four and in two groups of two."""
     ranks = ["--distributed-world-size", 4, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
     for size in (4, 2):
@@ -73,7 +73,7 @@ def resume_on_four(rank: int, data: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training run in one process: 4 updates with the batches of two processes."""
+    """Train for 4 updates in one process, with the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
     flags = [*TINY_MOE, *EXACT, "--update-freq", 2]
     call("train", data, *flags, "--save-dir", folder)
@@ -82,7 +82,7 @@ def one_process(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs in two processes; `resumed` continues from one process's file."""
+    """Do all runs in two processes; the run `resumed` continues from the file of one process."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "resumed").mkdir()
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed/checkpoint_last.pt")

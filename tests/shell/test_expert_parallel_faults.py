@@ -1,4 +1,4 @@
-"""If a process of a training run dies, the others stop and all checkpoints are intact."""
+"""If a process of a training run dies, the others stop and all checkpoints remain intact."""
 
 import errno
 import math
@@ -31,12 +31,13 @@ from tests.support.training import TINY_MOE, load
 
 plugin.register()
 
-# The others notice at their next exchange, and torchrun within a second. Allow for a busy machine.
+# The other processes notice a death at their next exchange, and torchrun within a second. The limit
+# allows for a busy machine.
 STOPPED_WITHIN = 60  # seconds
 
 
 def report_stop(killed_at: float) -> None:
-    """Print how long the others continued; `pytest -rP` shows it."""
+    """Print how long the other processes continued; `pytest -rP` shows it."""
     print(f"stopped after {time.monotonic() - killed_at:.1f} s")  # noqa: T201
 
 
@@ -101,7 +102,7 @@ def start_two(function: Callable[..., None], *arguments: object) -> list[Any]:
 
 
 def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train; process 1 is killed in its second save, with half of its experts' file written."""
+    """Train; process 1 is killed in its second save, after writing half of its expert file."""
     save, calls = torch.save, []
 
     def save_half(content: Any, file: Any) -> None:
@@ -128,7 +129,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_save(data: Path, tmp_
     killed_at = time.monotonic()
     ranks[0].join(STOPPED_WITHIN)
     report_stop(killed_at)
-    assert ranks[0].exitcode == 1  # it stops instead of waiting
+    assert ranks[0].exitcode == 1  # the other process stops instead of waiting
     last = tmp_path / "checkpoint_last.pt"
     assert list(tmp_path.glob("experts-*.tmp"))
     state = load(last)
@@ -139,7 +140,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_save(data: Path, tmp_
 
 
 def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
-    """Train; in the third update, process 1 finds NaN. Errors go to `folder/error`."""
+    """Train; in the third update, process 1 finds NaN. Write errors to `folder/error{rank}`."""
     step, updates = Trainer.train_step, []
 
     def spoiled_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
@@ -162,7 +163,7 @@ def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
 
 
 def save_where_nothing_can_be_written(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train into a folder on a read-only disk. Messages go to `folder/error`."""
+    """Train into a folder on a read-only disk, and write messages to `folder/error{rank}`."""
 
     def mkdtemp(*_: object, **__: object) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -193,12 +194,12 @@ def test_a_read_only_save_folder_is_reported_once_before_the_first_update(
 @pytest.mark.parametrize(
     ("what", "messages"),
     [
-        # One process says what it found, and the other says that the first is gone.
+        # One process reports the NaN, and the other reports that the first has ended.
         (
             "token",
             ["RuntimeError: .*Connection", "FloatingPointError: .*NaN in .*encoder's MoE layer"],
         ),
-        # The norm covers the gradients of all processes, so all of them find the fault.
+        # The gradient norm covers all processes, so each of them finds the fault.
         ("gradient", ["FloatingPointError: .*gradients"] * 2),
     ],
 )

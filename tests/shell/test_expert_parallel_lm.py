@@ -23,21 +23,20 @@ from tests.support.training import copy_checkpoint, load, load_whole
 
 LAST = "checkpoint_last.pt"
 FEW = ["--clip-norm", 0.5, "--no-epoch-checkpoints"]
-# Each token uses all experts, and there is no noise or dropout, so that one process can give the
-# same results. Epsilon is large, because otherwise Adam would turn rounding errors of zero
-# gradients into full steps. An epoch has five batches, so one of two processes is idle in the third
-# update.
+# Each token uses all experts, without noise or dropout, so that one process can give the same
+# results. Epsilon is large, because otherwise Adam would turn rounding errors in zero gradients
+# into full steps. An epoch has five batches, so one of two processes is idle in the third update.
 EXACT = [*FEW, "--moe-gate", "softmax", "--dropout", 0, "--adam-eps", 1.0, "--lr", 0.5]
 EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 HALF = [*FEW, "--max-update", 5, "--sampled-softmax", 8, "--fp16-init-scale", 4]
 FP16 = ["fp16", "memory-efficient-fp16"]
 PRECISIONS = ["bf16", "memory-efficient-bf16", *FP16]
-# The update of `HALF` (of five) in which an expert's gradient overflows.
+# In this one of the five updates of `HALF`, an expert's gradient overflows.
 OVERFLOW = 3
 
 
 def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Do all training runs of the tests below, because starting processes is expensive."""
+    """Do all training runs for the tests below together, because starting processes is slow."""
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
 
@@ -56,16 +55,16 @@ def work(rank: int, data: Path, folder: Path) -> dict[str, Any]:
         with watch_parameters() as sums, overflow_experts(rank == 1):
             text = train(f"{precision}-overflow", *HALF, f"--{precision}")
         found[precision] = text.count("gradient overflow detected"), sums
-    # Ten sentences form five batches, three for one process and two for the other.
+    # Ten sentences form five batches. One process evaluates three of them, and the other two.
     path = folder / "exact" / LAST
     done = call("eval_lm", data, *EVALUATE, *BATCHES_OF_TWO, "--path", path, *ranks)
-    found["evaluated"] = scores(done.text) if rank == 0 else None  # the other is silent
+    found["evaluated"] = scores(done.text) if rank == 0 else None  # the other prints nothing
     return found
 
 
 @contextmanager
 def watch_parameters() -> Iterator[list[tuple[float, float]]]:
-    """Record the sums of magnitudes of dense and expert parameters after each update."""
+    """Record the summed magnitudes of dense parameters and of experts after each update."""
     step, seen = Trainer.train_step, []
 
     def train_step(self: Trainer, *args: Any, **kw: Any) -> Any:
@@ -82,7 +81,7 @@ def watch_parameters() -> Iterator[list[tuple[float, float]]]:
 
 @contextmanager
 def overflow_experts(is_here: bool) -> Iterator[None]:
-    """Make one element of one expert's gradient infinite, in this process and one update."""
+    """Make one element of an expert's gradient infinite in one update, if `is_here`."""
     average, calls = data_parallel.average_shard_gradients, []
 
     def overflow_and_average(parameters: Iterator[nn.Parameter]) -> None:
@@ -109,7 +108,7 @@ def scores(text: str) -> tuple[int, float]:
 
 @pytest.fixture(scope="module")
 def one_process(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training run in one process: 4 updates with the batches of two processes."""
+    """Train for 4 updates in one process, with the batches of two processes."""
     folder = tmp_path_factory.mktemp("one")
     call("train", text_data, *TINY_LM, *EXACT, "--update-freq", 2, "--save-dir", folder)
     return folder
@@ -119,7 +118,7 @@ def one_process(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def two_processes(
     text_data: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of all training runs in two processes, and the results of each process."""
+    """Do all training runs in two processes; return their folder and each process's results."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "resumed").mkdir()
     shutil.copy(one_process / "checkpoint_1_2.pt", folder / "resumed" / LAST)
@@ -192,11 +191,11 @@ def test_all_processes_skip_the_update_in_which_an_expert_of_one_overflows(
     precision, two_processes
 ):
     folder, found = two_processes
-    (overflows, first), (_, second) = (rank[precision] for rank in found)  # one of them logs
+    (overflows, first), (_, second) = (rank[precision] for rank in found)  # only one of them logs
     assert overflows == 1
     assert load(folder / f"{precision}-overflow" / LAST)["last_optimizer_state"]["loss_scale"] == 2
     assert [dense for dense, _ in first] == [dense for dense, _ in second]
     for sums in (first, second):
         is_kept = [now == before for before, now in zip(sums, sums[1:], strict=False)]
-        # Five updates and the skipped one, which changed neither dense parameters nor experts.
+        # Only the skipped update left both dense parameters and experts unchanged.
         assert is_kept == [step == OVERFLOW for step in range(2, 7)]

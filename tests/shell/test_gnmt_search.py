@@ -49,7 +49,7 @@ def test_the_penalties_choose_different_translations():
 
 
 def test_coverage_is_that_of_the_hypothesis_it_scores():
-    # With a narrow beam and long translations, rows change places at most of the steps.
+    # With a narrow beam and long translations, rows change places at most steps.
     models = make_models()
     options = {"length_penalty_alpha": 0.4, "coverage_penalty_beta": 2.0}
     hypotheses = search(models, SOURCE, beam_size=6, max_len_b=9, **options)[0]
@@ -114,7 +114,7 @@ def test_pruning_ends_the_search_early(monkeypatch: pytest.MonkeyPatch):
     def forward_to_the_end(*args: Any, **options: Any) -> tuple:
         steps.append(1)
         logits, extra = forward(*args, **options)
-        logits[..., DICTIONARY.eos()] += 8.0  # the model has not learned to end
+        logits[..., DICTIONARY.eos()] += 8.0  # the untrained model rarely ends a translation
         return logits, extra
 
     monkeypatch.setattr(models[0].decoder, "forward", forward_to_the_end)

@@ -1,4 +1,4 @@
-"""fairseq-interactive: a bad line does not prevent the translation of other lines."""
+"""In fairseq-interactive, a bad line does not prevent the translation of other lines."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Which values for languages, pairs and oversampling are accepted, and which are refused."""
+"""Valid values for languages, pairs and oversampling are read, and others are refused."""
 
 from pathlib import Path
 

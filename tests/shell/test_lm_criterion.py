@@ -1,4 +1,4 @@
-"""The loss of language models: full, sampled, and with the same balance losses."""
+"""The full and the sampled loss of language models, with the same balance losses."""
 
 import math
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def test_the_proposal_begins_at_the_end_mark():
 
     with mock.patch("nmt_moe.criterions.moe_cross_entropy.draw_classes", draw):
         make_criterion(5)(make_model().train(), SAMPLE)
-    assert seen == [(5, VOCABULARY, 2)]  # one set for the batch; the end mark is symbol 2
+    assert seen == [(5, VOCABULARY, 2)]  # one sample for the batch; the end mark is symbol 2
 
 
 def test_sampling_happens_only_in_training_and_computes_no_full_logits():

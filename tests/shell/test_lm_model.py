@@ -1,4 +1,4 @@
-"""The language model as fairseq uses it: architectures, options, steps of a search."""
+"""The language model in fairseq, with its architectures, its options and the steps of a search."""
 
 import dataclasses
 from argparse import Namespace
@@ -27,7 +27,7 @@ def sizes_of(architecture: str, **reduced: Any) -> LSTMMoELMConfig:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
-    # Keep all groups of the largest model, but only two experts in each.
+    # Keep all groups of the largest models, but only two experts in each group.
     full = sizes_of(architecture).to_config()
     few = {}
     if full.moe is not None and full.moe.num_experts > 4096:
@@ -78,7 +78,7 @@ def test_the_rows_of_the_tables():
     assert (deep.expert_layers, deep.moe.hidden_dim) == (4, 1024)
 
 
-# The paper's values for language models; the layer's defaults are those for translation.
+# The paper uses these values for language models. The layer's defaults are for translation.
 OTHER_DEFAULTS = {"importance_weight": 0.1, "load_weight": 0.1}
 
 

@@ -1,4 +1,4 @@
-"""What fairseq requires of a model: batches, searches, dictionaries and options."""
+"""The translation model meets fairseq's requirements: batches, searches, dictionaries, options."""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_padding_changes_nothing(wiring: str, kind: str):
         alone, alone_attention = run(model, [source], [target])
         steps, width = alone_attention.shape[1:]
         torch.testing.assert_close(logits[index, :steps], alone[0], atol=1e-5, rtol=0)
-        # Padding stands on the left, so a sentence's own positions are the last.
+        # Padding is on the left, so the last positions are those of the sentence itself.
         own = attention[index, :steps, -width:]
         torch.testing.assert_close(own, alone_attention[0], atol=1e-5, rtol=0)
         assert attention[index, :steps, :-width].abs().sum() == 0
@@ -96,7 +96,7 @@ def test_hypotheses_keep_their_state_when_the_search_reorders_them(wiring: str):
         encoder_out = model.encoder(src_tokens, lengths)
         state: dict = {}
         decode(encoder_out, state, starts, range(2))
-        # Every submodule that can reorder its state does so, as in fairseq's search.
+        # As in fairseq's search, every submodule that can reorder its state does so.
         model.decoder.reorder_incremental_state_scripting(state, order)
         moved = decode(
             model.encoder.reorder_encoder_out(encoder_out, order), state, after, range(2, 3)
@@ -120,7 +120,7 @@ def test_a_search_encodes_each_sentence_once(wiring: str):
         [model], {"net_input": {"src_tokens": src_tokens, "src_lengths": src_lengths}}
     )
     assert all(len(nbest) == 4 and len(nbest[0]["tokens"]) >= 6 for nbest in hypotheses)
-    # There is one pass over three sentences, not over twelve hypotheses, and none at later steps.
+    # The encoder runs once, over three sentences instead of twelve hypotheses.
     assert calls == [("keys", 3), ("encoder", 3)]
 
 

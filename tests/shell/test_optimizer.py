@@ -1,4 +1,4 @@
-"""fairseq-train with `--optimizer factored_adam`: Adam for all but experts, at every precision."""
+"""`--optimizer factored_adam` trains all parameters except experts by Adam, at every precision."""
 
 import shutil
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_experts_keep_rows_and_columns_and_other_parameters_adams_moments(unbrok
     checkpoint = load(folder / "checkpoint_last.pt")
     states = list(checkpoint["last_optimizer_state"]["state"].values())
     factored = [state for state in states if "row_mean" in state]
-    # Encoder and decoder have one layer each, with two matrices for each of 4 experts, of width 16
-    # and hidden width 16.
+    # Encoder and decoder each have one layer of 4 experts. An expert has two matrices, and both its
+    # width and its hidden width are 16.
     assert [tuple(state["row_mean"].shape) for state in factored] == [(4, 16)] * 4
     assert all(sorted(state) == ["column_mean", "row_mean", "step"] for state in factored)
     dense = [state for state in states if "row_mean" not in state]
@@ -92,7 +92,7 @@ def test_the_clipped_norm_is_that_of_all_parameters(data: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("flag", "starts"),
-    [  # one precision of each kind resumes, because fairseq treats their numbers in the same way
+    [  # one precision of each kind is resumed, because fairseq handles both kinds in the same way
         ("--fp16", (1, 2)),
         ("--bf16", (2,)),
         ("--memory-efficient-fp16", (2,)),

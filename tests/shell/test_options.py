@@ -31,7 +31,7 @@ def test_libraries_print_no_warnings_at_the_start(data: Path, tmp_path: Path):
     flags = [*TINY_MOE, "--max-update", 1, "--no-save", "--best-checkpoint-metric", "bleu"]
     done = run("train", data, "--user-dir", PLUGIN, *flags, cwd=tmp_path)
     assert "Warning" not in done.text
-    # The message lists all values that validation computes, before the first update.
+    # Before the first update, the message lists all values that validation computes.
     message = "error: `--best-checkpoint-metric` must be one of .*loss.*ppl.*, but is bleu, which"
     assert re.search(message, done.text)
     assert "begin validation on" not in done.text

@@ -1,4 +1,4 @@
-"""Test which sentences of the language pairs an epoch contains."""
+"""The choice of the sentences that an epoch contains."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from nmt_moe.tasks._pairs import PairsDataset  # noqa: E402
 
 
 def make_pairs(passes: float, num_folders: int) -> PairsDataset:
-    """Make a data set of one pair with 8 sentences, of 1 to 8 words."""
+    """Make a data set of one pair with 8 sentences of 1 to 8 tokens."""
     dictionary = Dictionary()
     sentences = [torch.full((length + 1,), dictionary.eos()) for length in range(8)]
     side = ListDataset(sentences, np.arange(1, 9))

@@ -1,4 +1,4 @@
-"""The processes that train are those started by torchrun or the user, on any machine."""
+"""On any machine, training uses exactly the processes that torchrun or the user started."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def under_torchrun(monkeypatch, no_gpu):
 
 
 def fix(cfg):
-    """Return a configuration as commands get it."""
+    """Return a configuration as the commands receive it."""
     distributed_utils.call_main(cfg, lambda cfg: None)
     return cfg
 
@@ -87,6 +87,6 @@ def test_two_processes_of_torchrun_resume_one_model(stock):
     assert result.returncode == 0, result.stderr
     assert "training on 2 devices" in result.stdout
     assert "@ 2 updates)" in result.stdout
-    # Two runs of one process each would both log the update; two ranks of one run log it once.
+    # Two separate runs would each log the update, but two ranks of one run log it once.
     lines = [line for line in result.stdout.splitlines() if "| train_inner |" in line]
     assert [json.loads(line.split(" | ")[-1])["num_updates"] for line in lines] == ["3"]

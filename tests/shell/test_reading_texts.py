@@ -1,4 +1,4 @@
-"""Lines, words and marks that fairseq's readers find in a text."""
+"""The lines, words and marks that fairseq's readers find in a text."""
 
 import logging
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_texts_used_only_for_dictionaries_may_have_different_lengths(own_corpus:
 def test_typed_marks_are_unknown_words(own_corpus: Path):
     change(own_corpus / "train.aa", 1, b"ba </s> be <pad> <s> bi <unk> <2bb>")
     text = preprocess(own_corpus)
-    # `<2bb>` is an ordinary word here, because only multilingual models use it as a mark.
+    # `<2bb>` is an ordinary word in this corpus, because only multilingual models use it as a mark.
     assert load(own_corpus)[0] == "ba <unk> be <unk> <unk> bi <unk> <2bb>"
     for mark in ("</s>", "<pad>", "<s>"):
         assert text.count(f"the text has the word `{mark}`") == 1

@@ -1,4 +1,4 @@
-"""fairseq's own commands continue training models with changed experts."""
+"""fairseq's own commands continue to train models with changed experts."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ DENSE = [
 
 
 def first_loss(flags: list[Any], data: Path, folder: Path, start: Path) -> float:
-    """Return the loss per token of the first update from a checkpoint, in bits."""
+    """Return the loss in bits per token of the first update after a checkpoint."""
     done = call(
         *("train", data, *flags, "--save-dir", folder, "--finetune-from-model", start),
         *("--max-update", 3, "--log-interval", 1),
@@ -28,7 +28,7 @@ def first_loss(flags: list[Any], data: Path, folder: Path, start: Path) -> float
 
 @pytest.fixture(scope="module")
 def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model that has learned a little."""
+    """Train a dense model for a short time."""
     folder = tmp_path_factory.mktemp("dense")
     call("train", data, *DENSE, "--save-dir", folder, "--max-epoch", 3)
     return folder / "checkpoint_last.pt"
@@ -43,7 +43,7 @@ def test_training_continues_from_an_upcycled_model_at_the_same_loss(
     grown = [*DENSE, "--num-experts", 4, "--moe-top-k", 2]
     before = first_loss(DENSE, data, tmp_path / "dense", dense)
     after = first_loss(grown, data, tmp_path / "grown", tmp_path / "moe.pt")
-    assert math.isclose(before, after, abs_tol=2e-3)  # printed with three digits
+    assert math.isclose(before, after, abs_tol=2e-3)  # printed with three decimal places
     state = load_whole(tmp_path / "grown" / "checkpoint_last.pt")
     experts = state["model"]["decoder.network.moe.moe.experts.weight_in"]
     assert len(experts) == 4

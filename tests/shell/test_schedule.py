@@ -1,4 +1,4 @@
-"""The learning rate, by hand: it rises for w updates, is constant for h, then falls as 1 / sqrt."""
+"""The learning rate by hand: rising for w updates, constant for h, and then falling as 1 / sqrt."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_the_rate_by_hand(update: int, rate: float):
 
 
 def test_the_warmup_starts_at_the_given_rate():
-    # This is halfway from 0.1 to 0.4.
+    # The expected rate is halfway from 0.1 to 0.4.
     assert make_schedule(warmup_init_lr=0.1).step_update(WARMUP // 2) == pytest.approx(0.25)
     assert make_schedule(warmup_init_lr=0.1).optimizer.get_lr() == pytest.approx(0.1)
 

@@ -107,11 +107,11 @@ def test_options_of_only_eval_lm_are_checked(window: int, path: str, message: st
     args = Namespace(context_window=window, tokens_per_sample=64, path=path)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_evaluation(args)
-    check_evaluation(Namespace(path=path))  # other commands have ensembles
+    check_evaluation(Namespace(path=path))  # other commands accept ensembles
 
 
 class Block(nn.Module):
-    """A model with one of fairseq's dropout modules, under a given name."""
+    """A model with one of fairseq's dropout modules under a given name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_shards_are_refused_if_nothing_is_divided(data: Path, checkpoint: Path, 
 def test_diverse_beams_translate_every_batch(data: Path, checkpoint: Path):
     flags = ["--beam", 4, "--diverse-beam-groups", 4, "--diverse-beam-strength", 0.5]
     assert len(generate(data, checkpoint, *flags)) == 8
-    # One group is a plain search: each sentence must get its own result, whatever its number.
+    # One group is a plain search. Each sentence must get its own result, whatever its number.
     one = generate(data, checkpoint, "--beam", 4, "--diverse-beam-groups", 1)
     whole = call(
         "generate",

@@ -1,4 +1,4 @@
-"""A search evaluates each sentence's encoding once, and only live hypotheses."""
+"""A search encodes each sentence once, and evaluates only live hypotheses."""
 
 import math
 import random
@@ -49,7 +49,7 @@ Search = Callable[..., list[list[dict]]]
 
 
 def count_rows(module: torch.nn.Module, index: int = 0, axis: int = 0) -> list[int]:
-    """Return a list to which each call adds its number of rows, read from an argument's shape."""
+    """Return a list to which each call appends the number of rows in one of its arguments."""
     rows: list[int] = []
     module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[index].shape[axis]))
     return rows
@@ -92,7 +92,7 @@ def test_finished_sentences_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(models[0].decoder, "forward", forward_to_the_end)
     rows = count_rows(decoder_of(models[0]))
     found = search_with_penalties(models, *SOURCES, beam_size=2, max_len_b=9)
-    # A sentence is finished when its last hypothesis ends. At the first step it has one row.
+    # A sentence is finished when its last hypothesis ends. It has only one row at the first step.
     steps = [max(len(one["tokens"]) for one in hypotheses) for hypotheses in found]
     later = [2 * sum(step < last for last in steps) for step in range(1, max(steps))]
     assert rows == [len(SOURCES), *later]

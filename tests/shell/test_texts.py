@@ -1,4 +1,4 @@
-"""The repairs to the way fairseq splits a text into samples."""
+"""The repairs to the splitting of a text into samples."""
 
 from types import SimpleNamespace
 

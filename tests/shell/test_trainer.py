@@ -1,4 +1,4 @@
-"""The trainer: what it refuses, what it warns about, and what files it leaves."""
+"""The settings that the trainer refuses, its warnings, and the files that it leaves."""
 
 import copy
 import errno
@@ -42,7 +42,7 @@ def num_updates(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training run that stopped after 2 of an epoch's 6 updates."""
+    """Stop a training run after 2 of the 6 updates in an epoch, and return its folder."""
     folder = tmp_path_factory.mktemp("within")
     call("train", data, *TINY_MOE, *FEW, "--save-dir", folder)
     return folder
@@ -143,7 +143,7 @@ def test_a_second_training_run_into_a_folder_is_refused_while_the_first_runs(
     finally:
         holder.kill()
         holder.wait()
-    assert (tmp_path / LOCK).exists()  # a stale file locks nothing
+    assert (tmp_path / LOCK).exists()  # the file remains, but locks nothing
     FolderLock(tmp_path)
 
 
@@ -334,7 +334,7 @@ def test_a_stopped_training_run_prints_one_line_that_names_the_last_checkpoint(
     assert f"fairseq-train: stopped by {number.name}; `{last}` is " in text
     assert "Traceback" not in text
     assert num_updates(last) >= 1
-    # Events waiting for TensorBoard's thread, which writes every two minutes, are not lost.
+    # TensorBoard's thread writes every two minutes, but events waiting for it are not lost.
     assert any(b"ppl" in path.read_bytes() for path in tmp_path.glob("board/train_inner/*"))
 
 
@@ -361,7 +361,7 @@ def test_a_training_run_can_be_stopped_if_nothing_reads_its_output(number):
         env={**os.environ, "PYTHONPATH": str(PLUGIN.parent)},
     )
     try:
-        assert b"ready\n" in training.stdout  # lines printed by imports come before it
+        assert b"ready\n" in training.stdout  # imports may print lines before it
         training.stdout.close()
         training.send_signal(number)
         assert training.wait(60) == 128 + number
@@ -395,7 +395,7 @@ def test_a_rank_stops_once_its_launcher_is_gone():
     assert ready == b"ready\n"
     launcher.kill()
     launcher.wait()
-    # The pipe ends when the rank has ended, too.
+    # The pipe is closed only when the rank has ended, too.
     assert launcher.stdout.read() == b""
     assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()
 

@@ -1,4 +1,4 @@
-"""A real Chromium, for tests of pages."""
+"""A real Chromium for testing pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ needs_chromium = pytest.mark.skipif(
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start Chromium without a window, and end it."""
+    """Start Chromium without a window, and close it afterwards."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in fairseq's format, made without fairseq, and bundles of them."""
+"""Tiny checkpoints in fairseq's format, made without fairseq, and bundles exported from them."""
 
 import hashlib
 import random
@@ -30,7 +30,7 @@ def write_text(path: Path, num_lines: int = 400) -> Path:
 
 
 def make_data(folder: Path, *languages: str) -> tuple[Path, Path]:
-    """Write dictionaries like fairseq-preprocess, and the model of their pieces.
+    """Write dictionaries as fairseq-preprocess does, and the model of their pieces.
 
     Returns:
         The folder `data`, and the sentencepiece model.
@@ -45,7 +45,7 @@ def make_data(folder: Path, *languages: str) -> tuple[Path, Path]:
 
 
 def randomise(network: nn.Module, seed: int) -> None:
-    """Draw weights that choose, attend and predict far from uniformly."""
+    """Draw weights that make choices, attention and predictions far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         scale = 2.0 if "gate_weight" in name or "scale" in name else 0.5
@@ -72,7 +72,7 @@ def make_networks(
     for number, module in enumerate(modules.values()):
         randomise(module.eval(), 10 * seed + number)
     weight: Any = modules["output"].weight.data
-    # An MoE layer adds a sigmoid, which is always positive; no symbol may benefit from that.
+    # An MoE layer adds a sigmoid, which is always positive. This must not favour any symbol.
     weight -= weight.mean(dim=1, keepdim=True)
     weight *= 2
     return modules
@@ -123,7 +123,7 @@ def make_checkpoint(
         languages: The languages of a multilingual model, such as "aa bb".
 
     Returns:
-        Checkpoint, data, sentencepiece model, networks.
+        The checkpoint, the data, the sentencepiece model, and the networks.
     """
     names = languages.split() or (["aa", "bb"] if isinstance(config, GNMTConfig) else [])
     data, model = make_data(folder, *names)

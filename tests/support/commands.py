@@ -21,7 +21,7 @@ PLUGIN = REPOSITORY / "nmt_moe"
 
 @dataclass(frozen=True)
 class Output:
-    """The result of a command: its exit status and everything that it printed or logged."""
+    """The result of a command: its exit status and everything it printed or logged."""
 
     status: int
     text: str
@@ -36,7 +36,7 @@ class Output:
         return [row[-1] for _, row in sorted(self.lines("H").items())]
 
     def records(self) -> list[dict[str, float]]:
-        """Return the entries of a JSON log, with numbers as numbers."""
+        """Return the entries of a JSON log, with numbers converted from text."""
         entries = [line[line.find('{"') :] for line in self.text.splitlines() if '{"' in line]
         return [{key: float(value) for key, value in json.loads(row).items()} for row in entries]
 
@@ -44,9 +44,9 @@ class Output:
 def run(
     command: str, *arguments: object, cwd: Path, stdin: bytes = b"", is_installed: bool = False
 ) -> Output:
-    """Start a command as its own process, in the folder `cwd`.
+    """Run a command in its own process, in the folder `cwd`.
 
-    `is_installed` uses the environment's own program, which takes seconds to import fairseq.
+    With `is_installed`, use the environment's own program, which takes seconds to import fairseq.
     """
     python = Path(sys.executable) if is_installed else programs.python()
     finished = subprocess.run(

@@ -13,7 +13,7 @@ def translate(sentence: str) -> str:
 
 
 def write_corpus(folder: Path, seed: int = 1) -> Path:
-    """Write `train`, `valid` and `test` `.aa` and `.bb`; sentences have 1 to 9 words."""
+    """Write both sides of `train`, `valid` and `test`, with sentences of 1 to 9 words."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in SPLITS.items():

@@ -1,4 +1,4 @@
-"""The paper's equations, computed plainly and slowly, token by token and expert by expert."""
+"""The paper's equations, computed simply and slowly, token by token and expert by expert."""
 
 import math
 
@@ -110,7 +110,7 @@ def _noisy_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
 
 
 def _strict_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
-    """Compute strict balance over groups, and within each group over the group's tokens."""
+    """Compute strict balance over the groups, and in each group over the tokens sent to it."""
     primary, group_mask, loss = strictly_balanced(
         x, gate.primary.gate_weight, gate.primary.threshold, config.top_k
     )
@@ -125,14 +125,14 @@ def _strict_hierarchy(gate, config: MoEConfig, x: Tensor, noise):
         spread = primary[tokens, g].unsqueeze(1) * secondary
         columns = torch.arange(g * config.group_size, (g + 1) * config.group_size)
         gates = gates.index_put((tokens.unsqueeze(1), columns), spread)
-        # eq. 14: the primary load is the group's count, so the factors cancel
+        # In eq. 14, the primary load is the group's count, so the factors cancel.
         loads.append(mask.sum(0))
     pairs = group_mask.sum()
     return gates, torch.cat(loads), loss / len(x) + inner_loss / pairs
 
 
 def dense_forward(layer: MoELayer, x: Tensor, noise) -> dict[str, Tensor]:
-    """Compute a training pass by the paper's equations, differentiably."""
+    """Compute a differentiable training pass by the paper's equations."""
     config = layer.config
     gates, load, threshold_loss = dense_gates(layer, x, noise)
     answers = torch.stack(

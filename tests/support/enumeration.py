@@ -1,4 +1,4 @@
-"""All translations of a sentence up to a length, scored one by one, to test beam searches."""
+"""Score all translations of a sentence up to a length one by one, to test beam searches."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ LONGEST = 3
 # These unused words enlarge the dictionary, because its size limits fairseq's beam.
 FILLERS = "".join(chr(0x4E00 + number) for number in range(45))
 UNUSED = ["<s>", *FILLERS]
-# This beam holds all translations: 3 + 9 + 27 finished ones and at most 27 unfinished ones.
+# This beam has room for all 3 + 9 + 27 finished and at most 27 unfinished translations.
 BEAM = 40
 DICTIONARY = make_dictionary(LETTERS + FILLERS)
 
@@ -32,8 +32,8 @@ class Translation:
 
     Attributes:
         text: The letters.
-        log_probs: (T,) log-probabilities of each token and the end mark.
-        received: (S,) attention that each source word received; the end mark is not a word.
+        log_probs: (T,) log-probabilities of the tokens, including the end mark.
+        received: (S,) attention that each source word received, without the end mark.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Translation:
 
 @torch.no_grad()
 def force(models: Sequence[Any], source: str, text: str) -> Translation:
-    """Score a given translation by the mean of the models' probabilities, all steps at once."""
+    """Score all steps of a given translation in one pass by the models' mean probabilities."""
     src_tokens, src_lengths = make_tokens(source)
     target = [DICTIONARY.index(letter) for letter in text] + [DICTIONARY.eos()]
     previous = torch.tensor([[DICTIONARY.eos(), *target[:-1]]])
@@ -72,10 +72,10 @@ def enumerate_translations(models: Sequence[Any], source: str) -> list[Translati
 
 
 def prune(translations: Sequence[Translation], margin: float, alpha: float) -> list[Translation]:
-    """Apply both prunings by definition, with an unlimited beam."""
+    """Apply both kinds of pruning by their definitions, with an unlimited beam."""
     kept = list(translations)
     for step in range(LONGEST + 1):
-        # Unfinished hypotheses with the same prefix have the same log-probability here.
+        # At this step, unfinished hypotheses with the same prefix have the same log-probability.
         local = [one.log_probs[step] for one in kept if len(one.text) >= step]
         best = max(local)
         kept = [one for one in kept if len(one.text) < step or one.log_probs[step] >= best - margin]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nmt_moe.kernels import Gating, noisy_top_k, reference
 
-# The tensors of each result.
+# The names of the tensors in a result.
 FIELDS = Gating._fields[:5]
 
 SHAPES = [  # (rows, experts, experts per token, sizes of groups)
@@ -26,7 +26,7 @@ def offsets_of(sizes: list[int] | None) -> Tensor | None:
 
 
 def make_inputs(rows: int, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make logits, noise and row weights; the first two rows consist of ties."""
+    """Make logits, noise and row weights; within each of the first two rows, values are equal."""
     torch.manual_seed(1)
     clean, raw_scale, noise = (torch.randn(rows, experts, dtype=dtype) for _ in range(3))
     for tensor in (clean, raw_scale, noise):
@@ -44,7 +44,7 @@ def assert_is_the_definition(
     one_by_one: bool = True,
     **tolerance: float,
 ):
-    """Compare results and gradients, by name, with the definition's, also for single results."""
+    """Compare results with the definition's, and gradients for all results and for single ones."""
     keywords = inputs | {"row_offsets": offsets_of(sizes), "top_k": top_k}
     if not training:
         keywords["raw_scale"] = None
@@ -73,10 +73,10 @@ def assert_is_the_definition(
 
 
 def assert_infinite_logits_are_right():
-    """Compare with the definition if logits of -inf get noise; no gradient may be NaN."""
+    """Compare with the definition when noise is added to logits of -inf; refuse NaN."""
     inputs = make_inputs(9, 40, torch.float32)
     clean, raw_scale = (inputs[name].detach().clone() for name in ("clean", "raw_scale"))
-    clean[:, 4:] = -torch.inf  # all but the three chosen, and the one that they must beat
+    clean[:, 4:] = -torch.inf  # leaves the three chosen experts and the one that they must beat
     results = []
     for function in (noisy_top_k, reference.noisy_top_k):
         leaves = clean.clone().requires_grad_(), raw_scale.clone().requires_grad_()

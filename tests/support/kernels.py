@@ -12,7 +12,7 @@ ON_DEVICE = pytest.param("triton", marks=pytest.mark.device)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, leaves: dict[str, Tensor], **tolerance: float):
-    """Compare outputs, and the gradients of all `leaves` for a random output gradient, by name."""
+    """Compare outputs, and the gradients of all `leaves` for a random output gradient."""
     torch.testing.assert_close(ours, theirs, **tolerance)
     grad = torch.randn_like(theirs)
     tensors = list(leaves.values())
@@ -35,7 +35,7 @@ def offsets_of(counts: list[int]) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
+    """Fill fresh memory with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(1).isnan()

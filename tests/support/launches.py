@@ -1,4 +1,4 @@
-"""Count what a pass starts on a device: the Triton kernels and torch's operations."""
+"""Count the Triton kernels and torch operations that a pass starts on a device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-# Operations that start nothing: they return a view, allocate, or run on the host.
+# These operations start nothing on the device: they return a view, allocate, or run on the host.
 SILENT = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute"),
     *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
@@ -21,7 +21,7 @@ SILENT = {
 
 @contextmanager
 def count_launches() -> Iterator[dict[str, int]]:
-    """Yield how often each kernel and operation was started so far."""
+    """Yield a count, kept up to date, of the starts of each kernel and operation."""
     counter = _Counter()
     with pytest.MonkeyPatch.context() as patch, counter:
         for owner, name in ((GridExecutor, "__call__"), (JITFunction, "run")):

@@ -33,7 +33,7 @@ def make_dictionary(words: str = "abcdefghij") -> Dictionary:
 
 
 def make_task(source: str = "abcdefghij", target: str = "abcdefghij") -> Any:
-    """Return what models and criterions need of a task; each letter is a word."""
+    """Return the parts of a task that models and criterions need; each letter is a word."""
     return SimpleNamespace(
         source_dictionary=make_dictionary(source), target_dictionary=make_dictionary(target)
     )
@@ -51,7 +51,7 @@ def make_model(task: Any = None, seed: int = 1, **options: Any) -> LSTMMoEGNMT:
 
 
 def without_noise(model: nn.Module) -> nn.Module:
-    """Make a model's noise zero, because noise would make two equal halves of a batch differ."""
+    """Set a model's noise to zero, so that two equal halves of a batch give equal results."""
 
     def give_zeros(gate: NoisyTopKGate, inputs: tuple) -> tuple:
         x, _, *rest = inputs
@@ -64,7 +64,7 @@ def without_noise(model: nn.Module) -> nn.Module:
 
 
 def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (B, S) tokens, each sentence closed by the end mark, and (B,) lengths."""
+    """Return (B, S) tokens and (B,) lengths; each sentence ends with the end mark."""
     dictionary = make_dictionary()
     rows = [[dictionary.index(word) for word in text] + [dictionary.eos()] for text in sentences]
     longest = max(map(len, rows))
@@ -76,13 +76,14 @@ def make_tokens(*sentences: str, pad_left: bool = True) -> tuple[Tensor, Tensor]
 
 
 def make_sample(sources: list[str], targets: list[str]) -> dict[str, Any]:
-    """Return a batch as fairseq's collater makes it."""
+    """Return a batch like those of fairseq's collater."""
     src_tokens, src_lengths = make_tokens(*sources)
     target, lengths = make_tokens(*targets, pad_left=False)
     eos, pad = make_dictionary().eos(), make_dictionary().pad()
     previous = target.roll(1, dims=1)
     previous[:, 0] = eos
-    # After rolling, shorter sentences have the end mark before the padding, as in fairseq.
+    # In shorter sentences, the rolled tokens contain the end mark before the padding. Like fairseq,
+    # replace it by padding.
     previous = previous.masked_fill(torch.arange(target.shape[1]) >= lengths[:, None], pad)
     return {
         "id": torch.arange(len(sources)),

@@ -1,4 +1,4 @@
-"""A tiny task of three languages: `bb` reverses the words of `aa`; `cc` has them in capitals."""
+"""A tiny task in three languages: `bb` reverses the words of `aa`, and `cc` capitalises them."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ TASK = ["--task", "translation_multilingual_gnmt", "--lang-pairs", PAIRS]
 
 
 def write_texts(folder: Path) -> None:
-    """Write `SPLIT.PAIR.LANGUAGE`; sentences have 1 to 5 words."""
+    """Write files named `SPLIT.PAIR.LANGUAGE`, with sentences of 1 to 5 words."""
     chance = random.Random(1)
     for pair, splits in SIZES.items():
         for split, count in splits.items():
@@ -39,7 +39,7 @@ def write_dictionary(path: Path, languages: str = "aa bb cc") -> Path:
 
 
 def binarise(texts: Path, destination: Path, pair: str, dictionary: Path, *splits: str) -> None:
-    """Run fairseq-preprocess for a pair, both directions at once."""
+    """Run fairseq-preprocess for both directions of a pair."""
     source, target = pair.split("-")
     prefixes = [f"--{split}pref={texts / split}.{pair}" for split in splits or SIZES[pair]]
     call(
@@ -50,7 +50,7 @@ def binarise(texts: Path, destination: Path, pair: str, dictionary: Path, *split
 
 
 def make_data(folder: Path) -> Path:
-    """Write the texts and `data`, binarised with one dictionary; return `data`."""
+    """Write the texts, binarise them with one dictionary, and return the folder `data`."""
     write_texts(folder)
     dictionary = write_dictionary(folder / "dict.txt")
     for pair in SIZES:

@@ -1,4 +1,4 @@
-"""A beam search with one hypothesis at a time, and models that are functions of tokens."""
+"""A beam search that evaluates one hypothesis at a time, and models that are plain functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ EOS, PAD = 2, 1
 def make_model(vocab: int = 11, width: int = 4, seed: int = 1, sharpness: float = 3.0) -> Model:
     """Return a model: a function from (R, T) tokens and (R,) sentences to its predictions.
 
-    The predictions are log-probabilities of the next token, and attention. They depend on all
+    The model predicts log-probabilities of the next token, and attention. Both depend on all
     tokens of a row, but not on other rows.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ class Sentences:
 
 @dataclass
 class Stepping:
-    """A model as a `step` function that records the evaluated rows."""
+    """A model wrapped as a `step` function that records the evaluated rows."""
 
     model: Model
     evaluated: list[set[tuple[int, ...]]] = field(default_factory=list)
@@ -92,7 +92,7 @@ def naive_search(
                 candidates.append(Found((*one.tokens, token), sum(path), path, rows))
         if margin:
             candidates = [one for one in candidates if one.log_probs[-1] >= best - margin]
-        candidates.sort(key=lambda one: -one.score)  # so far, a sum of log-probabilities
+        candidates.sort(key=lambda one: -one.score)  # scores are still sums of log-probabilities
         new = [final(one, config) for one in candidates[:width] if one.tokens[-1] == EOS]
         top = max((one.score for one in ended + new), default=-float("inf"))
         lowest = top - margin if margin else -float("inf")

@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages, as readers would paste them."""
+"""Extract the code blocks of Markdown pages, as readers would paste them."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a page; `reason` says why it is not run, and is None if it is run."""
+    """A code block of a page; `reason` says why tests do not run it, and is None if they do."""
 
     page: str
     line: int
@@ -23,13 +23,13 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Return the pages that people read first, by their path in the repository."""
+    """Return the paths, within the repository, of the pages that people read first."""
     files = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
     return sorted(path.relative_to(REPOSITORY).as_posix() for path in files)
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the bash and Python blocks of a page, in order."""
+    """Return the bash and Python blocks of a page in their order."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     return [
         Block(

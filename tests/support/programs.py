@@ -1,10 +1,10 @@
 """Programs that start quickly: forks of a process that has already imported torch and fairseq.
 
-Importing fairseq takes seconds, which is most of the time that a test of small commands takes.
+Importing fairseq takes seconds, which is most of the duration of a test that runs small commands.
 `python()` returns a Python in a folder with the programs of this environment. The programs that
-tests start most often are clients: they send arguments, variables, folder and open files to the
-server, which forks a process that becomes the program. Each program imports the project's own
-modules itself, as usual.
+tests start most often are clients. They send their arguments, environment variables, working
+folder and open files to the server, which forks a process that becomes the program. As usual, each
+program imports the project's own modules itself.
 """
 
 import atexit
@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 
 import torch
 
-# Modules that nmt_moe, recipes and fairseq's commands import, except modules that set up logging.
+# These are the modules that nmt_moe, recipes and fairseq's commands import, except those that set
+# up logging.
 IMPORTED_BEFORE = (
     *("click", "num2words", "pooch", "sacrebleu.significance", "sacremoses", "sentencepiece"),
     *("fairseq.checkpoint_utils", "fairseq.data.data_utils_fast", "fairseq.options"),
@@ -58,7 +59,7 @@ sys.exit(status[0] if status else 1)
 
 @functools.cache
 def python() -> Path:
-    """Return a Python beside the environment's programs, and start its server if necessary."""
+    """Return a Python that runs programs quickly, and start its server if necessary."""
     folder = tempfile.TemporaryDirectory(prefix="programs-")
     address = str(Path(folder.name, "server"))
     client = CLIENT.format(python=sys.executable, address=address)
@@ -80,7 +81,7 @@ def python() -> Path:
 
     @atexit.register
     def stop() -> None:
-        server.communicate()  # it ends with its standard input
+        server.communicate()  # the server exits when its standard input is closed
         folder.cleanup()
 
     return Path(folder.name, "python")
@@ -93,15 +94,15 @@ class Server:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(address)
         self.listener.listen(64)
-        self.clients: dict[int, socket.socket] = {}  # by process
-        # The end of a process wakes `select`.
+        self.clients: dict[int, socket.socket] = {}  # by process id
+        # These sockets wake `select` when a process ends.
         self.wakeup, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> list[str]:
-        """Return a program's arguments, in the process that becomes the program."""
+        """Serve requests; in a process that becomes a program, return the program's arguments."""
         while True:
             sources = [sys.stdin, self.listener, self.wakeup, *self.clients.values()]
             ready, _, _ = select.select(sources, [], [])
@@ -112,7 +113,7 @@ class Server:
                 self.report_ended()
             for process, client in self.clients.items():
                 if client in ready:
-                    number = client.recv(1)  # a signal to pass on; none if the client died
+                    number = client.recv(1)  # a signal to pass on, or nothing if the client died
                     os.kill(process, number[0] if number else signal.SIGKILL)
             if self.listener in ready:
                 client, _ = self.listener.accept()
@@ -129,7 +130,7 @@ class Server:
                     os.close(file)
 
     def report_ended(self) -> None:
-        """Send the exit status of each process that has ended to its client."""
+        """Send the exit status of each ended process to its client."""
         while self.clients:
             process, status = os.waitpid(-1, os.WNOHANG)
             if process == 0:
@@ -172,7 +173,7 @@ def become(arguments: list[str]) -> None:
 
 
 def end(error: BaseException | None) -> NoReturn:
-    """End like Python, but leave memory to the kernel, because freeing it takes half a second."""
+    """End like Python, but let the kernel free the memory, because Python takes half a second."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -187,12 +188,12 @@ def end(error: BaseException | None) -> NoReturn:
 
 
 def main(address: str) -> None:
-    """Import the modules that programs import, and serve."""
+    """Import the modules that programs import, and serve requests."""
     for name in IMPORTED_BEFORE:
         importlib.import_module(name)
     logging.root.handlers.clear()
     gc.freeze()
-    sys.path.remove(os.getcwd())  # a program must not find the project unless it would by itself
+    sys.path.remove(os.getcwd())  # a program must not find the project merely through the server
     server = Server(address)
     print("listens", flush=True)  # noqa: T201
     arguments = server.serve()
@@ -204,5 +205,5 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    # Use the module's own name, because programs become `__main__`.
+    # Import this module under its own name, because programs become `__main__`.
     importlib.import_module("tests.support.programs").main(sys.argv[1])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import distributed
 
-# Each process is a fork of one that has already imported torch and the project, because importing
-# them takes seconds.
+# Importing torch and the project takes seconds, so each process is forked from one that has already
+# imported them.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.imported"])
 
 
 def free_port() -> int:
-    """Return a free port of the loopback."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

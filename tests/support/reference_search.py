@@ -14,7 +14,7 @@ EOS, PAD, UNK = 2, 1, 3
 
 @dataclass(frozen=True)
 class _Source:
-    """The sentence of every row; nothing else is kept between steps."""
+    """The state between steps, which holds only the sentence of every row."""
 
     tokens: list[int]
 
@@ -34,7 +34,7 @@ def predict(networks: dict[str, nn.Module], source: list[int], read: Tensor) -> 
 def mean_prediction(
     models: Sequence[dict[str, nn.Module]], source: list[int], read: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return an ensemble's prediction: the log of the mean probability, and mean attention."""
+    """Return an ensemble's prediction: the logs of the mean probabilities, and mean attention."""
     results = [predict(networks, source, read) for networks in models]
     probs = torch.stack([log_probs.exp() for log_probs, _ in results]).mean(dim=0)
     return probs.log(), torch.stack([attention for _, attention in results]).mean(dim=0)

@@ -12,7 +12,7 @@ from tests.support.models import make_model, make_tokens
 
 
 def make_models(count: int = 1, sharpness: float = 4.0) -> list[Any]:
-    """Build models whose choices and attention are far from uniform."""
+    """Build models with choices and attention that are far from uniform."""
     models = [make_model(wide_task(), seed=seed) for seed in range(2, count + 2)]
     for model in models:
         model.decoder.output.weight.data *= sharpness
@@ -25,7 +25,7 @@ def make_models(count: int = 1, sharpness: float = 4.0) -> list[Any]:
 def search(
     models: Sequence[Any], *sources: str, pad_left: bool = True, **options: Any
 ) -> list[list[dict]]:
-    """Translate sentences, with options of the search and of fairseq's generator."""
+    """Translate sentences with options for the search and for fairseq's generator."""
     names = SearchConfig.__dataclass_fields__
     config = SearchConfig(**{name: options.pop(name) for name in list(options) if name in names})
     options = {"beam_size": BEAM, "max_len_b": LONGEST, **options}

@@ -1,4 +1,4 @@
-"""A server in this process on a free port of the loopback, and one in a separate process."""
+"""Servers on free ports of the loopback interface: in this process, or in a separate one."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ import uvicorn
 
 from nmt_moe.serving import Models, ServerSettings, Service, make_app
 
-# Every wait has this time-out, because a machine may be slow under load.
+# This time-out applies to every wait. It is long because a machine may be slow under load.
 PATIENCE = 120.0
 
 
@@ -26,12 +26,12 @@ class LiveServer:
     Attributes:
         service: The service.
         url: The address, without a slash at the end.
-        port: The port of the loopback.
+        port: The port of the loopback interface.
     """
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # TCP is named explicitly, as in the command: otherwise Nagle's algorithm delays each answer
+        # Name TCP explicitly, as the command does. Otherwise Nagle's algorithm delays each answer
         # by 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
@@ -61,21 +61,21 @@ class LiveServer:
         return httpx.post(self.url + path, json=content, headers=headers, timeout=PATIENCE)
 
     def translate(self, q: Any, **fields: Any) -> Any:
-        """Send texts to LibreTranslate's API; return the answer, whose status must be 200."""
+        """Send texts to LibreTranslate's API, check that the status is 200, return the answer."""
         answer = self.post("/translate", {"q": q, "source": "aa", "target": "bb", **fields})
         assert answer.status_code == 200, answer.text
         return answer.json()
 
 
 def make_service(*folders: Path | str, is_batching: bool = True, **settings: Any) -> Service:
-    """Open bundles like the command."""
+    """Open bundles as the command does."""
     models = Models.open([str(folder) for folder in folders])
     return Service(models, ServerSettings(**settings), 1, is_batching)
 
 
 @contextmanager
 def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str, list[dict[str, Any]]]]:
-    """Run `nmt-moe serve` on a free port; yield process, address and its log, which grows."""
+    """Run `nmt-moe serve` on a free port; yield the process, its address and its growing log."""
     command = [sys.executable, "-m", "nmt_moe.cli", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log: list[dict[str, Any]] = []

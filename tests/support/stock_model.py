@@ -1,4 +1,4 @@
-"""fairseq's own LSTM, which serves to test repairs, and commands with only the repairs."""
+"""fairseq's own LSTM, and commands that apply only the repairs, to test these."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ LOG = ["--log-format=json", "--log-interval=1"]
 
 
 def run_apart(folder: Path, *arguments: str, stdin: bytes = b"") -> SimpleNamespace:
-    """Run `python -m ARGUMENTS` in the folder, with a plugin that only repairs."""
+    """Run `python -m ARGUMENTS` in the folder, with a plugin that only applies the repairs."""
     plugin = folder / "repairs"
     plugin.mkdir(exist_ok=True)
     (plugin / "__init__.py").write_text("import nmt_moe.compat, nmt_moe.trainer\n")
@@ -56,7 +56,7 @@ def count_updates(folder: Path, save_dir: str) -> int:
 
 
 def write_data(folder: Path, name: str, count: int = 30) -> None:
-    """Preprocess a corpus whose target side is the source in capitals."""
+    """Preprocess a corpus with target sentences that are the source sentences in capitals."""
     text = folder / f"text-{name}"
     text.mkdir()
     for split, length in [("train", count), ("valid", 6)]:
@@ -73,7 +73,7 @@ def make_task(data: Path) -> tasks.FairseqTask:
 
 
 def load_with_fairseq(folder: Path, name: str, data: str = "bin") -> None:
-    """Build the model of a checkpoint like fairseq-generate."""
+    """Build the model of a checkpoint as fairseq-generate does."""
     task = make_task(folder / data)
     checkpoint_utils.load_model_ensemble_and_task([str(folder / name)], task=task)
 

@@ -1,4 +1,4 @@
-"""The flags of a training run that takes seconds."""
+"""The flags of a training run that takes seconds, and helpers to check its checkpoints."""
 
 import shutil
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ BALANCE_KEYS = {
 
 @contextmanager
 def without_updates() -> Iterator[None]:
-    """Check that no update is made."""
+    """Check that training makes no update."""
     with mock.patch("fairseq.trainer.Trainer.train_step") as step:
         yield
     step.assert_not_called()
@@ -58,7 +58,7 @@ def copy_checkpoint(path: Path, folder: Path) -> None:
 
 
 def load_whole(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with the experts in files beside it."""
+    """Read a checkpoint together with the experts in the files beside it."""
     state = load(path)
     restore_experts(path, state)
     return state
