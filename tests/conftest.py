@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# This must be set before torch is imported. With more threads, tests that start several processes
+# This must be set before torch is imported. With more threads, the processes that some tests start
 # would compete for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton's interpreter accepts CPU tensors; it must be chosen before any kernel is defined.
+    # Triton's interpreter accepts CPU tensors. It must be chosen before any kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -38,13 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run the Triton kernels on new tensors: on the CUDA device, or interpreted on the CPU."""
+    """Create tensors on a device that runs the Triton kernels: CUDA, or the interpreting CPU."""
     pytest.importorskip("triton")
     from nmt_moe.kernels import _backend
 
     name = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(_backend, "TRITON_DEVICES", frozenset({name}))
-    # Otherwise torch's operations would replace a bad kernel, and the test would pass.
+    # Otherwise torch's operations would replace a faulty kernel, and the test would pass.
     monkeypatch.setenv("NMT_MOE_KERNELS", "triton")
     torch.set_default_device(name)
     yield name
@@ -70,7 +70,7 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def _loggers_speak_again():
-    """Undo what a program in this process did to capture output or to log less."""
+    """Undo changes to logging that a program made in this process."""
     root = logging.getLogger()
     level = root.level
     yield

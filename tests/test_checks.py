@@ -1,4 +1,4 @@
-"""The wording of errors: name, rule, value and remedy."""
+"""Error messages state the name, the rule, the value and a remedy."""
 
 import pytest
 import torch

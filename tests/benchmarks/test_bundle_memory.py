@@ -1,4 +1,4 @@
-"""The program that shows how much of a bundle is read into memory."""
+"""The program that measures how much of a bundle is read into memory."""
 
 import re
 import sys

@@ -21,11 +21,11 @@ def test_each_number_of_ranks_has_a_row_and_only_several_send(capsys, tmp_path):
     assert "4 sentences of 3 tokens in all" in note
     one, two = json.loads(path.read_text())["rows"]
     assert (one["ranks"], one["experts"], two["ranks"], two["experts"]) == (1, 4, 2, 2)
-    # Encoder and decoder each hold two fewer experts; each expert has two matrices.
+    # With two ranks, encoder and decoder each hold two fewer experts of two matrices each.
     assert one["parameters"] - two["parameters"] == 2 * 2 * 2 * 8 * 8
     assert one["bytes_sent"] == {"exchange": 0, "dense": 0}
     assert one["exchange_share"] == 0
-    # In a ring of two, each rank sends all bytes once.
+    # In a ring of two, each rank sends every byte once.
     assert two["bytes_sent"]["dense"] == 4 * (two["parameters"] - 2 * 2 * 2 * 8 * 8)
     assert two["bytes_sent"]["exchange"] > 0
     assert 0 < two["exchange_share"] < 1

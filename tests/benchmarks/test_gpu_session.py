@@ -1,4 +1,4 @@
-"""A session on a GPU: its order, stopping and resuming, and its programs in the interpreter."""
+"""A GPU session runs its parts in order, stops, resumes, and runs its programs interpreted."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "benchmarks" / "gpu_session.sh"
-# Replaces Python: records its arguments, and fails in the part named by FAIL.
+# This script replaces Python. It records its arguments, and fails in the part named by FAIL.
 STUB = """#!/usr/bin/env bash
 [[ $1 != -c ]] || exit 1   # no fairseq
 echo "$*" >>"$CALLS"
@@ -21,7 +21,7 @@ echo "table of $3"
 def run_session(
     out: Path, *arguments: str, python: Path = Path(sys.executable), **environment: str
 ):
-    # This PATH excludes compute-sanitizer, which could not run the stub.
+    # PATH excludes compute-sanitizer, because it could not run the stub.
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
     return subprocess.run(
         ["bash", str(SCRIPT), str(out), *arguments],

@@ -1,4 +1,4 @@
-"""The translation benchmark with a tiny random model: what is compared, and what is counted."""
+"""The comparisons and counts of the translation benchmark, with a tiny random model."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The benchmark for packed products: every contender computes the same product."""
+"""The benchmark for packed products, in which every contender computes the same product."""
 
 import pytest
 import torch

@@ -95,13 +95,13 @@ def test_logits_have_a_standard_deviation_of_one_and_noise_no_weight():
         for weight in layer.gate_weights():
             assert 0.8 < (x @ weight).std() < 1.2
         assert all(not weight.any() for weight in layer.noise_weights())
-    # All experts differ.
+    # All experts differ from each other.
     assert len(torch.unique(layer.moe.experts.weight_in[:, 0, 0])) == 16
 
 
 def test_dropped_tokens_are_those_that_reach_no_expert():
     class OneForAll(moe_layers.Layer):
-        """Rows 0 to 2 are each meant for 4 experts, but one expert computes only the last row."""
+        """A layer with a single expert, which computes only the last of its rows."""
 
         def __init__(self, point, capacity):
             super().__init__(point, capacity)
@@ -126,7 +126,8 @@ def test_the_limits_do_the_same_number_of_operations_as_the_experts():
         for mode, passes in (("forward", 1), ("fwd+bwd", 3)):
             with FlopCounterMode(display=False) as counter:
                 bare.run(mode)
-            # There are 48 rows, products from 8 to 12 and back, and multiplications and additions.
+            # Each of 48 rows is multiplied from width 8 to 12 and back, and counts two operations,
+            # a multiplication and an addition, per weight.
             assert counter.get_total_flops() == passes * TINY.flops() == passes * 48 * 8 * 12 * 4
 
 
@@ -136,7 +137,7 @@ def test_eager_gating_gives_the_sums_of_the_layer():
     torch.testing.assert_close(gates.sum(1), torch.ones(50))
     torch.testing.assert_close(importance.sum(), torch.tensor(50.0))
     assert load.shape == (7,)
-    # The expected numbers of tokens are about 2 per row.
+    # The load sums to about 2 per token.
     assert 80 < load.sum() < 120
 
 

@@ -43,7 +43,7 @@ def test_each_competitor_runs_only_what_it_supports():
 
 
 class FakeProcess:
-    """A fake process that records events; all fakes hold memory, and one of them fails."""
+    """A fake process that records events and claims to hold memory; one of the fakes fails."""
 
     events: list[str] = []
     failing = ""
@@ -90,7 +90,7 @@ def test_competitors_take_turns_and_keep_running_if_memory_allows(play):
     second = [f"{name} fwd+bwd" for name in names]
     assert events == [*first, *second, *(f"-{name}" for name in names)]
     assert match.stays
-    # The first turn takes a quarter of a second; the second repeats it within half a second.
+    # A measurement takes a quarter of a second, so the second turn repeats it within half a second.
     counts = [len(samples) for samples in match.records["bmm"].rounds["fwd+bwd"]]
     assert counts == [1, 2]
 
@@ -104,7 +104,7 @@ def test_each_turn_has_its_own_process_if_memory_is_short(play):
         for e in (f"+{name}", f"{name} fwd+bwd", f"-{name}")
     ]
     assert events[-9:] == second
-    # The two processes that were still running when memory ran short have been stopped.
+    # The two processes that were running when memory ran short have been stopped.
     assert events[:-9].count("-gemm") == events[:-9].count("-bmm") == 1
 
 

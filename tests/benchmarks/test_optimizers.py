@@ -29,7 +29,7 @@ def test_the_state_of_an_optimizer_is_counted():
     for optimizer in (factored, fused):
         optimizer.step()
     assert optimizers.state_bytes(factored) == 3 * (4 + 8) * 4
-    assert optimizers.state_bytes(fused) == 2 * 3 * 4 * 8 * 4 + 4  # and the number of updates
+    assert optimizers.state_bytes(fused) == 2 * 3 * 4 * 8 * 4 + 4  # 4 bytes count the updates
 
 
 def test_sizes_below_one_are_refused():

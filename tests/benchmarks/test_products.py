@@ -27,16 +27,17 @@ def test_flops_by_hand_of_the_recurrent_wiring():
     # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), 4 experts of width 6, 2 per token.
     # The factors are 2 (multiplications and additions) and 3 (forward pass and two gradients).
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
-        # Three LSTMs run over 10 source tokens, and two over 10 target tokens, from D to the gates.
+        # Three LSTMs over 10 source tokens and two over 10 target tokens multiply D by the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
-        # The recurrent input is D, or, in decoder LSTM 1, output and context with 2 D in total.
+        # The recurrent input has width D, or 2 D in decoder LSTM 1, which also reads the context.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
         "LSTM projection": 6 * 5 * 10 * 8 * 4,
-        # There are 20 tokens and 4 experts, once for the logits and once for the noise.
+        # The logits and the noise each have one product, over 20 tokens and 4 experts.
         "MoE gate": 6 * 2 * 20 * 4 * 4,
-        # There are 40 rows, and two matrices for each expert.
+        # There are 40 rows, and each expert has two matrices.
         "MoE experts": 6 * 2 * 40 * 4 * 6,
-        # There are keys and queries of 10 tokens; each query is used with 5 source tokens, twice.
+        # Keys and queries are computed for 10 tokens each. Each query is used twice, with 5 source
+        # tokens.
         "attention": 6 * (20 * 4 * 4 + 2 * 10 * 5 * 4),
         "softmax": 6 * 10 * 4 * 11,
     }
@@ -45,8 +46,8 @@ def test_flops_by_hand_of_the_recurrent_wiring():
 def test_the_wirings_differ_in_where_the_context_goes_but_not_in_operations():
     recurrent = products.flops_by_group(products.model_products(config(), BATCH))
     parallel = products.flops_by_group(products.model_products(config("parallel"), BATCH))
-    # The contexts of 10 target tokens (D = 4) go to the 32 gates of LSTM 2 all at once, instead of
-    # to the gates of LSTM 1 step by step.
+    # LSTM 2 reads the contexts of all 10 target tokens (D = 4) in one product with its 32 gates. In
+    # the recurrent wiring, LSTM 1 reads them step by step.
     moved = 6 * 10 * 4 * 32
     recurrent["LSTM input"] += moved
     recurrent["LSTM recurrent"] -= moved
@@ -61,8 +62,9 @@ def test_a_dense_model_has_no_products_of_an_moe():
 @pytest.mark.usefixtures("torch_operations")
 def test_the_list_agrees_with_what_the_model_computes(monkeypatch):
     monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is not a necessary product
-    # At each LSTM's first step, torch omits the gradient of the zero state, B D 4 H operations;
-    # in the recurrent wiring, decoder LSTM 1 computes it for the context, but not for its query.
+    # At each LSTM's first step, torch omits the gradient of the zero state, which would take
+    # B D 4 H operations. In the recurrent wiring, decoder LSTM 1 computes this gradient because of
+    # the context, but torch omits the gradient of its query.
     zero_state, zero_query = 2 * 2 * 4 * 32, 2 * 2 * 4 * 4
     for wiring, left_out in (
         ("parallel", 5 * zero_state),
@@ -79,13 +81,13 @@ def count_addmm(_, left, right, **kwargs):
 
 
 def counted_flops(sizes):
-    """Count the operations of all products in one training step, as torch sees them."""
+    """Count the operations of all products that torch runs in one training step."""
     embedding = nn.Embedding(11, sizes.model_dim)
     encoder, decoder = GNMTEncoder(sizes, embedding), GNMTDecoder(sizes, embedding)
     output = nn.Linear(sizes.model_dim, 11, bias=False)
     source = torch.randint(11, (BATCH.sentences, BATCH.length))
     target = torch.randint(11, (BATCH.sentences, BATCH.length))
-    # torch does not count products that add to a tensor in place.
+    # By itself, torch does not count products that add to a tensor in place.
     in_place = {torch.ops.aten.addmm_: count_addmm}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         encoded = encoder(source, torch.zeros_like(source, dtype=torch.bool))

@@ -14,7 +14,7 @@ NAMES = ["stock", "penalties", "pruning", "penalties, pruning"]
 
 @pytest.fixture
 def line(tmp_path, monkeypatch):
-    """A random model with confident predictions, its data, and the flags that name both."""
+    """Write a random model with confident predictions and its data; return the flags for both."""
     args = SimpleNamespace(
         arch="lstm_moe_gnmt_small",
         attention_wiring=["parallel"],

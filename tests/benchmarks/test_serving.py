@@ -1,4 +1,4 @@
-"""The program that measures the server, on a small scale: each request gets its own answer."""
+"""The program that measures the server, on a small scale."""
 
 import re
 from pathlib import Path

@@ -48,7 +48,7 @@ def test_fairseqs_lstm_gets_the_widths_of_the_other_models(tmp_path):
     model = tasks.setup_task(config.task).build_model(config.model)
     assert model.encoder.embed_tokens.embedding_dim == 256
     assert model.encoder.lstm.hidden_size == 512
-    # The encoder has as many levels as those of the other models: a bidirectional pair and two
+    # Like the other encoders, this encoder has three levels: a bidirectional pair of LSTMs and two
     # layers above it.
     assert model.encoder.lstm.num_layers == 3
     assert len(model.decoder.layers) == 3

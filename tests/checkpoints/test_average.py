@@ -20,14 +20,14 @@ def test_the_average_by_hand(tmp_path):
     paths = [save(tmp_path / f"{i}.pt", [i, 10.0 * i], steps=int(i)) for i in (1.0, 2.0, 6.0)]
     tool.average_checkpoints(paths, tmp_path / "average.pt")
     state = read_checkpoint(tmp_path / "average.pt")
-    # (1 + 2 + 6) / 3 = 3; everything except weights comes from the last checkpoint
+    # (1 + 2 + 6) / 3 = 3. Everything except the weights comes from the last checkpoint.
     torch.testing.assert_close(state["model"]["weight"], torch.tensor([3.0, 30.0]))
     assert state["model"]["steps"] == 6
     assert "last_optimizer_state" not in state
 
 
 def test_half_precision_is_summed_in_full_precision(tmp_path):
-    # 2049 is not a float16; the average of 2048, 2050, 2050, 2050 is 2049.5, rounded to 2050
+    # float16 has no 2049. The average of 2048, 2050, 2050 and 2050 is 2049.5, rounded to 2050.
     values = [2048.0, 2050.0, 2050.0, 2050.0]
     paths = [tmp_path / f"{i}.pt" for i in range(4)]
     for path, value in zip(paths, values, strict=True):

@@ -1,4 +1,4 @@
-"""Expert files: what is written is read back, and errors name the file."""
+"""Expert files give back the experts that were written to them, and errors name the file."""
 
 import argparse
 import hashlib

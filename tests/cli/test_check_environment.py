@@ -1,4 +1,4 @@
-"""`nmt-moe check-environment`: what it reports as missing."""
+"""`nmt-moe check-environment` reports the packages that are missing."""
 
 import importlib.metadata
 from types import SimpleNamespace

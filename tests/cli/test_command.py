@@ -1,4 +1,4 @@
-"""The command `nmt-moe` itself: its help, the time it takes to start, and its error messages."""
+"""The command `nmt-moe` itself: its help, the modules it imports, and its error messages."""
 
 import configparser
 import importlib
@@ -35,7 +35,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_commands_help_describes_it_with_examples(name):
     result = CliRunner().invoke(main, [name, "--help"])
-    assert "\\b" not in result.output  # click's mark of a table must not appear as text
+    assert "\\b" not in result.output  # click's marker for tables must not appear as text
     assert result.exit_code == 0, result.output
     assert re.search(rf"Examples:\n(  .*\n)*  nmt-moe {name}", result.output)
     command = main.get_command(click.Context(main), name)
@@ -116,7 +116,7 @@ def test_an_error_of_the_system_names_the_file_and_the_reason():
     assert describe_error(ValueError("`--x` must be 1")) == "`--x` must be 1"
 
 
-# `FOLDER` stands for a folder that is not a bundle, `FILE` for a file that exists.
+# `FOLDER` stands for a folder that is not a bundle, and `FILE` for a file that exists.
 WRONG_PATHS = [
     ("average --inputs no.pt --output a.pt", "`no.pt` does not exist"),
     ("average --inputs FILE --output no/a.pt", "`no/a.pt` must be in a folder that exists"),

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 
 def test_shares_are_those_of_the_definition(files):
-    """Sum gates, numbers of tokens and outputs over a text, token by token."""
+    """Compare with sums of tokens, gates and outputs, computed token by token."""
     _, bundle, text, reference = files
     lines, others = (path.read_text().splitlines()[:8] for path in (text, reference))
     translator = Translator.load(bundle)

@@ -119,7 +119,7 @@ def test_a_failure_midway_leaves_the_previous_files(text: Path, tmp_path: Path):
     damaged = make_bundle(tmp_path / "damaged", description=SHORT)[0]
     experts = damaged / "experts.decoder.safetensors"
     content = bytearray(experts.read_bytes())
-    for position in range(len(content) // 2, len(content), 64):  # found when a token is sent there
+    for position in range(len(content) // 2, len(content), 64):  # found when an expert is used
         content[position] ^= 1
     experts.write_bytes(content)
     page, dump = tmp_path / "report.html", tmp_path / "report.json"

@@ -1,4 +1,4 @@
-"""Every command block in the README and docs runs on a tiny text and with tiny models."""
+"""Every command block in the README and docs runs with a tiny text and tiny models."""
 
 import os
 import random
@@ -21,7 +21,7 @@ from tests.support.bundles import LM, make_bundle
 from tests.support.pages import REPOSITORY, Block, blocks, pages
 
 pytest.importorskip("fairseq")
-# The first test waits for a whole training run, which takes minutes on a busy machine.
+# The first test waits for a complete training run, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
 
 # The blocks of this page create what other pages use: pieces, data, checkpoints and a bundle.
@@ -29,8 +29,8 @@ FIRST = "docs/train.md"
 PORT = "5000"  # the server's port in the pages
 TEXT = "the a cat dog house tree runs sees big red under with two birds sing"
 
-# Options that are added to a reader's commands, so that each takes a second. If an option is given
-# twice, the last value counts.
+# These scripts add options to a reader's commands, so that each command takes about a second. If an
+# option is given twice, the last value counts.
 SHIMS = {
     "fairseq-train": """
 sizes=(--cpu --model-dim 16 --lstm-hidden-dim 16 --hidden-dim 32 --max-update 2 --num-workers 0)
@@ -64,7 +64,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Create what the pages assume to exist; return the environment of their commands."""
+    """Create the files that the pages assume; return the environment for their commands."""
     folder.mkdir(exist_ok=True)
     (folder / "nmt_moe").symlink_to(REPOSITORY / "nmt_moe")  # as in the repository
     write_corpus(folder / "corpus")
@@ -83,14 +83,14 @@ def variables(folder: Path) -> dict[str, str]:
         "PATH": f"{folder / '.bin'}:{python.parent}:{os.environ['PATH']}",
         "PROGRAMS": str(python.parent),
         "CURL": shutil.which("curl") or "",
-        "PYTHON_EXEC": str(python),  # what torchrun starts
+        "PYTHON_EXEC": str(python),  # torchrun starts ranks with this program
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
     }
 
 
 def run_blocks(page: str, folder: Path, names: dict[str, Any], port: str = PORT) -> None:
-    """Run the blocks of a page one after the other in a folder; Python blocks share variables."""
+    """Run the blocks of a page in order in a folder; Python blocks share their variables."""
     for block in blocks(page):
         if block.reason is None:
             run_block(block, folder, names, port)
@@ -121,7 +121,7 @@ def run_block(block: Block, folder: Path, names: dict[str, Any], port: str) -> N
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a reader has followed the page on training."""
+    """Follow the page on training as a reader would, in a new folder."""
     folder = tmp_path_factory.mktemp("reader") / "trained"
     prepare(folder)
     run_blocks(FIRST, folder, {})
@@ -143,7 +143,7 @@ def copy_for(page: str, trained: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def serving(folder: Path, *arguments: str):
-    """Serve a bundle while the block runs; yield the port."""
+    """Serve a bundle during the `with` block; yield the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The image of the server: built if Docker is available, and otherwise checked line by line."""
+"""The server's image is checked line by line, and also built if Docker is available."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ DOCKERFILE = REPOSITORY / "Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions with their arguments, in order."""
+    """Return the instructions with their arguments, in the file's order."""
     lines = DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
     return [tuple(line.split(maxsplit=1)) for line in lines if line and line[0] != "#"]
 

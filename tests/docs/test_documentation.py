@@ -37,7 +37,7 @@ def test_options_and_architectures_come_from_the_code(built: Path):
     page = text_of(built / "docs/models.html")
     for word in ("--num-experts N", "noisy_top_k,strictly_balanced", "lstm_moe_lm_100b_131072h"):
         assert word in page
-    # Table 8 prints 9.7 million operations and 137577.6 million parameters for this model.
+    # For this model, Table 8 gives 9.7 million operations and 137577.6 million parameters.
     assert re.search(r"lstm_moe_lm_100b_131072h\s+9\.7\s+137,577\.6\s", page)
 
 

@@ -36,7 +36,7 @@ def test_the_notebook_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch):
         for line in printed.splitlines()
         if line.startswith(("dense,", "8 experts,"))
     }
-    assert losses["8"] < losses["dense,"], printed  # the dense network cannot learn all maps
+    assert losses["8"] < losses["dense,"], printed  # a dense network cannot learn all maps
     assert "decoder: CV(importance)" in printed
 
 

@@ -51,14 +51,14 @@ def bundle(original: Path, tmp_path: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Rewrite the checksums, so that damage is found by other checks."""
+    """Rewrite the checksums, so that other checks must find the damage."""
     sums = folder / "SHA256SUMS"
     sums.unlink(missing_ok=True)
     write_digests(sums, sorted(path for path in folder.iterdir() if path.is_file()))
 
 
 def assert_refused(open_it: Callable[[], Any], *words: str) -> None:
-    """Check that a message of one line names the fault and a remedy."""
+    """Check that an error message of one line names the fault and a remedy."""
     start = time.process_time()
     with pytest.raises(ValueError, match=".") as caught:
         open_it()
@@ -176,7 +176,7 @@ def test_links_to_a_bundle_and_within_it_are_followed(bundle: Path, tmp_path: Pa
 
 
 def edit_config(folder: Path, names: str, value: Any) -> None:
-    """Set a value in config.json; `...` removes it."""
+    """Set a value in config.json, or remove it if the value is `...`."""
     table = json.loads((folder / "config.json").read_text())
     *outer, last = names.split(".")
     inner = table
@@ -372,7 +372,7 @@ def test_a_header_that_claims_too_much_is_refused(bundle: Path, name: str):
 
 
 class Hostile:
-    """An object with code that unpickling would run."""
+    """An object that makes unpickling run code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -470,7 +470,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(bundle: Path, edit: Callable[
 
 
 def test_the_last_entry_of_a_repeated_word_counts(bundle: Path):
-    # fairseq does the same with `#fairseq:overwrite` in a dictionary; marks stay marks.
+    # fairseq does the same with `#fairseq:overwrite` in a dictionary. A repeated mark stays a mark.
     path = bundle / "vocabulary.json"
     symbols = json.loads(path.read_text())["shared"]
     symbols[-2:] = ["</s>", symbols[5]]

@@ -1,4 +1,4 @@
-"""Bundles open without fairseq and its dependencies; `import nmt_moe` is fast."""
+"""Bundles open without fairseq and its dependencies, and `import nmt_moe` is fast."""
 
 import subprocess
 import sys

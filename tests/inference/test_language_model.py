@@ -1,4 +1,4 @@
-"""Probabilities of lines, and sampled lines."""
+"""The probabilities that a language model gives to lines, and the lines that it samples."""
 
 import math
 from typing import Any
@@ -66,14 +66,15 @@ def test_words_characters_and_unknown_pieces_are_counted(model: LanguageModel):
 
 
 def test_perplexities_by_hand():
-    # P = 1/2 * 1/4 * 1/2 = 2^-4 for 2 pieces and the end mark, one word and 3 characters.
+    # The line has 2 pieces, one word and 3 characters. With its end mark, its probability is
+    # 1/2 * 1/4 * 1/2 = 2^-4.
     log_probs = [-math.log(2), -math.log(4), -math.log(2)]
     one = LineScore(sum(log_probs), ["▁c", "at"], log_probs, 1, 3, 0)
     assert one.perplexity_per_piece == pytest.approx(2 ** (4 / 3))
     assert one.perplexity_per_word == pytest.approx(2 ** (4 / 2))
     assert one.perplexity_per_character == pytest.approx(2 ** (4 / 4))
     assert one.bits_per_character == pytest.approx(1.0)
-    # Three copies of such a line have the same perplexities.
+    # Three copies of the line have the same perplexities as one.
     total = total_score([one] * 3)
     assert total.log_prob == pytest.approx(3 * one.log_prob)
     assert total.pieces == ["▁c", "at"] * 3

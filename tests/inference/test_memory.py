@@ -12,7 +12,7 @@ from nmt_moe.inference import Pieces, export
 from tests.support.bundles import LM, MOE, make_checkpoint
 
 NUM_EXPERTS = 32
-# An expert takes up 2 MB, as much as the system maps at once; all experts together, 64 MB.
+# An expert takes up 2 MB, the most that the system maps at a time. All 32 experts take up 64 MB.
 WIDE = replace(MOE, model_dim=256, hidden_dim=1024, num_experts=NUM_EXPERTS, top_k=1)
 
 
@@ -21,7 +21,7 @@ def mapped(folder: Path) -> int:
     total, is_counted = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *words = line.split()
-        if not first.endswith(":"):  # the first line of a mapping
+        if not first.endswith(":"):  # this line starts a mapping
             is_counted = f"{folder}/experts." in line
         elif first == "Rss:" and is_counted:
             total += 1024 * int(words[0])
@@ -35,12 +35,12 @@ def test_one_line_reads_few_of_many_experts(tmp_path: Path):
     folder = tmp_path / "bundle"
     export(path, data, Pieces(pieces), folder)
     path.unlink()
-    gc.collect()  # verification has mapped the file, too
+    gc.collect()  # verification has also mapped the file
     size = (folder / "experts.decoder.safetensors").stat().st_size
     assert size > NUM_EXPERTS * 2**21
     model = LanguageModel.load(folder)
     loaded = mapped(folder)
     assert loaded < 0.1 * size
     [score] = model.score("cat")
-    assert len(score.log_probs) <= 4  # one expert each
+    assert len(score.log_probs) <= 4  # each uses one expert
     assert loaded < mapped(folder) < 0.6 * size

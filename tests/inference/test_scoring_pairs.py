@@ -1,4 +1,4 @@
-"""The probability of references, compared with the networks used in training and the search."""
+"""The probabilities of references equal those from the training networks and the search."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""From raw text to raw text: order, lines, batches, searches, ensembles, experts and marks."""
+"""Translation of raw text: order, lines, batches, searches, ensembles, experts and marks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,21 +33,21 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Model:
-    """Return an open bundle and the networks used in its training."""
+    """An open bundle and the networks used in its training."""
 
     folder: Path
     translator: Translator
     networks: dict[str, nn.Module]
 
     def numbers(self, pieces: list[str], mark: str = "") -> list[int]:
-        """Return the numbers of a sentence's source pieces, as given to the network."""
+        """Return the numbers that the network receives for the pieces of a source sentence."""
         symbols = self.translator.vocabularies["source"].symbols
         known = {s: n for n, s in enumerate(symbols) if n > 3 and not s.startswith("<2")}
         marks = [symbols.index(mark)] if mark else []
         return [*marks, *(known.get(piece, 3) for piece in pieces), 2]
 
     def written(self, pieces: list[str]) -> list[int]:
-        """Return the numbers of a hypothesis's pieces."""
+        """Return the numbers of the pieces in a hypothesis."""
         symbols = self.translator.vocabularies["target"].symbols
         return [symbols.index(piece) for piece in pieces]
 
@@ -410,7 +410,7 @@ def test_lines_are_translated_as_they_come(model: Model):
 
 
 def spy_on_pieces(translator: Translator, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Record the sentences that are translated, without translating them."""
+    """Record the sentences to translate, instead of translating them."""
     seen: list[list[str]] = []
 
     def record(cut: list[list[str]], options: Any) -> list[Any]:
