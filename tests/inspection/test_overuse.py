@@ -1,4 +1,4 @@
-"""What experts do: counts, intervals, contexts and pairs, compared with their definitions."""
+"""Counts, intervals, contexts and pairs of experts, compared with their definitions."""
 
 import math
 import random
@@ -14,8 +14,8 @@ from nmt_moe.inspection.usage import ExpertUsage
 
 
 def test_wilson_interval_by_hand():
-    # For 8 of 10 at z = 2, the middle is (0.8 + 0.2) / 1.4, and half the width is
-    # 2 sqrt(0.016 + 0.01) / 1.4.
+    # For 8 of 10 at z = 2, the interval has the centre (0.8 + 0.2) / 1.4 and extends by
+    # 2 sqrt(0.016 + 0.01) / 1.4 to each side.
     low, high = wilson_interval(8, 10, 2.0)
     assert low == pytest.approx((1.0 - 2 * math.sqrt(0.026)) / 1.4)
     assert high == pytest.approx((1.0 + 2 * math.sqrt(0.026)) / 1.4)
@@ -28,7 +28,7 @@ def test_counts_are_those_of_a_loop():
     chance = random.Random(3)
     features = [chance.choices("abcde", k=chance.randint(0, 3)) for _ in range(200)]
     features = [sorted(set(names)) for names in features]
-    expert_ids = torch.tensor([[*chance.sample(range(5), 2)] for _ in features])  # 4 is empty
+    expert_ids = torch.tensor([[*chance.sample(range(5), 2)] for _ in features])  # 4: an empty slot
     counts = FeatureCounts(4)
     for first in range(0, 200, 30):
         counts.add(features[first : first + 30], expert_ids[first : first + 30])
@@ -45,7 +45,8 @@ def test_counts_are_those_of_a_loop():
 
 
 def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
-    # Expert 0 gets every "x", expert 1 every "rare"; the rest is random.
+    # Expert 0 receives every "x", expert 1 every "rare", and expert 2 every "rarest". All other
+    # choices are random.
     chance = random.Random(1)
     features, expert_ids = [], []
     for _ in range(4000):
@@ -71,7 +72,7 @@ def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
     names = {feature["feature"] for rows in found.values() for feature in rows}
     assert "rarest" not in names
     assert not names & {"y", "z"}
-    # With more comparisons, more evidence is needed.
+    # More comparisons require more evidence.
     many = find_overuse(counts, load, len(ids), 10**9, 10)
     assert many[0][0]["low"] < row["low"]
     assert 1 not in many
@@ -90,7 +91,7 @@ def test_chance_makes_no_specialists():
 def test_contexts_are_the_largest_gates_of_each_expert():
     generator = torch.Generator().manual_seed(2)
     gates = torch.rand(300, 2, generator=generator)
-    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5 is empty
+    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5: an empty slot
     top = TopContexts(5, 7)
     for first in range(0, 300, 64):
         rows = slice(first, first + 64)
@@ -125,7 +126,7 @@ def test_complete_words_surround_a_piece():
     assert context_of(tokens, 0) == ["", "", "<2de>", "", "unhappiness is red. </s>"]
     assert context_of(tokens, 7)[2:] == ["</s>", "", ""]
     assert context_of(["▁a", "▁", "猫"], 1) == ["a", "", "▁", "猫", ""]
-    # This covers words without pieces, and long neighbours, which are cut.
+    # Words may also not be split into pieces, and long neighbours are shortened.
     assert context_of(["a", "▁b", "c"], 1, has_pieces=False) == ["a", "", "▁b", "", "c"]
     left, *_, right = context_of(["▁" + "y" * 90, "▁m", "▁" + "z" * 90], 1)
     assert left == "…" + "y" * 48
@@ -155,7 +156,7 @@ def test_expected_pairs_keep_each_experts_use():
     expected = expected_pairs(counts)
     torch.testing.assert_close(expected.sum(1), counts.sum(1).double())
     assert expected.diagonal().eq(0).all()
-    # Quasi-independence: the ratio of two rows is the same in every other column.
+    # By quasi-independence, two rows have the same ratio in every other column.
     ratios = expected[0, 2:] / expected[1, 2:]
     torch.testing.assert_close(ratios, ratios[:1].expand(4))
 

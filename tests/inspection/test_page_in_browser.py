@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: no errors, no requests, no overflow."""
+"""In a real browser, a report's page has no errors, sends no requests, and fits the window."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, list[str]]:
-    """Open the page; return it, its errors and its requests for anything but itself."""
+    """Open the page; return it, its errors and its requests for other addresses."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []
@@ -52,7 +52,7 @@ def test_the_page_fits_and_causes_no_errors(
         browser, address, viewport={"width": width, "height": 700}, color_scheme=scheme
     )
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-    # Wide tables scroll separately.
+    # Wide tables scroll by themselves.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # The policy allows the page's own style.
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -1,4 +1,4 @@
-"""The report of tiny bundles: its page, and its values, compared with the model's."""
+"""Reports on tiny bundles: their pages, and their values compared with those of the models."""
 
 import html.parser
 import json
@@ -172,7 +172,7 @@ def test_quality_is_that_of_sacrebleu(bundle: Path, report: dict[str, Any]):
 
 
 def test_the_page_of_hostile_text_is_harmless(report: dict[str, Any]):
-    # References are shown as complete lines, not as pieces.
+    # The page shows references as complete lines instead of pieces.
     page = render_page(report)
     reader = check_page(page)
     text = " ".join(reader.text)
@@ -223,7 +223,7 @@ def test_a_second_bundle_is_compared(bundle: Path, tmp_path: Path):
     text = " ".join(check_page(render_page(report)).text)
     assert "Paired bootstrap" in text
     assert "of the experts of" in text
-    # A bundle that is compared with itself has no differences.
+    # A bundle does not differ from itself.
     same = make_report(bundle, [Part("text", TEXT, REFERENCES)], against=bundle)
     assert {layer["saturation"]["kept"] for layer in same["layers"]} == {1.0}
     assert {layer["saturation"]["changed_tokens"] for layer in same["layers"]} == {0.0}

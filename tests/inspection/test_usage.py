@@ -41,7 +41,7 @@ def test_usage_by_hand():
     assert usage.coactivation.tolist() == [[0, 2, 0], [2, 0, 0], [0, 0, 0]]
     assert usage.idle_experts == 1
     assert usage.max_load == pytest.approx(3 / (5 / 3))
-    # The load has mean 5/3 and variance (16 + 1 + 25) / 9 / 3, the importance mean 1 and ...
+    # The load has mean 5/3 and variance (16 + 1 + 25) / 9 / 3. The importance has mean 1.
     assert usage.cv_load == pytest.approx(math.sqrt(42 / 27) / (5 / 3))
     assert usage.cv_importance == pytest.approx(math.sqrt((1.25**2 + 0.25**2 + 1) / 3))
     entropies = [-0.75 * math.log(0.75) - 0.25 * math.log(0.25), 0.0, math.log(2)]
@@ -164,7 +164,7 @@ def test_a_multilingual_model_also_reads_a_language_token(tmp_path: Path):
     folder = make_bundle(tmp_path, languages="aa bb", description=SHORT)[0]
     translator = Translator.load(folder)
     one, other = (collect_usage(translator, ["cat"], ["dog"], lang) for lang in ("aa", "bb"))
-    # The language token, the piece and the end mark.
+    # The encoder reads the language token, one or more pieces, and the end mark.
     assert one.layers["encoder"].num_tokens == other.layers["encoder"].num_tokens >= 3
     with pytest.raises(ValueError, match="`target_lang` must be one of aa, bb"):
         collect_usage(translator, ["cat"], ["dog"])

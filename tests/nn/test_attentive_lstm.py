@@ -1,4 +1,4 @@
-"""The attentive LSTM in compiled loops compared with torch's operations."""
+"""The attentive LSTM in compiled loops, compared with torch's operations."""
 
 import importlib
 
@@ -81,7 +81,7 @@ def test_values_and_gradients_are_those_of_torchs_operations(
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
     for name, value in their_gradients.items():
         one = our_gradients[name]
-        if value is None or one is None:  # no effect on the loss, so no gradient or zeros
+        if value is None or one is None:  # this value does not affect the loss
             assert all(not other.count_nonzero() for other in (one, value) if other is not None)
             continue
         torch.testing.assert_close(

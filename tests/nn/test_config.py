@@ -1,4 +1,4 @@
-"""Sizes of networks: the layers that result from them, and impossible sizes."""
+"""The layers that result from the sizes of a network, and impossible sizes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Encoder and decoder: the paper's counts, padding, and single steps and whole sentences."""
+"""Encoder and decoder: the paper's counts, padding, single steps and whole sentences."""
 
 import pytest
 import torch
@@ -46,7 +46,8 @@ def tokens(*lengths, left_pad=False):
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_the_number_of_operations_is_the_papers_85_million(wiring):
-    # Five LSTMs, the context input, two MoE layers with 4 active experts, and the softmax
+    # These are five LSTMs with the context input, two MoE layers with 4 active experts, and the
+    # softmax.
     with torch.device("meta"):
         config = GNMTConfig(attention_wiring=wiring, moe=MoEConfig(512, 2048, 32, 4))
         embedding = nn.Embedding(32768, 512)

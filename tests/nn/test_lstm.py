@@ -1,4 +1,4 @@
-"""LSTMs compared with their equations; padding changes nothing."""
+"""LSTMs are compared with their equations, and padding changes nothing."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The language model's network: worked out by hand, run step by step, and what it refuses."""
+"""The language model's network: results by hand, single steps, and impossible sizes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MOE = MoEConfig(model_dim=6, hidden_dim=8, num_experts=4, top_k=2)
 
 
 def build(seed: int = 1, moe: MoEConfig | None = MOE, **sizes: object) -> nn.Module:
-    """Build a model in float64 and evaluation mode, without dropout; its gates are not uniform."""
+    """Build a model in float64 and evaluation mode, without dropout and with uneven gates."""
     torch.manual_seed(seed)
     options = {"model_dim": 6, "lstm_hidden_dim": 10, "init_range": 0.5, "dropout": 0.0, **sizes}
     network = LSTMLanguageModel(LSTMLMConfig(moe=moe, **options), nn.Embedding(12, 6, PAD))
@@ -97,7 +97,7 @@ def test_padding_reaches_no_expert_and_changes_nothing():
 def test_dropout_is_on_every_layer_and_leaves_the_residual():
     network = build(dropout=1.0).train()
     given = tokens(2, 5)
-    # All outputs are dropped, including the embedding's, so only zeros are left.
+    # All outputs are dropped, including those of the embedding, so only zeros remain.
     assert network(given).features.abs().sum() == 0
 
 

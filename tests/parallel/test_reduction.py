@@ -9,7 +9,7 @@ from nmt_moe.parallel import sum_over_ranks
 from tests.support.ranks import run_ranks
 
 CONFIG = MoEConfig(6, 5, 4, 2, importance_weight=0.3, load_weight=0.2)
-# Numbers of tokens on each rank; the first rank has none.
+# The ranks have these numbers of tokens; the first has none.
 BOUNDS = (0, 0, 5, 12)
 
 
@@ -37,7 +37,7 @@ def run_rank(rank: int) -> tuple[float, dict[str, list]]:
     mine = slice(*BOUNDS[rank : rank + 2])
     x, noise = make_tokens()
     loss, gradients = balance_gradients(make_layer(), x[mine], noise[mine])
-    for gradient in gradients.values():  # the mean over ranks, as in data parallelism
+    for gradient in gradients.values():  # average over ranks, as in data parallelism
         distributed.all_reduce(gradient)
         gradient.div_(distributed.get_world_size())
     return loss, {name: gradient.tolist() for name, gradient in gradients.items()}

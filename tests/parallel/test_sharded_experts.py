@@ -21,10 +21,10 @@ from tests.support.ranks import run_ranks
 DIM, EXPERTS = 6, 8
 FLAT = MoEConfig(DIM, 5, EXPERTS, 3, importance_weight=0.3, load_weight=0.2)
 GROUPED = replace(FLAT, num_groups=4, top_k=2)
-# Numbers of tokens on each of four ranks in two accumulated batches. With two ranks, each has the
-# tokens that two of the four have here.
+# In two accumulated batches, four ranks have these numbers of tokens. With only two ranks, each has
+# the tokens of two of the four.
 TOKENS = ((5, 3, 2, 7), (1, 4, 0, 3))
-# In the first batch this rank has only padding.
+# In the first batch, this rank has only padding.
 ONLY_PADDING = 1
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -44,7 +44,7 @@ class Batch:
 
 
 def make_batches(first: int, last: int, dtype: torch.dtype) -> list[Batch]:
-    """Return the two batches of parts [first, last) of the four."""
+    """Return two batches that join parts [first, last) of the four ranks' batches."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for number, counts in enumerate(TOKENS):
@@ -64,7 +64,7 @@ def make_batches(first: int, last: int, dtype: torch.dtype) -> list[Batch]:
 
 
 class Network(nn.Module):
-    """A flat and a hierarchical layer, each after a dense one."""
+    """A flat and a hierarchical MoE layer, each after a dense layer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Network(nn.Module):
                 nn.init.normal_(parameter)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the sum over tokens of their losses, including balance losses."""
+        """Compute the sum of all tokens' losses, including balance losses."""
         y, flat = self.flat(self.before(batch.x), batch.padding_mask, batch.noise)
         noise = batch.group_noise, batch.noise
         y, grouped = self.grouped(self.between(y).tanh(), batch.padding_mask, noise)
@@ -90,7 +90,7 @@ class Network(nn.Module):
 
 
 def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Do one update like fairseq's trainer; return loss, norm, gradients and parameters."""
+    """Do one update as fairseq's trainer does; return loss, norm, gradients and parameters."""
     share = 4 // world_size
     batches = make_batches(rank * share, (rank + 1) * share, dtype)
     network = Network(size).to(dtype)
@@ -124,7 +124,7 @@ def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dic
 
 
 def run_strict_evaluation(rank: int, world_size: int, size: int) -> Any:
-    """Return a strictly balanced layer's results for tokens that use few or many experts."""
+    """Return the results of a strictly balanced layer for tokens that use few or many experts."""
     torch.manual_seed(0)
     config = MoEConfig(DIM, 5, EXPERTS, 2, gate="strictly_balanced")
     layer = MoELayer(config, group=make_expert_parallel_group(EXPERTS, 0, size)).eval()
@@ -182,7 +182,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Return the results of each rank."""
+    """Return each rank's results."""
     return run_ranks(work, request.param, request.param)
 
 
@@ -190,7 +190,7 @@ def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_ranks_learn_the_same_as_one_process(answers, dtype):
     expected = train_once(0, 1, 1, dtype)
-    assert expected["norm"] > 0.5  # so that it is clipped
+    assert expected["norm"] > 0.5  # high enough to be clipped
     for size in (size for size in (1, 2, 4) if size <= len(answers)):
         results = [answer[f"{size} {dtype}"] for answer in answers]
         assert results[0].keys() == expected.keys()  # only rank 0 has complete experts
@@ -210,10 +210,10 @@ def test_ranks_may_differ_in_the_experts_of_a_token(answers):
 def test_gates_are_sent_in_float32_beside_tokens_of_half_precision(answers):
     found = [answer["half"] for answer in answers]
     assert {one["dtypes"] for one in found} == {("torch.bfloat16", "torch.float32")}
-    # Nothing is rounded in transit, so the sums of what is sent and received agree.
+    # The exchange rounds nothing, so the sums of the gates sent and received agree.
     assert sum(one["sum"] for one in found) == pytest.approx(sum(x["own"] for x in found), rel=1e-6)
     for one in found:
-        assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # 1.1016 in bfloat16
+        assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # bfloat16 would give 1.1016
         assert one["tokens"][0] == one["tokens"][1]  # one gradient from each receiving rank
 
 

@@ -1,4 +1,4 @@
-"""The planner: compared with two real processes and figures worked out by hand; bad input."""
+"""The planner agrees with two real processes and with figures by hand, and refuses bad input."""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ TOLERANCE = 0.1
 
 
 def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
-    """Return a case's model options, whether its optimizer is factored, and its samples."""
+    """Return a case's model options, whether its optimizer is factored, and its sampled classes."""
     shell = ("lm", "gnmt", "factored", "draws")
     options = {**SIZES, **{name: value for name, value in case.items() if name not in shell}}
     config = LSTMMoEGNMTConfig if case.get("gnmt") else LSTMMoELMConfig
@@ -69,14 +69,14 @@ def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
 
 
 def measure(rank: int) -> dict[str, dict[str, float]]:
-    # The predictions are for torch's operations; the CPU's compiled loops keep less.
+    # The predictions are for torch's operations. The CPU's compiled loops store less.
     with mock.patch.dict(os.environ, NMT_MOE_KERNELS="torch"), quiet():
         load.cache_clear()
         return {name: measure_case(case) for name, case in CASES.items()}
 
 
 def measure_case(case: dict[str, Any]) -> dict[str, float]:
-    """Do one update, and count bytes of tensors and bytes sent."""
+    """Do one update, and count the bytes of tensors and the bytes sent."""
     options, is_factored, draws = split(case)
     torch.manual_seed(distributed.get_rank())
     dictionary = make_dictionary(VOCABULARY)
@@ -89,7 +89,8 @@ def measure_case(case: dict[str, Any]) -> dict[str, float]:
         model = LSTMMoELM.build_model(options, task)
         del sample["net_input"]["prev_output_tokens"]
         criterion = MoECrossEntropy(task, False, draws)
-    if options.gate == "strictly_balanced":  # with gates of 0, each token's experts are far apart
+    # With gate weights of 0, strict balance would give each token experts that are far apart.
+    if options.gate == "strictly_balanced":
         for name, parameter in model.named_parameters():
             if name.endswith("gate.gate_weight"):
                 torch.manual_seed(1)
@@ -150,7 +151,7 @@ def measured() -> list[dict[str, dict[str, float]]]:
 def test_predictions_are_within_ten_percent_of_what_two_processes_hold_and_send(name, measured):
     expected = predict(CASES[name])
     for part in measured[0][name]:
-        # Compare the mean of both processes, because tokens may choose either.
+        # Compare the mean over both processes, because tokens may choose experts on either.
         found = sum(rank[name][part] for rank in measured) / 2
         assert found == pytest.approx(expected[part], rel=TOLERANCE), part
     assert measured[0][name]["weights"] == expected["weights"]
@@ -167,10 +168,11 @@ def test_totals_of_a_long_batch_equal_those_of_a_separate_run(wiring: str, on_cp
 
 
 def test_ranks_of_a_token_by_hand():
-    # In 2 of 6 cases, one of two ranks holds both experts: (2 x 1 + 4 x 2) / 6.
+    # In 2 of 6 cases, the same one of two ranks holds both experts, so the mean is
+    # (2 x 1 + 4 x 2) / 6.
     moe = MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, top_k=2)
     assert ranks_per_token(moe, 2) == pytest.approx(10 / 6)
-    # A hierarchy's groups are not split: one of four groups is on one rank.
+    # Groups of a hierarchy are not split, so each of the four groups is on one rank.
     grouped = replace(moe, num_experts=8, num_groups=4, top_k=1)
     assert ranks_per_token(grouped, 4) == pytest.approx(1)
     assert ranks_per_token(replace(moe, gate="softmax"), 4) == 4
@@ -178,14 +180,14 @@ def test_ranks_of_a_token_by_hand():
 
 def test_a_few_draws_are_different_classes():
     assert distinct_classes(1, 50) == pytest.approx(1)
-    # The description of the sampled softmax gives this number.
+    # The documentation of the sampled softmax gives this number.
     assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
 
 
 def test_memory_by_hand():
-    # The model has width 4, two LSTMs of 4 cells (4 x 4 x 8 weights, two biases of 16), 4 experts
-    # of 2 x 4 x 5, a gate of two 4 x 4 and 10 symbols. The experts are on two devices, in half
-    # precision with float32 copies.
+    # The model has width 4, two LSTMs of 4 cells (4 x 4 x 8 weights and two biases of 16 in each),
+    # 4 experts of 2 x 4 x 5 weights, a gate of two 4 x 4 matrices, and 10 symbols. The experts are
+    # on two devices. Training in half precision keeps float32 copies.
     moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=4, top_k=2)
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=4, moe=moe)
     dense, experts = 2 * (4 * 4 * 8 + 2 * 16) + 2 * 4 * 4 + 2 * 10 * 4, 2 * 2 * 4 * 5
@@ -230,7 +232,7 @@ def test_advice_that_something_fits_is_true():
 def test_options_of_the_model_change_it():
     small = run("--arch", "lstm_moe_gnmt", "--num-experts", 4, "--dropout", 0)
     assert small["setup"]["config"]["moe"]["num_experts"] == 4
-    # There is no dropout mask, which would have one byte per element.
+    # A dropout mask would take one byte per element.
     assert small["activations"]["embeddings"] < 160 * 25 * 512
 
 

@@ -16,8 +16,8 @@ from nmt_moe.nn import GNMTConfig, LSTMLanguageModel, LSTMLMConfig
 from nmt_moe.planning import VOCABULARY, Card, find_configs, make_card
 from nmt_moe.planning.network import build_modules
 
-# Architecture, operations per timestep and parameters, in millions, as printed.
-# Source: Shazeer et al. 2017, Table 7.
+# Each row has the architecture, the operations per timestep, and the parameters, in millions and as
+# printed in Table 7 of Shazeer et al. 2017.
 TABLE_7 = [
     ("lstm_lm_2048_512", "9.4", "9.4"),
     ("lstm_lm_4x512", "8.4", "8.4"),
@@ -32,7 +32,7 @@ TABLE_7 = [
     ("lstm_moe_lm_34m", "33.8", "4313.9"),
     ("lstm_moe_lm_143m", "142.7", "4371.1"),
 ]
-# Source: Shazeer et al. 2017, Table 8; its 4xLSTM-512 is that of Table 7.
+# These rows are from Table 8 of Shazeer et al. 2017. Its 4xLSTM-512 is that of Table 7.
 TABLE_8 = [
     ("lstm_moe_lm_100b_32", "8.4", "37.8"),
     ("lstm_moe_lm_100b_256h", "8.4", "272.9"),
@@ -82,29 +82,29 @@ TRANSLATION = [
 def test_translation_costs_what_the_paper_prints(
     name: str, ops: int, params: str | None, cards: dict[str, Card]
 ):
-    # Source: Shazeer et al. 2017, Tables 2-5; ops in millions, parameters in billions.
+    # Tables 2-5 of Shazeer et al. 2017 give operations in millions and parameters in billions.
     card = cards[name]
     assert round(card.ops / 1e6) == ops
     if params is not None:
-        # Count with and without embedding and softmax, for 32,000 wordpieces or 2^15.
+        # Count with and without embedding and softmax, for 32,000 or 2^15 wordpieces.
         for count in (card.total, card.total + 2 * 512 * 768):
             assert f"{count / 1e9:.1f}" == params
-    if ops == 85:  # 2^15 wordpieces would also fit, except that 102 would be 103
+    if ops == 85:  # 2^15 wordpieces would give 103 instead of 102
         assert round((card.ops + 512 * 768) / 1e6) == 85
 
 
 def test_the_bias_of_the_lstms_makes_the_last_digit_of_the_largest_model(
     cards: dict[str, Card],
 ):
-    # Without the bias it would be 4371.0; the paper prints 4371.1. There is one bias for each of 4
-    # gates of 4096 cells in two LSTMs.
+    # Without the bias, the result would be 4371.0, but the paper prints 4371.1. Two LSTMs have one
+    # bias for each of the 4 gates of their 4096 cells.
     card = cards["lstm_moe_lm_143m"]
     assert in_millions(card.params - 2 * 4 * 4096) == "4371.0"
 
 
 def test_a_card_by_hand():
-    # D = 4, two LSTMs of 8 cells projected to 4, 3 groups of 2 experts of hidden width 5, k = 2,2;
-    # 10 symbols.
+    # The model has D = 4, two LSTMs of 8 cells projected to 4, 3 groups of 2 experts with hidden
+    # width 5, k = 2,2, and 10 symbols.
     moe = MoEConfig(model_dim=4, hidden_dim=5, num_experts=6, num_groups=3, top_k=2)
     config = LSTMLMConfig(model_dim=4, lstm_hidden_dim=8, moe=moe)
     card = make_card("by hand", config, 10)
@@ -124,7 +124,7 @@ def test_a_card_by_hand():
     assert card.total == card.params + 2 * 4 * 8 + 2 * 10 * 4
     assert (card.weights_bytes, card.gradients_bytes) == (4 * card.total, 4 * card.total)
     assert card.adam_bytes == 8 * card.total
-    # For each of an expert's two matrices, 4 + 5 numbers are kept.
+    # Factored Adam stores 4 + 5 numbers for each of an expert's two matrices.
     rows_and_columns = 6 * 2 * (4 + 5)
     assert card.factored_adam_bytes == 8 * (card.total - 6 * expert) + 4 * rows_and_columns
 
@@ -141,7 +141,7 @@ def test_the_total_is_that_of_a_real_model(gate: str):
 def test_a_translation_model_counts_attention_separately():
     config = GNMTConfig(model_dim=4, lstm_hidden_dim=8)
     card = make_card("dense", config, 10)
-    lstms = 5 * (4 * 8 * (4 + 4) + 8 * 4) + 4 * 8 * 4  # and the context
+    lstms = 5 * (4 * 8 * (4 + 4) + 8 * 4) + 4 * 8 * 4  # the last term is the context input
     assert card.parts["LSTM"] == lstms
     assert card.parts["attention"] == 2 * 4 * 4  # U and W
     assert card.ops == lstms + 10 * 4
@@ -166,7 +166,7 @@ def test_an_unknown_name_lists_similar_names():
     assert result.exit_code == 1
     message = "`--arch` must be an architecture of this project, but is 'lstm_moe_lm_4096'"
     assert f"{message}. Similar names: lstm_moe_lm_4096h" in result.stderr
-    # Names are in lower case.
+    # A name is also found if it is typed in capitals.
     assert "'LSTM_GNMT_'. Similar names: lstm_gnmt, " in run("--arch", "LSTM_GNMT_").stderr
     assert 0 < run("--arch", "LSTM").stderr.partition("Similar names: ")[2].count("lstm") < 10
 

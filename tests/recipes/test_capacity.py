@@ -1,4 +1,4 @@
-"""The capacity recipe: equal costs, the choice of dropout, a run on a tiny text, and refusals."""
+"""The capacity recipe: equal costs, the choice of dropout, a run on a tiny text, and errors."""
 
 import json
 import re
@@ -25,9 +25,9 @@ def run(**variables):
 
 def test_all_models_cost_the_same_and_hold_more_and_more():
     # At D = 64, an LSTM has 8 x 64 x 64 = 32,768 weights, and an expert has 2 x 64 x 128 = 16,384.
-    # Each model has 2 LSTMs and the weights of 4 experts, or 4 LSTMs: 131,072. Gates add 2 x 64
-    # weights for each expert of a flat gate, and 2 x 64 x 16 x (1 + 2) with two levels (32 x 32
-    # groups and experts for 1024). LSTMs have 4 x 64 biases.
+    # Each model uses 131,072 weights, in 4 LSTMs or in 2 LSTMs and 4 experts. A flat gate adds
+    # 2 x 64 weights for each expert, and a gate with two levels adds 2 x 64 x 16 x (1 + 2), with 32
+    # instead of 16 for 1024 experts. An LSTM has 4 x 64 biases.
     found = {
         name: {"0.0": {"seed-1": capacity.Result(2.0, 2.0)}} for name in capacity.model_options(64)
     }
@@ -39,7 +39,7 @@ def test_all_models_cost_the_same_and_hold_more_and_more():
     }
     sizes = {row.name: row.params for row in rows}
     assert sizes["moe_16"] == 2 * 32_768 + 16 * 16_384 + 2048 + 2 * 256
-    # With two levels, every group has its own gate.
+    # With two levels, every group has a secondary gate.
     assert sizes["moe_256h"] == 2 * 32_768 + 256 * 16_384 + 2048 + 16 * 2048 + 2 * 256
 
 
@@ -103,7 +103,7 @@ def test_from_text_to_table(tmp_path, mode):
     table = (tmp_path / "work/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| moe_16"]
     assert (tmp_path / "work/updates.png").is_file()
-    # Finished runs are not repeated, and another width needs another folder.
+    # A finished run is not repeated.
     again = run(**variables)
     assert again.stdout.count("seed 1: done before") == 1
     # An interrupted run continues from its last checkpoint.

@@ -1,4 +1,4 @@
-"""The recipe for one language model: a run on a tiny text, its figures, and refusals."""
+"""The recipe for one language model: a run on a tiny text, its figures, and errors."""
 
 import re
 
@@ -41,11 +41,11 @@ def test_from_text_to_perplexity(tmp_path):
             line,
         )
         assert found, line
-        # The model has 26 pieces, </s> and <unk>, and is hardly trained.
+        # The barely trained model predicts 26 pieces, </s> and <unk>.
         assert 10 < float(found[1]) < 40
         counts = [int(number.replace(",", "")) for number in found.groups()[1:]]
         assert counts == [len(pieces.split()) + 20, 20 * 5, len(text) - 20]
-    # Another width needs another run.
+    # A different width requires a new run.
     other = run("train.sh", **variables, MODEL_DIM=16)
     assert "was trained with other settings or text" in refusal(other)
 
@@ -60,15 +60,15 @@ def test_the_dense_model_costs_as_much_as_the_chosen_experts(tmp_path):
     assert "--num-experts 1 --moe-top-k 1 --expert-hidden-dim 16" in settings
     assert (tmp_path / "work/dense-seed1/average.pt").is_file()
     assert "perplexity" not in done.stdout
-    # Preparation and training are not repeated; the missing evaluation is done.
+    # The second start skips preparation and training, and does the missing evaluation.
     again = run("train.sh", **variables)
     assert again.stdout.count("done before") == 4
     assert "test, dense-seed1: perplexity" in again.stdout
 
 
 def test_one_loss_is_spread_over_pieces_words_and_characters(tmp_path):
-    # 6 pieces and 2 end marks of 3 bits each are 24 bits: 2 ** (24 / 4) per word for 4 words,
-    # and 24 / 15 bits per character for 15 characters.
+    # 6 pieces and 2 end marks of 3 bits each make 24 bits. This gives a perplexity of 2 ** (24 / 4)
+    # per word for 4 words, and 24 / 15 bits per character for 15 characters.
     (tmp_path / "pieces").write_text("▁ab ▁c dé\n▁new ▁word s\n")
     (tmp_path / "text").write_text("ab cdé\nnew words\n")
     files = [f"--{name}={tmp_path / name}" for name in ("pieces", "text")]

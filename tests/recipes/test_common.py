@@ -1,4 +1,4 @@
-"""Code shared by recipes: reading fairseq's logs, and the settings of a run."""
+"""Code that the recipes share to read fairseq's logs and to check the settings of a run."""
 
 import os
 import subprocess
@@ -87,7 +87,7 @@ def test_training_that_fails_shows_the_end_of_its_log(tmp_path):
 def test_settings_are_fixed_once_a_checkpoint_exists(result, tmp_path):
     folder = tmp_path / "run"
     assert call("keep_settings", folder, "rate 1").returncode == 0
-    # Training was refused, or stopped before its first checkpoint.
+    # If training was refused or stopped before its first checkpoint, settings may still change.
     assert call("keep_settings", folder, "rate 2").returncode == 0
     (folder / result).parent.mkdir(parents=True, exist_ok=True)
     (folder / result).touch()

@@ -1,4 +1,4 @@
-"""The demo: sentences of its corpus, written out by hand, and a miniature run of all its steps."""
+"""The demo: sentences of its corpus compared with ones by hand, and a miniature run."""
 
 import datetime
 
@@ -141,7 +141,7 @@ SIZES = {
 
 
 def test_all_steps_run_in_miniature_and_only_once(tmp_path):
-    # There are 13 test sentences, not a multiple of 8, so a dropped last batch would be noticed.
+    # The 13 test sentences are not a multiple of 8, so a dropped last batch would be noticed.
     flags = ["--updates", 4, "--train-size", 300, "--test-size", 13, "--device", "cpu"]
     flags += ["--target-lang", "de", "--work", tmp_path]
     first = run(*flags, **SIZES)

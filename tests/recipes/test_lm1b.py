@@ -1,4 +1,4 @@
-"""The One Billion Word recipe on a tiny archive of the same layout, and what it refuses."""
+"""The One Billion Word recipe on a tiny archive of the same layout, and on bad input."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ TINY = {
     **{"SLICE": 1, "SHARDS": 2, "SHARD_LINES": 40, "MIN_COUNT": 1, "SAMPLES": 8},
     **{"BATCH_WORDS": 200, "MAX_TOKENS": 100, "EPOCHS": 2, "THREADS": 1, "DEVICE": "cpu"},
 }
-# An archive that is truncated in its end mark or in gzip's checksum still lists all its files.
+# An archive that is truncated within its end mark or gzip's checksum still lists all its files.
 END_OF_GZIP = 6
 
 
@@ -64,20 +64,21 @@ def run(script, folder, *arguments, **variables):
 
 def test_from_the_archive_to_perplexity(tmp_path):
     texts = make_texts()
-    # fairseq splits at each of these characters, and the last one ends its lines. The benchmark has
-    # words that contain these characters, and words separated by the last one.
+    # fairseq splits text at each of these special characters, and the last of them ends its lines.
+    # In the benchmark, the last one separates words, but the others occur within words.
     cut = "\u0085 w2\u00a0w3 w4\u2028w5 w6\rw7\n".encode()
     for name in (fetch.train_shard(1), fetch.held_out_shard(0)):
         texts[name] = cut + texts[name]
     archive = write_archive(tmp_path / "mirror", texts)
-    # The dictionary has 15 words and fairseq's 4. A refused setting does not block the run's name.
+    # The dictionary has 15 words and 4 symbols of fairseq. A refused setting does not block the
+    # name of the run.
     many = run("train.sh", tmp_path, RUN="tiny", **(archive | {"SAMPLES": 1000}))
     assert "`--sampled-softmax` must be from 0 to 19" in refusal(many)
     assert "vocabulary: 15 words that occur at least 1 times" in many.stdout
     done = run("train.sh", tmp_path, RUN="tiny", **archive)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "100 words x 1 x 1 processes x 2 = 200 words per update" in done.stdout
-    # 40 lines of each of two shards
+    # The text has 40 lines of each of two shards.
     first, *train = (tmp_path / "work/text/train").read_text().splitlines()
     assert first == "<U+0085> w2<U+00A0>w3 w4<U+2028>w5 w6 w7"
     shards = [texts[fetch.train_shard(number)].decode().split("\n")[:40] for number in (1, 2)]
@@ -160,7 +161,7 @@ def test_a_truncated_archive_is_refused_by_the_recipe(kept, tmp_path):
     path = tmp_path / "mirror" / f"{fetch.NAME}.tar.gz"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
-    # The digest is that of the truncated file, so the truncation itself must be noticed.
+    # The digest matches the truncated file, so the truncation itself must be noticed.
     error = refusal(run("prepare.sh", tmp_path, **leading_to(path)))
     assert "archive is not complete" in error
 
@@ -202,8 +203,8 @@ def test_a_text_that_is_not_utf8_is_named_with_file_and_line(tmp_path):
 
 
 def test_words_are_counted_as_in_the_published_counts(tmp_path):
-    # Only bytes of white space separate words: no-break space, next line and zero
-    # width space do not, and a word of only the latter two counts, unlike in `wc -w`.
+    # Only single-byte white space separates words. No-break space, next line and zero width space
+    # do not, and unlike in `wc -w`, a word that consists of the latter two counts.
     text = "one two\u00a0three\n\u0085 \u200b four\n\n"
     (tmp_path / "text").write_bytes(text.encode())
     found = counts.count(tmp_path / "text")
@@ -212,7 +213,7 @@ def test_words_are_counted_as_in_the_published_counts(tmp_path):
 
 
 def test_published_training_figures_are_consistent():
-    # The benchmark's README counts a mark at both ends of a sentence.
+    # The benchmark's README counts a mark at each end of a sentence.
     sentences, words = (counts.PUBLISHED["train", what] for what in ("sentences", "words"))
     assert words + 2 * sentences == 829_250_940
 
@@ -244,7 +245,7 @@ def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch):
 
 
 def pretend_fetched(work, text, settings):
-    """Write the files that `prepare.sh` has after its first step, with `text` in all parts."""
+    """Write the files that the first step of `prepare.sh` makes, with `text` in all parts."""
     (work / "text").mkdir(parents=True)
     for part in ("train", "valid", "test"):
         (work / "text" / part).write_text(text)
@@ -264,7 +265,7 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
 
 
 def test_the_complete_text_must_have_the_published_counts(tmp_path):
-    # These texts stand for those of the public archive, but are far too short.
+    # These texts replace those of the public archive, but are far too short.
     work = tmp_path / "work"
     pretend_fetched(work, "w1 w2\n", "99 0")
     error = refusal(run("prepare.sh", tmp_path, SLICE=0, SHARDS=99, SHARD_LINES=0, MIN_COUNT=3))

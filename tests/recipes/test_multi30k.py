@@ -1,4 +1,4 @@
-"""The Multi30k recipe on 20 generated sentences, and what it refuses."""
+"""The Multi30k recipe on 20 generated sentences, and on bad input."""
 
 import gzip
 import hashlib
@@ -23,7 +23,7 @@ SPLITS = {"train": SENTENCES, "val": SENTENCES[3:12], "test_2016_flickr": SENTEN
 
 
 def make_corpus(folder):
-    """Write a folder with the layout of the corpus, and its digests; return both."""
+    """Write a folder with the corpus's layout and a file of digests; return both."""
     digests = folder.parent / "SHA256SUMS"
     (folder / "tok").mkdir(parents=True)
     for split, pairs in SPLITS.items():
@@ -76,7 +76,7 @@ def test_from_text_to_scores(corpus, tmp_path):
     done = run("train.sh", "de", "--adam-eps", "1e-9", RUN="tiny", SAMPLES=1, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     work = tmp_path / "work"
-    # 20 sentences, split into pieces once, and once more at random
+    # Each of the 20 sentences is split into pieces once, and once more at random.
     assert len((work / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()) == 40
 
     scores = (work / "tiny" / "scores.txt").read_text()
@@ -97,7 +97,7 @@ def test_from_text_to_scores(corpus, tmp_path):
 def test_back_translated_captions_are_trained_on_together_with_the_corpus(corpus, tmp_path):
     folder, digests = corpus
     captions = tmp_path / "captions.de.gz"
-    # One caption equals a sentence of val except for case and full stop, and one is blank.
+    # One caption equals a sentence of val except for its case and full stop, and one is blank.
     held_back = SPLITS["val"][0][1].upper().removesuffix(".")
     lines = ["Ein roter Hund ruht.", held_back, "", "Ein schwarzer Kater ruht."]
     captions.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
@@ -212,12 +212,13 @@ def test_help_lists_the_variables(script):
 
 def test_official_form_by_hand():
     tokenize = OfficialTokenizer("fr")
-    # Lower-cased; the apostrophe stays with its article and is escaped; the full stop splits off.
+    # Text is lower-cased. The apostrophe stays with its article and is escaped, and the full stop
+    # is split off.
     assert tokenize("L'homme lit «Le Monde».") == "l&apos; homme lit &quot; le monde &quot; ."
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A server that gives one answer after the other, and then repeats the last one."""
+    """A server that gives its answers in order, and then repeats the last one."""
 
     answers: list = []
 
@@ -280,7 +281,7 @@ def test_a_target_that_is_a_folder_is_named(tmp_path):
 
 @pytest.mark.parametrize("which", ["val", "test"])
 def test_an_evaluation_whose_scorer_fails_ends_with_its_message(tmp_path, which):
-    """A translation exists; sacrebleu fails at the first score, or in the last report."""
+    """Check that a failure of sacrebleu, at the first score or in the last report, is reported."""
     commands = tmp_path / "bin"
     commands.mkdir()
     programs = {

@@ -1,4 +1,4 @@
-"""The multilingual recipe on generated sentences, and what it refuses."""
+"""The multilingual recipe on generated sentences, and on bad input."""
 
 import gzip
 import re
@@ -27,8 +27,8 @@ TINY = {
     "LSTM_HIDDEN_DIM": 16,
     "NUM_EXPERTS": 4,
     "EXPERT_HIDDEN_DIM": 16,
-    # Each batch has one sentence, because fairseq would skip a checkpoint that is due at the end of
-    # an epoch.
+    # With one sentence per batch, no checkpoint is due at the end of an epoch, where fairseq would
+    # skip it.
     "MAX_TOKENS": 30,
     "UPDATES": 4,
     "WARMUP_UPDATES": 1,
@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Return a folder with the layout of TATOEBA_DIR, in which Spanish has fewer sentences."""
+    """Write a folder with the layout of TATOEBA_DIR, with fewer sentences in Spanish."""
     for language in ("fr", "es"):
         folder = tmp_path / "tatoeba" / f"en-{language}"
         folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
     variables = TINY | {"TATOEBA_DIR": corpus, "WORK": work, "OVERSAMPLING": "en-es=2"}
     done = run("train.sh", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    # There are 18 sentences of French and 8 of Spanish.
+    # French has 18 sentences, and Spanish has 8.
     assert re.search(r"en-es +8 +16 .* 2\.00 ", done.stdout)
     assert re.search(r"es-en +8 +8 .* 1\.00 ", done.stdout)
     scores = (work / "moe-seed1" / "scores.tsv").read_text().splitlines()

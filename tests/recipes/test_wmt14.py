@@ -1,4 +1,4 @@
-"""The WMT14 recipes on a tiny mirror of the same layout, intact and damaged."""
+"""The WMT14 recipes on a tiny mirror with the same layout, both intact and damaged."""
 
 import errno
 import gzip
@@ -28,7 +28,7 @@ PAIRS = [
     for animal, animal_fr in ANIMALS.items()
 ]
 LONG = ("word " * 300, "mot " * 300)
-# These pairs are unusable: an empty side, a side that is not UTF-8, sides of different lengths.
+# These pairs are unusable: one has an empty side, one is not UTF-8, and one is too long.
 BAD_PAIRS = [("Nobody answers.", "\t"), ("A broken line.", b"Une ligne \xff."), LONG]
 
 
@@ -51,10 +51,10 @@ def write_archive(path, members):
 
 
 def choose_pairs(part):
-    """Choose the sentences of a corpus; the training corpora have 25 pairs each.
+    """Choose the sentences of a corpus; training corpora have 25 pairs each.
 
-    Europarl has three more pairs, which must be removed. News Commentary ends with a Unicode line
-    separator, which does not end a line.
+    Europarl has three additional pairs that must be removed. The last pair of News Commentary
+    contains a Unicode line separator, which does not end a line.
     """
     if part["name"] == "europarl-v7":
         return PAIRS + BAD_PAIRS
@@ -127,16 +127,17 @@ def test_preparing_french_runs_all_steps_once(mirror):
     assert done.returncode == 0, done.stdout + done.stderr
     work = mirror.parent / "work"
 
-    # There are five corpora of 25 pairs. Cleaning removes two of the three bad pairs, cutting one.
+    # There are five corpora of 25 pairs. Cleaning removes two of the three bad pairs, and splitting
+    # into pieces removes the third.
     assert "train: 126 pairs; 1 left out: empty side; 1 left out: not UTF-8" in done.stdout
     assert "train: 125 pairs; 1 left out: over 250 pieces" in done.stdout
     for language in ("en", "fr"):
         assert len(read(work / "pieces" / f"train.{language}")) == 125
         assert len(read(work / "pieces" / f"valid.{language}")) == 10
         assert len(read(work / "pieces" / f"test.{language}")) == 4
-        # every 4th of 126 pairs
+        # The sample has every 4th of 126 pairs.
         assert len(read(work / "text" / f"sample.{language}")) == 31
-    # The punctuation of the source is normalised and that of the target is kept; the French space
+    # Punctuation is normalised in the source and kept in the target, except that the French space
     # becomes a plain space.
     assert read(work / "text" / "test.en")[0].endswith('reads "News," and rests.')
     assert read(work / "text" / "test.fr")[0].endswith("lit « News » !")
@@ -339,7 +340,7 @@ def test_an_archive_of_another_size_is_refused(mirror):
 def test_a_damaged_end_of_an_archive_without_digest_is_refused(mirror):
     path = mirror / UN
     content = bytearray(path.read_bytes())
-    content[-8] ^= 1  # in the checksum, after all members
+    content[-8] ^= 1  # this byte is in the checksum, after all members
     path.write_bytes(content)
     with pytest.raises(ValueError, match="archive is not complete.*It was removed: run again"):
         fetch(mirror, UN)
@@ -380,12 +381,12 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
-    # The two archives before it are done; no corpus is extracted before all archives are there.
+    # Two archives were complete before it. No corpus is extracted until all archives are complete.
     assert done.stdout.count("done before") == 2
 
 
 def respond(mirror, content, pair="fr", **changes):
-    """Put another News Commentary into the mirror, and its size into the manifest."""
+    """Replace News Commentary in the mirror, and its size in the manifest."""
     path = mirror / NEWS
     if isinstance(content, dict):
         write_archive(path, content)

@@ -1,4 +1,4 @@
-"""Test which experts are kept, and how merging and upcycling change weights."""
+"""The choice of the experts to keep, and the weights after merging and upcycling."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_the_least_used_experts_of_all_layers_are_removed(first, second, keep):
     kept = choose_experts(shares, moe, keep, "model")
     assert sum(map(len, kept.values())) == 2 * keep
     assert min(map(len, kept.values())) >= FLAT.top_k
-    # By definition, these are each layer's best two, then the best of all the others.
+    # By definition, each layer keeps its best two experts. The best of all others fill the rest.
     ranked = {
         name: sorted(range(one.num_experts), key=lambda e, name=name: (-float(shares[name][e]), e))
         for name, one in moe.items()
@@ -130,10 +130,10 @@ def test_an_upcycled_layer_gives_the_same_results_as_the_dense_one(gate):
     assert changed.moe == replace(layer.moe, num_experts=6, top_k=2)
     x = torch.randn(30, 8, dtype=torch.float64)
     new = as_module(changed)
-    if gate != "strictly_balanced":  # that gate may leave a token without experts in evaluation
+    if gate != "strictly_balanced":  # in evaluation, that gate may give a token no experts
         torch.testing.assert_close(new(x)[0], module(x)[0], rtol=0, atol=1e-12)
         assert measure_difference(layer, changed) < 1e-12
-    # In training, noise affects the choice, but still nothing changes.
+    # In training, noise affects the choice of experts, but not the result.
     torch.testing.assert_close(new.train()(x)[0], module.train()(x)[0], rtol=0, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""A layer with some of its experts computes the same as the full layer without the others."""
+"""A layer that keeps some experts gives the same results as the full layer without the others."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def expert_output(module: MoELayer, expert: int, x: torch.Tensor) -> torch.Tenso
 
 
 def choose(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return dense gates: the softmax over the largest logits, by definition."""
+    """Return dense gates, which are by definition the softmax over the largest logits."""
     kept = logits >= logits.sort(dim=1, descending=True).values[:, top_k - 1 : top_k]
     return logits.masked_fill(~kept, -math.inf).softmax(dim=1)
 
@@ -85,7 +85,7 @@ def test_strictly_balanced_gates_keep_their_thresholds(config):
     name = "secondary_threshold" if config.num_groups else "threshold"
     assert name in names
     assert taken.gate[name].flatten().tolist() == layer.gate[name].flatten()[KEPT].tolist()
-    as_module(taken)  # must have the parameters of such a layer
+    as_module(taken)  # fails unless it has the parameters of such a layer
 
 
 def test_taking_all_experts_gives_the_same_layer():

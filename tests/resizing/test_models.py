@@ -59,7 +59,7 @@ def test_layers_may_keep_different_numbers(tmp_path):
         "decoder": 2,
     }
     assert translator.translate(SENTENCES)
-    # If both layers are pruned to the same number again, the options are the usual ones.
+    # If both layers are then pruned to the same number, the decoder needs no option of its own.
     found = prune(
         tmp_path / "pruned.pt", tmp_path / "twice.pt", {"encoder": [0, 1], "decoder": [0, 1]}
     )

@@ -1,4 +1,4 @@
-"""Figures of `nmt-moe score`, by hand and by multi-bleu.perl, and what the command refuses."""
+"""The figures of `nmt-moe score`, compared with ones by hand and from multi-bleu.perl."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from nmt_moe.cli import main
 from nmt_moe.scoring import measures as lib
 
-# Two sentences that are used in public descriptions of BLEU (Papineni et al. 2002, NLTK).
+# Public descriptions of BLEU use these two sentences (Papineni et al. 2002, NLTK).
 GUIDE = [
     "it is a guide to action which ensures that the military always obeys the commands of "
     "the party .",
@@ -45,7 +45,7 @@ def test_multi_bleu_is_that_of_the_original_script():
     assert "hyp_len = 31 ref_len = 29" in found["details"]
     assert found["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:")
     assert found["signature"].endswith("|words:as given")
-    # 24 of 31 words are right, 17 of 29 pairs, 12 of 27 triples, 8 of 25 quadruples
+    # The matches are 24 of 31 words, 17 of 29 pairs, 12 of 27 triples and 8 of 25 quadruples.
     by_hand = (24 / 31 * 17 / 29 * 12 / 27 * 8 / 25) ** 0.25
     assert found["score"] == pytest.approx(100 * by_hand)
 
@@ -58,7 +58,7 @@ def test_lower_cased_multi_bleu_is_that_of_the_original_script():
 
 def test_a_short_translation_pays_the_brevity_penalty_by_hand():
     found = lib.score(measures()["multi-bleu"], ["a b c d"], [["a b c d e"]])
-    # Every n-gram is right, so only the factor exp(1 - 5/4) remains.
+    # Every n-gram matches, so only the factor exp(1 - 5/4) remains.
     assert found["score"] == pytest.approx(100 * math.exp(-0.25))
 
 
@@ -67,7 +67,7 @@ def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
 
 
 def test_a_space_outside_ascii_joins_words_as_in_the_original_script():
-    # multi-bleu.perl reads bytes; with a non-breaking space, "a b" is one word of four.
+    # multi-bleu.perl reads bytes. The non-breaking space joins "a" and "b" to one of four words.
     found = lib.score(measures()["multi-bleu"], ["a\u00a0b c d e"], [["a\u00a0b c d e"]])
     assert "hyp_len = 4 ref_len = 4" in found["details"]
 
@@ -127,7 +127,7 @@ def test_all_figures_with_signatures_and_json(texts):
     assert "|tok:intl|smooth:exp|" in found["sacrebleu-intl"]["signature"]
     assert "|nc:6|nw:0|" in found["chrf"]["signature"]
     assert "tok:tercom" in found["ter"]["signature"]
-    # Sources have 1 to 19 words, and the last has 11; it is repeated as its own translation.
+    # Sources have 1 to 19 words, except the last, which has 11 and is copied as its translation.
     rows = [(row["words"], row["sentences"]) for row in report["source"]["rows"]]
     assert rows == [("1-10", 10), ("11-20", 10)]
     assert report["source"]["copies"] == 1

@@ -12,8 +12,8 @@ from nmt_moe.scoring import penalties as tool
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
-# For sentence 0, the shorter hypothesis is more probable (-2 against -3 bits), but leaves a source
-# word with only 0.1 of attention. There are two source words and the end mark.
+# For sentence 0, the shorter hypothesis is more probable (-2 against -3 bits), but gives a source
+# word an attention of only 0.1. The source has two words and the end mark.
 SHORT = [
     "D-0\t-1.0\tone two three four",
     "P-0\t-1.0000 -1.0000",
@@ -51,17 +51,17 @@ def test_hypotheses_are_read_with_probability_and_coverage():
     short, long = tool.read_nbest(NBEST).hypotheses[0]
     assert (short.text, short.length) == ("one two three four", 2)
     assert short.log_probability == pytest.approx(-2 * math.log(2))
-    # The first word received 1.8, which counts as 1, and the second received 0.1.
+    # The first word received an attention of 1.8, which counts as 1. The second received 0.1.
     assert short.coverage == pytest.approx(math.log(0.1))
     assert long.coverage == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_penalties_decide_by_hand():
     hypotheses = tool.read_nbest(NBEST).hypotheses[0]
-    # -2 ln 2 + beta ln 0.1 = -3 ln 2 at beta = 0.301.
+    # The scores -2 ln 2 + beta ln 0.1 and -3 ln 2 are equal at beta = 0.301.
     assert tool.choose(hypotheses, 0.0, 0.3).length == 2
     assert tool.choose(hypotheses, 0.0, 0.302).length == 3
-    # 2 / (7 / 6)^alpha = 3 / (8 / 6)^alpha at alpha = 3.04.
+    # The scores 2 / (7 / 6)^alpha and 3 / (8 / 6)^alpha are equal at alpha = 3.04.
     assert tool.choose(hypotheses, 3.0, 0.0).length == 2
     assert tool.choose(hypotheses, 3.1, 0.0).length == 3
 
@@ -69,7 +69,7 @@ def test_the_penalties_decide_by_hand():
 def test_the_grid_is_printed_with_its_best(output: Path):
     printed = run(output, "--alphas", 0, "--betas", 0, 0.4).stdout.splitlines()
     assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
-    # With four of five words, the precisions are 1 and the brevity penalty is exp(1 - 5 / 4).
+    # With four of five words, all precisions are 1, and the brevity penalty is exp(1 - 5 / 4).
     assert printed[1].split() == ["0", f"{100 * math.exp(-0.25):.2f}", "100.00*"]
     assert printed[2].startswith("1 sentences, 2 to 2 hypotheses each; best: alpha 0, beta 0.4")
     assert "nrefs:1" in printed[3]

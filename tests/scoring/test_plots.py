@@ -17,7 +17,7 @@ def run(*arguments):
 
 
 def entry(**columns: float) -> str:
-    """Return a line like fairseq's: numbers as text, after a logger's prefix."""
+    """Return a log line like fairseq's, with a logger's prefix and numbers as text."""
     return "2026-01-01 | INFO | train | " + json.dumps({k: str(v) for k, v in columns.items()})
 
 
@@ -50,7 +50,7 @@ def test_entries_are_read_by_split_and_update():
     assert read.curve(["valid.ppl"]) == ([4], [22.6])
     assert read.curve(["train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["train_inner.moe_max_load"]) == ([2, 4], [2.0, 1.5])
-    # These are the first logged column, no column, and a value that is not finite.
+    # The first logged column is read, unknown columns are empty, and NaN is left out.
     assert read.curve(["nothing", "train.nll_loss"]) == ([4], [4.4])
     assert read.curve(["nothing"]) == ([], [])
     assert "train.gnorm" not in read.columns
@@ -80,7 +80,7 @@ def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     assert "absent.log" in done.stderr
     message = f"`{tmp_path}/plain.log` contains no entry of fairseq's `--log-format json`"
     assert message in run(*flags, tmp_path / "plain.log").stderr
-    # The same holds if a label is given.
+    # This is also true if a label is given.
     assert message in run(*flags, f"dense={tmp_path / 'plain.log'}").stderr
     assert str(tmp_path) in run(*flags, tmp_path).stderr
 

@@ -6,18 +6,18 @@ from nmt_moe.scoring.words import f_measure_by_frequency
 
 
 def test_words_by_frequency_by_hand():
-    # The references have a 5 times, b and c once, and d never.
+    # The references contain a 5 times, b and c once each, and d never.
     references = ["a a b", "a a a c"]
     hypotheses = ["a b b", "d a a a a"]
     rows = f_measure_by_frequency(hypotheses, references, lambda line: line)
     assert [row["frequency"] for row in rows] == ["0", "1", "5-9"]
     never, once, often = rows
     assert (never["words"], never["precision"], never["f_measure"]) == (0, 0.0, 0.0)
-    # b occurs twice in the translations and is right once; c is missing from them.
+    # In the translations, b occurs twice and matches once, and c is missing.
     assert once["words"] == 2
     assert once["precision"] == pytest.approx(50.0)
     assert once["recall"] == pytest.approx(50.0)
-    # For a, 1 of the first and 3 of the second sentence match; both sides have 5.
+    # One a of the first sentence and 3 of the second match, and each side has 5.
     assert often["f_measure"] == pytest.approx(100 * 4 / 5)
 
 

@@ -56,7 +56,7 @@ def test_hypotheses_scores_and_evaluated_rows_are_those_of_the_plain_search(
                 assert float(one.score) == pytest.approx(other.score, abs=1e-5)
                 assert one.positional_scores.tolist() == pytest.approx(other.log_probs, abs=1e-5)
                 torch.testing.assert_close(one.attention.t(), other.attention)
-        # Only live hypotheses are evaluated: finished sentences and pruned rows are removed.
+        # Finished sentences and pruned rows are removed, so only live hypotheses are evaluated.
         steps = itertools.zip_longest(*(evaluated for _, evaluated in plain), fillvalue=set())
         assert step.evaluated == [set.union(*one) for one in steps]
 
@@ -80,7 +80,7 @@ def test_minimal_length_prefixes_and_suppressed_tokens_are_kept():
     firsts = [{tuple(one.tokens[:2].tolist()) for one in hypotheses} for hypotheses in found]
     assert firsts[0] == {(5, 6)}
     assert {first for first, _ in firsts[1]} == {7}
-    assert firsts[3] == {(8, EOS)}  # shorter than the minimum: the prefix takes precedence
+    assert firsts[3] == {(8, EOS)}  # the prefix takes precedence over the minimal length
     assert [len(one.tokens) for one in found[3]] == [2]
     for number, free in ((0, 2), (1, 1), (2, 0)):
         for one in found[number]:

@@ -25,7 +25,8 @@ def test_length_penalty_by_hand():
 def test_coverage_by_hand():
     received = torch.tensor([[0.5, 1.7, 0.25, 0.1], [1.0, 1.0, 1.0, 0.0]])
     words = torch.tensor([[True, True, True, False], [True, True, True, False]])
-    # log 0.5 + log 1 + log 0.25; attention above 1 counts as 1, the end mark does not count.
+    # The result is log 0.5 + log 1 + log 0.25, because attention above 1 counts as 1 and the end
+    # mark does not count.
     expected = torch.tensor([math.log(0.125), 0.0])
     torch.testing.assert_close(log_coverage(received, words), expected)
 

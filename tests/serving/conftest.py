@@ -1,4 +1,4 @@
-"""A live server with a tiny bundle, for all tests that need no other settings."""
+"""A live server with a tiny bundle, for all tests that do not need other settings."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ else:
     from tests.support.bundles import make_bundle
     from tests.support.serving import LiveServer, make_service
 
-    # Translations are short, so that a search is quick.
+    # Translations are kept short to make searches fast.
     SHORT = Description(search=SearchDefaults(beam_size=3, max_len_b=8))
 
     @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The queue: what is translated together, what is dropped, and how failures are isolated."""
+"""The queue translates waiting requests together, drops cancelled ones and isolates failures."""
 
 import threading
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tests.support.serving import PATIENCE
 
 
 class Recorder:
-    """A fake translator: answers in capitals, records batches, and can be paused."""
+    """A fake translator that answers in capitals, records its batches, and can be paused."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -112,18 +112,18 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
     assert texts(kept) == ["KEPT"]
     assert recorder.batches[1:] == [["kept"]]
     assert not dropped.done.done()
-    batcher.cancel(kept)  # too late, but not an error
+    batcher.cancel(kept)  # too late to have an effect, but allowed
 
 
 def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
-    """The client's next request may arrive before the thread looks; it is not another client's."""
+    """Check that a client's next request is not taken for that of a second client."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)
     batcher = Batcher()
     batcher.start()
     recorder.gate.release(2)
     first, second = (Job(Search(recorder, None, 1), [word]) for word in ("a", "b"))
-    first.done.add_done_callback(lambda _: batcher.submit(second))  # within the thread itself
+    first.done.add_done_callback(lambda _: batcher.submit(second))  # runs in the queue's thread
     batcher.submit(first)
     assert [one.text for one in second.done.result(PATIENCE / 2)] == ["B"]
     batcher.close()

@@ -1,4 +1,4 @@
-"""DeepL's API: what DeepL's own client sends and reads, and what is refused."""
+"""DeepL's API works with DeepL's own client, and refuses unsupported options."""
 
 import deepl
 import httpx

@@ -1,4 +1,4 @@
-"""Hostile requests: each gets a status and a message, and leaves no trace."""
+"""Each hostile request gets a status and a message, and leaves no trace."""
 
 import json
 import random
@@ -174,7 +174,7 @@ def test_three_hundred_hostile_requests_leave_no_trace(bundle: Path):
         def attack(maker: Callable[[random.Random], bytes], seed: int) -> None:
             request = maker(random.Random(seed))
             check(raw(port, request), KINDS[maker], request)
-            if seed % 4 == 0:  # one client disconnects midway, and one does not wait
+            if seed % 4 == 0:  # one client disconnects midway, and one before the answer
                 for content in (as_json()[:-5], as_json()):
                     with socket.create_connection(("127.0.0.1", port)) as connection:
                         connection.sendall(content)
@@ -204,7 +204,7 @@ def test_three_hundred_hostile_requests_leave_no_trace(bundle: Path):
 
 @pytest.fixture
 def held(bundle: Path) -> Iterator[tuple[LiveServer, threading.Event]]:
-    """Serve with a queue of two requests, which wait until the event is set."""
+    """Serve with a queue of two requests that wait until the event is set."""
     service = make_service(bundle, max_waiting=2)
     translator = service.models.opened[0].translator
     translate, go = translator.translate, threading.Event()
@@ -239,7 +239,7 @@ def test_requests_beyond_the_limit_are_told_to_retry(held):
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
         assert "again later" in refused.json()["error"]
-        assert httpx.get(f"{server.url}/metrics").status_code == 200  # can still be inspected
+        assert httpx.get(f"{server.url}/metrics").status_code == 200  # metrics are still served
         go.set()
         assert len({future.result()["translatedText"] for future in waiting}) == 1
     assert server.post("/translate", GOOD).status_code == 200

@@ -1,4 +1,4 @@
-"""HTML: which texts are translated, and that the result is HTML."""
+"""The right texts in HTML are translated, and the result is HTML."""
 
 import pytest
 from hypothesis import given
@@ -61,7 +61,7 @@ PARTS = st.lists(
 
 @given(PARTS)
 def test_the_result_is_stable_html(content: str):
-    """The result contains the same texts, and processing it again changes nothing."""
+    """Check that the result contains the same texts, and that repetition changes nothing."""
     split = SplitMarkup(content)
     once = split.join(split.texts)
     again = SplitMarkup(once)

@@ -1,4 +1,4 @@
-"""Test which bundle translates which languages."""
+"""The choice of the bundle that translates between two languages."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what users see and do with mouse, keyboard and phone."""
+"""The server's page in a real Chromium, used by mouse, by keyboard and on a phone."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,7 +24,7 @@ def browser() -> Iterator[Browser]:
 
 
 def open_page(browser: Browser, server: LiveServer, **options) -> Page:
-    """Open the page; errors and requests to other servers fail the test."""
+    """Open the page, and record errors and requests to other servers, which fail the test."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(1000 * PATIENCE)
     page.complaints, page.asked = [], []
@@ -138,7 +138,7 @@ def test_an_old_answer_does_not_replace_a_newer_one(page: Page):
         page.wait_for_timeout(20)
     answer_with(held[1], "newer")
     expect(page.locator("#output")).to_have_text("newer")
-    with suppress(Error):  # the page cancelled it
+    with suppress(Error):  # the page has cancelled the request
         answer_with(held[0], "older")
     page.wait_for_timeout(100)
     expect(page.locator("#output")).to_have_text("newer")

@@ -1,4 +1,4 @@
-"""Lines are counted as `wc -l` and every other program that reads the file counts them."""
+"""Lines are counted as in `wc -l` and every other program that reads the file."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ from nmt_moe.text.lines import (
     scan_lines,
 )
 
-# Characters that other readers treat as the end of a line, or drop.
+# Other readers drop these characters or treat them as the end of a line.
 ODD = "\x0b\x0c\x85\u2028\u2029\ufeff\u00a0\t é猫\U0001f600"
 TEXT = st.text(st.sampled_from([*ODD, "a", "b"]), max_size=6)
 ENDS = st.sampled_from(["\n", "\r\n"])
@@ -33,7 +33,7 @@ def write(folder: Path, content: bytes) -> Path:
 
 
 def wc(path: Path) -> int:
-    """Count as `wc -l`, and one more if the last line has no end."""
+    """Count lines as `wc -l` does, and also a last line without an end."""
     printed = subprocess.run(["wc", "-l", path], capture_output=True, check=True).stdout
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     return int(printed.split()[0]) + bool(content and not content.endswith(b"\n"))
@@ -53,7 +53,7 @@ def test_lines_are_those_that_wc_counts(
     path = write(folder, text.encode())
     found = list(read_lines(path))
     assert len(found) == count_lines(path) == wc(path)
-    # Without a byte order mark, a first character that looks like one is dropped.
+    # If the text itself begins with U+FEFF, the first one is dropped as a byte order mark.
     wanted = [line for line, _ in lines] + [last] * bool(last)
     if not has_mark and text.startswith("\ufeff"):
         wanted[0] = wanted[0][1:]
@@ -70,7 +70,7 @@ def test_lines_of_any_bytes_are_counted_as_by_wc(folder: Path, content: bytes):
     for number, line in enumerate(found, start=1):
         if isinstance(line, BadLine):
             assert line.number == number
-    # Every reader of an accepted file finds the same lines, universal newlines or not.
+    # In an accepted file, every reader finds the same lines, with or without universal newlines.
     if not any(isinstance(line, BadLine) for line in found):
         with open(path, encoding="utf-8-sig") as text:
             assert [line.removesuffix("\n") for line in text] == found
@@ -141,7 +141,7 @@ def test_a_line_is_bounded_and_the_next_is_read(end: bytes):
 def test_no_more_of_a_long_line_is_kept_than_its_limit(tmp_path: Path):
     path = tmp_path / "text"
     with path.open("wb") as file:
-        file.truncate(300_000_000)  # the file is sparse, so NUL follows to the end
+        file.truncate(300_000_000)  # a sparse file, which reads as NUL to its end
     tracemalloc.start()
     with pytest.raises(ValueError, match="line 1 has more than 16777216 bytes"):
         count_lines(path)

@@ -121,7 +121,8 @@ def test_a_more_probable_cut_is_drawn_more_often_by_the_factor_that_alpha_gives(
     shares = [weight / cumulative_weights[-1] for weight in cumulative_weights]
     total = sum(probabilities)
     assert shares == pytest.approx([p / total for p in itertools.accumulate(probabilities)])
-    # 4,000 draws: three standard deviations of a share are below 3 * sqrt(0.25 / 4000) = 0.024
+    # In 4,000 draws, three standard deviations of a share are at most
+    # 3 * sqrt(0.25 / 4000) = 0.024.
     share = sum(sampler.cut("▁letter") == cuts[0] for _ in range(4000)) / 4000
     assert share == pytest.approx(probabilities[0] / sum(probabilities), abs=0.024)
 
@@ -261,12 +262,12 @@ def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
     assert digests.read_text() == f"{hashlib.sha256(content).hexdigest()}  spm.model\n"
     for place in range(0, len(content), len(content) // 20):
         model.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        os.utime(model, (place, place))  # like a copy made at another time
+        os.utime(model, (place, place))  # a copy may have any time stamp
         with pytest.raises(ValueError, match=match):
             pieces.load(model)
     model.write_bytes(content)
     pieces.load(model)
-    # A model that was trained again, or by another program, has no digest to compare with.
+    # A model that was trained again, or that has no digest, is accepted.
     pieces.train([text], model, model.with_name("dict.txt"), 44)
     pieces.load(model)
     digests.unlink()

@@ -1,4 +1,4 @@
-"""The scripts that create and check the environment; no test installs anything."""
+"""The scripts that create and check the environment, tested without installing anything."""
 
 import importlib.util
 import os
@@ -54,7 +54,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
     assert result.returncode == 1
     assert "lacks click packaging, without which it cannot be checked" in result.stderr
     assert "NMT_MOE_PYTHON" in result.stderr
-    # If these two are installed, the check names all other packages.
+    # Once these two are installed, the check names all other packages.
     (site,) = (bare_python.parents[1] / "lib").glob("python*/site-packages")
     for package in ("click", "packaging"):
         shutil.copytree(Path(importlib.util.find_spec(package).origin).parent, site / package)

@@ -1,4 +1,4 @@
-"""Corrupt, truncated, interrupted and hostile checkpoints are read correctly or refused."""
+"""Corrupt, truncated, unfinished and hostile checkpoints are read correctly or refused."""
 
 import errno
 import random
@@ -38,7 +38,7 @@ def save(folder: Path, shift: float = 0.0) -> Path:
 
 
 def assert_right_or_refused(path: Path, expected: dict[str, Any], change: str) -> bool:
-    """Read a changed checkpoint; return whether it was refused with the name of a file."""
+    """Return whether a changed checkpoint is refused; it must name a file or read correctly."""
     try:
         state = load_checkpoint(path)
     except ValueError as error:
@@ -61,7 +61,7 @@ def test_flipped_bits_are_noticed_wherever_they_count(rounds: int, tmp_path: Pat
         file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         refused += assert_right_or_refused(path, expected, f"byte {place} of {file.name}")
         file.write_bytes(whole)
-    assert refused > rounds / 2  # the others are in gaps between the parts of a zip
+    assert refused > rounds / 2  # other flips are in gaps between the parts of a zip
 
 
 @amounts(60, 2000)
@@ -79,7 +79,7 @@ def test_truncated_files_are_refused(rounds: int, tmp_path: Path):
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Limit the size of files, as if the disk were full."""
+    """Limit the size of files to imitate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Whenever a process is killed, the previous checkpoint is intact, and resuming loses nothing."""
+"""Whenever a process is killed, a complete checkpoint remains, and resuming loses nothing."""
 
 import multiprocessing
 import random
@@ -20,7 +20,7 @@ LAST = "checkpoint_last.pt"
 
 
 def save_for_ever(folder: Path, first: int) -> None:
-    """Save one checkpoint after another; the weights and the experts contain its number."""
+    """Save one checkpoint after another, each with its number in the weights and the experts."""
     torch.set_num_threads(1)
     for number in range(first, first + 100_000):
         state = whole_state()
@@ -55,7 +55,7 @@ def test_a_killed_save_leaves_a_complete_checkpoint(rounds: int, tmp_path: Path)
 
 
 def train_in_a_child(*arguments: object) -> multiprocessing.Process:
-    """Start a training run in a separate process that has imported everything."""
+    """Start a training run in a process that has already imported everything."""
     training = multiprocessing.get_context("fork").Process(target=call, args=("train", *arguments))
     training.start()
     return training

@@ -1,4 +1,4 @@
-"""FactoredAdam: what it computes, what it keeps and what it refuses."""
+"""The updates and the state of FactoredAdam, and the options that it refuses."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ def reload(state: dict) -> dict:
 
 
 def rank_one_grad(step: int) -> Tensor:
-    """The squares are the product of a row and a column, with a different factor at each update."""
+    """Return a gradient with squares of rank one, and with a different factor at each update."""
     generator = torch.Generator().manual_seed(3)
     row, column = (
         torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
@@ -59,7 +59,7 @@ def rank_one_grad(step: int) -> Tensor:
 
 def test_if_squared_gradients_have_rank_one_it_equals_adam_without_momentum():
     ours, theirs = make_experts(), make_experts()
-    # Such a small eps has no effect, wherever it is added.
+    # This eps is too small to have an effect, wherever it is added.
     options = {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-30, "weight_decay": 0.2}
     factored = FactoredAdam([ours], **options)
     adam = torch.optim.AdamW([theirs], **options)
@@ -75,7 +75,7 @@ def test_other_parameters_are_trained_by_adam(dtype):
     torch.manual_seed(1)
     shapes = [(4, 5), (7,), (2, 3, 4), ()]
     ours = [Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    # This parameter has another memory layout.
+    # This parameter has a different memory layout.
     ours.append(Parameter(torch.randn(5, 4, dtype=dtype).t()))
     theirs = [Parameter(parameter.detach().clone()) for parameter in ours]
     options = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-30, "weight_decay": 0.2}
@@ -91,9 +91,10 @@ def test_other_parameters_are_trained_by_adam(dtype):
 
 
 def test_eps_is_added_to_the_root_of_the_uncorrected_moment():
-    # In the first update with gradient 1, the moment is 0.25 and its root 0.5; with eps 0.5, the
-    # divisor is 1. The correction sqrt(0.25) / 0.5 of both moments and a first moment of 0.5 leave
-    # 0.5 lr. An expert has 1 instead of the first moment, and no correction for it: also 0.5 lr.
+    # In the first update with gradient 1, the second moment is 0.25 with root 0.5, and eps 0.5
+    # makes the divisor 1. The first moment of 0.5 and the correction sqrt(0.25) / 0.5 of both
+    # moments give a step of 0.5 lr. Experts use the gradient 1 instead of the first moment, without
+    # its correction, so the step is also 0.5 lr.
     for parameter in (Parameter(torch.zeros(2, 3)), make_experts(torch.float32)):
         before = parameter.detach().clone()
         parameter.grad = torch.ones_like(parameter)
@@ -113,7 +114,7 @@ def test_half_precision_is_updated_in_float32(dtype):
         for parameter in (ours, wide):
             FactoredAdam([parameter], lr=0.1).step()
         assert ours.dtype == dtype
-        # Both add in float32, but compiled loops and torch round the last bits differently.
+        # Both compute in float32, but compiled loops and torch round the last bits differently.
         assert_close(ours, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -192,7 +193,7 @@ def test_a_reloaded_optimizer_continues_with_the_same_bits():
     train(two, second, range(3, 6))
     for mine, other in zip(one.parameters(), two.parameters(), strict=True):
         assert mine.equal(other)
-    # The loaded state is a copy.
+    # Loading has copied the state, so the first optimizer's is unchanged.
     assert first.state[one.experts.weight_in]["step"] == 6
 
 

@@ -1,4 +1,4 @@
-"""Test how often pairs are seen: worked out by hand, and counted over many epochs."""
+"""How often training uses each pair, worked out by hand and counted over many epochs."""
 
 import pytest
 
@@ -12,8 +12,8 @@ def test_at_temperature_1_every_pair_is_seen_once():
 
 
 def test_temperature_2_by_hand():
-    # The shares of N = 10 are 0.8 and 0.2. Their roots have the ratio 2 to 1, which gives 10 * 2/3
-    # of 8 and 10 * 1/3 of 2.
+    # The shares of N = 10 are 0.8 and 0.2. Their square roots have the ratio 2 to 1, so an epoch
+    # draws 10 * 2/3 sentences from 8, and 10 * 1/3 from 2.
     assert passes_per_epoch(SIZES, 2.0) == pytest.approx({"en-fr": 20 / 24, "en-ko": 10 / 6})
 
 

@@ -1,4 +1,4 @@
-"""Sampled softmax: unbiasedness is shown by enumerating all possible samples."""
+"""The sampled softmax, proved unbiased by enumerating all possible samples."""
 
 import itertools
 import math
@@ -51,7 +51,7 @@ def expected_loss(features: Tensor, weight: Tensor, target: Tensor, num_draws: i
 
 
 def test_the_proposal_by_hand():
-    # The chances are log(2/1), log(3/2) and log(4/3), each divided by log(4); the first is 1/2.
+    # The chances are log(2/1), log(3/2) and log(4/3), each divided by log(4). The first is 1/2.
     p = log_uniform_probability(torch.arange(3), 3)
     wanted = torch.tensor([2 / 1, 3 / 2, 4 / 3], dtype=torch.float64).log() / math.log(4)
     torch.testing.assert_close(p, wanted)
@@ -61,7 +61,7 @@ def test_the_proposal_by_hand():
 
 def test_ranks_of_classes_start_at_the_most_frequent_class_and_wrap_around():
     torch.manual_seed(1)
-    # All 6 classes are drawn eventually; ids by ascending rank: 2, 3, 4, 5, 0, 1.
+    # All 6 classes are drawn eventually. By ascending rank, their ids are 2, 3, 4, 5, 0, 1.
     sample = max((draw_classes(6, 6, 2) for _ in range(400)), key=lambda drawn: len(drawn.ids))
     assert sample.ids.tolist() == [2, 3, 4, 5, 0, 1]
     p = log_uniform_probability(torch.arange(6), 6)
@@ -135,7 +135,7 @@ def test_with_all_classes_certain_it_is_the_full_softmax_with_all_gradients():
 
 @pytest.mark.parametrize("num_draws", [1, 2, 3])
 def test_the_partition_sum_and_its_gradient_are_unbiased(num_draws: int):
-    # This is exact: the mean is over all samples with their probabilities, not over random samples.
+    # The mean over all samples, weighted by their probabilities, is exact.
     features, weight, target = make_problem()
     logits = features @ weight.t()
     target_logit = logits.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -163,14 +163,15 @@ def test_the_loss_is_too_low_and_its_bias_falls_at_least_as_one_over_draws():
         grad_bias.append(
             sum((a - b).square().sum() for a, b in zip(grads, wanted, strict=True)).sqrt().item()
         )
-    assert min(loss_bias) > 0  # Jensen
+    assert min(loss_bias) > 0  # by Jensen's inequality
     for bias in (loss_bias, grad_bias):
         assert bias[1] < 0.75 * bias[0]
         assert bias[2] < 0.5 * bias[1]
 
 
 def test_divided_by_the_true_partition_sum_the_gradient_is_that_of_the_full_softmax():
-    # d log Z = dZ / Z, so d Z^ / Z is unbiased; here with random samples, within their error.
+    # Because d log Z = dZ / Z, the gradient d Z^ / Z is unbiased. Its mean over random samples
+    # agrees within the standard error.
     torch.manual_seed(1)
     features, weight, target = make_problem(num_tokens=8, num_classes=60, dim=4)
     weight = weight.detach() * 0.5

@@ -10,7 +10,7 @@ from nmt_moe.training import warmup_hold_inverse_sqrt
     [(0, 0.1), (5, 0.55), (10, 1.0), (30, 1.0), (50, 1.0), (200, 0.5), (5000, 0.1)],
 )
 def test_rate_climbs_holds_and_falls(update, rate):
-    # The rate rises for 10 updates from 0.1 to 1, is held for 40, and is then sqrt(50 / update).
+    # The rate rises from 0.1 to 1 in 10 updates, is constant for 40, and is then sqrt(50 / update).
     assert warmup_hold_inverse_sqrt(update, 1.0, 10, 40, start=0.1) == pytest.approx(rate)
 
 
