@@ -1,7 +1,7 @@
 """Configure Sphinx, which builds the documentation (`bash tools/docs.sh`).
 
-The source folder is the whole repository, so that links between documentation, results and code are
-the same in the built pages and in the repository.
+The source folder is the whole repository, so links between documentation, results and code are the
+same in the built pages and in the repository.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Directives whose text is generated from the code: options, architectures, commands.
+"""Directives that generate text from the code: options, architectures, commands.
 
 ```{options} nmt_moe.models.lstm_moe_gnmt:LSTMMoEGNMTConfig
 ```
@@ -25,7 +25,7 @@ TYPES = {bool: "", int: "N", float: "X", str: "TEXT"}
 
 
 class Generated(SphinxDirective):
-    """A directive that is replaced by the Markdown that `lines` returns."""
+    """A directive that becomes the Markdown text from `lines`."""
 
     def lines(self) -> Iterable[str]:
         raise NotImplementedError
@@ -61,7 +61,7 @@ class Options(Generated):
 
 
 class Architectures(Generated):
-    """A table of a model's architectures: their settings and their costs."""
+    """A table of a model's architectures, with their settings and costs."""
 
     required_arguments = 1
 
@@ -100,7 +100,7 @@ def walk(command: click.Command, path: str) -> Iterable[tuple[str, click.Command
 
 
 def flag(option: Field) -> str:
-    """Return an option as it is typed on the command line, with a placeholder for its value."""
+    """Return an option as users type it on the command line, with a placeholder for its value."""
     kind: Any = option.type
     value = TYPES.get(kind, "...")
     if isinstance(kind, EnumMeta):
@@ -133,7 +133,7 @@ def set_orphans(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def escape_bars(app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list) -> None:
-    """Escape |Y|, the length of Y, which reStructuredText would take for a substitution."""
+    """Escape lengths such as |Y|, because reStructuredText would read them as substitutions."""
     lines[:] = [re.sub(r"\|(\w+)\|", r"\|\1\|", line) for line in lines]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# The least number of blocks per multiprocessor; fewer cannot hide the time that loads take.
+# With fewer blocks per multiprocessor than this, the time of memory loads cannot be hidden.
 LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "gating": 3, "adam": 3, "gather": 8, "sum": 5}
 
 
@@ -28,22 +28,23 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 def chosen(reports: dict, *words: str) -> dict:
-    """Return the reports whose names contain all the words; assert that there are any."""
+    """Return all reports with these words in their names; check that there is at least one."""
     found = {name: found for name, found in reports.items() if all(word in name for word in words)}
     assert found
     return found
 
 
 def test_all_kernels_are_compiled_for_both_gpus(reports):
-    # dtypes x rows and zero, means x products, gatings whole and in chunks, dtypes x factored Adam
+    # The terms count kernels for rows and zeros, products, whole gatings, gatings in chunks, and
+    # factored Adam.
     assert len(reports) == 2 * (3 * 4 + 5 * 3 + 4 * 2 + 2 * 3 + 2 * 3)
 
 
 def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
     for name, report in reports.items():
-        # CUDA's sine and cosine, for the noise, reserve 32 bytes for angles that do not occur.
+        # The noise uses CUDA's sine and cosine, which reserve 32 bytes for very large angles.
         assert report["spilled"] <= (32 if "gating" in name else 0), name
-        assert report["shared"] <= 99 * 1024, name  # the smallest of any GPU since the A100
+        assert report["shared"] <= 99 * 1024, name  # the smallest limit of GPUs since the A100
 
 
 def test_enough_blocks_run_at_a_time(reports):
@@ -67,19 +68,19 @@ def test_products_in_half_precision_run_on_tensor_cores(reports):
 
 
 def test_float32_stays_float32(reports):
-    """Tensor cores would round float32 to TF32."""
+    """Check that no tensor cores are used, because they would round float32 to TF32."""
     for name, report in chosen(reports, "float32").items():
         assert not report["wgmma"], name
         assert not report["mma"], name
 
 
 def test_offsets_of_gating_have_64_bits(reports):
-    """Rows times experts may exceed 2^31."""
+    """Check that offsets are wide enough for more than 2^31 numbers, one per row and expert."""
     for name, report in chosen(reports, "gating").items():
         assert report["narrow_offsets"] == 0, name
 
 
 def test_gating_needs_no_more_instructions_than_it_did(reports):
-    """With 256 experts, they took 329 to 336 per element forward and 298 to 301 backward."""
+    """Compare with 329 to 336 instructions per element forward, and 298 to 301 backward."""
     for name, report in chosen(reports, "gating 256").items():
         assert report["per_element"] <= (350 if "forward" in name else 310), name

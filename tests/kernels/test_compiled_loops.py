@@ -1,4 +1,4 @@
-"""The library of compiled loops: where it is searched for, and what happens without it."""
+"""The library of compiled loops is found and checked, and torch replaces it if it is missing."""
 
 import shutil
 import subprocess

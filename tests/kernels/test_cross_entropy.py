@@ -1,4 +1,4 @@
-"""The fused cross-entropy compared with torch's."""
+"""The fused cross-entropy, compared with torch's."""
 
 import pytest
 import torch

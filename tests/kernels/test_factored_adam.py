@@ -1,4 +1,4 @@
-"""One update of factored Adam: worked out by hand, compared with its definition, interpreted."""
+"""One update of factored Adam, compared with its definition and with results by hand."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nmt_moe.kernels import factored_adam, has_compiled_loops, reference
 
-# import_module gives the module: the package's attribute of that name is the function.
+# Use import_module, because the package's attribute of that name is the function.
 operation = import_module("nmt_moe.kernels.factored_adam")
 
 SHAPES = [  # (experts, dim, hidden)
@@ -28,7 +28,7 @@ BLOCKS = [
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
+    """Fill fresh memory with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -48,7 +48,7 @@ def make_grad(weight: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
-    """Run the operation in place; return its results and those of its definition."""
+    """Run the operation in place; return its results and its definition's."""
     expected = weight, row_mean, column_mean
     for step, grad in enumerate(grads, 1):
         options = {"step": step, **OPTIONS}
@@ -114,8 +114,8 @@ def test_low_precision_is_computed_in_float32(dtype):
 def test_an_update_by_hand():
     # The squared gradients [[1, 4], [4, 16]] have row means 2.5 and 10, column means 2.5 and 10,
     # and mean 6.25. New squares have weight 0.25. The second moment of the corner is
-    # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, and its root is 2.
-    # The bias correction of the first update, sqrt(1 - 0.75) = 0.5, turns 4 / 2 into a step of 1.
+    # (0.25 * 10) * (0.25 * 10) / (0.25 * 6.25) = 4 = 0.25 * 16, and its root is 2. In the first
+    # update, the bias correction sqrt(1 - 0.75) = 0.5 turns 4 / 2 into a step of 1.
     grad = torch.tensor([[[1.0, -2.0], [2.0, 4.0]]])
     weight = torch.zeros(1, 2, 2)
     row_mean, column_mean = torch.zeros(1, 2), torch.zeros(1, 2)
@@ -127,7 +127,7 @@ def test_an_update_by_hand():
 
 def check_idle_experts():
     weight, row_mean, column_mean = make_state(3, 5, 6, torch.float32)
-    row_mean[1], column_mean[1] = 0, 0  # never had a gradient
+    row_mean[1], column_mean[1] = 0, 0  # this expert never had a gradient
     before = [tensor.clone() for tensor in (weight, row_mean, column_mean)]
     grad = make_grad(weight)
     grad[1:] = 0
@@ -156,7 +156,7 @@ def test_triton_leaves_an_expert_without_tokens(device):
 def test_gradients_of_any_size_move_the_weights(scale, is_compiled, request):
     if not is_compiled:
         request.getfixturevalue("without_compiled_loops")
-    # The product of two means would exceed the range of float32.
+    # Multiplying two means would exceed the range of float32.
     state = make_state(1, 4, 6, torch.float32)
     weight, row_mean, column_mean = state[0].zero_(), state[1].zero_(), state[2].zero_()
     row, column = torch.rand(1, 4, 1) + 0.5, torch.rand(1, 1, 6) + 0.5
@@ -179,8 +179,7 @@ def test_triton_follows_the_definition(shape, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_computes_low_precision_in_float32(dtype, device):
     state = make_state(2, 33, 65, dtype)
-    # The interpreter truncates bfloat16, while a GPU rounds, so they differ by one unit in the last
-    # place.
+    # The interpreter truncates to bfloat16, whereas a GPU rounds, so the last digits may differ.
     tolerance = {"rtol": 1e-2, "atol": 1e-4}
     assert_same(*update_both(*state, [make_grad(state[0])]), **tolerance)
 
@@ -195,9 +194,9 @@ def test_triton_gives_the_same_bits_again(device):
 
 
 def test_triton_reaches_beyond_two_to_the_31_elements(device):
-    """The second expert starts at element 2^31, in memory that is reserved but not touched."""
+    """Check an expert that starts at element 2^31, in memory that is mostly never touched."""
     kernel = pytest.importorskip("nmt_moe.kernels._triton.factored_adam")
-    torch.use_deterministic_algorithms(False)  # would write all of the memory
+    torch.use_deterministic_algorithms(False)  # these would fill all of the memory
     weight, row_mean, column_mean = make_state(2, 4, 8, torch.float32)
     grad = make_grad(weight)
     far = torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((2, 4, 8), (2**31, 8, 1))

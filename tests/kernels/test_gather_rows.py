@@ -68,7 +68,7 @@ def test_sums_of_half_precision_run_in_float32(half, device):
     expected = torch.autograd.grad(theirs, wide, grad.float())
     pairs |= {"rows": (mine[0], expected[0]), "gates": (mine[1], expected[1])}
     for name, (one, other) in pairs.items():
-        # There is one rounding at the end, which the interpreter does by truncation.
+        # Results are rounded once, at the end, and the interpreter truncates them instead.
         step = torch.finfo(half).eps
         torch.testing.assert_close(
             one.float(), other, rtol=step, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -85,7 +85,7 @@ def test_gates_in_float32_are_not_rounded_to_the_rows_dtype(device):
     [mine] = torch.autograd.grad(ours, [gates], grad)
     [expected] = torch.autograd.grad(theirs, [gates], grad.float())
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    # There is one rounding at the end, where the interpreter truncates.
+    # Results are rounded once, at the end, and the interpreter truncates them instead.
     torch.testing.assert_close(
         ours.float(), theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5
     )
@@ -115,7 +115,7 @@ def test_an_expanded_gradient_is_accepted(dtype):
 
 
 def test_positions_beyond_two_to_the_31(device):
-    """Memory costs nothing until it is touched, and this test touches only one row."""
+    """Check large offsets with little memory, because only one row is ever touched."""
     from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
     from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows
 

@@ -25,7 +25,7 @@ def block_size(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Fill fresh memory with NaN, so that an element that is never written is noticed."""
+    """Fill fresh memory with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -51,14 +51,14 @@ def test_blocks_compute_the_definition(rows, experts, top_k, sizes, training):
     ],
 )
 def test_single_precision_computes_the_definition(rows, experts, top_k, training):
-    """In single precision, the search for the largest values is implemented differently."""
+    """Check float32, which has its own implementation of the search for the largest values."""
     inputs = make_inputs(rows, experts, torch.float32)
     assert_is_the_definition(inputs, top_k, None, training, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(50, 5), (500, 5), (50, 64), (50, 1024)])
 def test_the_lowest_index_wins_among_equals(rows, width):
-    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # the first is sorted, the second searched
+    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # few scores are sorted, many are searched
     torch.manual_seed(0)
     scores = torch.randint(-2, 3, (rows, width)).float()
     scores[scores == 0] = torch.tensor([0.0, -0.0])[torch.randint(0, 2, ((scores == 0).sum(),))]
@@ -70,15 +70,16 @@ def test_the_lowest_index_wins_among_equals(rows, width):
 
 
 def test_two_experts_by_hand():
-    # The scale is softplus(0) + 0.01. Without noise, expert 1 wins. Noise adds 2 to the
-    # logit of expert 0, which then wins.
+    # The scale is softplus(0) + 0.01. Without noise, expert 1 would win. Noise adds 2 to the logit
+    # of expert 0, so expert 0 wins instead.
     clean, scale = torch.tensor([[0.0, 1.0]]), torch.tensor(2.0).log() + NOISE_FLOOR
     noise = torch.tensor([[2.0 / scale, 0.0]])
     out = noisy_top_k(clean, torch.zeros(1, 2), 1, noise)
     assert out.expert_ids.tolist() == [[0]]
     assert out.gates.tolist() == [[1.0]]
     assert out.tokens_per_expert.tolist() == [1, 0]
-    # Expert 0 must beat expert 1's noisy logit, 1, and expert 1 must beat expert 0's, 2.
+    # Expert 0 must beat the noisy logit of expert 1, which is 1. Expert 1 must beat that of
+    # expert 0, which is 2.
     load = torch.special.ndtr(torch.tensor([0.0 - 1.0, 1.0 - 2.0]) / scale)
     torch.testing.assert_close(out.load, load)
 

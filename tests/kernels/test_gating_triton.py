@@ -16,7 +16,7 @@ from tests.support.gating import (
 
 pytest.importorskip("triton")
 
-# import_module gives the module: the package's attribute of that name is the function.
+# Use import_module, because the package's attribute of that name is the function.
 operation = importlib.import_module("nmt_moe.kernels.gating")
 launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
 SEED = 2**62 + 12345
@@ -29,8 +29,8 @@ def assert_is_right(inputs, top_k, sizes, training=True, one_by_one=False):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(device, monkeypatch):
-    """Fill fresh memory with NaN, so that an unwritten element is noticed."""
-    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs, as each is slow
+    """Fill fresh memory with NaN, so that elements that are never written are noticed."""
+    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs, because each is slow
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -110,7 +110,7 @@ def test_results_of_which_only_one_has_a_gradient(training):
 
 
 def run(inputs, noise=None):
-    """Return the results of a pass and the gradients of a loss made of all of them."""
+    """Return the results of a pass and the gradients of a loss that depends on all of them."""
     leaves = [inputs["clean"], inputs["raw_scale"]]
     out = noisy_top_k(*leaves, 4, noise)
     loss = (out.gates * torch.arange(4)).sum() + out.importance.square().sum()
@@ -154,7 +154,7 @@ def test_noise_is_standard_normal(monkeypatch):
     use_blocks(monkeypatch, columns=256, numbers=2**15)
     noise = launchers.write_noise(SEED, 0, torch.empty(400, 250)).flatten().sort().values
     ranks = torch.arange(1, len(noise) + 1) / len(noise)
-    # This is the Kolmogorov-Smirnov test; one seed in a thousand exceeds 1.95.
+    # In this Kolmogorov-Smirnov test, one seed in a thousand exceeds 1.95.
     distance = (torch.special.ndtr(noise) - ranks).abs().max()
     assert distance * len(noise) ** 0.5 < 1.95
 
@@ -164,7 +164,7 @@ def test_neighbours_are_independent(monkeypatch):
     noise = launchers.write_noise(SEED, 0, torch.empty(400, 250))
     for rows, columns in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0)):
         one, other = noise[rows:, columns:], noise[: 400 - rows, : 250 - columns]
-        # The limit is five standard deviations of a correlation of 10^5 pairs.
+        # The limit is five standard deviations of the correlation between 10^5 pairs.
         assert (one * other).mean().abs() < 5 * 1e5**-0.5
 
 
@@ -193,7 +193,7 @@ def test_a_group_of_rows_has_its_own_sums():
 def test_unsupported_sizes_take_another_path(monkeypatch):
     monkeypatch.setattr(launchers, "gating_forward", None)  # a call would fail
     clean = torch.randn(3, 20)
-    assert noisy_top_k(clean, clean, 16).gates.shape == (3, 16)  # too many
+    assert noisy_top_k(clean, clean, 16).gates.shape == (3, 16)  # K is too large
     assert noisy_top_k(clean.double(), clean.double(), 2).gates.dtype == torch.float64
     monkeypatch.setattr(operation, "MAX_TRITON_EXPERTS", 16)
     assert noisy_top_k(clean, clean, 2).tokens_per_expert.sum() == 6

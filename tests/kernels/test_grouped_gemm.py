@@ -24,7 +24,7 @@ SHAPES = [  # (rows per expert, dim, out dim)
 
 @pytest.fixture
 def kernels(device):
-    """Return the launchers."""
+    """Return the module of the launchers."""
     return import_module("nmt_moe.kernels._triton.grouped_gemm")
 
 
@@ -69,7 +69,7 @@ def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", [[400, 0, 200, 301], [3, 0, 5, 1]])
 def test_bfloat16_on_a_gpu(counts):
-    """The first counts reach torch's grouped product on Hopper and Blackwell, the others Triton."""
+    """Test torch's grouped product (the first counts, on Hopper and Blackwell) and Triton."""
     offsets = offsets_of(counts).cuda()
     rows, weight = (leaf.detach().cuda() for leaf in make(counts, 64, 136, torch.bfloat16)[:2])
     rows.requires_grad_()
@@ -112,7 +112,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
     rows, weight = rows.detach(), weight.detach()
     grad = torch.randn(70, 70).to(half)
     tiles = kernels.list_tiles(offsets, 70, 32)
-    step = torch.finfo(half).eps  # the interpreter's only rounding truncates
+    step = torch.finfo(half).eps  # the interpreter truncates once
     with poisoned_memory():
         out = kernels.multiply_rows(rows, weight, offsets, tiles)
         grad_weight = kernels.weight_gradient(rows, grad, offsets, 32)
@@ -126,7 +126,7 @@ def test_half_precision_adds_up_in_float32(half, kernels):
 
 @pytest.fixture
 def float32_settings():
-    """Restore torch's settings for float32 products, old and new."""
+    """Restore torch's old and new settings for float32 products."""
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
     for owner in (torch.backends, torch.backends.cuda.matmul):
@@ -184,7 +184,7 @@ def test_repeated_runs_agree_bit_for_bit(device):
 def test_tiles_by_hand(kernels):
     tiles = kernels.list_tiles(offsets_of([0, 20, 1, 0, 16]), 37, 16)
     assert tiles.first_tile.tolist() == [0, 0, 2, 3, 3, 4]
-    # There are ceil(37 / 16) + min(5, 37) tiles whatever the routing; here four of them have rows.
+    # For any routing, there are ceil(37 / 16) + min(5, 37) tiles. Four of these have rows.
     assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
 
 
@@ -201,7 +201,7 @@ def test_the_block_size_depends_only_on_the_mean_rows_per_expert(kernels):
 
 
 def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
-    """Memory costs nothing until it is touched, and this test touches few elements."""
+    """Check large offsets with little memory, because only a few elements are ever touched."""
     far = torch.empty(2**31 + 256, dtype=torch.float16)
     weight = far.as_strided((3, 16, 16), (2**30, 16, 1))
     weight[2] = torch.eye(16) * 3
@@ -210,7 +210,7 @@ def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
     tiles = kernels.list_tiles(offsets, 2, 16)
     out = kernels.multiply_rows(rows, weight, offsets, tiles)
     torch.testing.assert_close(out, rows * 3)
-    # There are rows beyond 2^31 elements in the operands, the output and the mask.
+    # The operands, the output and the mask have rows beyond 2^31 elements.
     many = far[: 2**31 + 32].view(2**27 + 2, 16)
     many[-2:] = rows
     offsets = torch.tensor([2**27, 2**27, 2**27, 2**27 + 2])

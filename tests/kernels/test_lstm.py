@@ -1,4 +1,4 @@
-"""The fused LSTM compared with torch's: outputs, last states and all gradients."""
+"""The outputs, last states and gradients of the fused LSTM, compared with torch's."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ def test_extreme_sums_saturate_and_nan_stays():
 
 
 def test_small_sums_keep_their_digits():
-    """Near 0, the cell's tanh equals its argument; a quotient of exponentials would lose digits."""
+    """Check tanh near 0, where a quotient of exponentials would lose digits."""
     layer, x, state = make((1, 2, 4, 7, 7), torch.float32)
     with torch.no_grad():
         nn.init.zeros_(layer.bias_ih_l0)
@@ -99,7 +99,7 @@ def test_a_subset_of_the_gradients_has_the_same_values():
         parameter.requires_grad_(False)
     (alone,) = torch.autograd.grad(run_fused(layer, x, None)[0].sum(), x)
     assert alone.equal(whole)
-    assert torch.autograd.grad(out.sum(), x)[0].equal(whole)  # nothing kept was overwritten
+    assert torch.autograd.grad(out.sum(), x)[0].equal(whole)  # stored values are intact
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,7 +116,7 @@ def test_equal_inputs_give_equal_bits_on_any_number_of_threads(shape):
     for first, second in zip(results[0], results[1], strict=True):
         assert first.equal(second)
     for first, other in zip(results[0], results[2], strict=True):
-        torch.testing.assert_close(first, other)  # products may divide the work differently
+        torch.testing.assert_close(first, other)  # products may be divided differently
 
 
 def test_the_variable_switches_the_loops_off():

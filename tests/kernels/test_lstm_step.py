@@ -8,7 +8,7 @@ from torch import nn
 
 from nmt_moe.kernels import PackedLinear, lstm_step
 
-# import_module gives the module: the package's attribute of that name is the function.
+# Use import_module, because the package's attribute of that name is the function.
 operation = import_module("nmt_moe.kernels.lstm_step")
 
 

@@ -1,4 +1,4 @@
-"""Recycled memory: live tensors never share it, and it does not accumulate."""
+"""Recycled memory is never shared by live tensors, and does not accumulate."""
 
 import gc
 import mmap

@@ -1,4 +1,4 @@
-"""The fused mixture compared with its definition: outputs and every gradient, by name."""
+"""The outputs and all gradients of the fused mixture, compared with its definition."""
 
 from importlib import import_module
 
@@ -19,7 +19,7 @@ NAMES = ("x", "gates", "weight_in", "weight_out")
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fill uninitialised tensors with NaN, so that an element that is never written is noticed."""
+    """Fill uninitialised tensors with NaN, so that elements that are never written are noticed."""
     empty = _memory.empty
     monkeypatch.setattr(
         _memory, "empty", lambda shape, like: empty(shape, like).fill_(float("nan"))
@@ -147,7 +147,7 @@ def test_narrow_dtypes_agree_with_float64(dtype):
     grad = torch.randn_like(ours)
     mine = torch.autograd.grad(ours, leaves, grad)
     expected = torch.autograd.grad(theirs, wide, grad.double())
-    # Each value is rounded four times by this much, in sums that are up to 24 times as large.
+    # Each value is rounded about four times, by at most eps each time.
     scale = 4 * torch.finfo(dtype).eps
     for name, one, other in zip(("y", *NAMES), (ours, *mine), (theirs, *expected), strict=True):
         error = (one.double() - other).norm() / other.norm()
@@ -204,12 +204,12 @@ def test_mismatched_shapes_are_refused():
 
 def test_offsets_beyond_two_to_the_31st_element():
     experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
-    # Pages that are not touched cost nothing.
+    # Pages that are not touched take no memory.
     weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
     weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
     weight_in[-1], weight_out[-1] = 0.5, 0.25
     plan = plan_rows(torch.tensor([[experts - 1]]), experts)
     x = torch.ones(1, dim, dtype=torch.bfloat16)
     y = mixture_ffn(x, x[:, :1], plan, weight_in, weight_out)
-    # Hidden activations are 1024 * 0.5 = 512, outputs 512 * 512 * 0.25 = 2^16.
+    # Hidden activations are 1024 * 0.5 = 512, and outputs are 512 * 512 * 0.25 = 2^16.
     assert y.eq(2.0**16).all()

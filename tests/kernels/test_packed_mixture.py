@@ -1,4 +1,4 @@
-"""The mixture of packed experts, compared with the definition; unused experts are not read."""
+"""The mixture of packed experts equals its definition, and unused experts are not read."""
 
 import re
 import sys
@@ -114,13 +114,13 @@ def test_unused_experts_of_a_mapped_file_are_not_read_into_memory(dtype, tmp_pat
     else:
         packed = [PackedExperts.pack(weight) for weight in (weight_in, weight_out)]
     packed_mixture_ffn(torch.ones(1, dim), torch.ones(1, 2), torch.tensor([[2, 9]]), *packed)
-    # The system may map the rest of a huge page on both sides of what is read.
+    # The system may also map the rest of the huge pages at both ends of the data that are read.
     used = 2 * (weight_in[0].nbytes + weight_out[0].nbytes)
     assert 0 < resident_bytes(path) <= used + 8 * (2 << 20)
 
 
 def resident_bytes(path: Path) -> int:
-    """Return how much of this process's mapping of a file is in memory."""
+    """Return how many bytes of a file that this process has mapped are in memory."""
     pattern = rf"{re.escape(str(path))}\n(?:\w+:.*\n)*?Rss: +(\d+) kB"
     return sum(
         int(kilobytes) * 1024

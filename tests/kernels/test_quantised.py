@@ -1,4 +1,4 @@
-"""Packed weights: exact for integers, close to float64, and the same without FBGEMM."""
+"""Products with packed weights are exact for integers, close to float64, and need no FBGEMM."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SHAPES = [  # (rows, inputs, outputs)
 
 @pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
-    """Use the products meant for large matrices at all sizes, also without tiles or FBGEMM."""
+    """Use the products for large matrices at all sizes, with tiles, with FBGEMM and without."""
     for name in ("PACKED_FROM", "NARROW_FROM", "TILED_FROM"):
         monkeypatch.setattr(quantised, name, 0)
     if request.param == "tiles":
@@ -64,15 +64,15 @@ def test_int8_equals_the_product_of_the_integers(rows, inputs, outputs, with_and
     torch.manual_seed(1)
     largest = quantised.activation_levels()
     x = torch.randint(-largest, largest + 1, (rows, inputs))
-    x[:, 0] = largest  # the scale of each row is 1
+    x[:, 0] = largest  # makes the scale of each row 1
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-    # With pairs of the largest values, 16 bits would saturate.
+    # Sums of two products of the largest values would exceed 16 bits.
     x[:1], weight[:1] = largest, 127
     scale = torch.rand(outputs) + 0.1
     y = PackedLinear.from_int8(weight, scale)(x.float())
     expected = (x @ weight.long().t()).double() * scale
     atol = 1e-3
-    if with_and_without_fbgemm == "fallback":  # sums in float32
+    if with_and_without_fbgemm == "fallback":  # it sums in float32
         atol += 1e-6 * inputs * largest * 127
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=atol)
 

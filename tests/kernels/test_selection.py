@@ -1,10 +1,10 @@
-"""On a machine with a GPU, `-m gpu` selects all tests of kernels, in the same files."""
+"""On a machine with a GPU, `-m gpu` selects all tests of kernels from the same files."""
 
 import os
 import subprocess
 import sys
 
-# This program collects tests as on a machine with one CUDA device.
+# This program collects the tests as a machine with one CUDA device would.
 PROGRAM = """
 import sys, pytest, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1

@@ -1,4 +1,4 @@
-"""The Triton kernels are tried before use; one that fails is left out with a warning."""
+"""The Triton kernels are tried before use, and a kernel that fails is replaced with a warning."""
 
 import importlib
 import warnings
@@ -34,7 +34,7 @@ LAUNCHERS = {  # one launcher for each kernel
 
 @pytest.fixture
 def untried(device, monkeypatch):
-    """Return the device, on which no kernel has been tried yet."""
+    """Forget earlier trials of kernels, and return the device."""
     monkeypatch.delenv("NMT_MOE_KERNELS")
     monkeypatch.setattr(_trial, "_answers", {})
     monkeypatch.setattr(_trial, "GATINGS", _trial.GATINGS[:1])  # the interpreter is slow
@@ -128,7 +128,7 @@ def test_a_result_that_is_not_a_number_is_found(untried, monkeypatch):
 
 
 def test_operations_continue_with_torch(untried, monkeypatch):
-    """No kernel works, but the results and gradients of all operations are unchanged."""
+    """Check that results and gradients are unchanged if no kernel works."""
 
     def refuse(*arguments, **options):
         raise RuntimeError("out of resource")
@@ -146,7 +146,7 @@ def test_operations_continue_with_torch(untried, monkeypatch):
 
 
 def pass_through(clean: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Return results and gradients of all operations except `combine_rows`."""
+    """Return the results and gradients of all operations except `combine_rows`."""
     leaves = clean, weight = clean.clone().requires_grad_(), weight.clone().requires_grad_()
     gating = noisy_top_k(clean, None, 2)
     plan = plan_rows(gating.expert_ids, 6)

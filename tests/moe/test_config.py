@@ -1,4 +1,4 @@
-"""Reject configurations that no MoE layer can have."""
+"""Configurations that no MoE layer can have are refused."""
 
 import pytest
 

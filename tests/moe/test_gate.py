@@ -1,4 +1,4 @@
-"""The gate's probabilities, compared with frequencies when the noise is redrawn."""
+"""The gate's probabilities, compared with frequencies over many draws of the noise."""
 
 import torch
 
@@ -19,7 +19,7 @@ def test_load_is_the_frequency_over_redraws_of_each_experts_own_noise():
         many[:, expert] = torch.randn(redraws, dtype=torch.float64)
         chosen = gate(x.expand(redraws, -1), many).expert_ids == expert
         frequency = chosen.any(1).double().mean()
-        # The tolerance is four standard deviations of a frequency over 10^4 draws.
+        # The tolerance is four standard deviations of a frequency in 10^4 draws.
         torch.testing.assert_close(load[expert], frequency, rtol=0, atol=0.02)
 
 

@@ -41,7 +41,7 @@ def test_saved_gates_are_loaded_by_the_names_of_checkpoints(gate):
     loaded = layer.state_dict()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
-    # Optimizer state is saved under the number of its parameter.
+    # Optimizer state is saved by the number of its parameter.
     names = [name for name, _ in layer.gate.named_parameters()]
     assert [name.partition(".")[0] for name in names] == ["secondary"] * 2 + ["primary"] * 2
 
@@ -53,7 +53,8 @@ def test_products_of_gates_sum_to_one():
 
 
 def test_the_mean_load_is_that_of_all_choices():
-    # 2 groups x 2 experts for each of 4000 tokens; the smooth estimate has this sum in expectation
+    # Each of 4000 tokens chooses 2 experts in each of 2 groups. The smooth estimate has the same
+    # expected sum.
     out = make().gate(torch.randn(4000, 5, dtype=torch.float64))
     torch.testing.assert_close(out.load.sum().item(), 16_000.0, rtol=0.02, atol=0)
 

@@ -1,4 +1,4 @@
-"""The layer compared with the paper's equations in float64: values and all gradients."""
+"""The layer's values and gradients in float64, compared with the paper's equations."""
 
 import copy
 
@@ -173,7 +173,7 @@ GATES = [
 NEGATIVE_NAN = torch.tensor(0xFFC00000 - (1 << 32), dtype=torch.int32).view(torch.float32).item()
 NOT_FINITE = [
     pytest.param(float("nan"), id="nan"),
-    pytest.param(NEGATIVE_NAN, id="nan-with-a-sign"),  # what x86 makes of 0 * inf
+    pytest.param(NEGATIVE_NAN, id="nan-with-a-sign"),  # the result of 0 * inf on x86
     pytest.param(float("inf"), id="inf"),
     pytest.param(float("-inf"), id="minus-inf"),
 ]
@@ -359,7 +359,7 @@ def test_a_model_is_compiled_around_its_layer_whatever_the_number_of_tokens():
     for tokens in (6, 7, 9):
         x = torch.randn(tokens, 6)
         torch.testing.assert_close(compiled(x), block(x))
-    # The operations before and after the layer are compiled for 6 tokens and for any number.
+    # The operations before and after the layer are each compiled for 6 tokens and for any number.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert len(torch._dynamo.utils.counters["graph_break"]) == 1
 

@@ -7,13 +7,13 @@ from nmt_moe.moe import balance_metrics, importance_loss, load_loss, squared_cv
 
 def test_importance_loss_by_hand():
     importance = torch.tensor([2.5, 0.5])
-    # mean 1.5, variance 1.0, so CV^2 = 1 / 2.25
+    # The mean is 1.5 and the variance 1.0, so CV^2 = 1 / 2.25.
     torch.testing.assert_close(importance_loss(importance, weight=0.1), torch.tensor(0.1 / 2.25))
 
 
 def test_load_loss_by_hand():
     load = torch.tensor([1.0, 2.0, 3.0])
-    # mean 2, population variance 2/3, so CV^2 = 1/6
+    # The mean is 2 and the population variance 2/3, so CV^2 = 1/6.
     torch.testing.assert_close(load_loss(load, weight=0.6), torch.tensor(0.1))
 
 

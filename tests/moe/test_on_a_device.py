@@ -1,4 +1,4 @@
-"""The layer on a GPU, or on the same path with CPU tensors: results, and no wait for the device."""
+"""The layer's path for GPUs gives the same results, and the host never waits for the device."""
 
 import traceback
 from pathlib import Path
@@ -14,13 +14,13 @@ from nmt_moe.moe import MoEConfig, MoELayer
 pytestmark = pytest.mark.device
 
 aten = torch.ops.aten
-# These operations read a device's values; torch does not intercept `Tensor.tolist`.
+# These operations read values from a device. Modes of torch do not intercept `Tensor.tolist`.
 READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
 OURS = str(Path(nmt_moe.__file__).parent)
 
 
 class CountWaits(TorchDispatchMode):
-    """List the lines of nmt_moe that read values."""
+    """A mode that lists the lines of nmt_moe that read values from the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class CountWaits(TorchDispatchMode):
 
     def note(self) -> None:
         for frame in reversed(traceback.extract_stack()):
-            if "/triton/" in frame.filename:  # the interpreter's own
+            if "/triton/" in frame.filename:  # a read by Triton's interpreter
                 return
             if frame.filename.startswith(OURS):
                 self.lines.append(f"{frame.filename}:{frame.lineno} {frame.line}")
@@ -73,7 +73,7 @@ def move(tensors, device):
 
 
 def run(layer, padding, noise, device="cpu"):
-    """Return results and gradients of one pass, by name."""
+    """Return the results and gradients of one pass, by name."""
     torch.manual_seed(3)
     x = torch.randn(11, 6, device="cpu")
     if padding is not None:
@@ -106,7 +106,7 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
     with waits:
         found = run(layer, padding, noise, device)
-    if gate == "strictly_balanced":  # this path reads how many experts the busiest token has
+    if gate == "strictly_balanced":  # this gate reads the largest number of experts of a token
         assert waits.lines
     else:
         assert not waits.lines
@@ -117,7 +117,7 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
             value.cpu(),
             definition,
             rtol=1e-4,
-            # Sums whose terms cancel have the rounding errors of their terms.
+            # Even if the terms of a sum cancel, their rounding errors remain.
             atol=1e-5 * max(largest, 1.0),
             msg=lambda text, name=name: f"{name}: {text}",
         )

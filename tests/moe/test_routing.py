@@ -29,7 +29,7 @@ def test_margin_whatever_the_order_of_slots():
 
 def test_saturation_counts_pairs_in_any_order_and_no_empty_slot():
     before = torch.tensor([[0, 1], [2, 4], [3, 0]])
-    after = torch.tensor([[1, 0], [1, 2], [4, 4]])  # 4 = empty
+    after = torch.tensor([[1, 0], [1, 2], [4, 4]])  # 4 marks empty slots
     assert routing_saturation(before, after, 4) == pytest.approx(3 / 4)
     assert routing_saturation(before, before, 4) == 1
     assert routing_saturation(before[:0], after[:0], 4) == 0

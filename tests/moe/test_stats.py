@@ -1,4 +1,4 @@
-"""How many experts were used, worked out by hand."""
+"""The effective number of experts, worked out by hand."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Strictly balanced gating: equal shares, and thresholds that learn the choice of a batch."""
+"""Strictly balanced gating, with equal shares and thresholds that learn a batch's choices."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from nmt_moe.moe import (
 
 def test_batchwise_mask_by_hand():
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    # k = 1, N = 4, E = 2: two tokens per expert
+    # With k = 1, N = 4 and E = 2, each expert takes two tokens.
     expected = [[True, False], [True, False], [False, True], [False, True]]
     assert batchwise_mask(probs, top_k=1).tolist() == expected
 
@@ -23,7 +23,8 @@ def test_threshold_loss_by_hand():
     probs = torch.tensor([[0.9], [0.5], [0.2]])
     mask = torch.tensor([[True], [True], [False]])
     threshold = torch.tensor([0.6], requires_grad=True)
-    # only token 1 differs: (0 - 1) * (0.5 - 0.6) = 0.1; lowering the threshold by d lowers it by d
+    # Only token 1 differs, by (0 - 1) * (0.5 - 0.6) = 0.1. Lowering the threshold by d lowers the
+    # loss by d.
     loss = batchwise_threshold_loss(probs, threshold, mask)
     torch.testing.assert_close(loss, torch.tensor(0.1))
     loss.backward()
@@ -40,7 +41,7 @@ def test_every_expert_takes_the_same_number_of_tokens(tokens, groups):
             torch.nn.init.normal_(weight)
     _, stats = layer(torch.randn(tokens, 6))
     share = -(-2 * tokens // 12)
-    if groups:  # a share of the group's tokens
+    if groups:  # each expert takes a share of its group's tokens
         share = -(-2 * -(-2 * tokens // 3) // 4)
     assert stats.tokens_per_expert.tolist() == [share] * 12
 
@@ -57,7 +58,7 @@ def test_a_token_that_no_expert_takes_gets_zero(training):
     torch.manual_seed(0)
     layer = MoELayer(MoEConfig(6, 64, 8, 1, gate="strictly_balanced")).double().train(training)
     torch.nn.init.normal_(layer.gate.gate_weight)
-    torch.nn.init.constant_(layer.gate.threshold, 0.6)  # used in evaluation
+    torch.nn.init.constant_(layer.gate.threshold, 0.6)  # evaluation uses the thresholds
     x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     out = layer.gate(x)
     taken = (out.expert_ids < 8).any(1)
@@ -92,7 +93,7 @@ def test_trained_thresholds_choose_like_the_batch_on_unseen_tokens():
     by_batch = batchwise_mask(probs, 2)
     by_threshold = probs > gate.threshold
     disagreement = (by_batch != by_threshold).float().mean() / by_batch.float().mean()
-    # observed: 1.2% of the chosen pairs
+    # The observed value is 1.2% of the chosen pairs.
     assert disagreement < 0.03
     counts = by_threshold.sum(0).float()
     assert counts.max() / counts.mean() < 1.1
@@ -125,7 +126,7 @@ def test_each_group_of_rows_is_a_separate_batch():
 
 @pytest.mark.parametrize("groups", [0, 2])
 def test_a_token_assigned_with_probability_0_gets_a_gate_of_1(groups):
-    # Expert 0 has probability 1 for both tokens; strict balance sends one of them to expert 1,
+    # Expert 0 has probability 1 for both tokens. Strict balance sends one of them to expert 1,
     # which has probability 0 in float32.
     layer = MoELayer(MoEConfig(2, 4, 2 * max(groups, 1), 1, "strictly_balanced", groups))
     with torch.no_grad():
