@@ -1,1 +1,1 @@
-"""Benchmark programs. This is a package, so that no other `benchmarks` is imported instead."""
+"""Benchmark programs, in a package so that no other `benchmarks` is imported instead."""

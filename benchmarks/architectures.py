@@ -1,4 +1,4 @@
-"""Turn the name of an architecture, and flags, into fairseq-train's configuration."""
+"""Build fairseq-train's configuration from an architecture's name and flags."""
 
 import logging
 import warnings
@@ -27,7 +27,7 @@ def parse_training(arch: str, flags: Sequence[str], data: str = "unused") -> Dic
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings and messages: fairseq's use of hydra causes a dozen."""
+    """Suppress warnings and messages, because fairseq's use of hydra causes a dozen of them."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

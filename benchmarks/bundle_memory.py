@@ -2,9 +2,9 @@
 
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
-The model has random weights, so tokens use far more experts than in a trained model, and one
-sentence needs almost as much memory as a sentence can need. Each pair of figures is
-measured in a separate process: the resident size of the whole process, and the resident size of the
+The model has random weights, so a sentence uses far more experts than it would in a trained model
+and needs almost the most memory that any sentence can need. Each row of the table is measured in a
+separate process. It shows the resident size of the whole process and the resident size of the
 bundle's mapped files, which the system can drop at any time.
 """
 
@@ -27,7 +27,7 @@ WORDS = [f"w{number}" for number in range(4000)]
 
 
 def write_bundle(folder: Path, config: GNMTConfig, dtype: str) -> Path:
-    """Export a model with random weights; its text consists of words separated by spaces."""
+    """Export a model with random weights and a vocabulary of whole words."""
     torch.manual_seed(1)
     data = folder / "data"
     data.mkdir()
@@ -69,7 +69,7 @@ def resident(folder: Path) -> tuple[float, float]:
 
 
 def measure(folder: Path, num_sentences: int) -> None:
-    """Print the memory sizes of a process that translates."""
+    """Load a bundle, translate `num_sentences` sentences, and print the memory in use."""
     torch.manual_seed(1)
     chance = random.Random(1)
     lines = [" ".join(chance.choices(WORDS, k=chance.randint(8, 16))) for _ in range(num_sentences)]
@@ -107,7 +107,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = write_bundle(Path(folder), config, dtype)
         on_disk = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-        print(f"bundle of 2 layers of {experts} experts, {dtype}: {on_disk:.0f} MB of files\n")
+        print(f"bundle with 2 layers of {experts} experts, {dtype}: {on_disk:.0f} MB of files\n")
         print("| after | resident, MB | of files, MB | share of the files |")
         print("|---|--:|--:|--:|")
         for name, count in (

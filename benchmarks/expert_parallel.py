@@ -1,13 +1,13 @@
-"""Time a training step with the experts spread over processes, and the exchange's share of it.
+"""Time a training step with experts spread over processes, and find the exchange's share of it.
 
     python -m benchmarks.expert_parallel --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
 
-Each number of ranks has its own group of processes, which communicate by gloo over the loopback.
-The groups take turns; while one works, the others are idle. The same number of sentences is divided
-among the ranks, and each rank holds its share of the experts. A step is the same as in
+Each number of ranks has its own group of processes, which communicate by gloo over the loopback
+interface. The groups take turns; while one works, the others are idle. The same number of sentences
+is divided among the ranks, and each rank holds its share of the experts. A step does the same as in
 fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
-and Adam. The time of each part is that of the slowest rank, including the time spent waiting for
-others. The bytes are those that a rank sends on average; for dense gradients, they are the bytes
+and Adam. The table shows the slowest rank's time for each part, including the time spent waiting
+for others, and the bytes that a rank sends on average. For dense gradients, these are the bytes
 that it would send in a ring.
 """
 
@@ -46,7 +46,7 @@ COLUMNS = [
     "exchange MB",
     "dense MB",
 ]
-# Seconds that a step may take before the program gives up.
+# The program gives up if a step takes longer than this many seconds.
 PATIENCE = 600
 
 
@@ -89,7 +89,7 @@ class RankStep(TrainingStep):
 def run_rank(
     rank: int, world_size: int, port: int, args: argparse.Namespace, orders: Connection
 ) -> None:
-    """Do a step for each command until told to stop, and send back times and bytes or an error."""
+    """Do a step for each command until told to stop, and send back times and bytes, or an error."""
     try:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
@@ -108,7 +108,7 @@ def run_rank(
 
 
 class World:
-    """The processes for one number of ranks.
+    """The group of processes for one number of ranks.
 
     Attributes:
         shape: How many `experts` and `parameters` each rank holds.
@@ -172,7 +172,7 @@ class World:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each number of ranks."""
     worlds = {str(count): World(args, count) for count in args.ranks}
-    for world in worlds.values():  # all processes start at once
+    for world in worlds.values():  # only now, so that all processes start in parallel
         world.wait()
     samples = timing.interleave(worlds, args.rounds)
     rows = []
@@ -236,13 +236,13 @@ def main(argv: list[str] | None = None) -> None:
         "--model-flags",
         default="",
         metavar="FLAGS",
-        help="more options of the model, in one string",
+        help="more flags for the model, in one string",
     )
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)"
     )
     parser.add_argument(
-        "--sentences", type=int, default=64, help="sentences of all ranks together (64)"
+        "--sentences", type=int, default=64, help="number of sentences on all ranks together (64)"
     )
     parser.add_argument("--length", type=int, default=25, help="tokens per sentence (25)")
     parser.add_argument(
@@ -266,9 +266,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Reject what cannot be measured, before any process starts."""
+    """Reject settings that cannot be measured, before any process starts."""
     if args.device != "cpu":
-        parser.error("--device must be cpu: the processes communicate by gloo")
+        parser.error("--device must be cpu, because the processes communicate by gloo")
     if "gnmt" not in args.arch or args.arch not in ARCH_MODEL_REGISTRY:
         parser.error(f"--arch: this plugin has no translation model {args.arch}")
     model_args = parse_training(args.arch, shlex.split(args.model_flags)).model

@@ -1,13 +1,13 @@
-"""Print what each Triton kernel needs on an A100 and an H100; no GPU is required.
+"""Print the resources that each Triton kernel needs on an A100 and an H100, without a GPU.
 
     python -m benchmarks.gpu_budgets
     python -m benchmarks.gpu_budgets --gpu H100 --kernels gating --json budgets.json
 
 Each kernel is compiled to machine code for the arguments that a launch would pass to it. `blocks`
 is how many blocks fit on a multiprocessor at a time. `instructions` is the number of instructions
-in the code; those in a loop are counted once. `per element` is that number divided by how many
-numbers a thread processes at a time, so it is too high where much of the code is outside the loop
-over blocks.
+in the code; those in a loop are counted once. `per element` is `instructions` divided by the
+number of elements that a thread processes at a time; it is too high for kernels with much code
+outside the loop over blocks.
 """
 
 import argparse
@@ -41,8 +41,8 @@ DIM, HIDDEN, EXPERTS, TOKENS = 512, 1024, 4, 64
 # Mean numbers of rows per expert that lead to small, medium and large blocks in bfloat16, the
 # usual dtype.
 MEANS = {torch.bfloat16: (16, 128, 1024), torch.float16: (1024,), torch.float32: (1024,)}
-# (experts, experts per token, noise). Up to 1024 experts, a block holds whole rows; rows of more
-# experts are read in chunks.
+# Each case is (experts, experts per token, noise). With up to 1024 experts, a block holds whole
+# rows; with more, rows are read in chunks.
 GATINGS = [
     (6, 6, "drawn"),
     (256, 4, "drawn"),
@@ -68,7 +68,7 @@ def row_launches(dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
-    """Yield the kernels of experts that have `mean` rows each."""
+    """Yield the kernels of the experts' products, with `mean` rows per expert."""
     num_rows = mean * EXPERTS
     rows = torch.empty(num_rows, DIM, dtype=dtype)
     hidden = torch.empty(num_rows, HIDDEN, dtype=dtype)
@@ -96,7 +96,7 @@ def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
 
 
 def zero_launch(dtype: torch.dtype) -> Launch:
-    """Return the kernel that fills the gradients of experts without rows."""
+    """Return the kernel that sets the gradients of experts without rows to zero."""
     weight_grad = torch.empty(EXPERTS, DIM, HIDDEN, dtype=dtype)
     call = partial(grouped_gemm.zero_idle_experts, weight_grad, torch.zeros(EXPERTS + 1).long())
     return Launch("zero", grouped_gemm, "zero_kernel", call)
@@ -149,7 +149,7 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def measure(gpus: list[str], wanted: str) -> dict[str, dict[str, Any]]:
-    """Compile kernels whose names begin with `wanted`, and return reports by GPU and name."""
+    """Compile the kernels whose names begin with `wanted`, and return reports by GPU and name."""
     chosen = [(dtype, launch) for dtype, launch in all_launches() if launch.name.startswith(wanted)]
     if not chosen:
         raise ValueError(
@@ -164,7 +164,7 @@ def measure(gpus: list[str], wanted: str) -> dict[str, dict[str, Any]]:
 
 
 def to_rows(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Lay out the reports as rows of COLUMNS."""
+    """Return a row of the table for each report."""
     rows = []
     for name, report in reports.items():
         gpu, kernel = name.split(" ", 1)
@@ -176,7 +176,7 @@ def to_rows(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Compile, print a table, and write JSON if asked to."""
+    """Compile the kernels, print a table, and write JSON if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

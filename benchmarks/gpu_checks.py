@@ -15,13 +15,13 @@ from nmt_moe.kernels import reference
 from nmt_moe.moe import MoEConfig, MoELayer
 
 HALVES = torch.bfloat16, torch.float16
-# Largest difference, divided by the largest value, that one or two final roundings can cause.
+# The largest difference, relative to the largest value, that one or two final roundings can cause.
 ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 SEED = 2**62 + 12345
 
 
 class WrongResultError(RuntimeError):
-    """A kernel's result differs from that of its definition."""
+    """A kernel and its definition give different results."""
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Report:
     """The comparisons made so far; the first failure ends the check.
 
     Attributes:
-        rows: Rows of the table: what was compared, the figure, the limit and the verdict.
+        rows: Rows of the table, each with a description, a figure, its limit and a verdict.
     """
 
     rows: list[list[str]] = field(default_factory=list)
 
     def compare(self, what: str, found: Tensor, expected: Tensor, limit: float) -> None:
-        """Compare the largest difference, divided by the largest value, with a limit."""
+        """Check that the largest difference, relative to the largest value, is within a limit."""
         found, expected = found.detach().double(), expected.detach().double()
         error = 0.0
         if expected.numel():
@@ -44,7 +44,7 @@ class Report:
         self.claim(what, error <= limit, f"{error:.1e}", f"{limit:.0e}")
 
     def claim(self, what: str, holds: bool, figure: str = "", limit: str = "") -> None:
-        """Record a claim, and raise an error if it does not hold."""
+        """Record whether a claim holds, and raise an error if it does not."""
         self.rows.append([what, figure, limit, "right" if holds else "WRONG"])
         if not holds:
             over = f": {figure} exceeds the limit {limit}" if limit else ""
@@ -67,7 +67,7 @@ def differentiate(
     theirs: Callable[..., Tensor],
     leaves: Sequence[Tensor],
 ) -> None:
-    """Compare results and gradients; the definition receives the same numbers in float64."""
+    """Compare a kernel's results and gradients with its definition's, computed in float64."""
     wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
     found, expected = ours(*leaves), theirs(*wide)
     limit = ROUNDING[leaves[0].dtype]
@@ -80,7 +80,7 @@ def differentiate(
 
 
 def check_rows(report: Report, device: str, tiny: bool) -> None:
-    """Check gather, combine, the products and the experts."""
+    """Check gathering, combining, products and whole experts."""
     shapes = [(9, 6, 2, 16, 24)]  # tokens, experts, top_k, D, H
     if not tiny:
         shapes += [(70, 7, 3, 33, 70), (512, 512, 4, 512, 1024), (8192, 4, 2, 512, 1024)]
@@ -218,7 +218,7 @@ def _check_noise(report: Report, device: str, rows: int) -> None:
 
 
 def check_adam(report: Report, device: str, tiny: bool) -> None:
-    """Check three updates of factored Adam, and that repeating them gives the same bits."""
+    """Check three updates with factored Adam, and check that repeating them gives the same bits."""
     shapes = [(2, 33, 65)] if tiny else [(2, 33, 65), (3, 1, 7), (64, 512, 1024), (5, 1024, 300)]
     options = {"lr": 0.02, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     for dtype in (torch.float32, *HALVES):
@@ -242,11 +242,11 @@ def check_adam(report: Report, device: str, tiny: bool) -> None:
                 ):
                     report.compare(f"{name}, update {step}: {key}", one, other, ROUNDING[one.dtype])
             same = all(one.equal(other) for one, other in zip(ours, again, strict=True))
-            report.claim(f"{name}: the same bits again", same)
+            report.claim(f"{name}: the same bits when repeated", same)
 
 
 def check_layer(report: Report, device: str, tiny: bool) -> None:
-    """Check the layer with gates of each kind, padding, half precision and autocast."""
+    """Check the layer with each kind of gate, padding, half precision and autocast."""
     sizes = (6, 5, 8, 2) if tiny else (256, 512, 64, 4)
     tokens = 11 if tiny else 2000
     gates = [("noisy_top_k", 0), ("noisy_top_k", 4), ("softmax", 0)]
@@ -278,8 +278,8 @@ def _check_layer_case(
         torch.nn.init.normal_(parameter, std=1.0 if "gate" in key else 0.3)
     layer.to(device, dtype)
     padding = torch.rand(tokens, device=device) < 0.2 if padded else None
-    # Use numbers with few bits: x and the gates are then the same in all dtypes, and rounding does
-    # not decide between experts.
+    # Use numbers with few bits, so that x and the gates are the same in all dtypes and rounding
+    # does not decide between experts.
     x = torch.randn(tokens, config.model_dim).to(dtype).to(device).requires_grad_()
     wide = MoELayer(config).eval().to(device, torch.float64)
     wide.load_state_dict(layer.state_dict())

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that need not be present, and report what they need.
+"""Compile the Triton kernels for a GPU, which need not be present, and report their needs.
 
 Triton cannot compile while it interprets, so TRITON_INTERPRET must not be set.
 """
@@ -19,13 +19,13 @@ from triton.compiler import ASTSource
 
 
 class Gpu(NamedTuple):
-    """A GPU to compile for, and what one of its multiprocessors offers to blocks.
+    """A GPU to compile for, and the shared memory of one of its multiprocessors.
 
     Source: NVIDIA, CUDA C++ Programming Guide, compute capabilities.
     """
 
     capability: int
-    name: str  # as ptxas names it
+    name: str  # its name in ptxas
     shared_bytes: int
 
 
@@ -33,7 +33,7 @@ GPUS = {
     "A100": Gpu(80, "sm_80", 164 * 1024),
     "H100": Gpu(90, "sm_90a", 228 * 1024),
 }
-# The same on both GPUs. CUDA reserves 1 KiB of shared memory per block in addition.
+# These limits are the same on both GPUs. CUDA also reserves 1 KiB of shared memory per block.
 REGISTERS, WARPS, BLOCKS, RESERVED_BYTES = 65536, 64, 32, 1024
 # Registers are allocated to a warp in units of 256.
 REGISTER_UNIT, WARP_THREADS = 256, 32
@@ -55,7 +55,7 @@ class Launch(NamedTuple):
     """A call to a launcher, and the kernel to compile from that call.
 
     Attributes:
-        name: Name in tables.
+        name: The name shown in tables.
         module: The module in which the launcher finds its kernel.
         kernel: The kernel's name in that module.
         call: Calls the launcher once, with CPU tensors.
@@ -70,10 +70,10 @@ class Launch(NamedTuple):
 
 
 def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
-    """Compile the kernel that `launch` would start, with its arguments, down to machine code.
+    """Compile the kernel that `launch` would start, for its arguments, to machine code.
 
     Args:
-        launch: What to compile.
+        launch: The launch to compile.
         gpu: A name in GPUS.
 
     Returns:
@@ -82,12 +82,12 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
         shared: Bytes of shared memory per block.
         blocks: How many blocks fit on a multiprocessor at a time.
         warnings: The codes of ptxas' warnings, such as C7514 (wgmma serialised).
-        instructions: The number of instructions in the code, those in loops counted once.
+        instructions: The number of instructions in the code, with those in loops counted once.
         per_element: Instructions per element that a thread processes; 0 if unknown.
-        wgmma, mma: Whether tensor-core instructions of Hopper and of older GPUs occur.
-        wide_copies: The number of copies of 16 bytes from global to shared memory.
-        narrow_offsets: How many offsets of two-dimensional blocks have 32 bits, which large tensors
-            overflow.
+        wgmma, mma: Whether the code uses the tensor-core instructions of Hopper or of older GPUs.
+        wide_copies: The number of 16-byte copies from global to shared memory.
+        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks, which large tensors
+            make overflow.
     """
     kernels = {
         name: kernel for name, kernel in vars(launch.module).items() if name.endswith("_kernel")
@@ -152,7 +152,7 @@ def _type(value: Any, param: Any) -> str:
 
 
 def _is_multiple(value: Any, param: Any) -> bool:
-    """Return whether Triton would see that an address or number is a multiple of 16."""
+    """Return whether Triton would treat an address or number as a multiple of 16."""
     if isinstance(value, torch.Tensor):
         return True
     return isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
@@ -194,7 +194,7 @@ def blocks_on_multiprocessor(registers: int, warps: int, shared: int, gpu: Gpu) 
         registers: Registers per thread.
         warps: Warps per block.
         shared: Bytes of shared memory per block.
-        gpu: What a multiprocessor offers.
+        gpu: The GPU.
     """
     by_warp = -(-registers * WARP_THREADS // REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS // (by_warp * warps)

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_session rows --out OUT
     python -m benchmarks.gpu_session rows --out OUT --dry-run    # tiny, under Triton's interpreter
 
-The program prints a table in Markdown. Its exit status is 1 if a result is wrong.
+The program prints a Markdown table. It exits with status 1 if a result is wrong.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder for the results of all parts",
     )
-    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as under a sanitizer")
+    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as for a sanitizer")
     parser.add_argument("--dry-run", action="store_true", help="use tiny sizes and no GPU")
     return parser.parse_args(words)
 
 
 def describe_machine(device: str, tiny: bool, out: Path) -> str:
-    """Report versions and clocks, try every kernel, and measure the ceilings."""
+    """Report versions and clocks, try every kernel, and measure the top speeds."""
     import torch
     import triton
 
@@ -51,7 +51,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
-            found = "nvidia-smi does not answer"
+            found = "nvidia-smi failed"
         facts.append([query.replace(",", ", "), found.strip()])
     trials = []
     cases = _trial.GATINGS[: 1 if tiny else None]
@@ -94,7 +94,7 @@ def run_check(name: str, device: str, tiny: bool) -> str:
 
 
 def run_times(name: str) -> Callable[[str, bool, Path], str]:
-    """Return a function of `gpu_times` that is imported only when it is called."""
+    """Return a wrapper that imports and calls a function of `gpu_times`."""
 
     def run(device: str, tiny: bool, out: Path) -> str:
         from benchmarks import gpu_times
@@ -126,10 +126,10 @@ def main() -> None:
     from nmt_moe.kernels import _backend
 
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here. Use --dry-run, which needs none.")
+        sys.exit("torch sees no GPU. Use --dry-run, which needs none.")
     args.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if args.dry_run:  # use the paths of a GPU
+        if args.dry_run:  # take the code paths for a GPU
             for name, types in (("TRITON_DEVICES", {"cpu"}), ("HOST_DEVICES", set())):
                 stack.enter_context(mock.patch.object(_backend, name, frozenset(types)))
         tiny = args.tiny or args.dry_run

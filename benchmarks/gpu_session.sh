@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Check and time all kernels on a GPU, in parts of less than ten minutes: gpu_session.sh OUT [--dry-run] [PART...]
 #
-# The script first tries and checks every kernel and then times it. It stops at the first wrong result; if it is run
+# The script tries and checks all kernels before it times any. It stops at the first wrong result; if it is run
 # again, it resumes there. To repeat a part, delete OUT/NN-PART.md. Each part writes its table to OUT/NN-PART.md, and
 # OUT/summary.md contains all tables. The script needs torch with CUDA and Triton. The parts `train-step` and `training` also
-# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer; a part says so if what it needs is missing.
-#   --dry-run   tiny sizes, under Triton's interpreter, without a GPU: shows that the programs work
+# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer. A part without its requirements says so.
+#   --dry-run   use tiny sizes and Triton's interpreter, without a GPU, to show that the programs work
 #   PART...     run only these parts: machine memcheck racecheck initcheck rows gating adam layer train-step training
 #               products kernels sweep-products sweep-adam layers-1 to layers-9 profile
 # NMT_MOE_PYTHON names the Python to use (python).
@@ -25,27 +25,27 @@ for word; do
   case $word in
     -h | --help) manual; exit ;;
     --dry-run) dry=(--dry-run) ;;
-    -*) echo "unknown option $word; --help lists them" >&2; exit 2 ;;
+    -*) echo "unknown option $word; --help lists all options" >&2; exit 2 ;;
     *) if [[ -z $out ]]; then out=$word; else chosen+=("$word"); fi ;;
   esac
 done
 [[ -n $out ]] || { manual >&2; exit 2; }
 for part in "${chosen[@]}"; do
-  [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "no part is called $part; --help lists them" >&2; exit 2; }
+  [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "there is no part $part; --help lists all parts" >&2; exit 2; }
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
 program() { timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu_session "$1" --out "$out" "${dry[@]}"; }
 
-# PYTORCH_NO_CUDA_MEMORY_CACHING: in torch's cached memory, the sanitizer would not notice access beyond a tensor.
+# PYTORCH_NO_CUDA_MEMORY_CACHING is set because in torch's cached memory, the sanitizer would miss accesses beyond a tensor.
 sanitizer() {
   if ((${#dry[@]})) || ! command -v compute-sanitizer >/dev/null; then
     echo "not run: compute-sanitizer, a part of CUDA's toolkit, is missing"
     return
   fi
   local tool=$1 part filter=()
-  # torch's own kernels read uninitialised memory, but do not use what they read.
+  # torch's own kernels read uninitialised memory, but do not use its values.
   [[ $tool != initcheck ]] || filter=(--kernel-regex "kns=$OURS")
   for part in rows gating adam; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$((LIMIT / 3))" compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -107,7 +107,7 @@ for index in "${!PARTS[@]}"; do
   ((${#chosen[@]} == 0)) || [[ " ${chosen[*]} " == *" $part "* ]] || continue
   name=$(printf '%02d-%s' "$((index + 1))" "$part")
   if [[ -e $out/$name.md ]]; then
-    echo "$name: done before"
+    echo "$name: already done"
     continue
   fi
   echo "$name ..."

@@ -23,9 +23,9 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work, device: str, tiny: bool) -> float:
-    """Return the median time of `work`, which a CUDA graph replays to leave out the host's time.
+    """Return the median time of `work`, replayed from a CUDA graph to exclude the host's time.
 
-    On the CPU, which serves only to try out the program, `work` is called once and timed.
+    On the CPU, where the program is only tried out, a single call of `work` is timed.
     """
     if device == "cpu":
         begin = time.perf_counter()
@@ -58,10 +58,7 @@ def _time(replay: Work, count: int) -> float:
 
 
 def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
-    """Measure the speed of copying random data and of computing large products.
-
-    The results are saved for later parts.
-    """
+    """Measure the speeds of copying and of large products, and save them for later parts."""
     size = 2**12 if tiny else 2**29  # float32 numbers
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
@@ -81,7 +78,7 @@ def measure_ceilings(device: str, tiny: bool, out: Path) -> str:
 
 
 def time_kernels(device: str, tiny: bool, out: Path) -> str:
-    """Time each kernel, and compare its time with that of copying its bytes or of its products."""
+    """Time each kernel, and compare its time with the least time for its bytes and operations."""
     ceilings = json.loads((out / CEILINGS).read_text())
     rows = []
     for name, work, num_bytes, flops, dtype in _kernel_works(device, tiny):
@@ -213,14 +210,14 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
 
 
 def _make_plan(experts: int, mean: int, device: str, top_k: int = 4) -> kernels.RowPlan:
-    """Send tokens to random experts, so that the numbers of rows differ, as in training."""
+    """Send tokens to random experts, which get unequal numbers of rows, as in training."""
     tokens = experts * mean // top_k
     ids = torch.randint(experts, (tokens, top_k), device=device)
     return kernels.plan_rows(ids, experts, tokens * top_k)
 
 
 def sweep_products(device: str, tiny: bool, out: Path) -> str:
-    """Time products for different mean numbers of rows per expert, block rows, warps and stages."""
+    """Time products with different numbers of rows per expert, block sizes, warps and stages."""
     gemm = importlib.import_module("nmt_moe.kernels._triton.grouped_gemm")
     experts, dim, hidden = (4, 16, 24) if tiny else (256, 512, 1024)
     blocks = (16, 32) if tiny else (16, 32, 64, 128)
@@ -297,7 +294,7 @@ def sweep_adam(device: str, tiny: bool, out: Path) -> str:
 
 
 def profile_layer(device: str, tiny: bool, out: Path) -> str:
-    """Show what a layer's passes spend the device's time on, and how long the device is busy."""
+    """List the kernels that take most of a layer's time, and show how long the device is busy."""
     from torch.profiler import ProfilerActivity, profile
 
     tokens, config = (64, MoEConfig(16, 24, 8, 2)) if tiny else (2048, MoEConfig(512, 1024, 512, 4))

@@ -1,19 +1,19 @@
-"""Time translation: fairseq's own commands, bundles in every precision, and CTranslate2.
+"""Time translation by fairseq's own commands, by bundles in every precision, and by CTranslate2.
 
     python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
         --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
 
 All competitors translate the test split of --data with the same beam and limits. `batch` translates
 the split as fast as possible, and each competitor sorts by length in its own way; `one` translates
-one sentence after another. For fairseq, the time is the one that fairseq-generate reports: the
-generator's time, without reading text or splitting it into pieces. For bundles and
-CTranslate2, everything from raw text to raw text is timed. With --interactive, the command
-fairseq-interactive is also measured, in a process that was started beforehand and gets each line
-once it has answered the previous one. Start-up is measured separately.
+one sentence after another. For fairseq, only the generator is timed, as in fairseq-generate's
+report; reading text and splitting it into pieces are excluded. For bundles and CTranslate2,
+everything from raw text to raw text is timed. With --interactive, fairseq-interactive is also
+measured, in a process that is started beforehand and receives each line after it has translated
+the previous one. Start-up is measured separately.
 
-CPU seconds are shown as well, because they are more reliable on a machine that others use.
---ctranslate2 names converted models with the same pieces, such as a Transformer that fairseq
-trained on the same text; the module ctranslate2 must be importable (PYTHONPATH).
+CPU times are shown as well, because they are more reliable on a shared machine. --ctranslate2 names
+converted models with the same pieces, such as a Transformer that fairseq trained on the same text;
+the module ctranslate2 must be importable (PYTHONPATH).
 """
 
 import argparse
@@ -44,7 +44,7 @@ COLUMNS = [
 ]
 FAIRSEQ = "fairseq"
 INTERACTIVE = "fairseq-interactive"
-ANSWER = "D-"  # the beginning of the last line of fairseq-interactive's answer
+ANSWER = "D-"  # begins fairseq-interactive's last line for a sentence
 LOAD = """
 import json, time
 start = time.perf_counter()
@@ -112,7 +112,7 @@ class FairseqTranslator:
 
 
 class InteractiveCommand:
-    """The command fairseq-interactive in its own process, given one sentence at a time."""
+    """A fairseq-interactive process that is given one sentence at a time."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         line = [sys.executable, "-m", "fairseq_cli.interactive", str(args.data), "--cpu"]
@@ -176,7 +176,7 @@ def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
 
 
 def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Return the jobs of a model converted by CTranslate2; `name` is FOLDER[:TYPE]."""
+    """Return the name and the two jobs of a model converted by CTranslate2, FOLDER[:TYPE]."""
     import ctranslate2
 
     folder, _, compute_type = name.partition(":")
@@ -205,7 +205,7 @@ def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each competitor and way of translating: in batches, or one at a time."""
+    """Return a row for each competitor and each way of translating, in batches or one at a time."""
     interactive = InteractiveCommand(args) if args.interactive else None
     fairseq = FairseqTranslator(args)
     sources, first = fairseq.sources, fairseq.sources[: args.one]
@@ -265,10 +265,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Return a line per bundle that says how long loading it takes, measured in new processes.
+    """Measure loading in new processes, and return a line with the results for each bundle.
 
-    A bundle is warm if its files are still in memory, and cold after the system was told to drop
-    them.
+    A bundle is warm if its files are still in memory, and cold after the system has been told to
+    drop them.
     """
     lines = []
     for folder in folders:
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         "--one", type=int, default=50, help="sentences to translate one at a time (50)"
     )
     parser.add_argument("--batch", type=int, default=64, help="sentences per fairseq batch (64)")
-    parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
+    parser.add_argument("--beam", type=int, default=5, help="beam size (5)")
     parser.add_argument(
         "--max-length",
         type=int,

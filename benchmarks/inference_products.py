@@ -3,9 +3,9 @@
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
 Each line of the table is for one matrix (outputs x inputs) and one number of activation rows.
-Figures are CPU times in microseconds, including the quantisation of activations. Each product
-cycles through copies of its matrix, so that between two uses of a matrix as many bytes of weights
-are read as in a real model.
+The figures are CPU times in microseconds, including the quantisation of activations. Each product
+cycles through copies of its matrix, so that it reads as many bytes of weights between two uses of
+the same copy as a real model does.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def microseconds(
 
 
 def has_vnni() -> bool:
-    """Return whether the processor can sum byte products in 32 bits (VNNI), judged by AVX-512."""
+    """Return whether the processor has AVX-512, and so probably VNNI (sums of byte products)."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 

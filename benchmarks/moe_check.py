@@ -18,7 +18,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
-    """Compare a layer in evaluation with its dense definition in float32, with enough capacity.
+    """Compare a layer in evaluation, without dropped pairs, with its dense definition in float32.
 
     Returns:
         The largest difference divided by the largest value, for `output`, `gradient of x` and
@@ -44,7 +44,7 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
     return {
         "output": errors[0],
         "gradient of x": errors[1],
-        # torch's maximum propagates NaN.
+        # torch's maximum propagates NaN, unlike Python's.
         "gradients of weights": torch.tensor(errors[2:]).max().item(),
     }
 
@@ -52,7 +52,7 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
 def _differentiate(
     layer: Layer, function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """Return the output, and the gradients of x and all parameters, with 0 for missing ones."""
+    """Return the output and the gradients of x and all parameters, with zeros for missing ones."""
     x = x.clone().requires_grad_()
     torch.manual_seed(4)  # a layer may use random numbers
     y = function(x)

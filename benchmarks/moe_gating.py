@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from benchmarks.moe_points import Point
 from nmt_moe import kernels
 
-# Computes gates (N, K), importance (E,) and load (E,) from logits and raw noise scale, (N, E) each.
+# A function from logits and raw noise scales, both (N, E), to gates (N, K), importance (E,) and
+# load (E,).
 Gating = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -42,7 +43,7 @@ NAMES = (*GATINGS, "copy")
 class GatingRun:
     """A forward and backward pass from logits (N, E); "copy" only moves the same number of bytes.
 
-    The forward pass reads two tensors (N, E); the backward pass reads two and writes two.
+    The forward pass reads two (N, E) tensors; the backward pass reads two and writes two.
     """
 
     def __init__(self, name: str, point: Point, device: str) -> None:
@@ -60,7 +61,7 @@ class GatingRun:
             tensor.requires_grad_()
 
     def run(self, mode: str) -> None:
-        """Run once."""
+        """Run both passes, or the copy, once."""
         assert mode == "fwd+bwd", mode
         if self.gating is None:
             self.target.copy_(self.source)
@@ -73,7 +74,7 @@ class GatingRun:
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the tables show."""
-        return {"notes": "" if self.gating else "a copy of the same bytes"}
+        return {"notes": "" if self.gating else "a copy of the same number of bytes"}
 
     def rest(self) -> None:
         """Free the memory that is needed only during a run."""
@@ -82,4 +83,4 @@ class GatingRun:
                 tensor.grad = None
 
     def dropped(self) -> None:
-        """Return None: nothing is dispatched."""
+        """Return None, because nothing is dispatched."""

@@ -9,10 +9,10 @@
 
 Modes: "forward" is an evaluation pass without gradients, "fwd+bwd" is a training pass that creates
 the gradients of tokens and weights, "step" adds the optimizer to this pass, and "gate" is the
-forward and backward pass of only nmt_moe's gate. Limits: "gemm" does the same number of operations
-in dense products over all k T rows, and "bmm" does it in products with n weight matrices and equal
-numbers of rows; neither allocates memory. Tokens are standard normal, and so are the logits of
-random gates, so that experts get unequal numbers of tokens, as in training.
+forward and backward pass of nmt_moe's gate without experts. Limits: "gemm" does the same number of
+operations in dense products over all k T rows, and "bmm" does them in products with n weight
+matrices and equal numbers of rows; neither allocates memory. Tokens and the logits of the random
+gates are standard normal, so experts get unequal numbers of tokens, as in training.
 
 Each competitor runs in its own process, and a round measures each of them once.
 """
@@ -38,7 +38,7 @@ from benchmarks.moe_tables import format_all
 
 
 def choose_peers(words: list[str]) -> list[str]:
-    """Return the requested peers, or with "all" those that can be imported.
+    """Return the requested peers, with "all" replaced by those that can be imported.
 
     Raises:
         SystemExit: if a peer is unknown, or was requested but is not installed.
@@ -46,7 +46,7 @@ def choose_peers(words: list[str]) -> list[str]:
     others = {**PEERS, **PLAIN}
     unknown = [word for word in words if word != "all" and word not in others]
     if unknown:
-        sys.exit(f"--peers: must be all or among {', '.join(others)}, but is {', '.join(unknown)}.")
+        sys.exit(f"--peers must be all or from {', '.join(others)}, but is {', '.join(unknown)}.")
     named = [word for word in words if word != "all"]
     names = list(dict.fromkeys([*named, *(PEERS if "all" in words else ())]))
     missing = missing_packages(names)
@@ -87,7 +87,7 @@ def choose_points(args: argparse.Namespace) -> list[Point]:
     wanted = args.modes or MODES
     grid = GRIDS[args.grid]
     if args.only is not None and not 1 <= args.only <= len(grid):
-        sys.exit(f"--only must be from 1 to {len(grid)} in {args.grid}, but is {args.only}.")
+        sys.exit(f"--only must be from 1 to {len(grid)} for {args.grid}, but is {args.only}.")
     points = [
         dataclasses.replace(point, modes=tuple(mode for mode in point.modes if mode in wanted))
         for number, point in enumerate(grid, 1)
@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--peers",
         default="",
         metavar="NAMES",
-        help="layers to compare with, separated by commas; all: every installed library",
+        help="layers to compare with, separated by commas; all means every installed library",
     )
     parser.add_argument("--grid", default="paper", choices=list(GRIDS), help="sizes (paper)")
     parser.add_argument(
@@ -148,14 +148,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--modes",
         nargs="+",
         choices=MODES,
-        help="measure only these modes of a grid, or any with --shape",
+        help="measure only these modes, which the grid must contain (with --shape, any)",
     )
     parser.add_argument(
         "--step-limit",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="give up a layer whose step takes longer than this many seconds (60)",
+        help="abandon a layer if its step takes longer than this many seconds (60)",
     )
     parser.add_argument("--list", action="store_true", help="list layers and grids, and exit")
     parser.add_argument(

@@ -13,13 +13,13 @@ from benchmarks.moe_points import Point
 from nmt_moe.moe import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss
 
-# A quarter more than the mean load, for libraries with a capacity.
+# Libraries with a capacity get a quarter more than the mean load.
 CAPACITY = 1.25
 Answer = tuple[Tensor, Tensor | None]
 
 
 class Layer(nn.Module):
-    """A library's layer: it maps tokens (N, D) to outputs (N, D) and a balance loss or None.
+    """A layer that maps tokens (N, D) to outputs (N, D) and a balance loss or None.
 
     `capacity` is the maximum number of tokens per expert divided by the mean, for libraries with a
     limit.
@@ -60,18 +60,18 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def gates(self, x: Tensor) -> Tensor:
-        """Define the gates (N, E) in evaluation: softmax over the k largest logits."""
+        """Compute the gates (N, E) of an evaluation pass, a softmax over the k largest logits."""
         (weight,) = self.gate_weights()
         return softmax_of_largest(x @ weight, self.top_k)
 
     def dense(self, x: Tensor) -> Tensor:
-        """Define the output in evaluation by computing all experts."""
+        """Compute the output of an evaluation pass from the outputs of all experts."""
         gates = self.gates(x)
         experts = range(self.point.num_experts)
         return torch.stack([gates[:, e, None] * self.expert(e, x) for e in experts]).sum(0)
 
     def expert_modules(self) -> list[nn.Module]:
-        """List modules whose nonzero input rows are the computed pairs.
+        """List the modules in which each nonzero input row is a computed pair.
 
         An empty list means that nothing is ever dropped.
         """
@@ -161,7 +161,7 @@ class OwnHierarchicalLayer(OwnLayer):
 
 
 class PlainLayer(OwnLayer):
-    """A layer with nmt_moe's gate and otherwise torch's own operations."""
+    """A layer with nmt_moe's gate and torch's own operations for everything else."""
 
     def forward(self, x: Tensor) -> Answer:
         out, config = self.moe.gate(x), self.moe.config
@@ -177,7 +177,7 @@ class PlainLayer(OwnLayer):
         return y, loss + load_loss(out.load, config.load_weight)
 
     def apply_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply each expert to its adjacent rows of (R, D), which end before `ends` (E,)."""
+        """Apply each expert to its adjacent rows, (R, D) in all, up to the end in `ends` (E,)."""
         raise NotImplementedError
 
     def computed_pairs(self, x: Tensor) -> int:
@@ -225,9 +225,9 @@ PLAIN: dict[str, type[Layer]] = {"torch_loop": LoopLayer, "torch_grouped_mm": Gr
 def build_layer(
     layer_class: type[Layer], point: Point, device: str, capacity: float = CAPACITY
 ) -> Layer:
-    """Make a layer with random weights; its logits have a standard deviation of 1.
+    """Make a layer with random weights that give logits with a standard deviation of 1.
 
-    Experts therefore get unequal numbers of tokens, as in training. The weight of the noise has its
+    Experts therefore get unequal numbers of tokens, as in training. The noise weights keep their
     initial value, 0, so the scale of the noise is softplus(0) + 0.01.
     """
     torch.manual_seed(0)

@@ -8,15 +8,15 @@ from torch import Tensor
 from benchmarks.moe_points import Point
 
 LIMITS = {
-    "gemm": "as many operations in dense products over all k T rows, without experts",
-    "bmm": "as many operations over n weight matrices with equal rows: the limit for an MoE",
+    "gemm": "the same number of operations in dense products over all k T rows, without experts",
+    "bmm": "the same number of operations over n weight matrices with equal numbers of rows",
 }
-# Numbers in the block that is repeated to fill the matrices; a prime, so that experts differ.
+# Matrices are filled by repeating a block of this many numbers, a prime so that experts differ.
 _BLOCK = 1_000_003
 
 
 class BareProducts:
-    """Two products forward and four backward, which write to preallocated memory."""
+    """Two forward and four backward products that write to preallocated memory."""
 
     def __init__(self, kind: str, point: Point, device: str) -> None:
         assert kind in LIMITS, kind
@@ -62,7 +62,7 @@ class BareProducts:
         """Do nothing, because no memory is needed only during a run."""
 
     def dropped(self) -> None:
-        """Return None: there are no tokens to drop."""
+        """Return None, because there are no tokens to drop."""
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         if self.matrices == 1:
@@ -72,7 +72,7 @@ class BareProducts:
 
 
 def fill_from(tensor: Tensor, block: Tensor, start: int) -> int:
-    """Fill a tensor with a repeated block, from the block's index `start` on; return the end index.
+    """Fill a tensor by repeating a block from its index `start`, and return the next index.
 
     Drawing billions of random numbers would take longer than measuring.
     """

@@ -1,4 +1,4 @@
-"""MoE layers of other libraries, each used as its documentation says."""
+"""MoE layers of other libraries, each used as its documentation describes."""
 
 import importlib.util
 import logging
@@ -11,7 +11,7 @@ from benchmarks.moe_peers_hf import HFMixtral, HFMixtralGrouped, HFReLU, HFSwitc
 from benchmarks.moe_peers_vllm import VLLMCPU
 from benchmarks.moe_points import Point
 
-# The cost of dispatch by one-hot products is quadratic in the number of tokens per group.
+# Tokens are dispatched in groups of this size, because the cost of one-hot products is quadratic.
 GROUP = 512
 
 
@@ -129,7 +129,7 @@ class FairScale(Layer):
         return [self.moe.gate.wg.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # fairscale's gates are random, so the dense definition uses the same gates: the check
+        # fairscale's gates are random. The dense definition uses the same gates, so the check
         # covers only dispatch, experts and combination.
         return self.moe.gate(x)[1].sum(-1)
 

@@ -1,4 +1,4 @@
-"""MoE layers of Hugging Face's transformers, each used as in the models of that library."""
+"""MoE layers of Hugging Face's transformers library, each used as in its models."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.moe_points import Point
 
 
 def mixtral_config(point: Point, width: int, implementation: str) -> Any:
-    """Describe a Mixtral layer with experts of the hidden width `width`."""
+    """Describe a Mixtral layer with experts of hidden width `width`."""
     from transformers import MixtralConfig
 
     config = MixtralConfig(
@@ -76,7 +76,7 @@ class HFReLU(Layer):
                 self.act_fn = nn.ReLU()
 
             def forward(self, *_: Any) -> Tensor:
-                raise NotImplementedError("the decorator puts its implementation here")
+                raise NotImplementedError("the decorator replaces this method")
 
         decorate = use_experts_implementation(has_gate=False, is_transposed=True)
         self.router, self.experts = MixtralTopKRouter(config), decorate(ReLUExperts)(config)
@@ -118,7 +118,7 @@ class HFSwitch(Layer):
         return [self.moe.router.classifier.weight.t()]
 
     def gates(self, x: Tensor) -> Tensor:
-        # The probability itself, not renormalised over the chosen expert.
+        # A gate is the chosen expert's probability, which is not renormalised.
         (weight,) = self.gate_weights()
         top, ids = (x @ weight).softmax(-1).max(-1, keepdim=True)
         return x.new_zeros(len(x), weight.shape[1]).scatter(1, ids, top)

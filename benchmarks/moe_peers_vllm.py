@@ -1,4 +1,4 @@
-"""vLLM's fused mixture of experts for CPUs, called the way its own layer calls it: forward only."""
+"""vLLM's fused mixture of experts for CPUs, called as in its own layer, without a backward pass."""
 
 import importlib.util
 from pathlib import Path
@@ -15,7 +15,7 @@ WIDTH = 32
 
 
 def load_operators() -> None:
-    """Load only vLLM's compiled operators: the package imports much that is not needed here."""
+    """Load only vLLM's compiled operators, because the package imports many unneeded modules."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.submodule_search_locations is not None

@@ -1,4 +1,4 @@
-"""A plot of the cost of a step against the number of experts, all else being equal."""
+"""Plot the time of a step against the number of experts, with all other sizes equal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ LINES = {"bare products of the experts": "k--", "the step with torch's Adam": "k
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of nmt_moe at one size.
+    """The times of nmt_moe's steps at one size.
 
     Attributes:
         point: The size, apart from the number of experts.
@@ -45,8 +45,8 @@ def parts_of_steps(document: dict[str, Any]) -> Steps:
     steps = max(by_size.values(), key=len, default={})
     if len(steps) < 2:
         raise ValueError(
-            "`--plot` must have two or more numbers of experts at one size, timed in "
-            f'the modes "gate" and "step", but has {len(steps)}. Use --grid scaling.'
+            "--plot needs two or more numbers of experts at one size, timed in the modes "
+            f'"gate" and "step", but found {len(steps)}. Use --grid scaling.'
         )
     experts = sorted(steps)
     columns = [_parts(steps[count][1]) for count in experts]

@@ -8,17 +8,17 @@ from typing import Any
 
 from nmt_moe.moe import MoEConfig
 
-# "step" includes the optimizer; "gate" is the forward and backward pass of only the gate, with both
-# balance losses.
+# "step" includes the optimizer; "gate" is the forward and backward pass of the gate and both
+# balance losses, without experts.
 MODES = ("forward", "fwd+bwd", "gate", "step")
 TRAINING = ("forward", "fwd+bwd", "step")
-# Modes in which the bare matrix products are also measured.
+# The bare matrix products are also measured in these modes.
 BARE = ("forward", "fwd+bwd")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One size of layer and batch.
+    """One size of layer and batch to measure.
 
     Attributes:
         tokens: Tokens in the batch, N.
@@ -28,10 +28,10 @@ class Point:
         top_k: Experts per token, K.
         num_groups: Groups of the hierarchical layer, G; each token uses sqrt(K) groups, and
             sqrt(K) experts in each. 0 if there is no such layer.
-        modes: Modes that are timed, some of `MODES`.
+        modes: The modes to time, a subset of `MODES`.
         dtype: Type of tokens and weights, by its name in torch.
         kind: Kind of measurement: "layer", or "gating" for only the gate's arithmetic on logits.
-        yardsticks: Competitors that always run at this point, without being requested.
+        yardsticks: Competitors that always run at this point, even if not requested.
     """
 
     tokens: int
@@ -74,14 +74,14 @@ class Point:
         )
 
     def smaller(self) -> "Point":
-        """Return a tiny point of this kind, which is run first so that loading is not measured."""
+        """Return a tiny point of the same kind, to be run first so that loading is not measured."""
         sizes = {"tokens": 32, "model_dim": 32, "hidden_dim": 48, "num_experts": 8}
         groups = 4 if self.num_groups else 0
         return dataclasses.replace(self, **sizes, top_k=min(self.top_k, 4), num_groups=groups)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Point":
-        """Restore a point from the JSON form of its `dataclasses.asdict`."""
+        """Restore a point from the JSON of its `dataclasses.asdict`."""
         tuples = {name: tuple(fields[name]) for name in ("modes", "yardsticks")}
         return cls(**{**fields, **tuples})
 
@@ -90,7 +90,7 @@ def parse_shape(text: str) -> Point:
     """Parse "T,d,h,n,k" or "T,d,h,n,k,groups".
 
     Raises:
-        argparse.ArgumentTypeError: if the numbers do not make a layer.
+        argparse.ArgumentTypeError: if the numbers do not describe a valid layer.
     """
     try:
         numbers = [int(word) for word in text.split(",")]

@@ -1,4 +1,4 @@
-"""Rounds of competitors, each in its own process.
+"""Measure competitors in rounds, each competitor in its own process.
 
 In the first round, each process is started when its turn comes. As long as all processes fit
 into memory together, they keep running; otherwise every turn starts and ends a process.
@@ -22,9 +22,9 @@ from benchmarks.moe_limits import LIMITS
 from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import BARE, Point
 
-# A turn repeats a short job for about this many seconds, at most this many times.
+# A turn repeats a short job for about TURN_SECONDS, but at most MOST_REPEATS times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# How many seconds imports, the first kernels on a GPU, and filling the weights may take in all.
+# Imports, the first kernels on a GPU and filling the weights may take this many seconds in all.
 START_SECONDS = 300.0
 
 
@@ -34,9 +34,9 @@ class Entrant:
 
     Attributes:
         name: Name of the competitor.
-        point: The size, with the number of experts per token that it supports.
-        modes: Modes that are timed.
-        label: The name, and the number of experts per token if it differs.
+        point: The size, with a number of experts per token that the competitor supports.
+        modes: The modes to time.
+        label: The name, with the number of experts per token if it is not the requested one.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Record:
     """All results of an entrant.
 
     Attributes:
-        rounds: For each mode the samples of each round; see `Worker.measure`.
+        rounds: The samples of each round, by mode; see `Worker.measure`.
         peaks: Peak bytes for each mode, including the modes before it.
         facts: Results of `describe` and `dropped`.
         failed: Why a mode was abandoned, by mode.
@@ -67,7 +67,7 @@ class Record:
     skipped: str | None = None
 
     def repeats(self, mode: str) -> int:
-        """Return how often the next turn runs the mode."""
+        """Return how many times the next turn runs the mode."""
         known = [sample["seconds"] for samples in self.rounds.get(mode, []) for sample in samples]
         if not known:
             return 1
@@ -78,7 +78,7 @@ class Process:
     """A worker process.
 
     Raises:
-        RuntimeError: in any call, if the worker reports an error, died or was too slow.
+        RuntimeError: in any call, if the worker reports an error, dies or is too slow.
     """
 
     def __init__(self, entrant: Entrant, device: str, threads: int, log: IO[str]) -> None:
@@ -105,7 +105,7 @@ class Process:
         """Send a command, and wait at most `within` seconds for its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died; reported below
+        with contextlib.suppress(BrokenPipeError):  # the worker has died, which is reported below
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
         if not select.select([self._process.stdout], [], [], within)[0]:
             raise RuntimeError(f"{command} took more than {within:.0f} s")
@@ -118,7 +118,7 @@ class Process:
         return found["ok"]
 
     def close(self, now: bool = False) -> None:
-        """End the process: at the end of its input, or `now`."""
+        """End the process by closing its input, or kill it `now`."""
         if now:
             self._process.kill()
         self._process.communicate()
@@ -144,7 +144,7 @@ def entrants_of(point: Point, peers: list[str]) -> list[Entrant]:
 
 
 def limit_label(name: str, top_k: int, point: Point) -> str:
-    """Name the limit for `top_k` experts per token."""
+    """Return the label of a limit for `top_k` experts per token."""
     return name if top_k == point.top_k else f"{name} k={top_k}"
 
 
@@ -162,7 +162,7 @@ class Match:
     """All rounds at one point.
 
     Attributes:
-        records: By label, in the order of turns.
+        records: The results by label, in the order of turns.
         stays: Whether processes keep running between turns.
     """
 
@@ -178,7 +178,7 @@ class Match:
         self._held, self._largest = 0, 0
 
     def play(self, rounds: int) -> None:
-        """Do all rounds."""
+        """Run all rounds."""
         begin = time.perf_counter()
         try:
             for at in range(rounds):
@@ -200,7 +200,7 @@ class Match:
             process = Process(entrant, self.device, self.threads, self.log)
         todo = [mode for mode in entrant.modes if mode not in record.failed]
         try:
-            process.call("describe", START_SECONDS)  # answered when it is built
+            process.call("describe", START_SECONDS)  # answered once the competitor is built
             while todo:
                 self._measure(process, record, todo[0])
                 del todo[0]
@@ -220,7 +220,7 @@ class Match:
             process.close()
 
     def _give_up(self, record: Record, todo: list[str], reason: str) -> None:
-        """Give up the remaining modes, which all do more, or everything if no mode remains."""
+        """Abandon the remaining modes, or the entrant if no mode was measured or none remains."""
         timing.say(f"  {record.label}: {' and '.join(todo) or 'all'} abandoned: {reason}")
         if record.rounds.keys() - todo and todo:
             record.failed |= dict.fromkeys(todo, reason)
@@ -241,7 +241,7 @@ class Match:
         record.rounds.setdefault(mode, []).append(samples)
 
     def _decide(self, memory: dict[str, int]) -> None:
-        """Stop keeping processes if another as large as the largest so far might not fit."""
+        """Stop keeping processes if one more, as large as the largest so far, might not fit."""
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:
@@ -256,7 +256,7 @@ class Match:
 
 
 def free_bytes(device: str) -> int:
-    """Return the memory that competitors may use, on the machine or its GPU."""
+    """Return how many bytes competitors may use on the machine or its GPU."""
     if device == "cuda":
         import torch
 
@@ -267,7 +267,7 @@ def free_bytes(device: str) -> int:
 def play_point(
     point: Point, peers: list[str], rounds: int, match_of: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure a point, and return what --json stores."""
+    """Measure a point, and return the results that --json stores."""
     timing.say(f"{point}: {point.rows_per_expert:.3g} rows per expert")
     match = Match(entrants_of(point, peers), **match_of)
     match.play(rounds)

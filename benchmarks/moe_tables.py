@@ -1,4 +1,4 @@
-"""Tables of moe_layer.py's measurements, from its JSON."""
+"""Lay out moe_layer.py's measurements as tables."""
 
 import math
 import statistics
@@ -13,17 +13,17 @@ MOST_WAITED = 0.05
 # With fewer undisturbed rounds than this, the median is taken over all rounds and marked.
 LEAST_CLEAN = 3
 MARK = "~"
-# What times are divided by, for each kind of point.
+# Times are divided by the times of these competitors, for each kind of point.
 YARDSTICKS = {"layer": ("bmm", "gemm"), "gating": ("copy", "eager_gating")}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One mode of one competitor over the rounds.
+    """The times of one competitor in one mode.
 
     Attributes:
         samples: Seconds of the rounds that count.
-        is_clean: Whether enough rounds were undisturbed, so that only undisturbed rounds count.
+        is_clean: Whether there were enough undisturbed rounds to count only those.
     """
 
     samples: timing.Samples
@@ -62,7 +62,7 @@ def summarise_point(found: dict[str, Any], threads: int) -> dict[str, dict[str, 
 
 
 def format_point(found: dict[str, Any], threads: int) -> str:
-    """Lay out the table of one point under a heading, followed by what was abandoned and why."""
+    """Lay out the table of one point under a heading, and list abandoned modes below it."""
     point = Point.from_json(found["point"])
     times = summarise_point(found, threads)
     modes = [mode for mode in MODES if mode in point.modes]
@@ -100,7 +100,7 @@ def _milliseconds(timed: Timing | None, part: str | None = None) -> str:
 def _ratio(
     times: dict[str, dict[str, Timing]], one: dict[str, Any], mode: str, name: str, point: Point
 ) -> str:
-    """Divide by the time of the yardstick that has the same number of experts per token."""
+    """Return a competitor's time divided by the yardstick's, with equal experts per token."""
     label = name if one["top_k"] == point.top_k else f"{name} k={one['top_k']}"
     mine, limit = times[one["label"]].get(mode), times.get(label, {}).get(mode)
     if mine is None or limit is None:
@@ -119,7 +119,7 @@ def _given_up(found: dict[str, Any]) -> list[str]:
 
 
 def format_notes(points: list[dict[str, Any]]) -> str:
-    """List how each competitor differs, and its optimizer."""
+    """List the notes and the optimizer of each competitor."""
     notes: dict[str, str] = {}
     for found in points:
         for one in found["competitors"]:

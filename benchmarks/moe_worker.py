@@ -1,7 +1,7 @@
-"""One competitor in its own process, which reads commands from a pipe.
+"""Measure one competitor in its own process, which reads commands from standard input.
 
-moe_rounds.py starts it with one argument, a JSON object. It answers each line of standard input,
-which is also a JSON object, with a line on standard output. Libraries' output goes to stderr.
+moe_rounds.py starts the process with one argument, a JSON object. Each line of standard input is
+also a JSON object, and is answered by a line on standard output. Libraries' output goes to stderr.
 """
 
 import json
@@ -23,15 +23,15 @@ from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import Point
 from nmt_moe import training
 
-# How many bytes of the initially free memory are left to other processes.
+# This many bytes of the initially free memory are left to other processes.
 _KEPT_FREE = 2**30
 
 
 class Competitor(Protocol):
-    """The interface of what a worker measures."""
+    """The interface of a competitor that a worker measures."""
 
     def run(self, mode: str) -> dict[str, float] | None:
-        """Run a mode once, and return how many seconds each part took if that is known."""
+        """Run a mode once, and return how many seconds each part took, if known."""
 
     def rest(self) -> None:
         """Free the memory that is needed only during a run."""
@@ -144,10 +144,10 @@ def waited_seconds() -> float:
 
 
 class Worker:
-    """Answers commands about one competitor.
+    """One competitor, with a method for each command.
 
     Attributes:
-        competitor: The layer or gate that is measured.
+        competitor: The layer, gate or products to measure.
     """
 
     def __init__(self, name: str, point: Point, device: str, modes: list[str]) -> None:
@@ -164,10 +164,10 @@ class Worker:
         return self.competitor.describe()
 
     def measure(self, mode: str, warmup: int, repeats: int) -> list[dict[str, Any]]:
-        """Run a mode `warmup` times, then `repeats` times, each timed.
+        """Run a mode `warmup` times without timing, and then `repeats` times with timing.
 
         Returns:
-            For each run: `seconds`, `waited` (seconds that threads waited for a core), `parts`.
+            `seconds`, `waited` (how long threads waited for a core) and `parts` of each timed run.
         """
         samples = []
         for at in range(-warmup, repeats):
@@ -184,7 +184,7 @@ class Worker:
         return samples
 
     def memory(self) -> dict[str, int]:
-        """Return, in bytes, how far the peak is above the start and how much is held now."""
+        """Return the peak above the memory at the start, and the memory held now, in bytes."""
         peak = timing.peak_bytes(self.device) - self._before
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -202,7 +202,7 @@ class Worker:
 
 
 def limit_memory() -> None:
-    """Make allocations beyond free memory fail, so that the kernel does not kill processes."""
+    """Make allocations beyond the free memory fail, so that the system does not kill processes."""
     free = timing.available_bytes() - _KEPT_FREE
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
 
@@ -223,7 +223,7 @@ def main() -> None:
                 point = Point.from_json(settings["point"])
                 worker = Worker(settings["name"], point, settings["device"], settings["modes"])
             found = {"ok": getattr(worker, command.pop("command"))(**command)}
-        except Exception as error:  # from any library: report it and continue
+        except Exception as error:  # any library may raise any error; report it and continue
             traceback.print_exc()
             first = (str(error).strip().splitlines() or [""])[0]
             found = {"error": f"{type(error).__name__}: {first[:200]}"}

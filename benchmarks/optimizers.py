@@ -1,7 +1,7 @@
-"""Time an update of expert weights: factored Adam and its alternatives.
+"""Time an update of expert weights by factored Adam and by other implementations of Adam.
 
-The weights are those of a layer of E experts: one tensor (E, D, H) and one tensor (E, H, D). All of
-them have gradients. All optimizers except factored Adam store two numbers for each weight.
+A layer of E experts has two weight tensors, (E, D, H) and (E, H, D), both with gradients. All
+optimizers except factored Adam store two numbers for each weight.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def optimizers() -> dict[str, Callable[[list[Parameter]], Optimizer]]:
-    """Return each competitor's constructor, with fairseq's Adam if fairseq is installed."""
+    """Return each competitor's constructor, including fairseq's Adam if fairseq is installed."""
     found: dict[str, Callable[[list[Parameter]], Optimizer]] = {
         FACTORED: partial(FactoredAdam, factored=True),
         "torch fused": partial(Adam, fused=True),

@@ -2,8 +2,8 @@
 
 They come from the planner's description of the network. Other operations (activations, softmaxes,
 embeddings, dropout, sorting, the optimizer) are not included, and neither are products that could
-be avoided: here the weight gradient of a recurrent layer is a single product over all steps, and
-padding does not count as tokens.
+be avoided. The weight gradient of a recurrent layer is therefore a single product over all steps,
+and padding does not count as tokens.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import Tensor
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.planning import Batch, Product, describe
 
-# Maps part of an LSTM weight's name to the input that the weight multiplies.
+# This maps part of an LSTM weight's name to the input that the weight multiplies.
 LSTM_PARTS = {"_ih_": "input", "weight_x": "input", "_hh_": "recurrent", "recurrent": "recurrent"}
 GROUPS = {"gates": "MoE gate", "experts": "MoE experts"}
 
@@ -36,7 +36,7 @@ def model_products(config: GNMTConfig, batch: Batch) -> list[Product]:
 
 
 def group_of(product: Product) -> str:
-    """Return the group of a product, for totals."""
+    """Return the name of a product's group, for totals."""
     if product.part != "LSTM":
         return GROUPS.get(product.part, product.part)
     kinds = [kind for name, kind in LSTM_PARTS.items() if name in product.weight]
@@ -46,7 +46,7 @@ def group_of(product: Product) -> str:
 def training_flops(products: Iterable[Product]) -> int:
     """Count the operations of the forward and backward passes: each product and its two gradients.
 
-    A multiplication and an addition count as two.
+    A multiplication and an addition count as two operations.
     """
     return 6 * sum(product.macs for product in products)
 
@@ -60,7 +60,7 @@ def flops_by_group(products: Iterable[Product]) -> dict[str, int]:
 
 
 class Pool:
-    """Tensors by use and shape, shared by lists of products that never run at the same time."""
+    """Tensors by shape, shared by lists of products that never run at the same time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -82,9 +82,9 @@ class Pool:
 
 
 class BareProducts:
-    """Compute a list of products forward and their two gradients backward, and nothing else.
+    """A job that computes products, then their two gradients in reverse order, and nothing else.
 
-    Every product has its own operands, as in a model; results share one scratch buffer.
+    Every product has its own operands, as in a model; all results share one scratch buffer.
     """
 
     def __init__(self, products: Iterable[Product], pool: Pool) -> None:

@@ -1,4 +1,4 @@
-"""Time the loss and gradients of a softmax layer, in full and by importance sampling.
+"""Time a softmax layer's loss and gradients, computed in full and by importance sampling.
 
 A step computes the logits, the loss, and the gradients of features and weight; the sampled softmax
 also draws its samples. The full and the sampled softmax both create a gradient as large as the
@@ -44,11 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_jobs(args: argparse.Namespace, vocab_size: int) -> Mapping[str, Job]:
-    """Return the full softmax, and one sampled softmax for each number of draws."""
+    """Return a job for the full softmax, and one for each number of draws."""
     bound = args.dim**-0.5
     weight = torch.empty(vocab_size, args.dim, device=args.device).uniform_(-bound, bound)
     features = torch.randn(args.tokens, args.dim, device=args.device)
-    # Draw targets from the distribution that the samples are drawn from.
+    # Draw targets from the same distribution as the samples.
     ranks = torch.rand(args.tokens, dtype=torch.float64, device=args.device)
     target = ((vocab_size + 1) ** ranks).long().sub(1).clamp(0, vocab_size - 1)
     weight.requires_grad_()
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     too_many = max(args.draws) > min(args.vocab_size)
     if too_many or min(args.draws + [args.tokens, args.dim]) < 1:
         sys.exit(
-            "--draws must be from 1 to the smallest --vocab-size; --tokens and --dim at least 1."
+            "--draws must be from 1 to the smallest --vocab-size, and --tokens and --dim must be "
+            "at least 1."
         )
     rows, kept = [], []
     for vocab_size in args.vocab_size:

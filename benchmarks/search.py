@@ -1,18 +1,17 @@
-"""Time searches of fairseq-generate on one trained model: fairseq's own and GNMT's.
+"""Time fairseq-generate with fairseq's own search and with GNMT's, on a trained model.
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
 This compares fairseq's own search ("stock", all options off) with GNMT's penalties, with GNMT's
-pruning and with both together. The options have GNMT's values. The time is the one that
-fairseq-generate reports: the generator's time on batches of its own iterator, which sorts sentences
-by length. Translations have
-their natural lengths, so the model must be trained: a random model assigns similar scores to
-everything, and nothing is pruned.
+pruning and with both together. The options have GNMT's values. As in fairseq-generate's report,
+only the generator is timed, on batches of fairseq's own iterator, which sorts sentences by length.
+Translations have their natural lengths, so the model must be trained. A random model assigns
+similar scores to all hypotheses, and nothing is pruned.
 
 `steps` counts calls of the decoder, and `rows` counts the hypotheses evaluated in these calls.
 `same` is the share of sentences whose best translation is the same as with "stock" or, in the row
-with penalties and pruning, as with "penalties". `BLEU` is computed on the binarised pieces of the
-data's targets, so use it only to compare these rows.
+with penalties and pruning, as with "penalties". `BLEU` is computed on pieces, with the binarised
+targets as references, so use it only to compare these rows.
 """
 
 import argparse
@@ -85,17 +84,17 @@ class Data:
         }
 
     def text(self, tokens: torch.Tensor) -> str:
-        """Return tokens as pieces."""
+        """Return the pieces of tokens, separated by spaces."""
         return self.task.target_dictionary.string(tokens)
 
 
 class Search:
-    """One search on the model; each call translates everything.
+    """One search on the model; each call translates all batches.
 
     Attributes:
         num_steps: How many steps the decoder did.
         num_rows: How many hypotheses were evaluated in these steps.
-        best: Best translation of each sentence, by sentence number.
+        best: The best translation of each sentence, by sentence number.
     """
 
     def __init__(self, data: Data, config: DictConfig) -> None:
@@ -105,12 +104,12 @@ class Search:
         self.best: dict[int, str] = {}
 
     def __call__(self) -> None:
-        """Translate everything once."""
+        """Translate all batches once."""
         for batch in self.data.batches:
             self.data.task.inference_step(self.generator, [self.data.model], batch)
 
     def count(self) -> None:
-        """Translate once more, untimed, and record what was evaluated and found."""
+        """Translate all batches, and record the counts and the best translations."""
         decoder = self.data.model.decoder
         forward = decoder.forward
 
@@ -119,7 +118,7 @@ class Search:
             self.num_rows += len(prev_output_tokens)
             return forward(prev_output_tokens, *args, **kwargs)
 
-        # fairseq calls `forward` directly, so hooks do not run.
+        # fairseq calls `forward` directly, so hooks would not run.
         decoder.forward = counting
         try:
             for batch in self.data.batches:
@@ -206,7 +205,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--subset", default="valid", help="subset of the data (valid)")
     parser.add_argument("--batch", type=int, default=64, help="sentences per batch (64)")
-    parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
+    parser.add_argument("--beam", type=int, default=5, help="beam size (5)")
     timing.add_common_flags(parser)
     return parser.parse_args(argv)
 

@@ -9,8 +9,8 @@ with one. The overhead is the time that a client waits, minus the time that the 
 the translator according to its metrics. The machine's load is printed below the table, because
 other programs on a shared machine lengthen the times.
 
-`--soak` sends as many requests as arrive in an hour at one per second, within the given number of
-seconds. The requests contain single texts, lists or texts of several lines; some ask for
+`--soak` sends an hour's worth of requests, one for each second, within the given number of seconds.
+The requests contain single texts, lists or texts of several lines; some ask for
 alternatives, and some use a different API. They come from several clients, some of which disconnect
 early. Every answer is compared with the translator's own.
 """
@@ -78,7 +78,7 @@ class Client:
         self._languages = {"source": source, "target": target}
 
     def post(self, path: str, **fields: Any) -> Any:
-        """Send JSON, and return the answer, whose status must be 200."""
+        """Send JSON, check that the status is 200, and return the answer."""
         headers = {"Content-Type": "application/json"}
         self._connection.request("POST", path, json.dumps(fields), headers)
         answer = self._connection.getresponse()
@@ -88,11 +88,11 @@ class Client:
         return json.loads(content)
 
     def translate(self, q: str | Sequence[str], **fields: Any) -> Any:
-        """Use LibreTranslate's API, and return the texts and any alternatives requested."""
+        """Translate with LibreTranslate's API, and return the texts and alternatives."""
         return self.post("/translate", q=q, **self._languages, **fields)
 
     def explain(self, text: str) -> str:
-        """Use the project's own API, and return the text."""
+        """Translate with the project's own API, and return the translation."""
         return self.post("/v1/translate", texts=text, **self._languages)["translations"][0]["text"]
 
     def leave(self, text: str) -> None:
@@ -116,7 +116,7 @@ def read_metric(host: str, name: str) -> float:
 def ask_at_once(
     host: str, args: argparse.Namespace, texts: Sequence[str], num_clients: int
 ) -> tuple[float, list[float]]:
-    """Let all clients request translations at once, each sending one request after another.
+    """Send requests from all clients in parallel, one after another from each client.
 
     Returns:
         How many sentences were translated per second, and how many seconds each request took.
@@ -139,7 +139,7 @@ def ask_at_once(
 
 
 def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
-    """Print the table."""
+    """Measure both servers in turn, and print the table."""
     rates: dict[tuple[int, bool], list[float]] = {}
     waits: dict[tuple[int, bool], list[float]] = {}
     batches: dict[tuple[int, bool], list[float]] = {}
@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
                     after = [read_metric(host, name) for name in COUNTED]
                     inside, num_batches, num_requests = map(float.__sub__, after, before)
                     if number < 0:
-                        continue  # not counted, because the first round loads the experts from disk
+                        continue  # the first round loads the experts from disk
                     key = num_clients, is_batching
                     rates.setdefault(key, []).append(rate)
                     waits.setdefault(key, []).extend(waited)
@@ -169,8 +169,8 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
     print(timing.markdown_table(COLUMNS, [_row(key, rates, waits, batches) for key in rates]))
     many = {key[1]: statistics.median(own) for key, own in rates.items() if key[0] != 1}
     print(f"\nBatching gives {many[True] / many[False]:.2f} times as many sentences/s.")
-    print(f"One client: the server adds {statistics.median(added):.1f} ms to the translator's time")
-    print(f"(rounds: {', '.join(f'{value:.1f}' for value in added)}).")
+    print(f"With one client, the server adds {statistics.median(added):.1f} ms to the translator's")
+    print(f"time (rounds: {', '.join(f'{value:.1f}' for value in added)}).")
     print(f"\n{timing.describe_hardware('cpu', args.threads)}; load {min(loads):.1f} to")
     print(f"{max(loads):.1f}, {args.requests} requests per client, {args.rounds} rounds.")
     everything = {str(key): {"rates": rates[key], "waits": waits[key]} for key in rates}
@@ -223,7 +223,7 @@ class Soak:
         return cls(list(texts), expected, others)
 
     def ask(self, client: Client, chance: random.Random) -> bool:
-        """Send one request, and return whether its answer is the translator's own."""
+        """Send one request, and return whether its answer equals the translator's own."""
         text, other = chance.sample(self.texts, 2)
         want, want_other = self.expected[text], self.expected[other]
         kind = chance.randrange(10)
@@ -313,7 +313,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="file of short sentences, one per line")
     parser.add_argument("--source", default="en", help="language of the text (en)")
     parser.add_argument("--target", default="de", help="language of the translations (de)")
-    parser.add_argument("--clients", type=int, default=16, help="number of clients at once (16)")
+    parser.add_argument("--clients", type=int, default=16, help="simultaneous clients (16)")
     parser.add_argument("--requests", type=int, default=6, help="requests per client and round (6)")
     parser.add_argument("--max-words", type=int, default=12, help="maximum words per sentence (12)")
     parser.add_argument(

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-# Working directory of the processes that these programs start, so that they can import these
-# modules.
+# Processes that these programs start run in this folder, so that they can import these modules.
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A job runs a competitor once, and may return how many seconds each part took.
 Job = Callable[[], Mapping[str, float] | None]
@@ -39,7 +38,7 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """Return the median of the whole job."""
+        """Return the median time of the whole job."""
         return statistics.median(self.seconds)
 
     @property
@@ -48,14 +47,14 @@ class Samples:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
     def part(self, name: str) -> float:
-        """Return the median of one part."""
+        """Return the median time of one part."""
         return statistics.median(self.parts[name])
 
 
 def interleave(
     jobs: Mapping[str, Job], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, Samples]:
-    """Run all jobs in turn, `warmup` rounds unmeasured and then `rounds` measured ones."""
+    """Run all jobs in turn, in `warmup` unmeasured rounds and then in `rounds` measured ones."""
     samples = {name: Samples() for name in jobs}
     start = time.perf_counter()
     for at in range(-warmup, rounds):
@@ -130,7 +129,7 @@ def cpu_model() -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table whose first column is aligned left and whose numbers are aligned right."""
+    """Lay out a table with the first column aligned left and all others aligned right."""
     lines = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -150,14 +149,14 @@ def prepare(args: argparse.Namespace) -> None:
     """Apply the common flags.
 
     Raises:
-        SystemExit: if a flag asks for something that does not exist.
+        SystemExit: if a flag has an invalid value, or there is no GPU.
     """
     if args.rounds < 1 or args.threads < 1:
         sys.exit(
             f"--rounds and --threads must be at least 1, but are {args.rounds}, {args.threads}."
         )
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no GPU here. Use --device cpu.")
+        sys.exit("--device cuda: torch sees no GPU. Use --device cpu.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 

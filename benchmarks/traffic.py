@@ -19,10 +19,10 @@ class Traffic:
     """The traffic of this rank during a measurement.
 
     Attributes:
-        bytes_sent: Bytes sent to other ranks. "exchange" counts what is sent by all-to-all: rows of
-            tokens, and how many there are. "sum" counts each all-reduce as if it ran in a ring of
-            W ranks, which sends 2 (W - 1) / W of the tensor.
-        seconds: Seconds, under the same names, including the time spent waiting for other ranks.
+        bytes_sent: Bytes sent to other ranks. "exchange" counts the rows of tokens sent by
+            all-to-all, and the messages that announce their number. "sum" counts each all-reduce
+            as if it ran in a ring of W ranks, where each rank sends 2 (W - 1) / W of the tensor.
+        seconds: Times under the same names, including the time spent waiting for other ranks.
     """
 
     bytes_sent: Counter[str] = field(default_factory=Counter)

@@ -5,8 +5,8 @@
 A step consists of forward pass, loss, backward pass and Adam, on random sentences of one length,
 with the model, the criterion and the Adam that fairseq-train would use. All models, and each
 model's products (see products.py), take turns in one process. Peak memory is measured over two
-steps in a separate process, minus the memory in use after the imports. Tokens are target tokens;
-there are as many source tokens.
+steps in a separate process, and excludes the memory in use after the imports. Only target tokens
+are counted; there are as many source tokens.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class TrainingStep:
 
 
 def make_sample(dictionary: Dictionary, sentences: int, length: int, device: str) -> dict[str, Any]:
-    """Make a batch of random sentences as fairseq's collater would, (B, length) on both sides."""
+    """Make a batch of random sentences, (B, length) on both sides, as fairseq's collater would."""
     tokens = torch.randint(dictionary.nspecial, len(dictionary), (2, sentences, length))
     tokens[:, :, -1] = dictionary.eos()
     source, target = tokens.to(device)
@@ -132,7 +132,7 @@ def print_memory(name: str, args: argparse.Namespace) -> None:
     tiny.sentences, tiny.length, tiny.vocab_size = 1, 2, 8
     sizes = ("--model-dim", "--lstm-hidden-dim", "--expert-hidden-dim")
     tiny.model_flags += "".join(f" {flag} 8" for flag in sizes)
-    TrainingStep(name, tiny)()  # loads libraries on first use; their memory is not the model's
+    TrainingStep(name, tiny)()  # loads libraries, which are not part of the model's memory
     before = timing.peak_bytes(args.device)
     step = TrainingStep(name, args)
     step()
@@ -143,7 +143,7 @@ def print_memory(name: str, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Return a row per model, and the operations of each model's products by group."""
     names = [f"{arch}/{wiring}" for arch in args.arch for wiring in args.attention_wiring]
-    # Measure this first, while this process is small: the processes it starts need the memory.
+    # Measure memory first, while this process is small, because its child processes need memory.
     peaks = {} if args.no_memory else measure_memory(names, args)
     batch = Batch(args.sentences, args.length, args.vocab_size)
     pool = products.Pool(args.device)

@@ -2,14 +2,14 @@
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
-The time is the one that fairseq-generate reports: the time that its generator takes on batches from
-fairseq's own iterator. With --command, the whole command is also timed. The models have random
-parameters, so every hypothesis is forced to have --length tokens (min_len = max_len): all models do
-the same number of steps, and no batch shrinks. Source sentences have between --length / 2 and
---length tokens.
+As in fairseq-generate's report, only the generator is timed, on batches from fairseq's iterator.
+With --command, the whole command is also timed. The models have random parameters, so every
+hypothesis is forced to have --length tokens (min_len = max_len). All models therefore do the same
+number of steps, and no batch shrinks. Source sentences have between --length / 2 and --length
+tokens.
 
 fairseq's lstm has the same embedding width, hidden size and number of decoder layers as
-lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder: two, as in
+lstm_moe_gnmt_small. Its encoder must have as many layers as its decoder; both have two, as in
 lstm_moe_gnmt_small. Both of its encoder layers are bidirectional, while only the bottom layer of
 lstm_moe_gnmt_small is; fairseq's LSTMs have no projection. All models use the same dictionary,
 sentences, batch and beam.
@@ -118,7 +118,7 @@ class Translation:
         self.length = args.length
 
     def __call__(self) -> None:
-        """Translate everything once."""
+        """Translate all batches once."""
         for batch in self.batches:
             found = self.task.inference_step(self.generator, [self.model], batch)
             # Times can be compared only if all models do the same work.
@@ -238,14 +238,14 @@ def main(argv: list[str] | None = None) -> None:
         "--model-flags",
         default="",
         metavar="FLAGS",
-        help="more flags for that architecture, in one string",
+        help="more flags for --arch, in one string",
     )
     parser.add_argument(
         "--peer-hidden", type=int, metavar="N", help="hidden size of fairseq's lstm (as in --arch)"
     )
     parser.add_argument("--sentences", type=int, default=64, help="sentences to translate (64)")
     parser.add_argument("--batch", type=int, default=32, help="sentences per batch (32)")
-    parser.add_argument("--beam", type=int, default=5, help="beam width (5)")
+    parser.add_argument("--beam", type=int, default=5, help="beam size (5)")
     parser.add_argument("--length", type=int, default=25, help="tokens per translation (25)")
     parser.add_argument(
         "--vocab-size", type=int, default=8000, help="symbols in the vocabulary (8000)"

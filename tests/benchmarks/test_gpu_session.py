@@ -74,13 +74,13 @@ def test_each_point_of_the_grid_has_a_part():
 def test_an_unknown_part_is_refused(stub, tmp_path):
     done = run_session(tmp_path, "gatings", python=stub)
     assert done.returncode == 2
-    assert "no part is called gatings" in done.stderr
+    assert "there is no part gatings" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
     done = run_session(tmp_path, "products", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
-    assert "torch sees no GPU here" in done.stderr
+    assert "torch sees no GPU." in done.stderr
 
 
 def test_one_part_runs_on_a_small_scale_in_the_interpreter(tmp_path):

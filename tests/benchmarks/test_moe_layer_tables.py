@@ -111,9 +111,9 @@ def scaling(experts):
 
 
 def test_a_plot_needs_several_numbers_of_experts():
-    with pytest.raises(ValueError, match="two or more numbers of experts .* but has 1"):
+    with pytest.raises(ValueError, match="two or more numbers of experts .* but found 1"):
         moe_plot.draw(document(scaling(6)), None)
-    with pytest.raises(ValueError, match="has 0. Use --grid scaling"):
+    with pytest.raises(ValueError, match="found 0. Use --grid scaling"):
         moe_plot.draw(document(point(of=POINT)), None)
 
 
