@@ -194,6 +194,8 @@ def _check_special_logits(report: Report, device: str) -> None:
     lonely = kernels.noisy_top_k(clean, None, 3)
     wanted = [[7, 0, 1], [30, 31, 0]]
     report.claim("logits of -inf: no expert is chosen twice", lonely.expert_ids.tolist() == wanted)
+    load = kernels.noisy_top_k(clean, torch.zeros_like(clean), 3).load
+    report.compare("thresholds of -inf: load", load, clean.isfinite().sum(0), 1e-6)
     clean = torch.randn(6, 40, device=device)
     clean[2, 17] = float("nan")
     for kind, raw_scale in (("training", torch.zeros_like(clean)), ("evaluation", None)):

@@ -135,8 +135,10 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
         `out`.
     """
     chosen = ids[:, :-1]
-    torch.sub(clean, top[:, -2:-1], out=out)
-    threshold = torch.where(is_inside(top), top[:, -1:], top[:, -2:-1])
+    # A logit of -inf does not exceed a threshold of -inf, and inf - inf would give NaN.
+    thresholds = top[:, -2:].clamp_min(torch.finfo(top.dtype).min)
+    torch.sub(clean, thresholds[:, :1], out=out)
+    threshold = torch.where(is_inside(top), thresholds[:, 1:], thresholds[:, :1])
     out.scatter_(1, chosen, clean.gather(1, chosen) - threshold)
     return out.div_(scale).clamp_(-MAX_MARGIN, MAX_MARGIN)
 

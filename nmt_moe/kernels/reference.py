@@ -84,7 +84,10 @@ def noisy_top_k(
     if scale is not None and top_k < clean.shape[1]:
         # To be chosen, an expert must exceed the k-th largest of the *other* logits. This is the
         # (k+1)-th largest of all logits if the expert is chosen now, and the k-th if it is not.
-        kth, next_one = top[:, top_k - 1, None], top[:, top_k, None]
+        # Any finite logit exceeds a threshold of -inf, and a logit of -inf exceeds none. The lowest
+        # finite number gives the same as a threshold, without inf - inf.
+        lowest = torch.finfo(top.dtype).min
+        kth, next_one = (top[:, slot, None].clamp_min(lowest) for slot in (top_k - 1, top_k))
         gap = clean - torch.where(noisy > next_one, next_one, kth)
         # The gradient of an infinite gap would be 0 times infinity.
         probs = torch.special.ndtr(gap.clamp(-LARGEST_GAP, LARGEST_GAP) / scale)

@@ -74,13 +74,17 @@ class MoEStats:
         return self.importance_loss + self.load_loss + self.threshold_loss
 
     def check_finite(self) -> None:
-        """Reject tokens and gate weights that are not finite. This waits for the device.
+        """Reject tokens that are not finite, and gate weights that spoil a gate.
+
+        A gate weight of plus or minus infinity spoils no gate if it only gives logits of -inf:
+        their experts are not chosen, unless a token has fewer than K other experts, and then with a
+        gate of 0. This waits for the device.
 
         Raises:
-            FloatingPointError: if any value is not finite. The message names the layer.
+            FloatingPointError: if a gate is not finite. The message names the layer.
         """
-        # If a value in a token or a gate weight is not finite, a gate is not finite either, and
-        # neither is the importance.
+        # A token that is not finite gives a logit of NaN or +inf, or only logits of -inf. The
+        # softmax over any of these is NaN, and so is the importance.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 

@@ -205,6 +205,17 @@ def test_a_gate_weight_that_is_not_finite_is_named(gate, groups, is_training, to
         layer(torch.randn(tokens, 6))
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_an_expert_whose_logits_are_minus_infinity_is_not_chosen(is_training):
+    layer = MoELayer(MoEConfig(6, 5, 8, 2)).train(is_training)
+    with torch.no_grad():
+        layer.gate.gate_weight[:, 3] = -torch.inf
+    y, stats = layer(torch.rand(9, 6) + 0.1)
+    assert y.isfinite().all()
+    assert stats.importance[3] == stats.tokens_per_expert[3] == 0
+    torch.testing.assert_close(stats.load[3], torch.tensor(0.0))
+
+
 def test_mismatched_tensors_are_refused():
     layer, x = MoELayer(MoEConfig(6, 5, 4, 2)), torch.randn(9, 6)
     for wrong, message in [

@@ -73,10 +73,15 @@ def assert_is_the_definition(
 
 
 def assert_infinite_logits_are_right():
-    """Compare with the definition when noise is added to logits of -inf; refuse NaN."""
-    inputs = make_inputs(9, 40, torch.float32)
+    """Compare with the definition when noise is added to logits of -inf; refuse NaN.
+
+    Of each row's logits, from one to five are finite, and three experts are chosen, so that none,
+    one or both of the thresholds are -inf.
+    """
+    inputs = make_inputs(10, 40, torch.float32)
     clean, raw_scale = (inputs[name].detach().clone() for name in ("clean", "raw_scale"))
-    clean[:, 4:] = -torch.inf  # leaves the three chosen experts and the one that they must beat
+    num_finite = torch.arange(10).unsqueeze(1) % 5 + 1
+    clean[torch.arange(40) >= num_finite] = -torch.inf
     results = []
     for function in (noisy_top_k, reference.noisy_top_k):
         leaves = clean.clone().requires_grad_(), raw_scale.clone().requires_grad_()
@@ -85,8 +90,30 @@ def assert_infinite_logits_are_right():
         grads = torch.autograd.grad(loss + out.load.square().sum(), leaves)
         results.append((*out[:5], *grads))
     for name, one, other in zip((*FIELDS, "by clean", "by raw_scale"), *results, strict=True):
-        assert not other.isnan().any(), name
+        assert other.isfinite().all(), name
         assert_close(name, one, other, rtol=1e-4, atol=1e-5)
+    _assert_few_finite_logits_are_certain(clean, raw_scale, inputs["noise"])
+    _assert_rows_without_a_largest_logit_are_nan(clean, raw_scale)
+
+
+def _assert_few_finite_logits_are_certain(clean: Tensor, raw_scale: Tensor, noise: Tensor):
+    """At most k finite logits are among the k largest whatever the noise, and -inf never is."""
+    few = clean.isfinite().sum(1) <= 3
+    load = noisy_top_k(clean[few], raw_scale[few], 3, noise[few]).load
+    expected = clean[few].isfinite().sum(0).float()  # eq. 10: the sum of P(x, i) over tokens
+    assert_close("load", load, expected, rtol=0, atol=1e-6)
+
+
+def _assert_rows_without_a_largest_logit_are_nan(clean: Tensor, raw_scale: Tensor):
+    """The softmax over infinities is NaN, which shows in the importance, and in no other row."""
+    spoilt = clean.clone()
+    spoilt[1] = -torch.inf
+    spoilt[4, 7] = torch.inf
+    for scale in (raw_scale, None):
+        out = noisy_top_k(spoilt, scale, 3)
+        assert out.gates.isnan().all(1).tolist() == [row in (1, 4) for row in range(len(spoilt))]
+        assert not out.gates[[0, 2, 3]].isnan().any()
+        assert not out.importance.isfinite().all()
 
 
 def assert_close(name: str, one: Tensor, other: Tensor, **tolerance: float):

@@ -16,6 +16,7 @@ from nmt_moe.kernels._triton.gating_parts import (
     read_noise,
     softplus,
     sort_keys,
+    threshold,
 )
 from nmt_moe.kernels._triton.hints import whole
 
@@ -93,8 +94,8 @@ def forward_kernel(
         if COUNT > TOP_K:
             kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
             next_one = tl.max(tl.where(slots == TOP_K, values, float("-inf")), 1)[:, None]
-            threshold = tl.where(chosen & (noisy > next_one), next_one, kth)
-            probs = normal_cdf((logits - threshold) / scale)
+            limit = threshold(chosen & (noisy > next_one), kth, next_one)
+            probs = normal_cdf((logits - limit) / scale)
             sum_probs += tl.sum(tl.where(mask, probs, 0.0), 0)
     sums, in_row = program * num_experts + columns, columns < num_experts
     tl.store(importance + sums, sum_gates, in_row)

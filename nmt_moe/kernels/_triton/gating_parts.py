@@ -5,6 +5,8 @@ import triton.language as tl
 
 INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# The lowest finite float32 number.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 # A key smaller than that of any score, including -inf, so that no score is chosen twice.
 TAKEN = tl.constexpr(-(2**31))
 
@@ -147,7 +149,16 @@ def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
     """
     kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
-    return (clean - tl.where(inside, next_one, kth)) / scale
+    return (clean - threshold(inside, kth, next_one)) / scale
+
+
+@triton.jit
+def threshold(inside, kth, next_one):
+    """Choose each expert's threshold: (B, W) bool and (B, 1) logits -> (B, W).
+
+    A logit of -inf does not exceed a threshold of -inf, and inf - inf would give NaN.
+    """
+    return tl.where(inside, tl.maximum(next_one, LOWEST), tl.maximum(kth, LOWEST))
 
 
 @triton.jit
