@@ -47,7 +47,7 @@ def save_experts(
     """Write this rank's experts for a checkpoint that is about to be saved.
 
     If a lower rank holds the same experts, only that rank writes them. All ranks must call this.
-    No rank needs memory for the experts of others.
+    No rank needs memory for experts other than its own.
 
     Args:
         folder: Folder of the checkpoint, the same for all ranks.
@@ -111,8 +111,8 @@ def restore_experts(
     """Add experts from their files to a checkpoint that has been read.
 
     Args:
-        path: Path of the checkpoint, whose folder contains the files.
-        state: Contents of the checkpoint, which do not change if they already include the experts.
+        path: Path of the checkpoint; its folder contains the expert files.
+        state: Contents of the checkpoint; unchanged if they already include the experts.
         owned: Slice of the global ids of the experts to add; None for all. Files that contain none
             of them are not read.
         with_optimizer: Whether to add the optimizer state of these experts too.
@@ -202,7 +202,7 @@ def _check_content(
     """Check that the files contain the parameters and optimizer states that the checkpoint lacks.
 
     Raises:
-        ValueError: if a file does not. The message names the file and the difference.
+        ValueError: if any are missing. The message names the file and the difference.
     """
     names = expert_names(path, state)
     optimizer = state.get("last_optimizer_state")

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# Largest size of a file's description of its tensors, which takes about 200 bytes per tensor.
+# Maximum size of the pickle that describes a file's tensors. It takes about 200 bytes per tensor.
 MAX_PICKLE_BYTES = 64 * 2**20
-# Largest number of values in nested containers, where each tensor counts as one, and their largest
-# depth.
+# Maximum number of values in nested containers, counting each tensor as one value, and the maximum
+# depth of these containers.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
 
@@ -56,7 +56,7 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
     if not path.is_file():
         raise ValueError(f"`{path}` does not exist or is not a file")
     try:
-        # Keep the file open from check to load, because another file might take its name.
+        # Keep the file open until it is loaded, because another file could replace it in between.
         with path.open("rb") as file:
             is_archive = _check_archive(file, with_digests=not is_header_only)
             file.seek(0)
@@ -219,12 +219,11 @@ def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
     Args:
         path: Path of the file.
         content: Values to save.
-        attempts: Number of attempts, which are `PAUSE` seconds apart and each start with an empty
-            file.
+        attempts: Number of attempts, `PAUSE` seconds apart. Each starts with an empty file.
 
     Raises:
         OSError: if the file cannot be written. The message names the file and the reason, such as a
-            full disk. An existing file of that name does not change.
+            full disk. An existing file with that name is left unchanged.
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -243,7 +242,7 @@ def copy_whole(source: Path, path: Path) -> None:
 
     Raises:
         OSError: if the file cannot be copied. The message names the file and the reason. An
-            existing file of that name does not change.
+            existing file with that name is left unchanged.
     """
     with source.open("rb") as old:
         try:
@@ -270,7 +269,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def create_exclusively(path: Path) -> BinaryIO:
-    """Open a new file for writing, replacing any file of that name and following no link."""
+    """Open a new file for writing. Replace any file with that name, and follow no link."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
@@ -279,7 +278,7 @@ def create_exclusively(path: Path) -> BinaryIO:
 def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
     """Return an error for a failed write.
 
-    It gives the system's reason, which torch hides behind an error of its own.
+    Its message gives the system's reason, which torch's own error hides.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):

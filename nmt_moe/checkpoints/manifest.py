@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint whose experts are in files beside it.
+"""The manifest of a checkpoint that keeps its experts in files beside it.
 
 If a checkpoint does not contain its experts, it has a manifest under the key `expert_files`:
 
@@ -22,8 +22,8 @@ from typing import Any
 from nmt_moe.checkpoints.files import COPY_AGAIN, shown
 
 MANIFEST = "expert_files"
-# Key in a checkpoint's extra state. Its value maps the index of each of the experts' parameters in
-# the optimizer state to the parameter's name.
+# Key in a checkpoint's extra state. Its value maps indices in the optimizer state to the names of
+# the experts' parameters.
 EXPERT_NAMES = "expert_places"
 PREFIX = "experts-"
 SAVE_ID = re.compile(r"[0-9a-zA-Z]{1,64}")
@@ -48,7 +48,7 @@ def make_manifest(save_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def check_manifest(path: Path, state: Mapping[str, Any]) -> None:
-    """Reject a manifest that is malformed or whose files do not contain each expert exactly once.
+    """Reject a manifest that is malformed or does not list each expert exactly once.
 
     Args:
         path: Path of the checkpoint.
@@ -130,8 +130,8 @@ def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
         state: Contents of the checkpoint.
 
     Returns:
-        The names; empty if the checkpoint has no experts, or was written by an older version that
-        did not store them.
+        The names. The dictionary is empty if the checkpoint has no experts, or was written by an
+        older version that did not store their names.
 
     Raises:
         ValueError: if the names are malformed. The message names the checkpoint.

@@ -1,4 +1,4 @@
-"""Read which network a checkpoint contains: its kind, its configuration and its parameters."""
+"""Read the kind, configuration and parameters of the network in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 
 Config = TypeVar("Config")
 
-# Names of options in version 0.1.0, and their present names.
+# Maps the names that options had in version 0.1.0 to their present names.
 EARLY_NAMES = {
     "moe_top_k": "top_k",
     "expert_hidden_dim": "hidden_dim",
@@ -27,7 +27,7 @@ EARLY_NAMES = {
     "load_loss_weight": "load_weight",
 }
 
-# Options that earlier checkpoints do not have.
+# Options that earlier checkpoints lack.
 LATER_NAMES = {"decoder_num_experts"}
 
 
@@ -56,8 +56,7 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
         state: Contents of the checkpoint, with all experts.
 
     Raises:
-        ValueError: if the checkpoint contains another kind of model, or a configuration from which
-            no network can be built.
+        ValueError: if the checkpoint contains another kind of model or an invalid configuration.
     """
     cfg = state.get("cfg")
     options = _as_dict(cfg.get("model")) if isinstance(cfg, Mapping) else {}
@@ -84,9 +83,7 @@ def read_network(path: Path, state: Mapping[str, Any]) -> SavedNetwork:
         moe = None if options.get("dense") else _pick(MoEConfig, options)
         config = _pick(kind, options, moe=moe)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`{path}` has a configuration from which no network can be built: {error}"
-        ) from error
+        raise ValueError(f"`{path}` has an invalid configuration: {error}") from error
     return SavedNetwork(architecture, config, parameters)
 
 

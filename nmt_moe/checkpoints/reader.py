@@ -1,4 +1,4 @@
-"""Read checkpoints. All other code in the project uses this module to do so."""
+"""Read checkpoints for all other code in the project."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
 
 
 def count_updates(path: Path) -> int:
-    """Return how many updates preceded the saving of a checkpoint, as its header states.
+    """Return the number of updates recorded in a checkpoint's header.
 
     Raises:
         ValueError: if the file cannot be read or does not contain the number.

@@ -16,7 +16,7 @@ from nmt_moe.cli._command import Group, command, list_option
 
 __all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 
-# Name -> where to import the click command from, and its line in `nmt-moe --help`.
+# Maps each name to the import path of its click command and its line in `nmt-moe --help`.
 COMMANDS = {
     "average": (
         "nmt_moe.cli.average:average",

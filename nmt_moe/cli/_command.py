@@ -1,4 +1,4 @@
-"""Share what all subcommands need: examples in the help, lists of values, and short errors."""
+"""Provide all subcommands with examples in the help, options that take lists, and short errors."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Command(WithExamples):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments; `--inputs a b` stands for `--inputs a --inputs b`."""
+        """Parse arguments, reading `--inputs a b` as `--inputs a --inputs b`."""
         lists = {n for option in self.params if isinstance(option, List) for n in option.opts}
         with mistakes_as_messages(ctx):
             return super().parse_args(ctx, spread_lists(args, lists))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn a ValueError or OSError into a message and exit status 1."""
+        """Run the command, and turn a ValueError or OSError into a message and exit status 1."""
         with mistakes_as_messages(ctx):
             return super().invoke(ctx)
 
@@ -69,7 +69,7 @@ def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Return an error's message; one from the operating system names the file and the reason."""
+    """Return an error's message. For operating-system errors, it names the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"`{error.filename}`: {error.strerror}. Check the path."
     return str(error)
@@ -105,12 +105,12 @@ def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Co
 
 
 def list_option(*names: str, **options: Any) -> Callable[[Callable], Callable]:
-    """Decorate a command with an option of one or more values; the function receives a tuple."""
+    """Decorate a command with an option that takes one or more values, passed on as a tuple."""
     return click.option(*names, cls=List, **options)
 
 
 def check_threads(threads: int) -> None:
-    """Reject a value of `--threads` that no machine can use.
+    """Reject an unusable value of `--threads`.
 
     Raises:
         ValueError: if it is out of bounds; the message names the option and both bounds.

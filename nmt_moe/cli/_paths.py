@@ -1,7 +1,7 @@
 """Define types for arguments that are paths.
 
-Paths are checked while the command line is parsed, so that a mistyped path is reported at once
-instead of after the seconds that it takes to import torch.
+Paths are checked while the command line is parsed, so that a mistyped path is reported before torch
+is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Existing(click.Path):
         """Return the path.
 
         Raises:
-            ValueError: if the path names nothing, or something of another kind.
+            ValueError: if the path does not exist, or is of another kind.
         """
         path = Path(value)
         fault = None if str(value) == "-" and "-" in self.kinds else self._fault(path)

@@ -46,10 +46,10 @@ def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int |
                number for each row and each column of an expert matrix.
                Activations need additional memory.
 
-    In a translation model, a token stands for one source token and one target token.
+    For a translation model, one token means one source token and one target token.
 
-    Architectures are described as they are. For other sizes, use `nmt-moe plan`, which takes the
-    model's options, such as --model-dim.
+    Architectures are described with their default sizes. For other sizes, use `nmt-moe plan`, which
+    accepts the model's options, such as --model-dim.
 
     Source: Shazeer et al. 2017, sections 5.1-5.4, Tables 7 and 8, Appendix D.
     """  # noqa: D301 - \b keeps the table as it is

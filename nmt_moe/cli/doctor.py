@@ -24,8 +24,8 @@ def doctor(as_json: bool) -> None:
     """Print versions, processor, memory and devices, and try each part of nmt_moe.
 
     The output is meant to be pasted into a bug report: it names neither the host nor its users. The
-    exit status is 1 if a part is broken. A missing part that this machine does not need does not
-    count as broken.
+    exit status is 1 if a part is broken. A part that is missing but not needed on this machine does
+    not count as broken.
     """
     from nmt_moe import diagnostics
 

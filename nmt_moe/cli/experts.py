@@ -1,4 +1,4 @@
-"""`nmt-moe experts`: measure what experts do on a text; change their number."""
+"""`nmt-moe experts`: measure how experts are used on a text, or change their number."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _choice_options(function: Callable) -> Callable:
             type=click.Choice(["layer", "model"]),
             default="layer",
             show_default=True,
-            help="layer: keep --num-experts in each layer; model: keep as many on average.",
+            help="layer: keep --num-experts in each layer; model: keep that many on average.",
         ),
         click.option(
             "--by",
@@ -121,9 +121,9 @@ def stats(
 ) -> None:
     """Print how the experts of the bundle FOLDER are used on a text.
 
-    For each layer, the output contains the columns of the paper's Table 6; for each expert, it
-    contains the expert's share of the tokens' choices (load), of the gates (importance) and of the
-    output (contribution: gate times norm of the expert's output).
+    For each layer, the command prints the columns of the paper's Table 6. For each expert, it
+    prints the share of the tokens' choices (load), of the gates (importance) and of the output
+    (contribution: gate times norm of the expert's output).
     """
     from nmt_moe.resizing import shares
 
@@ -174,9 +174,10 @@ nmt-moe experts prune many --num-experts 16 --scope model --output many-16 \\
 def prune(model: Path, **options: Any) -> None:
     """Write a copy of MODEL with only the experts that contribute most on a text.
 
-    Tokens that chose a dropped expert go to the best of the remaining experts. The command prints
-    the perplexity before and after for a language model, and for a translation model if there are
-    references. To train a pruned checkpoint further, use `fairseq-train --finetune-from-model`.
+    Tokens that chose a dropped expert are sent to the best of the remaining experts. The command
+    prints the perplexity before and after for a language model, and for a translation model if
+    references are given. To train a pruned checkpoint further, use
+    `fairseq-train --finetune-from-model`.
     """
     _reduce(model, is_merged=False, **options)
 
@@ -307,7 +308,7 @@ def upcycle(
 ) -> None:
     """Write a copy of the dense MODEL with several experts, each a copy of the model's only expert.
 
-    The new model's output is the same at first; training (`--finetune-from-model`) makes the
+    At first, the new model's output is the same. Training (`--finetune-from-model`) makes the
     experts differ. The command prints the largest difference between the old and the new output of
     each layer and, for a text with references, the perplexity before and after.
     """

@@ -10,7 +10,7 @@ from nmt_moe.cli._command import command
 from nmt_moe.cli._paths import CHECKPOINT, FILE, NEW_PATH, Existing
 from nmt_moe.text.lines import read_lines
 
-DATA = Existing("folder", advice="Name the one that fairseq-preprocess wrote.")
+DATA = Existing("folder", advice="Name a folder that fairseq-preprocess wrote.")
 
 
 @command(
@@ -81,10 +81,10 @@ def export(
 ) -> None:
     """Write CHECKPOINT as a bundle: a folder for `nmt-moe translate` and `nmt_moe.Translator`.
 
-    CHECKPOINT may have been written by one process or several, may be averaged, and may hold a
-    translation model for one direction or many, or a language model. The bundle contains weights,
-    vocabulary, pieces, text pipeline, search defaults, a model card, and the SHA-256 hash of every
-    file.
+    CHECKPOINT may have been written by one process or several, and may be averaged. It contains a
+    translation model for one or many directions, or a language model. The bundle contains the
+    weights, vocabulary, pieces, text pipeline, search defaults and model card, and the SHA-256 hash
+    of every file.
     """
     from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline
     from nmt_moe.inference import export as write_bundle

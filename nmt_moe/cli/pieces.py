@@ -106,7 +106,7 @@ def train(
     normalization: str,
     max_sentence_length: int,
 ) -> None:
-    """Learn a vocabulary; write the model and its fairseq dictionary."""
+    """Learn a vocabulary, and write the model and its fairseq dictionary."""
     done = lib.train(
         inputs,
         model,
@@ -158,9 +158,9 @@ def encode(
 ) -> None:
     """Split text into pieces.
 
-    With --samples, the text is repeated that many more times and split differently at random each
-    time, so that a model learns more from little data (subword regularisation, Kudo 2018; for
-    unigram models). The same seed gives the same text, and the two sides of a corpus stay parallel.
+    With --samples, that many more copies of the text are split, each differently at random, so that
+    a model learns more from little data (subword regularisation, Kudo 2018; for unigram models).
+    The same seed gives the same text, and the two sides of a corpus stay parallel.
     """
     processor = lib.load(model)
     for source, target, number in match(inputs, outputs):

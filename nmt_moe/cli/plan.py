@@ -1,4 +1,4 @@
-"""`nmt-moe plan`: predict what a training step costs on each device of a cluster."""
+"""`nmt-moe plan`: predict the cost of a training step on each device of a cluster."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     type=click.Choice(list(DEVICES)),
     default="a100",
     show_default=True,
-    help="Device whose figures are used unless the options below replace them.",
+    help="Device that supplies the figures not set by the options below.",
 )
 @click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
 @click.option("--memory", type=float, metavar="GB", help="Memory per device [preset].")
@@ -113,28 +113,28 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
 def plan(ctx: click.Context, **values: Any) -> None:
-    """Predict what a training step costs on each device of a cluster, without running it.
+    """Predict the cost of a training step on each device of a cluster, without running it.
 
     The command also takes the model's options, as in fairseq-train. Experts are spread over the
     largest number of devices that divides both the number of devices and the number of experts (or
     groups); all other parameters are on every device.
 
-    Memory: weights, gradients and optimizer state are exact. Activations are what the forward pass
-    keeps; temporaries are the gradients of the logits and the buffer of legacy_ddp. The sum is an
-    upper bound, because activations are freed while gradients are created. A plan fits if it fills
-    at most 90 % of the memory.
+    Memory: weights, gradients and optimizer state are exact. Activations are the values that the
+    forward pass keeps; temporaries are the gradients of the logits and the buffer of legacy_ddp.
+    The sum is an upper bound, because activations are freed while gradients are created. A plan
+    fits if it fills at most 90 % of the memory.
 
     Traffic: the bytes that a device sends in a step. They carry tokens to the experts and back
     (assuming that all experts are equally likely), the sums for the balance losses, and the
     gradients of the ring all-reduce.
 
-    Time: how long one batch and the update after it take. A matrix product takes as long as its
-    operations (at the share --utilisation of the device's FLOP/s) or as reading its weights,
-    whichever is longer; the optimizer is bound by memory bandwidth, and traffic by the link. The
-    prediction assumes that nothing overlaps, and ignores everything else.
+    Time: the time for one batch and the update after it. A matrix product takes as long as its
+    operations (at --utilisation times the device's FLOP/s) or as reading its weights, whichever is
+    longer; the optimizer is bound by memory bandwidth, and traffic by the link. The prediction
+    assumes that nothing overlaps, and ignores everything else.
 
-    Byte counts are tested against real processes. Times are only predictions: no cluster was
-    measured.
+    Byte counts are tested against real processes. Times are only predictions, which have not been
+    compared with a real cluster.
     """
     args = argparse.Namespace(**values)
     try:

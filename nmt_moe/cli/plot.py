@@ -33,7 +33,7 @@ def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
     average, and the legend says so. The logs of a resumed run can be concatenated: if an update
     occurs twice, the later entry counts.
 
-    A run is named by its LABEL, or else by its file, with as many parent folders as it takes to
+    A run is named by its LABEL, or else by its file, with as many parent folders as are needed to
     distinguish the runs. Plotting needs matplotlib: pip install 'nmt-moe[plot]'.
     """
     runs = read_runs(logs)

@@ -57,15 +57,15 @@ def report(
     threads: int | None,
     progress: bool | None,
 ) -> None:
-    """Report what the experts of the bundle FOLDER do on a text, and how well the model translates.
+    """Report how the bundle FOLDER uses its experts on a text, and how well it translates.
 
     The page shows the load of every layer; for each expert, the contexts with the largest gates
     (Table 9 of Shazeer et al. 2017) and the pieces for which it is over-used; sentences with
     attention and routing; and, with a reference, BLEU and chrF. It needs neither network access nor
     scripts.
 
-    For several languages, the report has parts: name a --target-lang and a --reference for each
-    part, and one --text for all of them or one for each. Blank lines are left out.
+    For several languages, the report has parts: give a --target-lang and a --reference for each
+    part, and either one --text for all parts or one for each. Blank lines are left out.
     """
     outputs = [path for path in (output, dump) if path is not None]
     if not outputs:

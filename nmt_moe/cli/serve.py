@@ -14,7 +14,7 @@ from nmt_moe.cli._paths import BUNDLE, FILE
 def check_folders(
     ctx: click.Context, param: click.Parameter, folders: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Reject an argument whose folder is not a bundle; `=FROM:TO` may follow the folder."""
+    """Check that each argument is the folder of a bundle, with or without `=FROM:TO` after it."""
     for folder in folders:
         BUNDLE.convert(re.sub(r"=[\w-]+:[\w-]+$", "", folder), param, ctx)
     return folders
@@ -68,7 +68,7 @@ def serve(
 
     FROM:TO names the languages of a bundle that does not name them itself. On standard error, the
     first line says what is being loaded. All further lines are a log in JSON, which never contains
-    users' text; its entry "serving" gives the address once the server answers requests. On Ctrl-C
+    users' text. Its entry "serving" gives the address once the server accepts requests. On Ctrl-C
     or SIGTERM, the server finishes all open requests and then stops.
     """
     if threads is not None:

@@ -12,8 +12,8 @@ from nmt_moe.compat._replace import replace
 def copy_integers_into_averages() -> None:
     """Copy the integers of a model into its moving average instead of averaging them.
 
-    Reason: averaging an integer, such as the digest of a dictionary, ends in "result type Float
-    can't be cast to Long".
+    Reason: averaging an integer, such as the digest of a dictionary, raises the error "result type
+    Float can't be cast to Long".
     """
     replace(EMA, "__init__", _starting)
 

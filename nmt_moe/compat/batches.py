@@ -29,7 +29,7 @@ def _keeping(split: Callable) -> Callable:
         if len(indices) == 0:
             return []
         batches = split(indices, *args, **kw)
-        # Batches are consecutive slices of the indices, so what is missing is the end.
+        # Batches are consecutive slices of the indices, so only the end can be missing.
         rest = indices[sum(map(len, batches)) :]
         # With fixed shapes, sentences are regrouped, and none is dropped.
         return [*batches, rest] if len(rest) else batches
@@ -38,7 +38,7 @@ def _keeping(split: Callable) -> Callable:
 
 
 def name_sentences_longer_than_a_batch() -> None:
-    """Report which sentence fits into no batch, and which options allow it.
+    """Report a sentence that is too long for any batch, and the options that allow it.
 
     Reason: the assertion that ends the command names neither.
     """

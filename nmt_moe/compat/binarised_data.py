@@ -48,9 +48,9 @@ def _writing(binarize: Callable) -> Callable:
 def check_binarised_data_when_loaded() -> None:
     """Report a file of binarised data that is empty, damaged or made with another dictionary.
 
-    Reason: an empty file ends in "cannot mmap an empty file", a truncated one in a traceback in the
-    middle of an epoch, and an unknown token in an IndexError of the embedding; other damage goes
-    unnoticed.
+    Reason: an empty file raises "cannot mmap an empty file", a truncated file causes a traceback in
+    the middle of an epoch, and an unknown token causes an IndexError in the embedding. Other damage
+    goes unnoticed.
     """
     replace(indexed_dataset, "make_dataset", _loading)
 
@@ -110,7 +110,7 @@ def check_files(path: str) -> None:
 
 
 def check_index(path: str, dataset: MMapIndexedDataset) -> None:
-    """Reject data whose sentences are not where the index says.
+    """Reject data if the sentences are not where the index says.
 
     Raises:
         ValueError: if a sentence cannot be read; the message names the file and the first such
@@ -132,8 +132,8 @@ def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary)
     """Reject tokens that are not in the dictionary; warn if many of them are the unknown word.
 
     Raises:
-        ValueError: if there is such a token; the message names the first sentence with one, counted
-            from 0.
+        ValueError: if the dictionary lacks a token; the message names the first sentence that
+            contains it, counted from 0.
     """
     num_tokens = num_unknown = 0
     for tokens in _chunks(dataset):

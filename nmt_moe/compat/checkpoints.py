@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
-# Types that only hold values; none runs code when it is loaded.
+# Types that only hold values. Loading them runs no code.
 IN_BROADCASTS = [
     argparse.Namespace,
     DictConfig,
@@ -54,8 +54,8 @@ def read_checkpoints_safely() -> None:
     """Let all commands read checkpoints with `nmt_moe.checkpoints`.
 
     Reasons: since torch 2.6, `torch.load` rejects types it does not know, so fairseq cannot read
-    its own checkpoints; changed bytes among the weights go unnoticed; a truncated file ends in one
-    of six exceptions, none of which names the file.
+    its own checkpoints; changed bytes among the weights go unnoticed; and a truncated file raises
+    one of six exceptions that do not name the file.
     """
     replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
     replace(checkpoint_utils, "load_ema_from_checkpoint", _reading_ema)
@@ -142,8 +142,8 @@ def _broadcasting(broadcast: Callable) -> Callable:
 def keep_numpy_out_of_checkpoints() -> None:
     """Save metrics as plain numbers and lists.
 
-    Reason: --eval-bleu counts in numpy arrays, which fairseq saves unchanged and torch's safe
-    loader rejects, so that such a checkpoint could be used neither to resume training nor to
+    Reason: --eval-bleu counts in numpy arrays. fairseq saves them unchanged, but torch's safe
+    loader rejects them. The checkpoint could then be used neither to resume training nor to
     translate.
     """
     replace(metrics, "state_dict", _plainly)
@@ -170,8 +170,8 @@ def to_plain(value: Any) -> Any:
 def copy_checkpoints_whole() -> None:
     """Copy a checkpoint to a temporary name, and rename it once it is complete.
 
-    Reason: fairseq copies to `checkpoint_last.pt` and other names in place, so a process that is
-    killed meanwhile leaves half a file, from which training cannot resume.
+    Reason: fairseq copies to `checkpoint_last.pt` and other names in place. If the process is
+    killed while copying, the file is incomplete, and training cannot resume from it.
     """
     replace(PathManager, "copy", _copying)
 
@@ -274,7 +274,7 @@ def _loading(load: Callable) -> Callable:
 def name_folders_that_are_not_there() -> None:
     """Report a folder that `from_pretrained` does not find, or a file that was given instead.
 
-    Reason: a missing folder ends in a TypeError. A file is unpacked to wherever its contents say,
+    Reason: a missing folder raises a TypeError. A file is unpacked to the paths that it contains,
     and is then deleted.
     """
     replace(file_utils, "load_archive_file", _finding_folder)

@@ -17,7 +17,7 @@ from fairseq.registry import REGISTRIES
 
 logger = logging.getLogger(__name__)
 
-# fairseq's own classes for text that open no file and start no program while they are built from
+# fairseq's own classes for text that open no files and start no programs when they are built from
 # their configuration. Classes of this plugin and of the user's other plugins need no entry.
 ALLOWED = {
     "model": {
@@ -128,7 +128,7 @@ def evaluate_literals_only() -> None:
 
 
 def evaluate_literal(text: Any) -> Any:
-    """Return the value of a literal, in which numbers and lists may be combined by `+` and `*`.
+    """Return the value of a literal. Its numbers and lists may be combined by `+` and `*`.
 
     Raises:
         ValueError: if `text` is not such a literal or has too many items; the message names it.
@@ -168,7 +168,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
 
     Args:
         path: Path of the checkpoint.
-        state: Contents of the checkpoint, before fairseq has touched them; changed.
+        state: Contents of the checkpoint, not yet processed by fairseq; changed in place.
 
     Raises:
         ValueError: if a setting is rejected; the message names the checkpoint and the setting.
@@ -184,7 +184,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
 
 
 def _check_plain(settings: Any) -> None:
-    """Reject values that are not plain, refer to other settings, or choose unsafe data formats."""
+    """Reject values that are not plain, refer to other settings, or set an unsafe data format."""
     if not isinstance(settings, dict | argparse.Namespace):
         raise ValueError(f"is not a table of settings, but a {type(settings).__name__}.")
     for count, (key, value) in enumerate(_settings(settings)):
@@ -204,7 +204,7 @@ def _check_plain(settings: Any) -> None:
 
 
 def _settings(nest: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield all nested settings with their names; items of lists have numbers instead of names."""
+    """Yield all nested settings with their names, or with their numbers for items of lists."""
     if isinstance(nest, argparse.Namespace):
         nest = vars(nest)
     for key, value in nest.items() if isinstance(nest, dict) else enumerate(nest):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def name_damaged_dictionaries() -> None:
     """Report the file and line where a dictionary is malformed or incomplete.
 
-    Reason: fairseq ends in one of several tracebacks, and most of them name neither file nor line.
+    Reason: fairseq prints one of several tracebacks, most of which name neither file nor line.
     """
     replace(Dictionary, "add_from_file", _adding)
 
@@ -70,8 +70,8 @@ def _shorten(line: str) -> str:
 def name_damaged_sentencepiece_models() -> None:
     """Report the file of `--sentencepiece-model` if it is damaged.
 
-    Reason: sentencepiece's own error names no file. Some damage raises no error, but text is split
-    into other pieces.
+    Reason: sentencepiece's own error does not name the file. Some damage raises no error, but
+    changes how text is split.
     """
     replace(SentencepieceBPE, "__init__", _loading)
 

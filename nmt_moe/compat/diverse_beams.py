@@ -12,8 +12,8 @@ from nmt_moe.compat._replace import replace
 def count_diverse_sentences_within_their_batch() -> None:
     """Pass diverse beam search the indices of sentences within the batch.
 
-    Reason: the search is given indices into the data set, which ends in an IndexError in the first
-    batch in which they exceed the number of sentences.
+    Reason: fairseq passes indices into the data set. The search raises an IndexError as soon as
+    they exceed the number of sentences in a batch.
     """
     replace(DiverseBeamSearch, "step", _indexing)
 

@@ -14,11 +14,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import distributed
 
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
-# What gloo and torch's store report when a process is gone.
+# Errors that gloo and torch's store report when a process is gone.
 LOST_PEER = re.compile(
     r"Connection (was likely )?(closed|reset|refused)|Broken pipe|recvValue failed|Failed to recv"
 )
-# If all ranks have an error, only the first prints it: torchrun ends the others as they wait.
+# If all ranks have an error, only the first prints it: torchrun ends the others while they wait.
 WAIT_FOR_FIRST_RANK = 3.0  # seconds
 
 
@@ -33,7 +33,7 @@ def end_in_one_message() -> None:
 
 
 def is_fairseq_command() -> bool:
-    """Return whether this process runs a command of fairseq, as a script or as a module."""
+    """Return whether this process runs a fairseq command, as a script or as a module."""
     return command_name().startswith("fairseq-")
 
 
@@ -92,7 +92,7 @@ def command_name() -> str:
 
 
 def _process() -> str:
-    """Return which process this is, if there are several."""
+    """Return text that names this process, if there are several."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return ""
     world_size = distributed.get_world_size()

@@ -56,7 +56,7 @@ def report(number: int, what: str) -> None:
 
 
 def buffered_read(input: str, buffer_size: int) -> Iterator[NumberedLines]:  # noqa: A002
-    """Yield up to `buffer_size` lines at a time of the file `input`; '-' is standard input."""
+    """Yield the lines of the file `input` ('-': standard input), up to `buffer_size` at a time."""
     is_stdin = input == "-"
     name = "standard input" if is_stdin else input
     with nullcontext(sys.stdin.buffer) if is_stdin else open(input, "rb") as stream:
@@ -171,7 +171,7 @@ def _find_unknown(constraint: str, dictionary: Any) -> str | None:
 def report_odd_lines() -> None:
     """Report lines without words, with unknown words, or with pieces that are split again.
 
-    Reason: their translations mean little, but look like any other.
+    Reason: their translations mean little, but look like any others.
     """
     replace_in_command("interactive", "make_batches", _reporting)
 
@@ -203,7 +203,7 @@ def _reporting(make: Callable) -> Callable:
 
 
 def forget_translated_lines() -> None:
-    """Keep memory use independent of how many lines have been translated.
+    """Keep memory use independent of the number of translated lines.
 
     Reason: fairseq's task keeps an iterator for each buffer of lines.
     """
@@ -221,7 +221,7 @@ def _forgetting(make: Callable) -> Callable:
 def translate_blank_into_blank() -> None:
     """Return an empty translation for a source without words.
 
-    Reason: models make up fluent sentences for it. Forced prefixes and constraints are kept.
+    Reason: models invent fluent sentences for it. Forced prefixes and constraints are kept.
     """
     replace(TranslationTask, "inference_step", _translating)
 
@@ -252,7 +252,7 @@ def _translating(translate: Callable) -> Callable:
 
 
 def make_blank(hypothesis: dict[str, Any], eos: int) -> dict[str, Any]:
-    """Return a copy of a hypothesis with nothing but the end mark."""
+    """Return a copy of a hypothesis that contains only the end mark."""
     scores, attention = hypothesis["positional_scores"], hypothesis.get("attention")
     alignment = hypothesis.get("alignment")
     return {

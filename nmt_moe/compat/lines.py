@@ -17,8 +17,8 @@ from nmt_moe.text.lines import chunk_offsets, count_lines, read_lines
 def read_lines_of_texts_by_one_rule() -> None:
     """Let fairseq-preprocess count lines as `wc -l` does, and report those that it cannot use.
 
-    Reason: a carriage return within a line ends it, which shifts all later pairs; a byte order mark
-    becomes part of a word; bytes that are not UTF-8 end in "negative seek position".
+    Reason: fairseq ends a line at a carriage return, which shifts all later pairs, makes a byte
+    order mark part of a word, and reports invalid UTF-8 as "negative seek position".
     """
     for module in (binarizer, dictionary, file_chunker_utils):
         replace(module, "find_offsets", lambda _: find_offsets)
@@ -37,7 +37,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
 
 @contextmanager
 def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterator[str]]:
-    """Yield an iterator over the lines between two offsets; 0 as the end means the file's end."""
+    """Yield an iterator over the lines between two offsets; an end of 0 means the file's end."""
     yield read_lines(path, start_offset, end_offset if end_offset > 0 else None)
 
 
@@ -83,14 +83,14 @@ def read_raw_data(
 def name_damaged_alignment_dictionaries() -> None:
     """Report a line of the `--replace-unk` file that is not a word and its translation.
 
-    Reason: such a line ends in an IndexError, and fairseq reads the file in the machine's default
+    Reason: such a line raises an IndexError, and fairseq reads the file in the machine's default
     encoding.
     """
     replace(utils, "load_align_dict", lambda _: load_align_dict)
 
 
 def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
-    """Return replacements for unknown words: None means none, {} the source words themselves.
+    """Return replacements for unknown words; None replaces none, {} copies the source words.
 
     Raises:
         ValueError: if a line does not consist of two words; the message names it.

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def refuse_models_of_another_task() -> None:
     """Reject a language model in a translation task, and a translation model in language modelling.
 
-    Reason: the first ends in a TypeError within the model, or translates without reading the
-    source; the second ends in an AttributeError.
+    Reason: the language model raises a TypeError, or translates without reading the source; the
+    translation model raises an AttributeError.
     """
     replace(models, "build_model", _building)
 
@@ -33,10 +33,10 @@ def _building(build: Callable) -> Callable:
 
 
 def check_model_kind(cfg: Any, task: Any) -> None:
-    """Compare the kind of a model with that of its task.
+    """Check that a model is of the kind that its task requires.
 
     Raises:
-        ValueError: if they differ; the message names the model, its kind and a remedy.
+        ValueError: if it is not; the message names the model, its kind and a remedy.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     kind = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)

@@ -14,7 +14,7 @@ from nmt_moe.compat._replace import replace
 from nmt_moe.compat.errors import is_fairseq_command
 
 MANY_CHOICES = 12
-# How warnings of hydra, of torch's data loader and of its mixed precision begin.
+# Beginnings of warnings from hydra, from torch's data loader and from its mixed precision.
 OF_LIBRARIES = (
     r"\s*'config' is validated against ConfigStore schema",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -25,7 +25,7 @@ OF_LIBRARIES = (
 def let_validate_read_the_task_from_the_checkpoint() -> None:
     """Let fairseq-validate run without `--task`.
 
-    Reason: without the option, it ends in `KeyError: None`. The parsed arguments only locate the
+    Reason: without the option, it fails with `KeyError: None`. The parsed arguments only locate the
     data; the task is built from the checkpoint's own configuration.
     """
     replace(options, "parse_args_and_arch", _validating)
@@ -43,7 +43,7 @@ def _validating(parse: Callable) -> Callable:
 
 
 def suggest_close_names() -> None:
-    """Answer an unknown name with the most similar names.
+    """Suggest the names that are most similar to an unknown name.
 
     Reason: fairseq prints all options and about a hundred architectures.
     """
@@ -96,8 +96,8 @@ def _helping(parse: Callable) -> Callable:
             parser.print_help()
             parser.exit()
 
-        # fairseq calls `parse_args` once all options have been added, and `parse_known_args`
-        # before.
+        # fairseq calls `parse_known_args` before it has added all options, and `parse_args`
+        # afterwards.
         vars(parser)["parse_args"] = show
         return parse(parser, others, *args, **kwargs)
 
@@ -107,7 +107,7 @@ def _helping(parse: Callable) -> Callable:
 def drop_warnings_of_libraries() -> None:
     """Suppress warnings about how fairseq calls hydra and torch, which every command would print.
 
-    Reason: users cannot change any of that, and twenty such lines hide the relevant ones.
+    Reason: users cannot change these calls, and twenty such lines hide the relevant ones.
     """
     if is_fairseq_command():
         warnings.filterwarnings("ignore", module=r"hydra\b")

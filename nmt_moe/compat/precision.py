@@ -14,7 +14,7 @@ from nmt_moe.compat._replace import replace
 
 
 def fix_half_precision_flags() -> None:
-    """Correct the flags of half precision after they are parsed.
+    """Correct the half-precision flags after they are parsed.
 
     Reason: `parse_args_and_arch` assumes a TPU for every --bf16, and --fp16 flattens gradients on
     the current CUDA device, which a CPU-only torch does not have. All commands look up this
@@ -50,8 +50,8 @@ def fix_flags(args: Namespace) -> None:
 def skip_overflowing_updates_on_cpu() -> None:
     """Skip overflowing updates of --fp16 on a CPU, as on a GPU.
 
-    Reason: the trainer then sets the gradient norm to `torch.tensor(0.0).cuda()`, which fails
-    without a CUDA device.
+    Reason: for such updates, the trainer sets the gradient norm to `torch.tensor(0.0).cuda()`,
+    which fails without a CUDA device.
     """
     replace(Trainer, "train_step", _overflowing)
 

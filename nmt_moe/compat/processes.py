@@ -68,7 +68,7 @@ def is_under_torchrun() -> bool:
 def take_world_size_of_torchrun(plan: Any) -> None:
     """Use torchrun's world size if --distributed-world-size is not set.
 
-    Otherwise, each process would train a model of its own, and all would write to the same folder.
+    Otherwise, each process would train its own model, and all would write to the same folder.
     """
     if (
         is_under_torchrun()
@@ -82,8 +82,8 @@ def check_processes_start(plan: Any) -> None:
     """Reject processes that fairseq would never start.
 
     Raises:
-        ValueError: if fairseq would start one process for each CUDA device but there is none, so
-            that it would train nothing and report success.
+        ValueError: if fairseq would start one process for each CUDA device but there is none. It
+            would then report success without training anything.
     """
     starts_itself = not plan.distributed_no_spawn and not (
         is_under_torchrun() and plan.distributed_init_method is None

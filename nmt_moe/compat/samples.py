@@ -20,14 +20,14 @@ MOST_TOKENS = 65_535
 def let_each_sentence_be_a_sample() -> None:
     """Make --sample-break-mode eos work.
 
-    Reason: fairseq needs `numpy.compat.long` for it, which numpy 2 does not have.
+    Reason: it needs `numpy.compat.long`, which numpy 2 no longer has.
     """
     if not hasattr(np, "compat") and token_block_dataset.np is np:
         token_block_dataset.np = _NumpyWithLong()
 
 
 class _NumpyWithLong:
-    """numpy, plus the one name of numpy 1 that fairseq uses."""
+    """numpy with the one name of numpy 1 that fairseq still uses."""
 
     compat = SimpleNamespace(long=np.int64)
 
@@ -75,7 +75,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 def count_no_begin_mark_as_target() -> None:
     """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
 
-    Reason: this target is always the same, so the perplexities in training are far too low.
+    Reason: this target is always the same, so the perplexity in training would be far too low.
     """
     for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
         for step in ("train_step", "valid_step"):

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def write_checkpoints_whole() -> None:
     """Rename a checkpoint to its final name once it is complete, and report failures.
 
-    Reason: after a write that failed halfway, fairseq appends a second attempt to the partial data
-    and renames the file, which is then unreadable.
+    Reason: after a failed write, fairseq appends a second attempt to the partial data and renames
+    the file, although it is unreadable.
     """
     replace(checkpoint_utils, "torch_persistent_save", _writing)
 
@@ -42,7 +42,8 @@ def _writing(save: Callable) -> Callable:
 def try_the_save_folder() -> None:
     """Write and rename a file in the save folder before training starts.
 
-    Reason: fairseq's own test names no option, follows links and overwrites a file named `dummy`.
+    Reason: fairseq's own test does not name the option, follows links, and overwrites a file named
+    `dummy`.
     """
     replace(checkpoint_utils, "verify_checkpoint_directory", _trying)
 
@@ -134,7 +135,7 @@ def _stopping_early(decide: Callable) -> Callable:
 def stop_at_the_last_update() -> None:
     """Make no further update once --max-update is reached.
 
-    Reason: fairseq checks only after an update, so every restart makes one more.
+    Reason: fairseq checks only after an update, so every restart adds one more update.
     """
     replace_in_command("train", "train", _training)
 
@@ -153,7 +154,7 @@ def _training(train: Callable) -> Callable:
 def name_metrics_that_are_not_computed() -> None:
     """Before training, report a `--best-checkpoint-metric` that validation does not compute.
 
-    Reason: such a metric ends in a KeyError after a whole epoch, and nothing is saved.
+    Reason: such a metric raises a KeyError after a whole epoch, and nothing is saved.
     """
     replace_in_command("train", "train", _choosing_metric)
 
@@ -173,10 +174,10 @@ def _choosing_metric(train: Callable) -> Callable:
 
 
 def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
-    """Validate one batch, and look up the metric among those it computes.
+    """Check that validation computes a metric, by validating one batch.
 
     Raises:
-        ValueError: if the metric is not among them; the message names all that are.
+        ValueError: if the metric is not computed; the message names all that are.
     """
     with metrics.aggregate(new_root=True) as found:
         batches = trainer.get_valid_iterator(subset).next_epoch_itr(

@@ -1,4 +1,4 @@
-"""Report what is missing in the splits of a data set before the first update."""
+"""Report incomplete splits of a data set before the first update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from nmt_moe.compat._replace import replace
 def name_uneven_sides() -> None:
     """Report a data set whose two sides have different numbers of sentences.
 
-    Reason: fairseq-train's assertion names no file.
+    Reason: fairseq-train's assertion does not name the file.
     """
     replace(translation, "load_langpair_dataset", _loading_pair)
 
@@ -38,8 +38,8 @@ def _loading_pair(load: Callable) -> Callable:
 def name_missing_target_sides() -> None:
     """Report a training or validation set without a target side.
 
-    Reason: training fails somewhere in the model, and validation only after a whole epoch. Commands
-    that translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
+    Reason: training would fail in the model, and validation only after a whole epoch. Commands that
+    translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
     """
     replace(translation.TranslationTask, "load_dataset", _loading_split)
 
@@ -81,7 +81,7 @@ def _inferring(infer: Callable) -> Callable:
 
 
 def accept_validation_sets_that_are_all_named() -> None:
-    """Accept `--valid-subset valid,valid1` if these are all validation sets.
+    """Accept `--valid-subset valid,valid1` if there are no other validation sets.
 
     Reason: fairseq compares `valid1` with file names such as `valid1.en-de.en`.
     """
@@ -98,7 +98,7 @@ def _finding(find: Callable) -> Callable:
 def name_validation_sets_that_are_left_out() -> None:
     """End with one message if a validation set in the folder is not used.
 
-    Reason: fairseq's check ends in a traceback.
+    Reason: fairseq's check prints a traceback.
     """
     replace(data_utils, "raise_if_valid_subsets_unintentionally_ignored", _refusing)
 

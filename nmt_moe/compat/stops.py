@@ -1,4 +1,4 @@
-"""End training if its launcher is gone, and report what is saved when it is stopped."""
+"""End training if its launcher is gone, and report the saved checkpoint when it is stopped."""
 
 import os
 import signal
@@ -47,9 +47,9 @@ def _end_after(parent: int) -> None:
 
 
 def explain_stops() -> None:
-    """Report in one line, on one rank, what is saved after Ctrl-C or SIGTERM.
+    """After Ctrl-C or SIGTERM, report in one line, on one rank, which checkpoint is saved.
 
-    Reason: otherwise there is a traceback, or nothing. A checkpoint gets its name only when it is
+    Reason: otherwise a traceback is printed, or nothing. A checkpoint gets its name only when it is
     complete, so the process may end at any moment.
     """
     replace(distributed_utils, "call_main", _explaining_stops)
@@ -95,8 +95,8 @@ def _end(status: int, message: str | None) -> None:
         if message is not None:
             print(message, file=sys.stderr, flush=True)  # noqa: T201 - the command's last message
     finally:
-        # Flush the events that wait for TensorBoard's thread, in limited time, because the disk may
-        # hang.
+        # Flush the events that wait for TensorBoard's thread. The time is limited, because the disk
+        # may hang.
         closing = threading.Thread(target=progress_bar._close_writers, daemon=True)
         closing.start()
         closing.join(CLOSED_WITHIN)

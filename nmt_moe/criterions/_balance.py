@@ -1,4 +1,4 @@
-"""Add the balance losses of MoE layers to a criterion's loss, and their balance to its log."""
+"""Add the balance losses of MoE layers to a criterion's loss, and log the layers' balance."""
 
 import functools
 from typing import Any, Dict, List
@@ -34,13 +34,12 @@ def add_balance(
 
     The trainer divides the summed loss by the summed sample size of all accumulated batches and
     ranks. The balance loss of each batch is therefore multiplied by the batch's sample size. The
-    result is the mean balance loss, whatever the batch size, `--update-freq` and number of ranks
-    are.
+    result is the mean balance loss for any batch size, `--update-freq` and number of ranks.
 
     Args:
         loss: The summed loss of the batch.
         sample_size: Sample size of the batch.
-        extra: The model's second output, whose `moe_stats` are the statistics of each layer.
+        extra: The model's second output; its `moe_stats` are the statistics of each layer.
         logging_output: The log of the batch, to which columns are added.
         is_training: Whether the model is in training mode.
 
@@ -66,7 +65,7 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
     """Stop training if the loss is NaN, before the parameters are updated.
 
     On a GPU, MoE layers do not check whether tokens are finite. If some are not, the loss is NaN,
-    which this check finds. The host reads the loss anyway, so the check adds no waiting.
+    and this check finds it. The host reads the loss anyway, so the check does not make it wait.
 
     Raises:
         FloatingPointError: if the loss is NaN. The message names the first MoE layer with tokens

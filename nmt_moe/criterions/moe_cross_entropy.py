@@ -49,7 +49,7 @@ class MoECrossEntropy(FairseqCriterion):
     """The cross-entropy of all tokens, including end marks, plus the balance losses.
 
     With --sampled-softmax N, `nll_loss` and `ppl` in the training log are only estimates, which are
-    too low on average. An additional column, `sampled_softmax` = N, shows this. In validation, they
+    too low on average. An additional column, `sampled_softmax` = N, marks them. In validation, they
     are exact, and the column is absent.
     """
 
@@ -107,7 +107,7 @@ class MoECrossEntropy(FairseqCriterion):
         return F.cross_entropy(logits[is_token].float(), target, reduction="none"), extra
 
     def _sampled(self, model: nn.Module, sample: Dict) -> Tuple[Tensor, Dict[str, Any]]:
-        """Return estimates of what `_full` returns, without computing all logits."""
+        """Estimate the return values of `_full` without computing all logits."""
         output = getattr(model.decoder, "output", None)
         if not isinstance(output, nn.Linear):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Find out what this machine and this Python have, and which parts of the product work.
+"""Describe this machine and its Python, and find out which parts of the product work.
 
 torch and the product's packages are imported only when they are tried, so that this package works
 even if they are broken.

@@ -1,4 +1,4 @@
-"""Collect the facts to ask for when something fails: versions, processor, memory and devices."""
+"""Collect facts for bug reports: versions, processor, memory and devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nmt_moe.diagnostics.requirements import HOST, compare_requirements, describ
 # Instruction sets that make matrix products much faster.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp")
 COMPILERS = ("c++", "g++", "clang++")
-# Environment variables that change how the programs behave.
+# Prefixes of environment variables that change how the programs behave.
 VARIABLES = ("NMT_MOE_", "OMP_", "MKL_", "MALLOC_", "CUDA_", "NCCL_", "TORCH", "TRITON_", "PYTHON")
 GIB = 2**30
 
@@ -135,7 +135,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _ask_torch(question: Any) -> Any:
-    """Return torch's answer, or the reason why there is none."""
+    """Return torch's answer, or the reason for its absence."""
     try:
         import torch
 
@@ -145,7 +145,7 @@ def _ask_torch(question: Any) -> Any:
 
 
 def _commit() -> str:
-    """Return the commit and whether the code is modified, if it runs from a git clone."""
+    """Return the commit, and whether the code is modified, if it runs from a git clone."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

@@ -26,9 +26,9 @@ class Part:
     """The result of trying one part of the product.
 
     Attributes:
-        name: Name by which users know the part.
+        name: Name of the part, as shown to users.
         works: Whether the part worked; None for a part that this machine does not need.
-        note: How the part works on this machine, or why it does not and what to do.
+        note: How the part works on this machine, or why it does not work and what to do.
     """
 
     name: str
@@ -45,7 +45,7 @@ class NotHereError(Exception):
 
 
 def try_parts() -> list[Part]:
-    """Try all parts, in the order in which they build on each other."""
+    """Try all parts, each after the parts that it builds on."""
     return [
         _try("MoE layer", _try_layer),
         _try("GPU kernels", _try_gpu),
@@ -57,7 +57,7 @@ def try_parts() -> list[Part]:
     ]
 
 
-# What users call a part -> the extra that installs its packages.
+# Maps each optional part to the extra that installs its packages.
 EXTRAS = {"HTTP server": "serve", "figures": "plot", "demo": "demo"}
 
 

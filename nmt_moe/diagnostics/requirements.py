@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-# Modules to import, because only that shows whether compiled parts fit this Python and torch.
+# Modules to import. Only an import shows whether compiled parts fit this Python and torch.
 IMPORTS = (
     "torch",
     "fairseq",
@@ -46,13 +46,13 @@ def known_extras() -> list[str]:
 
 
 def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | None, str]]:
-    """Return the version of each required package, and what is wrong with it.
+    """Return the version of each required package, and a note if it does not fit.
 
     Args:
         extras: Extras whose packages are also required.
 
     Returns:
-        For each name, the version (or None) and a line such as "torch>=2.6: has 2.5.1", which is ""
+        For each name, the version (or None) and a note such as "torch>=2.6: has 2.5.1", which is ""
         if the version fits. `fairseq` is left out, because it is recognised by its import.
     """
     found: dict[str, tuple[str | None, str]] = {}

@@ -23,7 +23,7 @@ LEAST = {"beam": 1, "nbest": 1, "min_len": 0, "max_len_a": 0, "max_len_b": 0, "p
 LEAST |= {"no_repeat_ngram_size": 0, "num_workers": 0, "seed": 0, "num_shards": 1}
 LEAST |= {"batch_size": 1, "max_tokens": 1}
 FINITE = ("lenpen", "diverse_beam_strength", "lm_weight")
-# With these, joining pieces a second time changes nothing.
+# Values of `--bpe` that change nothing when pieces are joined a second time.
 PLAIN_BPE = ("subword_nmt", "fastbpe")
 # The piece formats that fairseq can remove from translations.
 REMOVABLE = (
@@ -47,8 +47,8 @@ def check_evaluation(args: Any) -> None:
     check_range("--context-window", args.context_window, 0, highest)
     if args.path and ":" in args.path and not os.path.exists(args.path):
         raise ValueError(
-            f"`--path` must name one checkpoint, but is {args.path}. fairseq-eval-lm takes no "
-            "ensemble."
+            f"`--path` must name one checkpoint, but is {args.path}. fairseq-eval-lm does not "
+            "accept an ensemble."
         )
 
 
@@ -152,7 +152,7 @@ def check_pieces(args: Any) -> None:
 
 
 def check_retained_dropout(prepare: Callable) -> Callable:
-    """Reject `--retain-dropout` for a model whose dropout it does not reach.
+    """Reject `--retain-dropout` if it does not reach the model's dropout.
 
     Reason: fairseq changes only its own dropout modules, which it finds by name, and ignores all
     others.
@@ -185,8 +185,8 @@ def check_retained_dropout(prepare: Callable) -> Callable:
 def apply_shards(args: Namespace) -> None:
     """Let fairseq-generate translate one shard of its data; reject shards in other commands.
 
-    Reason: fairseq-generate reads the shard from the options for processes, but has only one
-    process.
+    Reason: fairseq-generate reads the shard from the options for processes, although it runs in
+    only one process.
 
     Raises:
         ValueError: if the command does not divide its data into shards, or has no such shard.

@@ -179,7 +179,7 @@ SOURCES = ("src_tokens", "source", "features")
 
 
 def source_words(net_input: dict[str, Any], dictionary: Any) -> Tensor:
-    """Return (B, S) bool: True where the source is neither padding nor end mark.
+    """Return (B, S) bool: True where the source is neither padding nor an end mark.
 
     Raises:
         ValueError: if the source is not text.

@@ -3,7 +3,7 @@
 How an option gets from the command line to the search, and what is replaced on the way:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
-   looks up `add_generation_args` only then; our replacement adds our options, whatever the task.
+   looks up `add_generation_args` only then. Our replacement adds our options for every task.
 2. fairseq keeps only parsed arguments that its dataclasses list. Our options that are set are
    appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
    `cfg.generation` beside `beam` and `lenpen`; all other configurations stay unchanged.
@@ -59,7 +59,7 @@ OTHER_SEARCHES = {
 
 
 def add_gnmt_search() -> None:
-    """Add the options, and the search behind them, to fairseq."""
+    """Add GNMT's search and its options to fairseq."""
     replace(options, "add_generation_args", _adding_options)
     replace(dataclass_utils, "override_module_args", _keeping_options)
     replace(FairseqTask, "build_generator", _building)
@@ -113,7 +113,7 @@ def _check_together(config: SearchConfig, args: Any) -> None:
     for name, unset in OTHER_SEARCHES.items():
         if getattr(args, name, unset) not in (unset, None):
             raise ValueError(
-                f"`{wanted}` is for beam search, and `{flag(name)}` is another way to choose or "
+                f"`{wanted}` is for beam search, but `{flag(name)}` is another way to choose or "
                 "score translations. Leave one of them out."
             )
     if config.beam_prune and getattr(args, "constraints", None):
@@ -145,7 +145,7 @@ def _building(build: Callable) -> Callable:
         if config.is_on:
             if seq_gen_cls is not None or prefix_allowed_tokens_fn is not None:
                 raise ValueError(
-                    f"The task {type(task).__name__} has a search of its own, so "
+                    f"The task {type(task).__name__} has its own search, so "
                     "`--length-penalty-alpha`, `--coverage-penalty-beta` and `--beam-prune` have "
                     "no effect. Set them to 0."
                 )

@@ -253,8 +253,8 @@ def test_a_bundle_without_the_pieces_of_its_dictionary_causes_a_warning(
 
 def test_missing_data_and_unnamed_languages_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
-    assert_refused("is not a folder. Name the one", path, tmp_path / "none", pieces)
-    assert_refused("is not a folder. Name the one", path, pieces, pieces)
+    assert_refused("is not a folder. Name a folder", path, tmp_path / "none", pieces)
+    assert_refused("is not a folder. Name a folder", path, pieces, pieces)
     edit(path, lambda state: state["cfg"]["task"].update(source_lang=None, target_lang=None))
     assert_refused("training text of 0 pairs. Add --source-lang", path, data, pieces)
     (data / "train.aa-bb.aa.idx").touch()
@@ -340,7 +340,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path: Path):
         assert_refused("fairseq checkpoint", path, data, pieces)
     path.write_bytes(content)
     edit(path, lambda state: state["cfg"]["model"].update(num_experts="six"))
-    assert_refused("from which no network can be built", path, data, pieces)
+    assert_refused("has an invalid configuration", path, data, pieces)
     path.write_bytes(content)
     edit(path, lambda state: state["cfg"]["model"].update(encoder_layers=4))
     assert_refused("does not fit its configuration", path, data, pieces)

@@ -43,7 +43,7 @@ def test_an_incomplete_log_is_refused(tmp_path):
         "Evaluated 9 tokens\n",
     ):
         log.write_text("Evaluated 8 tokens\nLoss (base 2): 3.0, Perplexity: 8.00\n" + last)
-        assert "no loss of fairseq-eval-lm" in read_log("loss", log).stderr
+        assert "no loss from fairseq-eval-lm" in read_log("loss", log).stderr
 
 
 def test_perplexities_of_all_directions_are_read(tmp_path):

@@ -216,7 +216,7 @@ def test_incompatible_options_are_refused(options: dict[str, Any], message: str)
 
 
 def test_a_task_with_its_own_search_is_refused():
-    with pytest.raises(ValueError, match="The task SomeTask has a search of its own"):
+    with pytest.raises(ValueError, match="The task SomeTask has its own search"):
         SomeTask(Namespace()).build_generator(
             make_models(), Namespace(beam_prune=1.0), seq_gen_cls=SequenceGenerator
         )
