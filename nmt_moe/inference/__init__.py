@@ -1,4 +1,4 @@
-"""Write bundles from trained checkpoints, open them, and translate and score text with them.
+"""Export checkpoints as bundles, open bundles, and translate and score text with them.
 
 This package needs torch, sentencepiece and safetensors, but not fairseq.
 """

@@ -1,7 +1,7 @@
 """Define the format of a bundle, a folder with a trained model that works without fairseq.
 
     config.json               format, network, languages, text pipeline, search defaults
-    vocabulary.json           {"source": symbols, "target": symbols}; one list under "shared"
+    vocabulary.json           {"source": symbols, "target": symbols}, or {"shared": symbols}
     source.model, target.model  sentencepiece models; `pieces.model` if both sides share one
     model.safetensors         all weights except those of experts
     experts.encoder.safetensors, experts.decoder.safetensors
@@ -41,7 +41,7 @@ CONFIG, VOCABULARY, WEIGHTS, CARD, SUMS = (
 )
 DTYPES = ("float32", "bfloat16", "int8")
 KINDS = {"translation": GNMTConfig, "language_model": LSTMLMConfig}
-# Larger files cannot be what they claim to be.
+# Maximum sizes. A larger file cannot be genuine.
 MAX_BYTES = {CONFIG: 2**20, VOCABULARY: 2**28, SUMS: 2**20}
 ROW = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
@@ -53,8 +53,8 @@ class SearchDefaults:
     """The default options of `translate`, named as in `BeamConfig`.
 
     Attributes:
-        max_len_a, max_len_b: A translation has at most a S + b pieces for S source pieces,
-            including the end mark.
+        max_len_a, max_len_b: The numbers a and b: a translation of S source pieces has at most
+            a S + b pieces, including the end mark.
     """
 
     beam_size: int = 5
@@ -105,13 +105,13 @@ class BundleConfig:
         dtype: The dtype of the stored weights, one of `DTYPES`.
         network: Sizes of the network.
         languages: Names of the languages: [source, target] for one direction; for a multilingual
-            model all languages, whose tokens `<2xx>` are in the vocabulary. May be empty.
+            model, all languages that have a token `<2xx>` in the vocabulary. May be empty.
         directions: Directions such as "en-fr" on which a multilingual model was trained; empty for
             other models.
         text: Steps applied to text before it is split into pieces.
         search: Defaults of the search.
-        has_pieces: Whether there are sentencepiece models; if not, words are split at spaces.
-        shared_weights: For each weight that is stored under another weight's name, that name.
+        has_pieces: Whether there are sentencepiece models; if not, text is split at spaces.
+        shared_weights: Maps each weight that is not stored to the name of the weight it shares.
     """
 
     kind: str
@@ -136,7 +136,7 @@ class BundleConfig:
 
     @property
     def is_multilingual(self) -> bool:
-        """Return whether a token before the source names the target language."""
+        """Return whether a language token before the source names the target language."""
         return bool(self.directions)
 
     def moe_of(self, side: str) -> MoEConfig | None:

@@ -18,8 +18,8 @@ from nmt_moe.inference.bundle import BundleConfig
 from nmt_moe.text.digests import compute_sha256
 from nmt_moe.text.vocabulary import Vocabulary
 
-# Each of these groups of a checkpoint's configuration holds the options of one registered class.
-# The value is the option that names the class.
+# Groups of a checkpoint's configuration that hold the options of one registered class, with the
+# option that names the class.
 CLASSES = {
     "task": "task",
     "model": "arch",
@@ -27,7 +27,7 @@ CLASSES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr-scheduler",
 }
-# Options of other groups that affect what is learnt. Only these options of tasks are shown, because
+# Options of other groups that affect training. Only these options of tasks are shown, because the
 # others include flags that turn off a default, which a list of values cannot express.
 GENERAL = {
     "task": (
@@ -48,7 +48,7 @@ GENERAL = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a bundle was made from.
+    """The checkpoint, data and scores that a bundle is made from.
 
     Attributes:
         checkpoint: Path of the checkpoint.
@@ -91,7 +91,7 @@ def write_card(config: BundleConfig, origin: Origin, vocabularies: Mapping[str, 
     )
     return f"""# {config.kind.replace("_", " ").capitalize()}{": " if title else ""}{title}
 
-A model with mixture-of-experts layers, made with nmt_moe
+A model with mixture-of-experts layers, trained with nmt_moe
 (Shazeer et al. 2017, [arXiv 1701.06538](https://arxiv.org/abs/1701.06538)).
 
 ```

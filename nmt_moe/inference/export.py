@@ -104,7 +104,7 @@ def export(
         is_overwritten: Whether to replace an output that exists.
 
     Returns:
-        A description of what was written.
+        A description of the bundle.
 
     Raises:
         ValueError: if something is missing or inconsistent; the message names it.
@@ -215,14 +215,14 @@ def _find_vocabularies(
     directions: tuple[str, ...],
 ) -> dict[str, Vocabulary]:
     if not data.is_dir():
-        raise ValueError(f"`{data}` is not a folder. Name the one that fairseq-preprocess wrote.")
+        raise ValueError(f"`{data}` is not a folder. Name a folder that fairseq-preprocess wrote.")
     if directions:
         symbols = state["task_state"]["symbols"]
         own = read_symbols(find_dictionary(data, languages[0]))
         if symbols[: len(own)] != own:
             raise ValueError(
                 f"the dictionary of `{data}` is not the one that the checkpoint was trained with. "
-                "Name the folder that it was trained on."
+                "Name the data folder used in training."
             )
         vocabulary = Vocabulary(symbols, [language_mark(name) for name in languages])
         return {"source": vocabulary, "target": vocabulary}

@@ -38,7 +38,7 @@ def translate_file(
     Raises:
         ValueError: if lines could not be translated; the message names them. Even then, the output
             is complete and has blank lines for them.
-        OSError: if a file cannot be opened or written.
+        OSError: if a file cannot be read or written.
     """
     faults: list[BadLine] = []
     count = 0
@@ -81,6 +81,6 @@ def describe_faults(faults: list[BadLine], most: int = 10) -> str:
 
 
 def scan_stream(stream: BinaryIO, name: str) -> tuple[Iterator[str | BadLine], int]:
-    """Return the lines of a stream and how many to read ahead, which is one for a terminal."""
+    """Return the lines of a stream and the number to read ahead, which is 1 for a terminal."""
     is_terminal = stream.isatty()
     return scan_lines(stream, name), 1 if is_terminal else READ_AHEAD

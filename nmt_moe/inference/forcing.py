@@ -1,4 +1,4 @@
-"""Let networks read given translations: teacher forcing."""
+"""Let networks read given translations (teacher forcing)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Forced:
     """The networks' results for a sentence with a given target of T tokens.
 
     Attributes:
-        log_probs: T + 1 log-probabilities, of each token and the end mark, in nats.
+        log_probs: T + 1 log-probabilities in nats, one for each token and one for the end mark.
         attention: (T + 1, S) float32, weights of the source tokens for each target token.
         source, target: Routing of the S source tokens and of the T + 1 target tokens in the first
             network; None if it has no MoE layers.
@@ -46,8 +46,8 @@ def force_decode(
         with_inputs: Whether to keep the inputs of the MoE layers.
 
     Returns:
-        A result for each sentence. The experts of a target token are those that predicted it: the
-            layer sent them the vector of the previous token.
+        A result for each sentence. The experts of a target token are the ones that predicted it,
+            because the layer sent them the vector of the previous token.
     """
     of_source, of_target = (Trace([], [], [] if with_inputs else None) for _ in range(2))
     state = ensemble.start(sentences, of_source)
@@ -79,7 +79,7 @@ def force_in_batches(
     batch_tokens: int,
     with_inputs: bool = False,
 ) -> list[Forced]:
-    """Run `force_decode` in batches; return the results in the order of the sentences.
+    """Run `force_decode` in batches, and return the results in the order of the sentences.
 
     `batch_tokens` is the maximum number of tokens that are read at once on either side, including
     padding.
@@ -102,7 +102,7 @@ def _split_routing(trace: Trace, lengths: list[int]) -> list[Routing] | None:
 
 
 def _stack_routing(trace: Trace, num_rows: int) -> list[Routing] | None:
-    """Return each row's routing from several calls, each of which made one step for all rows."""
+    """Return each row's routing from several calls that made one step each for all rows."""
     if not trace.expert_ids:
         return None
     inputs = torch.stack(trace.inputs, dim=1) if trace.inputs else [None] * num_rows

@@ -25,8 +25,7 @@ BATCH_TOKENS = 4096
 class LanguageModel:
     """Score and sample lines of text with a bundle, opened by `LanguageModel.load`.
 
-    Every line starts from a zero state, as a sentence does in training with
-    `--sample-break-mode eos`.
+    Every line starts from a zero state, like a sentence in training with `--sample-break-mode eos`.
 
     Attributes:
         defaults: Search defaults of the bundle.
@@ -183,7 +182,7 @@ def _split_steps(trace: Trace, lengths: list[int]) -> Sequence[Routing | None]:
 
 
 def _check_line(name: str, line: str) -> None:
-    """Reject anything but one line of text."""
+    """Reject anything other than one line of text."""
     if not isinstance(line, str):
         raise ValueError(f"{name} must be a string, but is {type(line).__name__}.")
     fault = "contains a line end" if "\n" in line else find_fault(line)

@@ -1,6 +1,6 @@
-"""The layers of the networks, with a bundle's weights; no gradients, dropout or statistics.
+"""The layers of the networks, with a bundle's weights and without gradients, dropout or statistics.
 
-Each layer computes what its namesake in `nmt_moe.nn` computes in evaluation; the tests compare
+Each layer computes the same output as its namesake in `nmt_moe.nn` in evaluation. Tests compare
 them.
 """
 
@@ -20,7 +20,7 @@ from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
 
-# Up to this many gate logits are fully sorted, because that finds the largest ones fastest.
+# Up to this many gate logits are fully sorted, which is the fastest way to find the largest ones.
 FEW_LOGITS = 1 << 14
 # The maximum number of rows in a step when a single sentence is searched.
 FEW_ROWS = 8
@@ -92,7 +92,7 @@ class LSTM:
 
 
 class BidirectionalLSTM:
-    """Two LSTMs, one from each end of the sentence, with their outputs summed."""
+    """Two LSTMs that read from opposite ends of the sentence, with their outputs summed."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.forwards = LSTM(weights, f"{name}.forwards")
@@ -143,7 +143,7 @@ class MoE:
         return y.sigmoid_().add_(x)
 
     def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
-        """Compute the outputs of given experts for all tokens, whether the gate chose them or not.
+        """Compute the outputs of given experts for all tokens, regardless of the gate's choice.
 
         Args:
             x: (N, D), inputs of the layer: `Routing.inputs`.
@@ -156,7 +156,7 @@ class MoE:
         return torch.stack([out[e](into[e](x).relu_()) for e in expert_ids])
 
     def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
-        """Send a few tokens to all experts at once, because they need most experts anyway."""
+        """Send a few tokens to all experts in one call, because they need most experts anyway."""
         into, out = self.experts.joined
         all_gates = x.new_zeros(x.shape[0], self.experts.num_experts + 1)
         all_gates.scatter_(1, expert_ids, gates)
@@ -170,8 +170,7 @@ class MoE:
         if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
             gating = self.gate(x)
             return gating.gates, gating.expert_ids
-        # The training gate also computes statistics of its choice, which takes longer than
-        # choosing.
+        # The training gate also computes statistics, which takes longer than choosing the experts.
         logits = x @ self.gate.gate_weight
         values, ids = logits.sort(dim=1, descending=True, stable=True)  # ties: lowest id first
         top_k = self.config.top_k
@@ -179,7 +178,7 @@ class MoE:
 
 
 class DeepExpert:
-    """A single expert with several hidden layers, in place of an MoE layer.
+    """A single expert with several hidden layers, used instead of an MoE layer.
 
     Source: Shazeer et al. 2017, Appendix C.1 (MoE-1-Deep).
     """
@@ -212,7 +211,7 @@ class Attention:
         """Compute the context and the attention weights of each query.
 
         Args:
-            query: (B, W, D), decoder outputs that attend.
+            query: (B, W, D), the decoder outputs that attend.
             keys: (B, S, D), the part of attention that depends only on the source.
             source: (B, S, D), the encoder's outputs.
             bias: (B, 1, S), 0, or -inf for padding.

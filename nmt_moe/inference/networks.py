@@ -23,8 +23,8 @@ from nmt_moe.kernels import PackedLinear, lstm_step
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
-# Once this share of the sentences is finished, they are dropped from the encoder's outputs, which
-# requires copying the others.
+# Once this share of the sentences is finished, they are dropped from the encoder's outputs.
+# Dropping them requires copying the others.
 DROPPED_AT = 0.3
 
 
@@ -65,7 +65,7 @@ class DecoderState:
         """Return the state of new rows; `rows` (R',) int64 holds the old row of each new one."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
-        if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentence has finished
+        if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentences have finished
             live, inverse = sentence.unique_consecutive(return_inverse=True)
             if live.numel() <= (1 - DROPPED_AT) * memory.source.shape[0]:
                 memory, sentence = memory.pick(live), inverse
@@ -184,7 +184,7 @@ class TranslationNetwork:
 
 
 def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
-    """Sort the last call's tokens by sentence; they were traced by step, longest sentence first."""
+    """Sort the last call's tokens by sentence. They were traced step by step."""
     number = torch.zeros(is_token.shape, dtype=torch.int64)
     number[is_token] = torch.arange(int(is_token.sum()))
     columns = torch.tensor(order).argsort()
@@ -268,7 +268,7 @@ class LanguageNetwork:
         elif config.moe is not None:
             self.moe = MoE(weights, folder, "decoder", config.moe, weights.config.dtype)
         self.output = weights.linear("decoder.output.weight")
-        # This is less than the vocabulary if the rarest words are read but never predicted.
+        # Fewer than the vocabulary's symbols if the rarest words are read but never predicted.
         self.num_outputs = len(weights["decoder.output.weight"])
 
     def start(self, num_rows: int) -> list[State]:

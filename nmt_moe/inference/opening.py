@@ -50,7 +50,7 @@ class Bundle:
         folder: Folder of the bundle.
         config: Configuration of the bundle.
         vocabularies: Vocabularies of "source" and "target"; a language model has only a "target".
-        processors: sentencepiece models by the same names; None if words are split at spaces.
+        processors: sentencepiece models by the same names; None if text is split at spaces.
         network: Network of the bundle, with weights mapped from the files.
     """
 
@@ -228,8 +228,8 @@ def load_pieces(content: bytes, name: str, advice: str) -> Processor:
     return processor
 
 
-# Share of a vocabulary's words that need not be pieces of the model, because texts have runs of
-# characters that are in no piece.
+# Share of a vocabulary's words that need not be pieces of the model, because texts contain runs of
+# characters that no piece covers.
 FOREIGN_SHARE = 0.05
 
 
@@ -242,7 +242,7 @@ def check_pieces(processor: Processor, vocabulary: Vocabulary, name: str, advice
     pieces = {processor.id_to_piece(number) for number in range(len(processor))}
     own = set(MARKS) | set(vocabulary.language_marks)
     words = {s for s in vocabulary.symbols if not s.startswith("madeupword")} - own
-    # Single characters may be unknown to the model.
+    # Ignore single characters, which may be unknown to the model.
     foreign = sorted(w for w in words - pieces if len(w.removeprefix("▁")) > 1)
     if len(foreign) > FOREIGN_SHARE * len(words):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmt_moe.text.vocabulary import UNK
 
-# For each piece, the experts to which it was sent, with their gates, largest first.
+# For each piece, its experts with their gates, largest first.
 Experts = list[list[tuple[int, float]]]
 
 
@@ -53,8 +53,8 @@ class Hypothesis:
         score: The score by which hypotheses are ranked, in nats: log P divided by the length
             penalty, plus the coverage penalty if there is one.
         pieces: The T pieces of the translation.
-        log_probs: T + 1 log-probabilities, of each piece and the end mark, in nats.
-        alignment: T indices; for each piece, the source piece to which it attends most.
+        log_probs: T + 1 log-probabilities in nats, one for each piece and one for the end mark.
+        alignment: For each of the T pieces, the index of the source piece it attends to most.
         attention: (T, S) float32, attention of each piece over all pieces of the source.
         experts: Experts of the decoder's layer for each piece, if requested.
     """
@@ -109,8 +109,7 @@ class Translation:
         score: Sum of the scores of the text's sentences, in nats; 0 for a text without words.
         hypotheses: Texts, best first; for several sentences, the n-th text joins the n-th best
             hypotheses.
-        sentences: The sentences of the text; there is one unless the text is long or has several
-            lines.
+        sentences: The sentences of the text; only one unless the text is long or has several lines.
     """
 
     text: str
@@ -130,7 +129,7 @@ class Translation:
 
     @property
     def alignment(self) -> list[int]:
-        """Return, for each of `pieces`, the index in `source_pieces` to which it attends most."""
+        """Return, for each of `pieces`, the index in `source_pieces` that it attends to most."""
         found, first = [], 0
         for sentence, best in zip(self.sentences, self._best, strict=True):
             found += [first + index for index in best.alignment]
@@ -175,13 +174,13 @@ class LineScore:
     Attributes:
         log_prob: Log-probability of the line, in nats.
         pieces: Pieces of the line.
-        log_probs: Log-probabilities of each piece and of the end, in nats.
+        log_probs: Log-probabilities of each piece and of the line's end, in nats.
         num_words: Number of words, separated by white space.
         num_characters: Number of characters.
-        num_unknown: Number of pieces that are not in the vocabulary. Such pieces make a line seem
-            likelier than it is.
+        num_unknown: Number of pieces that are not in the vocabulary. They make a line seem likelier
+            than it is.
         routing: Routing in the MoE layer for each piece and the end, if requested. The experts of a
-            piece are those that predicted it: the layer sent them the vector of the previous piece.
+            piece are the ones that predicted it, from the vector of the previous piece.
     """
 
     log_prob: float

@@ -21,7 +21,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Limits:
-    """The maximum length of a translation, with end mark: a S + b for S source pieces."""
+    """The maximum length of a translation, including the end mark: a S + b for S source pieces."""
 
     a: float
     b: int
@@ -43,7 +43,7 @@ class EnsembleState:
 
 
 class Ensemble:
-    """Networks whose probabilities are averaged; those of a single network stay unchanged."""
+    """Average the probabilities of several networks, or pass on those of a single network."""
 
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
@@ -74,7 +74,7 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
     Args:
         sentences: The sentences to translate.
         batch_tokens: Maximum number of tokens in a batch, including padding; a longer sentence
-            forms a batch of its own.
+            forms its own batch.
     """
     order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
     batch: list[int] = []
@@ -97,7 +97,7 @@ def run_batches(
     single batch gets all threads.
 
     Yields:
-        What `run` returns, in the order of the batches.
+        The results of `run`, in the order of the batches.
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1 or len(batches) < 2:
@@ -127,11 +127,11 @@ def search(
 
     Args:
         ensemble: The networks.
-        sentences: Token ids of the sources, with language token and end mark.
+        sentences: Token ids of the sources, with their language tokens and end marks.
         config: Configuration of the search.
         limits: Limits of the hypotheses' lengths.
-        num_words: Number of positions of each source that count for coverage: all except the end
-            mark.
+        num_words: Number of positions of each source that count for coverage, which are all except
+            the end mark.
     """
     state = ensemble.start(sentences)
     start = torch.full((len(sentences),), EOS)

@@ -37,7 +37,7 @@ def find_fault(text: str) -> str | None:
 
 
 def check_texts(texts: str | Sequence[str], name: str) -> list[str]:
-    """Return texts as a list; reject anything that is not text."""
+    """Return texts as a list, and reject anything that is not text."""
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"`{name}s` must be a list of strings, but is {type(texts).__name__}.")
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -51,7 +51,7 @@ def check_texts(texts: str | Sequence[str], name: str) -> list[str]:
 
 
 def check_line(line: str | BadLine, number: int) -> str | BadLine:
-    """Return a line, or what is wrong with it."""
+    """Return a line, or a `BadLine` that says why it cannot be translated."""
     fault = find_fault(line) if isinstance(line, str) else None
     return line if fault is None else BadLine(number, fault, "Remove it.")
 
@@ -71,7 +71,7 @@ class SourceText:
     language: str | None = None
 
     def split(self, line: str) -> list[list[str]]:
-        """Return the pieces of each sentence of a line; a line that is short enough is not split.
+        """Split a line into sentences if it is too long, and return the pieces of each.
 
         A sentence that is too long is cut between words or, without spaces, between pieces. A line
         without text has no sentences.
@@ -125,7 +125,7 @@ class TargetText:
         """Return the text of one sentence's pieces."""
         if self.processor is None:
             return " ".join(pieces)
-        # `decode_pieces` would replace unknown pieces with a symbol of its own.
+        # `decode_pieces` would replace unknown pieces with its own symbol.
         return "".join(pieces).replace("▁", " ").strip()
 
 

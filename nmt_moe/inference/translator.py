@@ -37,7 +37,7 @@ READ_AHEAD = 2048
 
 
 class Translator:
-    """Translate text with a bundle, or with several as an ensemble, opened by `Translator.load`.
+    """Translate text with one bundle or an ensemble of several, opened by `Translator.load`.
 
     Results do not depend on how texts are batched, except for the last bits of scores.
 
@@ -74,7 +74,7 @@ class Translator:
 
         Raises:
             ValueError: if a file is missing, changed or of a newer format, or two bundles of an
-                ensemble differ; the message says which and how.
+                ensemble differ; the message names the file or the difference.
         """
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
         if not folders:
@@ -110,7 +110,7 @@ class Translator:
             length_penalty_alpha: GNMT's length normalisation; 0 = off.
             coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
             beam_prune: GNMT's pruning, in nats; 0 = off.
-            batch_tokens: Maximum number of source pieces in a batch, including padding; each of
+            batch_tokens: Maximum number of source pieces in a batch, including padding. Each of
                 torch's threads translates one batch at a time.
             with_experts: Whether to also return the experts of each piece in the first bundle.
 
@@ -144,7 +144,7 @@ class Translator:
         read_ahead: int = READ_AHEAD,
         **options: int | float | bool | None,
     ) -> Iterator[Translation | BadLine]:
-        """Translate lines as they arrive; pass bad lines through.
+        """Translate lines as they arrive, and pass bad lines through.
 
         Args:
             lines: Lines, for example from `nmt_moe.text.lines.scan_lines`.
@@ -193,8 +193,7 @@ class Translator:
     ) -> list[PairScore]:
         """Compute the log-probability of a reference translation of each text, by teacher forcing.
 
-        Texts are not split: each text and each reference counts as one sentence, whatever its
-        length.
+        Texts are not split: each text and each reference counts as one sentence of any length.
 
         Args:
             texts: Any number of texts; a string stands for a list of one.

@@ -35,7 +35,7 @@ def experts_file(side: str) -> str:
 
 
 def is_product(name: str, value: Tensor) -> bool:
-    """Return whether a weight is used in matrix products, and so is stored in the bundle's dtype.
+    """Return whether a weight is used in matrix products, and is thus stored in the bundle's dtype.
 
     Gates are stored in float32, because a rounded gate may choose other experts.
     """
@@ -43,7 +43,7 @@ def is_product(name: str, value: Tensor) -> bool:
 
 
 def expected_shapes(config: BundleConfig, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes that the networks give all weights except those of experts.
+    """Return the names and shapes of all weights in the networks except the experts' weights.
 
     Args:
         config: Configuration of the bundle.
@@ -75,13 +75,13 @@ def _embedding(size: int, dim: int) -> nn.Embedding:
 
 
 class Weights:
-    """The weights of a bundle except those of experts, checked against its configuration.
+    """The weights of a bundle without its experts, checked against its configuration.
 
     Args:
         folder: Folder of the bundle.
         config: Configuration of the bundle.
         sizes: Number of rows of the embeddings, "encoder" and "decoder", and of "output". If
-            "output" is missing, its number is read from the file.
+            "output" is missing, its size is read from the file.
         sums: The SHA-256 hash of each file.
 
     Raises:
@@ -120,7 +120,7 @@ class Weights:
         return self.config.shared_weights.get(name, name) + SCALE
 
     def _check_claims(self) -> None:
-        """Reject sizes that need more weights than exist, before anything is built from them."""
+        """Reject sizes that need more weights than the file has, before building anything."""
         network: Any = self.config.network
         for name in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
             if getattr(network, name, 0) > len(self._tensors):
@@ -211,7 +211,7 @@ class ExpertWeights:
 
     @property
     def is_small(self) -> bool:
-        """Return whether using all experts at once costs less than calling them one by one."""
+        """Return whether one call for all experts costs less than one call per expert."""
         return self._tensors[EXPERTS_IN].numel() <= SMALL_LAYER
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Report what a trained model's experts do on a text and how well the model translates."""
+"""Report how a trained model uses its experts on a text and how well it translates."""
 
 from nmt_moe.inspection.page import render_page
 from nmt_moe.inspection.reading import Reading, TextUsage, collect_usage, read_text

@@ -19,12 +19,12 @@ from nmt_moe.inspection.tokens import classes_of, context_of, frequency_band
 from nmt_moe.inspection.usage import ExpertUsage
 from nmt_moe.moe import output_similarity, routing_saturation
 
-# The JSON output has contexts and over-use for at most this many experts, the busiest ones.
+# Maximum number of experts, the busiest ones, with contexts and over-use in the JSON output.
 MAX_DETAILED = 2048
-# Matrices (pairs, similarity of outputs) cover at most this many experts, the busiest ones.
+# Maximum number of experts, the busiest ones, in matrices (pairs, similarity of outputs).
 MAX_MATRIX = 32
 NUM_CONTEXTS, NUM_FEATURES, NUM_PAIRS = 10, 10, 12
-# Number of tokens on which the similarity of outputs is measured.
+# Number of tokens used to measure the similarity of outputs.
 NUM_SAMPLES = 256
 
 
@@ -50,7 +50,7 @@ class LayerReport:
         self._num_kept = self._num_pairs = self._num_changed = self._num_compared = 0.0
 
     def add(self, part: int, readings: Sequence[Reading]) -> None:
-        """Add sentences of a part; their routing must include the layer's inputs."""
+        """Add sentences of a part, with routing that includes the layer's inputs."""
         if not readings:
             return
         routings = [one.routings[self.side] for one in readings]

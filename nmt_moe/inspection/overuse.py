@@ -1,12 +1,12 @@
 """Find features for which experts are used more often than by chance.
 
 Among the N tokens of a text, n have a feature (a piece or a class), m were sent to an expert, and k
-have the feature and were sent to the expert. By chance, the expert would get the share m / N of the
-feature's tokens. The lift is (k / n) / (m / N). Its lower bound is
+have the feature and were sent to the expert. By chance, the expert would get a share m / N of the
+tokens with the feature. The lift is (k / n) / (m / N). Its lower bound is
 
     Wilson's lower bound of k / n  /  Wilson's upper bound of m / N,
 
-where each bound is at the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni).
+where each bound has the one-sided level 0.05 / (2 M) for M comparisons in the layer (Bonferroni).
 If tokens were independent, all lower bounds of a layer would hold together with a probability of
 95 %. Features with a lower bound above 1 are listed, sorted by that bound. If an expert is rarely
 used, its shares are uncertain, so a few tokens do not make it a specialist.

@@ -32,7 +32,7 @@ MIN_WEIGHT = 0.03
 
 @dataclass(frozen=True)
 class Caps:
-    """Limits on what a page shows, which are reduced until the page is small enough.
+    """Limits on the contents of a page, which are reduced until the page is small enough.
 
     Attributes:
         experts: Number of experts shown for each layer, the busiest ones.
@@ -72,8 +72,8 @@ def render_page(report: Mapping[str, Any]) -> str:
     """
     if not isinstance(report, Mapping) or report.get("format") != FORMAT:
         raise ValueError(
-            f"the values are not a report: `format` is not '{FORMAT}'. Pass what `nmt-moe report "
-            "--json` wrote."
+            f"the values are not a report: `format` is not '{FORMAT}'. Pass the values that "
+            "`nmt-moe report --json` wrote."
         )
     if report.get("format_version") != VERSION:
         raise ValueError(
@@ -151,7 +151,7 @@ def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
     order = sorted(range(num_experts), key=lambda expert: -usage["load"][expert])
     shown = sorted(order[:MAX_BARS]) if num_experts <= MAX_BARS else order[:MAX_BARS]
     total = max(usage["num_tokens"], 1)
-    # Each token has K experts, and gates that sum to 1.
+    # Each token has K experts, and its gates sum to 1.
     largest = max(max(usage["load"]) / total, layer["top_k"] / num_experts, 1e-9)
     heaviest = max(max(usage["importance"]) / total, 1 / num_experts, 1e-9)
     bars = [
@@ -177,7 +177,7 @@ def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
 
 
 def _pair_cells(matrix: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the cells of pairs, with lift as a value from -1 (never) to 1 (4 times chance)."""
+    """Return the cells of pairs, with lift on a scale from -1 (never) to 1 (4 times chance)."""
     if matrix is None:
         return []
     cells = []

@@ -1,4 +1,4 @@
-"""Find experts that are used together, and measure how much two texts use the same experts."""
+"""Find experts that are used together, and measure how far two texts use the same experts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROUNDS = 500
 
 
 def expected_pairs(coactivation: Tensor) -> Tensor:
-    """Compute how often each pair is expected, if experts with the same loads met by chance.
+    """Compute the expected count of each pair if experts with the same loads met by chance.
 
     A token's experts differ from each other, so chance means quasi-independence: the expected
-    number is a_i a_j off the diagonal, where the factors a are chosen so that each expert is in as
-    many pairs as observed.
+    count is a_i a_j off the diagonal, with factors a chosen so that each expert is in as many pairs
+    as observed.
 
     Args:
         coactivation: (E, E) int64, symmetric with 0 on the diagonal.
@@ -51,8 +51,8 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
     Returns:
         The number of pairs compared, `num_pairs`, and the lists `over` and `under` with rows of
         `experts`, `count`, `expected`, `lift`, and its bounds `low` and `high`. The bounds are
-        Wilson's for the count's share of tokens, corrected for all pairs (Bonferroni), divided by
-        the expected share. None if pairs were not counted or there are none.
+        Wilson's bounds for the count's share of tokens, corrected for all pairs (Bonferroni),
+        divided by the expected share. None if pairs were not counted or there are none.
     """
     counts = usage.coactivation
     if counts is None or not counts.any():
@@ -82,7 +82,7 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
 
 
 def load_overlap(one: ExpertUsage, other: ExpertUsage) -> float:
-    """Compute how much two texts use the same experts of a layer.
+    """Compute how far two texts use the same experts of a layer.
 
     Returns:
         The sum over experts of the smaller of the two shares of the load: 1 for equal shares, 0 if

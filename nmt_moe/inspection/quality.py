@@ -32,7 +32,7 @@ def score_translations(
         hypotheses: A translation of each source line.
         references: A reference translation of each source line.
         language: Language of the references, for sacrebleu's tokeniser; None for "13a".
-        others: Another model's translations, to compare with.
+        others: Another model's translations, for comparison.
         lines: Index of each source line in the text, shown with sentences; None for all lines.
 
     Returns:
@@ -114,5 +114,5 @@ def _sentence_scores(hypotheses: Sequence[str], references: Sequence[str]) -> li
 
 
 def language_of(name: str | None) -> str | None:
-    """Return a name, such as a file extension, if it looks like a language code, or else None."""
+    """Return a name, such as a file extension, if it looks like a language code; else None."""
     return name if name is not None and re.fullmatch(r"[a-z]{2,3}([-_]\w+)?", name) else None

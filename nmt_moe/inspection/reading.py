@@ -1,4 +1,4 @@
-"""Run a model over a text, and collect what its experts did."""
+"""Run a model over a text, and record how its experts are used."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def collect_usage(
     progress: bool = False,
     **search: Any,
 ) -> TextUsage:
-    """Run a model over a text and count how its experts are used.
+    """Run a model over a text, and count how often its experts are used.
 
     Args:
         model: The model that reads the text.
@@ -117,8 +117,8 @@ def read_text(
 ) -> Iterator[list[Reading]]:
     """Yield the sentences of a text, several lines at a time.
 
-    Lines that are blank, or whose reference is blank, are left out. The arguments are the same as
-    in `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
+    Lines that are blank or have a blank reference are left out. The arguments are the same as in
+    `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:
         ValueError: if the numbers of texts and references differ; if a language model gets options

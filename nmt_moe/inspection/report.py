@@ -40,13 +40,13 @@ def make_report(
     against: Path | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Run a bundle over a text, and describe what its experts do and how well it translates.
+    """Run a bundle over a text, and describe how it uses its experts and how well it translates.
 
     Args:
         folder: Folder of the bundle.
         parts: Parts of the text, such as one for each language.
-        against: Another bundle to compare with, of another model or of another checkpoint of this
-            model.
+        against: Another bundle to compare with, from another model or from another checkpoint of
+            this model.
         progress: Whether to show progress bars on standard error.
 
     Returns:

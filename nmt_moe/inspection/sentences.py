@@ -8,7 +8,7 @@ from typing import Any
 
 from nmt_moe.inference import LanguageModel, Sentence, Translator
 
-# Maximum number of sentences shown piece by piece in total, and minimum for each part.
+# Maximum number of sentences shown piece by piece in total, and minimum number for each part.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
 # Maximum number of pieces, on each side, of a sentence shown piece by piece.
@@ -17,7 +17,7 @@ MAX_SHOWN_PIECES = 128
 
 @dataclass(frozen=True)
 class Part:
-    """A text, and what is known about it.
+    """A text with its name, languages and references.
 
     Attributes:
         name: Name of the part, such as its language.

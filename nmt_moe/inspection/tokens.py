@@ -1,4 +1,4 @@
-"""Find the words around a token, and the classes that it belongs to."""
+"""Find the words around a token, and the token's classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FREQUENCY_ENDS = (1, 9, 99, 999)
 
 
 def begins_word(token: str, has_pieces: bool) -> bool:
-    """Return whether a token begins a word; special symbols and whole words do."""
+    """Return whether a token begins a word, as special symbols and whole words do."""
     return not has_pieces or token.startswith(SPACE) or MARK.fullmatch(token) is not None
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class DictionaryCheck(nn.Module):
     """Store a digest of a dictionary in the checkpoint, and check it when loading the checkpoint.
 
-    fairseq stores no dictionary in a checkpoint, and pads dictionaries to multiples of 8. Another
-    dictionary therefore often has the same size, is loaded silently, and makes every translation
-    wrong.
+    fairseq does not store the dictionary in a checkpoint, and pads dictionaries to multiples of 8.
+    Another dictionary therefore often has the same size, is loaded silently, and makes every
+    translation wrong.
 
     Attributes:
         digest: Scalar int64, computed from all symbols in order.

@@ -15,7 +15,7 @@ def rename_early_options(model: Any) -> None:
     """Rename the options of a checkpoint's model to their present names.
 
     fairseq drops options that the model does not know, so the defaults would silently replace
-    options with early names. The options of other models do not change.
+    options with early names. The options of other models are left unchanged.
     """
     if isinstance(model, Namespace):
         model = vars(model)

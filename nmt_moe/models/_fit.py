@@ -14,7 +14,7 @@ from nmt_moe.checkpoints.files import COPY_AGAIN
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Suffixes of the settings that are sizes, and the largest size that is always allowed.
+# Suffixes of settings that are sizes, and the largest size that is always allowed.
 SIZES = ("_layers", "_dim", "num_experts", "num_groups")
 LARGEST_SIZE = 2**17
 # Parameters with one row for each symbol of the source or target dictionary.
@@ -23,7 +23,7 @@ SIZED_BY_TARGET = ("decoder.network.embedding.weight", "decoder.output.weight")
 
 
 def check_size(path: str, state: dict[str, Any]) -> None:
-    """Reject a checkpoint whose configuration describes a much larger model than it contains.
+    """Reject a checkpoint if its configuration describes a much larger model than it contains.
 
     The model is built before its weights are loaded, so a forged configuration of 10^9 experts
     would need as many gigabytes.
@@ -39,7 +39,7 @@ def check_size(path: str, state: dict[str, Any]) -> None:
     cfg = _configuration(state)
     have = _shapes(state)
     largest = max([LARGEST_SIZE, *(size for shape in have.values() for size in shape)])
-    # Convert to a plain container, where a missing option is "???" and reading it raises no error.
+    # In a plain container, a missing option is "???", and reading it raises no error.
     settings: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
     for key, value in settings.items():
         # Each layer has parameters, so there cannot be more layers than parameters. Without this
@@ -108,7 +108,7 @@ def _shapes(state: dict[str, Any]) -> Shapes:
 
 
 def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
-    """Return the parameter shapes of a configuration's model with the checkpoint's dictionaries."""
+    """Return the parameter shapes of the configured model with the checkpoint's dictionaries."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
     # Building this model draws random numbers, which must not change those that a search draws

@@ -9,7 +9,7 @@ from nmt_moe.nn import LSTMState
 
 
 class LSTMDecoder(FairseqIncrementalDecoder):
-    """A decoder of LSTMs whose state follows the hypotheses of a search."""
+    """A decoder of LSTMs that keeps a state for each hypothesis of a search."""
 
     def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
         """Move the state of each hypothesis to its new row."""

@@ -25,8 +25,8 @@ Config = TypeVar("Config")
 class MoEOptions(FairseqDataclass):
     """Options that the models share. The defaults are the paper's values for one language pair.
 
-    An option that is also a field of a core configuration has the same name there, so that the
-    core's errors name the option. Aliases are the names that options had in version 0.1.0.
+    An option that is also a field of a core configuration has the same name in both, so that the
+    core's errors name the option. Aliases are the options' names in version 0.1.0.
     """
 
     model_dim: int = field(
@@ -104,7 +104,7 @@ class MoEOptions(FairseqDataclass):
 
 
 def other_default(name: str, default: Any) -> Any:
-    """Return a field of `MoEOptions` with another default."""
+    """Return a field of `MoEOptions` with a different default."""
     return field(default=default, metadata=MoEOptions.__dataclass_fields__[name].metadata)
 
 
@@ -115,14 +115,14 @@ def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
         ValueError: if a value is not allowed. The message names the option, its rule and its value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
-    # An option that did not exist in the version of a checkpoint gets its default.
+    # Options that did not exist when a checkpoint was written get their defaults.
     values = {name: getattr(options, name) for name in names if hasattr(options, name)}
     plain = {name: str(v) if isinstance(v, Enum) else v for name, v in values.items()}
     return kind(**plain, **others)
 
 
 def moe_config(options: Any) -> Optional[MoEConfig]:
-    """Return the configuration of an MoE layer, or None if there is to be none.
+    """Return the configuration of an MoE layer, or None for a dense network.
 
     Args:
         options: The options of the model, as a dataclass or an omegaconf container made from one.
@@ -162,7 +162,7 @@ def expert_parallel_group(
 
 
 def register_sizes(model: str, architectures: Dict[str, Dict[str, Any]]) -> None:
-    """Register architectures of a model, each with its values for options that the user omits."""
+    """Register architectures of a model, each with values for the options that the user omits."""
 
     def setter(sizes: Dict[str, Any]) -> Callable[[Namespace], None]:
         def set_sizes(args: Namespace) -> None:

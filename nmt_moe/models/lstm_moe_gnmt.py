@@ -40,7 +40,7 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 class LSTMMoEGNMTConfig(MoEOptions):
     """Options of the model.
 
-    The defaults are those of the paper's single-pair model with 32 experts and a flat gate.
+    The defaults describe the paper's single-pair model with 32 experts and a flat gate.
     """
 
     lstm_hidden_dim: int = field(

@@ -16,13 +16,13 @@ SMALL: Dict[str, Any] = {
     "init_range": 0.08,
     "attention_wiring": "parallel",
 }
-# The dense model takes the same number of operations: a single network replaces each MoE layer and
+# The dense model needs the same number of operations: a single network replaces each MoE layer and
 # processes all tokens.
 SMALL_DENSE = {**SMALL, "num_experts": 1, "top_k": 1, "hidden_dim": 1024}
 
-# The paper does not state the number of groups for 512 and 2048 experts. Here, it is a power of two
-# near the square root of the number of experts, as in the paper's language models, so that the
-# gates of both levels stay small.
+# The paper does not state the number of groups for 512 and 2048 experts. These models use a power
+# of two near the square root of the number of experts, like the paper's language models, so that
+# the gates of both levels stay small.
 STRICT_GROUPS: Dict[str, Any] = {"gate": "strictly_balanced", "top_k": 2}
 
 # Source: Shazeer et al. 2017, sections 5.3 and 5.4, Appendix E.
@@ -41,7 +41,7 @@ PAPER: Dict[str, Dict[str, Any]] = {
 LAPTOP: Dict[str, Dict[str, Any]] = {
     "lstm_moe_gnmt_small": SMALL,
     "lstm_gnmt_small": SMALL_DENSE,
-    # The multilingual model has twice as many experts as the single-pair model, but takes the same
+    # The multilingual model has twice as many experts as the single-pair model, but needs the same
     # number of operations.
     "lstm_moe_gnmt_multilingual_small": {**SMALL, "num_experts": 16},
     "lstm_gnmt_multilingual_small": SMALL_DENSE,

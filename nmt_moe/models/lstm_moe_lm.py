@@ -23,7 +23,7 @@ from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
 
 @dataclass
 class LSTMMoELMConfig(MoEOptions):
-    """Options of the model. The defaults are those of the paper's MoE-32."""
+    """Options of the model. The defaults describe the paper's MoE-32."""
 
     lstm_hidden_dim: int = field(
         default=LSTMLMConfig.lstm_hidden_dim,
@@ -92,10 +92,10 @@ class LSTMMoELM(FairseqLanguageModel):
 class LSTMMoELMDecoder(LSTMDecoder):
     """The network and the softmax layer, with the interface that fairseq calls.
 
-    The LSTMs start each row of a batch with a state of zeros. What a row is depends on
-    --sample-break-mode. With `eos`, it is one sentence (the benchmark's sentences are shuffled).
-    With `none` or `complete`, it is a passage of text, in which the state is kept from one sentence
-    to the next.
+    The LSTMs start each row of a batch with a zero state. The contents of a row depend on
+    --sample-break-mode. With `eos`, a row is one sentence (the benchmark's sentences are shuffled).
+    With `none` or `complete`, it is a passage of text, and the state is kept from one sentence to
+    the next.
     """
 
     def __init__(

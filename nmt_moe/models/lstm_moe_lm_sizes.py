@@ -5,11 +5,11 @@ from typing import Any, Dict
 from nmt_moe.models import lstm_moe_lm as lstm_moe_lm  # the model must be registered first
 from nmt_moe.models._options import register_sizes
 
-# Each token uses two of 16 groups, and two experts in each.
+# Each token uses two of 16 groups, and two experts in each of them.
 GROUPS_OF_16: Dict[str, Any] = {"num_groups": 16, "top_k": 2}
 
-# Models for the one-billion-word benchmark. Unless a row says otherwise, a model has the width 512,
-# two LSTMs of 512 cells, experts of 1024 hidden units, k = 4, and dropout 0.1.
+# Models for the one-billion-word benchmark. Unless a row says otherwise, a model has a width of
+# 512, two LSTMs with 512 cells, experts with 1024 hidden units, k = 4, and a dropout of 0.1.
 # Source: Shazeer et al. 2017, Table 7.
 TABLE_7: Dict[str, Dict[str, Any]] = {
     "lstm_lm_2048_512": {"dense": True, "lstm_layers": 1, "lstm_hidden_dim": 2048},

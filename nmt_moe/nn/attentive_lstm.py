@@ -1,4 +1,4 @@
-"""The decoder's first LSTM in the paper's wiring, whose inputs include the attention's context."""
+"""The decoder's first LSTM in the paper's wiring, with the attention's context as an input."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from nmt_moe.nn.lstm import State
 
 
 class AttentiveLSTM(nn.Module):
-    """An LSTM whose input at each step is [x; context], with a projection if D and H differ.
+    """An LSTM with the input [x; context] at each step, and with a projection if D and H differ.
 
-    As in GNMT, the previous step's output is the query that yields a step's context. At the first
-    step, this output is zero, so all positions get equal weights. Steps cannot run in parallel.
+    As in GNMT, the output of the previous step is the query for a step's context. At the first
+    step, the query is zero, so all positions get equal weights. Steps cannot run in parallel.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.
     """
@@ -26,7 +26,7 @@ class AttentiveLSTM(nn.Module):
         super().__init__()
         self.attention = ATTENTIONS[attention](model_dim)
         self.weight_x = nn.Parameter(torch.empty(4 * hidden_dim, model_dim))
-        # The first D columns are for the context and the others for the previous output.
+        # The first D columns multiply the context, and the others the previous output.
         self.weight_recurrent = nn.Parameter(torch.empty(4 * hidden_dim, 2 * model_dim))
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
         self.hidden_dim = hidden_dim
@@ -73,7 +73,7 @@ class AttentiveLSTM(nn.Module):
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
 
     def _is_compiled(self, x: Tensor, encoder_out: EncoderOutput, state: State) -> bool:
-        """Return whether compiled loops can run all steps; additive attention has no such loops."""
+        """Return whether compiled loops can run all steps; additive attention has none."""
         tensors = x, self.weight_x, self.bias_ih, encoder_out.keys, encoder_out.source, *state
         is_product = isinstance(self.attention, ProductAttention)
         return is_product and x.numel() > 0 and has_compiled_loops(*tensors)
@@ -103,8 +103,8 @@ class _CollectWeightGradient(torch.autograd.Function):
     """Compute the gradient of the recurrent weights in one product over all steps.
 
     Autograd would add up one product per step, each over only a few rows. The gates of all steps
-    pass through this function before the recurrent part is added, so all of their gradients are
-    known when its backward pass runs. By then, the steps have filled `inputs`.
+    pass through this function before the recurrent part is added, so their gradients are all known
+    when its backward pass runs. By then, the steps have filled `inputs`.
     """
 
     @staticmethod

@@ -28,10 +28,10 @@ class GNMTConfig:
             as two.
         decoder_layers: Number of LSTMs in the decoder.
         attention: Kind of attention, "product" (eq. 22) or "additive" (eq. 21).
-        attention_wiring: Where the context goes. With "recurrent", the previous output of decoder
-            LSTM 1 is the query, and its context is an input of the same LSTM. With "parallel",
-            decoder LSTM 1 runs over all steps first, all of its outputs are queries at once, and
-            the contexts are inputs of LSTM 2.
+        attention_wiring: LSTM that receives the context. With "recurrent", the previous output of
+            decoder LSTM 1 is the query, and the context is an input of the same LSTM. With
+            "parallel", decoder LSTM 1 first runs over all steps, all of its outputs are used as
+            queries together, and the contexts are inputs of LSTM 2.
         dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0 in
             training.
         init_range: All weights except biases and gate weights are drawn uniformly from
@@ -39,7 +39,7 @@ class GNMTConfig:
         moe: Configuration of the MoE layers in encoder and decoder; None for a network without
             them.
         decoder_num_experts: Number of experts in the decoder's MoE layer if it differs from the
-            encoder's, as in a pruned model; 0 if it does not.
+            number in the encoder's layer, as in a pruned model; 0 if it does not.
 
     Raises:
         ValueError: if a value is not allowed. The message names the field, its rule and its value.
@@ -100,7 +100,7 @@ class LSTMLMConfig:
         lstm_hidden_dim: Number of cells in each LSTM, H. Outputs are projected to D if H differs.
         lstm_layers: Number of LSTMs; the MoE layer follows the first.
         expert_layers: Number of hidden layers in an expert. It may exceed 1 only if there is a
-            single expert, which all tokens use and which needs no gate (MoE-1-Deep).
+            single expert, which all tokens use without a gate (MoE-1-Deep).
         dropout: Probability that an output of a layer is set to 0 in training.
         init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].

@@ -16,7 +16,7 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
+# A tuple, because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class DecoderOutput(NamedTuple):
     """The result of one pass of the decoder.
 
@@ -81,8 +81,8 @@ class GNMTDecoder(nn.Module):
             prev_output_tokens: (B, T) int64, padded at the end.
             encoder_out: The encoder's output for the same B sentences.
             state: State after the previous step; None at the start.
-            padding_mask: (B, T) bool, True for padding, which is sent to no expert and counts in no
-                loss or statistic; None for no padding.
+            padding_mask: (B, T) bool, True for padding, which is not sent to any expert or counted
+                in losses and statistics; None for no padding.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * (1 + len(self.layers))
@@ -104,7 +104,7 @@ class GNMTDecoder(nn.Module):
     def _attend(
         self, x: Tensor, encoder_out: EncoderOutput, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor | None, State]:
-        """Run LSTM 1 and the attention in the configured wiring.
+        """Run LSTM 1 and attention in the configured wiring.
 
         Returns:
             (T, B, D) outputs of LSTM 1, (B, T, S) attention weights, the (T, B, D) contexts if

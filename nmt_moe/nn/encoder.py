@@ -14,7 +14,7 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
+# A tuple, because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class EncoderOutput(NamedTuple):
     """The encoder's results that the decoder needs.
 
@@ -35,7 +35,7 @@ class EncoderOutput(NamedTuple):
     def reorder(self, new_order: Tensor) -> "EncoderOutput":
         """Select rows; `new_order`, (B',) int64, contains the old row of each new row.
 
-        A beam search mostly reorders hypotheses within a sentence, in which case nothing is copied.
+        A beam search mostly reorders hypotheses within a sentence. In that case, nothing is copied.
         """
         sentence = self.sentence.index_select(0, new_order)
         if torch.equal(sentence, self.sentence):

@@ -8,9 +8,9 @@ from nmt_moe.parallel import is_expert
 def init_weights(module: nn.Module, init_range: float) -> None:
     """Initialise the weights of a network.
 
-    Matrices are drawn uniformly from [-init_range, init_range]. Biases start at 0, except those of
-    forget gates, which start at 1. Experts, gates, and vectors other than biases keep the values
-    that their modules gave them.
+    Matrices are drawn uniformly from [-init_range, init_range]. Biases start at 0, except for the
+    biases of forget gates, which start at 1. Experts, gates, and vectors other than biases keep the
+    values that their modules gave them.
 
     Source: Wu et al. 2016, section 8 (range); Shazeer et al. 2017, Appendix A (gates start at 0).
     """

@@ -11,8 +11,8 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 
 State = tuple[Tensor, Tensor]
 
-# The warning does not matter to users, because the path that it announces is the faster one for
-# these sizes.
+# Users can ignore this warning, because the path that it announces is the faster one for these
+# sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
@@ -70,7 +70,7 @@ class ProjectedLSTM(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTMs, one in each direction, whose outputs are summed.
+    """Two LSTMs, one in each direction, with their outputs summed.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016, section 3.2.
     """

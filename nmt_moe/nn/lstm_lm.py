@@ -14,7 +14,7 @@ from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
 
 
-# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
+# A tuple, because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class LMOutput(NamedTuple):
     """The result of one pass of the language model.
 
@@ -99,8 +99,8 @@ class LSTMLanguageModel(nn.Module):
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.
             state: State after the previous token; None at the start.
-            padding_mask: (B, T) bool, True for padding, which is sent to no expert and counts in no
-                loss or statistic; None for no padding.
+            padding_mask: (B, T) bool, True for padding, which is not sent to any expert or counted
+                in losses and statistics; None for no padding.
         """
         x = self.dropout(self.embedding(prev_output_tokens.t()))  # (T, B, D)
         states: list[State | None] = [None] * len(self.layers)

@@ -14,7 +14,7 @@ from nmt_moe.training import FactoredAdam
 
 @dataclass
 class FactoredAdamConfig(FairseqDataclass):
-    """The optimizer's options, with the names and defaults that they have in fairseq's adam."""
+    """The optimizer's options, with the same names and defaults as in fairseq's adam."""
 
     adam_betas: Any = field(
         default=(0.9, 0.999), metadata={"help": "betas of Adam; experts use only the second"}

@@ -1,4 +1,4 @@
-"""Everything that involves several ranks. No other package calls collectives."""
+"""Communication between ranks. No other package calls collectives."""
 
 from nmt_moe.parallel.exchange import Exchange, Route, make_exchange
 from nmt_moe.parallel.gradients import average_shard_gradients, clip_gradients, shard_norm

@@ -17,8 +17,7 @@ class Arrivals(NamedTuple):
 
     Attributes:
         x: (M, D), the tokens' vectors.
-        gates: (M, K), weights of the chosen experts, in the dtype in which they were sent; 0 in
-            empty slots.
+        gates: (M, K), weights of the chosen experts, in the dtype that was sent; 0 in empty slots.
         expert_ids: (M, K) int64, the chosen experts, counted from this rank's first expert; L in an
             empty slot.
         num_rows: Number of slots that are not empty; None if unknown.
@@ -58,8 +57,7 @@ class LocalExchange:
         Args:
             expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
             num_rows: Number of slots that are not empty; None if unknown.
-            is_done: Whether this rank has no more tokens of its own and only computes for other
-                ranks.
+            is_done: Whether this rank has no tokens left and only computes for other ranks.
         """
         return LocalRoute(expert_ids, num_rows, is_done)
 
@@ -75,8 +73,8 @@ class AllToAllRoute:
             each of its destinations.
         expert_ids: (N, K) int64, global ids of the chosen experts; E in an empty slot. K is the
             largest number of slots on any rank.
-        send_counts: How many tokens this rank sends to each of the P ranks in its group.
-        recv_counts: How many tokens this rank receives from each of the P ranks in its group.
+        send_counts: Number of tokens that this rank sends to each of the P ranks in its group.
+        recv_counts: Number of tokens that this rank receives from each of the P ranks.
         all_done: Whether all ranks of the group are done.
         owned: Slice of the global ids of this rank's experts.
         members: torch's process group of the P ranks.
@@ -91,7 +89,7 @@ class AllToAllRoute:
     members: Any
 
     def to_experts(self, x: Tensor, gates: Tensor) -> Arrivals:
-        """Send each token once to each rank that has any of its experts."""
+        """Send each token once to each rank that holds any of its experts."""
         gates = F.pad(gates, (0, self.expert_ids.shape[1] - gates.shape[1]))
         x, gates = self._send_both(x, gates)
         ids = self._send(self.expert_ids.index_select(0, self.plan.row_token).int()).long()
@@ -118,7 +116,7 @@ class AllToAllRoute:
 
 
 class AllToAllExchange:
-    """The exchange for a group whose ranks hold different experts.
+    """The exchange for a group of ranks with different experts.
 
     A token is sent once, with its gates, to each rank that holds any of its experts. That rank
     sends one vector back, the weighted sum of its experts' outputs. At most min(K, P) vectors per
@@ -135,7 +133,7 @@ class AllToAllExchange:
     ) -> AllToAllRoute:
         """Determine which tokens go to which rank, and tell the ranks how many they will receive.
 
-        The arguments are those of `LocalExchange.route`.
+        The arguments are the same as in `LocalExchange.route`.
         """
         group, num_slots = self.group, expert_ids.shape[1]
         ranks = expert_ids.div(self.num_experts // group.size, rounding_mode="floor")

@@ -10,14 +10,14 @@ from nmt_moe.parallel.marks import shard_group
 
 
 def average_shard_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average the gradients of shards as data parallelism averages those of other parameters.
+    """Average the gradients of shards, as data parallelism does for other parameters.
 
     The exchange has already summed them over the tokens of this rank's expert-parallel group. This
     function sums them over replicas as well, and divides them by the total number of ranks. All
     ranks must call it after the last backward pass of an update, with parameters in the same order.
 
     Args:
-        parameters: The model's parameters. Those that are not shards do not change.
+        parameters: The model's parameters. Parameters that are not shards are left unchanged.
     """
     for parameter in parameters:
         group = shard_group(parameter)

@@ -40,12 +40,12 @@ class ExpertParallelGroup:
         return self.size * self.num_replicas
 
     def owned(self, num_experts: int) -> slice:
-        """Return which of the `num_experts` global ids this rank's experts have, as a slice."""
+        """Return the slice of the `num_experts` global ids that belongs to this rank's experts."""
         share = num_experts // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# The group for layers whose experts are all on this rank.
+# The group for layers with all experts on this rank.
 ALONE = ExpertParallelGroup()
 
 

@@ -10,7 +10,7 @@ PARAM_GROUP = "experts"
 
 
 def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
-    """Mark a parameter that contains one matrix per expert in its last two dimensions.
+    """Mark a parameter as containing one matrix per expert in its last two dimensions.
 
     The mark is lost when torch recreates a parameter, for example in `copy.deepcopy`, or in
     `to_empty` after a module has been built on the meta device. The module that owns the parameter
@@ -23,8 +23,8 @@ def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
     parameter.param_group = PARAM_GROUP  # type: ignore[attr-defined]
     if group.size > 1:
         parameter.expert_group = group  # type: ignore[attr-defined]
-        # This is fairseq's own mark, which the fp32 copies inherit. The mark excludes the parameter
-        # from sums over ranks and from the gradient norm, and counts it separately in the log.
+        # fairseq's own mark, which the fp32 copies inherit. It excludes the parameter from sums
+        # over ranks and from the gradient norm, and counts it separately in the log.
         parameter.expert = True  # type: ignore[attr-defined]
 
 

@@ -45,5 +45,5 @@ def _all_reduce(values: Tensor) -> Tensor:
 
 
 def ring_bytes(num_bytes: int, world_size: int) -> int:
-    """Return how many bytes each rank sends in a ring all-reduce of `num_bytes` bytes."""
+    """Return the number of bytes that each rank sends in a ring all-reduce of `num_bytes` bytes."""
     return 2 * num_bytes * (world_size - 1) // world_size

@@ -14,8 +14,8 @@ from nmt_moe.planning.mixture import kept_by_mixture, ranks_per_token, rows_per_
 from nmt_moe.planning.network import count, describe
 from nmt_moe.planning.recorder import Network
 
-# fairseq's legacy_ddp sums gradients over ranks in a buffer of at most this many numbers. The
-# gradient of a larger parameter is summed separately.
+# Maximum number of values in the buffer that fairseq's legacy_ddp sums over ranks. The gradient of
+# a larger parameter is summed separately.
 BUFFER_NUMBERS = 2**28
 # Fraction of a device's memory that a plan may fill. The rest is for the runtime and fragmentation.
 FILLED = 0.9
@@ -76,9 +76,9 @@ class Sizes:
 
     Attributes:
         dense: Number of parameters that do not belong to experts.
-        buffered: Number of these parameters whose gradients fit into the buffer.
+        buffered: Number of these parameters that have a gradient small enough for the buffer.
         experts: Number of parameters of the experts on the device.
-        factored: Total number of rows and columns in these experts' matrices.
+        factored: Total number of rows and columns in the matrices of these experts.
         macs: Number of multiply-adds in the forward pass of a batch, by part of the network.
         weights: Number of parameters that these operations read, by part of the network.
     """
@@ -122,7 +122,7 @@ def count_sizes(setup: Setup) -> Sizes:
 
 
 def describe_setup(setup: Setup) -> Network:
-    """Describe the network of a setup. The batch is small, as it does not affect the parameters."""
+    """Describe a setup's network with a small batch, because parameters do not depend on it."""
     return describe(setup.config, Batch(1, 2, setup.batch.vocab_size))
 
 
@@ -184,7 +184,7 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
     if moe is not None and setup.num_moe_layers:
         tokens = setup.batch.tokens
         slots, dim = rows_per_token(moe), moe.model_dim
-        # Gates are float32 whatever the precision of training is.
+        # Gates are float32 in any training precision.
         row = 4 * number * dim + 2 * 4 * slots + 4 * slots
         away = ranks_per_token(moe, size) * (size - 1) / size
         layer = tokens * away * row + 24 * (size - 1) * (size > 1)
@@ -202,10 +202,10 @@ def predict_time(
 ) -> dict[str, float]:
     """Predict the time of one step in seconds, by part, as if no parts overlapped.
 
-    A product takes as long as its operations take at the fraction `utilisation` of the device's
-    FLOP/s, or as long as moving its weights between memory and processor takes, whichever is
-    longer. Weights are read in the forward and the backward pass (those of an LSTM at each position
-    of the sentences), and their gradient is written once.
+    A product takes as long as its operations at the fraction `utilisation` of the device's FLOP/s,
+    or as long as moving its weights between memory and processor, whichever is longer. Weights are
+    read in the forward and the backward pass (in an LSTM, at each position of the sentences), and
+    their gradient is written once.
     """
     number = 4 if setup.precision == "fp32" else 2
     flops = utilisation * (device.flops if setup.precision == "fp32" else device.half_flops)
@@ -218,9 +218,9 @@ def predict_time(
         reads = 2 * setup.batch.length + 1 if part == "LSTM" else 3
         moved = reads * sizes.weights[part] * number
         seconds[part] = max(operations / flops, moved / device.memory_bandwidth)
-    # Bytes moved for each parameter. Adam reads weights, gradients and both moments, and writes all
-    # of these except gradients. Factored Adam reads weights once and the gradients of experts
-    # twice, and writes weights.
+    # Bytes moved for each parameter. Adam reads weights, gradients and both moments, and writes
+    # weights and moments. Factored Adam reads weights once and the gradients of experts twice, and
+    # writes weights.
     adam, factored = 28, 16
     moved = adam * sizes.dense + (factored if setup.factored else adam) * sizes.experts
     seconds["optimizer"] = moved / device.memory_bandwidth

@@ -23,8 +23,8 @@ class Card:
         vocab_size: Size of the vocabulary, V.
         ops: Number of multiply-adds in the forward pass for one token. It includes LSTMs with their
             projections, both matrices of each gate that is evaluated, and the experts that the
-            token uses. For a translation model, it is the number for one source token and one
-            target token, and also includes the softmax.
+            token uses. For a translation model, it covers one source token and one target token,
+            and includes the softmax.
         params: Number of weights of LSTMs, gates and experts, plus one bias for each gate of an
             LSTM.
         active: Number of these parameters that one token uses.

@@ -15,7 +15,7 @@ class Device:
         memory: Size of the memory in bytes.
         memory_bandwidth: Bandwidth of the memory in bytes per second.
         bandwidth: Bandwidth of the link to other devices, in bytes per second in one direction.
-        source: Document that the figures come from.
+        source: Source of the figures.
         is_cpu: Whether the device is a CPU.
     """
 

@@ -1,7 +1,7 @@
 """Formulas for the products of an MoE layer, and for the memory it keeps for the backward pass.
 
 The layer's operations are fused and depend on the values of tensors, so torch cannot report them
-when it knows only shapes. A test compares these formulas with what torch computes and saves.
+when it knows only shapes. A test compares these formulas with the numbers that torch reports.
 
 N is the number of tokens on one side on a device, D the width of the model, H the hidden width of
 an expert, E the number of experts, G the number of groups, and K the number of experts (or groups)
@@ -19,7 +19,7 @@ from nmt_moe.planning.batch import Batch
 
 
 def rows_per_token(moe: MoEConfig) -> int:
-    """Return how many experts a token uses (with a strictly balanced gate, on average)."""
+    """Return the number of experts per token (the mean, with a strictly balanced gate)."""
     if moe.gate == "softmax":
         return moe.num_experts
     return moe.top_k**2 if moe.num_groups else moe.top_k
@@ -29,7 +29,7 @@ def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int
     """Return the number of rows that a gate's weight multiplies, and the number of its matrices.
 
     A single matrix, (D, E), multiplies all tokens. If there are G matrices, (D, E / G), each token
-    is multiplied by those of its K groups.
+    is multiplied by the K matrices of its groups.
     """
     return (tokens, 1) if weight.dim() == 2 else (tokens * moe.top_k, len(weight))
 
@@ -37,9 +37,9 @@ def gate_products(moe: MoEConfig, weight: Tensor, tokens: int) -> tuple[int, int
 def ranks_per_token(moe: MoEConfig, size: int) -> float:
     """Return the mean number of ranks, out of `size`, that hold any of a token's experts.
 
-    All experts are assumed to be equally likely. A rank receives no row of a token if the token
-    chooses only experts on other ranks. Choices are made without replacement, among experts or, in
-    a hierarchy (whose groups stay whole), among groups.
+    All experts are assumed to be equally likely. A rank does not receive a token that chooses only
+    experts on other ranks. Choices are made without replacement, among experts or, in a hierarchy
+    (which keeps each group on one rank), among groups.
     """
     if moe.gate == "softmax":
         return size
@@ -72,7 +72,7 @@ def kept_by_mixture(moe: MoEConfig, batch: Batch, size: int) -> dict[str, float]
 
 
 def _gate_bytes(moe: MoEConfig) -> float:
-    """Return the bytes that a gate keeps for one token: its logits, which are fp32, and choices."""
+    """Return the bytes that a gate keeps for one token: fp32 logits and the choices."""
     k, groups = moe.top_k, moe.num_groups
     level = 17 if moe.gate == "strictly_balanced" else 8  # bytes per logit, in all tensors together
     if moe.gate == "softmax":

@@ -1,10 +1,10 @@
 """Describe a network: its parameters, matrix products and activations.
 
 Modules are built and run on the meta device, where tensors have shapes but no values, so that a
-model of 137 billion parameters takes no memory. torch reports every matrix product, and every
+model with 137 billion parameters takes no memory. torch reports every matrix product, and every
 tensor that the forward pass saves for the backward pass. A new layer that consists of torch's
-operations therefore needs no code here. Only the MoE layer, whose fused operations depend on the
-values of tensors, is described by formulas, in `mixture`.
+operations therefore needs no new code in this module. Only the MoE layer is described by formulas,
+in `mixture`, because its fused operations depend on the values of tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Totals:
 
 
 def count(config: NetworkConfig, batch: Batch) -> Totals:
-    """Return the totals of a batch, in a time that does not depend on the length of sentences.
+    """Return the totals of a batch in a time that does not depend on the length of its sentences.
 
     All steps of an LSTM cost the same, and the cost of attention is proportional to the product of
     the source and target lengths. Totals are therefore quadratic in the length and linear in the
@@ -143,7 +143,7 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return how many more bytes oneDNN's LSTM keeps than torch's own, according to measurements.
+    """Return how many more bytes oneDNN's LSTM keeps than torch's own LSTM, as measured.
 
     CPUs run oneDNN's LSTM if there is no projection. It keeps gates, states and space for all their
     gradients, which are (15 + 12 / length) numbers per cell and step. torch's own LSTM keeps 6.

@@ -40,7 +40,7 @@ class Product:
     Attributes:
         part: Part of the network.
         weight: Name of the parameter on the right; empty for a product of two activations.
-        rows: Number of rows in one call; with `experts`, the rows of all of them.
+        rows: Number of rows in one call; with `experts`, the total for all of them.
         inner: Size of the dimension that is summed over.
         cols: Number of columns of the result.
         steps: Number of sequential calls with the same matrix on the right.
@@ -87,7 +87,7 @@ class Weight:
 
     @property
     def factored_size(self) -> int:
-        """Return how many numbers factored Adam keeps, one per row and per column of a matrix."""
+        """Return the number of values in factored Adam's state, one per row and column."""
         return self.shape[:-2].numel() * (self.shape[-2] + self.shape[-1])
 
     @property
@@ -106,11 +106,11 @@ class Network:
     """The weights and products of a forward pass, and the bytes that it keeps.
 
     Attributes:
-        weights: All parameters except those of the embedding and the softmax layer.
-        products: Matrix products; the last is that of the softmax layer. Equal products of the same
-            weight share an entry.
-        kept: Bytes kept for the backward pass, by part of the network, except those of MoE layers,
-            which `mixture` computes.
+        weights: All parameters except the weights of the embedding and the softmax layer.
+        products: Matrix products; the last belongs to the softmax layer. Equal products with the
+            same weight share an entry.
+        kept: Bytes kept for the backward pass, by part of the network, without MoE layers, whose
+            bytes `mixture` computes.
         num_moe_layers: Number of MoE layers whose experts can be spread over ranks.
     """
 
