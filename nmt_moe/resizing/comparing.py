@@ -25,8 +25,8 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
     been exported from the checkpoint.
 
     Raises:
-        ValueError: if a checkpoint has no bundle or the bundle of another model, or if `model` and
-            `bundle` are both bundles.
+        ValueError: if a checkpoint comes without a bundle or with the bundle of another model, or
+            if `model` and `bundle` are both bundles.
     """
     if isinstance(model, StoredBundle):
         if bundle is not None:
@@ -43,7 +43,7 @@ def find_reader(model: Checkpoint | StoredBundle, bundle: Path | None) -> Stored
     for side, layer in model.layers.items():
         other = reader.layers.get(side)
         for name, value in layer.gate.items():
-            # Gates are stored in float32, whatever the dtype of the bundle.
+            # Gates are stored in float32 in every bundle.
             stored = None if other is None else other.gate.get(name)
             if stored is not None and not torch.equal(stored, value.float()):
                 raise ValueError(

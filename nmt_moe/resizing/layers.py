@@ -1,4 +1,4 @@
-"""Stored MoE layers, whose experts can be selected, merged or copied."""
+"""Stored MoE layers that can be changed by selecting, merging or copying experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nmt_moe.inference.storing import store
 from nmt_moe.inference.weights import DIGEST, EXPERTS_IN, EXPERTS_OUT, SCALE
 from nmt_moe.moe import MoEConfig
 
-# Prefixes of a hierarchical gate's parameters. Those of the second level have the shape
+# Prefixes of a hierarchical gate's parameters. Parameters of the second level have the shape
 # (G, ..., E / G).
 PRIMARY, SECONDARY = "primary.", "secondary_"
 
@@ -79,7 +79,7 @@ class Layer:
         return found[0], found[1]
 
     def with_experts(self, weight_in: Tensor, weight_out: Tensor) -> Layer:
-        """Return the layer with other experts, which are stored in the same way.
+        """Return the layer with other experts, stored in the same way.
 
         Args:
             weight_in: (E', D, H), the experts' first matrices.

@@ -13,7 +13,7 @@ from nmt_moe.resizing.layers import Layer
 
 
 def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
-    """Merge each expert that is not kept into the most similar expert that is.
+    """Merge each expert that is not kept into the most similar kept expert.
 
     Two experts are similar if the gate gives them similar scores for each token. The cosine of
     their columns in the gate's weight measures this. After hidden units have been matched, the
@@ -75,7 +75,7 @@ def assign(columns: Tensor, kept: Sequence[int], num_groups: int) -> list[int]:
 
 
 def gate_columns(layer: Layer) -> Tensor:
-    """Return the weights with which the gate scores each expert, (E, D)."""
+    """Return the gate's weights for each expert, (E, D)."""
     weight = layer.gate["secondary_gate_weight" if layer.moe.num_groups else "gate_weight"]
     return weight.mT.flatten(0, -2)
 
@@ -88,8 +88,8 @@ def match_units(
     Args:
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
-        one: Id of the expert whose order is kept.
-        other: Id of the expert whose units are reordered. Its outputs do not change.
+        one: Id of the expert that sets the order.
+        other: Id of the expert to reorder. Its outputs do not change.
 
     Returns:
         The matrices of `other` with reordered units, (D, H) and (H, D).
@@ -108,7 +108,7 @@ def match_units(
 def _average_columns(
     layer: Layer, gates: dict[str, Tensor], expert: int, members: list[int], share: Tensor
 ) -> None:
-    """Set a kept expert's column in the gate's parameters to the mean of its members' columns."""
+    """Set a kept expert's column in the gate's parameters to the mean of the members' columns."""
     for name, value in gates.items():
         if name.startswith("primary."):
             continue

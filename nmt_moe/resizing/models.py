@@ -1,4 +1,4 @@
-"""Read and write checkpoints and bundles whose experts are to be changed."""
+"""Read checkpoints and bundles to change their experts, and write the results."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle whose weights are mapped from its files.
+    """A bundle with weights mapped from its files.
 
     Attributes:
         path: Folder of the bundle.
         config: The bundle's configuration.
         layers: The MoE layers by side, "encoder" or "decoder".
-        dense: All parameters except those of experts, by name.
+        dense: All parameters except the experts' parameters, by name.
     """
 
     path: Path
@@ -158,8 +158,8 @@ class StoredBundle:
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
         """Write the bundle with other layers.
 
-        The arguments and errors are those of `Checkpoint.write`, except that the note becomes a
-        section of the model card.
+        The arguments and errors are the same as in `Checkpoint.write`, except that the note becomes
+        a section of the model card.
         """
         check_output(output, is_overwritten)
         check_replaceable(output)

@@ -1,4 +1,4 @@
-"""Measure how much each expert is used on a text, as the basis of pruning and merging."""
+"""Measure how much each expert is used on a text, as a basis for pruning and merging."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ExpertSurvey:
             self.contribution[expert] += (gates * norms).double().sum()
 
     def values(self, criterion: str) -> Tensor:
-        """Return the values by which to rank experts, (E,) float64."""
+        """Return the values that experts are ranked by, (E,) float64."""
         if criterion == "contribution":
             return self.contribution
         return getattr(self.usage, criterion).double()
@@ -52,7 +52,7 @@ class ExpertSurvey:
 
 @dataclass
 class Survey:
-    """The results of running a model over one text.
+    """The result of running a model over one text.
 
     Attributes:
         layers: The use of experts in each MoE layer, by side, "encoder" or "decoder".
@@ -108,7 +108,7 @@ def shares(surveys: Sequence[Survey], criterion: str, is_equal: bool = False) ->
     Args:
         surveys: One survey for each text.
         criterion: Measure of use, "contribution", "importance" or "load".
-        is_equal: Whether all texts count equally, whatever their length.
+        is_equal: Whether all texts count equally, regardless of their length.
 
     Returns:
         By side, (E,) float64, the shares, which sum to 1.

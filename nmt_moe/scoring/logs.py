@@ -74,7 +74,7 @@ def name_files(files: Sequence[Path]) -> dict[Path, str]:
     names = {file: file.stem for file in files}
     parts = {file: Path(os.path.abspath(file)).parts for file in files}
     for file, own in parts.items():
-        # Two spellings of one path have no suffixes that differ.
+        # Two spellings of one path have no different suffixes.
         others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
         if others:
             end = 1
@@ -99,7 +99,7 @@ def read_file(label: str, file: Path) -> Run:
 
 
 def read_run(label: str, lines: Iterable[str]) -> Run:
-    """Collect the entries of a training log; if an update occurs twice, the later entry counts."""
+    """Collect the entries of a training log. If an update occurs twice, the later entry counts."""
     run = Run(label)
     for entry in read_entries(lines):
         split = split_of(entry)
@@ -154,7 +154,7 @@ def format_progress(entry: dict[str, Any]) -> str | None:
 
 
 def read_loss(lines: Iterable[str]) -> Loss:
-    """Return the last loss in fairseq-eval-lm's output; its perplexity has only two decimals.
+    """Return the last loss in fairseq-eval-lm's output, because its perplexity has two decimals.
 
     Raises:
         ValueError: if there is no loss.
@@ -166,7 +166,7 @@ def read_loss(lines: Iterable[str]) -> Loss:
         if found := re.search(r"Loss \(base 2\): ([^\s,]+)", line):
             bits = as_number(found[1])
     if bits is None or tokens is None:
-        raise ValueError("has no loss of fairseq-eval-lm: the evaluation did not finish")
+        raise ValueError("has no loss from fairseq-eval-lm: the evaluation did not finish")
     return Loss(bits, tokens)
 
 

@@ -1,7 +1,6 @@
 """Measures of a translation: BLEU by several conventions, chrF and TER, with signatures.
 
-All scores come from sacrebleu; a measure only brings both texts into the form that its convention
-prescribes.
+All scores come from sacrebleu. A measure only prepares both texts as its convention prescribes.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from sacrebleu.significance import PairedTest
 
 from nmt_moe.text.parallel import check_parallel, read_good_lines
 
-# Characters such as the non-breaking space, which are spaces in Python but letters in
-# multi-bleu.perl, because it reads bytes.
+# Characters such as the non-breaking space, which Python treats as spaces. multi-bleu.perl treats
+# them as letters, because it reads bytes.
 WIDE_SPACE = re.compile(r"[^\S \t\n\r\f\v]")
-# Source lengths, in words, at which the rows of --src end.
+# Largest source length, in words, for each row of --src.
 LENGTH_ENDS = (10, 20, 30, 40, 50)
 # Other codes for languages, and sacrebleu's tokenisers for languages that Moses and 13a cannot
 # split.
@@ -63,8 +62,8 @@ def keep(line: str) -> str:
 def split_compounds(line: str) -> str:
     """Split the hyphenated compounds of a tokenised line.
 
-    This works from left to right without overlap, so that the second hyphen of a-b-c stays, as in
-    the widely used Perl one-liner.
+    Matches do not overlap, so the second hyphen of a-b-c stays, as in the widely used Perl
+    one-liner.
     """
     return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
 
@@ -89,7 +88,7 @@ def _keep_words(line: str) -> str:
 
 
 def make_measures(language: str | None, tokens: str | None = None) -> list[Measure]:
-    """Return the measures for texts in `language`; for None (tokenised texts), only multi-bleu's.
+    """Return the measures for texts in `language`; only multi-bleu's for None (tokenised texts).
 
     `tokens` names a sacrebleu tokeniser to use instead of the language's.
 
@@ -124,13 +123,14 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
     """Return sacrebleu's tokenisers for a language.
 
     Raises:
-        ValueError: if there is none, sacrebleu does not know it, or its package is not installed.
+        ValueError: if there is no tokeniser, sacrebleu does not know it, or its package is not
+            installed.
     """
     if tokens is None:
         if language in WITHOUT_SPACES and language not in TOKENS:
             raise ValueError(
-                f"'{language}' is written without spaces and has no tokeniser here. Choose one of "
-                "sacrebleu's: `--tokenize char` or `--tokenize flores200`."
+                f"'{language}' is written without spaces and has no default tokeniser. Choose one "
+                "of sacrebleu's: `--tokenize char` or `--tokenize flores200`."
             )
         if language not in TOKENS:
             return ("13a", "intl")
@@ -165,7 +165,7 @@ def _bleu(tokens: str) -> Callable[[], Metric]:
 
 
 def _multi_bleu(lowercase: bool = False) -> Callable[[], Metric]:
-    # force: sacrebleu warns about tokenised text, which is intended here.
+    # `force` suppresses sacrebleu's warning about tokenised text, which is intended.
     return lambda: BLEU(tokenize="none", smooth_method="none", lowercase=lowercase, force=True)
 
 
@@ -211,7 +211,7 @@ def compare(
     signatures, scores = test()
     (key,) = signatures
     other, this = cast(Any, scores[key])  # results, without the names
-    # sacrebleu counts resamples that exceed the difference; if all are equal, there are none.
+    # sacrebleu counts resamples that exceed the difference. There are none if all are equal.
     is_same = systems[0][1] == systems[1][1]
     # float(), because JSON does not accept numpy's numbers.
     return {
@@ -253,7 +253,7 @@ def score_by_source(
 
 
 def read_texts(paths: Sequence[Path]) -> list[list[str]]:
-    """Read files that must have the same number of lines; empty lines are allowed.
+    """Read files with the same number of lines; empty lines are allowed.
 
     Raises:
         ValueError: if a line cannot be read, the files have different numbers of lines, or a file
@@ -280,7 +280,7 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
     """Return the two-letter language of the texts: `name`, or else the reference's extension.
 
     Raises:
-        ValueError: if that is not a language, or if `name` is set for tokenised texts.
+        ValueError: if the result is not a language, or if `name` is set for tokenised texts.
     """
     if is_tokenized:
         if name is not None:

@@ -54,7 +54,7 @@ def read_nbest(lines: Iterable[str]) -> NBest:
     """Read the output of fairseq-generate.
 
     Raises:
-        ValueError: if a hypothesis lacks a line or has a damaged one, or there is no hypothesis.
+        ValueError: if a hypothesis lacks a line or has a damaged line, or there is no hypothesis.
     """
     nbest = NBest()
     columns: dict[str, str] = {}

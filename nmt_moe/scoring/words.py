@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-# Frequencies at which the bands end; the last band is open.
+# Upper ends of the frequency bands; the last band is open.
 BAND_ENDS = (1, 4, 9, 99, 999)
 
 
 def f_measure_by_frequency(
     hypotheses: Sequence[str], references: Sequence[str], tokenize: Callable[[str], str]
 ) -> list[dict[str, float | int | str]]:
-    """Compare the words of translations with the words of references, whatever their order.
+    """Compare the words of translations with the words of references, regardless of their order.
 
     A word of a translation matches an identical word of the sentence's reference. Bands are ranges
     of a word's frequency in all references.

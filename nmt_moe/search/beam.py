@@ -5,9 +5,9 @@ token, the attention weights used to predict it, and the new state. In this pack
 hypothesis. The rows of a sentence are consecutive, with the best first. At the first step, each
 sentence has one row. Rows of finished sentences and of pruned hypotheses are never evaluated.
 
-With all options of `SearchConfig` off, the search is that of fairseq. Among the W best candidates
-of a step, those that end are finished, and the W best of the others continue. A sentence is
-finished when it has W finished hypotheses or reaches its maximal length.
+With all options of `SearchConfig` off, the search works like fairseq's. Among the W best candidates
+of a step, the candidates that end are finished, and the W best of the others continue. A sentence
+is finished when it has W finished hypotheses or reaches its maximal length.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class StepState(Protocol):
         """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
 
 
-# How many tokens share a maximum in the search for the best tokens, and from how many
-# log-probabilities on these maxima save time.
+# Number of tokens that share a maximum in the search for the best tokens, and the number of
+# log-probabilities from which these maxima save time.
 BLOCK = 8
 BLOCKS_FROM = 1 << 17
 
@@ -68,7 +68,7 @@ class BeamConfig:
             raise ValueError(f"`beam_size` must be at least 1, but is {self.beam_size}.")
 
     def penalty(self, length: Any) -> Any:
-        """Return what the log-probability of a hypothesis with `length` tokens is divided by."""
+        """Return the divisor of the log-probability of a hypothesis with `length` tokens."""
         if self.search.changes_scores:
             return length_penalty(length, self.search.length_penalty_alpha)
         return length**self.length_exponent
@@ -95,7 +95,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The best continuations of each sentence, at most C = 2W, with the best first.
+    """The best continuations of each sentence, at most C = 2W, best first.
 
     Attributes:
         log_probs: (B, C) float32, the log-probability of the whole hypothesis; -inf for no
@@ -170,7 +170,7 @@ def _find_candidates(
     next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
 ) -> _Candidates:
     width = config.beam_size
-    # From each row, at most W candidates that continue can be needed, and one that ends.
+    # Each row can contribute at most W candidates that continue and one that ends.
     values, tokens = _best_tokens(next_log_probs, width + 1)
     shape = num_sentences, width, values.shape[1]
     num_rows = values.shape[0]
@@ -200,7 +200,7 @@ def _find_candidates(
 def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the best log-probabilities and tokens, (R, count) each; smaller tokens win ties."""
     count = min(count, log_probs.shape[1])
-    # Find one more, to see whether the last one is tied.
+    # Find one more token, to see whether the last one is tied.
     values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
     is_tied = values[:, 1:] == values[:, :-1]
     if is_tied.any():  # `topk` does not guarantee the order of ties
@@ -211,7 +211,7 @@ def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Do the same as `topk` over (R, V), but in less time.
+    """Return the same as `topk` over (R, V), but faster.
 
     On a CPU, `topk` copies and partly sorts all V values. For many tokens, this function searches
     only the `count` blocks of tokens with the largest maxima, which contain the `count` largest
@@ -266,10 +266,10 @@ def _goes_on(
     config: BeamConfig,
     restrictions: Restrictions,
 ) -> Tensor:
-    """Return which candidates continue, (B, C) bool.
+    """Return (B, C) bool, True for the candidates that continue.
 
-    They are the W best candidates that do not end. With GNMT's pruning, candidates that cannot lead
-    to a good enough hypothesis are left out.
+    These are the W best candidates that do not end. GNMT's pruning leaves out candidates that
+    cannot lead to a good enough hypothesis.
     """
     goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.gt(-torch.inf)
     goes_on &= goes_on.cumsum(dim=1) <= config.beam_size

@@ -1,9 +1,9 @@
-"""The finished hypotheses of a beam search, and the record from which they are read.
+"""The finished hypotheses of a beam search, and the record of all steps that stores them.
 
 The rows of each step are stored when they are evaluated, each with the row of the previous step
 that it continues. A finished hypothesis is stored as the number of its last row; its tokens are
-traced back from that row once, at the end. When hypotheses change rows, nothing that grows with
-their length has to be moved.
+traced back from that row once, at the end. When hypotheses change rows, no data that grow with
+their length have to be moved.
 """
 
 import itertools
@@ -21,7 +21,7 @@ class Hypothesis:
 
     Attributes:
         tokens: (T,) int64, the tokens; the last one is the end mark.
-        score: () float32, the score by which hypotheses are ranked.
+        score: () float32, the score that hypotheses are ranked by.
         positional_scores: (T,) float32, the log-probability of each token, in nats.
         attention: (S, T), the attention to each source position at each step; None if the model
             does not return it.
@@ -90,8 +90,8 @@ class FinishedHypotheses:
         Args:
             sentences: (N,) int64, the sentence of each hypothesis, in ascending order.
             rows: (N,) int64, the row that each hypothesis continues with the end mark.
-            log_probs: (N,) float32, the log-probabilities of the whole hypotheses.
-            scores: (N,) float32, the scores by which to rank them.
+            log_probs: (N,) float32, the log-probability of each whole hypothesis.
+            scores: (N,) float32, the scores that they are ranked by.
         """
         self.best = self.best.scatter_reduce(0, sentences, scores, "amax")
         is_kept = torch.ones_like(sentences, dtype=torch.bool)
@@ -108,7 +108,7 @@ class FinishedHypotheses:
         self._ended.append(_Ended(*fields))
 
     def is_open(self) -> Tensor:
-        """Return which sentences accept more hypotheses, (B,) bool."""
+        """Return (B,) bool, True for sentences that accept more hypotheses."""
         return self.count < self.beam_size
 
     def collect(self, eos: int) -> list[list[Hypothesis]]:
@@ -160,7 +160,7 @@ class FinishedHypotheses:
         tokens = torch.cat([tokens[:, 1:], tokens.new_full((len(rows), 1), eos)], dim=1)
         tokens[number, ended.steps] = eos
         log_probs = torch.cat([step.log_probs for step in steps])[rows]
-        # The log-probabilities of the first 0, 1, ... tokens.
+        # Log-probabilities of the first 0, 1, ... tokens.
         totals = torch.cat([log_probs, log_probs[:, :1]], dim=1)
         totals[number, ended.steps + 1] = ended.log_probs
         attention = None
@@ -172,7 +172,7 @@ class FinishedHypotheses:
         """Return the row of each hypothesis at each step, (N, T) int64.
 
         Rows are numbered consecutively over all steps. After the end of a hypothesis, its row is 0.
-        This runs on the host, because it follows one index after another.
+        This runs on the host, because each index depends on the previous one.
         """
         parents = [step.parents.tolist() for step in steps]
         first = [0, *itertools.accumulate(map(len, parents))]

@@ -1,4 +1,4 @@
-"""GNMT's two kinds of pruning. Both keep what is within a margin, in nats, of the best value.
+"""GNMT's two kinds of pruning. Both keep values within a margin, in nats, of the best value.
 
 Source: Wu et al. 2016, section 7 ("beamsize").
 """
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
-    """Rule out tokens whose own log-probability is far below the best of the step.
+    """Rule out tokens with a log-probability of their own that is far below the step's best.
 
-    Tokens are compared with the best token of all hypotheses of a sentence, so a hypothesis whose
-    probability is spread over many tokens loses to one with a clear favourite. The best token
+    Tokens are compared with the best token of all hypotheses of a sentence, so a hypothesis that
+    spreads its probability over many tokens loses to one with a clear favourite. The best token
     always stays.
 
     Args:
         log_probs: (B, W, V), log-probabilities of the next token; -inf if it is already ruled out.
-        alive: (B, W) bool, True for a hypothesis whose own probability is not 0.
+        alive: (B, W) bool, True for a hypothesis with a probability above 0.
         margin: Largest difference from the sentence's best that is kept, in nats.
 
     Returns:
@@ -29,7 +29,7 @@ def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
 
 
 def within_margin(scores: Tensor, best: Tensor | float, margin: float) -> Tensor:
-    """Return which scores of finished hypotheses are at most `margin` below the best."""
+    """Return whether each score of a finished hypothesis is at most `margin` below the best."""
     return scores >= best - margin
 
 
@@ -44,7 +44,7 @@ def best_attainable(
     Args:
         log_probability: (N,), log-probabilities of the hypotheses, in nats, at most 0.
         next_penalty: Length penalty of the shortest hypothesis that is still possible.
-        last_penalty: Length penalty of the longest hypothesis that is possible, as one number or
-            one for each hypothesis.
+        last_penalty: Length penalty of the longest hypothesis that is possible, as one number for
+            all hypotheses or one for each.
     """
     return torch.maximum(log_probability / next_penalty, log_probability / last_penalty)

@@ -18,7 +18,7 @@ class Restrictions:
         max_lengths: (B,) int64, the largest number of tokens before the end mark, for the
             hypotheses of each sentence.
         min_length: Smallest number of tokens before the end mark. A prefix may contain an earlier
-            one.
+            end mark.
         prefixes: (B, P) int64, the tokens that the hypotheses of each sentence must begin with;
             `pad` where any token may follow. Prefixes override the other restrictions, except
             the maximal length.
@@ -101,7 +101,7 @@ class Restrictions:
 
 
 def _rule_out_repeats(log_probs: Tensor, tokens: Tensor, size: int) -> None:
-    """Rule out tokens that would complete an n-gram which `tokens`, (R, T), already contain."""
+    """Rule out tokens that would complete an n-gram already contained in `tokens`, (R, T)."""
     if tokens.shape[1] < size:
         return
     ngrams = tokens.unfold(1, size, 1)  # (R, T - size + 1, size)

@@ -10,10 +10,9 @@ Source: Wu et al. 2016, section 7, eq. 14.
 import torch
 from torch import Tensor
 
-# Attention below this value counts as this value, so that a word without attention costs
-# beta * 13.8 instead of infinity (in half precision, attention underflows to 0). It is also the
-# smallest attention above 0 that fairseq-generate prints, so printed attention reproduces the
-# search's scores.
+# Smaller attention counts as this value, so that a word without attention costs beta * 13.8 instead
+# of infinity (in half precision, attention underflows to 0). It is also the smallest attention
+# above 0 that fairseq-generate prints, so printed attention reproduces the search's scores.
 COVERAGE_FLOOR = 1e-6
 
 
@@ -22,7 +21,7 @@ def length_penalty(length: float | Tensor, alpha: float) -> float | Tensor:
 
     Args:
         length: Number of target tokens, including the end mark.
-        alpha: Exponent of the penalty; 0 gives 1 for every length.
+        alpha: Exponent of the penalty; with 0, the result is 1 for every length.
 
     Source: Wu et al. 2016, section 7.
     """

@@ -1,6 +1,6 @@
 """Serve translations through the APIs of LibreTranslate and DeepL, our own API, and a web page.
 
-This package needs the dependencies of the extra `serve`.
+This package needs the dependencies in the extra `serve`.
 """
 
 from nmt_moe.serving.app import make_app

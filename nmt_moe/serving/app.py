@@ -31,7 +31,7 @@ LINGER_SECONDS, LINGER_PAUSE = 30.0, 2.0
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return a service's application, which starts and stops the service's thread."""
+    """Return the application of a service. It starts and stops the service's thread."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -112,11 +112,11 @@ HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
 
 
 class Front:
-    """The outermost layer, which admits, logs and counts requests and answers those that fail.
+    """The outermost layer, which admits, logs and counts requests, and answers failed requests.
 
     Args:
         app: The application.
-        service: The service whose limits and metrics apply.
+        service: The service with the limits and metrics.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -143,7 +143,7 @@ class Front:
                 status = message["status"]
                 message["headers"] = [*message["headers"], *SAFE_HEADERS]
             elif has_more and not message.get("more_body", False):
-                # Closing now would reset the connection, and the client might miss the response.
+                # Closing now would reset the connection, and the client might lose the response.
                 await send({**message, "more_body": True})
                 message = {"type": "http.response.body", "body": b""}
                 with suppress(TimeoutError):

@@ -2,9 +2,9 @@
 
 The thread picks the request that has waited longest and all other requests for the same search. It
 takes one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
-requests queue up. If there are several clients, clients whose requests were just answered may be
-about to send more. Only in this case does the thread wait, for at most `MAX_WAIT` seconds, until
-there are as many requests as before.
+requests queue up. If there are several clients, the ones that have just received an answer may be
+about to send more requests. Only in this case does the thread wait, for at most `MAX_WAIT` seconds,
+until there are as many requests as before.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nmt_moe.inference import Translation, Translator
 
 logger = logging.getLogger(__name__)
 
-# Number of characters that fill a batch. Pieces are known only once a model has split the text;
-# four characters are about one piece, so this is about the translator's own `batch_tokens`.
+# Number of characters that fill a batch. Pieces are known only after a model has split the text. A
+# piece has about four characters, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
 # Seconds that the thread waits for more requests, and seconds after a batch in which it may wait.
 MAX_WAIT = 0.02
@@ -83,12 +83,12 @@ class Job:
         return self.lines[self._num_taken]
 
     def take(self) -> int:
-        """Take the next line; return its index."""
+        """Take the next line, and return its index."""
         self._num_taken += 1
         return self._num_taken - 1
 
     def put(self, index: int, result: Translation | Exception) -> None:
-        """Store a line's result; the last one, or the first failure, completes the job."""
+        """Store a line's result. The last result, or the first failure, completes the job."""
         if isinstance(result, Exception):
             if not self.done.done():
                 self.done.set_exception(result)
@@ -104,7 +104,7 @@ class Batcher:
     Args:
         num_threads: Number of threads that torch uses in the translating thread; None for torch's
             default.
-        is_batching: Whether requests are batched together instead of translated one after another.
+        is_batching: Whether to translate requests together instead of one after another.
         observe: Function called after each batch with its number of requests, its number of lines,
             and its duration in seconds.
     """
@@ -128,7 +128,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Translate all waiting jobs, then end the thread."""
+        """Translate all waiting jobs, and then end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -206,13 +206,13 @@ class Batcher:
         results: Sequence[Translation | Exception]
         try:
             results = search.translate(lines)
-        except Exception:  # any kind: one request's failure must not fail the others
+        except Exception:  # any exception, because a failed request must not fail the others
             logger.warning("a batch failed; translating its lines one by one")
             results = [_translate_one(search, line) for line in lines]
         jobs = {id(job): job for job, _ in taken}
         self._answered = time.monotonic()
         self._observe(len(jobs), len(taken), self._answered - started)
-        # Count these before answering, because clients may then send their next requests at once.
+        # Count these before answering, because clients may reply with new requests immediately.
         num_others = len(self._jobs)
         for (job, index), result in zip(taken, results, strict=True):
             job.put(index, result)

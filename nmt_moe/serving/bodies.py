@@ -29,7 +29,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read a body.
 
     Raises:
-        RequestError: if the body arrives too slowly or is too large; at most `max_bytes` are kept.
+        RequestError: if the body arrives too slowly or has more than `max_bytes` bytes.
         ClientGoneError: if it was not sent completely.
     """
     too_large = RequestError(

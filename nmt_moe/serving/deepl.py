@@ -13,7 +13,7 @@ from nmt_moe.serving.models import match, name_of
 from nmt_moe.serving.openapi import describe_body
 from nmt_moe.serving.service import AUTO, Service, Wish
 
-# DeepL's response if there is no limit.
+# DeepL's value for no limit.
 UNLIMITED = 1_000_000_000_000
 # Fields that no bundle can honour; others, such as `context`, are hints and are ignored.
 NOT_OFFERED = ("glossary_id", "glossary_ids", "style_id", "custom_instructions")

@@ -1,4 +1,4 @@
-"""Detect offline, with py3langid, which of the known languages a text is in."""
+"""Detect a text's language offline, with py3langid."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nmt_moe.serving.errors import RequestError
 
 @dataclass(frozen=True)
 class Detection:
-    """A language, and how likely the text is in it.
+    """A language that a text may be in, with its probability.
 
     Attributes:
         language: A source language of the server.
-        confidence: Probability in percent among all languages that the detector knows, not only the
-            server's; 0 for text without letters and for languages unknown to the detector.
+        confidence: Probability in percent among all languages that the detector knows, not only
+            those of the server; 0 for text without letters and for languages unknown to the
+            detector.
     """
 
     language: str
@@ -42,7 +43,7 @@ class Detector:
         return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
     def detect(self, text: str) -> list[Detection]:
-        """Return the server's languages, the most likely first.
+        """Return the server's languages, most likely first.
 
         The first call takes a second or two, because it loads the detector's table.
 

@@ -12,8 +12,7 @@ class RequestError(Exception):
 
     Attributes:
         status: Status of the HTTP response.
-        message: Description of the error; it quotes none of the user's text except short wrong
-            values.
+        message: Description of the error. It quotes the user's input only in short wrong values.
         headers: Further headers of the response.
     """
 

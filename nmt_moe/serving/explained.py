@@ -37,7 +37,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v1/translate", openapi_extra=describe_body(ExplainedFields))
     async def translate(request: Request) -> dict[str, Any]:
-        """Translate texts, and show what the model did.
+        """Translate texts, and explain each translation.
 
         Each text has `text`, `alternatives`, `source` with `confidence`, `target`, `num_experts` (0
         for a dense model), and `lines`. A line without letters is returned unchanged, and its entry

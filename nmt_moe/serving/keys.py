@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Read keys, one per line; skip blank lines and lines that begin with #.
+    """Read keys, one per line. Skip blank lines and lines that begin with #.
 
     Raises:
         ValueError: if the file has no key, is not text, or a key contains spaces.
@@ -32,7 +32,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 class Keys:
-    """Compare keys in such a way that the time taken does not reveal how much of a key is right."""
+    """Compare keys in a time that does not reveal how much of a key is right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -41,7 +41,7 @@ class Keys:
         return bool(self._digests)
 
     def know(self, key: str) -> bool:
-        """Return whether a key is one of these; always compare it with all of them."""
+        """Return whether a key is one of these, after comparing it with all of them."""
         digest = _digest(key)
         return sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
 

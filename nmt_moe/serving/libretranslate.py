@@ -58,7 +58,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/detect", openapi_extra=describe_body(DetectFields))
     async def detect(request: Request) -> list[dict[str, Any]]:
-        """Detect which of the server's languages a text is in; the most likely comes first."""
+        """Detect which of the server's languages a text is in. The most likely comes first."""
         fields = await read_fields(request, DetectFields, max_body)
         service.check_key(request, fields.api_key)
         texts = [fields.q] if isinstance(fields.q, str) else fields.q

@@ -41,7 +41,7 @@ class SplitMarkup(HTMLParser):
         self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
         self._num_open: Counter[str] = Counter()
         self._text = ""  # text since the last tag
-        # What follows the last ">" is text; the parser would need quadratic time for it.
+        # Keep text after the last ">" from the parser, which would need quadratic time for it.
         end = content.rfind(">") + 1
         self.feed(content[:end])
         if self.cdata_elem is not None:
@@ -129,7 +129,7 @@ class SplitMarkup(HTMLParser):
             self.texts.append(core if is_preformatted else " ".join(core.split()))
 
     def _end(self, is_written: bool = False) -> None:
-        """End the innermost element; if its end tag is not written, add it where it is required."""
+        """End the innermost element, and add its end tag if it is missing but required."""
         self._end_text()
         name = self._open.pop()[0]
         self._num_open[name] -= 1

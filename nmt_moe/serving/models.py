@@ -102,7 +102,7 @@ class Models:
 def match(field: str, code: str, known: Sequence[str]) -> str:
     """Return the language that a client's code stands for.
 
-    Case and the kind of dash do not matter; a variant such as EN-GB stands for en if only en is
+    Case and the kind of dash do not matter. A variant such as EN-GB stands for en if only en is
     known.
 
     Raises:
@@ -145,7 +145,7 @@ def open_model(folder: str) -> Model:
 
 
 def name_of(code: str) -> str:
-    """Return a language's English name with its variant, if any, or its code if it is unknown."""
+    """Return a language's English name with its variant, or its code if the name is unknown."""
     base, _, variant = code.replace("-", "_").partition("_")
     name = Locale("en").languages.get(base.lower(), code)
     return f"{name} ({variant})" if variant and name != code else name

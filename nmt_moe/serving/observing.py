@@ -1,4 +1,4 @@
-"""Collect metrics for Prometheus, and write logs as lines of JSON; neither contains users' text."""
+"""Collect metrics for Prometheus, and write logs as JSON lines. Neither contains users' text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
     def observe_request(self, path: str, status: int, seconds: float) -> None:
-        """Record a request; `path` is its route's path, so that there are few different paths."""
+        """Record a request; `path` is its route's path, which keeps the number of paths small."""
         self.requests.labels(path, str(status)).inc()
         self.seconds.labels(path).observe(seconds)
 

@@ -1,4 +1,4 @@
-"""Serve the pages for a browser: the web page and the description of the APIs."""
+"""Serve the pages for browsers: the web page and the description of the APIs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def serve(service: Service, host: str, port: int) -> None:
     Args:
         service: The service to run.
         host: Address to listen on.
-        port: Port to listen on; 0 for any free port, which the log names.
+        port: Port to listen on; 0 for any free port. The log names it.
 
     Raises:
         ValueError: if `port` is out of range.
@@ -63,12 +63,12 @@ def serve(service: Service, host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP is named explicitly, because asyncio otherwise keeps Nagle's delay of 40 ms per response.
+    # Name TCP explicitly, because asyncio otherwise keeps Nagle's delay of 40 ms per response.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen(128)  # before the log announces it
+        listening.listen(128)  # before the log announces the address
     except OSError as error:
         listening.close()
         raise OSError(

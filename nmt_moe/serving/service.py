@@ -1,4 +1,4 @@
-"""Check texts, detect languages and translate within a time limit, for all of the APIs."""
+"""Check texts, detect languages and translate within a time limit, for all APIs."""
 
 from __future__ import annotations
 
@@ -158,15 +158,15 @@ class Service:
             _check_text(field, f"text {number}", text)
 
     async def detect(self, text: str) -> list[Detection]:
-        """Return the server's languages, the most likely for the text first."""
+        """Return the server's languages, most likely first."""
         return await asyncio.to_thread(self._detector.detect, text)
 
     async def translate(self, request: Request, texts: Sequence[str], wish: Wish) -> list[Answered]:
         """Translate texts that have been checked.
 
         Raises:
-            RequestError: if the language pair is not served, an option is out of range, or time ran
-                out.
+            RequestError: if the language pair is not served, an option is out of range, or the time
+                limit is exceeded.
             ClientGoneError: if the client has closed its connection.
         """
         _check_options(wish)
@@ -226,7 +226,7 @@ class Service:
         models: Sequence[Model | None],
         wish: Wish,
     ) -> list[Answer]:
-        """Translate texts in one job for each model; texts without a model stay unchanged."""
+        """Translate texts in one job for each model. Texts without a model stay unchanged."""
         split = [
             SplitText(text, model is not None) for text, model in zip(texts, models, strict=True)
         ]
@@ -243,7 +243,7 @@ class Service:
         ]
 
     async def _wait(self, request: Request, jobs: list[Job]) -> list[list[Translation]]:
-        """Queue jobs and return their results, or drop the jobs if the client is gone."""
+        """Queue jobs and return their results, but drop the jobs if the client is gone."""
         if not jobs:
             return []
         for job in jobs:
@@ -298,7 +298,7 @@ def _check_options(wish: Wish) -> None:
 
 
 def _join_markup(split: SplitMarkup, answers: Sequence[Answer], num_alternatives: int) -> Answer:
-    """Return HTML; its n-th alternative takes each text's n-th alternative or else the best one."""
+    """Return HTML. Its n-th alternative uses each text's n-th alternative, or else the best one."""
     results = [split.join([one.text for one in answers])]
     for rank in range(
         min(num_alternatives, max([len(a.alternatives) for a in answers], default=0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nmt_moe.checks import check_range, check_whole
 
-# Largest beam size; each hypothesis costs as much as another sentence.
+# Maximum beam size. Each hypothesis costs as much as another sentence.
 MAX_BEAM = 20
 MAX_ALTERNATIVES = 10
 # A body that is incomplete after this many seconds is refused.
@@ -49,5 +49,5 @@ class ServerSettings:
 
     @property
     def max_body(self) -> int:
-        """Return the maximum number of bytes in a body; an escaped character takes up to 12."""
+        """Return the maximum number of bytes in a body. An escaped character takes up to 12."""
         return 12 * self.max_characters + 64 * self.max_items + 4096

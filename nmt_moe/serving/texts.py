@@ -1,7 +1,7 @@
 """Split texts into lines to translate, and join the translations.
 
-Lines without a letter (blank lines, numbers, emoji) are returned unchanged: they contain nothing to
-translate, and a model would make something up.
+Lines without letters (blank lines, numbers, emoji) are returned unchanged. They contain nothing to
+translate, and a model would invent a translation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Answer:
 
 
 class SplitText:
-    """A text that is split into lines.
+    """A text split into lines.
 
     Args:
         text: Any text.
@@ -47,7 +47,7 @@ class SplitText:
         ]
 
     def join(self, translated: Sequence[Translation], num_alternatives: int = 0) -> Answer:
-        """Return the answer; its n-th alternative joins the n-th best translation of each line."""
+        """Return the answer. Its n-th alternative joins the n-th best translation of each line."""
         left = iter(translated)
         of_lines = [next(left) if wanted else None for wanted in self._is_wanted]
         num_ranks = min([len(one.hypotheses) for one in translated], default=1)

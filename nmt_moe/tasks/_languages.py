@@ -65,7 +65,7 @@ def parse_pairs(text: str) -> List[Pair]:
 
 
 def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
-    """Parse `--langs`, such as `en,fr`; if empty, return the languages in the order of the pairs.
+    """Parse `--langs`, such as `en,fr`. If empty, return the languages in the order of the pairs.
 
     Raises:
         ValueError: if a language is malformed, repeated, or missing for a pair; the message names
@@ -129,10 +129,10 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
 
 
 class LanguagesDictionary(Dictionary):
-    """A dictionary with a token for each language, which never stands for text.
+    """A dictionary with a token for each language. These tokens never stand for text.
 
     Attributes:
-        language_marks: The tokens; in a text, the same characters are an unknown word.
+        language_marks: The tokens. In a text, the same characters are an unknown word.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -192,7 +192,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDi
 
 
 def describe_languages(languages: Sequence[str], dictionary: Dictionary) -> Dict[str, Any]:
-    """Return what a checkpoint stores, in types that torch's safe loader accepts."""
+    """Return the task's state for checkpoints, in types that torch's safe loader accepts."""
     return {
         "languages": list(languages),
         "tokens": [language_token(language) for language in languages],
@@ -206,7 +206,7 @@ def check_languages(
     """Reject languages, tokens or symbols that differ from the checkpoint's.
 
     Raises:
-        ValueError: if there is a difference; the message names the first one.
+        ValueError: if they differ; the message names the first difference.
     """
     if "languages" not in saved:
         raise ValueError(

@@ -22,9 +22,9 @@ MOST_SHOWN = 8
 
 
 def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
-    """Copy what a batch of one pair logs into the pair's row; other rows are 0.
+    """Copy the log of a batch of one pair into the pair's row; other rows are 0.
 
-    All ranks then log the same keys, whichever pair their batch contains, and fairseq can sum them.
+    All ranks then log the same keys for any pair, and fairseq can sum them.
     """
     values = {
         "_pair_nll": torch.as_tensor(log["nll_loss"]).reshape(1),
@@ -43,7 +43,7 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
 
 
 def reduce_pairs(logging_outputs: List[Dict[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Log the loss, perplexity and BLEU of each pair, and how many experts each language uses."""
+    """Log the loss, perplexity and BLEU of each pair, and the number of experts per language."""
     sums = {
         key: sum(log[key] for log in logging_outputs).cpu()
         for key in logging_outputs[0]
@@ -86,7 +86,7 @@ def log_pair(pair: str, row: Dict[str, Any], num_tokens: float) -> None:
 
 
 def rows_of_languages(layer: str, pairs: Sequence[Pair]) -> Dict[str, List[int]]:
-    """Group pairs by the language a layer reads: source for the encoder, target for the decoder.
+    """Group pairs by the language that a layer reads (encoder: source; decoder: target).
 
     Returns:
         Indices into `pairs`, for each language.
@@ -110,7 +110,7 @@ def count_experts(key: str, rows: List[int]) -> Any:
 
 
 def log_expert_use(meters: Any, pairs: Sequence[Pair]) -> None:
-    """Log which experts each language's tokens went to, the most used first."""
+    """Log which experts the tokens of each language were sent to, most used first."""
     for layer in LAYERS:
         key = f"_pair_{layer}_load"
         if key not in meters:

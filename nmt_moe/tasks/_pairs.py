@@ -10,13 +10,13 @@ from nmt_moe.training import sentences_of_epoch, sentences_per_epoch
 
 
 class PairsDataset(LanguagePairDataset):
-    """Several language pairs with their language tokens; training batches mix the pairs.
+    """Several language pairs with their language tokens. Training batches mix the pairs.
 
     Attributes:
         pairs: Names of the pairs, in the order of their sentences.
         passes: In training, the number of passes over each pair in an epoch. Otherwise None: every
-            sentence occurs once, and each batch contains one pair and names it.
-        num_folders: Number of data folders, which the epochs use in turn; these data are used every
+            sentence occurs once, and each batch contains only one pair and names it.
+        num_folders: Number of data folders, which the epochs use in turn. Each folder is used every
             `num_folders` epochs.
     """
 
@@ -58,7 +58,7 @@ class PairsDataset(LanguagePairDataset):
         self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
-        """Return this epoch's indices, sorted by length; an oversampled pair's are repeated."""
+        """Return this epoch's indices, sorted by length. An oversampled pair has repeated ones."""
         if self.passes is None:
             return super().ordered_indices()
         drawn = [

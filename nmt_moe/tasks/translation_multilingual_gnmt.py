@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MultilingualGNMTConfig(TranslationConfig):
-    """Options of the task, in addition to those of fairseq's `translation`."""
+    """Options of the task, in addition to the options of fairseq's `translation`."""
 
     lang_pairs: str = field(
         default="",
@@ -119,7 +119,7 @@ class MultilingualGNMTTask(TranslationTask):
         return cls(cfg, dictionary, languages, pairs, direction)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint stores about the task: languages, tokens, symbols and pairs."""
+        """Return the task's state for checkpoints: languages, tokens, symbols and pairs."""
         state = describe_languages(self.languages, self.src_dict)
         return {**state, "pairs": [str(pair) for pair in self.pairs]}
 
@@ -222,7 +222,7 @@ class MultilingualGNMTTask(TranslationTask):
         return self.src_dict.index(language_token(language))
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the batches; before the first training epoch, log how often pairs will be seen."""
+        """Return the batches. Before the first training epoch, log how often pairs are used."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if getattr(dataset, "passes", None) is not None and not self.has_shown_sampling:
             self.has_shown_sampling = True
@@ -230,7 +230,7 @@ class MultilingualGNMTTask(TranslationTask):
         return iterator
 
     def _count_epochs(self, num_batches: int) -> float:
-        """Return how many epochs --max-epoch and --max-update allow; infinity if neither is set."""
+        """Return the number of epochs that the options allow; infinity if there is no limit."""
         updates = math.ceil(num_batches / self.cfg.update_freq[-1])
         limits = [
             self.cfg.max_epoch or math.inf,
@@ -255,7 +255,7 @@ class MultilingualGNMTTask(TranslationTask):
     def get_interactive_tokens_and_lengths(
         self, lines: List[str], encode_fn: Any
     ) -> Tuple[List[torch.Tensor], List[int]]:
-        """Encode lines, and put the target language's token before each."""
+        """Encode lines, and put the target language's token before each of them."""
         tokens, _ = super().get_interactive_tokens_and_lengths(lines, encode_fn)
         tokens = [self._ask_for_target(line) for line in tokens]
         return tokens, [len(line) for line in tokens]
@@ -276,18 +276,18 @@ class MultilingualGNMTTask(TranslationTask):
         return torch.cat([tokens.new_tensor([token]), tokens])
 
     def valid_step(self, sample: Dict, model: Any, criterion: Any) -> Tuple[Any, Any, Dict]:
-        """Evaluate a batch, which contains one pair, and log it under the pair's name too."""
+        """Evaluate a batch of one pair, and log the results also under the pair's name."""
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         add_pair_columns(log, sample["pair"], len(self.evaluated_pairs))
         return loss, sample_size, log
 
     def reduce_metrics(self, logging_outputs: List[Dict], criterion: Any) -> None:
-        """Log what fairseq logs, and each pair's loss, perplexity and BLEU."""
+        """Log fairseq's columns, and each pair's loss, perplexity and BLEU."""
         super().reduce_metrics(logging_outputs, criterion)
         reduce_pairs(logging_outputs, self.evaluated_pairs)
 
     def post_validate(self, model: Any, stats: Dict, meters: Any) -> None:
-        """Log the table of expert use at the end of a validation."""
+        """Log a table of expert use at the end of a validation."""
         log_expert_use(meters, self.evaluated_pairs)
 
     def _inference_with_bleu(self, generator: Any, sample: Dict, model: Any) -> Any:
@@ -325,5 +325,5 @@ def _refusing_languages(load: Callable) -> Callable:
     return load_state_dict
 
 
-# Without the task, the dictionary lacks the language tokens and looks like a different one.
+# With another task, the dictionary lacks the language tokens and seems to be a different one.
 replace(FairseqTask, "load_state_dict", _refusing_languages)

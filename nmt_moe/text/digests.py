@@ -19,19 +19,19 @@ def write_digests(digests: Path, files: Iterable[Path]) -> None:
 
 
 def check_digests(digests: Path, writer: str, way_out: str) -> None:
-    """Compare files with their digests, if both exist; unchanged files are read only once.
+    """Compare files with their digests, if both exist. Unchanged files are read only once.
 
     Args:
         digests: The file that `write_digests` wrote.
         writer: The program that wrote the files, for error messages.
-        way_out: How to get intact files, for error messages.
+        way_out: Advice on how to get intact files, for error messages.
 
     Raises:
         ValueError: if a file differs; the message names it.
     """
     if not digests.is_file():
         return
-    # Any bytes are accepted, because a damaged digest simply differs from the right one.
+    # Accept any bytes, because a damaged digest simply differs from the right one.
     for line in digests.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = digests.parent / Path(name).name
@@ -40,7 +40,7 @@ def check_digests(digests: Path, writer: str, way_out: str) -> None:
         status = file.stat()
         if _compute_once(file, status.st_size, status.st_mtime_ns) != digest:
             raise ValueError(
-                f"`{file}` is damaged: it is not the file that {writer} wrote, whose digest is in "
+                f"`{file}` is damaged: it does not match the digest that {writer} stored in "
                 f"`{digests}`. {way_out} If you replaced it yourself, remove `{digests.name}`."
             )
 

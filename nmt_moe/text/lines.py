@@ -4,10 +4,10 @@ r"""Read text line by line. These rules determine what a line is, and which line
   not end with `\n`. `\r\n` is one line end; the carriage return is not part of the line.
 - U+0085, U+2028, U+2029, vertical tabs and form feeds are text, like any other white space.
 - A byte order mark at the start of a file is dropped, with a warning.
-- These are rejected, with an error that names file and line: bytes that are not UTF-8; a carriage
-  return within a line; NUL and all other ASCII control characters except tab, vertical tab and form
-  feed; lines longer than `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts
-  the same lines, and the memory for a line is bounded.
+- An error that names the file and the line rejects bytes that are not UTF-8; a carriage return
+  within a line; NUL and all other ASCII control characters except tab, vertical tab and form feed;
+  and lines longer than `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts the
+  same lines, and the memory for a line is bounded.
 - A file named `*.gz` or `*.xz` is read through gzip or xz, to its end, so that its checksum is
   verified.
 """
@@ -43,7 +43,7 @@ class BadLine:
 
     Attributes:
         number: Line number, counted from 1.
-        reason: What is wrong with the line, in words that can follow "line 3".
+        reason: Description of the fault, in words that can follow "line 3".
         advice: How to correct the line.
     """
 
@@ -70,8 +70,8 @@ def read_lines(
             cleaned afterwards.
 
     Raises:
-        ValueError: if a line is rejected (the message names file, line and reason), or a compressed
-            file is incomplete.
+        ValueError: if a line is rejected (the message names the file, the line and the reason), or
+            a compressed file is incomplete.
         OSError: if the file cannot be opened.
     """
     name = os.fspath(path)
@@ -142,7 +142,7 @@ def scan_lines(
     max_bytes: int = MAX_LINE_BYTES,
     allow_controls: bool = False,
 ) -> Iterator[str | BadLine]:
-    """Yield each line of a stream; for a rejected line, yield a `BadLine` and continue.
+    """Yield each line of a stream. For a rejected line, yield a `BadLine` and continue.
 
     A line is yielded as soon as it ends, so the stream may be a terminal or a pipe.
 
@@ -218,7 +218,7 @@ def _without_end(raw: bytes) -> bytes:
 
 
 def _skip_to_end(stream: BinaryIO, raw: bytes) -> None:
-    """Read to the end of a line; `raw` is the part of it that was read last."""
+    """Read to the end of a line; `raw` is the part that was read last."""
     while not raw.endswith(b"\n"):
         raw = stream.readline(SKIPPED_AT_ONCE)
         if not raw:

@@ -24,7 +24,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary `.part` name; rename it to `path` unless there is an error.
+    """Yield a temporary `.part` name, and rename the file to `path` unless there is an error.
 
     /dev/null and similar files are not replaced.
     """

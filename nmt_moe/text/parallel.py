@@ -1,4 +1,4 @@
-"""Check parallel texts, in which lines with the same number belong together."""
+"""Check that texts are parallel, which means that lines with the same number belong together."""
 
 from __future__ import annotations
 

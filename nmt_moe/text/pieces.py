@@ -21,7 +21,7 @@ from nmt_moe.text.lines import read_lines
 from nmt_moe.text.outputs import check_outputs, replacing
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
-# sentencepiece ignores longer lines, and lines with the character that it reserves for itself.
+# sentencepiece ignores longer lines, and lines that contain the character reserved for itself.
 MAX_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"
 # fairseq splits text at each of these, so no piece may contain one.
@@ -53,7 +53,7 @@ def train(
     normalization: str = "nmt_nfkc",
     max_sentence_bytes: int = MAX_SENTENCE_BYTES,
 ) -> Training:
-    """Learn a sentencepiece model; write it, its digest beside it, and a dictionary of its pieces.
+    """Learn a sentencepiece model, and write it with its digest and a dictionary of its pieces.
 
     Args:
         inputs: Texts with one sentence per line.
@@ -113,7 +113,7 @@ def train(
             except RuntimeError as error:
                 if failure:
                     raise failure[0] from None
-                # sentencepiece's message begins with its source file and the condition that failed.
+                # sentencepiece's message begins with a source file and the condition that failed.
                 reason = str(error).rpartition("] ")[2] or "they have too little text."
                 raise ValueError(
                     f"cannot learn `--vocab-size` {vocab_size} pieces from "
@@ -125,7 +125,7 @@ def train(
         # fairseq requires a count for each entry; it matters only if a dictionary is truncated.
         rows = "".join(f"{piece} 1\n" for piece in pieces)
         new_dictionary.write_text(rows, encoding="utf-8")
-        digests_of(model).unlink(missing_ok=True)  # it may be that of an earlier model
+        digests_of(model).unlink(missing_ok=True)  # it may belong to an earlier model
     write_digests(digests_of(model), [model])
     return Training(len(pieces), left_out)
 
@@ -173,11 +173,10 @@ def encode(
     alpha: float = 0.2,
     seed: int = 1,
 ) -> Iterator[str]:
-    """Yield all lines split into pieces; then all of them `samples` more times, split at random.
+    """Yield all lines split into pieces, and then `samples` more copies of them, split at random.
 
-    White space of any kind counts as a space.
-
-    `alpha` says how strongly likely splits are preferred; at 0 all splits are equally likely.
+    White space of any kind counts as a space. `alpha` says how strongly likely splits are
+    preferred; at 0, all splits are equally likely.
 
     Raises:
         ValueError: if `--samples` or `--alpha` is out of range; the message names it.
@@ -211,7 +210,7 @@ def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor
 
 
 class WordSampler:
-    """Split words at random, more often in the ways that a unigram model finds likelier.
+    """Split words at random, choosing splits that a unigram model finds likelier more often.
 
     sentencepiece's own sampling is not reproducible: its seed does not reach its generator. A
     unigram model splits each word independently, so sampling word by word gives the same
@@ -253,7 +252,7 @@ class WordSampler:
 
 
 def _normalization_flags(name: str, folder: Path) -> dict[str, Any]:
-    """Return sentencepiece's flags; canonical composition, which it lacks, is passed as a table."""
+    """Return sentencepiece's flags. Canonical composition, which it lacks, is passed as a table."""
     if name != "nfc":
         return {"normalization_rule_name": name}
     rules = {

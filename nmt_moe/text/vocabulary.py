@@ -35,7 +35,7 @@ class Vocabulary:
         return len(self.symbols)
 
     def numbers(self, pieces: Iterable[str]) -> list[int]:
-        """Return the index of each piece, or that of `<unk>` for pieces not in this vocabulary."""
+        """Return the index of each piece, or of `<unk>` for pieces not in this vocabulary."""
         return [self._numbers.get(piece, UNK) for piece in pieces]
 
     def mark(self, name: str) -> int:
@@ -73,7 +73,7 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
 
 
 def find_dictionary(folder: Path, language: str | None) -> Path:
-    """Return the path of a language's dictionary in binarised data; for None, of `dict.txt`.
+    """Return the path of a language's dictionary in binarised data, or of `dict.txt` for None.
 
     Raises:
         ValueError: if the dictionary does not exist.
@@ -83,6 +83,6 @@ def find_dictionary(folder: Path, language: str | None) -> Path:
         there = ", ".join(sorted(found.name for found in folder.glob("dict*.txt"))) or "none"
         raise ValueError(
             f"`{path}` is missing. Dictionaries in `{folder}`: {there}. Name the folder that "
-            "fairseq-preprocess wrote and that the model was trained on."
+            "fairseq-preprocess wrote for training this model."
         )
     return path

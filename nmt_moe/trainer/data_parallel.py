@@ -18,8 +18,8 @@ class ExpertParallelDataParallel(LegacyDistributedDataParallel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The whole buffer is sent, so it must not include space for gradients that bypass it:
-        # gradients of experts, and gradients larger than the buffer, which are sent separately.
+        # The whole buffer is sent, so it must not include space for gradients that are sent
+        # separately: gradients of experts, and gradients larger than the buffer.
         counts = [p.numel() for p in self.module.parameters() if not is_shard(p)]
         used = sum(count for count in counts if count <= self.buffer_size)
         self.buffer_size = max(min(self.buffer_size, used), 1)

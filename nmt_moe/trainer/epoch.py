@@ -8,11 +8,11 @@ from fairseq.data import EpochBatchIterator
 
 
 def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
-    """Return what a checkpoint stores about the batches of an epoch.
+    """Return a description of an epoch's batches to store in a checkpoint.
 
     Args:
         iterator: The epoch's iterator.
-        dataset: The data settings; they let an error message say what changed.
+        dataset: The data settings; an error message names those that changed.
     """
     settings = {name: dataset[name] for name in ("batch_size", "max_tokens")}
     if not isinstance(iterator, EpochBatchIterator):
@@ -26,7 +26,7 @@ def describe_batches(iterator: Any, dataset: Any) -> dict[str, Any]:
 
 
 def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Reject resuming in the middle of an epoch that would now be divided into other batches.
+    """Reject a resumed epoch if it would now be divided into other batches.
 
     Otherwise, some sentences would be seen twice, and others not at all.
 
@@ -46,7 +46,7 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     ]
     reason = "; ".join(changed) or "the data or the seed is not the same"
     raise ValueError(
-        f"the checkpoint is from the middle of epoch {epoch}, whose batches must be the same as "
+        f"the checkpoint is from the middle of epoch {epoch}, so the batches must be the same as "
         f"before, but {reason}. Some sentences would be seen twice, and others not at all. Finish "
         "the epoch with the previous settings, or restart at epoch 1 with --reset-dataloader."
     )

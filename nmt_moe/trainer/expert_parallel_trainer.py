@@ -1,4 +1,4 @@
-"""The trainer for models whose experts may be spread over several processes."""
+"""The trainer, which may spread a model's experts over several processes."""
 
 import logging
 from collections.abc import Iterator
@@ -48,19 +48,19 @@ NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
 SCALER = "loss_scaler"
 
-# Warn if the loss exceeds the first loss, which is about that of guessing, by this factor.
+# Warn if the loss exceeds the first loss, which is about the loss of guessing, by this factor.
 MOST_GROWTH = 100
 
 
 class ExpertParallelTrainer(Trainer):
-    """fairseq's trainer, which also trains a model whose experts are spread over its ranks.
+    """Extend fairseq's trainer to models with experts that are spread over ranks.
 
     With such a model, fairseq's own trainer would clip by the norm of the other parameters only;
     flatten the gradients of experts and others together under --fp16; retry a batch that did not
-    fit into memory while other ranks wait; and save only rank 0's experts. Here, each rank writes
-    its experts to a file beside the checkpoint. The checkpoint holds everything else and the
-    digests of the expert files, and any number of ranks can read it. In training, each rank reads
-    only its own experts, so that no rank needs memory for all of them.
+    fit into memory while other ranks wait; and save only rank 0's experts. With this trainer, each
+    rank writes its experts to a file beside the checkpoint. The checkpoint holds everything else
+    and the digests of the expert files, and any number of ranks can read it. In training, each rank
+    reads only its own experts, so that no rank needs memory for all of them.
 
     Attributes:
         group: The ranks that share the experts.
@@ -78,9 +78,9 @@ class ExpertParallelTrainer(Trainer):
                 cfg.common.fp16_no_flatten_grads = True
             # Each rank must read its own experts.
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        # Without this, batches are formed with the random numbers of the first epoch and kept for
-        # all later ones, and a run resumed in epoch 5 trains on other batches than an uninterrupted
-        # run.
+        # Otherwise, batches are formed with the random numbers of the first epoch and kept for all
+        # later epochs, and a run resumed in epoch 5 trains on different batches than an
+        # uninterrupted run.
         cfg.dataset.update_epoch_batch_itr = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
@@ -107,12 +107,12 @@ class ExpertParallelTrainer(Trainer):
         if is_dummy:  # fairseq's call for the stand-in batch
             return sample, stands_in
         self._stand_in.switch(stands_in)
-        # In training, the stand-in batch already counts for nothing. Validation also counts
-        # translations, so there the batch is left out.
+        # In training, the stand-in batch already counts for nothing. In validation, the batch is
+        # left out, because validation also counts translations.
         return sample, stands_in and not self.model.training
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
-        """Make an update. Where ranks wait for each other, no batch may be skipped."""
+        """Make an update. If ranks wait for each other, no batch may be skipped."""
         log = super().train_step(samples, raise_oom or self.is_spread)
         if log and "loss" in log:
             self._warn_of_growing_loss(float(log["loss"]))
@@ -133,7 +133,7 @@ class ExpertParallelTrainer(Trainer):
             )
 
     def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        """Return the iterator over an epoch; a resumed epoch must have the same batches."""
+        """Return the iterator over an epoch. A resumed epoch must have the same batches."""
         iterator = super().get_train_iterator(epoch, *args, **kwargs)
         if self._resumed is not None and epoch == self._resumed[0]:
             check_batches(*self._resumed, describe_batches(iterator, self.cfg.dataset))
@@ -159,8 +159,8 @@ class ExpertParallelTrainer(Trainer):
             return super().clip_grad_norm(clip_norm)
 
         def add_experts(dense_norm: Tensor) -> Tensor:
-            # In half precision, these are fp32 copies. fairseq copies attributes such as the mark
-            # of a shard, too.
+            # In half precision, these are fp32 copies. fairseq also copies attributes such as the
+            # mark of a shard.
             gradients = [p.grad for p in self.optimizer.params if is_shard(p)]
             return torch.hypot(dense_norm, shard_norm(gradients, self.group).to(dense_norm))
 
@@ -187,7 +187,7 @@ class ExpertParallelTrainer(Trainer):
     def saving_experts(self) -> Iterator[None]:
         """Write this rank's experts, and save a checkpoint without them in the `with` block.
 
-        All ranks must call this. Expert files that no checkpoint needs any more are deleted.
+        All ranks must call this. Expert files that no checkpoint needs any longer are deleted.
         """
         if self.cfg.checkpoint.no_save:
             yield
@@ -214,7 +214,7 @@ class ExpertParallelTrainer(Trainer):
         return own_expert_state(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the contents of a checkpoint, without the experts that have files of their own."""
+        """Return the contents of a checkpoint, without the experts that are in separate files."""
         state = super().state_dict()
         masters = self._masters()
         state["model"].update(masters)
@@ -234,7 +234,7 @@ class ExpertParallelTrainer(Trainer):
         return state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
-        """Write a checkpoint, unless it would lack other ranks' experts, as after an error.
+        """Write a checkpoint, unless it would lack other ranks' experts (such as after an error).
 
         Returns:
             The path of the checkpoint; None if it was not written.
@@ -249,10 +249,10 @@ class ExpertParallelTrainer(Trainer):
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> dict[str, Any] | None:
-        """Load a checkpoint written by any number of ranks; each rank loads its own experts.
+        """Load a checkpoint written by any number of ranks. Each rank loads its own experts.
 
         Raises:
-            ValueError: if --restore-file names no file.
+            ValueError: if --restore-file does not exist.
         """
         settings = self.cfg.checkpoint
         is_default = settings.restore_file == "checkpoint_last.pt"

@@ -1,4 +1,4 @@
-"""Find the experts in the training state, and the part of them that this rank holds."""
+"""Find the experts in the training state, and this rank's part of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,13 +24,13 @@ def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
 
 
 def expert_group(model: nn.Module) -> ExpertParallelGroup:
-    """Return the ranks that the experts of a model are spread over."""
+    """Return the group of ranks that share the experts of a model."""
     groups = (layer.group for layer in moe_layers(model) if layer.group.size > 1)
     return next(groups, ALONE)
 
 
 def own_experts(model: nn.Module, masters: ByName) -> ByName:
-    """Return this rank's experts by name, in the form that checkpoints hold.
+    """Return this rank's experts by name, in the form that checkpoints store.
 
     Args:
         model: The model.
@@ -59,8 +59,8 @@ def name_experts(model: nn.Module, parameters: list[Tensor]) -> dict[int, str]:
 
     Args:
         model: The model.
-        parameters: The optimizer's parameters, or copies of them. However they are grouped, experts
-            keep their order.
+        parameters: The optimizer's parameters, or copies of them. Experts keep their order in any
+            grouping.
 
     Returns:
         The names; {} if the optimizer has no separate parameter for each expert, as with flat
@@ -77,7 +77,8 @@ def leave_out_experts(state: dict[str, Any], model: ByName, optimizer: ByIndex) 
     """Remove from a checkpoint the experts that are in expert files.
 
     Args:
-        state: Contents of the checkpoint; changed, except for the optimizer's own dictionaries.
+        state: Contents of the checkpoint; changed in place, except for the optimizer's own
+            dictionaries.
         model: The experts' weights, by name.
         optimizer: Optimizer state of the experts, by index and name.
     """
@@ -95,7 +96,7 @@ def cut_experts(
     """Remove the experts of other ranks from a checkpoint with all experts.
 
     Args:
-        state: Contents of the checkpoint; changed.
+        state: Contents of the checkpoint; changed in place.
         names: The experts' names, by their index in the optimizer's state.
         group: The ranks that share the experts.
     """

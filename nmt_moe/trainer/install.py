@@ -1,4 +1,4 @@
-"""Make fairseq use this package's classes, for which it has no registry."""
+"""Make fairseq use this package's classes, because fairseq has no registry for them."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from nmt_moe.trainer.reading import reading_all_experts
 
 
 def install() -> None:
-    """Install the trainer, its data parallelism, and its saving and reading of checkpoints."""
+    """Install the trainer with its data parallelism and its checkpoint reader and writer."""
     # fairseq-train imports the class before it loads a plugin; under `python -m`, it is __main__.
     for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
         if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
@@ -38,7 +38,7 @@ def _saving(save: Callable) -> Callable:
 def _building(build: Callable) -> Callable:
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint and "expert_parallel_size" in cfg:
-            # Outside training, processes do not run in step, so each of them has all experts.
+            # Outside training, processes do not run in step, so each of them holds all experts.
             cfg.expert_parallel_size = 1
         return build(cfg, task, from_checkpoint)
 

@@ -1,4 +1,4 @@
-"""Save what --fp16, --bf16 and --amp keep beside the weights, so that training resumes exactly."""
+"""Save the additional state of --fp16, --bf16 and --amp, so that training resumes exactly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_si
 
 
 def master_weights(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Return the float32 weights that an optimizer trains instead of a model's own.
+    """Return the float32 weights that an optimizer trains instead of a model's own weights.
 
     Args:
         model: The model, in half precision or not.
         optimizer: fairseq's optimizer.
 
     Returns:
-        Weights by their names in the model's state, with a shared parameter under each of its
-        names; {} if the optimizer trains the model's own weights.
+        Weights by their names in the model's state; {} if the optimizer trains the model's own
+        weights. A shared parameter appears under each of its names.
     """
     masters = getattr(optimizer, "fp32_params", None)
     if masters is None:
@@ -41,7 +41,7 @@ def _cut_flat(flat: dict[Any, Tensor], parameters: list[Tensor]) -> list[Tensor]
 
 @contextmanager
 def keeping_loaded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect weights loaded in the `with` block, before they are rounded to the model's dtype."""
+    """Collect the weights that the `with` block loads, before rounding to the model's dtype."""
     loaded: dict[str, Tensor] = {}
     hook = model.register_load_state_dict_pre_hook(
         lambda _, state, prefix, *__: None if prefix else loaded.update(state)
@@ -60,7 +60,7 @@ def set_master_weights(model: nn.Module, optimizer: Any, loaded: dict[str, Tenso
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
-    """Return the counters that decide when the loss scale changes; {} if there is no loss scale."""
+    """Return the counters that determine when the loss scale changes; {} without a loss scale."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None:
         return {}

@@ -1,4 +1,4 @@
-"""Read checkpoints with their experts, which may be in files beside them."""
+"""Read checkpoints with their experts, which may be in separate files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ def reading_all_experts(read: Callable) -> Callable:
 
 @contextmanager
 def reading_for_training(complete: Callable[[Path, dict[str, Any]], None]) -> Iterator[None]:
-    """Let a trainer complete each checkpoint that is read in the `with` block.
+    """Let a trainer complete each checkpoint that the `with` block reads.
 
     Args:
         complete: Function called with the path and contents of each checkpoint, without its expert

@@ -1,4 +1,4 @@
-"""Check that the folder for checkpoints has only one training run and enough disk space."""
+"""Check that the checkpoint folder is used by one training run only and has enough disk space."""
 
 import errno
 import fcntl
@@ -19,10 +19,10 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class FolderLock:
-    """Lock a folder against a second training run, as long as this object and its process live.
+    """Lock a folder against a second training run while this object and its process exist.
 
-    The operating system releases the lock when the process ends, however it ends, so a leftover
-    lock file does no harm.
+    The operating system always releases the lock when the process ends, so a leftover lock file
+    does no harm.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,13 +62,13 @@ def remove_unfinished_files(folder: Path) -> None:
 
 
 def warn_of_little_room(folder: Path, model: nn.Module, with_optimizer: bool) -> None:
-    """Warn if the disk has no room for two checkpoints, the old one and the new one.
+    """Warn if the disk has no room for two checkpoints, an old one and a new one.
 
     Args:
         folder: The folder for checkpoints.
         model: The model.
-        with_optimizer: Whether checkpoints hold optimizer state, which is assumed to be Adam's two
-            numbers per parameter.
+        with_optimizer: Whether checkpoints contain optimizer state, which is assumed to be two
+            numbers per parameter, as in Adam.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     needed, free = 2 * size * (3 if with_optimizer else 1), shutil.disk_usage(folder).free

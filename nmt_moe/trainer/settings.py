@@ -1,4 +1,4 @@
-"""Reject settings that cannot work, before the first update."""
+"""Reject settings that cannot work before the first update."""
 
 import ast
 import logging
@@ -14,7 +14,7 @@ from nmt_moe.trainer.experts import moe_layers
 logger = logging.getLogger(__name__)
 
 
-# Smallest and largest values by (group of settings, option), as fairseq names them.
+# Smallest and largest values by (group of settings, option), with fairseq's names.
 RANGES = {
     ("criterion", "label_smoothing"): (0, 1),
     ("optimizer", "adam_eps"): (0, None),

@@ -22,20 +22,21 @@ class FactoredAdam(torch.optim.Optimizer):
     the squared gradient over each row and each column. The second moment is approximated by
     outer(row_mean, column_mean) / mean(row_mean), which is exact if squared gradients have rank 1.
     All other parameters are trained by ordinary Adam. Means are kept in float32 (float64 for
-    float64) whatever the parameter's dtype, even across `load_state_dict`.
+    float64) for every parameter dtype, even across `load_state_dict`.
 
-    With t the number of updates, each step is
+    If t is the number of updates, each step is
 
         weight -= lr * weight_decay * weight
         weight -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * first / (sqrt(second) + eps)
 
     where `first` is the gradient itself and beta1 is 0 for experts. Weight decay is decoupled, and
     eps is placed as in fairseq's Adam. An expert without tokens has a gradient of 0: its means
-    decay by beta2, its weights only by weight decay. t counts updates of the whole tensor.
+    decay by beta2, and its weights only by weight decay. t counts updates of the whole tensor.
 
     Args:
         params: Parameters, or groups of them. A group's `factored` says whether its parameters are
-            treated as experts'; None, the default, follows `mark_expert`, which `MoELayer` calls.
+            treated as experts. None, the default, treats parameters marked by `mark_expert` (which
+            `MoELayer` calls) as experts.
         lr: Learning rate.
         betas: Shares of the old first and second moments in the new ones.
         eps: Number added to the root of the second moment; greater than 0.
@@ -109,11 +110,11 @@ class FactoredAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
+        """Load the state that `state_dict` returned.
 
         Args:
-            state_dict: State to load; it may come from torch's or fairseq's Adam, if no parameter
-                is factored.
+            state_dict: State to load; it may come from torch's or fairseq's Adam if no parameter is
+                factored.
 
         Raises:
             ValueError: if the state does not fit these parameters.
@@ -189,7 +190,7 @@ class FactoredAdam(torch.optim.Optimizer):
 
 
 def _needs_copy(parameter: Parameter) -> bool:
-    """Return whether torch's Adam, which needs one dtype and whole rows, cannot run in place."""
+    """Return whether torch's Adam, which requires one dtype and whole rows, needs a copy."""
     return parameter.dtype != _means_dtype(parameter) or not parameter.is_contiguous()
 
 

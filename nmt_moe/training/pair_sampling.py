@@ -13,11 +13,12 @@ def passes_per_epoch(
     temperature: float = 1.0,
     oversampling: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Compute how many passes an epoch makes over each pair's sentences.
+    """Compute the number of passes over each pair's sentences in an epoch.
 
-    A pair with n of the N sentences gets a share of an epoch in proportion to (n / N)^(1 / T); an
-    epoch keeps N sentences. At T = 1 there is one pass over each pair; at larger T there is more
-    than one over rare pairs and less than one over frequent ones; as T grows, shares become equal.
+    An epoch has N sentences. A pair with n of the N sentences gets a share of the epoch in
+    proportion to (n / N)^(1 / T). At T = 1, there is one pass over each pair. At larger T, there is
+    more than one pass over rare pairs and less than one over frequent pairs. As T grows, the shares
+    become equal.
 
     Args:
         sizes: Number of sentences of each pair, at least 1.
@@ -50,7 +51,7 @@ def passes_per_epoch(
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return how many sentences of a pair of `size` sentences an epoch uses; at least 1."""
+    """Return the number of a pair's `size` sentences that an epoch uses; at least 1."""
     return max(1, round(size * passes))
 
 

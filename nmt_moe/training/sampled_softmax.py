@@ -1,21 +1,21 @@
 """Estimate the loss of a softmax over many classes from a few, by importance sampling.
 
 The softmax's negative log-likelihood is log Z - logit_target, where Z = sum_i exp(logit_i) over all
-V classes. Here Z is estimated: the target always counts; any other class counts only if it was
+V classes. This module estimates Z. The target always counts. Any other class counts only if it was
 drawn, and its term is divided by the probability of being drawn:
 
     Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i except the target
 
-Z^ is unbiased: its mean over all draws is Z, and the mean of its gradient is the gradient of Z,
-whatever the number of draws. log Z^, and hence the loss and its gradient, is only consistent: the
-bias falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
+Z^ is unbiased: for any number of draws, its mean over all draws is Z, and the mean of its gradient
+is the gradient of Z. log Z^, and hence the loss and its gradient, are only consistent: the bias
+falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
 certain to be drawn, all estimates are exact.
 
-Draws are with replacement, and duplicates are dropped, because then
-P(i is drawn) = 1 - (1 - p_i)^draws is known. Drawing until there is a given number of distinct
-classes would leave this probability unknown; counting a class as often as it was drawn has the same
-mean but a larger variance, most of all where p_i is large. Without duplicates, N draws give fewer
-than N classes: about 4600 for N = 8192 and V = 793,471.
+Classes are drawn with replacement and duplicates are dropped, because P(i is drawn) is then known
+to be 1 - (1 - p_i)^draws. If classes were drawn until there was a given number of distinct classes,
+this probability would be unknown. If each class were counted as often as it was drawn, the mean
+would be the same, but the variance would be larger, especially where p_i is large. Without
+duplicates, N draws give fewer than N classes: about 4600 for N = 8192 and V = 793,471.
 
 Source: Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; Bengio and Senecal 2003.
 """
@@ -64,8 +64,8 @@ def draw_classes(
     Args:
         num_draws: Number of draws, with replacement; at most V.
         num_classes: Number of classes, V.
-        first_id: The most frequent class. From there on, frequency falls as the id rises,
-            and the ids below `first_id` are the rarest: rank r has the id (first_id + r) % V.
+        first_id: The most frequent class. From this id on, frequency falls as the id rises, and the
+            ids below `first_id` are the rarest: rank r has the id (first_id + r) % V.
         device: Device of the result.
 
     Raises:
@@ -84,8 +84,8 @@ def draw_classes(
 def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassSample) -> Tensor:
     """Estimate the negative log-likelihood of a softmax layer from a few of its classes.
 
-    The estimate of the partition sum is unbiased, but that of its logarithm is not: the result is
-    too low on average. The bias of the result and of its gradient falls as 1 / draws.
+    The estimate of the partition sum is unbiased, but the estimate of its logarithm is too low on
+    average. The bias of the result and of its gradient falls as 1 / draws.
 
     A drawn class that is a token's target (an accidental hit) does not count as drawn for that
     token.

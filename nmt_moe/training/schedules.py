@@ -4,7 +4,7 @@
 def warmup_hold_inverse_sqrt(
     update: int, peak: float, warmup_updates: int, hold_updates: int, start: float = 0.0
 ) -> float:
-    """Return a learning rate that rises linearly, stays constant, then falls as 1 / sqrt(update).
+    """Return a learning rate that rises linearly, stays constant, and falls as 1 / sqrt(update).
 
     Args:
         update: Number of updates done so far.
