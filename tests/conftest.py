@@ -25,7 +25,7 @@ if importlib.util.find_spec("fairseq") is None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that run on a GPU, and skip those that need more CUDA devices than there are."""
+    """Mark tests that run on a GPU, and skip tests that need more CUDA devices than there are."""
     needs = {"gpu": 1, "multigpu": 2}
     for item in items:
         uses_device = item.get_closest_marker("device") or "device" in item.fixturenames
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Create tensors on a device that runs the Triton kernels: CUDA, or the interpreting CPU."""
+    """Run Triton kernels and create tensors on CUDA or, with Triton's interpreter, on the CPU."""
     pytest.importorskip("triton")
     from nmt_moe.kernels import _backend
 

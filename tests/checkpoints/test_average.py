@@ -27,7 +27,8 @@ def test_the_average_by_hand(tmp_path):
 
 
 def test_half_precision_is_summed_in_full_precision(tmp_path):
-    # float16 has no 2049. The average of 2048, 2050, 2050 and 2050 is 2049.5, rounded to 2050.
+    # float16 cannot represent 2049. The average of 2048, 2050, 2050 and 2050 is 2049.5, which is
+    # rounded to 2050.
     values = [2048.0, 2050.0, 2050.0, 2050.0]
     paths = [tmp_path / f"{i}.pt" for i in range(4)]
     for path, value in zip(paths, values, strict=True):

@@ -52,7 +52,7 @@ def test_faults_are_named(whole, tmp_path):
     for arguments in (["verify", split], ["merge", split, "--output", tmp_path / "m.pt"]):
         status, text = run(*arguments)
         assert (status, f"`{part}`, which contains experts 2 to 3" in text) == (1, True)
-    status, text = run("verify", whole)  # the file has no configuration for a model
+    status, text = run("verify", whole)  # the file contains no model configuration
     assert (status, "fairseq checkpoint" in text) == (1, True)
     status, text = run("verify", tmp_path / "none.pt")
     assert (status, "none.pt` does not exist" in text) == (1, True)

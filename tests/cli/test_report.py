@@ -1,4 +1,4 @@
-"""The command `nmt-moe report`, as a user types it."""
+"""The command `nmt-moe report`, called as a user would call it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The commands `nmt-moe export`, `translate` and `verify`, as a user types them."""
+"""The commands `nmt-moe export`, `translate` and `verify`, called as a user would call them."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The diagnosis of parts: broken parts are found, whatever error they raise."""
+"""The diagnosis finds broken parts, whatever error they raise."""
 
 import json
 

@@ -24,7 +24,7 @@ pytest.importorskip("fairseq")
 # The first test waits for a complete training run, which takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
 
-# The blocks of this page create what other pages use: pieces, data, checkpoints and a bundle.
+# The blocks of this page create the pieces, data, checkpoints and bundle that other pages use.
 FIRST = "docs/train.md"
 PORT = "5000"  # the server's port in the pages
 TEXT = "the a cat dog house tree runs sees big red under with two birds sing"

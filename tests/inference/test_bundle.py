@@ -114,7 +114,7 @@ def flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_found(bundle: Path, name: str, share: float):
     flip(bundle / name, int((bundle / name).stat().st_size * share))
-    sums = name == "SHA256SUMS"  # the message names the file whose checksum differs
+    sums = name == "SHA256SUMS"  # the message names the file with a different checksum
     assert_refused(lambda: verify_bundle(bundle), *([] if sums else [f"`{bundle / name}`"]))
     if name in ("config.json", "model.safetensors", "pieces.model", "vocabulary.json"):
         assert_refused(lambda: Translator.load(bundle), f"`{bundle / name}`")

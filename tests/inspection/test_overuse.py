@@ -28,7 +28,8 @@ def test_counts_are_those_of_a_loop():
     chance = random.Random(3)
     features = [chance.choices("abcde", k=chance.randint(0, 3)) for _ in range(200)]
     features = [sorted(set(names)) for names in features]
-    expert_ids = torch.tensor([[*chance.sample(range(5), 2)] for _ in features])  # 4: an empty slot
+    # Number 4 is an empty slot.
+    expert_ids = torch.tensor([[*chance.sample(range(5), 2)] for _ in features])
     counts = FeatureCounts(4)
     for first in range(0, 200, 30):
         counts.add(features[first : first + 30], expert_ids[first : first + 30])
@@ -91,7 +92,7 @@ def test_chance_makes_no_specialists():
 def test_contexts_are_the_largest_gates_of_each_expert():
     generator = torch.Generator().manual_seed(2)
     gates = torch.rand(300, 2, generator=generator)
-    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5: an empty slot
+    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5 is an empty slot
     top = TopContexts(5, 7)
     for first in range(0, 300, 64):
         rows = slice(first, first + 64)

@@ -1,4 +1,4 @@
-"""Reports on tiny bundles: their pages, and their values compared with those of the models."""
+"""Reports on tiny bundles: pages are complete, and values agree with the models."""
 
 import html.parser
 import json

@@ -48,7 +48,7 @@ def make_grad(weight: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
-    """Run the operation in place; return its results and its definition's."""
+    """Run the operation in place; return its results and the results of its definition."""
     expected = weight, row_mean, column_mean
     for step, grad in enumerate(grads, 1):
         options = {"step": step, **OPTIONS}

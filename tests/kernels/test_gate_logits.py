@@ -27,7 +27,7 @@ def test_products_and_gradients(sizes, noisy):
     ours = ours[: len(weights)]
     torch.testing.assert_close(list(ours), expected)
     grads = [torch.randn(7, 6, dtype=torch.float64) for _ in weights]
-    for used in (slice(None), slice(0, 1)):  # as when the load has no gradient
+    for used in (slice(None), slice(0, 1)):  # only one result may have a gradient
         one, other = (
             torch.autograd.grad(
                 out[used],

@@ -78,8 +78,8 @@ def test_two_experts_by_hand():
     assert out.expert_ids.tolist() == [[0]]
     assert out.gates.tolist() == [[1.0]]
     assert out.tokens_per_expert.tolist() == [1, 0]
-    # Expert 0 must beat the noisy logit of expert 1, which is 1. Expert 1 must beat that of
-    # expert 0, which is 2.
+    # Expert 0 must beat the noisy logit 1 of expert 1. Expert 1 must beat the noisy logit 2 of
+    # expert 0.
     load = torch.special.ndtr(torch.tensor([0.0 - 1.0, 1.0 - 2.0]) / scale)
     torch.testing.assert_close(out.load, load)
 

@@ -1,4 +1,4 @@
-"""Products with one matrix per expert: loop, torch's grouped product and Triton."""
+"""Products with one matrix per expert, by a loop, torch's grouped product and Triton."""
 
 from importlib import import_module
 

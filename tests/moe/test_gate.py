@@ -12,7 +12,7 @@ def test_load_is_the_frequency_over_redraws_of_each_experts_own_noise():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 4, dtype=torch.float64)
     noise = torch.randn(1, 5, dtype=torch.float64)
-    load = gate(x, noise).load  # of one token: P(x, i)
+    load = gate(x, noise).load  # the load of one token is P(x, i)
     redraws = 10_000
     for expert in range(5):
         many = noise.repeat(redraws, 1)

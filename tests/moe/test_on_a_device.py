@@ -66,7 +66,7 @@ PADDING = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0], dtype=torch.bool)
 
 
 def move(tensors, device):
-    """Move a tensor or a tuple of tensors; return None unchanged."""
+    """Move a tensor or a tuple of tensors to a device; return None unchanged."""
     if isinstance(tensors, tuple):
         return tuple(tensor.to(device) for tensor in tensors)
     return None if tensors is None else tensors.to(device)

@@ -1,4 +1,4 @@
-"""The language model's network: results by hand, single steps, and impossible sizes."""
+"""The language model's network: results by hand, single steps, and sizes that it refuses."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from nmt_moe.parallel import sum_over_ranks
 from tests.support.ranks import run_ranks
 
 CONFIG = MoEConfig(6, 5, 4, 2, importance_weight=0.3, load_weight=0.2)
-# The ranks have these numbers of tokens; the first has none.
+# The ranks have these numbers of tokens. The first rank has no tokens.
 BOUNDS = (0, 0, 5, 12)
 
 

@@ -52,7 +52,7 @@ def test_perplexities_of_all_directions_are_read(tmp_path):
     assert read_log("perplexities", log).stdout == "en-fr 2.5\nfr-en 4\n"
 
 
-# Log lines as fairseq-train writes them with `--log-format json`.
+# fairseq-train writes log lines like these with `--log-format json`.
 TRAINING = """\
 t | INFO | fairseq_cli.train | {'_name': None, 'common': {'ppl': 1}}
 t | INFO | train_inner | {"epoch": 1, "update": 0.5, "nll_loss": "4", "ppl": "16.1", "wps": "120", \

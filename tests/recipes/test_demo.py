@@ -1,4 +1,4 @@
-"""The demo: sentences of its corpus compared with ones by hand, and a miniature run."""
+"""The demo's sentences agree with handwritten ones, and a miniature run does all its steps."""
 
 import datetime
 

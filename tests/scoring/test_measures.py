@@ -127,7 +127,7 @@ def test_all_figures_with_signatures_and_json(texts):
     assert "|tok:intl|smooth:exp|" in found["sacrebleu-intl"]["signature"]
     assert "|nc:6|nw:0|" in found["chrf"]["signature"]
     assert "tok:tercom" in found["ter"]["signature"]
-    # Sources have 1 to 19 words, except the last, which has 11 and is copied as its translation.
+    # The first 19 sources have 1 to 19 words. The last has 11, and its translation is a copy.
     rows = [(row["words"], row["sentences"]) for row in report["source"]["rows"]]
     assert rows == [("1-10", 10), ("11-20", 10)]
     assert report["source"]["copies"] == 1

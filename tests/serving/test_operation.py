@@ -1,4 +1,4 @@
-"""Running a server: keys, origins, metrics, logs, documents and shutdown."""
+"""The operation of a server: keys, origins, metrics, logs, documents and shutdown."""
 
 import json
 import re

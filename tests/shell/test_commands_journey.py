@@ -1,4 +1,4 @@
-"""The plugin as a user runs it: real commands in separate processes, from any folder."""
+"""Users run the plugin by real commands, in separate processes and from any folder."""
 
 from pathlib import Path
 

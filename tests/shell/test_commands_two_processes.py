@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def train_in_two_processes(data: Path, folder: Path, *flags: object) -> list[Output]:
-    """Start both ranks; the first writes `folder/ranks`."""
+    """Start both ranks, and let the first write `folder/ranks`."""
     together = [
         *["--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp"],
         *["--distributed-init-method", f"tcp://127.0.0.1:{free_port()}"],

@@ -1,4 +1,4 @@
-"""A configuration from a file only sets values; it executes nothing, whatever it names."""
+"""A configuration from a file only sets values, and cannot execute anything that it names."""
 
 import argparse
 import os

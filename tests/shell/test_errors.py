@@ -31,7 +31,7 @@ def test_resuming_from_a_truncated_checkpoint_ends_in_one_message(stock):
 
 
 def raised(error: Exception, module: str) -> Exception:
-    """Return the error as if raised by a function in `module`."""
+    """Return the error as if a function in `module` had raised it."""
     try:
         exec("raise error", {"__name__": module, "error": error})
     except Exception as caught:

@@ -81,7 +81,7 @@ def test_a_killed_process_stops_the_others_and_training_can_continue(data: Path,
 
 
 def train_on_two(rank: int, port: int, data: Path, folder: Path, *flags: object) -> None:
-    """Run as one of two processes that train."""
+    """Run one of two processes that train together."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-rank", rank]
@@ -102,7 +102,7 @@ def start_two(function: Callable[..., None], *arguments: object) -> list[Any]:
 
 
 def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train; process 1 is killed in its second save, after writing half of its expert file."""
+    """Train, and kill process 1 in its second save, after half of its expert file."""
     save, calls = torch.save, []
 
     def save_half(content: Any, file: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_save(data: Path, tmp_
 
 
 def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
-    """Train; in the third update, process 1 finds NaN. Write errors to `folder/error{rank}`."""
+    """Train with NaN in the third update of process 1, and write errors to `folder/error{rank}`."""
     step, updates = Trainer.train_step, []
 
     def spoiled_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:

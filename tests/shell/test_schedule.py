@@ -34,7 +34,7 @@ def make_schedule(**options: object) -> WarmupHoldInverseSqrt:
         pytest.param(WARMUP // 2, 0.2, id="half-way-up"),
         pytest.param(WARMUP, 0.4, id="at-the-top"),
         pytest.param(WARMUP + HOLD, 0.4, id="the-last-of-the-plateau"),
-        # After four times as many updates, the rate is half as high.
+        # After four times the updates, the rate is half as high.
         pytest.param(4 * (WARMUP + HOLD), 0.2, id="falling"),
     ],
 )

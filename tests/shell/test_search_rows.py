@@ -86,7 +86,7 @@ def test_finished_sentences_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
 
     def forward_to_the_end(*args: Any, **options: Any) -> tuple:
         logits, extra = forward(*args, **options)
-        logits[..., DICTIONARY.eos()] += 4.0  # so that some sentences end early
+        logits[..., DICTIONARY.eos()] += 4.0  # makes some sentences end early
         return logits, extra
 
     monkeypatch.setattr(models[0].decoder, "forward", forward_to_the_end)
@@ -114,7 +114,7 @@ def tokens_of(hypotheses: list[dict]) -> list[list[int]]:
 def assert_same_hypotheses(
     found: list[list[dict]], expected: list[list[dict]], attention: bool = True
 ) -> None:
-    """Compare n-best lists: tokens exactly, numbers to 1e-5."""
+    """Compare n-best lists, with equal tokens and with numbers that agree to 1e-5."""
     for mine, others in zip(found, expected, strict=True):
         assert [one["tokens"].tolist() for one in mine] == [
             one["tokens"].tolist() for one in others

@@ -1,4 +1,4 @@
-"""A tiny task: each word of a made-up language has one translation."""
+"""A tiny translation task, in which each word of a made-up language has one translation."""
 
 import random
 from pathlib import Path

@@ -22,7 +22,7 @@ DICTIONARY = make_dictionary(LETTERS + FILLERS)
 
 
 def wide_task() -> Any:
-    """Return a task whose target dictionary has `LETTERS` and `FILLERS`."""
+    """Return a task with a target dictionary of `LETTERS` and `FILLERS`."""
     return make_task(target=LETTERS + FILLERS)
 
 

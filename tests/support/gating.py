@@ -26,7 +26,7 @@ def offsets_of(sizes: list[int] | None) -> Tensor | None:
 
 
 def make_inputs(rows: int, experts: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make logits, noise and row weights; within each of the first two rows, values are equal."""
+    """Make logits, noise and row weights, with equal values within each of the first two rows."""
     torch.manual_seed(1)
     clean, raw_scale, noise = (torch.randn(rows, experts, dtype=dtype) for _ in range(3))
     for tensor in (clean, raw_scale, noise):
@@ -73,10 +73,10 @@ def assert_is_the_definition(
 
 
 def assert_infinite_logits_are_right():
-    """Compare with the definition when noise is added to logits of -inf; refuse NaN.
+    """Compare with the definition for logits of -inf with noise, and check that NaN is absent.
 
-    Of each row's logits, from one to five are finite, and three experts are chosen, so that none,
-    one or both of the thresholds are -inf.
+    Each row has one to five finite logits, and three experts are chosen, so that none, one or both
+    of the thresholds are -inf.
     """
     inputs = make_inputs(10, 40, torch.float32)
     clean, raw_scale = (inputs[name].detach().clone() for name in ("clean", "raw_scale"))

@@ -9,7 +9,8 @@ SPLITS = {"train": 120, "valid": 16, "test": 10}
 
 SIZES = ["--model-dim", 16, "--lstm-hidden-dim", 24, "--init-range", 0.3, "--dropout", 0.1]
 EXPERTS = ["--num-experts", 4, "--moe-top-k", 2, "--expert-hidden-dim", 16]
-# One sentence per row, as in the benchmark: 120 in batches of 24, so an epoch has 5 updates.
+# As in the benchmark, each row has one sentence. There are 120 sentences in batches of 24, so an
+# epoch has 5 updates.
 TEXT = ["--task", "language_modeling", "--sample-break-mode", "eos"]
 UPDATES = [
     *["--criterion", "moe_cross_entropy", "--optimizer", "adam", "--lr", 0.02, "--seed", 3],
@@ -21,7 +22,7 @@ EVALUATE = ["--task", "language_modeling", "--cpu", "--num-workers", 0]
 
 
 def write_text(folder: Path, seed: int = 1) -> Path:
-    """Write `train`, `valid` and `test`: sentences of 1 to 9 consecutive words."""
+    """Write `train`, `valid` and `test`, with sentences of 1 to 9 consecutive words."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in SPLITS.items():

@@ -1,4 +1,4 @@
-"""A tiny text for the language model recipes: numbers in words."""
+"""A tiny text of spelled-out numbers for the language model recipes."""
 
 import gzip
 import lzma

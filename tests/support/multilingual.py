@@ -7,7 +7,7 @@ from tests.support.commands import call
 from tests.support.corpus import SOURCE_WORDS, translate, write_lines
 
 LANGUAGES = {"aa": str, "bb": translate, "cc": str.upper}
-# bb-cc has no training text: it is translated zero-shot.
+# bb-cc has no training text, so it is translated zero-shot.
 SIZES = {
     "aa-bb": {"train": 96, "valid": 12, "test": 8},
     "aa-cc": {"train": 24, "valid": 6, "test": 6},

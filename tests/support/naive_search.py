@@ -13,7 +13,7 @@ EOS, PAD = 2, 1
 
 
 def make_model(vocab: int = 11, width: int = 4, seed: int = 1, sharpness: float = 3.0) -> Model:
-    """Return a model: a function from (R, T) tokens and (R,) sentences to its predictions.
+    """Return a model, which is a function of (R, T) tokens and (R,) sentences.
 
     The model predicts log-probabilities of the next token, and attention. Both depend on all
     tokens of a row, but not on other rows.

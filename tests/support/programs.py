@@ -1,4 +1,4 @@
-"""Programs that start quickly: forks of a process that has already imported torch and fairseq.
+"""Start programs quickly, as forks of a process that has already imported torch and fairseq.
 
 Importing fairseq takes seconds, which is most of the duration of a test that runs small commands.
 `python()` returns a Python in a folder with the programs of this environment. The programs that
@@ -102,7 +102,7 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> list[str]:
-        """Serve requests; in a process that becomes a program, return the program's arguments."""
+        """Serve requests, and return only in forks, with the arguments of their programs."""
         while True:
             sources = [sys.stdin, self.listener, self.wakeup, *self.clients.values()]
             ready, _, _ = select.select(sources, [], [])
@@ -154,7 +154,7 @@ class Server:
 
 
 def become(arguments: list[str]) -> None:
-    """Run a program as if started by Python."""
+    """Run a program as if Python had started it."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
     name = Path(arguments[0]).name
@@ -165,7 +165,7 @@ def become(arguments: list[str]) -> None:
     if arguments[1] == "-m":
         sys.argv = arguments[2:]
         sys.path.insert(0, os.getcwd())
-        runpy._run_module_as_main(arguments[2])  # what `python -m` calls
+        runpy._run_module_as_main(arguments[2])  # `python -m` calls this function
     else:
         sys.argv = arguments[1:]
         sys.path.insert(0, str(Path(arguments[1]).parent))

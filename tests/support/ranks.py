@@ -27,7 +27,7 @@ def free_port() -> int:
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Return what `function(rank, *arguments)` returned in each process, by rank.
 
-    Results are pickled: return numbers and arrays, not tensors.
+    Results are pickled, so `function` must return numbers and arrays instead of tensors.
     """
     port = free_port()
     results = CONTEXT.Queue()

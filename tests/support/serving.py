@@ -1,4 +1,4 @@
-"""Servers on free ports of the loopback interface: in this process, or in a separate one."""
+"""Servers on free ports of the loopback interface, in this process or in a separate one."""
 
 import json
 import socket

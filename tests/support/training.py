@@ -14,7 +14,7 @@ from nmt_moe.checkpoints import MANIFEST, restore_experts
 
 SIZES = ["--model-dim", 16, "--lstm-hidden-dim", 24, "--init-range", 0.3, "--dropout", 0.1]
 EXPERTS = ["--num-experts", 4, "--moe-top-k", 2, "--expert-hidden-dim", 16]
-# 96 sentences in batches of 16: an epoch has 6 updates.
+# The corpus has 96 sentences in batches of 16, so an epoch has 6 updates.
 UPDATES = [
     *["--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", 0.1],
     *["--optimizer", "adam", "--lr", 0.02, "--clip-norm", 5.0, "--seed", 3],

@@ -33,7 +33,7 @@ def write(folder: Path, content: bytes) -> Path:
 
 
 def wc(path: Path) -> int:
-    """Count lines as `wc -l` does, and also a last line without an end."""
+    """Count lines as `wc -l` does, and add a last line without a line feed."""
     printed = subprocess.run(["wc", "-l", path], capture_output=True, check=True).stdout
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     return int(printed.split()[0]) + bool(content and not content.endswith(b"\n"))
