@@ -97,15 +97,15 @@ def assert_infinite_logits_are_right():
 
 
 def _assert_few_finite_logits_are_certain(clean: Tensor, raw_scale: Tensor, noise: Tensor):
-    """At most k finite logits are among the k largest whatever the noise, and -inf never is."""
+    """Check that at most k finite logits are always among the k largest, and that -inf never is."""
     few = clean.isfinite().sum(1) <= 3
     load = noisy_top_k(clean[few], raw_scale[few], 3, noise[few]).load
-    expected = clean[few].isfinite().sum(0).float()  # eq. 10: the sum of P(x, i) over tokens
+    expected = clean[few].isfinite().sum(0).float()  # eq. 10 sums P(x, i) over tokens
     assert_close("load", load, expected, rtol=0, atol=1e-6)
 
 
 def _assert_rows_without_a_largest_logit_are_nan(clean: Tensor, raw_scale: Tensor):
-    """The softmax over infinities is NaN, which shows in the importance, and in no other row."""
+    """Check that a softmax over infinities gives NaN in the importance, but not in other rows."""
     spoilt = clean.clone()
     spoilt[1] = -torch.inf
     spoilt[4, 7] = torch.inf
