@@ -7,7 +7,7 @@ from nmt_moe.checks import check_choice, check_divides, check_range, check_whole
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 RECOMPUTE = ("auto", "always", "never")
 
-# From this hidden width on, "auto" recomputes. A row's hidden activations are then many times
+# Smallest hidden width for which "auto" recomputes. A row's hidden activations are then many times
 # larger than the row itself, and recomputing them takes at most a sixth of the experts' operations.
 LARGE_HIDDEN_DIM = 4096
 
@@ -21,8 +21,8 @@ class MoEConfig:
         hidden_dim: Hidden width of an expert, H.
         num_experts: Number of experts, E.
         top_k: Number of experts per token, K. With groups, the number of groups per token, and the
-            number of experts that the token uses in each of them. A "strictly_balanced" gate keeps
-            to this number on average; a "softmax" gate uses all experts.
+            number of experts that the token uses in each of them. A "strictly_balanced" gate uses
+            this number on average; a "softmax" gate uses all experts.
         gate: Kind of gate, one of `GATES`.
         num_groups: Number of groups of a hierarchical gate, G; 0 for a flat gate.
         importance_weight: Weight of the importance loss, w_importance in eq. 7.

@@ -44,7 +44,7 @@ class Experts(nn.Module):
         """Draw the weights.
 
         Each expert has its own seed, drawn from torch's CPU generator. Therefore, neither its
-        weights nor anything drawn later depends on the number of ranks.
+        weights nor any numbers drawn later depend on the number of ranks.
         """
         if self.weight_in.is_meta:
             return  # weights on the meta device have no memory to fill
@@ -60,7 +60,7 @@ class Experts(nn.Module):
                 weight[expert].uniform_(-bound, bound, generator=generator)
 
     def _mark(self) -> None:
-        """Mark the weights. This is repeated whenever torch recreates them without their marks."""
+        """Mark the weights, as is necessary whenever torch recreates them without their marks."""
         for weight in (self.weight_in, self.weight_out):
             mark_expert(weight, self.group)
 
@@ -102,6 +102,6 @@ class Experts(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which experts compute: autocast's if it is enabled, else that of `x`."""
+    """Return the dtype for experts: autocast's dtype if it is enabled, else the dtype of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

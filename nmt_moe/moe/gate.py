@@ -1,12 +1,12 @@
 """Gates, which choose the experts of each token and their weights.
 
 All gates compute logits, noise, softmax and load in float32 (in float64 for float64 tokens),
-whatever the model's dtype and autocast settings are. They take the same arguments and return a
+regardless of the model's dtype and autocast settings. They take the same arguments and return a
 `Gating`.
 
 All gates have these attributes:
     can_balance_load: Whether the load can vary, so that there is a load loss.
-    waits: Whether the host must wait for the device to learn how many slots the tokens need.
+    waits: Whether the host must wait for the device to find out how many slots the tokens need.
 """
 
 import math
@@ -18,7 +18,7 @@ from nmt_moe.kernels import Gating, gate_logits, noisy_top_k, row_groups
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which gates are computed: float32, or wider if `x` is."""
+    """Return the dtype for computing gates: float32, or wider if `x` is."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -35,7 +35,7 @@ class SoftmaxGate(nn.Module):
         self.gate_weight = nn.Parameter(torch.zeros(model_dim, num_experts))
 
     def forward(self, x: Tensor, noise: None = None, row_offsets: Tensor | None = None) -> Gating:
-        """Compute the gates of all experts. The arguments are those of `NoisyTopKGate.forward`."""
+        """Compute the gates of all experts. See `NoisyTopKGate.forward` for the arguments."""
         num_tokens, num_experts = len(x), self.gate_weight.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
@@ -69,8 +69,7 @@ class NoisyTopKGate(nn.Module):
             model_dim: Width of tokens, D.
             num_experts: Number of experts, E.
             top_k: Number of experts per token, K.
-            num_groups: Number of groups of rows, G, each with a gate of its own; 0 for a single
-                gate.
+            num_groups: Number of groups of rows, G, each with its own gate; 0 for a single gate.
         """
         super().__init__()
         self.top_k, self.can_balance_load = top_k, top_k < num_experts
@@ -131,7 +130,7 @@ class StrictlyBalancedGate(nn.Module):
     can_balance_load, waits = False, True
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int, num_groups: int = 0) -> None:
-        """Build the gate. The arguments are those of `NoisyTopKGate`."""
+        """Build the gate. The arguments are the same as for `NoisyTopKGate`."""
         super().__init__()
         self.top_k = top_k
         shape = weight_shape(model_dim, num_experts, num_groups)
@@ -147,9 +146,9 @@ class StrictlyBalancedGate(nn.Module):
         row_offsets: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Gating:
-        """Choose the tokens of each expert. The arguments are those of `NoisyTopKGate.forward`.
+        """Choose the tokens of each expert. See `NoisyTopKGate.forward` for the arguments.
 
-        There must be no noise and no padding. With groups, each group is a batch of its own.
+        There must be no noise and no padding. With groups, each group is a separate batch.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = gate_dtype(x)
@@ -198,7 +197,7 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
         probs: (N, E), the softmax of each row's logits, G_sigma.
         top_k: Average number of experts per token, K.
         row_offsets: (G + 1,) int64. Each group g, with rows [offsets[g], offsets[g + 1]), is a
-            batch of its own; None for a single batch.
+            separate batch; None for a single batch.
 
     Returns:
         (N, E) bool, with exactly m True values in each column of a group.
@@ -224,9 +223,9 @@ def batchwise_mask(probs: Tensor, top_k: int, row_offsets: Tensor | None = None)
 
 
 def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Choose experts whose probability is above their threshold.
+    """Choose experts that have a probability above their threshold.
 
-    NaN is chosen too, so that it shows in the gates.
+    NaN is also chosen, so that it shows in the gates.
 
     Args:
         probs: (N, E), the softmax of each row's logits, G_sigma.
@@ -243,8 +242,8 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for tokens without experts.
 
-    This is computed as a softmax over the logits of the chosen experts, because their G_sigma may
-    all underflow.
+    The gates are computed as a softmax over the logits of the chosen experts, because all G_sigma
+    of these experts may underflow.
 
     Args:
         logits: (N, E), gate logits.
@@ -269,8 +268,8 @@ def batchwise_threshold_loss(probs: Tensor, threshold: Tensor, mask: Tensor) -> 
         mask: (N, E) bool, the batchwise mask.
 
     Returns:
-        A scalar, summed over tokens and experts. It is 0 if thresholds and mask make the same
-        choice, otherwise positive.
+        A scalar, summed over tokens and experts. It is 0 if the thresholds and the mask choose the
+        same tokens, and positive otherwise.
 
     Source: Shazeer et al. 2017, eqs. 19-20.
     """

@@ -15,7 +15,7 @@ FlatGate = NoisyTopKGate | StrictlyBalancedGate
 
 
 class HierarchicalGate(nn.Module):
-    """A gate that chooses groups, and for each group a gate that chooses among its experts.
+    """A gate that chooses groups, and a gate for each group that chooses among its experts.
 
     Expert j of group i is expert i * group_size + j. Its gate is the product of the gate of its
     group and its gate within the group.
@@ -49,7 +49,7 @@ class HierarchicalGate(nn.Module):
         Args:
             x: (N, D), the tokens' vectors.
             noise: (N, G) and (N, E), standard normal numbers, used only by noisy gates in training.
-                If None, they are drawn.
+                If None, they are drawn at random.
             row_offsets: (3,) int64, [0, number of tokens, N]; the rows after the tokens are
                 padding. None if there is no padding.
         """
@@ -98,7 +98,7 @@ class HierarchicalGate(nn.Module):
         Returns:
             (N, K1 K2) gates and (N, K1 K2) int64 expert ids, both in the order of tokens.
         """
-        # A slot without a group reads an extra row that contains no experts.
+        # A slot without a group reads an extra row without experts.
         row_gates = F.pad(secondary.gates, (0, 0, 0, 1))
         row_ids = F.pad(secondary.expert_ids, (0, 0, 0, 1), value=self.group_size)
         secondary_ids = row_ids[plan.token_rows]  # (N, K1, K2)

@@ -21,7 +21,7 @@ def check_inputs(
 
     Raises:
         ValueError: if a tensor does not match. The message names it, its shape, dtype or device,
-            and what is required.
+            and the requirement.
     """
     if x.dim() == 3:
         raise ValueError(
@@ -39,9 +39,9 @@ def check_inputs(
 
 
 def _check_noise(config: MoEConfig, noise: Noise, x: Tensor) -> None:
-    """Reject noise whose form differs from the noise that the gate draws."""
+    """Reject noise that differs in form from the noise that the gate draws."""
     if config.gate != "noisy_top_k":
-        raise ValueError(f"`noise` must be None with the gate '{config.gate}', which uses none.")
+        raise ValueError(f"`noise` must be None with the gate '{config.gate}', which has no noise.")
     num_groups, num_experts = config.num_groups, config.num_experts
     parts = noise if isinstance(noise, tuple) else (noise,)
     is_pair = isinstance(noise, tuple) and len(noise) == 2

@@ -86,11 +86,11 @@ class MoELayer(nn.Module):
 
         Args:
             x: (N, D), the tokens' vectors.
-            padding_mask: (N,) bool, True for padding. Padding is sent to no expert, counts in no
-                loss or statistic, and gives rows of zeros in y.
+            padding_mask: (N,) bool, True for padding. Padding is not sent to any expert or counted
+                in losses and statistics, and gives rows of zeros in y.
             noise: (N, E), standard normal numbers to use instead of new ones, to reproduce a pass;
-                with groups, a tuple of (N, G) and (N, E). If None, they are drawn. Only noisy gates
-                in training use them.
+                with groups, a tuple of (N, G) and (N, E). If None, they are drawn at random. Only
+                noisy gates in training use them.
 
         Returns:
             y: (N, D), in the dtype of x.
@@ -140,9 +140,8 @@ class MoELayer(nn.Module):
     def serve(self) -> None:
         """Compute experts for other ranks' tokens until all ranks of the group have called this.
 
-        This is for loops that run longer on some ranks than on others, such as a search. A rank
-        that has finished calls this method, which returns on all ranks of the group at the same
-        time.
+        Loops that run longer on some ranks than on others, such as a search, need this method. A
+        rank calls it after its last step, and it returns on all ranks of the group together.
         """
         weight = self.experts.weight_in
         x = weight.new_empty(0, self.config.model_dim)
@@ -155,7 +154,7 @@ class MoELayer(nn.Module):
         """Compute the balance losses, and collect the statistics of a batch."""
         sums = torch.stack([gating.importance, gating.load])
         if self.training:
-            # A part of a batch is less balanced than the whole, so the balance covers all ranks.
+            # Sum over all ranks, because a part of a batch is less balanced than the whole.
             sums = sum_over_ranks(sums)
         importance_cv, load_cv = squared_cv(sums).unbind()  # one call for importance and load
         load_weight = self.config.load_weight if self.gate.can_balance_load else 0.0
@@ -169,8 +168,8 @@ class MoELayer(nn.Module):
         )
 
 
-# This does the same as `torch.compiler.disable`, but does not spend seconds on importing the
-# compiler.
+# This does the same as `torch.compiler.disable`, but does not import the compiler, which takes
+# seconds.
 @torch._disable_dynamo
 def _compute_uncompiled(
     layer: MoELayer, x: Tensor, padding_mask: Tensor | None, noise: Noise | None

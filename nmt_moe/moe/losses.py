@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 def squared_cv(values: Tensor) -> Tensor:
     """Compute the squared coefficient of variation, the variance divided by the squared mean.
 
-    The variance is that of a population (divided by E).
+    The variance is the population variance (divided by E).
 
     Args:
         values: (..., E), non-negative.
@@ -33,7 +33,7 @@ class _SquaredCV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         variance, mean = torch.var_mean(values, dim=-1, correction=0)
-        # If no expert is used, the variance is 0 too, so any divisor except 0 gives 0.
+        # If no expert is used, the variance is also 0, so any divisor except 0 gives 0.
         squared_mean = mean.masked_fill(mean == 0, 1.0).square_()
         squared_cv = variance / squared_mean
         ctx.save_for_backward(values, mean, squared_mean, squared_cv)

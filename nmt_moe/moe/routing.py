@@ -1,7 +1,7 @@
 """Measure how decisive gates are and how much experts differ, as signs of specialised experts.
 
-The balance (`nmt_moe.moe.stats`) shows whether all experts are used. The values computed here show
-whether it matters which ones are used.
+The balance (`nmt_moe.moe.stats`) shows whether all experts are used. The values in this module show
+whether the choice of experts matters.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 def gate_entropy(gates: Tensor) -> Tensor:
     """Compute the entropy of each token's gates.
 
-    A new gate weights all chosen experts equally, which gives the entropy log K. The entropy falls
-    as the gate learns.
+    A new gate weights all chosen experts equally, so its entropy is log K. The entropy falls as the
+    gate learns.
 
     Args:
         gates: (N, K), non-negative; 0 for tokens without experts.
@@ -59,7 +59,7 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
 
 
 def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-    """Compute the output of every expert for every token, whether or not the token chose it.
+    """Compute the output of every expert for every token, regardless of the token's choice.
 
     Args:
         x: (N, D), the tokens' vectors.

@@ -21,7 +21,7 @@ class MoEStats:
         num_rows: Number of rows of the batch, N, including padding.
         importance_loss: Scalar, the weighted importance loss (eq. 7).
         load_loss: Scalar, the weighted load loss (eq. 11).
-        name: Name of the layer in error messages.
+        name: Name of the layer for error messages.
     """
 
     gating: Gating
@@ -76,15 +76,15 @@ class MoEStats:
     def check_finite(self) -> None:
         """Reject tokens that are not finite, and gate weights that spoil a gate.
 
-        A gate weight of plus or minus infinity spoils no gate if it only gives logits of -inf:
-        their experts are not chosen, unless a token has fewer than K other experts, and then with a
-        gate of 0. This waits for the device.
+        An infinite gate weight does not spoil a gate if it gives only logits of -inf. The experts
+        with these logits are not chosen unless a token has fewer than K other experts, and then
+        their gate is 0. This method waits for the device.
 
         Raises:
             FloatingPointError: if a gate is not finite. The message names the layer.
         """
-        # A token that is not finite gives a logit of NaN or +inf, or only logits of -inf. The
-        # softmax over any of these is NaN, and so is the importance.
+        # A token that is not finite gives a logit of NaN or +inf, or only logits of -inf. In all of
+        # these cases, the softmax is NaN, and so is the importance.
         check_finite(f"the tokens or gate weights of the {self.name}", self.importance)
 
 
@@ -111,7 +111,7 @@ def balance_metrics(importance: Tensor, load: Tensor) -> dict[str, Tensor]:
 def effective_experts(counts: Tensor) -> Tensor:
     """Compute the effective number of experts.
 
-    This is how many equally used experts would give the same entropy.
+    This is the number of equally used experts that would give the same entropy.
 
     Args:
         counts: (..., E), non-negative, the number of tokens per expert.
