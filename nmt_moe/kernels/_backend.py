@@ -1,4 +1,4 @@
-"""Answer questions about an operation's tensors, such as whether the Triton kernels run on them."""
+"""Functions that determine how an operation runs, such as whether it uses Triton kernels."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ from torch import Tensor
 # Triton's interpreter runs kernels on CPU tensors. It is slow, so it is used only for tests and
 # debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Types of devices whose tensors the host can read without waiting, and types of devices on which
-# the Triton kernels run.
+# Types of devices with tensors that the host can read without waiting, and types of devices that
+# run the Triton kernels.
 HOST_DEVICES, TRITON_DEVICES = frozenset({"cpu"}), frozenset({"cuda"})
 
 
@@ -26,7 +26,7 @@ def uses_triton(tensor: Tensor, kernel: str) -> bool:
 
     On CUDA, it does if the kernel passes its trial. The trial runs when this function is first
     called for the kernel. float64 always runs in torch, because the kernels accumulate in float32.
-    The environment variable NMT_MOE_KERNELS replaces the trial's result if it is set.
+    If the environment variable NMT_MOE_KERNELS is set, it decides instead of the trial.
 
     Args:
         tensor: The operation's main operand.
@@ -40,7 +40,7 @@ def uses_triton(tensor: Tensor, kernel: str) -> bool:
     if forced not in ("", "torch", "triton"):
         raise ValueError(
             f"NMT_MOE_KERNELS must be torch or triton, but is {forced!r}. If it is not set, each "
-            "Triton kernel runs where it passes a trial."
+            "Triton kernel runs if it passes a trial."
         )
     is_fit = tensor.device.type in TRITON_DEVICES and tensor.dtype != torch.float64
     if forced == "torch" or not is_fit:
@@ -65,7 +65,7 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Return whether a backward pass through an operation on `tensors` may follow.
+    """Return whether an operation on `tensors` may need a backward pass.
 
     A `torch.autograd.Function` cannot find this out itself: gradients are disabled inside it, and
     its `needs_input_grad` ignores a surrounding `torch.no_grad`.
@@ -74,9 +74,9 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def row_groups(row_offsets: Tensor, num_rows: int) -> Tensor:
-    """Return the group of each row, (N,) int64; group g owns rows [offsets[g], offsets[g + 1]).
+    """Return the group of each row, (N,) int64. Group g owns rows [offsets[g], offsets[g + 1]).
 
-    Rows that belong to no group are assigned to the last one.
+    Rows that belong to no group are assigned to the last group.
     """
     rows = torch.arange(num_rows, device=row_offsets.device)
     groups = torch.searchsorted(row_offsets, rows, right=True) - 1

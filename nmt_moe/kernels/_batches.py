@@ -1,7 +1,7 @@
 """Multiply neighbouring experts in one batched product, after padding them to equal row counts.
 
 A product of a few rows is too small to be split among the cores, and starting it costs as much as
-computing it: with 16 rows per expert, single products took twice as long as batches of four.
+computing it. With 16 rows per expert, single products took twice as long as batches of four.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,19 @@ from torch import Tensor
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Largest average number of rows added as padding to each expert of a batch. These rows cost
-# operations, but computing an expert with fewer than about twenty rows takes no longer than reading
-# its weights.
+# Maximum average number of padding rows for each expert of a batch. These rows cost operations, but
+# computing an expert with fewer than about twenty rows takes no longer than reading its weights.
 SPARE_ROWS = 8
 # A batch may have this many experts, even if there are fewer threads.
 MIN_EXPERTS = 4
-# Largest number of rows, with padding, in a batch of several experts. More would not stay in the
-# cache between products.
+# Maximum number of rows, including padding, in a batch of several experts. More rows would not stay
+# in the cache between products.
 MOST_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Experts whose rows form a (C, height, F) tensor.
+    """Experts with rows that form a (C, height, F) tensor.
 
     Attributes:
         experts: Slice of the C neighbouring experts, all of which have rows.
@@ -69,7 +68,7 @@ class PaddedPlan:
 
 
 def plan_padding(plan: RowPlan) -> PaddedPlan:
-    """Choose which experts share a batch, and add padding to a plan accordingly."""
+    """Choose which experts share a batch, and add the padding to a plan."""
     counts = plan.offsets.diff()
     batches = plan_batches(counts.tolist(), max(MIN_EXPERTS, torch.get_num_threads()))
     num_rows, num_padded = len(plan.row_token), batches[-1].rows.stop if batches else 0
@@ -92,7 +91,7 @@ def plan_batches(counts: list[int], most_experts: int) -> list[Batch]:
 
     Args:
         counts: Number of rows of each expert.
-        most_experts: Largest number of experts in a batch.
+        most_experts: Maximum number of experts in a batch.
     """
     batches: list[Batch] = []
     expert = start = 0

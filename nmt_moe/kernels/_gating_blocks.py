@@ -1,8 +1,8 @@
 """Noisy top-k gating on the CPU, in blocks of rows that stay in the cache.
 
-The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. In
-addition, it needs the k + 1 largest noisy logits of each row, which include the thresholds, and the
-noise in these logits.
+The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. It also
+needs the k + 1 largest noisy logits of each row, which include the thresholds, and the noise in
+these logits.
 """
 
 import math
@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 from nmt_moe.kernels._backend import row_groups
 from nmt_moe.kernels.reference import NOISE_FLOOR
 
-# How many numbers a block holds. Four buffers of this many float32 numbers fit into an L2 cache of
+# Number of values in a block. Four buffers of this many float32 values fit into an L2 cache of
 # 2 MB. With a power of two, torch draws the same noise block by block as in one call.
 BLOCK_NUMBERS = 1 << 17
 # Rows with at least WIDE columns are searched in two steps, starting with the maxima of runs of RUN
 # columns.
 WIDE, RUN = 512, 32
-# For blocks of at most this many numbers, as in a decoding step, sorting is faster than searching.
+# For blocks of at most this many values, as in a decoding step, sorting is faster than searching.
 FEW_NUMBERS = 1 << 11
 
 # Phi(-10) = 8e-24 is too small to change any sum. For larger margins, exp and erfc underflow and
@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 def blocks(bounds: list[int], num_columns: int) -> Iterator[Block]:
-    """Divide rows into blocks; group g owns rows [bounds[g], bounds[g + 1])."""
+    """Divide rows into blocks. Group g owns rows [bounds[g], bounds[g + 1])."""
     height = max(BLOCK_NUMBERS // num_columns, 1)
     group = 0
     for start in range(0, bounds[-1], height):
@@ -63,10 +63,10 @@ def blocks(bounds: list[int], num_columns: int) -> Iterator[Block]:
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find the largest scores of each row; the lowest indices win ties.
+    """Find the largest scores of each row. The lowest indices win ties.
 
     Args:
-        scores: (B, E), the numbers to search.
+        scores: (B, E), the scores to search.
         count: Number of scores to find in each row, at most E.
 
     Returns:
@@ -95,11 +95,11 @@ def _largest_ids(scores: Tensor, count: int) -> Tensor:
     The upper half of a 64-bit key contains the score's bits, rearranged to compare as integers; the
     lower half contains the index, counted backwards. All keys therefore differ, and plain
     vectorised maxima find them in order. NaN of either sign counts as infinity, so that it is
-    chosen and shows in the result.
+    chosen and appears in the result.
     """
     last = scores.shape[1] - 1
     numbers = scores.nan_to_num(math.inf, math.inf, -math.inf)
-    bits = numbers.add_(0.0).view(torch.int32)  # -0 becomes 0, which equals it
+    bits = numbers.add_(0.0).view(torch.int32)  # -0 becomes 0, because the two are equal
     bits = bits.bitwise_xor_(bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF))
     keys = bits.to(torch.int64).bitwise_left_shift_(32)
     keys.bitwise_or_(torch.arange(last, -1, -1))
@@ -144,12 +144,12 @@ def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor)
 
 
 def is_inside(top: Tensor) -> Tensor:
-    """Return which of the K chosen logits strictly exceed the (k+1)-th: (B, K) bool."""
+    """Return (B, K) bool, True for chosen logits that strictly exceed the (k+1)-th largest."""
     return top[:, :-1] > top[:, -1:]
 
 
 class BlockedNoisyTopK(torch.autograd.Function):
-    """The CPU path of `kernels.noisy_top_k`; its results are the first fields of `Gating`.
+    """The CPU path of `kernels.noisy_top_k`. Its results are the first fields of `Gating`.
 
     Sums always have the shape (G, E).
     """
@@ -255,8 +255,8 @@ def _load_backward(
 ) -> tuple[Tensor, Tensor]:
     """Run the backward pass of the load estimate, and add the thresholds' gradients to `grad_top`.
 
-    With z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradients of `clean`,
-    of the threshold and of the scale are w, -w and -w z.
+    If z = (clean - threshold) / scale and w = grad_load phi(z) / scale, the gradients of `clean`,
+    the threshold and the scale are w, -w and -w z.
 
     Returns:
         (N, E) gradients of `clean` and of `raw_scale`.

@@ -1,8 +1,8 @@
 """Reuse the memory of large CPU tensors instead of returning it to the system.
 
-Every fresh page costs a page fault, after which the system fills it with zeros. For the gradient of
+Every fresh page costs a page fault, and the system then fills it with zeros. For the gradient of
 many experts with few tokens each, this takes as much time as the products that compute it. torch
-returns large CPU blocks to the system as soon as they are freed, so every training step would pay
+returns large CPU blocks to the system as soon as they are freed, so every training step would have
 this cost again.
 
 Only memory that grows with the number of experts is reused. LSTM states have many different sizes,
@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Size of the smallest tensors whose memory is reused. For smaller ones, torch's own allocation is
-# just as fast.
+# Minimum size of a tensor for its memory to be reused. For smaller tensors, torch's own allocation
+# is just as fast.
 SMALLEST_BYTES = 1 << 22
 # Size of a huge page on x86-64 and arm64.
 PAGE_BYTES = 1 << 21
 
 
 class _Pool:
-    """Memory blocks whose tensors have been freed, waiting to hold other tensors.
+    """Memory blocks of freed tensors, waiting to hold other tensors.
 
-    The total size of the blocks in use and waiting never exceeds the largest size that was in use
-    at any one time.
+    The total size of the blocks in use and waiting never exceeds the largest size that was ever in
+    use.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _Pool:
             return block
 
     def give_back(self, block: mmap.mmap) -> None:
-        """Keep a block whose tensor has been freed."""
+        """Keep the block of a freed tensor."""
         with self.lock:
             self.waiting.append(block)
             self.bytes_used -= len(block)
@@ -71,7 +71,7 @@ _POOL = _Pool()
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return an uninitialised tensor, like `torch.empty`, with the dtype and device of `like`.
 
-    Large tensors on the CPU get recycled memory, in huge pages if the system has them.
+    Large tensors on the CPU use recycled memory, in huge pages if the system has them.
     """
     size = math.prod(shape) * like.element_size()
     is_elsewhere = like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE")

@@ -1,4 +1,4 @@
-"""Run an LSTM with attention at each step over all steps on the CPU, in compiled loops."""
+"""Run all steps of an LSTM with attention on the CPU, in compiled loops."""
 
 from typing import Any
 
@@ -23,18 +23,19 @@ def attentive_lstm(
     padding_mask: Tensor,
     state: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an LSTM whose input at each step is [x; context of the previous output].
+    """Run an LSTM with the input [x; context of the previous output] at each step.
 
-    Each step computes only what depends on the previous step. The product of x and its weights, and
-    the gradient of each weight, of the keys and of the source, are computed at once over all steps.
-    Sums run in a fixed order, so the same inputs give bit-identical results.
+    Each step computes only the values that depend on the previous step. The product of x and its
+    weights, and the gradients of the weights, the keys and the source, are each computed over all
+    steps together. Sums run in a fixed order, so the same inputs give bit-identical results.
 
     Args:
         x: (T, B, D) float32 or float64 on the CPU. `has_compiled_loops` must return True for all
             tensor arguments except the mask.
         weight_x: (4 H, D), weights of x, with the gates in torch's order i, f, g, o.
         bias: (4 H,), added to the gates before their activation.
-        weight_recurrent: (4 H, 2 D), weights of the context, then of the previous output.
+        weight_recurrent: (4 H, 2 D), weights of the context, followed by weights of the previous
+            output.
         projection: (D, H); None if outputs are not projected, so that D = H.
         weight_query: (D, D), the attention's matrix W.
         scale: (D,), the attention's vector V.
@@ -146,5 +147,5 @@ class _AttentiveLSTM(torch.autograd.Function):
 
 
 def _over_steps(left: Tensor, right: Tensor) -> Tensor:
-    """Sum left^T @ right over steps for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
+    """Sum left^T @ right over all steps for each sentence: (T, B, S), (T, B, D) -> (B, S, D)."""
     return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))

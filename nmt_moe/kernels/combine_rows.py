@@ -19,7 +19,7 @@ def combine_rows(rows: Tensor, gates: Tensor | None, plan: RowPlan) -> Tensor:
     Args:
         rows: (R, D), the experts' outputs.
         gates: (N, K), in the dtype of `rows` or wider; 0 in empty slots. None for a plain sum.
-        plan: Row plan that says which token each row belongs to.
+        plan: Row plan that assigns each row to a token.
 
     Returns:
         (N, D), the combined outputs.

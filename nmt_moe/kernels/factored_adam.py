@@ -9,11 +9,11 @@ from nmt_moe.checks import check_shape
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
 
-# How many elements a block holds. On a CPU, 4 MiB of float32 and the same amount of scratch stay in
-# the cache between passes. With smaller blocks, starting two threads would cost too much; a GPU
-# needs even larger ones.
+# Number of elements in a block. On a CPU, 4 MiB of float32 and the same amount of scratch stay in
+# the cache between passes. With smaller blocks, starting two threads would cost too much. A GPU
+# needs even larger blocks.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# How many blocks have their means updated before any of their weights are updated.
+# Number of blocks that have their means updated before any of their weights are updated.
 GROUP = 4
 
 
@@ -32,19 +32,20 @@ def factored_adam(
     """Update expert matrices and their running means of squared gradients, in place.
 
     Each matrix is updated independently. Its second moment is outer(row_mean, column_mean) /
-    mean(row_mean), whose square root is the product of a column vector and a row vector. A matrix
-    whose means are all 0 changes only by weight decay. No tensor of the weights' size is created,
-    and repeated runs are bit-identical.
+    mean(row_mean). The square root of the second moment is the product of a column vector and a row
+    vector. If all means of a matrix are 0, it changes only by weight decay. No tensor of the
+    weights' size is created, and repeated runs are bit-identical.
 
     Args:
         weight: (E, D, H), the experts' matrices; updated in place.
-        grad: (E, D, H), their gradients; 0 for an expert without tokens, whose means only decay.
+        grad: (E, D, H), their gradients. An expert without tokens has a gradient of 0, so its means
+            only decay.
         row_mean: (E, D), running means of the squared gradient over each row; updated in place.
             These means, and all arithmetic, are float64 for float64 weights, otherwise float32.
-        column_mean: (E, H), the same over each column.
+        column_mean: (E, H), running means over each column; updated in place.
         step: Number of this update, counted from 1, for the bias correction.
         lr: Learning rate.
-        beta2: Decay rate of the running means: the weight of the old mean in the new one.
+        beta2: Decay rate of the running means, which is the weight of the old mean in the new mean.
         eps: Constant added to the square root of the second moment before its bias correction.
         weight_decay: Before the update, the weights shrink by the fraction `lr * weight_decay`.
 
@@ -73,7 +74,7 @@ def factored_adam(
         load().factored_adam(*tensors, step_size, beta2, eps, keep)
         return
     block = GPU_BLOCK if weight.is_cuda else CPU_BLOCK
-    # A block holds as many experts as fit into it, or some of the rows of one expert.
+    # A block contains as many experts as fit into it, or some rows of one expert.
     count = max(1, min(num_experts, block // (model_dim * hidden_dim)))
     rows = max(1, min(model_dim, block // hidden_dim))
     scratch = row_mean.new_empty(count, rows, hidden_dim)

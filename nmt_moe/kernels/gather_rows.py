@@ -19,7 +19,7 @@ def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
 
     Args:
         x: (N, D), the tokens' vectors.
-        plan: Row plan that says which token each row belongs to.
+        plan: Row plan that assigns each row to a token.
 
     Returns:
         `x[plan.row_token]`, (R, D).
@@ -65,7 +65,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
         return kernels.sum_rows(rows, token_rows, weights)
     weights = None if weights is None else weights.to(rows.dtype)
-    # Append a row of zeros for empty slots, if there may be any.
+    # Append a row of zeros for empty slots if there may be any.
     if len(rows) < token_rows.numel() or not is_on_host(rows):
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(token_rows, rows, mode="sum", per_sample_weights=weights)

@@ -12,8 +12,8 @@ from nmt_moe.kernels._backend import is_on_host, uses_triton
 from nmt_moe.kernels._gating_blocks import BlockedNoisyTopK
 from nmt_moe.kernels.reference import NOISE_FLOOR, Gating
 
-# Limits of the Triton kernels: the number of experts, and the number of logits (k + 1) that they
-# search for in each row.
+# Limits of the Triton kernels: the maximum number of experts, and the maximum number of logits
+# (k + 1) that they search for in each row.
 MAX_TRITON_EXPERTS, MAX_TRITON_TOP = 16384, 16
 
 
@@ -32,16 +32,16 @@ def noisy_top_k(
     pass through the thresholds. Sums run in a fixed order, so equal inputs (and equal states of
     torch's CPU generator, which determines the noise) give bit-identical results.
 
-    On a GPU, the kernels handle float32, up to 16384 experts and `top_k` below 16. Anything else
-    runs in plain torch there, with full (N, E) tensors and noise from the GPU's generator.
+    On a GPU, the kernels handle float32, up to 16384 experts and `top_k` below 16. In all other
+    cases, the GPU runs plain torch, with full (N, E) tensors and noise from its own generator.
 
     Args:
         clean: (N, E) float32 or float64, logits without noise.
         raw_scale: (N, E), logits of the noise's standard deviation; None for no noise (evaluation).
         top_k: Number of experts per row, K, from 1 to E.
-        noise: (N, E), standard normal numbers; ignored without `raw_scale`. If None, they are
-            drawn.
-        row_offsets: (G + 1,) int64. Sums are computed separately for each group; group g owns rows
+        noise: (N, E), standard normal numbers; ignored without `raw_scale`. If None, they are drawn
+            at random.
+        row_offsets: (G + 1,) int64. Sums are computed separately for each group. Group g owns rows
             [offsets[g], offsets[g + 1]). If None, sums run over all rows.
         row_weight: (N,), the weight of each row's gates in `importance`; None for ones.
 
@@ -84,17 +84,17 @@ def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] 
 
 
 def draw_seed() -> int:
-    """Draw a seed from torch's CPU generator, without synchronising host and device.
+    """Draw a seed from torch's CPU generator without synchronising the host and the device.
 
     Returns:
-        A number from 2^62 to 2^63 - 1. It never fits into 32 bits, so its type is always the same
+        A number from 2^62 to 2^63 - 1. It never fits into 32 bits, so it always has the same type,
         and kernels are compiled only once.
     """
     return int(torch.randint(2**62, 2**63 - 1, (), device="cpu"))
 
 
 class _TritonNoisyTopK(torch.autograd.Function):
-    """The Triton path of `noisy_top_k`, in float32; its results are the first fields of `Gating`.
+    """The Triton path of `noisy_top_k`, in float32. Its results are the first fields of `Gating`.
 
     Sums always have the shape (G, E).
     """

@@ -13,9 +13,9 @@ from nmt_moe.kernels._products import choose_products
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
     """Multiply each expert's rows by its matrix.
 
-    On the CPU, each expert that has rows takes one product in the forward pass and one for each
-    gradient in the backward pass; nothing is copied. On CUDA, the host does not wait for the
-    device: torch's grouped product runs where it is fast, and the Triton kernels run elsewhere.
+    On the CPU, each expert that has rows needs one product in the forward pass and one for each
+    gradient in the backward pass, and nothing is copied. On CUDA, the host does not wait for the
+    device: torch's grouped product runs if it is fast, and the Triton kernels run otherwise.
     float32 products use TF32 only if torch allows it for matrix products
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`).
 
@@ -40,7 +40,7 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
 
 def check_dtypes(rows: Tensor, expert_offsets: Tensor, **weights: Tensor) -> None:
-    """Reject weights whose dtype differs from that of the rows, and offsets that are not int64.
+    """Reject weights with a different dtype than the rows, and offsets that are not int64.
 
     Raises:
         ValueError: if a dtype is wrong; the message names the tensor, its dtype and the required

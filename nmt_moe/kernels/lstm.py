@@ -1,4 +1,4 @@
-"""Run a projected LSTM over all steps on the CPU, in compiled loops."""
+"""Run all steps of a projected LSTM on the CPU, in compiled loops."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels._cpu import load
 
-# Smallest number of steps for which copying the transposed recurrent weights saves time. The
-# product of a few rows and a transposed view takes up to 1.5 times as long as the product with a
-# matrix that is stored in the order in which it is read.
+# Minimum number of steps for which copying the transposed recurrent weights saves time. The product
+# of a few rows and a transposed view takes up to 1.5 times as long as a product with a matrix that
+# is stored in the order of reading.
 FEWEST_STEPS = 4
 
 
@@ -24,8 +24,8 @@ def lstm(
 ) -> tuple[Tensor, Tensor]:
     """Run an LSTM over all steps.
 
-    Each step computes only the recurrent products and one fused point-wise loop. The input's part
-    of the gates, and the gradient of each weight, are each computed by one product over all steps.
+    Each step computes only the recurrent products and one fused point-wise loop. One product over
+    all steps computes the input's part of the gates, and one computes the gradient of each weight.
     Sums run in a fixed order, so the same inputs give bit-identical results.
 
     Args:

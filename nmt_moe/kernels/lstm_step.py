@@ -1,4 +1,4 @@
-"""Compute one LSTM step in inference, with packed weights; cells and states stay in float32."""
+"""Compute one LSTM step in inference, with packed weights, and with cells and states in float32."""
 
 import torch
 from torch import Tensor

@@ -18,7 +18,7 @@ from nmt_moe.kernels.gather_rows import gather_rows, sum_rows
 from nmt_moe.kernels.row_plan import RowPlan
 
 # For at most this many rows without gradients, as in a decoding step, reading the weights takes
-# most of the time, and planning and computing the padding costs more than batched products save.
+# most of the time. Planning and computing padding would cost more than batched products save.
 FEW_ROWS = 1024
 
 
@@ -43,7 +43,7 @@ def mixture_ffn(
         x: (N, D), the tokens' vectors.
         gates: (N, K), weights of the chosen experts, in the dtype of `x` or wider; 0 in empty
             slots.
-        plan: Row plan that says which rows each expert computes.
+        plan: Row plan that assigns rows to experts.
         weight_in: (E, D, H), the experts' first matrices.
         weight_out: (E, H, D), the experts' second matrices.
         recompute: Whether to recompute the hidden activations in the backward pass, with the same
@@ -165,7 +165,7 @@ class _MixtureFFN(torch.autograd.Function):
 
 
 def _empty_rows(num_rows: int, x: Tensor) -> Tensor:
-    """Return (R + 1, D) rows: R uninitialised ones, and a row of zeros for empty slots."""
+    """Return (R + 1, D) rows: R uninitialised rows, and a row of zeros for empty slots."""
     rows = _memory.empty((num_rows + 1, x.shape[1]), x)
     rows[-1].zero_()
     return rows

@@ -10,16 +10,16 @@ from nmt_moe.checks import check_choice, check_shape
 from nmt_moe.kernels._products import loops_in_torch
 from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
 
-# Largest number of weights that are converted to float32 all at once, which takes 16 MiB.
+# Maximum number of weights that are converted to float32 all together, which takes 16 MiB.
 STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
     """One matrix of every expert, packed when the expert is first used.
 
-    The weights may be mapped from a file; experts that are not used are then never read from it.
-    Only small experts, which together have at most `STACKED_BELOW` weights, are all converted to
-    float32 at once.
+    The weights may be mapped from a file. Unused experts are then never read from the file. Only
+    small experts, which together have at most `STACKED_BELOW` weights, are converted to float32 all
+    together.
 
     Attributes:
         shape: Shape of the matrices, (E, O, I).
@@ -44,14 +44,14 @@ class PackedExperts:
     def pack(
         cls, weight: Tensor, dtype: str = "float32", check: Callable[[int], None] | None = None
     ) -> "PackedExperts":
-        """Hold matrices, optionally in another precision.
+        """Pack matrices, optionally in another precision.
 
         Args:
             weight: (E, O, I), floating-point. It may be a transposed view of an (E, I, O) tensor,
                 the layout that training uses.
             dtype: Data type to pack the matrices in: "float32", "bfloat16" or "int8".
-            check: Function that is called with an expert's index before its first use; it may
-                raise an error.
+            check: Function that is called with an expert's index before its first use. It may raise
+                an error.
 
         Raises:
             ValueError: if the shape or dtype is wrong.
@@ -75,13 +75,13 @@ class PackedExperts:
     def from_int8(
         cls, weight: Tensor, scale: Tensor, check: Callable[[int], None] | None = None
     ) -> "PackedExperts":
-        """Hold the result of `quantise_rows`.
+        """Pack the result of `quantise_rows`.
 
         Args:
             weight: (E, O, I) int8, the quantised rows.
             scale: (E, O) float32, the factor of each row.
-            check: Function that is called with an expert's index before its first use; it may
-                raise an error.
+            check: Function that is called with an expert's index before its first use. It may raise
+                an error.
 
         Raises:
             ValueError: if a shape is wrong.
@@ -169,7 +169,7 @@ def packed_mixture_ffn(
     sorted_ids, order = expert_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts), right=True, out_int32=True)
     num_rows = int(ends[-1])
-    if num_rows < order.shape[0]:  # empty slots have the largest id, so they are at the end
+    if num_rows < order.shape[0]:  # empty slots have the largest id, so they come last
         sorted_ids, order = sorted_ids[:num_rows], order[:num_rows]
     tokens = order.div(expert_ids.shape[1], rounding_mode="floor")
     rows = x.index_select(0, tokens)

@@ -1,8 +1,8 @@
 """Products with weights packed for inference: float32, bfloat16 or int8.
 
-int8 is symmetric. Each row of weights has one scale, and so does each row of activations. The scale
-of a row of activations is computed when the row is multiplied. Rows never share a scale, so the
-result for a row does not depend on the other rows of its batch.
+Quantisation to int8 is symmetric. Each row of weights and each row of activations has its own
+scale. The scale of a row of activations is computed when the row is multiplied. Rows never share a
+scale, so the result for a row does not depend on the other rows of its batch.
 """
 
 import threading
@@ -25,20 +25,19 @@ WIDE_LEVELS, NARROW_LEVELS = 127, 63
 # Smallest divisor, so that rows of zeros do not give NaN.
 SMALLEST_SCALE = 1e-30
 
-# The next three thresholds were chosen with `benchmarks/inference_products.py`, whose table is in
+# The next three thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
 # `benchmarks/results/inference.md`.
 # From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
-# more than one row. For a single row, a vector is multiplied by a matrix, and the matrix is read
-# fastest if it has one row per input.
+# more than one row. For a single row, the matrix is read fastest if it has one row per input.
 PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
-# From this many weights on, reading fewer bytes saves more time than it costs to quantise the
-# activations or to round them to half precision.
+# From this many weights on, reading fewer bytes saves more time than quantising the activations or
+# rounding them to half precision costs.
 NARROW_FROM = 1 << 18
 # The same threshold for bfloat16 in tiles. It is higher, because the results are bfloat16 and must
 # be converted to float32.
 TILED_FROM = 1 << 20
 
-# How many rows a tile holds. If there are more rows, they are padded to a multiple of ROWS_STEP.
+# Number of rows in a tile. If there are more rows, they are padded to a multiple of ROWS_STEP.
 FEW_ROWS, ROWS_STEP = 16, 32
 
 # Maps rows, (R, I), and an addend, (O,), (R, O) or None, to a result, (R, O).
@@ -127,12 +126,12 @@ class PackedLinear:
 
         Args:
             x: (..., I) float32, the rows.
-            addend: (..., O) float32, added to the product in place of the bias.
+            addend: (..., O) float32, added to the product instead of the bias.
 
         Returns:
             (..., O) float32.
         """
-        make = self._make  # two threads may both pack the matrix, with the same result
+        make = self._make  # if two threads both pack the matrix, they get the same result
         if make is not None:
             self._product = make()
             self._make = None
@@ -158,13 +157,13 @@ def has_fbgemm() -> bool:
 
 @cache
 def has_tiles() -> bool:
-    """Return whether the processor has instructions for tiles of bytes and of bfloat16 (AMX)."""
+    """Return whether the processor has instructions for tiles of bytes and bfloat16 (AMX)."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def activation_levels() -> int:
-    """Return the largest quantised activation for which FBGEMM's sums are exact on this machine."""
+    """Return the largest quantised activation that keeps FBGEMM's sums exact on this machine."""
     weight = torch.full((8, 64), WEIGHT_LEVELS, dtype=torch.int8)
     packed = _fbgemm_pack(weight, torch.ones(8))
     levels = float(WIDE_LEVELS)
@@ -205,7 +204,7 @@ _onednn_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def _pack_bfloat16(weight: Tensor) -> Product:
-    """Keep the weights in 16 bits. Activations are rounded too, except where FBGEMM multiplies."""
+    """Keep the weights in 16 bits. Activations are also rounded, except in FBGEMM's products."""
     fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
     uses_fbgemm = has_fbgemm() and not has_tiles()
     narrow_from = TILED_FROM if has_tiles() else NARROW_FROM
@@ -247,8 +246,8 @@ def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
 class _Int8Product:
     """A product in int8, computed by oneDNN or FBGEMM.
 
-    oneDNN is used if the processor multiplies tiles and there is more than one row. Both libraries
-    multiply the same integers and add them up exactly.
+    oneDNN is used if the processor has tiles and there is more than one row. Both libraries
+    multiply the same integers and add up the products exactly.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:

@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Added to the noise's standard deviation, so that the load estimate never divides by a smaller
-# value. The paper's eq. 4 has no such term; the authors' later code uses this value.
+# Term added to the noise's standard deviation, so that the load estimate never divides by a smaller
+# value. The paper's eq. 4 does not have this term; the authors' later code uses this value.
 NOISE_FLOOR = 1e-2
 # A gap between a logit and its threshold that is too large for noise of any scale to bridge. Its
 # square divided by the square of NOISE_FLOOR is still finite in float32.
 LARGEST_GAP = 1e16
 
 
-# This is a tuple because module hooks such as fairseq's NanDetector look for tensors in tuples.
+# A tuple, because module hooks such as fairseq's NanDetector look for tensors in tuples.
 class Gating(NamedTuple):
     """The experts that a gate chose for each token, and sums over the tokens.
 
@@ -35,7 +35,7 @@ class Gating(NamedTuple):
         tokens_per_expert: (E,) int64, the number of tokens that chose each expert.
         threshold_loss: Scalar loss that trains the thresholds of strictly balanced gates (eq. 20,
             averaged over tokens); None with other gates.
-        num_rows: Number of (token, expert) pairs if the host knows it, otherwise None.
+        num_rows: Number of (token, expert) pairs if the host knows it; otherwise None.
     """
 
     gates: Tensor
@@ -47,7 +47,7 @@ class Gating(NamedTuple):
     num_rows: int | None = None
 
     def first_group(self) -> "Gating":
-        """Return the same choice, with the sums of the first group only."""
+        """Return the same choice with the sums of the first group only."""
         return self._replace(
             importance=_first(self.importance),
             load=_first(self.load),
@@ -58,8 +58,8 @@ class Gating(NamedTuple):
 def _first(sums: Tensor) -> Tensor:
     """Return the first row of sums.
 
-    `squeeze` is used where possible, because its gradient is a view, whereas that of indexing is a
-    copy.
+    `squeeze` is used where possible, because its gradient is a view, whereas the gradient of
+    indexing is a copy.
     """
     return sums.squeeze(0) if len(sums) == 1 else sums[0]
 
@@ -83,9 +83,9 @@ def noisy_top_k(
     probs = chosen
     if scale is not None and top_k < clean.shape[1]:
         # To be chosen, an expert must exceed the k-th largest of the *other* logits. This is the
-        # (k+1)-th largest of all logits if the expert is chosen now, and the k-th if it is not.
-        # Any finite logit exceeds a threshold of -inf, and a logit of -inf exceeds none. The lowest
-        # finite number gives the same as a threshold, without inf - inf.
+        # (k+1)-th largest of all logits if the expert is now chosen, and the k-th if it is not. Any
+        # finite logit exceeds a threshold of -inf, and a logit of -inf exceeds no threshold. With
+        # the lowest finite number as the threshold, the results are the same without inf - inf.
         lowest = torch.finfo(top.dtype).min
         kth, next_one = (top[:, slot, None].clamp_min(lowest) for slot in (top_k - 1, top_k))
         gap = clean - torch.where(noisy > next_one, next_one, kth)
@@ -154,7 +154,7 @@ def factored_adam(
     eps: float,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Define `kernels.factored_adam`, but return the new weight, row means and column means."""
+    """Define `kernels.factored_adam`, but return the new weights, row means and column means."""
     row_mean = beta2 * row_mean + (1 - beta2) * grad.square().mean(2)  # (E, D)
     column_mean = beta2 * column_mean + (1 - beta2) * grad.square().mean(1)  # (E, H)
     total = row_mean.mean(1)[:, None, None]

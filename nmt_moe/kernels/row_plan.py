@@ -1,4 +1,4 @@
-"""Plan the order of rows, which are sorted by bin and belong to one token each."""
+"""Plan the order of rows. Rows are sorted by bin, and each row belongs to one token."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ class RowPlan:
         token_rows: (N, K) int64, the rows of each token, in the order of its slots; R in an empty
             slot. This is the inverse of `row_token`.
         offsets: (B + 1,) int64. Bin b owns rows [offsets[b], offsets[b + 1]). On a device that the
-            host would have to wait for, there may be surplus rows at the end, which belong to no
-            bin and no slot and must not be read.
+            host would have to wait for, there may be surplus rows at the end. They do not belong to
+            any bin or slot and must not be read.
     """
 
     row_token: Tensor
@@ -29,7 +29,7 @@ class RowPlan:
 
 
 def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPlan:
-    """Sort the (token, bin) pairs by bin. Every pair becomes a row; none are dropped.
+    """Sort the (token, bin) pairs by bin. Every pair becomes a row, and none are dropped.
 
     Args:
         bins: (N, K) int64, the bins of each token; B in an empty slot.
@@ -43,13 +43,13 @@ def plan_rows(bins: Tensor, num_bins: int, num_rows: int | None = None) -> RowPl
     num_tokens, num_slots = bins.shape
     keys = bins.reshape(-1)
     if not is_on_host(bins):
-        keys = keys.int()  # GPUs sort digit by digit, so this halves the number of passes
+        keys = keys.int()  # this halves the number of passes, because GPUs sort digit by digit
     sorted_bins, order = keys.sort(stable=True)
     bounds = torch.arange(num_bins + 1, dtype=keys.dtype, device=order.device)
     offsets = torch.searchsorted(sorted_bins, bounds)
     if num_rows is None:
         num_rows = int(offsets[-1]) if is_on_host(bins) else len(order)
-    # Empty slots have the largest bin, so they are at the end.
+    # Empty slots have the largest bin, so they come last.
     rows = torch.arange(len(order), device=order.device)
     rows = rows.where(sorted_bins < num_bins, num_rows)
     return RowPlan(

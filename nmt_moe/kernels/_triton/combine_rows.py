@@ -11,7 +11,7 @@ from nmt_moe.kernels._triton.gather_rows import choose_blocks
 def combine_rows_backward(
     grad_y: Tensor, rows: Tensor, gates: Tensor, token_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute gate * grad_y for each row, and the dot product of grad_y and row for each gate.
+    """Compute gate * grad_y for each row, and the dot product of grad_y and the row for each gate.
 
     Each row belongs to one slot of one token, so its gradient is written once, without atomics.
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How many rows and columns a program's tile has. Each thread holds 16 numbers, so that a
-# multiprocessor has enough registers for four programs.
+# Numbers of rows and columns in a program's tile, and number of warps. Each thread holds 16 values,
+# so that a multiprocessor has enough registers for four programs.
 TILE_ROWS, TILE_COLUMNS, WARPS = 16, 256, 8
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
@@ -56,7 +56,7 @@ def _column_means_kernel(
     gain,  # (1 - beta2) / D
     BLOCK_H: tl.constexpr,
 ):
-    """Update the column means, adding up the blocks of rows in a fixed order."""
+    """Update the column means by adding up the blocks of rows in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     expert, block = program // column_blocks, program % column_blocks
     columns = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -90,7 +90,7 @@ def _update_kernel(
 ):
     """Update the weights in one block of rows.
 
-    Each program averages all row means of its expert itself.
+    Each program computes the average of all row means of its expert.
     """
     program = tl.program_id(0).to(tl.int64)
     expert, block = program // row_blocks, program % row_blocks
@@ -134,11 +134,11 @@ def factored_adam(
             contiguous. Updated in place, like the means.
         grad: (E, D, H), the gradients; each matrix is contiguous.
         row_mean: (E, D) float32, contiguous, running means of the squared gradient over each row.
-        column_mean: (E, H) float32, contiguous, the same over each column.
+        column_mean: (E, H) float32, contiguous, running means over each column.
         step_size: Learning rate with the bias correction.
         beta2: Decay rate of the running means.
         eps: Constant added to the square root of the second moment.
-        keep: Factor of the old weights: 1 without weight decay.
+        keep: Factor of the old weights; 1 without weight decay.
     """
     num_experts, model_dim, hidden_dim = weight.shape
     block_h = min(TILE_COLUMNS, triton.next_power_of_2(hidden_dim))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How many elements a block holds: 32 per thread in four warps.
+# Number of elements in a block: 32 per thread in four warps.
 BLOCK_SIZE = 4096
 
 
@@ -68,7 +68,7 @@ def sum_rows(rows: Tensor, token_rows: Tensor, weights: Tensor | None = None) ->
 
 
 def choose_blocks(dim: int) -> tuple[int, int]:
-    """Return how many vectors a block holds, and how many of their D elements.
+    """Return the number of vectors in a block, and the number of elements from each of them.
 
     A block holds whole vectors if they fit, so that neighbouring threads read neighbouring
     addresses.

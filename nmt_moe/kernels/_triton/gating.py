@@ -15,13 +15,13 @@ from nmt_moe.kernels._triton.gating_forward import (
     sum_kernel,
 )
 
-# Largest number of columns in a block. Wider rows are read in chunks of this size.
+# Maximum number of columns in a block. Wider rows are read in chunks of this size.
 MAX_BLOCK_COLUMNS = 1024
-# How many numbers a block holds. With 8 numbers per thread in four warps, there are enough
-# registers to run several blocks at a time.
+# Number of values in a block. With 8 values per thread in four warps, there are enough registers to
+# run several blocks at a time.
 BLOCK_NUMBERS = 1024
-# Largest number of programs. On the largest GPU, this gives each multiprocessor a few programs.
-# Each program writes one row of partial sums, and this many rows are still small.
+# Maximum number of programs. On the largest GPU, each multiprocessor gets a few programs. Each
+# program writes one row of partial sums, and this many rows still need little memory.
 MAX_PROGRAMS = 1024
 
 
@@ -56,7 +56,7 @@ class Grid(NamedTuple):
         block_columns: Number of columns in a block.
         chunks: Number of blocks of columns in a row.
         slots: Number of logits kept for each row, rounded up to a power of two.
-        multiple: Number that is known to divide the row's width, for the compiler.
+        multiple: Divisor of the row's width, a hint for the compiler.
     """
 
     splits: int
@@ -81,7 +81,7 @@ def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) ->
     chunks = triton.cdiv(num_experts, block_columns)
     splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
     slots = triton.next_power_of_2(count)
-    # Triton recognises only multiples of 16 itself. A multiple of 4 lets a load read 4 numbers.
+    # Triton itself recognises only multiples of 16. A multiple of 4 lets a load read 4 values.
     multiple = math.gcd(16, num_experts)
     multiple = multiple if multiple >= 4 else 1
     return Grid(max(splits, 1), block_rows, block_columns, chunks, slots, multiple)
@@ -103,7 +103,7 @@ def gating_forward(
         clean: (N, E), logits without noise.
         raw_scale: (N, E), logits of the noise's standard deviation; None for no noise.
         noise: (N, E), standard normal numbers; None to draw them from `seed`.
-        seed: Seed of the noise, from 2^62 to 2^63 - 1, so that its type is always the same.
+        seed: Seed of the noise, from 2^62 to 2^63 - 1, so that it always has the same type.
         row_weight: (N,), the weight of each row in the importance; None for ones.
         row_offsets: (G + 1,) int64, bounds of the rows of each group, from 0 to N.
         top_k: Number of experts per token, K.
@@ -145,7 +145,7 @@ def gating_forward(
             sum_kernel[(num_groups * grid.splits, grid.chunks)](
                 *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
             )
-    # Each program wrote its own row of sums. These rows are added up in a fixed order.
+    # Each program has written its own row of sums. Add up these rows in a fixed order.
     return Choice(*choice, *(partial.sum(1) for partial in sums))
 
 
@@ -212,7 +212,7 @@ def gating_backward(
 
 
 def write_noise(seed: int, first_row: int, noise: Tensor) -> Tensor:
-    """Fill `noise`, (N, E), with the noise that the kernels draw for rows from `first_row` on."""
+    """Fill `noise`, (N, E), with the noise that the kernels draw from row `first_row` on."""
     num_rows, num_experts = noise.shape
     grid = choose_grid(num_rows, 1, num_experts, 1)
     with torch.cuda.device_of(noise):

@@ -32,9 +32,9 @@ def _load_slope(
 ):
     """Compute the load's derivative with respect to the clean logits, the margins, and `inside`.
 
-    Each result has the shape (B, W). The derivative with respect to an expert's threshold is minus
-    that with respect to its clean logit. The derivative with respect to the noise's scale is minus
-    that with respect to the clean logit, times the margin.
+    Each result has the shape (B, W). If d is the derivative with respect to an expert's clean
+    logit, the derivative with respect to its threshold is -d, and the derivative with respect to
+    the noise's scale is -d times the margin.
     """
     offsets = rows[:, None] * num_experts + columns[None, :]
     mask = row_mask[:, None] & (columns < num_experts)[None, :]
@@ -45,8 +45,8 @@ def _load_slope(
     weight = tl.load(grad_load + group_start + columns, columns < num_experts, other=0.0)
     slope = weight[None, :] * normal_density(z) / scale
     slope = tl.where(mask, slope, 0.0)
-    # Where the margin is infinite, the slope is 0. A margin of 0 keeps the product of the two from
-    # becoming NaN.
+    # If the margin is infinite, the slope is 0. Replace the margin by 0, so that the product of the
+    # two is not NaN.
     return slope, tl.where(slope == 0, 0.0, z), inside
 
 

@@ -47,8 +47,8 @@ def forward_kernel(
 ):
     """Run the whole forward pass for rows that fit into a block of columns.
 
-    Each group has `splits` programs, which take turns at processing its blocks of rows. Each
-    program writes its own row of sums.
+    Each group has `splits` programs, which take turns processing its blocks of rows. Each program
+    writes its own row of sums.
     """
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
@@ -89,7 +89,7 @@ def forward_kernel(
         dense = tl.exp(noisy - high) / total
         if row_weight is not None:
             dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
-        # A row that contains NaN adds NaN to every expert, whatever the search found in it.
+        # A row that contains NaN adds NaN to every expert, regardless of the search result.
         sum_gates += tl.sum(tl.where(chosen | (total != total), dense, 0.0), 0)
         if COUNT > TOP_K:
             kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
@@ -194,7 +194,7 @@ def sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Compute the sums for a chunk of columns, over rows whose experts have been chosen."""
+    """Compute the sums for a chunk of columns over rows with chosen experts."""
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)
@@ -240,7 +240,7 @@ def noise_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write out the noise that the other kernels draw for some rows but do not store."""
+    """Store the noise that the other kernels only draw for the given rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     first_column = tl.program_id(1) * BLOCK_COLUMNS

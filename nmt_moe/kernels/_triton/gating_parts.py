@@ -1,4 +1,4 @@
-"""Functions for blocks of B rows and W columns (one per expert), shared by the gating kernels."""
+"""Functions for blocks of B rows and W columns (one per expert) that all gating kernels share."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 # The lowest finite float32 number.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# A key smaller than that of any score, including -inf, so that no score is chosen twice.
+# A key below the key of every score, including -inf, so that no score is chosen twice.
 TAKEN = tl.constexpr(-(2**31))
 
 
@@ -30,7 +30,7 @@ def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
     noise_2, noise_3 = tl.pair_uniform_to_normal(
         tl.uint_to_uniform_float(bits_2), tl.uint_to_uniform_float(bits_3)
     )
-    # Four neighbouring columns share a counter, so no number has to move between threads.
+    # Four neighbouring columns share a counter, so no values have to move between threads.
     fours = tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3))
     return tl.reshape(fours, (BLOCK_ROWS, BLOCK_COLUMNS))
 
@@ -46,7 +46,7 @@ def read_noise(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Read the noise if it is given, otherwise draw it."""
+    """Read the noise if it is given; otherwise, draw it."""
     if noise is None:
         drawn = draw_noise(seed, rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
@@ -86,7 +86,7 @@ def largest(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Find the COUNT largest keys of each row; the lowest column wins ties.
+    """Find the COUNT largest keys of each row. The lowest column wins ties.
 
     Args:
         keys: (B, W), keys from `sort_keys`; `TAKEN` beyond the end of the row.
@@ -99,8 +99,8 @@ def largest(
     Returns:
         found: (B, SLOTS) int32, the keys in descending order; `TAKEN` from slot COUNT on.
         ids: (B, SLOTS) int32, the columns of these keys; 0 from slot COUNT on.
-        ranks: (B, W) int32, 1 for the largest key, and so on; 0 for keys that are not among the
-            COUNT largest.
+        ranks: (B, W) int32, the rank of each key, from 1 for the largest to COUNT; 0 for all other
+            keys.
     """
     slots = tl.arange(0, SLOTS)[None, :]
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
@@ -119,7 +119,7 @@ def largest(
 
 @triton.jit
 def has_nan(scores):
-    """Return which rows contain NaN, which the search treats as infinity: (B, W) -> (B,)."""
+    """Return whether each row contains NaN, which the search treats as infinity: (B,) bool."""
     return tl.max((scores != scores).to(tl.int32), 1) > 0
 
 
@@ -145,7 +145,8 @@ def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
 def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
     """Compute (clean - threshold) / scale.
 
-    The threshold is the (k+1)-th largest noisy logit where `inside` is True, otherwise the k-th.
+    The threshold is the (k+1)-th largest noisy logit where `inside` is True, and the k-th largest
+    elsewhere.
     """
     kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
     next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
@@ -264,7 +265,7 @@ def spread_gradient(
     TOP_K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Put the gradients of the largest noisy logits in their columns: (B, W), 0 elsewhere.
+    """Put the gradients of the largest noisy logits into their columns: (B, W), 0 elsewhere.
 
     These gradients pass through the softmax and through the two thresholds of the load.
     """

@@ -1,4 +1,4 @@
-"""Tell the compiler facts that it cannot derive itself."""
+"""Give the compiler facts that it cannot derive itself."""
 
 import triton
 import triton.language as tl
