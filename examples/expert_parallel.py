@@ -1,4 +1,4 @@
-"""Train an MoE layer whose experts are spread over processes, without fairseq.
+"""Train an MoE layer with its experts spread over processes, without fairseq.
 
 torchrun --nproc-per-node 2 examples/expert_parallel.py
 """

@@ -1,4 +1,4 @@
-"""Draw a translation with what each piece attended to, and the experts that read and wrote it.
+"""Draw a translation with each piece's attention and the experts that read and wrote it.
 
 python examples/routing.py BUNDLE "A sentence." --output routing.png
 """
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", help="folder that nmt-moe export wrote")
     parser.add_argument("text")
-    parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--output", required=True, help="picture file to write")
     args = parser.parse_args()
     translator = Translator.load(args.bundle)
     [translation] = translator.translate(args.text, with_experts=True)

@@ -1,4 +1,4 @@
-# Functions shared by all recipes. Source this file, do not run it: `source recipes/common.sh`.
+# Functions shared by all recipes. Source this file; do not run it: `source recipes/common.sh`.
 # shellcheck shell=bash
 
 if [[ -z ${BASH_VERSINFO[0]:-} || ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -lt 44 ]]; then
@@ -6,11 +6,11 @@ if [[ -z ${BASH_VERSINFO[0]:-} || ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -lt 44 
     "and start the script with the new bash: \$(brew --prefix)/bin/bash $0" >&2
   exit 1
 fi
-# A failure inside $(...) also ends the script.
+# Let a failure inside $(...) also end the script.
 shopt -s inherit_errexit
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# One thread per process unless the caller sets another number: more threads than free cores slow small models down.
+# Use one thread per process by default, because more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # glibc returns large blocks to the kernel when they are freed, so every training step has to get fresh pages, which takes
 # a third of its time with many experts. These settings keep freed blocks (other C libraries ignore them).
@@ -20,8 +20,8 @@ export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
 export LC_ALL=C.UTF-8 PYTHONUTF8=1
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 
-# fairseq drops a pass's last batch if its size is not a multiple of 8 (this option's default), and with it up to
-# 7 sentences of a test set.
+# By default, this option is 8, and fairseq drops a pass's last batch if its size is not a multiple of 8. A test set would
+# lose up to 7 sentences.
 # shellcheck disable=SC2034
 EVERY_SENTENCE=(--required-batch-size-multiple 1)
 # The log format that train_logged and nmt-moe plot read.
@@ -49,19 +49,19 @@ use_environment() {
   if [[ -n ${NMT_MOE_PYTHON:-} ]]; then
     python=$(command -v "$NMT_MOE_PYTHON") || die "NMT_MOE_PYTHON=$NMT_MOE_PYTHON is not a program"
   else
-    say "checking the environment (the first time this compiles fairseq, which takes minutes)"
+    say "checking the environment (the first time, this compiles fairseq and takes minutes)"
     bash "$REPOSITORY/tools/setup.sh" || die "tools/setup.sh failed; its output above says why"
     python=$REPOSITORY/.venv/bin/python
   fi
   [[ -x $(dirname "$python")/fairseq-train ]] ||
-    die "no fairseq-train exists beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to the Python of a complete environment"
+    die "there is no fairseq-train beside $python: run 'bash tools/setup.sh', or set NMT_MOE_PYTHON to the Python of a complete environment"
   PATH=$(dirname "$python"):$PATH
   # Scripts called by this one need not check the environment again.
   NMT_MOE_PYTHON=$python
   export PATH NMT_MOE_PYTHON
 }
 
-# nmt-moe COMMAND...: the project's command, even if it is not installed.
+# nmt-moe COMMAND...: run the project's command, even if it is not installed.
 nmt-moe() { python -m nmt_moe.cli "$@"; }
 
 # export_bundle CHECKPOINT FOLDER ARGUMENT...: write a model as a bundle, which can be used without fairseq and its data.
@@ -78,7 +78,7 @@ step_key() { printf '%s|%s|%s' "$1" "$2" "$3" | digest; }
 
 # run_step FOLDER NAME KEY COMMAND...: run COMMAND unless FOLDER/.steps/NAME says that a step with the same KEY (the same
 # settings after the same earlier steps) has succeeded. A second run therefore continues where the first failed, and a
-# changed setting repeats its step and all later ones. With DRY_RUN=1, it only prints what it would do.
+# changed setting repeats its step and all later ones. With DRY_RUN=1, COMMAND is only printed.
 run_step() {
   local stamp=$1/.steps/$2 name=$2 key=$3
   shift 3
@@ -160,7 +160,7 @@ check_averaging() {
     die "AVERAGE x SAVE_INTERVAL = $((AVERAGE * SAVE_INTERVAL)) must not exceed UPDATES = $UPDATES; lower one of the two"
 }
 
-# require_multiple: UPDATES must be a multiple of SAVE_INTERVAL, so that the last update has a checkpoint.
+# require_multiple: require UPDATES to be a multiple of SAVE_INTERVAL, so that the last update has a checkpoint.
 require_multiple() {
   ((UPDATES % SAVE_INTERVAL == 0)) || die "UPDATES = $UPDATES must be a multiple of SAVE_INTERVAL = $SAVE_INTERVAL"
 }
@@ -211,7 +211,7 @@ set_device() {
   if [[ $DEVICE == cpu ]]; then DEVICE_FLAGS=(--cpu); fi
   if [[ $DEVICE == cuda ]]; then
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-      die "DEVICE=cuda, but torch finds no CUDA device here; use DEVICE=auto or cpu to run on the CPU"
+      die "DEVICE=cuda, but torch finds no CUDA device; use DEVICE=auto or cpu to run on the CPU"
   fi
 }
 
@@ -226,8 +226,8 @@ train_logged() {
   }
 }
 
-# keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS to FOLDER/settings; refuse if FOLDER, which VARIABLE (RUN)
-# names, has models or finished training runs with other settings.
+# keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS to FOLDER/settings; refuse if FOLDER, named by VARIABLE (RUN),
+# contains models or finished training runs with other settings.
 keep_settings() {
   local folder=$1 settings=$2
   mkdir -p "$folder"

@@ -20,7 +20,7 @@ DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAErr
 
 
 def show_progress(iterable=None, **options):
-    """Show tqdm's bar, updated every second on a terminal and every half minute in a log."""
+    """Return tqdm's bar, updated every second on a terminal and every half minute in a log."""
     from tqdm import tqdm  # imported late, because --dry-run needs only the standard library
 
     return tqdm(iterable, mininterval=1 if sys.stderr.isatty() else 30, **options)
@@ -29,11 +29,11 @@ def show_progress(iterable=None, **options):
 def download(
     path: Path, addresses: Iterable[str], digest: str | None = None, size: int | None = None
 ) -> Path:
-    """Return a file, fetched by pooch from the first address that has it, and verified each time.
+    """Download a file from the first address that has it, verify it, and return its path.
 
     Args:
-        path: The file. It appears once it is complete; an existing file with another digest or size
-            is fetched again.
+        path: The file to write, which appears once it is complete. An existing file with another
+            digest or size is fetched again.
         addresses: Addresses of the file: http, https or file.
         digest: Digest of the file, such as `sha256:...` or `md5:...`.
         size: Size of the file in bytes.
@@ -56,7 +56,7 @@ def download(
                 found = path.stat().st_size
                 path.unlink()
                 raise ValueError(f"has {found} bytes, but must have {size}")
-        except Exception as error:  # requests, urllib3, http.client and pooch each have their own
+        except Exception as error:  # requests, urllib3, http.client and pooch raise their own
             failures.append(f"{address}: {error}")
         else:
             return path
@@ -68,7 +68,7 @@ def download(
 
 
 def copy_file(address: str, output: str, _: object) -> None:
-    """Fetch a file: address, in the form of a pooch downloader."""
+    """Copy a file from a `file:` address, as a downloader for pooch."""
     shutil.copyfile(urllib.request.url2pathname(address.removeprefix("file://")), output)
 
 
@@ -89,8 +89,8 @@ def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, Bin
     The archive is read to the end, because its checksum is there.
 
     Raises:
-        ValueError: if the archive is damaged, lacks a requested member, or has a device, a member
-            outside its folder or a link that leaves it.
+        ValueError: if the archive is damaged, lacks a requested member, or contains a device, a
+            member outside its folder or a link that leaves it.
     """
     missing = set(names)
     opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}

@@ -3,8 +3,8 @@
 #
 # Usage: bash tools/check.sh [--help] [PYTEST ARGUMENTS...]
 #
-# All checks run, even after one has failed; the last line names those that failed. The environment is the one that
-# tools/setup.sh creates, or that of NMT_MOE_PYTHON, which must also have the packages of setup.cfg's extra "dev".
+# All checks run, even if one fails; the last line names the failed checks. The script uses the environment that
+# tools/setup.sh creates, or the one that NMT_MOE_PYTHON names, which must also have the packages of setup.cfg's extra "dev".
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

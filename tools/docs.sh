@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the documentation. Warnings count as errors, and so do internal links that lead nowhere.
+# Build the documentation. Warnings and broken internal links count as errors.
 #
 # Usage: bash tools/docs.sh [--help] [FOLDER]
 #

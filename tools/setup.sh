@@ -5,12 +5,12 @@
 #
 # The first run downloads torch and compiles fairseq's fast loops and the project's own, which takes two minutes and needs
 # a C++ compiler. Later runs only check the environment, which takes seconds. After an interruption, the next run repairs
-# the environment. The project itself is installed in editable mode, so changes to the code take effect at once.
+# the environment. The project itself is installed in editable mode, so changes to the code take effect immediately.
 # `--user-dir nmt_moe` works in the repository's folder; elsewhere, use the path of the folder nmt_moe.
 #
 # Environment variables:
 #   NMT_MOE_PYTHON  a Python that already has everything; it is checked and used as it is, and nothing is installed
-#   PYTHON          the Python 3.11 or 3.12 from which to create .venv (default: the first such on PATH)
+#   PYTHON          the Python 3.11 or 3.12 that creates .venv (default: the first one on PATH)
 #   PIP_*           pip's own settings; PIP_INDEX_URL, for instance, names another package index
 set -euo pipefail
 
@@ -29,7 +29,7 @@ die() {
 
 print_manual() { awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "${BASH_SOURCE[0]}"; }
 
-# Print why .venv cannot be created from a Python; print nothing if it can.
+# Print why a Python cannot create .venv, or nothing if it can.
 refusal_of_python() {
   "$1" - 2>/dev/null <<'PYTHON' || echo "does not run"
 import sys
@@ -68,7 +68,7 @@ check_environment() {
   missing=$("$python" -c 'from importlib.util import find_spec as find
 print(*(name for name in ("click", "packaging") if find(name) is None))')
   [[ -z $missing ]] || {
-    echo "$python lacks $missing, without which it cannot be checked, and probably more of setup.cfg's requirements" >&2
+    echo "$python lacks $missing, so it cannot be checked. It probably lacks more of setup.cfg's requirements" >&2
     return 1
   }
   PYTHONPATH=$ROOT "$python" -m nmt_moe.cli check-environment "$@" >/dev/null
@@ -116,7 +116,7 @@ step() {
   touch "$started"
   "$@" >"$LOG" 2>&1 || {
     tail -n 25 "$LOG" >&2
-    die "step $number of the set-up failed ($text); the whole log is $LOG. If you run this again, it continues from here"
+    die "step $number of the set-up failed ($text); the whole log is $LOG. Run this again to resume at this step"
   }
   rm -f "$started"
   printf '%s' "$KEY" >"$stamp"
@@ -145,7 +145,7 @@ install_fairseq_needs() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" -r "$ROOT/tools/fairseq-requirements-runtime.txt"
 }
 
-# If CUDA_HOME were set, fairseq would need CUDA sources that its archive lacks. Only a part of fairseq is built here (see
+# If CUDA_HOME were set, fairseq would need CUDA sources that its archive lacks. Only a part of fairseq is built (see
 # tools/fairseq_build), so the result must not get into pip's cache, which other projects use.
 build_fairseq() {
   command -v "${CXX:-c++}" || command -v g++ || {
@@ -161,7 +161,7 @@ install_project() {
   pip install ${AGAIN[@]+"${AGAIN[@]}"} -c "$ROOT/tools/constraints.txt" --no-build-isolation -e "${ROOT}[demo,docs,dev]"
 }
 
-# Without the compiled loops, torch's operations do the same more slowly, so a failure here is not fatal.
+# Without the compiled loops, torch's operations do the same more slowly, so a failure is not fatal.
 compile_loops() {
   (cd "$ROOT" && "$VENV/bin/python" -m nmt_moe.kernels._cpu.build) ||
     printf 'note: the compiled loops were left out, so LSTMs train more slowly on the CPU; see %s\n' "$LOG" >&3
@@ -190,7 +190,7 @@ main() {
     use_given "$NMT_MOE_PYTHON"
     return
   fi
-  # An inherited PYTHONPATH or PYTHONHOME must have no effect here.
+  # An inherited PYTHONPATH or PYTHONHOME must have no effect.
   unset PYTHONPATH PYTHONHOME
   if [[ -x $VENV/bin/python && -f $STAMPS/complete && $(<"$STAMPS/complete") == "$(key_of_inputs)" ]]; then
     if environment_works; then
@@ -213,7 +213,7 @@ main() {
   fi
   KEY=$(key_of_inputs)
   run_steps
-  environment_works || die "the environment is still not right; delete $VENV and run this again"
+  environment_works || die "the environment is still incomplete; delete $VENV and run this again"
   printf '%s' "$KEY" >"$STAMPS/complete"
   say "the environment is complete: $VENV"
 }

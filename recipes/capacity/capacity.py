@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare perplexity and capacity of small versions of the models in Figure 2 (left).
+"""Compare the perplexity and capacity of small versions of the models in Figure 2 (left).
 
     capacity.py flags moe_16 --dim 64
     capacity.py report --work work --dim 64 --vocab-size 2000
@@ -26,12 +26,11 @@ from nmt_moe.scoring.logs import read_entries, read_file
 from nmt_moe.scoring.plots import make_figure
 from nmt_moe.text.lines import read_lines
 
-# The logs contain losses in bits.
 SPLITS = ("valid", "test")
 
 
 def model_options(dim: int) -> dict[str, dict[str, Any]]:
-    """Return the options of each model of width `dim`; Table 7 has them for 512.
+    """Return the options of each model of width `dim`; Table 7 gives them for 512.
 
     A token uses 4 experts of 2 x D hidden units or, in dense models, a network with as many
     weights. At this width, a flat gate for 256 experts would cost a quarter of all operations, so
@@ -90,7 +89,7 @@ class Row:
 
 
 def read_result(log: Path) -> Result:
-    """Read the perplexities at the last update from a log of `--log-format json`.
+    """Read the perplexities at the last update from a JSON log, where losses are in bits.
 
     Raises:
         ValueError: if training has not finished.
@@ -110,7 +109,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
     """Return model -> dropout -> seed -> result, from `runs/MODEL/dropout-P/seed-S/train.log`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no run has finished.
     """
     found: dict[str, dict[str, dict[str, Result]]] = {}
     for log in sorted((work / "runs").glob("*/dropout-*/seed-*/train.log")):
@@ -126,7 +125,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
     """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Only seeds that were used with every dropout count, so that no dropout wins by its seeds.
+    Only seeds that were used with every dropout count, so that seeds do not decide.
 
     Raises:
         ValueError: if the dropouts have no seed in common.
@@ -143,7 +142,7 @@ def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
 def make_rows(
     found: dict[str, dict[str, dict[str, Result]]], dim: int, vocab_size: int
 ) -> list[Row]:
-    """Return a row with the costs and perplexities of each trained model."""
+    """Return a row for each trained model, with its costs and perplexities."""
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
     from nmt_moe.planning import make_card
 
@@ -254,7 +253,7 @@ def flags(model: str, dim: int) -> None:
 @command("report", "capacity.py report --work work --dim 64 --vocab-size 2000")
 @click.option("--work", type=Path, required=True, help="Folder of the runs.")
 @DIM
-@click.option("--vocab-size", type=int, required=True, help="Entries of the dictionary, plus 4.")
+@click.option("--vocab-size", type=int, required=True, help="Number of dictionary entries, plus 4.")
 def report(work: Path, dim: int, vocab_size: int) -> None:
     """Write table.md, capacity.png and updates.png."""
     rows = make_rows(collect(work), dim, vocab_size)

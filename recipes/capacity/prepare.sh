@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Prepare a real text for run.sh: TEXT_DIR=/a/folder prepare.sh
 #
-# Splits a text with one sentence per line into train, valid and test, learns a sentencepiece vocabulary on train, and
-# writes fairseq's data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
+# This script splits a text with one sentence per line into train, valid and test, learns a sentencepiece vocabulary on
+# train, and writes fairseq's data-bin. Finished steps are skipped; changing a variable repeats the steps that depend on it.
+# Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en); TRAIN may name several
 #   VALID        another file, for choosing the dropout; if empty (default), the last VALID_LINES (5000) lines of TRAIN
-#   VOCAB_SIZE   pieces of the vocabulary (2000)
-#   WORK         folder to write (recipes/capacity/work)
+#   VOCAB_SIZE   pieces in the vocabulary (2000)
+#   WORK         output folder (recipes/capacity/work)
 #   THREADS      processes for binarising (1)
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
@@ -60,5 +61,5 @@ key=$(step_key "$key" cut "")
 run_step "$WORK" cut "$key" cut_texts
 key=$(step_key "$key" binarise "")
 run_step "$WORK" binarise "$key" binarise
-# run.sh only continues with the text it started with.
+# run.sh continues only with the text that it started with.
 printf '%s' "$key" >"$WORK/prepared"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
 #
-# Prepares the text first (prepare.sh and its variables), trains every model at every dropout with every seed, one after
-# another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
+# This script prepares the text (prepare.sh and its variables), trains every model at every dropout with every seed, one
+# after another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
 # WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models
 # can be added later; an interrupted run resumes from its last checkpoint. Variables:
 #   MODELS     models to train ("lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"); moe_1024h is available too
@@ -10,10 +10,10 @@
 #   SEEDS      seeds of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
 #   UPDATES    updates of each run (2000)
-#   SAVE_INTERVAL  updates between checkpoints, at which perplexity on valid and test is measured too (500)
-#   BREAK_MODE     what a sample is: with eos (default), a line; with none, BLOCK_SIZE pieces (64) across lines, which is
+#   SAVE_INTERVAL  updates between checkpoints; perplexity on valid and test is measured at each (500)
+#   BREAK_MODE     with eos (default), a sample is a line; with none, it is BLOCK_SIZE pieces (64) across lines, which is
 #                  better for the paragraphs of a book
-#   WORK       folder to write (recipes/capacity/work); use another for another DIM, UPDATES or text
+#   WORK       output folder (recipes/capacity/work); use another for another DIM, UPDATES or text
 #   DEVICE     auto (default: a GPU if there is one), cpu or cuda
 #   THREADS    threads of a training process on the CPU (1)
 # All other variables are explained below.
@@ -27,12 +27,12 @@ MODELS=${MODELS:-lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h}
 DROPOUTS=${DROPOUTS:-0.0 0.1}
 SEEDS=${SEEDS:-1 2 3}
 DIM=${DIM:-64}
-# Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
+# Narrow layers need larger initial weights than the paper's layers, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
 # An update has at most 1000 pieces (985 on average for captions of 16 pieces); 2000 updates have 2 million pieces.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATES=${UPDATES:-2000}
-# The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high after so few.
+# The rate rises, then falls linearly to 0 at the last update; with the paper's 1/sqrt, it would still be high.
 WARMUP_UPDATES=${WARMUP_UPDATES:-100}
 LEARNING_RATE=${LEARNING_RATE:-0.01}
 CLIP_NORM=${CLIP_NORM:-5.0}

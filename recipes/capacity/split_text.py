@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write `train`, `valid` and `test` from texts with one sentence or paragraph per line.
 
-Texts that are missing, empty, truncated, not UTF-8 or not split into sentences are rejected, naming
-file and line.
+Texts that are missing, empty, truncated, not UTF-8 or not split into sentences are rejected; the
+error names the file and line.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def find_text(folder: Path, name: str) -> Path:
 
 
 def read_sentences(path: Path) -> list[str]:
-    """Return the lines of a text, without blank ones.
+    """Return the lines of a text that are not blank.
 
     Raises:
-        ValueError: naming file and line, if it is not text with one sentence per line.
+        ValueError: if it is not text with one sentence per line; the message names the line.
     """
     sentences = []
     for number, line in enumerate(read_lines(path, allow_controls=True), 1):
@@ -96,7 +96,7 @@ def split_text(
 @click.option(
     "--valid",
     default="",
-    help="File of the validation set; empty: the last lines of the last --train.",
+    help="File of the validation set; if empty, the last lines of the last --train.",
 )
 @click.option("--test", required=True, help="File of the test set.")
 @click.option(

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compute the perplexity of a trained model on valid and test: evaluate.sh
 #
-# All pieces and end marks count; each sentence starts from an empty state. Prints perplexity per piece and per word, and
-# bits per character, so that models with different vocabularies can be compared. Variables:
+# All pieces and end marks count; each sentence starts from an empty state. The script prints perplexity per piece and per
+# word, and bits per character, so that models with different vocabularies can be compared. Variables:
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model (RUN's average.pt)
 #   MAX_TOKENS  pieces in a batch (4000)

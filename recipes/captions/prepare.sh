@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Prepare real text for train.sh: TEXT_DIR=/a/folder prepare.sh
 #
-# Runs recipes/capacity/prepare.sh with a larger vocabulary and its own folder. That script splits a text with one sentence per
-# line into train, valid and test, learns a sentencepiece vocabulary on train, and writes fairseq's data-bin. Finished steps
-# are skipped; changing a variable repeats the steps that depend on it. Variables:
+# This script runs recipes/capacity/prepare.sh, which splits a text with one sentence per line into train, valid and test,
+# learns a sentencepiece vocabulary on train, and writes fairseq's data-bin. Finished steps are skipped;
+# changing a variable repeats the steps that depend on it. Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en)
 #   VALID_LINES  how many of the last lines of TRAIN are held out for validation (5000)

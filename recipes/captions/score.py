@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn the loss that fairseq-eval-lm logs into perplexities independent of the vocabulary."""
+"""Turn the loss that fairseq-eval-lm logs into scores that do not depend on the vocabulary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
     """Average a loss over the words and characters of a text and over its pieces.
 
     Raises:
-        ValueError: if the loss is that of another text.
+        ValueError: if the loss was computed on another text.
     """
     num_pieces = sum(len(line.split()) + 1 for line in read_lines(pieces))
     if num_scored != num_pieces:

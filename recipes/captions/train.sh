@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train a language model on a real text and score it: TEXT_DIR=/a/folder train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
+# This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, averages
 # checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
 #   MODEL   moe (default), or dense: one network instead of the experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
-#   WORK    folder to write (recipes/captions/work)
+#   WORK    output folder (recipes/captions/work)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (1)
 #   EVALUATE=0 stops after averaging
@@ -31,7 +31,7 @@ MODEL_DIM=${MODEL_DIM:-160}
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 TOP_K=${TOP_K:-4}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
-# Narrow layers need larger weights than the paper's, which have width 512 and start within +-0.04.
+# Narrow layers need larger initial weights than the paper's layers, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
 # Dropout reduces overfitting, because the same two million pieces are seen more than three times.
 DROPOUT=${DROPOUT:-0.1}
@@ -40,7 +40,7 @@ DROPOUT=${DROPOUT:-0.1}
 SAMPLES=${SAMPLES:-1000}
 # An update has at most 2,000 pieces, 1,986 on average. 140,000 captions have 2.12 million pieces, or 1,067 updates per pass.
 MAX_TOKENS=${MAX_TOKENS:-2000}
-# These are 3.4 passes. The rate rises, then falls linearly to 0 at the last update; the paper's 1/sqrt would still be high.
+# 3,600 updates are 3.4 passes. The rate rises, then falls linearly to 0; with the paper's 1/sqrt, it would still be high.
 UPDATES=${UPDATES:-3600}
 WARMUP_UPDATES=${WARMUP_UPDATES:-500}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
@@ -81,7 +81,7 @@ set_device
 set_model_flags
 bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-# UPDATES is left out, so that a finished run may be extended; its rate then jumps up to that of a longer run.
+# UPDATES is left out, so that a finished run may be extended; its rate then jumps up to the longer run's.
 settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" \
   "$SAMPLES $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES $MAX_TOKENS $SEED" "$*")
 keep_settings "$RUN_FOLDER" "$settings"

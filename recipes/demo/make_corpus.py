@@ -146,7 +146,7 @@ class French:
         "le billet", "le livre", "le manteau", "la lampe",
         "la table", "le vélo", "la montre", "le pain",
     ]
-    # All nouns are masculine: a feminine noun would need another form of the number before it.
+    # All nouns are masculine, because a feminine noun needs another form of the number before it.
     goods = ["livres", "arbres", "billets", "chevaux", "bateaux", "tableaux", "stylos", "fauteuils"]
     months = [
         "janvier", "février", "mars", "avril", "mai", "juin",
@@ -247,7 +247,7 @@ LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often on a quarter hour: English has names for these."""
+    """Draw minutes after midnight, often a quarter hour, because English has names for these."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)
@@ -256,9 +256,9 @@ def draw_time(generator: random.Random) -> int:
 def draw_item(generator: random.Random) -> Item:
     """Draw the meaning of a sentence; numbers of all lengths are equally likely."""
     first_day = datetime.date(1800, 1, 1)
-    # Half the sentences are just a number, price, time or date: with so few words to choose
-    # from, the model learns attention in a fraction of the updates that it would take with whole
-    # sentences alone.
+    # Half the sentences are just a number, price, time or date. They contain so few different
+    # words that the model learns attention in a fraction of the updates that it would need with
+    # whole sentences alone.
     is_bare = generator.random() < 0.5
     return Item(
         template=generator.randrange(NUM_BARE)
@@ -298,7 +298,7 @@ def say(item: Item, language: str) -> str:
 
 
 def make_pairs(count: int, language: str, seed: int) -> list[tuple[str, str]]:
-    """Return `count` pairs, in which no English sentence and no translation occurs twice."""
+    """Return `count` pairs, with no repeated English sentence or translation."""
     generator = random.Random(seed)
     pairs: list[tuple[str, str]] = []
     seen_sources: set[str] = set()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Generate a text, train a model on it and score the model: run.sh [FLAG...] [-- FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Generates a corpus of numbers, dates, times and prices written out in English and another language, trains a small
-# GNMT + MoE model on it, translates sentences that the model has never seen, and prints BLEU, chrF and ten translations.
-# If you run the script again, it continues where it stopped; a changed setting repeats what depends on it.
+# This script generates a corpus of numbers, dates, times and prices written out in English and another language, trains a
+# small GNMT + MoE model on it, translates sentences that the model has never seen, and prints BLEU, chrF and ten translations.
+# If you run the script again, it continues where it stopped; changing a setting repeats the steps that depend on it.
 #   --target-lang LANG   fr or de                                                TARGET_LANG (fr)
 #   --train-size N       number of pairs to train on                             TRAIN_SIZE (12000)
 #   --test-size N        number of pairs to translate                            TEST_SIZE (500)
@@ -11,7 +11,7 @@
 #   --device DEVICE      auto, cpu or cuda; auto uses a GPU if there is one      DEVICE (auto)
 #   --seed N             seed of corpus and model                                SEED (1)
 #   --work FOLDER        folder for all output                                   WORK (recipes/demo/work)
-# The variables on the right do the same. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
+# The variables on the right have the same effect. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
 # counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
 # EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.3), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
 # (updates between two checkpoints: 1/15 of all).
@@ -35,7 +35,7 @@ LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-96}
 NUM_EXPERTS=${NUM_EXPERTS:-8}
 TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-128}
-# In a model this narrow, a range this wide lets attention form in a third of the updates that it needs with 0.15.
+# In this narrow model, attention forms in a third of the updates that it would need with a range of 0.15.
 INIT_RANGE=${INIT_RANGE:-0.3}
 DROPOUT=${DROPOUT:-0}
 BEAM=${BEAM:-5}
@@ -157,7 +157,7 @@ show_translations
 printf '\n'
 cat "$WORK/score.txt"
 text='the train leaves at half past six in the evening'
-printf '\nYou can translate your own text with the trained model, which is a folder: here after source .venv/bin/activate, or\n'
+printf '\nThe trained model is a folder. Translate your own text with it, in this repository after source .venv/bin/activate or\n'
 printf "anywhere after pip install . (without fairseq or a compiler):\n\n    echo '%s' | nmt-moe translate %q\n    %s\n" "$text" "$WORK/bundle" \
   "$(nmt-moe translate "$WORK/bundle" <<<"$text")"
 printf '\nTraining log: %s   curves: tensorboard --logdir %s\n' "$WORK/training/train.log" "$WORK/training/tensorboard"

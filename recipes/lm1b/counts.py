@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Count sentences and words of train, valid and test, and compare with the published counts.
+"""Count the sentences and words of train, valid and test, and compare with published counts.
 
 The benchmark's README gives 829,250,940 training tokens, including a mark at the start and at the
 end of each sentence, and the number of scored tokens in each held-out shard; these are words and
@@ -52,7 +52,7 @@ NAMES = {
 
 
 def count(path: Path) -> Counts:
-    """Count lines, and words separated by ASCII white space, like the published figures.
+    """Count lines, and words separated by ASCII white space, as in the published figures.
 
     `wc -w` leaves out words without a printable character; the training text has 2,358 of them.
     """
@@ -68,7 +68,7 @@ def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, 
     """Compare counts with the published figures.
 
     Raises:
-        ValueError: naming every figure that differs, with its required and actual value.
+        ValueError: if figures differ; the message gives their required and actual values.
     """
     found = {(part, what): getattr(counts[part], what) for part, what in published}
     wrong = [

@@ -2,9 +2,8 @@
 """Download, verify and unpack the text of the One Billion Word benchmark.
 
 The digest is the one that public loaders of the archive pin; the benchmark's own page gives none.
-The text is written so that fairseq finds the benchmark's own words in it: fairseq, unlike the
-benchmark, splits words at Unicode white space, so such characters are written as `<U+00A0>` and the
-like.
+The text is written so that fairseq finds the benchmark's own words in it. Unlike the benchmark,
+fairseq splits words at Unicode white space, so these characters are escaped, such as `<U+00A0>`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"  # 1
 NUM_TRAIN, NUM_HELD_OUT = 99, 50
 # A shard has about 42 MB.
 MAX_SHARD_BYTES = 1 << 29
-# White space at which fairseq would split a word, and text that looks like an escaped character, so
-# that every escape can be told from text.
+# This matches white space at which fairseq would split a word, and text that looks like an escaped
+# character, so that escapes are unambiguous.
 CUTS = re.compile(r"[^\S ]|<(?=U\+[0-9A-F]{4}>)")
 
 
@@ -96,7 +95,7 @@ def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha2
     archive = folder / f"{NAME}.tar.gz"
     download(archive, [f"{address.rstrip('/')}/{archive.name}"], f"sha256:{sha256}")
     print(f"{archive}: verified")
-    # Perplexity is always reported on the first held-out shard; the second serves as valid here.
+    # Perplexity is always reported on the first held-out shard; the second is used for validation.
     parts = {
         "train": [train_shard(number) for number in range(1, shards + 1)],
         "valid": [held_out_shard(1)],

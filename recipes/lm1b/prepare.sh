@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Prepare the One Billion Word benchmark: prepare.sh
 #
-# Downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards, compares the
-# counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and compares its
-# tokens with the text's words. Finished steps are skipped. Variables:
+# This script downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards,
+# compares the counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and
+# compares its tokens with the text's words. Finished steps are skipped. Variables:
 #   SLICE        1 uses the first 20,000 lines of one training shard, to try the recipe on a small machine (0)
-#   SHARDS       training shards, the first of 99 (99; with SLICE 1)
-#   SHARD_LINES  lines used from each shard, including held-out ones; 0: all (0; with SLICE 20000)
-#   MIN_COUNT    rarer words become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
+#   SHARDS       number of training shards (99, which is all; 1 with SLICE)
+#   SHARD_LINES  lines used from each shard, including held-out ones; 0 means all (0; 20000 with SLICE)
+#   MIN_COUNT    words that occur less often become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
 #   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); may be file:///...
 #   LM1B_SHA256  its digest (the public one)
-#   WORK         folder to write (recipes/lm1b/work/full, or work/slice with SLICE)
+#   WORK         output folder (recipes/lm1b/work/full, or work/slice with SLICE)
 #   ARCHIVE_DIR  folder for the archive (recipes/lm1b/work)
 #   THREADS      processes for counting and binarising (2)
 # test is news.en.heldout-00000-of-00050, on which perplexity is usually reported; valid is the next shard.
@@ -35,7 +35,7 @@ LM1B_SHA256=${LM1B_SHA256:-}
 WORK=${WORK:-$HERE/work/full}
 ARCHIVE_DIR=${ARCHIVE_DIR:-$HERE/work}
 THREADS=${THREADS:-2}
-# For the whole text: words, <S>, </S> and <UNK>.
+# This is the number of words in the whole text's vocabulary, plus <S>, </S> and <UNK>.
 BENCHMARK_VOCABULARY=793471
 
 fetch_texts() {
@@ -75,7 +75,7 @@ check_vocabulary() {
   words=$(wc -l <"$WORK/data-bin/dict.txt")
   say "vocabulary: $words words that occur at least $MIN_COUNT times, and <S>, </S>, <UNK>: $((words + 3))"
   if is_whole && ((MIN_COUNT == 3)); then
-    # Within 3, because it is not documented whether the marks are counted.
+    # Allow a difference of 3, because it is not documented whether the marks are counted.
     ((words <= BENCHMARK_VOCABULARY && words + 3 >= BENCHMARK_VOCABULARY)) ||
       die "the vocabulary must be the benchmark's, $BENCHMARK_VOCABULARY with the marks, but has $((words + 3)): remove
   $WORK and prepare again"
@@ -95,5 +95,5 @@ key=$(step_key "$key" tokens "")
 run_step "$WORK" tokens "$key" check_tokens
 key=$(step_key "$key" vocabulary "")
 run_step "$WORK" vocabulary "$key" check_vocabulary
-# train.sh only resumes a model on the text that it was trained on.
+# train.sh resumes a model only on the text that it was trained on.
 printf '%s' "$key" >"$WORK/prepared"

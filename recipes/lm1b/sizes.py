@@ -22,7 +22,7 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
         ValueError: if `model` is not one of this project's language models.
     """
     architectures = find_options()
-    # Imported late, because fairseq must be set up first.
+    # This import comes late, because fairseq must be set up first.
     from nmt_moe.models.lstm_moe_lm import LSTMMoELMConfig
 
     known = [name for name, (options, _) in architectures.items() if options is LSTMMoELMConfig]

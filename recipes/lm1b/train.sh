@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Train on the One Billion Word benchmark and score the result: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, and calls
-# evaluate.sh. On several machines, run it on each, with its own NODE_RANK and a WORK that all of them share; run
-# prepare.sh on one of them first.
-#   SLICE      1 trains a model with one eighth of the widths on a part of the text, in minutes on a laptop (0)
+# This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, and calls
+# evaluate.sh. To use several machines, run prepare.sh on one of them; then run this script on all of them, with a different
+# NODE_RANK on each and a shared WORK.
+#   SLICE      1 trains a model with all widths divided by 8 on a part of the text, in minutes on a laptop (0)
 #   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
-#   NODES, NODE_RANK, MASTER   number of machines (1), index of this one (0), host name of machine 0 (localhost)
+#   NODES, NODE_RANK, MASTER   number of machines (1), index of this machine (0), host name of machine 0 (localhost)
 #   SEED       seed of parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE     auto (default: a GPU if there is one), cpu or cuda
 #   EVALUATE=0 stops after training
@@ -25,7 +25,7 @@ DIVIDE=1 START=()
 if [[ $SLICE == 1 ]]; then
   WORK=${WORK:-$HERE/work/slice}
   MODEL=${MODEL:-lstm_moe_lm_32}
-  # Table 7's shapes with all widths divided by 8; narrow layers need larger initial weights.
+  # All widths of Table 7 are divided by 8; narrow layers need larger initial weights.
   DIVIDE=8 START=(--init-range 0.1)
   BATCH_WORDS=${BATCH_WORDS:-2000} MAX_TOKENS=${MAX_TOKENS:-2000} SAMPLES=${SAMPLES:-1000}
   EPOCHS=${EPOCHS:-2} WARMUP_UPDATES=${WARMUP_UPDATES:-100} LEARNING_RATE=${LEARNING_RATE:-0.01}
@@ -65,7 +65,7 @@ set_launcher() { # set how to run fairseq-train, and how many batches to accumul
   require_whole GPUS 1
   per_update=$((MAX_TOKENS * GPUS * NODES))
   UPDATE_FREQ=$(((BATCH_WORDS + per_update - 1) / per_update))
-  # Without the size, fairseq would use every GPU it sees.
+  # Without the world size, fairseq would use every GPU that it sees.
   LAUNCHER=(fairseq-train) PROCESSES=(--distributed-world-size 1)
   if ((GPUS * NODES > 1)); then
     LAUNCHER=(torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS" --master-addr "$MASTER"

@@ -3,14 +3,14 @@
 #
 # A translator can also learn from text that exists only in the target language: a model for the reverse direction translates
 # the text, and the translator is trained with this translation as source and the original text as target. The script
-# trains a model from PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and those of the
-# corpus. Finished steps are skipped.
+# trains a model from PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and the corpus's
+# own. Finished steps are skipped.
 #   PAIR              de or fr
 #   MONOLINGUAL       text in PAIR's language, one sentence per line, plain, .gz or .xz (no default)
 #   COPIES            how often the training text repeats the corpus's own pairs (3)
 #   REVERSE_UPDATES   updates of the reverse model (6000)
 #   REVERSE_BEAM      beam size of the reverse model (2)
-#   WORK              folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it contains the reverse model,
+#   WORK              output folder (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it contains the reverse model,
 #                     and WORK-extra contains the model that is trained last
 # The last step uses all variables of train.sh, prepare.sh and evaluate.sh; to call evaluate.sh by itself, set WORK=WORK-extra.
 # Lines of MONOLINGUAL that are also in val or the test set, regardless of case and a final full stop, are left out.

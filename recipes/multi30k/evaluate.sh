@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Translate val and test_2016_flickr with a trained model and score both: evaluate.sh [PAIR...]
 #
-# PAIR: de or fr (from English); default: both. Tries each length penalty on val, keeps the one with the best lower-cased
-# tokenised BLEU, and only then translates the test set, once.
+# PAIR: de or fr (from English); default: both. The script tries each length penalty on val, keeps the one with the best
+# lower-cased tokenised BLEU, and only then translates the test set, once.
 #   RUN          the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT   the model, or several separated by colons for an ensemble (RUN's average.pt)
-#   BEAM         hypotheses kept (5)
+#   BEAM         beam size (5)
 #   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"); larger ones favour longer translations
 #   DEVICE, THREADS, CASE, WORK as in train.sh
-# Finally writes the model as a bundle, RUN/bundle, for nmt-moe translate (except for an ensemble, and with CASE=lower, where
-# the text is tokenised). Prints two scores, each with sacrebleu's signature:
+# Finally, it writes the model as a bundle, RUN/bundle, for nmt-moe translate (except for an ensemble, and with CASE=lower,
+# where the text is tokenised). It prints two scores, each with sacrebleu's signature:
 #   lower-cased tokenised BLEU: translations converted to the form of the official lc.norm.tok file and compared with it;
 #   cased BLEU (13a) and chrF against the raw text (not with CASE=lower).
 set -euo pipefail

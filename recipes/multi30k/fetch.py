@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch the texts of Multi30k from a folder or the network, and verify their digests.
 
-The digests are those of the uncompressed text, so copies may be plain or gzipped.
+The digests are computed on the uncompressed text, so copies may be plain or gzipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recipes.downloads import bounded, damage_named, download
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
 MAX_BYTES = 1 << 24  # the largest text has 2 MB
-# Folders in a copy that may have the files: flat, or structured as in the public repository.
+# A copy has the files in these folders: it is flat or structured as in the public repository.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
 
@@ -52,7 +52,7 @@ def read_verified(path: Path, digest: str) -> bytes:
 
 
 def fetch(name: str, digest: str, target: Path, folder: Path | None, address: str) -> None:
-    """Write the text of file `name` into the folder `target`, verified.
+    """Verify the text of the file `name`, and write it into the folder `target`.
 
     Raises:
         ValueError: if the file is missing, cannot be downloaded, or has another digest; a bad
@@ -73,7 +73,7 @@ def fetch(name: str, digest: str, target: Path, folder: Path | None, address: st
 @command("fetch.py", "fetch.py train.en train.de --target text")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--target", type=Path, required=True, help="Folder for the texts.")
-@click.option("--folder", type=Path, help="Folder that has the files already (MULTI30K_DIR).")
+@click.option("--folder", type=Path, help="Folder that already contains the files (MULTI30K_DIR).")
 @click.option("--address", default=ADDRESS, help="Address to download from.")
 @click.option(
     "--digests", type=Path, default=Path(__file__).with_name("SHA256SUMS"), help="File of digests."
@@ -88,7 +88,7 @@ def main(
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name not in known:
-            raise ValueError(f"{digests} has no digest of {name}")
+            raise ValueError(f"{digests} has no digest for {name}")
         fetch(name, known[name], target, folder, address)
         print(f"{name}: verified")
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Lower-case, normalise and tokenise text as Multi30k's official lc.norm.tok files were made.
 
-Reads standard input and writes standard output. The order of the steps is that of the data set's
+The program reads standard input and writes standard output. It follows the data set's
 task1-tokenize.sh: lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, all as
-implemented in sacremoses. Of the 2,014 lines in the official val and test_2016_flickr files, this
+implemented in sacremoses. Of the 2,014 lines in the official val and test_2016_flickr files, it
 reproduces 2,014 English, 2,013 German and 2,012 French lines exactly.
 """
 
@@ -18,7 +18,7 @@ from nmt_moe.cli import command
 
 
 class OfficialTokenizer:
-    """Turn a raw line into a line of the official files."""
+    """A function that turns a raw line into a line of the official files."""
 
     def __init__(self, language: str) -> None:
         self.normalizer = MosesPunctNormalizer(lang=language)

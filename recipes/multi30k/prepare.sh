@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Prepare Multi30k for training: prepare.sh [PAIR...]        PAIR: de or fr (from English); default: both
 #
-# Fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
-# data-bin. Finished steps are skipped; a changed variable repeats what depends on it. Variables:
+# This script fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
+# data-bin. Finished steps are skipped; changing a variable repeats the steps that depend on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); if not set, they are downloaded
 #   CASE          source-lower (default): the raw text with the English side lower-cased, because its case says little;
-#                 the same model gets the cased and the lower-cased score
+#                 one model can get both the cased and the lower-cased score
 #                 cased: the raw text as written
-#                 lower: the official lower-cased, tokenised text; only the lower-cased score is possible
+#                 lower: the official lower-cased, tokenised text, which allows only the lower-cased score
 #   VOCAB_SIZE    pieces in the joint vocabulary (5000)
 #   PIECE_TYPE    unigram or bpe (unigram)
 #   SAMPLES       additional copies of the training text, each split into pieces differently at random (0)
 #   SAMPLE_ALPHA  unigram: sharpness of the random splits; bpe: share of merges left out (0.2)
 #   EXTRA         additional pairs to train on, EXTRA.en and EXTRA.PAIR, in the form of CASE (none); see back_translate.sh
 #   COPIES        how often the training text repeats the corpus's own pairs (1), to balance them against EXTRA
-#   WORK          folder to write (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); with one PAIR only
+#   WORK          output folder (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); only with one PAIR
 #   THREADS       processes for binarising (2)
 #   SHA256SUMS    digests to verify (recipes/multi30k/SHA256SUMS)
 set -euo pipefail
@@ -132,7 +132,7 @@ prepare_pair() {
   run_step "$folder" cut "$key" cut_texts "$pair" "$folder"
   key=$(step_key "$key" binarise "")
   run_step "$folder" binarise "$key" binarise "$pair" "$folder"
-  # train.sh only resumes a model on the text that it was trained on.
+  # train.sh resumes a model only on the text that it was trained on.
   printf '%s' "$key" >"$folder/prepared"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the lines of a monolingual text, except those that occur in texts to be scored."""
+"""Write the lines of a monolingual text, except lines that occur in texts to be scored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nmt_moe.text.lines import read_lines
 
 
 def normalise(line: str) -> str:
-    """Return a line without its case, its final full stop and surplus spaces."""
+    """Return a line in lower case, without its final full stop and surplus spaces."""
     return " ".join(line.lower().split()).rstrip(" .")
 
 

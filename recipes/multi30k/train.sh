@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on Multi30k and score the result: train.sh [PAIR...] [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# PAIR: de or fr (from English); default: both, one after the other. Prepares the text first (prepare.sh and its
-# variables), resumes from the last checkpoint of the same run, averages checkpoints, and calls evaluate.sh.
+# PAIR: de or fr (from English); default: both, one after the other. The script prepares the text (prepare.sh and its
+# variables), trains or resumes the run from its last checkpoint, averages checkpoints, and calls evaluate.sh.
 #   MODEL   moe (default), or dense: a model without experts, with the same number of operations per word
 #   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
 #   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
@@ -76,7 +76,7 @@ set_model_flags() {
       --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --importance-loss-weight "$IMPORTANCE_WEIGHT"
       --load-loss-weight "$LOAD_WEIGHT")
   else
-    # In place of each MoE layer there is one network, which costs as much as TOP_K experts.
+    # Each MoE layer is replaced by one network that costs as much as TOP_K experts.
     MODEL_FLAGS+=(--arch lstm_gnmt_small --expert-hidden-dim $((TOP_K * EXPERT_HIDDEN_DIM)))
   fi
 }
@@ -102,7 +102,7 @@ train_pair() {
   work=$(work_folder "$pair")
   folder=$work/$RUN
   bash "$HERE/prepare.sh" "$pair"
-  # UPDATES is left out, so that a finished run may be extended; its rate then jumps up to that of a longer run.
+  # UPDATES is left out, so that a finished run may be extended; its rate then jumps up to the longer run's.
   settings=$(printf '%s\n' "text $(<"$work/prepared")" "${MODEL_FLAGS[*]}" \
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
     "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")

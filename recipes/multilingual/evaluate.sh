@@ -3,10 +3,10 @@
 #
 #   MODEL, DIRECTION, RUN, SEED, DEVICE, THREADS, WORK, CORPUS, LANGUAGES as in train.sh
 #   CHECKPOINT   the model (RUN's average.pt)
-#   BEAM         hypotheses kept (5)
+#   BEAM         beam size (5)
 #   LENPEN       length penalty (1.0)
-# Prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised by 13a; for Japanese, by
-# characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of the run that was
+# The script prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised by 13a; for
+# Japanese, by characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of the run that was
 # scored last. RUN/bundle is the model for nmt-moe translate.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Prepare English and other languages for one multilingual model: prepare.sh
 #
-# Copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin. Finished
-# steps are skipped; a changed variable repeats what depends on it. Variables:
+# This script copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin.
+# Finished steps are skipped; changing a variable repeats the steps that depend on it. Variables:
 #   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where to get them
 #   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence per line
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
-#   LANGUAGES     languages besides English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
+#   LANGUAGES     languages other than English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
 #   MAX_PAIRS     maximum number of training pairs for each language (all)
 #   VOCAB_SIZE    pieces in the shared vocabulary (16000 for tatoeba, 8000 for multi30k)
-#   WORK          folder to write (recipes/multilingual/work/CORPUS-LANGUAGES)
+#   WORK          output folder (recipes/multilingual/work/CORPUS-LANGUAGES)
 #   THREADS       processes for binarising (2)
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
@@ -110,5 +110,5 @@ key=$(step_key "$key" cut "")
 run_step "$WORK_FOLDER" cut "$key" cut_texts
 key=$(step_key "$key" binarise "")
 run_step "$WORK_FOLDER" binarise "$key" binarise
-# train.sh only resumes a model on the text that it was trained on.
+# train.sh resumes a model only on the text that it was trained on.
 printf '%s' "$key" >"$WORK_FOLDER/prepared"

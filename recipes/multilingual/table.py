@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compare the scores of single, dense and MoE models in a table: table.py WORK.
 
-Reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU with chrF on
-the test set. Prints one row for each direction, like Table 5 of Shazeer et al. 2017.
+The program reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU
+with chrF on the test set. It prints one row for each direction, like Table 5 of Shazeer et al.
+2017.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def make_table(folder: Path) -> list[str]:
 
 
 def difference(one: tuple | None, other: tuple | None) -> str:
-    """Return the difference in BLEU, if both were scored."""
+    """Return the difference in BLEU, or "-" if only one model was scored."""
     return f"{float(one[1]) - float(other[1]):+.2f}" if one and other else "-"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train one model for all directions, or for one: train.sh [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Prepares the text first (prepare.sh and its variables), resumes from the last checkpoint of the same run, averages
+# This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, averages
 # checkpoints and calls evaluate.sh.
 #   MODEL   moe (default): one model for all directions; dense: the same without experts, with the same number of operations
 #           per word; single: the dense model trained only on DIRECTION
@@ -31,7 +31,7 @@ EVALUATE=${EVALUATE:-1}
 TEMPERATURE=${TEMPERATURE:-1.0}
 OVERSAMPLING=${OVERSAMPLING:-}
 MODEL_SIZE=${MODEL_SIZE:-small}
-# Sizes of the small network; for the paper's model, the architecture sets the sizes.
+# These are the sizes of the small network; the architecture sets the sizes of the paper's model.
 MODEL_DIM=${MODEL_DIM:-128}
 LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
 # A token uses 2 of NUM_EXPERTS experts; dense and single have one network of twice the width instead.

@@ -110,7 +110,7 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
     Raises:
         ValueError: if the archive cannot be read.
     """
-    # Only by reading the archive can a broken first download be told from a good one.
+    # Reading the archive is the only way to tell a broken first download from a good one.
     try:
         for _ in read_members(path, ()):
             raise AssertionError
@@ -129,8 +129,8 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
 def write_text(name: str, stream: BinaryIO, path: Path, max_bytes: int) -> int:
     """Write a member as plain text, one sentence per line, and return the number of lines.
 
-    From .sgm files, segments are written as sacrebleu writes them: white space joined, entities
-    unchanged. Only a line feed ends a line.
+    Segments of .sgm files are written as sacrebleu writes them, with white space joined and
+    entities unchanged. Only a line feed ends a line.
     """
     lines = 0
     if name.endswith(".gz"):

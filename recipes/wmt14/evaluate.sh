@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Translate newstest2014 with a trained model and score it: evaluate.sh [--dry-run] [FLAG-OF-FAIRSEQ-GENERATE...]
 #
-# Prints the scores of nmt-moe score, each with its signature; the score that the paper uses (tokenised, cased multi-bleu)
-# comes first.
+# The script prints the scores of nmt-moe score, each with its signature; the score that the paper uses (tokenised, cased
+# multi-bleu) comes first.
 #   RUN         the run of train.sh (MODEL-seedSEED)
 #   CHECKPOINT  the model, or several separated by colons for an ensemble (RUN's checkpoint_best.pt)
 #   SUBSET      test (default: newstest2014) or valid (newstest2012 and newstest2013)
-#   BEAM        hypotheses kept (8; GNMT: 8 to 12)
+#   BEAM        beam size (8; GNMT: 8 to 12)
 #   BATCH_SIZE  sentences per batch (64)
 #   LENGTH_PENALTY_ALPHA, COVERAGE_PENALTY_BETA, BEAM_PRUNE
 #               GNMT's search (0.2, 0.2, 3.0 as in the paper); if all are empty, fairseq's own search is used

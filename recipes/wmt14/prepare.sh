@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Prepare WMT14 as in the paper: prepare.sh [--dry-run]
 #
-# Downloads and verifies the archives, extracts and cleans the corpora, learns one 32,000-piece vocabulary for both
-# languages, splits the text and writes fairseq's data-bin. Finished steps are skipped, a failed step is repeated, and a
-# changed variable repeats what depends on it.
+# This script downloads and verifies the archives, extracts and cleans the corpora, learns one 32,000-piece vocabulary for
+# both languages, splits the text and writes fairseq's data-bin. Finished steps are skipped, a failed step is repeated, and
+# changing a variable repeats the steps that depend on it.
 #   training text   en-de: Europarl v7, Common Crawl, News Commentary v9; en-fr: the same, and UN 2000 and Giga-fren
 #   valid           newstest2012 and newstest2013, 6003 sentences
 #   test            newstest2014, the full set of 3003 sentences
@@ -11,12 +11,12 @@
 #   WMT14_MIRROR    address, file:///folder or http, to use instead of https://www.statmt.org and its mirrors; it must have the
 #                   same folders (wmt13/training-parallel-europarl-v7.tgz, ...)
 #   DOWNLOADS       folder for the archives, shared by both pairs (recipes/wmt14/work/downloads)
-#   WORK            folder to write (recipes/wmt14_en_PAIR/work)
+#   WORK            output folder (recipes/wmt14_en_PAIR/work)
 #   THREADS         processes (all cores)
-#   NORMALIZE       source (default), both or none: whose punctuation is normalised (see recipes/wmt14/README.md)
+#   NORMALIZE       sides with normalised punctuation: source (default), both or none (see recipes/wmt14/README.md)
 #   VOCAB_SIZE      pieces in the vocabulary (32000)
 #   PIECE_TYPE      bpe (default, nearest to the paper's wordpieces) or unigram
-#   SAMPLE_PAIRS    number of pairs, evenly spaced, from which to learn the vocabulary (5000000); more need more memory
+#   SAMPLE_PAIRS    number of evenly spaced pairs to learn the vocabulary from (5000000); more need more memory
 #   COVERAGE        share of the characters that the pieces must cover (0.9995), which excludes rare alphabets
 #   MAX_PIECES      maximum length of a side of a training pair, in pieces (250)
 #   MAX_RATIO       maximum ratio of the longer side to the shorter, in pieces (1.5)
@@ -47,7 +47,7 @@ archives() { # COMMAND [NAME] FLAG...
   python "$HERE/archives.py" "$@" --manifest "$MANIFEST" --mirror "$WMT14_MIRROR"
 }
 
-list_steps() { # put what the pair needs into ARCHIVES, PARTS and their settings
+list_steps() { # set ARCHIVES and PARTS to those of the pair, and set their addresses, splits and settings
   local kind name about more listing
   listing=$(archives list --pair "$PAIR")
   ARCHIVES=() PARTS=()

@@ -29,11 +29,11 @@ from nmt_moe.text.lines import BadLine, open_bytes, scan_lines
 from nmt_moe.text.pieces import load
 from recipes.downloads import show_progress
 
-# Pairs that a worker processes at once: about a tenth of a second of work.
+# A worker processes this many pairs at a time, which takes about a tenth of a second.
 CHUNK = 1000
 CONTROL_SPACE = re.compile(r"[\t-\r\x1c-\x1f\x85]")
 Pair = tuple[str, str]
-# A pair of lines as they were read.
+# A pair of lines as read from the files.
 Lines = tuple[str | BadLine, str | BadLine]
 # A worker's result for a pair: its new form, or why it is left out.
 Result = Pair | str
@@ -41,10 +41,10 @@ Worker = Callable[[Pair], Result]
 
 
 class Cleaner:
-    """Remove control characters and superfluous space, and normalise punctuation.
+    """A function that removes control characters and extra spaces, and normalises punctuation.
 
-    normalize: "source" normalises only the English side, because references keep their typographic
-        quotation marks, which the model must therefore produce; "both", or "none".
+    `normalize` is "source", "both" or "none". "source" normalises only the English side, because
+    references keep their typographic quotation marks and the model must produce them.
     """
 
     def __init__(self, pair: str, normalize: str) -> None:
@@ -69,7 +69,7 @@ class Cleaner:
 
 
 class Cutter:
-    """Split a pair into pieces; leave it out if it is too long or its sides differ too much."""
+    """A function that splits a pair into pieces, or rejects it for its length or its ratio."""
 
     def __init__(self, model: Path, max_pieces: int, max_ratio: float, keep_all: bool) -> None:
         self.processor: sentencepiece.SentencePieceProcessor = load(model)
@@ -136,7 +136,7 @@ def transform(
 ) -> Iterator[Result]:
     """Yield the result for each pair, in order.
 
-    A round of chunks is read, processed and written before the next: reading further ahead, as
+    A round of chunks is read, processed and written before the next. Reading further ahead, as
     Pool.imap does, would load the whole text into memory.
     """
     with (
@@ -152,7 +152,7 @@ def transform(
 
 
 def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) -> Counter:
-    """Write NAME.en and NAME.PAIR; return how many pairs were kept, and left out for each reason.
+    """Write NAME.en and NAME.PAIR, and count the pairs kept and those left out, by reason.
 
     Raises:
         ValueError: if a pair would be left out although all must be kept, or if none is left.
@@ -208,7 +208,7 @@ def transform_texts(
 COMMON = (
     click.argument("texts", nargs=-1, required=True, type=Path),
     click.option("--pair", type=click.Choice(["de", "fr"]), required=True),
-    click.option("--target", type=Path, required=True, help="Name to write."),
+    click.option("--target", type=Path, required=True, help="Name of the output."),
     click.option("--threads", type=int, default=1, help="Number of processes."),
     click.option("--keep-all", is_flag=True, help="Do not leave out any pair."),
     click.option("--expect", type=int, help="Required number of pairs."),
@@ -248,7 +248,7 @@ def clean(pair: str, normalize: str, **options: Any) -> None:
 @click.option("--max-ratio", type=float, default=1.5)
 def cut(model: Path, max_pieces: int, max_ratio: float, keep_all: bool, **options: Any) -> None:
     """Split pairs into pieces."""
-    load(model)  # loaded here first, so that a missing model gives one message
+    load(model)  # before the workers do, so that a missing model gives one message
     make = partial(Cutter, model, max_pieces, max_ratio, keep_all)
     transform_texts("cut", make, keep_all=keep_all, **options)
 

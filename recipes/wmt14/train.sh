@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the paper's model for WMT14: train.sh [--dry-run] [FLAG-OF-FAIRSEQ-TRAIN...]
 #
-# Prepares the text first (prepare.sh and its variables), then trains, resuming from the last checkpoint of the same RUN.
+# This script prepares the text (prepare.sh and its variables), then trains or resumes RUN from its last checkpoint.
 # --dry-run prints the size of the batch and the command. To save memory or time, add fairseq's flags, such as --bf16.
 #   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
 #   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. For SLURM, see recipes/wmt14/slurm.sbatch
@@ -21,7 +21,7 @@ manual_if_asked "${2:-}"
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
 
-# The paper's batch: 64 GPUs x 16,000 words. With fewer GPUs or words, the gradients of several passes are accumulated.
+# The paper's batch has 64 GPUs x 16,000 words. With fewer GPUs or words, the gradients of several passes are accumulated.
 PAPER_GPUS=64
 WORDS_PER_GPU=16000
 MAX_TOKENS=${MAX_TOKENS:-16000}
@@ -41,7 +41,7 @@ LEARNING_RATE=${LEARNING_RATE:-0.001}
 OPTIMIZER=${OPTIMIZER:-adam}
 # Dropout is applied to the output of every embedding, LSTM and MoE layer.
 DROPOUT=${DROPOUT:-0.4}
-# The value that GNMT uses.
+# GNMT uses this value.
 CLIP_NORM=${CLIP_NORM:-5.0}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 MODEL=${MODEL:-moe32}
@@ -101,7 +101,7 @@ set_command() {
 
 refuse_another_run() { # a run cannot be resumed with another network, batch or text
   local settings
-  # UPDATES is left out, so that a finished run may be extended; GPUS and MAX_TOKENS, because the batch is the same.
+  # UPDATES is left out, so that a finished run may be extended; GPUS and MAX_TOKENS do not change the batch.
   settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" "$OPTIMIZER $CLIP_NORM $SEED" \
     "$LEARNING_RATE $WARMUP_UPDATES $HOLD_UPDATES" "${FLAGS[*]}")
   keep_settings "$RUN_FOLDER" "$settings"

@@ -52,7 +52,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
     given = {"NMT_MOE_PYTHON": str(bare_python)}
     result = run(["bash", repository / "tools/setup.sh"], tmp_path, **given)
     assert result.returncode == 1
-    assert "lacks click packaging, without which it cannot be checked" in result.stderr
+    assert "lacks click packaging, so it cannot be checked" in result.stderr
     assert "NMT_MOE_PYTHON" in result.stderr
     # Once these two are installed, the check names all other packages.
     (site,) = (bare_python.parents[1] / "lib").glob("python*/site-packages")

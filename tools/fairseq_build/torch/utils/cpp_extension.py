@@ -1,7 +1,7 @@
 """Let fairseq's setup.py skip the three extensions that are compiled against torch's headers.
 
-They implement BASE layers, Levenshtein transformers and an alignment operator, none of which this
-project uses, and take four of the build's five minutes. The rest of the build does not depend on
+They implement BASE layers, Levenshtein transformers and an alignment operator, which this project
+does not use, and take four of the build's five minutes. The rest of the build does not depend on
 torch. `tools/setup.sh` puts the folder `tools/fairseq_build` on PYTHONPATH for this build only.
 """
 
@@ -17,7 +17,7 @@ def CppExtension(name: str, sources: list[str], **_: Any) -> Extension:  # noqa:
 
 
 class BuildExtension(build_ext):
-    """Build the extensions that have sources: two in Cython, and the one that counts n-grams."""
+    """Build the extensions that have sources: two in Cython, and another that counts n-grams."""
 
     def initialize_options(self) -> None:
         """Drop the extensions without sources before setuptools processes them."""
