@@ -3,7 +3,7 @@
     python -m benchmarks.bundle_memory --experts 512 --sentences 3000 --dtype float32
 
 The model has random weights, so a sentence uses far more experts than it would in a trained model
-and needs almost the most memory that any sentence can need. Each row of the table is measured in a
+and needs almost as much memory as a sentence can ever need. Each row of the table is measured in a
 separate process. It shows the resident size of the whole process and the resident size of the
 bundle's mapped files, which the system can drop at any time.
 """

@@ -4,7 +4,7 @@
 
 Each number of ranks has its own group of processes, which communicate by gloo over the loopback
 interface. The groups take turns; while one works, the others are idle. The same number of sentences
-is divided among the ranks, and each rank holds its share of the experts. A step does the same as in
+is divided among the ranks, and each rank holds its share of the experts. A step is the same as in
 fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
 and Adam. The table shows the slowest rank's time for each part, including the time spent waiting
 for others, and the bytes that a rank sends on average. For dense gradients, these are the bytes
@@ -172,7 +172,7 @@ class World:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each number of ranks."""
     worlds = {str(count): World(args, count) for count in args.ranks}
-    for world in worlds.values():  # only now, so that all processes start in parallel
+    for world in worlds.values():  # all of them start up in parallel
         world.wait()
     samples = timing.interleave(worlds, args.rounds)
     rows = []

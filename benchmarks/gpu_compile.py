@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU, which need not be present, and report their needs.
+"""Compile Triton kernels for a GPU that need not be present, and report their resource usage.
 
 Triton cannot compile while it interprets, so TRITON_INTERPRET must not be set.
 """
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
         name: The name shown in tables.
         module: The module in which the launcher finds its kernel.
         kernel: The kernel's name in that module.
-        call: Calls the launcher once, with CPU tensors.
+        call: A function that calls the launcher once, with CPU tensors.
         elements: How many numbers a block processes at a time; 0 if that would be meaningless.
     """
 
@@ -86,8 +86,8 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
         per_element: Instructions per element that a thread processes; 0 if unknown.
         wgmma, mma: Whether the code uses the tensor-core instructions of Hopper or of older GPUs.
         wide_copies: The number of 16-byte copies from global to shared memory.
-        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks, which large tensors
-            make overflow.
+        narrow_offsets: The number of 32-bit offsets of two-dimensional blocks, which overflow
+            with large tensors.
     """
     kernels = {
         name: kernel for name, kernel in vars(launch.module).items() if name.endswith("_kernel")

@@ -36,7 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe_machine(device: str, tiny: bool, out: Path) -> str:
-    """Report versions and clocks, try every kernel, and measure the top speeds."""
+    """Report versions and clocks, try every kernel, and measure the GPU's top speeds."""
     import torch
     import triton
 

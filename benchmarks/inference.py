@@ -176,7 +176,7 @@ def bundle_jobs(folder: Path, args: argparse.Namespace) -> tuple[str, Any, Any]:
 
 
 def ctranslate2_jobs(name: str, args: argparse.Namespace) -> tuple[str, Any, Any]:
-    """Return the name and the two jobs of a model converted by CTranslate2, FOLDER[:TYPE]."""
+    """Return the name and the two jobs of FOLDER[:TYPE], a model converted by CTranslate2."""
     import ctranslate2
 
     folder, _, compute_type = name.partition(":")

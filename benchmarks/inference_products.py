@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OxI", help="matrices")
+    parser.add_argument(
+        "--shapes", nargs="+", default=SHAPES, metavar="OxI", help="sizes of matrices"
+    )
     parser.add_argument(
         "--batch", nargs="+", type=int, default=[1, 5, 64, 320], help="numbers of activation rows"
     )

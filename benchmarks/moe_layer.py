@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--modes",
         nargs="+",
         choices=MODES,
-        help="measure only these modes, which the grid must contain (with --shape, any)",
+        help="measure only these modes of the grid (with --shape, any modes)",
     )
     parser.add_argument(
         "--step-limit",

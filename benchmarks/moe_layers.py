@@ -177,7 +177,7 @@ class PlainLayer(OwnLayer):
         return y, loss + load_loss(out.load, config.load_weight)
 
     def apply_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply each expert to its adjacent rows, (R, D) in all, up to the end in `ends` (E,)."""
+        """Apply the experts to rows (R, D), sorted by expert; expert e's end before `ends[e]`."""
         raise NotImplementedError
 
     def computed_pairs(self, x: Tensor) -> int:
@@ -185,7 +185,7 @@ class PlainLayer(OwnLayer):
 
 
 class LoopLayer(PlainLayer):
-    """A loop over the experts."""
+    """A layer that loops over the experts in Python."""
 
     notes = "nmt_moe's gate, then index_select, a Python loop of mm, index_add"
 
@@ -202,7 +202,7 @@ class LoopLayer(PlainLayer):
 
 
 class GroupedLayer(PlainLayer):
-    """torch's grouped product."""
+    """A layer that uses torch's grouped product."""
 
     notes = "nmt_moe's gate, then index_select, torch's grouped_mm, index_add"
 

@@ -155,10 +155,10 @@ GRIDS: dict[str, list[Point]] = {
             for experts in (256, 1024, 4096)
         ),
         _on_gpu(4096, 32),  # 512 tokens per expert
-        _on_gpu(16384, 32),  # 2048
-        _on_gpu(2048, 512),  # 16
-        _on_gpu(512, 512),  # 4
-        _on_gpu(4096, 1024),  # 16, and more experts than torch's grouped_mm accepts
+        _on_gpu(16384, 32),  # 2048 tokens per expert
+        _on_gpu(2048, 512),  # 16 tokens per expert
+        _on_gpu(512, 512),  # 4 tokens per expert
+        _on_gpu(4096, 1024),  # 16 tokens per expert, and more experts than grouped_mm accepts
         # In bfloat16, Adam's moments for 4.3e9 parameters fit into 80 GB.
         Point(16384, 512, 1024, 4096, 4, modes=("step",), dtype="bfloat16"),
     ],

@@ -79,7 +79,7 @@ def format_point(found: dict[str, Any], threads: int) -> str:
         line = [one["label"], str(one["top_k"]), *(_milliseconds(mine.get(mode)) for mode in modes)]
         line += [_milliseconds(mine.get("step"), "optimizer")] if "step" in modes else []
         line += [_ratio(times, one, mode, name, point) for mode, name in ratios]
-        # Show the spread of the mode that does the most.
+        # Show the spread of the mode with the most work.
         line.append(f"{mine[[mode for mode in modes if mode in mine][-1]].samples.spread:.0%}")
         peaks = [one["peaks"].get(mode) for mode in modes]
         line += ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
@@ -136,8 +136,8 @@ def format_all(document: dict[str, Any]) -> str:
     tables = "\n\n".join(format_point(found, threads) for found in points)
     legend = (
         f"{document['hardware']}; medians of {document['settings']['rounds']} interleaved rounds. "
-        "MB: peak memory of the competitor's process above that at its start, including that of "
-        "the modes to the left. "
+        "MB: peak memory of the competitor's process minus its memory at the start, in this mode "
+        "and the modes to the left. "
         "k: experts per token; a layer with fewer is compared with the limits for the same k.  "
         f"{MARK}: fewer than {LEAST_CLEAN} rounds in which threads waited for a core at most "
         f"{MOST_WAITED:.0%} of the time. dropped: (token, expert) pairs not computed."

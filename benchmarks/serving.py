@@ -10,9 +10,9 @@ the translator according to its metrics. The machine's load is printed below the
 other programs on a shared machine lengthen the times.
 
 `--soak` sends an hour's worth of requests, one for each second, within the given number of seconds.
-The requests contain single texts, lists or texts of several lines; some ask for
-alternatives, and some use a different API. They come from several clients, some of which disconnect
-early. Every answer is compared with the translator's own.
+The requests contain single texts, lists or texts of several lines; some ask for alternatives, and
+some use a different API. They come from several clients, and some clients disconnect early. Every
+answer is compared with the translator's own.
 """
 
 import argparse
@@ -287,7 +287,7 @@ class Soak:
 
 
 def soak(args: argparse.Namespace, texts: Sequence[str]) -> bool:
-    """Send an hour's requests, print the results, and return whether all succeeded in time."""
+    """Send an hour's worth of requests, and return whether all of them succeeded in time."""
     plan = Soak.prepare(args.folder, texts[:400])
     with served(args.folder, args.threads, True) as host:
         before = read_metric(host, "process_resident_memory_bytes")

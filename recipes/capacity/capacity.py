@@ -125,7 +125,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
     """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Only seeds that were used with every dropout count, so that seeds do not decide.
+    Compare only seeds that were used with every dropout, so that seeds do not decide.
 
     Raises:
         ValueError: if the dropouts have no seed in common.

@@ -6,7 +6,7 @@
 # WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models
 # can be added later; an interrupted run resumes from its last checkpoint. Variables:
 #   MODELS     models to train ("lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"); moe_1024h is available too
-#   DROPOUTS   dropouts from which one is chosen for each model ("0.0 0.1")
+#   DROPOUTS   dropouts to choose from for each model ("0.0 0.1")
 #   SEEDS      seeds of parameters, the order of the text, dropout and the gates' noise ("1 2 3")
 #   DIM        width of all layers (64)
 #   UPDATES    updates of each run (2000)

@@ -53,7 +53,7 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
 @command("score.py", "score.py --bits 4.39 --scored 90158 --pieces pieces/test --text text/test")
 @click.option("--bits", type=float, required=True, help="Loss per piece, in bits.")
 @click.option("--scored", type=int, required=True, help="Number of pieces, including end marks.")
-@click.option("--pieces", type=Path, required=True, help="The text as scored.")
+@click.option("--pieces", type=Path, required=True, help="The text in pieces, as scored.")
 @click.option("--text", type=Path, required=True, help="The text before it was split into pieces.")
 def main(bits: float, scored: int, pieces: Path, text: Path) -> None:
     """Print perplexity per piece and per word, and bits per character.

@@ -247,7 +247,7 @@ LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often a quarter hour, because English has names for these."""
+    """Draw minutes after midnight, often on the quarter hour, which English has names for."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)

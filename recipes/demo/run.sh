@@ -11,8 +11,8 @@
 #   --device DEVICE      auto, cpu or cuda; auto uses a GPU if there is one      DEVICE (auto)
 #   --seed N             seed of corpus and model                                SEED (1)
 #   --work FOLDER        folder for all output                                   WORK (recipes/demo/work)
-# The variables on the right have the same effect. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per update,
-# counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
+# The variables on the right have the same effect. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per
+# update, counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
 # EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.3), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
 # (updates between two checkpoints: 1/15 of all).
 set -euo pipefail

@@ -32,12 +32,12 @@ CUTS = re.compile(r"[^\S ]|<(?=U\+[0-9A-F]{4}>)")
 
 
 def train_shard(number: int) -> str:
-    """Return the path in the archive of training shard 1 to 99."""
+    """Return the archive path of a training shard, numbered from 1 to 99."""
     return f"{NAME}/training-monolingual.tokenized.shuffled/news.en-{number:05d}-of-00100"
 
 
 def held_out_shard(number: int) -> str:
-    """Return the path in the archive of held-out shard 0 to 49."""
+    """Return the archive path of a held-out shard, numbered from 0 to 49."""
     return f"{NAME}/heldout-monolingual.tokenized.shuffled/news.en.heldout-{number:05d}-of-00050"
 
 
@@ -85,7 +85,7 @@ def keep_words(line: bytes) -> bytes:
 @click.option("--folder", type=Path, required=True, help="Folder for the archive.")
 @click.option("--target", type=Path, required=True, help="Folder for train, valid and test.")
 @click.option("--shards", type=int, default=NUM_TRAIN, help="Training shards to use.")
-@click.option("--lines", type=int, default=0, help="Lines to use from each shard; 0: all.")
+@click.option("--lines", type=int, default=0, help="Lines to use from each shard; 0 means all.")
 @click.option("--address", default=ADDRESS, help="Folder of the archive (LM1B_MIRROR).")
 @click.option("--sha256", default=SHA256, help="Digest of the archive (LM1B_SHA256).")
 def main(folder: Path, target: Path, shards: int, lines: int, address: str, sha256: str) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lower-case, normalise and tokenise text as Multi30k's official lc.norm.tok files were made.
+"""Lower-case, normalise and tokenise text like Multi30k's official lc.norm.tok files.
 
 The program reads standard input and writes standard output. It follows the data set's
 task1-tokenize.sh: lowercase.perl, normalize-punctuation.perl, tokenizer.perl with escaping, all as

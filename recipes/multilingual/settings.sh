@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034
 
-# The text: tatoeba (the paper's six languages besides English) or multi30k (three).
+# The text is tatoeba (the paper's six languages besides English) or multi30k (three).
 CORPUS=${CORPUS:-tatoeba}
 require_choice CORPUS tatoeba multi30k
 declare -A ALL_LANGUAGES=([tatoeba]="fr de ja ko pt es" [multi30k]="fr de cs")

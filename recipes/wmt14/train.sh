@@ -5,7 +5,7 @@
 # --dry-run prints the size of the batch and the command. To save memory or time, add fairseq's flags, such as --bf16.
 #   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
 #   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. For SLURM, see recipes/wmt14/slurm.sbatch
-#   MAX_TOKENS  words on a GPU at once (16000); with less memory, a fraction of that, such as 4000
+#   MAX_TOKENS  words that a GPU processes at a time (16000); with less memory, a fraction of that, such as 4000
 #   UPDATES     updates to train (en-de 12000, en-fr 37000)
 #   LEARNING_RATE  rate after the warm-up (0.001)
 #   OPTIMIZER   adam (default), or factored_adam, which keeps a row and a column for each expert matrix (Appendix D)
