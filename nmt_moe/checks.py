@@ -123,8 +123,7 @@ def check_finite(what: str, values: Tensor) -> None:
     """Reject infinities and NaN.
 
     Raises:
-        FloatingPointError: if there are any; the message says what is not finite, and what usually
-            helps.
+        FloatingPointError: if there are any; the message names the values and gives advice.
     """
     if not values.isfinite().all():
         raise FloatingPointError(

@@ -58,7 +58,7 @@ def save_experts(
         group: The ranks that share the experts.
 
     Returns:
-        The checkpoint's manifest; None on ranks whose experts another rank writes.
+        The checkpoint's manifest; None on ranks that leave the writing to another rank.
 
     Raises:
         FileNotFoundError: if the first rank cannot find a file that another rank wrote.

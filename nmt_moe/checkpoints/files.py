@@ -164,7 +164,7 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
 
 
 def _describe(path: Path, error: Exception) -> str:
-    """Return a message that says why a file could not be read, and what to do.
+    """Return a message that explains why a file could not be read and how to fix it.
 
     It leaves out torch's advice to trust the file.
     """

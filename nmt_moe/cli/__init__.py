@@ -1,8 +1,8 @@
-"""The command `nmt-moe`: one group whose subcommands are imported only when they are run.
+"""The command `nmt-moe`: a group that imports its subcommands only when they are run.
 
 Each subcommand has an entry in `COMMANDS` and a `click` command in a module of this package, which
-reads the options and calls the library. `_command.command` creates a command whose help ends with
-examples.
+reads the options and calls the library. `_command.command` creates a command with examples at the
+end of its help.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "experts": (
         "nmt_moe.cli.experts:experts",
-        "Show what the experts do on a text; prune, merge or upcycle them.",
+        "Show how experts are used on a text; prune, merge or upcycle them.",
     ),
     "export": (
         "nmt_moe.cli.export:export",
@@ -62,7 +62,7 @@ COMMANDS = {
     "plot": ("nmt_moe.cli.plot:plot", "Plot loss, perplexity and balance from training logs."),
     "report": (
         "nmt_moe.cli.report:report",
-        "Write a page on what a model's experts do on a text and how well the model translates.",
+        "Write a page on how a model uses its experts on a text and how well it translates.",
     ),
     "reshape": (
         "nmt_moe.cli.reshape:reshape",

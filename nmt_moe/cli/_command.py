@@ -18,7 +18,7 @@ MAX_THREADS = 1024
 
 
 class WithExamples(click.Command):
-    """A command or group whose help ends with examples."""
+    """A command or group with examples at the end of its help."""
 
     def __init__(self, *args: Any, examples: str = "", **options: Any) -> None:
         super().__init__(*args, **options)

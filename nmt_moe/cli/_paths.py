@@ -19,9 +19,9 @@ class Existing(click.Path):
     """A path to read from.
 
     Args:
-        kinds: What the path may name: "file" (or a pipe), "folder", "bundle" (a folder that
-            `nmt-moe export` wrote), or "-" for standard input.
-        advice: What to name instead, as the last sentence of the message.
+        kinds: Kinds of paths that are accepted: "file" (or a pipe), "folder", "bundle" (a folder
+            that `nmt-moe export` wrote), or "-" for standard input.
+        advice: Last sentence of the message, which says which path to name instead.
     """
 
     def __init__(self, *kinds: str, advice: str = "Check the path.") -> None:

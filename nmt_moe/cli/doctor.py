@@ -1,4 +1,4 @@
-"""`nmt-moe doctor`: show what is installed and what works."""
+"""`nmt-moe doctor`: show which software is installed and which parts work."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _output_options(function: Callable) -> Callable:
         click.option(
             "--bundle",
             type=BUNDLE,
-            help="For a checkpoint: bundle whose vocabulary and pieces are used.",
+            help="For a checkpoint: bundle with its vocabulary and pieces.",
         ),
         click.option(
             "--output", type=NEW_PATH, required=True, help="Bundle or checkpoint to write."
@@ -81,7 +81,7 @@ def _choice_options(function: Callable) -> Callable:
         click.option(
             "--equal-texts",
             is_flag=True,
-            help="Weight texts (of several languages) equally, whatever their length.",
+            help="Weight texts (of several languages) equally, regardless of their length.",
         ),
         click.option(
             "--scope",

@@ -96,7 +96,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     type=click.Choice(["adam", "factored_adam"]),
     default="adam",
     show_default=True,
-    help="Optimizer whose state is counted.",
+    help="Optimizer to plan for.",
 )
 @click.option(
     "--precision",
@@ -234,9 +234,8 @@ def make_device(args: argparse.Namespace) -> Device:
     device = replace(device, **{name: value for name, value in given.items() if value})
     if args.precision != "fp32" and not device.half_flops:
         raise ValueError(
-            f"`--precision` must be fp32 on a {args.device}, whose FLOP/s in half precision are "
-            f"not known, but is {args.precision}. Set them with --tflops, or choose another "
-            "--device."
+            f"`--precision` must be fp32, but is {args.precision}: the FLOP/s of a {args.device} "
+            "in half precision are not known. Set them with --tflops, or choose another --device."
         )
     return device
 

@@ -60,7 +60,7 @@ def score(
     multi-bleu-compound-split
                       multi-bleu with hyphenated compounds split after tokenising, a
                       later convention. Scores are higher; never compare them with
-                      those of earlier papers
+                      scores in earlier papers
     sacrebleu-13a, -intl
                       sacrebleu's own tokenisers, cased: the scores to publish; zh for
                       Chinese, ja-mecab for Japanese, ko-mecab for Korean

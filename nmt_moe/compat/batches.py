@@ -71,7 +71,7 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Report a data set whose samples are all too long, and the options that allow longer ones.
+    """Report a data set if all samples are too long, and the options that allow longer samples.
 
     Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """

@@ -125,7 +125,7 @@ def ignore_unsafe_loading() -> None:
 def allow_configuration_in_broadcasts() -> None:
     """Let rank 0 send a checkpoint to the other ranks when several processes resume.
 
-    Reason: the other ranks read it with `torch.load`, whose safe loader rejects types of the
+    Reason: the other ranks read it with `torch.load`, and its safe loader rejects types of the
     configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)
@@ -187,7 +187,7 @@ def _copying(copy: Callable) -> Callable:
 
 
 def explain_misfits() -> None:
-    """Explain in one line that a checkpoint belongs to another model, and say what to do.
+    """Explain in one line that a checkpoint belongs to another model, and give advice.
 
     Reason: fairseq prints a line for each parameter and does not name the file.
     """

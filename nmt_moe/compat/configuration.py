@@ -191,7 +191,7 @@ def _check_plain(settings: Any) -> None:
         if count > MAX_SETTINGS:
             raise ValueError(f"has more than {MAX_SETTINGS} settings.")
         if not isinstance(key, str | int):
-            raise ValueError(f"has a setting whose name is {key!r:.80}.")
+            raise ValueError(f"has a setting with the name {key!r:.80}.")
         is_nest = isinstance(value, dict | list | tuple | argparse.Namespace)
         if value is not None and not is_nest and type(value) not in (bool, int, float, str):
             raise ValueError(f"sets `{key}` to a {type(value).__name__}.")
@@ -231,7 +231,7 @@ def _check_names(settings: Any) -> None:
 
 
 def _names(group: str, settings: Any, is_flat: bool) -> list[Any]:
-    """Return the names by which fairseq may look up a group's class."""
+    """Return the names that fairseq may use to look up a group's class."""
     if settings is None or isinstance(settings, str):
         return [] if settings is None else [settings]
     keys = NAME_KEYS.get(group, ("_name", group))[1 if is_flat else 0 :]
@@ -250,7 +250,7 @@ def _check_name(group: str, name: Any, registry: dict[str, type]) -> None:
         # fairseq fails while composing its own message: "KeyError: '_name'".
         raise ValueError(
             f"names the {group} `{name!s:.80}`, which neither fairseq nor this plugin knows. Add "
-            "the --user-dir of the plugin with which it was trained."
+            "the --user-dir of the plugin that was used in training."
         )
     if group not in ALLOWED or not found.__module__.startswith("fairseq."):
         return

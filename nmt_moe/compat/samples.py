@@ -1,4 +1,4 @@
-"""Divide a language model's text into samples in which begin marks are not targets."""
+"""Divide a language model's text into samples without begin marks as targets."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

@@ -59,7 +59,7 @@ def _trying(_: Callable) -> Callable:
         except OSError as error:
             reason = error.strerror or os.strerror(error.errno or errno.EIO)
             raise ValueError(
-                f"`--save-dir` must be a folder in which files can be written and renamed, but in "
+                f"`--save-dir` must be a folder where files can be written and renamed, but in "
                 f"`{save_dir}` they cannot: {reason}. Name another folder, or make room."
             ) from error
 

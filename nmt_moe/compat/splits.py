@@ -10,7 +10,7 @@ from nmt_moe.compat._replace import replace
 
 
 def name_uneven_sides() -> None:
-    """Report a data set whose two sides have different numbers of sentences.
+    """Report a data set with different numbers of sentences on its two sides.
 
     Reason: fairseq-train's assertion does not name the file.
     """

@@ -40,7 +40,7 @@ def add_balance(
         loss: The summed loss of the batch.
         sample_size: Sample size of the batch.
         extra: The model's second output; its `moe_stats` are the statistics of each layer.
-        logging_output: The log of the batch, to which columns are added.
+        logging_output: The log of the batch; columns are added to it.
         is_training: Whether the model is in training mode.
 
     Returns:

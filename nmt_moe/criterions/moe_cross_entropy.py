@@ -23,15 +23,15 @@ class MoECrossEntropyConfig(FairseqDataclass):
     sampled_softmax: int = field(
         default=0,
         metadata={
-            "help": "number of vocabulary samples, drawn once for each batch, from which training "
-            "estimates the softmax; 0: compute it in full, as evaluation always does"
+            "help": "number of vocabulary samples, drawn once for each batch, to estimate the "
+            "softmax in training; 0: compute it in full, as evaluation always does"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
 def _check_plain_softmax(model: nn.Module) -> None:
-    """Reject a model whose outputs are not logits.
+    """Reject a model that does not return logits.
 
     Raises:
         ValueError: if the model has an adaptive softmax. The message names the options.
@@ -111,8 +111,8 @@ class MoECrossEntropy(FairseqCriterion):
         output = getattr(model.decoder, "output", None)
         if not isinstance(output, nn.Linear):
             raise ValueError(
-                "`--sampled-softmax` must be 0 with models of fairseq or of other plugins, whose "
-                f"softmax layer is unknown, but is {self.num_draws}."
+                "`--sampled-softmax` must be 0 with models of fairseq or of other plugins, because "
+                f"their softmax layer is unknown, but is {self.num_draws}."
             )
         features, extra = model(**sample["net_input"], features_only=True)
         weight = output.weight

@@ -140,7 +140,7 @@ def _ask_torch(question: Any) -> Any:
         import torch
 
         return question(torch)
-    except Exception as error:  # whatever a broken installation or driver raises
+    except Exception as error:  # a broken installation or driver may raise anything
         return describe(error)
 
 

@@ -66,7 +66,7 @@ def _try(name: str, attempt: Callable[[], str]) -> Part:
         return Part(name, True, attempt())
     except NotHereError as reason:
         return Part(name, None, str(reason))
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return Part(name, False, describe(error))
 
 
@@ -115,10 +115,10 @@ def _try_gpu() -> str:
     if not difference < 1e-2 * results[0].abs().max().item():
         raise RuntimeError(f"the GPU's result differs from the CPU's by {difference:.1e}")
     if find_spec("triton") is None:
-        return "using torch's operations: Triton, whose kernels are faster, is not installed"
+        return "using torch's operations: Triton, which is faster, is not installed"
     if failed := failed_kernels():
         names = ", ".join(failed)
-        return f"using torch's operations for {names}, whose Triton kernels failed their trial"
+        return f"using torch's operations for {names}, because their Triton kernels failed a trial"
     return "using the Triton kernels, which give the CPU's results"
 
 

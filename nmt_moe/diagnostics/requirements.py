@@ -49,7 +49,7 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
     """Return the version of each required package, and a note if it does not fit.
 
     Args:
-        extras: Extras whose packages are also required.
+        extras: Extras that are also required.
 
     Returns:
         For each name, the version (or None) and a note such as "torch>=2.6: has 2.5.1", which is ""
@@ -86,7 +86,7 @@ def find_broken() -> list[str]:
     for module in IMPORTS:
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever a broken installation raises
+        except Exception as error:  # a broken installation may raise anything
             return [f"{module}: import failed ({describe(error)})"]
     return []
 

@@ -63,8 +63,8 @@ class EnsembleStep:
 
     Attributes:
         temperature: Divisor of the logits.
-        lm_model: A language model whose log-probabilities are added.
-        lm_weight: The factor that multiplies the language model's log-probabilities.
+        lm_model: A language model; its log-probabilities are added.
+        lm_weight: Factor of the language model's log-probabilities.
     """
 
     temperature: float = 1.0

@@ -1,6 +1,6 @@
 """Add GNMT's search to fairseq-generate, fairseq-interactive and every task's generator.
 
-How an option gets from the command line to the search, and what is replaced on the way:
+An option gets from the command line to the search in three steps:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then. Our replacement adds our options for every task.

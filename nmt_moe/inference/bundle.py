@@ -3,7 +3,7 @@
     config.json               format, network, languages, text pipeline, search defaults
     vocabulary.json           {"source": symbols, "target": symbols}, or {"shared": symbols}
     source.model, target.model  sentencepiece models; `pieces.model` if both sides share one
-    model.safetensors         all weights except those of experts
+    model.safetensors         all weights except the experts' weights
     experts.encoder.safetensors, experts.decoder.safetensors
                               experts, each with its SHA-256 hash, so that only the experts that a
                               sentence uses have to be read
@@ -106,7 +106,7 @@ class BundleConfig:
         network: Sizes of the network.
         languages: Names of the languages: [source, target] for one direction; for a multilingual
             model, all languages that have a token `<2xx>` in the vocabulary. May be empty.
-        directions: Directions such as "en-fr" on which a multilingual model was trained; empty for
+        directions: Directions such as "en-fr" that a multilingual model was trained on; empty for
             other models.
         text: Steps applied to text before it is split into pieces.
         search: Defaults of the search.

@@ -58,7 +58,7 @@ def add_experts(
     found: Sequence[list[Found]],
     num_marks: int,
 ) -> list[Sentence]:
-    """Add the experts to which one network sends each piece.
+    """Add the experts that one network sends each piece to.
 
     Args:
         network: The network, which reads sources and hypotheses again.

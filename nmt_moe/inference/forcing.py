@@ -81,8 +81,7 @@ def force_in_batches(
 ) -> list[Forced]:
     """Run `force_decode` in batches, and return the results in the order of the sentences.
 
-    `batch_tokens` is the maximum number of tokens that are read at once on either side, including
-    padding.
+    `batch_tokens` is the maximum number of tokens in a batch on either side, including padding.
     """
     lengths = [max(len(s), len(t) + 1) for s, t in zip(sentences, targets, strict=True)]
     results: dict[int, Forced] = {}

@@ -67,7 +67,7 @@ class LanguageModel:
         Args:
             lines: Any number of lines, without line ends; a string stands for a list of one. A line
                 without words is scored as an empty line.
-            batch_tokens: Maximum number of pieces that are read at once, including padding.
+            batch_tokens: Maximum number of pieces in a batch, including padding.
             with_experts: Whether to also return the experts of each piece.
             with_inputs: Whether to also return the inputs of the MoE layer.
 

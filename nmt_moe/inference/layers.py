@@ -28,7 +28,7 @@ FEW_ROWS = 8
 
 @dataclass
 class Trace:
-    """The experts to which tokens were sent, in the order of the calls.
+    """The experts that tokens were sent to, in the order of the calls.
 
     Attributes:
         expert_ids: (N, K) int64 for each call; E in empty slots.

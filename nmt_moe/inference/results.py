@@ -50,7 +50,7 @@ class Hypothesis:
 
     Attributes:
         text: Text of the translation, without the end mark.
-        score: The score by which hypotheses are ranked, in nats: log P divided by the length
+        score: The score that hypotheses are ranked by, in nats: log P divided by the length
             penalty, plus the coverage penalty if there is one.
         pieces: The T pieces of the translation.
         log_probs: T + 1 log-probabilities in nats, one for each piece and one for the end mark.

@@ -36,7 +36,7 @@ def write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tens
     for name, value in parameters.items():
         side, _, rest = name.partition(".moe.moe.experts.")
         if rest:
-            # Store one row for each output, the layout in which products are computed.
+            # Store one row for each output, because products are computed in this layout.
             experts.setdefault(side, {})[rest] = value.float().mT
         elif name not in config.shared_weights and UNUSED not in name:
             dense |= store(name, value.float(), config.dtype)
@@ -70,7 +70,7 @@ def save_experts(path: Path, stored: dict[str, Tensor]) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whose tensors start at multiples of `ALIGNMENT` bytes."""
+    """Write a safetensors file with tensors that start at multiples of `ALIGNMENT` bytes."""
     save_file(tensors, path, {"format": "pt"})
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

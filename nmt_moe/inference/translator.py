@@ -67,7 +67,7 @@ class Translator:
 
     @classmethod
     def load(cls, folder: Path | str | Sequence[Path | str]) -> Self:
-        """Open a bundle, or several whose probabilities are averaged.
+        """Open a bundle, or several bundles as an ensemble.
 
         Args:
             folder: A folder that `nmt-moe export` wrote, or a list of folders for an ensemble.

@@ -18,7 +18,7 @@ from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder, LSTMLanguageModel
 
 SCALE = ".scale"
-# Experts are stored in the layout in which products are computed, one row for each output.
+# Names of the experts' matrices, which are stored with one row for each output, as products need.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Part of the names of weights that are used only in training.
@@ -216,7 +216,7 @@ class ExpertWeights:
 
     @cached_property
     def joined(self) -> tuple[PackedLinear, PackedLinear]:
-        """Return all experts as two products, (E H, D) and then (D, E H)."""
+        """Return all experts as two products, (E H, D) and (D, E H)."""
         for expert in range(self.num_experts):
             self.check(expert)
         parts = [self._dequantised(name) for name in (EXPERTS_IN, EXPERTS_OUT)]

@@ -1,4 +1,4 @@
-"""Find the contexts in which each expert has its largest gates (Table 9 of the paper)."""
+"""Find the contexts where each expert has its largest gates (Table 9 of the paper)."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _environment() -> Environment:
 
 
 def direction(text: str | Sequence[str]) -> str:
-    """Return "rtl" for text whose first letter belongs to a right-to-left script, else "ltr"."""
+    """Return "rtl" if the first letter belongs to a right-to-left script, else "ltr"."""
     for character in MARK.sub("", text if isinstance(text, str) else " ".join(text)):
         kind = unicodedata.bidirectional(character)
         if kind in ("R", "AL"):
@@ -146,7 +146,7 @@ def attention_cells(attention: Sequence[Sequence[float]]) -> list[tuple[int, int
 
 
 def _view_layer(layer: Mapping[str, Any], caps: Caps) -> dict[str, Any]:
-    """Return a layer's values in the form in which the page shows them."""
+    """Return a layer's values in the form that the page shows."""
     usage, num_experts = layer["usage"], layer["num_experts"]
     order = sorted(range(num_experts), key=lambda expert: -usage["load"][expert])
     shown = sorted(order[:MAX_BARS]) if num_experts <= MAX_BARS else order[:MAX_BARS]

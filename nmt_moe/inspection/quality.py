@@ -93,7 +93,7 @@ def _describe_lines(
 
 
 def _find_extremes(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the best and worst lines, and those that differ most from the other model."""
+    """Return the best and worst lines, and the lines that differ most from the other model."""
     order = sorted(rows, key=lambda row: -row["chrf"])
     count = min(NUM_EXTREMES, len(order) // 2)
     found = {"best": order[:count], "worst": order[::-1][:count]}

@@ -19,7 +19,7 @@ from nmt_moe.inference import (
 )
 from nmt_moe.inspection.usage import ExpertUsage
 
-# Number of lines read at once, enough to form batches of similar lengths.
+# Number of lines read together, enough to form batches of similar lengths.
 CHUNK_LINES = 128
 
 

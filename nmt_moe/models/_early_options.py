@@ -1,4 +1,4 @@
-"""Read checkpoints whose options still have their names from version 0.1.0."""
+"""Read checkpoints that still use the option names of version 0.1.0."""
 
 from argparse import Namespace
 from collections.abc import Callable

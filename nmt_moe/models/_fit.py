@@ -111,7 +111,7 @@ def _shapes_of_model(cfg: Any, have: Shapes) -> Shapes:
     """Return the parameter shapes of the configured model with the checkpoint's dictionaries."""
     source, target = _stand_in(have, SIZED_BY_SOURCE), _stand_in(have, SIZED_BY_TARGET)
     task = SimpleNamespace(source_dictionary=source, target_dictionary=target)
-    # Building this model draws random numbers, which must not change those that a search draws
+    # Building this model draws random numbers, but must not change the numbers that a search draws
     # later.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = models.build_model(deepcopy(cfg), task, from_checkpoint=True)

@@ -35,7 +35,7 @@ class MoEOptions(FairseqDataclass):
     init_range: float = field(
         default=0.04,
         metadata={
-            "help": "initial weights, except those of gates and biases, are drawn uniformly from "
+            "help": "initial weights, except gates and biases, are drawn uniformly from "
             "[-init_range, init_range]"
         },
     )

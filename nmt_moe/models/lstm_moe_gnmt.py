@@ -61,8 +61,8 @@ class LSTMMoEGNMTConfig(MoEOptions):
     attention_wiring: WiringChoice = field(
         default=GNMTConfig.attention_wiring,
         metadata={
-            "help": "where the attention's context goes; recurrent: into decoder LSTM 1, at each "
-            "step; parallel: into LSTM 2, after LSTM 1 has run over all steps"
+            "help": "decoder LSTM that receives the attention's context; recurrent: LSTM 1, at "
+            "each step; parallel: LSTM 2, after LSTM 1 has run over all steps"
         },
     )
     dropout: float = field(

@@ -64,7 +64,7 @@ class LocalExchange:
 
 @dataclass(frozen=True)
 class AllToAllRoute:
-    """A plan that says which tokens each rank sends to which other rank.
+    """A plan of the tokens that ranks send to each other.
 
     All ranks of the group must call each method, and run its backward pass, in the same order.
 
@@ -181,7 +181,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
 
 
 class _AllToAll(torch.autograd.Function):
-    """An all-to-all whose backward pass runs even without rows, because other ranks wait for it."""
+    """An all-to-all with a backward pass even without rows, because other ranks wait for it."""
 
     @staticmethod
     def forward(

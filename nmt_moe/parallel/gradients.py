@@ -60,7 +60,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     averaged.
 
     Args:
-        parameters: Shards and other parameters; those without a gradient are skipped.
+        parameters: Shards and other parameters; parameters without a gradient are skipped.
         max_norm: Largest norm allowed; 0 for no limit.
 
     Returns:

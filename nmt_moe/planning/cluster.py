@@ -66,7 +66,7 @@ class Setup:
 
     @property
     def num_moe_layers(self) -> int:
-        """Return the number of MoE layers whose experts can be spread over devices."""
+        """Return the number of MoE layers with experts that can be spread over devices."""
         return describe_setup(self).num_moe_layers
 
 
@@ -173,8 +173,8 @@ def predict_traffic(setup: Setup, sizes: Sizes) -> dict[str, int]:
 
     The exchange sends tokens and their gates to the ranks of their experts, sends the results back,
     and sends the gradients of all three in the opposite directions. It also sends the experts' ids
-    and three counts per rank. The balance losses sum the importance and load of all experts (in a
-    hierarchy, also those of groups) over the ranks, in the forward and in the backward pass.
+    and three counts per rank. The balance losses sum the importance and load of all experts (and,
+    in a hierarchy, of all groups) over the ranks, in the forward and in the backward pass.
     """
     number = 4 if setup.precision == "fp32" else 2
     devices, size, moe = setup.devices, setup.size, setup.moe

@@ -51,8 +51,8 @@ DEVICES = {
     ),
     "cpu": Device(
         *(0.1e12, 0, 8e9, 10e9, 1e9),
-        "two cores of the machine in benchmarks/results/cpu.md, whose products reach 82-102 "
-        "GFLOP/s; memory and link are assumed",
+        "two cores of the machine in benchmarks/results/cpu.md, with products at 82-102 GFLOP/s; "
+        "memory and link are assumed",
         True,
     ),
 }

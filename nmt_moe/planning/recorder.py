@@ -109,9 +109,9 @@ class Network:
         weights: All parameters except the weights of the embedding and the softmax layer.
         products: Matrix products; the last belongs to the softmax layer. Equal products with the
             same weight share an entry.
-        kept: Bytes kept for the backward pass, by part of the network, without MoE layers, whose
-            bytes `mixture` computes.
-        num_moe_layers: Number of MoE layers whose experts can be spread over ranks.
+        kept: Bytes kept for the backward pass, by part of the network. MoE layers are left out,
+            because `mixture` computes their bytes.
+        num_moe_layers: Number of MoE layers with experts that can be spread over ranks.
     """
 
     weights: list[Weight] = field(default_factory=list)
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         self.part = "other"
         self._modules = modules
         self._parameters: dict[int, tuple[str, str]] = {}
-        self._known: dict[int, Any] = {}  # storages already saved, and those of parameters
+        self._known: dict[int, Any] = {}  # storages of parameters and of saved tensors
         self._index: dict[tuple, int] = {}
 
     def own(self, parameter: Tensor, part: str, name: str) -> None:
@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
 def _find_parts(network: nn.Module) -> dict[str, str]:
     """Return the part of every module by its name.
 
-    A module whose class is not in `PARTS` belongs to the part of the enclosing module.
+    If a module's class is not in `PARTS`, the module belongs to the part of the enclosing module.
     """
     found = {"": "other"}
     for name, module in network.named_modules():

@@ -67,7 +67,7 @@ def changed_reader(
     Args:
         model: The model before it was changed.
         reader: The bundle that reads text for the model.
-        output: Path to which the changed model was written.
+        output: Path that the changed model was written to.
         layers: The reader's layers, changed in the same way.
     """
     if isinstance(model, StoredBundle):

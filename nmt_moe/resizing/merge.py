@@ -83,7 +83,7 @@ def gate_columns(layer: Layer) -> Tensor:
 def match_units(
     weight_in: Tensor, weight_out: Tensor, one: int, other: int
 ) -> tuple[Tensor, Tensor]:
-    """Reorder the hidden units of an expert to match those of another expert.
+    """Reorder the hidden units of an expert to match the units of another expert.
 
     Args:
         weight_in: (E, D, H), the experts' first matrices.

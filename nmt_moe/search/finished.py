@@ -43,7 +43,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Ended:
-    """Hypotheses that ended at the same step, sorted by sentence, then by rank.
+    """Hypotheses that ended at the same step, sorted by sentence and then by rank.
 
     All fields have the shape (N,); `add` describes them.
     """

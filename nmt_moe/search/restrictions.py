@@ -24,8 +24,8 @@ class Restrictions:
             the maximal length.
         suppressed: Tokens that are never chosen, such as other special symbols.
         unk: The symbol for unknown words.
-        unk_penalty: Number of nats by which the log-probability of `unk` is lowered; infinity
-            means that it is never chosen.
+        unk_penalty: Number of nats to subtract from the log-probability of `unk`; infinity means
+            that it is never chosen.
         no_repeat_ngram_size: Length of the n-grams that no hypothesis may contain twice; 0 for no
             such restriction.
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Number of characters that fill a batch. Pieces are known only after a model has split the text. A
 # piece has about four characters, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
-# Seconds that the thread waits for more requests, and seconds after a batch in which it may wait.
+# Seconds that the thread waits for more requests, and seconds after a batch while it may wait.
 MAX_WAIT = 0.02
 RECENT = 0.1
 

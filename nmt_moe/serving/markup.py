@@ -11,14 +11,14 @@ VOID = {
     *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param"),
     *("source", "track", "wbr"),
 }
-# Elements whose end tag may be omitted.
+# Elements that may lack an end tag.
 SELF_ENDING = {
     *("html", "head", "body", "p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot"),
     *("colgroup", "option", "optgroup", "rt", "rp"),
 }
-# Elements whose content is not text.
+# Elements that do not contain text.
 UNTOUCHED = {"script", "style"}
-# Elements in which line ends matter.
+# Elements that preserve line ends.
 PREFORMATTED = {"pre", "textarea", "listing"}
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(LOGGER)
 
 
 def serve(service: Service, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then finish the requests in flight.
+    """Serve until SIGTERM or SIGINT, and then finish the open requests.
 
     Args:
         service: The service to run.

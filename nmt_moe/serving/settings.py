@@ -1,4 +1,4 @@
-"""Limits on what clients may request."""
+"""Limits on clients' requests."""
 
 from __future__ import annotations
 

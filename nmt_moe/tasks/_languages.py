@@ -84,7 +84,7 @@ def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
             raise ValueError(f"`--langs` must name each language once, but has '{language}' twice.")
     for pair in pairs:
         for language in (pair.source, pair.target):
-            check_language(language, languages, f"`--lang-pairs` has '{pair}', whose language")
+            check_language(language, languages, f"`--lang-pairs`: a language of '{pair}'")
     return languages
 
 

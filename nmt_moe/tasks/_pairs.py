@@ -51,7 +51,7 @@ class PairsDataset(LanguagePairDataset):
         self.starts = np.cumsum([0, *self.part_sizes])
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the training epoch whose sentences are drawn."""
+        """Set the training epoch to draw sentences for."""
         super().set_epoch(epoch)
         # Count only epochs that use this folder, so that each continues where the previous one
         # ended.
@@ -66,7 +66,7 @@ class PairsDataset(LanguagePairDataset):
             for pair, start, size in zip(self.pairs, self.starts, self.part_sizes, strict=False)
         ]
         indices = np.random.permutation(np.concatenate(drawn))
-        # Sort by source and then target length; sentences of equal lengths stay in random order.
+        # Sort by source and then target length. Sentences of equal lengths stay in random order.
         return indices[np.lexsort((self.tgt_sizes[indices], self.src_sizes[indices]))]
 
     def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[np.ndarray]:

@@ -48,7 +48,7 @@ class MultilingualGNMTConfig(TranslationConfig):
         default="",
         metadata={
             "help": "languages in the order of their tokens in the dictionary; default: the order "
-            "in which --lang-pairs first names them. When translating, use the order of training"
+            "of their first mention in --lang-pairs. When translating, use the order of training"
         },
     )
     sampling_temperature: float = field(

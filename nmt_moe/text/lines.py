@@ -1,4 +1,4 @@
-r"""Read text line by line. These rules determine what a line is, and which lines are rejected.
+r"""Read text line by line. These rules define lines, and determine which lines are rejected.
 
 - Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last line does
   not end with `\n`. `\r\n` is one line end; the carriage return is not part of the line.
@@ -108,7 +108,7 @@ def open_bytes(path: Path) -> BinaryIO:
 def open_output(path: Path | None) -> Iterator[TextIO]:
     """Open a text file for writing; None stands for standard output.
 
-    The file appears only when it is complete: until then it has a temporary name in the same
+    The file appears only when it is complete. Until then, it has a temporary name in the same
     folder, and a failure removes it. /dev/null, pipes and similar files are written directly.
     """
     if path is None:
@@ -150,7 +150,7 @@ def scan_lines(
         stream: The stream, at the start of a line.
         name: Name of the stream in warnings.
         start: Position of the stream in bytes; a byte order mark is dropped only at 0.
-        end: Position in bytes, at the end of a line, at which to stop.
+        end: Position in bytes where reading stops, which is the end of a line.
         max_bytes: Maximum length of a line; a longer line is rejected and skipped.
         allow_controls: Whether to accept control characters and carriage returns, for text that is
             cleaned afterwards.

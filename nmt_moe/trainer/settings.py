@@ -111,8 +111,8 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
         if not learns and not config.num_groups:
             logger.warning(
                 "with one expert for each token (top_k is 1), each token's gate is 1, so the gate "
-                "of the %s can only learn from the load loss, whose weight is 0. Use more experts "
-                "for each token, or set a weight for the load loss.",
+                "of the %s can only learn from the load loss, but its weight is 0. Use more "
+                "experts for each token, or set a weight for the load loss.",
                 layer.name,
             )
 

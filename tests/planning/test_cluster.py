@@ -251,7 +251,7 @@ def test_every_architecture_can_be_planned():
         ("--devices 4 --expert-parallel-size 3", "`--devices` must be a multiple of .*, 3"),
         ("--devices 3 --expert-parallel-size 3", "`--num-experts` must be a multiple of .*, 3"),
         ("--sampled-softmax 9 --vocab-size 8", "`--sampled-softmax` must be from 0 to 8, but is 9"),
-        ("--device k40 --precision bf16", "`--precision` must be fp32 on a k40"),
+        ("--device k40 --precision bf16", "the FLOP/s of a k40 in half precision"),
         ("--memory -1", "`--memory` must be greater than 0, but is -1"),
         ("--utilisation 2", "`--utilisation` must be from 0 to 1, but is 2"),
         ("--top-k 33", "`--top-k` must be from 1 to 32, but is 33"),

@@ -206,7 +206,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
             ["--lang-pairs", "aa-bb,bb-cc", "--oversampling", ""],
             "'bb-cc' has no valid text",
         ),
-        (["--langs", "aa,bb"], "'aa-cc', whose language must be one of aa, bb, but is 'cc'"),
+        (["--langs", "aa,bb"], "a language of 'aa-cc' must be one of aa, bb, but is 'cc'"),
         (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
         (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
         (["-s", "aa", "-t", "bb"], "must be left out in training, but name 'aa-bb'"),

@@ -185,7 +185,7 @@ def test_a_read_only_save_folder_is_reported_once_before_the_first_update(
         process.join(200)
     assert [process.exitcode for process in ranks] == [1, 1]
     first, second = ((tmp_path / f"error{rank}").read_text() for rank in range(2))
-    assert first.startswith("`--save-dir` must be a folder in which files can be written")
+    assert first.startswith("`--save-dir` must be a folder where files can be written")
     assert f"in `{tmp_path}` they cannot: Read-only file system" in first
     assert second == "another process of this training has ended; its own message says why"
     assert not list(tmp_path.glob("*.pt"))

@@ -50,7 +50,7 @@ def test_invalid_pairs_are_refused_by_name(text: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("en,de", "has 'en-fr', whose language must be one of en, de, but is 'fr'"),
+        ("en,de", "a language of 'en-fr' must be one of en, de, but is 'fr'"),
         ("en,fr,en", "must name each language once, but has 'en' twice"),
         ("en, fr", "but has ' fr'"),
     ],
