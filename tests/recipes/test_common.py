@@ -34,7 +34,7 @@ def test_the_last_loss_of_a_log_is_read(tmp_path):
 def test_an_incomplete_log_is_refused(tmp_path):
     log = tmp_path / "log"
     log.write_text("Evaluated 8 tokens\n")
-    for command, what in (("loss", "loss of fairseq-eval-lm"), ("perplexities", "perplexity")):
+    for command, what in (("loss", "loss from fairseq-eval-lm"), ("perplexities", "perplexity")):
         done = read_log(command, log)
         assert done.exit_code == 1
         assert f"error: `{log}` has no {what}" in done.stderr
