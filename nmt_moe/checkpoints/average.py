@@ -90,7 +90,7 @@ def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
 def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
     """Average each parameter over the checkpoints in float64.
 
-    Integers cannot be averaged; they are taken from the last checkpoint.
+    Integers cannot be averaged, so they are taken from the last checkpoint.
 
     Raises:
         ValueError: if two checkpoints differ in the names, shapes or dtypes of their parameters.
@@ -103,7 +103,7 @@ def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
         layout = layout or found
         if found != layout:
             raise ValueError(
-                f"`{path}` has parameters with other names, shapes or dtypes than `{paths[0]}`"
+                f"the parameters of `{path}` and `{paths[0]}` differ in names, shapes or dtypes"
             )
         for name, value in parameters.items():
             if value.is_floating_point() and name in sums:

@@ -115,7 +115,7 @@ def restore_experts(
         state: Contents of the checkpoint; unchanged if they already include the experts.
         owned: Slice of the global ids of the experts to add; None for all. Files that contain none
             of them are not read.
-        with_optimizer: Whether to add the optimizer state of these experts too.
+        with_optimizer: Whether to add the optimizer state of these experts as well.
 
     Raises:
         ValueError: if a file is missing, damaged, from another save, or does not match the

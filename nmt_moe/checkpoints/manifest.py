@@ -74,7 +74,7 @@ def _check_fields(manifest: Any) -> None:
     if not _is_text(save_id, SAVE_ID):
         raise ValueError(f"has a manifest of experts with the save id {shown(save_id)}")
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
-        raise ValueError(f"has a manifest of {shown(num_experts)} experts")
+        raise ValueError(f"has a manifest for {shown(num_experts)} experts")
     if len(manifest["files"]) > num_experts:
         raise ValueError(f"has more expert files than its {num_experts} experts")
     for entry in manifest["files"]:
@@ -102,13 +102,13 @@ def _check_coverage(manifest: Mapping[str, Any]) -> None:
     for entry in manifest["files"]:
         if entry["start"] != end:
             first, last = sorted((entry["start"], end))
-            fault = "in no file" if entry["start"] > end else "in more than one file"
-            raise ValueError(f"has experts {first} to {last - 1} {fault}")
+            fault = "no file" if entry["start"] > end else "more than one file"
+            raise ValueError(f"has {fault} for experts {first} to {last - 1}")
         end = entry["stop"]
     if end < manifest["num_experts"]:
-        raise ValueError(f"has experts from {end} on in no file")
+        raise ValueError(f"has no file for experts from {end} on")
     if end > manifest["num_experts"]:
-        raise ValueError(f"has files of {end} experts, but a manifest of {manifest['num_experts']}")
+        raise ValueError(f"has files for {end} experts, not for {manifest['num_experts']}")
 
 
 def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
     expected = settings.get("num_experts") if isinstance(settings, dict) else None
     if expected is not None and expected != num_experts:
         raise ValueError(
-            f"has files of {num_experts} experts, but a configuration of {shown(expected)}"
+            f"has files for {num_experts} experts, but a configuration with {shown(expected)}"
         )
 
 

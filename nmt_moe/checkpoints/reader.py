@@ -42,7 +42,7 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
 
     Args:
         path: Path of the checkpoint; expert files are read from its folder.
-        with_optimizer: Whether to read the optimizer state from expert files too.
+        with_optimizer: Whether to also read the optimizer state from expert files.
 
     Raises:
         ValueError: if a file is missing, damaged or does not match. The message names it.

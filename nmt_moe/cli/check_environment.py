@@ -22,7 +22,7 @@ nmt-moe check-environment --extra demo --extra dev
     "--extra", "extras", multiple=True, help="Also check what this extra needs; repeatable."
 )
 def check_environment(extras: tuple[str, ...]) -> None:
-    """Check that this Python has everything nmt_moe needs, and print what is missing.
+    """Check that this Python has everything nmt_moe needs, and list everything that is missing.
 
     The command compares versions with the project's requirements, and imports torch, fairseq and
     fairseq's compiled parts. It installs nothing. `nmt-moe doctor` reports more, including details

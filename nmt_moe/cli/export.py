@@ -24,7 +24,7 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--data", type=DATA, required=True, help="Folder that fairseq-preprocess wrote.")
 @click.option(
-    "--pieces", type=FILE, help="sentencepiece model; without it, words are split at spaces."
+    "--pieces", type=FILE, help="sentencepiece model; without it, text is split at spaces."
 )
 @click.option(
     "--target-pieces", type=FILE, help="sentencepiece model of the target, if it has its own."
@@ -43,11 +43,13 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
 @click.option(
     "--target-lang", help="Target language; needed if neither the checkpoint nor its data names it."
 )
-@click.option("--lowercase", is_flag=True, help="Lower-case source text, as was done for training.")
+@click.option(
+    "--lowercase", is_flag=True, help="Convert source text to lower case, as in training."
+)
 @click.option(
     "--normalize-punctuation",
     is_flag=True,
-    help="Normalise punctuation in source text as Moses does, as was done for training.",
+    help="Normalise punctuation in source text like Moses, as in training.",
 )
 @click.option("--beam", type=int, help="The bundle's default beam size.  [default: 5]")
 @click.option(

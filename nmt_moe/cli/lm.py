@@ -39,8 +39,8 @@ def score(folder: Path, file: Path | None) -> None:
     The numbers are separated by tabs: log-probability in nats; perplexity per piece, per word and
     per character; number of pieces; number of pieces unknown to the model. The end of a line counts
     as one more piece, word or character. At the end, a summary of the whole text is printed on
-    standard error. A line that is not text gets a blank line of output, is reported at the end, and
-    makes the exit status 1.
+    standard error. A line that is not text gets a blank line of output and is reported at the end.
+    The exit status is then 1.
     """
     from nmt_moe.inference import LanguageModel, total_score
     from nmt_moe.inference.files import describe_faults, scan_stream

@@ -87,8 +87,8 @@ def translate(
     """Translate FILES, or standard input, with the bundle FOLDER, line by line.
 
     A file named - stands for standard input. Blank lines stay blank. A line that is not text
-    (invalid UTF-8, control characters) is left blank and reported at the end, with exit status 1;
-    all other lines are translated.
+    (invalid UTF-8, control characters) is left blank and reported at the end. The exit status is
+    then 1, but all other lines are translated.
     """
     if experts and not jsonl:
         raise ValueError("`--experts` needs `--jsonl`.")

@@ -11,7 +11,7 @@ from nmt_moe.compat._replace import replace
 
 
 def keep_every_sentence() -> None:
-    """Put the last sentences of a data set into a batch of their own.
+    """Put the last sentences of a data set into a separate batch.
 
     Reason: `batch_by_size` drops the last batch if its size is not a multiple of
     --required-batch-size-multiple, 8 by default: fairseq-generate silently leaves out up to 7

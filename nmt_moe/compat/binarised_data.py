@@ -22,8 +22,8 @@ WAY_OUT = "Binarise the text again with fairseq-preprocess."
 def write_digests_of_binarised_data() -> None:
     """Let fairseq-preprocess write the SHA-256 hashes of its data and dictionaries to `.sha256`.
 
-    Reason: damaged data silently decode to other sentences. `sha256sum -c` can check the digests,
-    too.
+    Reason: damaged data silently decode to other sentences. `sha256sum -c` can also check the
+    digests.
     """
     replace(FileBinarizer, "multiprocess_dataset", _writing)
 

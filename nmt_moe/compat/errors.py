@@ -102,7 +102,7 @@ def _process() -> str:
 def leave_for_torchrun(message: str) -> None:
     """Write an error to the file that torchrun reads, so that its own report ends with the cause.
 
-    Reason: its report would otherwise only advise users to enable tracebacks.
+    Reason: otherwise, its report would only advise users to enable tracebacks.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

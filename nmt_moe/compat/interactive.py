@@ -80,7 +80,7 @@ def _skipping_unread(make: Callable) -> Callable:
         kept = [index for index, _ in lines.numbered()]
         if kept:
             for batch in make([lines[index] for index in kept], *args):
-                # An id is a line's index among all lines read, including the bad ones.
+                # An id is a line's index among all lines read, including bad lines.
                 yield batch._replace(ids=torch.tensor([kept[i] for i in batch.ids.tolist()]))
 
     return make_batches

@@ -42,7 +42,7 @@ def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterat
 
 
 def count_lines_once(path: str) -> int:
-    """Return the number of lines of a file; a file that has not changed is read only once.
+    """Return the number of lines of a file. A file that has not changed is read only once.
 
     Raises:
         ValueError: as in `nmt_moe.text.lines.read_lines`.

@@ -64,7 +64,7 @@ def warn_of_other_directions() -> None:
 
 
 def _direction(task: FairseqTask) -> str | None:
-    """Return the direction, such as en-nl; None for other kinds of tasks."""
+    """Return the direction, such as en-nl, or None for other kinds of tasks."""
     return (
         f"{task.cfg.source_lang}-{task.cfg.target_lang}" if type(task) is TranslationTask else None
     )

@@ -33,7 +33,7 @@ def let_validate_read_the_task_from_the_checkpoint() -> None:
 
 def _validating(parse: Callable) -> Callable:
     def parse_args_and_arch(parser: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        # The parsers of other commands have a default; this one leaves out options that are not
+        # The parsers of other commands have a default; this parser leaves out options that are not
         # set.
         if parser.get_default("task") is None:
             parser.set_defaults(task="translation")
@@ -62,7 +62,7 @@ def _suggesting(parse: Callable) -> Callable:
 
 
 def shorten_choices(message: str) -> str:
-    """Shorten argparse's list of choices to those that resemble the given one."""
+    """Shorten argparse's list of choices to the choices that resemble the given name."""
     found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
     if found is None:
         return message

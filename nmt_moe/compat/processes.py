@@ -12,7 +12,7 @@ from nmt_moe.compat._replace import replace
 
 logger = logging.getLogger(__name__)
 
-# Environment variables that torchrun sets for each process.
+# Environment variables that torchrun sets for every process.
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 

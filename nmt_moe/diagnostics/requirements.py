@@ -82,7 +82,7 @@ def find_missing(extras: tuple[str, ...]) -> list[str]:
 
 
 def find_broken() -> list[str]:
-    """Return a line for the first module that is missing or whose import fails."""
+    """Return a line for the first module that is missing or cannot be imported."""
     for module in IMPORTS:
         try:
             importlib.import_module(module)

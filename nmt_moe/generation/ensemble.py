@@ -37,7 +37,7 @@ class EnsembleState:
     sentence: Tensor
 
     def reorder(self, rows: Tensor) -> Self:
-        """Select rows: (R',) int64, the old row of each new one. This invalidates the old state."""
+        """Select rows: (R',) int64, the old row of each new row. Invalidate the old state."""
         sentence = self.sentence[rows]
         if not torch.equal(sentence, self.sentence):
             if len(sentence) == len(self.sentence):

@@ -4,15 +4,15 @@ An option gets from the command line to the search in three steps:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then. Our replacement adds our options for every task.
-2. fairseq keeps only parsed arguments that its dataclasses list. Our options that are set are
+2. fairseq keeps only parsed arguments that its dataclasses list. If our options are set, they are
    appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
-   `cfg.generation` beside `beam` and `lenpen`; all other configurations stay unchanged.
+   `cfg.generation` beside `beam` and `lenpen`. All other configurations stay unchanged.
 3. Tasks pass `cfg.generation` to `FairseqTask.build_generator`. Our replacement reads the options
    and passes our generator as `seq_gen_cls`. It accepts any namespace, so that
-   `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` works too. With all options 0 it calls the
-   original with unchanged arguments.
+   `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` also works. If all options are 0, it calls
+   the original with unchanged arguments.
 
-fairseq has no registry of searches, and a task of our own would exclude users of other tasks.
+fairseq has no registry of searches, and our own task would exclude users of other tasks.
 """
 
 import functools
@@ -95,7 +95,7 @@ def _keeping_options(make: Callable) -> Callable:
 
 
 def read_config(args: Any) -> SearchConfig:
-    """Read the options from a namespace or configuration; missing ones are off.
+    """Read the options from a namespace or configuration; missing options are off.
 
     Raises:
         ValueError: if a value is out of range, or two options cannot be combined.

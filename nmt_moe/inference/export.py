@@ -264,7 +264,7 @@ def _check_digests(
 
 
 def _find_shared(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the name of each table that equals an earlier one to the earlier table's name."""
+    """Map the name of each table that equals an earlier table to the earlier table's name."""
     names = ("encoder.embedding.weight", "decoder.embedding.weight", "decoder.output.weight")
     there = [name for name in names if name in parameters]
     shared = {}

@@ -65,7 +65,7 @@ class LanguageModel:
         """Compute the log-probability of each line.
 
         Args:
-            lines: Any number of lines, without line ends; a string stands for a list of one. A line
+            lines: Any number of lines, without line ends; a string means a list of one. A line
                 without words is scored as an empty line.
             batch_tokens: Maximum number of pieces in a batch, including padding.
             with_experts: Whether to also return the experts of each piece.

@@ -99,7 +99,7 @@ class BidirectionalLSTM:
         self.backwards = LSTM(weights, f"{name}.backwards")
 
     def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
-        """Run over whole sentences; arguments as in `LSTM.run`.
+        """Run over whole sentences, with the same arguments as `LSTM.run`.
 
         `turn` is (S, B) int64, from `turned_positions`.
         """

@@ -62,7 +62,7 @@ class DecoderState:
     layers: list[State]
 
     def reorder(self, rows: Tensor) -> Self:
-        """Return the state of new rows; `rows` (R',) int64 holds the old row of each new one."""
+        """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
         sentence, memory = self.sentence[rows], self.memory
         layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
         if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentences have finished

@@ -38,7 +38,7 @@ class EnsembleState:
     states: list[DecoderState]
 
     def reorder(self, rows: Tensor) -> Self:
-        """Return the state of new rows; `rows` (R',) int64 holds the old row of each new one."""
+        """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
         return type(self)([state.reorder(rows) for state in self.states])
 
 

@@ -42,7 +42,7 @@ class Translator:
     Results do not depend on how texts are batched, except for the last bits of scores.
 
     Attributes:
-        languages: Target languages of a multilingual model; otherwise the one target language, if
+        languages: Target languages of a multilingual model; otherwise the only target language, if
             known.
         defaults: Search defaults of the first bundle.
         config: Configuration of the first bundle.

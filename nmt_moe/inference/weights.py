@@ -169,7 +169,7 @@ class Embedding:
 
 
 class ExpertWeights:
-    """The experts of one layer, mapped from their file; each is checked before its first use.
+    """The experts of one layer, mapped from their file. Each is checked before its first use.
 
     Attributes:
         weight_in: (E, H, D), the experts' first matrices, packed one expert at a time.

@@ -87,7 +87,7 @@ class LayerReport:
             self._samples.append(_thin_out(torch.cat(inputs), NUM_SAMPLES).clone())
 
     def compare(self, before: Sequence[Routing], after: Sequence[Routing]) -> None:
-        """Add the routing of the same tokens by another checkpoint (`before`) and by this one."""
+        """Add the routing of the same tokens in another checkpoint (`before`) and in this one."""
         num_experts = self.moe.config.num_experts
         ids = [torch.cat([one.expert_ids for one in own]) for own in (before, after)]
         pairs = float((ids[1] < num_experts).sum())

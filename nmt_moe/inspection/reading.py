@@ -73,7 +73,7 @@ def collect_usage(
 
     Args:
         model: The model that reads the text.
-        texts: Lines; blank ones are left out.
+        texts: Lines. Blank lines are left out.
         references: A translation of each line, for the decoder to read (teacher forcing); None to
             read the model's own translations.
         target_lang: Target language of a multilingual model.

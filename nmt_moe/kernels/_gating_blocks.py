@@ -121,7 +121,7 @@ def noise_scale(raw: Tensor, out: Tensor) -> Tensor:
 def margins(clean: Tensor, scale: Tensor, top: Tensor, ids: Tensor, out: Tensor) -> Tensor:
     """Compute how far each clean logit is above its threshold, in standard deviations.
 
-    The threshold of a chosen expert is the (k+1)-th largest noisy logit; the threshold of any other
+    The threshold of a chosen expert is the (k+1)-th largest noisy logit. The threshold of any other
     expert is the k-th largest.
 
     Args:

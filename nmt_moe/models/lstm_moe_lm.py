@@ -28,8 +28,8 @@ class LSTMMoELMConfig(MoEOptions):
     lstm_hidden_dim: int = field(
         default=LSTMLMConfig.lstm_hidden_dim,
         metadata={
-            "help": "number of cells in each LSTM; if it is not --model-dim, outputs are projected "
-            "to --model-dim"
+            "help": "number of cells in each LSTM; if it differs from --model-dim, outputs are "
+            "projected to --model-dim"
         },
     )
     lstm_layers: int = field(

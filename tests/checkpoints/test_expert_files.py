@@ -115,9 +115,9 @@ def test_a_file_from_another_save_is_named(path, tmp_path):
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ([0, 2], "has experts 2 to 3 in no file"),
-        ([0, 1, 1, 2], "has experts 2 to 3 in more than one file"),
-        ([0, 1], "has experts from 4 on in no file"),
+        ([0, 2], "has no file for experts 2 to 3"),
+        ([0, 1, 1, 2], "has more than one file for experts 2 to 3"),
+        ([0, 1], "has no file for experts from 4 on"),
     ],
 )
 def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message):
