@@ -76,7 +76,7 @@ def verify(path: Path) -> str:
     restore_experts(path, state)
     plugin.register()
     model = check_fits_its_model(str(path))
-    fits = f"fits `{model}`" if model else "not compared with its model, which is fairseq's"
+    fits = f"fits `{model}`" if model else "not compared with its model, which belongs to fairseq"
     if manifest is None:
         return f"complete, in one file, {fits}"
     size = sum(entry["bytes"] for entry in manifest["files"]) / 1e6

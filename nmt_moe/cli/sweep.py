@@ -44,8 +44,8 @@ def sweep(
     corresponds to the option --unnormalized.
 
     BLEU is computed by sacrebleu. It compares the D- lines with the T- lines of the same file or
-    with --reference, which must have one line per sentence of the split. To get scores comparable
-    with published ones, give the raw text as --reference.
+    with --reference, which must have one line per sentence of the split. To get scores that can be
+    compared with published scores, give the raw text as --reference.
     """
     from nmt_moe.scoring import penalties as lib
 

@@ -1,4 +1,4 @@
-"""Write digests of binarised data; on loading, check data against them and the dictionary."""
+"""Write digests of binarised data, and check loaded data against its digests and dictionary."""
 
 import os
 from collections.abc import Callable, Iterator

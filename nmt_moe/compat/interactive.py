@@ -18,7 +18,7 @@ PIECE_START = "\u2581"  # how sentencepiece marks the space before a piece
 
 
 def skip_unreadable_lines() -> None:
-    """Read lines as `nmt_moe.text.lines` does, and skip those that cannot be used.
+    """Read lines as `nmt_moe.text.lines` does, and skip lines that cannot be used.
 
     Reason: a line that is not UTF-8 ends the whole run.
     """

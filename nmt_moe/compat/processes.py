@@ -19,7 +19,7 @@ TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 def let_torchrun_train_on_cpu() -> None:
     """Use the rank and world size of torchrun even without a CUDA device.
 
-    Reason: fairseq computes `rank % cuda.device_count()`, a division by zero.
+    Reason: fairseq computes `rank % cuda.device_count()`, which divides by zero.
     """
     replace(distributed_utils, "_infer_torch_distributed_launch_init", _inferring)
 

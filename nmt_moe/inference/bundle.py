@@ -177,7 +177,7 @@ def parse_config(path: Path, content: bytes) -> BundleConfig:
     if version != VERSION or isinstance(version, bool):
         raise ValueError(
             f"`{path}` has the format version {version!r}, but this version of nmt_moe reads "
-            f"{VERSION}. Install a newer one, or export the model again."
+            f"{VERSION}. Install a newer version, or export the model again."
         )
     del table["format"]
     try:
@@ -263,7 +263,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_content(folder: Path, name: str, sums: Mapping[str, str], content: bytes) -> None:
-    """Reject the contents of a file if their SHA-256 hash differs from the listed one.
+    """Reject the contents of a file if their SHA-256 hash differs from the listed hash.
 
     Raises:
         ValueError: if it differs; the message names the file.
@@ -272,7 +272,7 @@ def check_content(folder: Path, name: str, sums: Mapping[str, str], content: byt
 
 
 def check_file(folder: Path, name: str, sums: Mapping[str, str]) -> None:
-    """Reject a file if its SHA-256 hash differs from the listed one.
+    """Reject a file if its SHA-256 hash differs from the listed hash.
 
     Raises:
         ValueError: if it differs; the message names the file.

@@ -200,7 +200,7 @@ def _find_languages(
     found = {path.name.split(".")[1] for path in data.glob("train*.*-*.*.idx")}
     if len(found) != 1:
         raise ValueError(
-            f"the checkpoint does not name its languages, and `{data}` has training text of "
+            f"the checkpoint does not name its languages, and `{data}` has training text for "
             f"{len(found)} pairs. Add --source-lang and --target-lang."
         )
     source, _, target = found.pop().partition("-")

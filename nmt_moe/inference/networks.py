@@ -147,7 +147,7 @@ class TranslationNetwork:
     def step(
         self, tokens: Tensor, state: DecoderState, trace: Trace | None = None
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """Predict the next token, as the `step` of `beam_search`.
+        """Predict the next token; this is the `step` of `beam_search`.
 
         Args:
             tokens: (R, T) int64; only the last token of each row is read.

@@ -57,7 +57,7 @@ class Ensemble:
     def step(
         self, tokens: Tensor, state: EnsembleState, trace: Trace | None = None
     ) -> tuple[Tensor, Tensor, EnsembleState]:
-        """Predict the next token, as the `step` of `beam_search`."""
+        """Predict the next token; this is the `step` of `beam_search`."""
         traces = [trace, *[None] * (len(self.networks) - 1)]
         rows = zip(self.networks, state.states, traces, strict=True)
         results = [one.step(tokens, own, of_network) for one, own, of_network in rows]
@@ -69,7 +69,7 @@ class Ensemble:
 
 
 def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of indices of sentences of similar length, the longest first.
+    """Yield batches of sentence indices, grouped by similar length, longest first.
 
     Args:
         sentences: The sentences to translate.
@@ -91,7 +91,7 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 def run_batches(
     run: Callable[[list[int]], ResultT], batches: Sequence[list[int]]
 ) -> Iterator[ResultT]:
-    """Run a function over batches, each with one thread and as many at a time as torch has threads.
+    """Run a function over batches in parallel, with one of torch's threads for each batch.
 
     A second thread would hardly speed up small products, so it runs a second batch instead. A
     single batch gets all threads.

@@ -102,7 +102,7 @@ class Translator:
         symbols typed in a text are plain text.
 
         Args:
-            texts: Any number of texts; a string stands for a list of one.
+            texts: Any number of texts; a string means a list of one.
             target_lang: Target language of a multilingual model, one of `languages`.
             beam_size: Number of hypotheses to keep for each sentence; here and below, None means
                 the bundle's default.
@@ -196,11 +196,10 @@ class Translator:
         Texts are not split: each text and each reference counts as one sentence of any length.
 
         Args:
-            texts: Any number of texts; a string stands for a list of one.
+            texts: Any number of texts; a string means a list of one.
             references: A reference for each text.
             target_lang: Target language of a multilingual model, one of `languages`.
-            batch_tokens: Maximum number of pieces that are read at once on either side, including
-                padding.
+            batch_tokens: Maximum number of pieces in a batch on either side, including padding.
             with_experts: Whether to also return the experts of each piece in the first bundle.
             with_inputs: Whether to also return the inputs of the MoE layers.
 
@@ -236,8 +235,7 @@ class Translator:
             sources: Pieces of each text, such as `Sentence.pieces`.
             targets: Pieces of each reference, such as `Hypothesis.pieces`.
             target_lang: Target language of a multilingual model, one of `languages`.
-            batch_tokens: Maximum number of pieces that are read at once on either side, including
-                padding.
+            batch_tokens: Maximum number of pieces in a batch on either side, including padding.
             with_experts: Whether to also return the experts of each piece in the first bundle.
             with_inputs: Whether to also return the inputs of the MoE layers.
         """

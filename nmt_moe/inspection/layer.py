@@ -44,7 +44,7 @@ class LayerReport:
         self.usages = [ExpertUsage(num_experts) for _ in parts]
         self.contexts = TopContexts(num_experts, NUM_CONTEXTS)
         self.pieces, self.classes = FeatureCounts(num_experts), FeatureCounts(num_experts)
-        # The decoder's layer reads the piece before the one it predicts.
+        # The decoder's layer reads the piece before the predicted piece.
         self.read = FeatureCounts(num_experts) if side == "decoder" else None
         self._samples: list[Tensor] = []
         self._num_kept = self._num_pairs = self._num_changed = self._num_compared = 0.0

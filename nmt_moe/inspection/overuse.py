@@ -42,7 +42,7 @@ def wilson_interval(count: int, total: int, z: float) -> tuple[float, float]:
 
 
 class FeatureCounts:
-    """Counts of how often each expert was used for each feature."""
+    """The number of times that each expert was used for each feature."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

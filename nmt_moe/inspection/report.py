@@ -53,15 +53,15 @@ def make_report(
         The report, in values that can be written as JSON.
 
     Raises:
-        ValueError: if a bundle cannot be opened or is of another kind, a language is not one of the
-            model's, or there is nothing to read.
+        ValueError: if a bundle cannot be opened or is of another kind, the model does not know a
+            language, or there is nothing to read.
     """
     model = load_model(folder)
     other = None if against is None else load_model(against)
     if other is not None and type(other) is not type(model):
         raise ValueError(
             f"`{against}` and `{folder}` must be of the same kind, but one is a translator and one "
-            "a language model. Name two of the same kind."
+            "a language model. Name two bundles of the same kind."
         )
     for one in (model, other):
         if one is not None:

@@ -25,7 +25,7 @@ SIZED_BY_TARGET = ("decoder.network.embedding.weight", "decoder.output.weight")
 def check_size(path: str, state: dict[str, Any]) -> None:
     """Reject a checkpoint if its configuration describes a much larger model than it contains.
 
-    The model is built before its weights are loaded, so a forged configuration of 10^9 experts
+    The model is built before its weights are loaded, so a forged configuration with 10^9 experts
     would need as many gigabytes.
 
     Args:

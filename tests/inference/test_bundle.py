@@ -193,7 +193,7 @@ def edit_config(folder: Path, names: str, value: Any) -> None:
 @pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1], True])
 def test_another_format_version_is_refused(bundle: Path, version: Any):
     edit_config(bundle, "format_version", version)
-    assert_not_opened(bundle, f"format version {version!r}", "reads 1. Install a newer one")
+    assert_not_opened(bundle, f"format version {version!r}", "reads 1. Install a newer version")
 
 
 NOT_JSON = {
