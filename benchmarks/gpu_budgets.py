@@ -25,6 +25,7 @@ import triton
 
 from benchmarks import timing
 from benchmarks.gpu_compile import GPUS, Launch, compile_launch
+from nmt_moe.kernels._products import TritonProducts
 from nmt_moe.kernels._triton import (
     combine_rows,
     factored_adam,
@@ -41,6 +42,8 @@ DIM, HIDDEN, EXPERTS, TOKENS = 512, 1024, 4, 64
 # Mean numbers of rows per expert that lead to small, medium and large blocks in bfloat16, the
 # usual dtype.
 MEANS = {torch.bfloat16: (16, 128, 1024), torch.float16: (1024,), torch.float32: (1024,)}
+# Each case is (experts, rows per group, groups): a gate, and the gates of groups with few rows.
+GATES = [(256, 65536, 1), (16, 20, 16)]
 # Each case is (experts, experts per token, noise). With up to 1024 experts, a block holds whole
 # rows; with more, rows are read in chunks.
 GATINGS = [
@@ -95,6 +98,22 @@ def product_launches(dtype: torch.dtype, mean: int) -> Iterator[Launch]:
         yield Launch(f"{name} {mean}", grouped_gemm, kernel, call)
 
 
+def gate_launches(experts: int, mean: int, groups: int) -> Iterator[Launch]:
+    """Yield the products of a gate, or of one gate for each group of `mean` rows."""
+    num_rows = groups * mean
+    rows, grad = torch.empty(num_rows, DIM), torch.empty(num_rows, experts)
+    weight, offsets = torch.empty(groups, DIM, experts), torch.arange(groups + 1) * mean
+    products = TritonProducts(offsets, num_rows, rows.dtype, "tf32x3")
+    calls = [
+        ("multiply", partial(products.multiply, rows, weight)),
+        ("multiply_back", partial(products.multiply_back, grad, weight, add_to=rows)),
+        ("weight_gradient", partial(products.weight_gradient, rows, grad)),
+    ]
+    for name, call in calls:
+        kernel = f"{name.removesuffix('_back')}_kernel"
+        yield Launch(f"gate {experts} {name} {mean}", grouped_gemm, kernel, call)
+
+
 def zero_launch(dtype: torch.dtype) -> Launch:
     """Return the kernel that sets the gradients of experts without rows to zero."""
     weight_grad = torch.empty(EXPERTS, DIM, HIDDEN, dtype=dtype)
@@ -142,6 +161,8 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
         for mean in means:
             launches += product_launches(dtype, mean)
         yield from ((str(dtype).removeprefix("torch."), launch) for launch in launches)
+    for gate in GATES:
+        yield from (("tf32x3", launch) for launch in gate_launches(*gate))
     for case in GATINGS:
         yield from (("float32", launch) for launch in gating_launches(*case))
     for dtype in (torch.float32, torch.bfloat16):

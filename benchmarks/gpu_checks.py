@@ -307,7 +307,7 @@ def _check_layer_case(
 
 
 def check_products(report: Report, device: str, tiny: bool) -> None:
-    """Check products in half precision at the sizes of a training run."""
+    """Check products in half precision, and those of gates, at the sizes of a training run."""
     shapes = [(4, 16, 16, 24)] if tiny else [(32, 2048, 512, 1024), (512, 16, 512, 1024)]
     for dtype in HALVES:
         for experts, mean, dim, hidden in shapes:
@@ -322,6 +322,17 @@ def check_products(report: Report, device: str, tiny: bool) -> None:
                 lambda *tensors, offsets=offsets: reference.grouped_gemm(*tensors, offsets),
                 (rows, weight.requires_grad_()),
             )
+
+    for tokens, experts in ((40, 20),) if tiny else ((65536, 256), (4096, 4096)):
+        rows = leaf(tokens, 512, dtype=torch.float32, device=device)
+        weight = (torch.randn(512, experts, device=device) / 512**0.5).requires_grad_()
+        differentiate(
+            report,
+            f"gate logits N={tokens} E={experts}",
+            lambda *tensors: kernels.gate_logits(*tensors, None)[0],
+            torch.matmul,
+            (rows, weight),
+        )
 
 
 def _launchers():  # noqa: ANN202

@@ -62,7 +62,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
         warnings.simplefilter("always")
         for kernel in _trial.TRIALS:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                if kernel == "gating" and dtype != torch.float32:
+                if kernel in ("gating", "gate_logits") and dtype != torch.float32:
                     continue
                 is_sound = _trial.is_sound(kernel, torch.device(device), dtype)
                 trials.append([kernel, str(dtype), "passes" if is_sound else "FAILS"])

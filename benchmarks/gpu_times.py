@@ -91,6 +91,7 @@ def time_kernels(device: str, tiny: bool, out: Path) -> str:
 
 
 def _kernel_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, str]]:
+    yield from _gate_works(device, tiny)
     yield from _gating_works(device, tiny)
     yield from _row_works(device, tiny)
     experts = 2 if tiny else 64
@@ -105,6 +106,34 @@ def _kernel_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int
 
         # The gradient is read twice; the weights are read and written.
         yield f"factored Adam {name}, E={experts}", update, 4 * weight.nbytes, 0, name
+
+
+def _gate_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, str]]:
+    """Yield a gate's products in TF32x3, and torch's in float32, forward and backward."""
+    tokens, dim = (16, 16) if tiny else (65536, 512)
+    for experts in (8,) if tiny else (256, 1024, 4096):
+        rows, weight, noise_weight = (
+            torch.randn(shape, device=device).requires_grad_()
+            for shape in ((tokens, dim), (dim, experts), (dim, experts))
+        )
+        leaves, grad = (rows, weight, noise_weight), torch.randn(tokens, experts, device=device)
+
+        def ours(leaves=leaves, grad=grad) -> None:  # noqa: ANN001
+            torch.autograd.grad(kernels.gate_logits(*leaves), leaves, (grad, grad))
+
+        def theirs(leaves=leaves, grad=grad) -> None:  # noqa: ANN001
+            logits = leaves[0] @ leaves[1], leaves[0] @ leaves[2]
+            torch.autograd.grad(logits, leaves, (grad, grad))
+
+        flops = 3 * 2 * 2 * tokens * dim * experts  # three products for each of two matrices
+        for name, work in (("gate logits", ours), ("torch's products of gates", theirs)):
+            yield (
+                f"{name}, forward and backward, N={tokens} E={experts}",
+                work,
+                2 * rows.nbytes + 4 * grad.nbytes,
+                flops,
+                "float32",
+            )
 
 
 def _gating_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, str]]:

@@ -1,7 +1,7 @@
 """Three products with one matrix per expert, and the choice of how to compute them."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,17 @@ class Products(Protocol):
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
         """Compute rows @ weight, followed by a ReLU if `relu`: (R, D), (L, D, F) -> (R, F)."""
 
-    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    def multiply_back(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
         """Compute grad @ weight^T: (R, F), (L, D, F) -> (R, D).
 
-        The result is 0 wherever `mask`, (R, D), is 0.
+        The result is 0 wherever `mask`, (R, D), is 0. It is added to `add_to`, (R, D), in place and
+        without a mask, if that is given.
         """
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
@@ -73,7 +80,17 @@ class LoopProducts:
             torch.mm(own_rows, weight[expert], out=own_out)
         return out.relu_() if relu else out
 
-    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    def multiply_back(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        if add_to is not None:
+            for expert, run in self.runs:
+                add_to[run].addmm_(grad[run], weight[expert].t())
+            return add_to
         out = self.multiply(grad, weight.transpose(1, 2))
         return out if mask is None else relu_gradient(out, mask)
 
@@ -123,8 +140,16 @@ class TorchProducts:
         out = self._grouped_mm(rows, weight.contiguous())
         return out.relu_() if relu else out
 
-    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    def multiply_back(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
         out = self._grouped_mm(grad, weight.contiguous().transpose(1, 2))
+        if add_to is not None:
+            return add_to.add_(out)
         return out if mask is None else relu_gradient(out, mask)
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
@@ -150,25 +175,53 @@ class TritonProducts:
     They accept any number of experts and rows, in float32, bfloat16 and float16.
     """
 
-    def __init__(self, expert_offsets: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        expert_offsets: Tensor,
+        num_rows: int,
+        dtype: torch.dtype,
+        precision: str | None = None,
+    ) -> None:
+        """Plan the products.
+
+        Args:
+            expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).
+            num_rows: Number of rows, R.
+            dtype: Data type of the rows.
+            precision: How float32 is rounded: "ieee", "tf32" or "tf32x3"; None to do what torch
+                allows.
+        """
         from nmt_moe.kernels._triton import grouped_gemm
 
-        self._kernels = grouped_gemm
+        self._kernels, self._precision = grouped_gemm, precision
         self._expert_offsets = expert_offsets
         block_rows = grouped_gemm.choose_block_rows(num_rows, len(expert_offsets) - 1, dtype)
         self._tiles = grouped_gemm.list_tiles(expert_offsets, num_rows, block_rows)
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
-        return self._kernels.multiply_rows(rows, weight, self._expert_offsets, self._tiles, relu)
+        return self._multiply(rows, weight, relu)
 
-    def multiply_back(self, grad: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    def multiply_back(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        return self._multiply(grad, weight.transpose(1, 2), mask=mask, add_to=add_to)
+
+    def _multiply(self, rows: Tensor, weight: Tensor, relu: bool = False, **named: Any) -> Tensor:
+        named["precision"] = self._precision
         return self._kernels.multiply_rows(
-            grad, weight.transpose(1, 2), self._expert_offsets, self._tiles, mask=mask
+            rows, weight, self._expert_offsets, self._tiles, relu, **named
         )
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        block_rows = self._tiles.block_rows
+        if len(self._expert_offsets) == 2:
+            return self._kernels.one_weight_gradient(rows, grad, block_rows, self._precision)
         return self._kernels.weight_gradient(
-            rows, grad, self._expert_offsets, self._tiles.block_rows
+            rows, grad, self._expert_offsets, block_rows, self._precision
         )
 
 

@@ -150,6 +150,31 @@ def _try_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
     _compare("zeros", found, torch.full_like(by_weight, 3.0).masked_fill(idle, 0.0))
 
 
+def _try_gate_logits(device: torch.device, dtype: torch.dtype) -> None:
+    """Try products in TF32x3. Plain TF32 would fail, because it loses half of the digits."""
+    from nmt_moe.kernels._products import TritonProducts
+
+    num_rows, dim, width = 300, 48, 40
+    for bounds in ([0, num_rows], [0, 5, 5, num_rows]):
+        draw, offsets = _Draw(), torch.tensor(bounds)
+        rows, grad = draw.normal(num_rows, dim), draw.normal(num_rows, width)
+        weight, start = draw.normal(len(bounds) - 1, dim, width), draw.normal(num_rows, dim)
+        sizes = offsets.diff().tolist()
+        parts = zip(rows.split(sizes), grad.split(sizes), strict=True)
+        by_weight = torch.stack([own_rows.t() @ own_grad for own_rows, own_grad in parts])
+        on_device = _mover(device, dtype)
+        products = TritonProducts(offsets.to(device), num_rows, dtype, "tf32x3")
+        found = products.multiply(on_device(rows), on_device(weight))
+        _compare("product", found, reference.grouped_gemm(rows, weight, offsets), 1e-4)
+        # Copy even if device and dtype do not change, because the kernel adds to the tensor.
+        total = start.to(device, dtype, copy=True)
+        products.multiply_back(on_device(grad), on_device(weight), add_to=total)
+        expected = start + reference.grouped_gemm(grad, weight.mT, offsets)
+        _compare("gradient of rows", total, expected, 1e-4)
+        found = products.weight_gradient(on_device(rows), on_device(grad))
+        _compare("gradient of weights", found, by_weight, 1e-4)
+
+
 def _try_factored_adam(device: torch.device, dtype: torch.dtype) -> None:
     from nmt_moe.kernels._triton.factored_adam import factored_adam
 
@@ -231,6 +256,7 @@ def _to_launchers(values: Sequence[Tensor | int | None], device: torch.device) -
 TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "combine_rows": _try_combine_rows,
     "factored_adam": _try_factored_adam,
+    "gate_logits": _try_gate_logits,
     "gather_rows": _try_gather_rows,
     "gating": _try_gating,
     "grouped_gemm": _try_grouped_gemm,

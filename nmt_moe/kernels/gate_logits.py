@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.checks import check_shape
-from nmt_moe.kernels._backend import is_on_host
-from nmt_moe.kernels._products import LoopProducts
-from nmt_moe.kernels.grouped_gemm import grouped_gemm
+from nmt_moe.kernels._backend import is_on_host, uses_triton
+from nmt_moe.kernels._products import LoopProducts, Products, TritonProducts, choose_products
 
 
 def gate_logits(
@@ -23,6 +22,13 @@ def gate_logits(
     The backward pass adds the gradients that `rows` gets from the two products in place, instead of
     creating an (N, D) tensor for each, and keeps their dtype even under autocast. A group without
     rows costs only the time to fill its gradient with zeros.
+
+    On a GPU, a product of float32 matrices is computed as three products of TF32 numbers (TF32x3),
+    because tensor cores are much faster than float32 arithmetic. The results are about as accurate
+    as those of float32. If torch's setting for float32 products has been set to anything
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`), it is
+    followed instead: "highest" gives float32 arithmetic. Versions of torch without the second
+    setting always give float32 arithmetic.
 
     Args:
         rows: (N, D), the tokens' vectors.
@@ -40,24 +46,38 @@ def gate_logits(
     Raises:
         ValueError: if shapes do not match.
     """
-    if row_offsets is not None and not is_on_host(rows):  # must not wait for the offsets
-        clean = grouped_gemm(rows, gate_weight, row_offsets)
-        if noise_weight is None:
-            return clean, None
-        return clean, grouped_gemm(rows, noise_weight, row_offsets)
     if row_offsets is None:
         check_shape("gate_weight", gate_weight, (rows.shape[1], None), "(D, E)")
-        bounds = [0, len(rows)]
         gate_weight = gate_weight.unsqueeze(0)
         noise_weight = None if noise_weight is None else noise_weight.unsqueeze(0)
     else:
         check_shape("row_offsets", row_offsets, (len(gate_weight) + 1,), "(G + 1,)")
         shape = len(row_offsets) - 1, rows.shape[1], None
         check_shape("gate_weight", gate_weight, shape, "(G, D, E)")
-        bounds = row_offsets.tolist()
     if noise_weight is not None:
         check_shape("noise_weight", noise_weight, gate_weight.shape, "(G, D, E)")
-    return _GateLogits.apply(rows, gate_weight, noise_weight, bounds)
+    products = _choose_products(rows, gate_weight, row_offsets)
+    return _GateLogits.apply(rows, gate_weight, noise_weight, products)
+
+
+def _choose_products(rows: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Products:
+    """Choose how to multiply, without waiting for a device."""
+    num_rows = len(rows)
+    may_split = num_rows > 0 and rows.dtype == torch.float32 and _leaves_float32_open()
+    if may_split and uses_triton(rows, "gate_logits"):
+        if row_offsets is None:
+            row_offsets = torch.arange(0, num_rows + 1, num_rows, device=rows.device)
+        return TritonProducts(row_offsets, num_rows, rows.dtype, "tf32x3")
+    if row_offsets is None:
+        return LoopProducts([0, num_rows])
+    if is_on_host(rows):
+        return LoopProducts(row_offsets.tolist())
+    return choose_products(rows, weight, row_offsets)
+
+
+def _leaves_float32_open() -> bool:
+    """Return whether torch leaves open how to compute products of float32 numbers on a GPU."""
+    return getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "none"
 
 
 class _GateLogits(torch.autograd.Function):
@@ -67,9 +87,9 @@ class _GateLogits(torch.autograd.Function):
         rows: Tensor,
         gate_weight: Tensor,
         noise_weight: Tensor | None,
-        bounds: list[int],
+        products: Products,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.products = products = LoopProducts(bounds)
+        ctx.products = products
         ctx.save_for_backward(rows, gate_weight, noise_weight)
         ctx.set_materialize_grads(False)
         clean = products.multiply(rows, gate_weight)
@@ -79,18 +99,16 @@ class _GateLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, *weights = ctx.saved_tensors
-        products: LoopProducts = ctx.products
+        products: Products = ctx.products
         needed = [
             (grad.contiguous(), weight)
             for grad, weight in zip(grads, weights, strict=True)
             if grad is not None
         ]
         grad_rows = None
-        if ctx.needs_input_grad[0] and needed:
-            grad_rows = torch.empty_like(rows)
-            for group, run in products.runs:
-                for index, (grad, weight) in enumerate(needed):
-                    grad_rows[run].addmm_(grad[run], weight[group].t(), beta=min(index, 1))
+        if ctx.needs_input_grad[0]:
+            for grad, weight in needed:
+                grad_rows = products.multiply_back(grad, weight, add_to=grad_rows)
         grad_weights = [
             None if grad is None else products.weight_gradient(rows, grad.contiguous())
             for grad in grads

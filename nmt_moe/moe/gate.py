@@ -1,7 +1,8 @@
 """Gates, which choose the experts of each token and their weights.
 
 All gates compute logits, noise, softmax and load in float32 (in float64 for float64 tokens),
-regardless of the model's dtype and autocast settings. They take the same arguments and return a
+regardless of the model's dtype and autocast settings; on a GPU, the logits are about as accurate as
+in float32 (see `kernels.gate_logits`). They take the same arguments and return a
 `Gating`.
 
 All gates have these attributes:

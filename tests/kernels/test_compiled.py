@@ -35,9 +35,9 @@ def chosen(reports: dict, *words: str) -> dict:
 
 
 def test_all_kernels_are_compiled_for_both_gpus(reports):
-    # The terms count kernels for rows and zeros, products, whole gatings, gatings in chunks, and
-    # factored Adam.
-    assert len(reports) == 2 * (3 * 4 + 5 * 3 + 4 * 2 + 2 * 3 + 2 * 3)
+    # The terms count kernels for rows and zeros, products, gates' products, whole gatings, gatings
+    # in chunks, and factored Adam.
+    assert len(reports) == 2 * (3 * 4 + 5 * 3 + 2 * 3 + 4 * 2 + 2 * 3 + 2 * 3)
 
 
 def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
@@ -72,6 +72,12 @@ def test_float32_stays_float32(reports):
     for name, report in chosen(reports, "float32").items():
         assert not report["wgmma"], name
         assert not report["mma"], name
+
+
+def test_products_of_gates_run_on_tensor_cores(reports):
+    for name, report in chosen(reports, "tf32x3 gate").items():
+        takes_wgmma = "H100" in name and ("256" in name or "weight_gradient" in name)
+        assert report["wgmma" if takes_wgmma else "mma"], name
 
 
 def test_offsets_of_gating_have_64_bits(reports):

@@ -10,6 +10,7 @@ from nmt_moe.kernels import (
     _backend,
     _trial,
     factored_adam,
+    gate_logits,
     gather_rows,
     grouped_gemm,
     noisy_top_k,
@@ -21,11 +22,14 @@ pytest.importorskip("triton")
 KERNELS = sorted(_trial.TRIALS)
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 CASES = [
-    (kernel, dtype) for kernel in KERNELS for dtype in DTYPES[: 1 if kernel == "gating" else 3]
+    (kernel, dtype)
+    for kernel in KERNELS
+    for dtype in DTYPES[: 1 if kernel in ("gating", "gate_logits") else 3]
 ]
 LAUNCHERS = {  # one launcher for each kernel
     "combine_rows": ("combine_rows", "combine_rows_backward"),
     "factored_adam": ("factored_adam", "factored_adam"),
+    "gate_logits": ("grouped_gemm", "one_weight_gradient"),
     "gather_rows": ("gather_rows", "sum_rows"),
     "gating": ("gating", "gating_backward"),
     "grouped_gemm": ("grouped_gemm", "weight_gradient"),
@@ -119,6 +123,19 @@ def test_a_kernel_that_computes_something_else_is_found(kernel, untried, monkeyp
         assert not ask(kernel)
 
 
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="a GPU rounds by itself")
+def test_a_gpu_that_rounds_too_much_is_found(untried, monkeypatch):
+    from tests.support import tensor_cores
+
+    with tensor_cores.simulated_rounding():
+        assert ask("gate_logits")
+    monkeypatch.setattr(_trial, "_answers", {})
+    monkeypatch.setattr(tensor_cores, "multiply_tf32x3", tensor_cores.multiply_tf32)
+    found = "`gate_logits` .* its product differs from the definition"
+    with tensor_cores.simulated_rounding(), pytest.warns(RuntimeWarning, match=found):
+        assert not ask("gate_logits")
+
+
 def test_a_result_that_is_not_a_number_is_found(untried, monkeypatch):
     nothing = lambda x, tokens: torch.full((len(tokens), x.shape[1]), float("nan"))  # noqa: E731
     module = importlib.import_module("nmt_moe.kernels._triton.gather_rows")
@@ -148,6 +165,7 @@ def test_operations_continue_with_torch(untried, monkeypatch):
 def pass_through(clean: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
     """Return the results and gradients of all operations except `combine_rows`."""
     leaves = clean, weight = clean.clone().requires_grad_(), weight.clone().requires_grad_()
+    clean = gate_logits(clean, torch.eye(6), None)[0]
     gating = noisy_top_k(clean, None, 2)
     plan = plan_rows(gating.expert_ids, 6)
     rows = gather_rows(clean[:, :4].detach(), plan)

@@ -24,6 +24,10 @@ from nmt_moe.kernels._triton.grouped_gemm_kernels import (
     zero_kernel,
 )
 
+# The gradient of a matrix that all rows share is computed by about this many programs, a few for
+# each multiprocessor of the largest GPU, each of which sums over at least PART_ROWS rows.
+PROGRAMS, PART_ROWS = 512, 256
+
 
 @dataclass(frozen=True)
 class TileList:
@@ -35,7 +39,7 @@ class TileList:
     Attributes:
         block_rows: Number of rows in a tile.
         expert: (tiles,) int64, the expert of each tile; L in surplus tiles.
-        first_tile: (L + 1,) int64. Expert e owns tiles [first_tile[e], first_tile[e + 1]).
+        first_tile: (L,) int64, the first tile of each expert. Its other tiles follow.
     """
 
     block_rows: int
@@ -68,6 +72,10 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
         block_rows: Number of rows in a block.
     """
     num_experts = len(expert_offsets) - 1
+    if num_experts == 1:  # the same list as below, in fewer operations
+        tiles = max(triton.cdiv(num_rows, block_rows), 1)
+        expert = torch.zeros(tiles, dtype=torch.int64, device=expert_offsets.device)
+        return TileList(block_rows, expert, expert[:1])
     first_tile = torch.zeros_like(expert_offsets)
     tiles = expert_offsets.diff().add_(block_rows - 1).div_(block_rows, rounding_mode="floor")
     torch.cumsum(tiles, 0, out=first_tile[1:])
@@ -75,7 +83,7 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
     bound = triton.cdiv(num_rows, block_rows) + min(num_experts, num_rows)
     tile = torch.arange(bound, device=expert_offsets.device)
     expert = torch.searchsorted(first_tile[1:], tile, right=True)
-    return TileList(block_rows, expert, first_tile)
+    return TileList(block_rows, expert, first_tile[:-1])
 
 
 def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -101,6 +109,8 @@ def multiply_rows(
     tiles: TileList,
     relu: bool = False,
     mask: Tensor | None = None,
+    add_to: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Multiply each row by its expert's matrix, accumulated in float32.
 
@@ -113,13 +123,18 @@ def multiply_rows(
         relu: Whether to apply a ReLU to the product.
         mask: (R, F). The result is 0 where the mask is 0 or less. If the mask is a ReLU's output,
             this applies the ReLU's gradient.
+        add_to: (R, F), contiguous. If given, the products are added to it in place.
+        precision: How `tl.dot` rounds float32: "ieee", "tf32" or "tf32x3"; None to do what torch
+            allows.
 
     Returns:
-        (R, F), the products, in the dtype of `rows`.
+        (R, F), the products, in the dtype of `rows`; `add_to` if it is given.
     """
     num_rows, inner_dim = rows.shape
     num_experts, _, out_dim = weight.shape
-    out = torch.empty((num_rows, out_dim), dtype=rows.dtype, device=rows.device)
+    out = add_to
+    if out is None:
+        out = torch.empty((num_rows, out_dim), dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
     shape = choose_shape(tiles.block_rows, inner_dim, out_dim, rows.dtype)
@@ -139,7 +154,8 @@ def multiply_rows(
             *weight.stride(),
             relu,
             mask is not None,
-            _input_precision(rows.dtype),
+            add_to is not None,
+            precision or _input_precision(rows.dtype),
             INTERPRETED,
             _multiple(rows, weight),
             weight.stride(1) == 1,
@@ -152,7 +168,13 @@ def multiply_rows(
     return out
 
 
-def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_rows: int) -> Tensor:
+def weight_gradient(
+    rows: Tensor,
+    grad: Tensor,
+    expert_offsets: Tensor,
+    block_rows: int,
+    precision: str | None = None,
+) -> Tensor:
     """Compute rows^T @ grad for each expert; the result is 0 for experts without rows.
 
     Args:
@@ -160,6 +182,7 @@ def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_ro
         grad: (R, F), the gradient of the products, in the dtype of `rows`.
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
         block_rows: Largest number of rows that one step sums over.
+        precision: As in `multiply_rows`.
 
     Returns:
         (L, D, F), the gradient of the experts' matrices, in the dtype of `rows`.
@@ -183,7 +206,7 @@ def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_ro
             *rows.stride(),
             *grad.stride(),
             *out.stride(),
-            _input_precision(rows.dtype),
+            precision or _input_precision(rows.dtype),
             INTERPRETED,
             _multiple(rows, grad),
             min(block_rows, 32 if is_wide else 64),
@@ -193,6 +216,24 @@ def weight_gradient(rows: Tensor, grad: Tensor, expert_offsets: Tensor, block_ro
             num_stages=3,
         )
     return out
+
+
+def one_weight_gradient(
+    rows: Tensor, grad: Tensor, block_rows: int, precision: str | None = None
+) -> Tensor:
+    """Compute rows^T @ grad for a matrix that all rows share: (R, D), (R, F) -> (1, D, F).
+
+    One program for each block of the matrix would leave most of a GPU idle, so the rows are cut
+    into parts, and the parts' gradients are added up in a fixed order. The other arguments are
+    those of `weight_gradient`.
+    """
+    num_rows = max(len(rows), 1)
+    blocks = triton.cdiv(rows.shape[1], 64) * triton.cdiv(grad.shape[1], 64)
+    parts = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(num_rows, PART_ROWS))
+    size = triton.cdiv(num_rows, parts)
+    offsets = torch.arange(0, parts * size + 1, size, device=rows.device).clamp_(max=len(rows))
+    by_part = weight_gradient(rows, grad, offsets, block_rows, precision)
+    return by_part if parts == 1 else by_part.sum(0, keepdim=True)
 
 
 def zero_idle_experts(weight_grad: Tensor, expert_offsets: Tensor) -> None:

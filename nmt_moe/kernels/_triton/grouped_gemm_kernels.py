@@ -25,6 +25,7 @@ def multiply_kernel(
     out_stride,
     RELU: tl.constexpr,
     MASKED: tl.constexpr,
+    ADDS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     MULTIPLE: tl.constexpr,
@@ -80,6 +81,8 @@ def multiply_kernel(
         # Without the addition of 0.0, ptxas would move the selection into the products and then
         # serialise them.
         acc = tl.where(relu_output <= 0, 0.0, acc + 0.0)
+    if ADDS:
+        acc += tl.load(out + at_out, mask=inside, other=0).to(tl.float32)
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
