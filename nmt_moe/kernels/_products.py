@@ -69,8 +69,8 @@ class LoopProducts:
 
     def multiply(self, rows: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
         out = rows.new_empty(len(rows), weight.shape[2])
-        # Split once instead of slicing for each expert: compared with a product of a few rows, a
-        # slice takes noticeable time.
+        # Split once instead of slicing for each expert, because a slice takes noticeable time
+        # compared with a product of a few rows.
         sizes = [run.stop - run.start for _, run in self.runs]
         spare = len(rows) - sum(sizes)  # rows that belong to no expert
         parts = zip(
@@ -127,7 +127,7 @@ class CompiledProducts(LoopProducts):
 class TorchProducts:
     """Products by torch's grouped product.
 
-    On CUDA it is used for bfloat16 on Hopper and Blackwell, with at most 1023 experts. On the CPU
+    On CUDA, it is used for bfloat16 on Hopper and Blackwell, with at most 1023 experts. On the CPU,
     it runs the same loop as `LoopProducts`, but without Python between the products. The operands
     are laid out as torch requires when some experts have no rows.
     """
@@ -261,7 +261,7 @@ def choose_evaluation_products(
 def loops_in_torch(rows: Tensor, *weights: Tensor) -> bool:
     """Return whether torch's grouped product accepts these operands on the CPU.
 
-    It does in versions of torch that have it under its public name, if the operands are aligned to
+    It accepts them if this version of torch has the public function and the operands are aligned to
     16 bytes.
     """
     return (

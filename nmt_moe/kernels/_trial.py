@@ -1,7 +1,7 @@
 """Compare each Triton kernel with its definition, once on each device, before it is used.
 
-A training run must not end because a compiler or a driver rejects a kernel, or because the kernel
-computes something else. If `is_sound` returns False, the caller runs torch's own operations
+A training run must not fail because a compiler or a driver rejects a kernel, or because the kernel
+computes a wrong result. If `is_sound` returns False, the caller runs torch's own operations
 instead. A kernel that writes outside its tensors still ends the process, because no program
 survives that on a GPU.
 """
@@ -30,7 +30,7 @@ _lock = threading.Lock()  # a backward pass may call `is_sound` from another thr
 
 
 def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a kernel agrees with its definition on a device. The first call tries it.
+    """Return whether a kernel agrees with its definition on a device. The first call runs a trial.
 
     A trial waits for the device, so it must not happen during the capture of a CUDA graph: run the
     code once before capturing it, as PyTorch requires anyway. A failed trial gives one warning.
@@ -120,7 +120,7 @@ def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
 
 
 def _try_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the smallest and largest blocks on numbers with exact products, whatever the dtype."""
+    """Try the smallest and largest blocks on numbers with exact products in every dtype."""
     from nmt_moe.kernels._triton import grouped_gemm as kernels
 
     draw, counts = _Draw(), [3, 0, 20, 37]
@@ -264,7 +264,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Draw float64 numbers from a separate generator, without changing the caller's."""
+    """Draw float64 numbers from a separate generator, without changing the caller's generator."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)

@@ -48,7 +48,7 @@ class TileList:
 
 
 class BlockShape(NamedTuple):
-    """How a product over a given number of rows is divided into blocks.
+    """The division of a product over a given number of rows into blocks.
 
     Attributes:
         inner: Block size along D, the dimension that one step sums over.
@@ -87,7 +87,7 @@ def list_tiles(expert_offsets: Tensor, num_rows: int, block_rows: int) -> TileLi
 
 
 def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Return how many rows a block holds, based on the mean number of rows per expert.
+    """Return the number of rows in a block, based on the mean number of rows per expert.
 
     The module's docstring gives the reasons.
     """
@@ -288,9 +288,9 @@ def _input_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # torch may have two settings. Once the newer one has been set, reading the older one raises an
-    # error, and so does `torch.get_float32_matmul_precision`. The newer one reflects changes to
-    # either.
+    # torch may have two settings. Once the newer setting has been set, reading the older setting
+    # raises an error, and so does `torch.get_float32_matmul_precision`. The newer setting reflects
+    # changes to both.
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
