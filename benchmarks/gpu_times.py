@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -227,7 +228,19 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
             ]
             if _products.suits_grouped_mm(rows, weight):
                 products = _products.TorchProducts(plan.offsets)
-                works.append(("torch's product", products.multiply, (rows, weight), traffic, flops))
+                back = partial(products.multiply_back, wide, weight)
+                works += [
+                    ("torch's product", products.multiply, (rows, weight), traffic, flops),
+                    (
+                        "torch's product, ReLU",
+                        products.multiply,
+                        (rows, weight, True),
+                        traffic,
+                        flops,
+                    ),
+                    ("torch's backward product", back, (), traffic, flops),
+                    ("torch's backward product, masked", back, (rows,), traffic, flops),
+                ]
             for label, call, arguments, num_bytes, operations in works:
                 yield (
                     f"{label} {name}",

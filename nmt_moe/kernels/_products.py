@@ -92,7 +92,7 @@ class LoopProducts:
                 add_to[run].addmm_(grad[run], weight[expert].t())
             return add_to
         out = self.multiply(grad, weight.transpose(1, 2))
-        return out if mask is None else relu_gradient(out, mask)
+        return out if mask is None else relu_gradient_(out, mask)
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         out = _memory.empty((self._num_experts, rows.shape[1], grad.shape[1]), rows)
@@ -150,7 +150,7 @@ class TorchProducts:
         out = self._grouped_mm(grad, weight.contiguous().transpose(1, 2))
         if add_to is not None:
             return add_to.add_(out)
-        return out if mask is None else relu_gradient(out, mask)
+        return out if mask is None else relu_gradient_(out, mask)
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         out = self._grouped_mm(rows.t(), grad)
@@ -289,6 +289,6 @@ def suits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def relu_gradient(grad: Tensor, relu_output: Tensor) -> Tensor:
-    """Return `grad` with 0 wherever the ReLU's output is 0."""
-    return torch.ops.aten.threshold_backward(grad, relu_output, 0)
+def relu_gradient_(grad: Tensor, relu_output: Tensor) -> Tensor:
+    """Set `grad` to 0 in place wherever the ReLU's output is 0, and return it."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, relu_output, 0, grad_input=grad)

@@ -40,6 +40,41 @@ def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch,
         assert_same(ours, expected, leaves, **tolerance)
 
 
+@pytest.mark.skipif(_products.GROUPED_MM is None, reason="torch has no grouped product")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_relu_takes_one_operation_on_a_product_of_torch_and_no_memory(recompute, monkeypatch):
+    pytest.importorskip("triton")
+    from tests.support.launches import count_launches
+
+    monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
+    products, kept = [], []
+
+    def record(left, right, offs):
+        products.append(_products.F.grouped_mm(left, right, offs=offs))
+        return products[-1]
+
+    monkeypatch.setattr(_products, "GROUPED_MM", record)
+    original = _products.TorchProducts.weight_gradient
+    monkeypatch.setattr(
+        _products.TorchProducts,
+        "weight_gradient",
+        lambda self, *operands: kept.extend(operands) or original(self, *operands),
+    )
+    leaves = leaf(12, 8, dtype=torch.float32), leaf(2, 8, 16, dtype=torch.float32)
+    leaves = *leaves, leaf(2, 16, 8, dtype=torch.float32)
+    with count_launches() as forward:
+        out = expert_ffn(*leaves, offsets_of([5, 7]), recompute)
+    with count_launches() as backward:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert forward["relu_"] == 1
+    assert backward["threshold_backward"] == 1
+    assert backward.get("relu_", 0) == recompute
+    # Both the hidden activations and their gradient are products that were changed in place.
+    addresses = {product.data_ptr() for product in products}
+    assert [operand.shape for operand in kept] == [(12, 16), (12, 8), (12, 8), (12, 16)]
+    assert {kept[0].data_ptr(), kept[3].data_ptr()} <= addresses
+
+
 @pytest.mark.parametrize("path", ["loop", ON_DEVICE])
 def test_recomputed_gradients_have_the_same_bits(path, request):
     if path == "triton":
