@@ -157,7 +157,7 @@ def test_gating_runs_forward_and_backward(name):
 
 
 def test_unknown_and_absent_peers_are_refused(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="--peers: must be .*lucidrains.*megatron"):
+    with pytest.raises(SystemExit, match="--peers must be .*lucidrains.*megatron"):
         moe_layer.choose_peers(["megatron"])
     monkeypatch.setattr(moe_peers.DeepSpeed, "package", ("no_such_module", "deepspeed"))
     with pytest.raises(SystemExit, match="deepspeed is not installed: pip install deepspeed"):
