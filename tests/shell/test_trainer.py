@@ -91,7 +91,7 @@ def test_other_criteria_train_dense_models_and_models_without_balance_losses(
 
 def test_a_save_folder_that_cannot_be_written_to_is_named(data: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with without_updates(), pytest.raises(ValueError, match="`--save-dir` must be a folder in wh"):
+    with without_updates(), pytest.raises(ValueError, match="`--save-dir` must be a folder wh"):
         call("train", data, *TINY_MOE, *FEW, "--save-dir", tmp_path / "file" / "below")
 
 
