@@ -222,7 +222,7 @@ def test_a_second_bundle_is_compared(bundle: Path, tmp_path: Path):
         assert saturation["tokens"] == layer["usage"]["num_tokens"]
     text = " ".join(check_page(render_page(report)).text)
     assert "Paired bootstrap" in text
-    assert "of the experts of" in text
+    assert "of the experts for" in text
     # A bundle does not differ from itself.
     same = make_report(bundle, [Part("text", TEXT, REFERENCES)], against=bundle)
     assert {layer["saturation"]["kept"] for layer in same["layers"]} == {1.0}

@@ -258,7 +258,7 @@ def test_no_piece_holds_white_space_or_a_mark_of_fairseq(text, tmp_path, name):
 
 def test_a_flipped_bit_of_a_model_is_noticed_wherever_it_is(model, text):
     content, digests = model.read_bytes(), model.with_name("spm.model.sha256")
-    match = r"spm\.model` is damaged: .* `nmt-moe pieces train` wrote"
+    match = r"spm\.model` is damaged: .* `nmt-moe pieces train` stored"
     assert digests.read_text() == f"{hashlib.sha256(content).hexdigest()}  spm.model\n"
     for place in range(0, len(content), len(content) // 20):
         model.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
