@@ -54,7 +54,6 @@ GATINGS = [
     (4096, 4, "drawn"),
     (4100, 4, "none"),
 ]
-SEED = 2**62
 
 
 def row_launches(dtype: torch.dtype) -> Iterator[Launch]:
@@ -125,7 +124,7 @@ def gating_launches(experts: int, top_k: int, noise: str) -> Iterator[Launch]:
     """Yield the kernels of noisy top-k gating."""
     clean = torch.empty(TOKENS, experts)
     raw_scale = None if noise == "none" else clean
-    seed = SEED if noise == "drawn" else 0
+    seed = torch.zeros(1, dtype=torch.int64) if noise == "drawn" else None
     given = clean if noise == "given" else None
     inputs = clean, raw_scale, given, seed, torch.empty(TOKENS), torch.tensor([0, TOKENS])
     count = top_k + (raw_scale is not None and top_k < experts)

@@ -147,7 +147,7 @@ def _check_gating_case(
     report: Report, device: str, rows: int, experts: int, top_k: int, sizes: list[int] | None
 ) -> None:
     clean, raw_scale, noise = (torch.randn(rows, experts, device=device) for _ in range(3))
-    drawn = _launchers().write_noise(SEED, 0, torch.empty_like(clean))
+    drawn = _launchers().write_noise(_seed(device), 0, torch.empty_like(clean))
     offsets = None if sizes is None else torch.tensor([0, *sizes], device=device).cumsum(0)
     weight = torch.rand(rows, device=device)
     name = f"gating N={rows} E={experts} K={top_k}{' groups' if sizes else ''}"
@@ -206,7 +206,8 @@ def _check_special_logits(report: Report, device: str) -> None:
 
 def _check_noise(report: Report, device: str, rows: int) -> None:
     """Compare statistics of the noise with limits that only one seed in a thousand exceeds."""
-    noise = _launchers().write_noise(SEED, 0, torch.empty(rows, 250, device=device)).double()
+    noise = torch.empty(rows, 250, device=device)
+    noise = _launchers().write_noise(_seed(device), 0, noise).double()
     number = noise.numel()
     ordered = noise.flatten().sort().values
     ranks = torch.arange(1, number + 1, device=device) / number
@@ -339,9 +340,13 @@ def _launchers():  # noqa: ANN202
     return importlib.import_module("nmt_moe.kernels._triton.gating")
 
 
+def _seed(device: str | torch.device) -> Tensor:
+    return torch.tensor([SEED], device=device)
+
+
 @contextmanager
 def fixed_seed() -> Iterator[None]:
     """Make gates draw their noise with the seed `SEED`."""
     operation = importlib.import_module("nmt_moe.kernels.gating")
-    with mock.patch.object(operation, "draw_seed", return_value=SEED):
+    with mock.patch.object(operation, "draw_seed", _seed):
         yield

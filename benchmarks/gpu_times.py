@@ -143,7 +143,8 @@ def _gating_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int
     for experts in (8,) if tiny else (256, 1024, 4096):
         clean, raw_scale = (torch.randn(rows, experts, device=device) for _ in range(2))
         offsets = torch.tensor([0, rows], device=device)
-        inputs = clean, raw_scale, None, 2**62, None, offsets
+        seed = torch.tensor([2**62], device=device)
+        inputs = clean, raw_scale, None, seed, None, offsets
 
         def forward(inputs=inputs) -> object:  # noqa: ANN001
             return launchers.gating_forward(*inputs, 4, 1e-2)

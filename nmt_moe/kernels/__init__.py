@@ -5,7 +5,7 @@ operation with its definition.
 """
 
 from nmt_moe.kernels import reference
-from nmt_moe.kernels._backend import is_on_host, row_groups
+from nmt_moe.kernels._backend import is_captured, is_on_host, row_groups
 from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._trial import failed as failed_kernels
 from nmt_moe.kernels.attentive_lstm import attentive_lstm
@@ -15,7 +15,7 @@ from nmt_moe.kernels.expert_ffn import expert_ffn
 from nmt_moe.kernels.factored_adam import factored_adam
 from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
-from nmt_moe.kernels.gating import draw_seed, noisy_top_k
+from nmt_moe.kernels.gating import noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
 from nmt_moe.kernels.lstm import lstm
 from nmt_moe.kernels.lstm_step import lstm_step
@@ -34,7 +34,6 @@ __all__ = [
     "attentive_lstm",
     "combine_rows",
     "cross_entropy",
-    "draw_seed",
     "expert_ffn",
     "factored_adam",
     "failed_kernels",
@@ -42,6 +41,7 @@ __all__ = [
     "gather_rows",
     "grouped_gemm",
     "has_compiled_loops",
+    "is_captured",
     "is_on_host",
     "lstm",
     "lstm_step",

@@ -64,6 +64,11 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type in HOST_DEVICES
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, so that nothing may wait for `tensor`."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
     """Return whether an operation on `tensors` may need a backward pass.
 

@@ -198,15 +198,15 @@ def _try_factored_adam(device: torch.device, dtype: torch.dtype) -> None:
 def _try_gating(device: torch.device, dtype: torch.dtype) -> None:
     from nmt_moe.kernels._triton.gating import write_noise
 
-    seed = 2**62 + 12345
+    seed = torch.tensor([2**62 + 12345], device=device)
     for rows, experts, top_k, sizes in GATINGS:
         draw, offsets = _Draw(), torch.tensor([0, *sizes]).cumsum(0)
         clean, raw_scale = draw.normal(rows, experts), draw.normal(rows, experts)
         weight = draw.uniform(rows)
         drawn = write_noise(seed, 0, torch.empty(rows, experts, dtype=dtype, device=device))
         given = draw.normal(rows, experts)
-        _compare_gating(device, (clean, None, None, 0, weight, offsets), top_k, None)
-        _compare_gating(device, (clean, raw_scale, given, 0, weight, offsets), top_k, given)
+        _compare_gating(device, (clean, None, None, None, weight, offsets), top_k, None)
+        _compare_gating(device, (clean, raw_scale, given, None, weight, offsets), top_k, given)
         noise = drawn.cpu().double()
         _compare_gating(device, (clean, raw_scale, None, seed, weight, offsets), top_k, noise)
 
@@ -242,7 +242,7 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
         _compare("gradient", one, other, 1e-4)
 
 
-def _to_launchers(values: Sequence[Tensor | int | None], device: torch.device) -> Any:
+def _to_launchers(values: Sequence[Tensor | None], device: torch.device) -> Any:
     """Move tensors to the device, floating-point ones as float32; leave other values unchanged."""
     return tuple(
         value.detach().to(device, torch.float32 if value.is_floating_point() else value.dtype)

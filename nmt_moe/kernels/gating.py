@@ -30,7 +30,7 @@ def noisy_top_k(
     The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the
     probability that expert i is among the k largest if only its own noise is drawn again; gradients
     pass through the thresholds. Sums run in a fixed order, so equal inputs (and equal states of
-    torch's CPU generator, which determines the noise) give bit-identical results.
+    torch's generator of the device, which determines the noise) give bit-identical results.
 
     On a GPU, the kernels handle float32, up to 16384 experts and `top_k` below 16. In all other
     cases, the GPU runs plain torch, with full (N, E) tensors and noise from its own generator.
@@ -83,14 +83,12 @@ def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] 
     return BlockedNoisyTopK if is_on_host(clean) else None
 
 
-def draw_seed() -> int:
-    """Draw a seed from torch's CPU generator without synchronising the host and the device.
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a seed, (1,) int64, from the generator of `device`.
 
-    Returns:
-        A number from 2^62 to 2^63 - 1. It never fits into 32 bits, so it always has the same type,
-        and kernels are compiled only once.
+    The seed stays on the device, so that each replay of a CUDA graph draws another one.
     """
-    return int(torch.randint(2**62, 2**63 - 1, (), device="cpu"))
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 class _TritonNoisyTopK(torch.autograd.Function):
@@ -111,13 +109,12 @@ class _TritonNoisyTopK(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from nmt_moe.kernels._triton.gating import gating_forward
 
-        seed = draw_seed() if raw_scale is not None and noise is None else 0
+        draws = raw_scale is not None and noise is None
+        seed = draw_seed(clean.device) if draws else None
         inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
         choice = gating_forward(*inputs, top_k, NOISE_FLOOR)
-        ctx.save_for_backward(
-            clean, raw_scale, noise, row_weight, row_offsets, choice.gates, choice.top, choice.ids
-        )
-        ctx.seed, ctx.smooth = seed, raw_scale is not None and top_k < clean.shape[1]
+        ctx.save_for_backward(*inputs, choice.gates, choice.top, choice.ids)
+        ctx.smooth = raw_scale is not None and top_k < clean.shape[1]
         ctx.set_materialize_grads(False)
         expert_ids = choice.ids[:, :top_k].contiguous()
         load = choice.load if ctx.smooth else choice.counts.to(clean.dtype)
@@ -137,8 +134,8 @@ class _TritonNoisyTopK(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from nmt_moe.kernels._triton.gating import gating_backward
 
-        clean, raw_scale, noise, row_weight, row_offsets, *choice = ctx.saved_tensors
-        inputs = clean, raw_scale, noise, ctx.seed, row_weight, row_offsets
+        clean, raw_scale, noise, seed, row_weight, row_offsets, *choice = ctx.saved_tensors
+        inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
         grads = grad_gates, grad_importance, grad_load if ctx.smooth else None
         grad_clean, grad_raw, grad_weight = gating_backward(*inputs, choice, grads, NOISE_FLOOR)
         return grad_clean, grad_raw, None, grad_weight, None, None

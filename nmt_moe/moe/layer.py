@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nmt_moe.kernels import Gating, is_on_host, plan_rows
+from nmt_moe.kernels import Gating, is_captured, is_on_host, plan_rows
 from nmt_moe.moe.config import MoEConfig
 from nmt_moe.moe.experts import Experts, compute_dtype
 from nmt_moe.moe.gate import NoisyTopKGate, SoftmaxGate, StrictlyBalancedGate, gate_dtype
@@ -79,7 +79,8 @@ class MoELayer(nn.Module):
 
         During training on a GPU, the host does not wait for the device, except with strictly
         balanced gates or with experts spread over ranks. For this reason, training on a GPU
-        includes no check that tokens are finite; call `MoEStats.check_finite` to run one.
+        includes no check that tokens are finite; call `MoEStats.check_finite` to run one. Neither
+        does evaluation while a CUDA graph is captured. Each replay of a graph draws new noise.
 
         `torch.compile` skips the layer, because its shapes depend on the choice of experts. The
         model around the layer is compiled, but `fullgraph=True` and `torch.export` do not work.
@@ -119,7 +120,7 @@ class MoELayer(nn.Module):
 
         gating = self.gate(tokens, noise, rows.row_offsets)
         stats = self._balance(gating, rows, len(x))
-        if is_on_host(x) or not self.training:
+        if is_on_host(x) or not (self.training or is_captured(x)):
             stats.check_finite()
         route = self.exchange.route(gating.expert_ids, gating.num_rows)
         y = self._mix(tokens, gating.gates, route)

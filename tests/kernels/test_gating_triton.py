@@ -19,7 +19,10 @@ pytest.importorskip("triton")
 # Use import_module, because the package's attribute of that name is the function.
 operation = importlib.import_module("nmt_moe.kernels.gating")
 launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
-SEED = 2**62 + 12345
+
+
+def make_seed(number: int = 2**62 + 12345) -> torch.Tensor:
+    return torch.tensor([number])
 
 
 def assert_is_right(inputs, top_k, sizes, training=True, one_by_one=False):
@@ -118,15 +121,15 @@ def run(inputs, noise=None):
 
 
 def test_forward_and_backward_draw_the_same_noise(monkeypatch):
-    monkeypatch.setattr(operation, "draw_seed", lambda: SEED)
+    monkeypatch.setattr(operation, "draw_seed", lambda device: make_seed())
     inputs = make_inputs(40, 22, torch.float32)
-    noise = launchers.write_noise(SEED, 0, torch.empty(40, 22))
+    noise = launchers.write_noise(make_seed(), 0, torch.empty(40, 22))
     for one, other in zip(run(inputs), run(inputs, noise), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_the_choice_does_not_depend_on_the_blocks(monkeypatch):
-    monkeypatch.setattr(operation, "draw_seed", lambda: SEED)
+    monkeypatch.setattr(operation, "draw_seed", lambda device: make_seed())
     inputs = make_inputs(40, 70, torch.float32)
     whole = run(inputs)
     for columns, numbers in ((128, 2**11), (32, 2**10), (64, 2**10)):
@@ -150,9 +153,19 @@ def test_equal_seeds_give_equal_bits():
     assert not torch.equal(first[1], seeded(6)[1])
 
 
+def test_the_seed_comes_from_the_generator_of_the_device(device):
+    """The host does not know it, so a replay of a CUDA graph draws another one."""
+    seed = operation.draw_seed(torch.device(device))
+    assert (seed.device.type, seed.shape, seed.dtype) == (device, (1,), torch.int64)
+    torch.manual_seed(1)
+    seeds = torch.cat([operation.draw_seed(seed.device) for _ in range(100)])
+    assert len(seeds.unique()) == 100
+    assert seeds.max() > 2**62 > seeds.min() > 0  # all 63 bits are used
+
+
 def test_noise_is_standard_normal(monkeypatch):
     use_blocks(monkeypatch, columns=256, numbers=2**15)
-    noise = launchers.write_noise(SEED, 0, torch.empty(400, 250)).flatten().sort().values
+    noise = launchers.write_noise(make_seed(), 0, torch.empty(400, 250)).flatten().sort().values
     ranks = torch.arange(1, len(noise) + 1) / len(noise)
     # In this Kolmogorov-Smirnov test, one seed in a thousand exceeds 1.95.
     distance = (torch.special.ndtr(noise) - ranks).abs().max()
@@ -161,7 +174,7 @@ def test_noise_is_standard_normal(monkeypatch):
 
 def test_neighbours_are_independent(monkeypatch):
     use_blocks(monkeypatch, columns=256, numbers=2**15)
-    noise = launchers.write_noise(SEED, 0, torch.empty(400, 250))
+    noise = launchers.write_noise(make_seed(), 0, torch.empty(400, 250))
     for rows, columns in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0)):
         one, other = noise[rows:, columns:], noise[: 400 - rows, : 250 - columns]
         # The limit is five standard deviations of the correlation between 10^5 pairs.
@@ -169,16 +182,10 @@ def test_neighbours_are_independent(monkeypatch):
 
 
 def test_noise_belongs_to_seed_row_and_column():
-    noise = launchers.write_noise(SEED, 0, torch.empty(8, 20))
-    assert torch.equal(launchers.write_noise(SEED, 3, torch.empty(5, 9)), noise[3:, :9])
-    for seed, row in (
-        (SEED + 1, 0),
-        (SEED + 2**32, 0),
-        (SEED, 2**31),
-        (SEED, 2**32),
-        (SEED, 2**40),
-    ):
-        other = launchers.write_noise(seed, row, torch.empty(8, 20))
+    noise = launchers.write_noise(make_seed(), 0, torch.empty(8, 20))
+    assert torch.equal(launchers.write_noise(make_seed(), 3, torch.empty(5, 9)), noise[3:, :9])
+    for more, row in ((1, 0), (2**32, 0), (0, 2**31), (0, 2**32), (0, 2**40)):
+        other = launchers.write_noise(make_seed() + more, row, torch.empty(8, 20))
         assert not (other == noise).any()
 
 

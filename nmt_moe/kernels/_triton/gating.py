@@ -91,7 +91,7 @@ def gating_forward(
     clean: Tensor,
     raw_scale: Tensor | None,
     noise: Tensor | None,
-    seed: int,
+    seed: Tensor | None,
     row_weight: Tensor | None,
     row_offsets: Tensor,
     top_k: int,
@@ -103,7 +103,7 @@ def gating_forward(
         clean: (N, E), logits without noise.
         raw_scale: (N, E), logits of the noise's standard deviation; None for no noise.
         noise: (N, E), standard normal numbers; None to draw them from `seed`.
-        seed: Seed of the noise, from 2^62 to 2^63 - 1, so that it always has the same type.
+        seed: (1,) int64, the seed of the noise; None if no noise is drawn.
         row_weight: (N,), the weight of each row in the importance; None for ones.
         row_offsets: (G + 1,) int64, bounds of the rows of each group, from 0 to N.
         top_k: Number of experts per token, K.
@@ -153,7 +153,7 @@ def gating_backward(
     clean: Tensor,
     raw_scale: Tensor | None,
     noise: Tensor | None,
-    seed: int,
+    seed: Tensor | None,
     row_weight: Tensor | None,
     row_offsets: Tensor,
     choice: list[Tensor],
@@ -211,7 +211,7 @@ def gating_backward(
     return grad_clean, grad_raw, grad_weight
 
 
-def write_noise(seed: int, first_row: int, noise: Tensor) -> Tensor:
+def write_noise(seed: Tensor, first_row: int, noise: Tensor) -> Tensor:
     """Fill `noise`, (N, E), with the noise that the kernels draw from row `first_row` on."""
     num_rows, num_experts = noise.shape
     grid = choose_grid(num_rows, 1, num_experts, 1)

@@ -9,6 +9,7 @@ from nmt_moe.kernels._triton.gating_parts import (
     margins,
     normal_density,
     read_noise,
+    read_seed,
     softplus,
     spread_gradient,
 )
@@ -56,7 +57,7 @@ def _threshold_sums(slope, inside):
     return tl.sum(tl.where(inside, slope, 0.0), 1), tl.sum(tl.where(inside, 0.0, slope), 1)
 
 
-@triton.jit(do_not_specialize=["seed", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def backward_kernel(
     clean,
     raw_scale,
@@ -87,6 +88,7 @@ def backward_kernel(
 
     Rows wider than a block are read twice: first for the thresholds, then for everything else.
     """
+    number = read_seed(seed)
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     group = program // splits
@@ -175,7 +177,7 @@ def backward_kernel(
             if raw_scale is not None:
                 drawn = read_noise(
                     noise,
-                    seed,
+                    number,
                     rows,
                     chunk * BLOCK_COLUMNS,
                     offsets,

@@ -14,6 +14,7 @@ from nmt_moe.kernels._triton.gating_parts import (
     normal_cdf,
     read_column,
     read_noise,
+    read_seed,
     softplus,
     sort_keys,
     threshold,
@@ -21,7 +22,7 @@ from nmt_moe.kernels._triton.gating_parts import (
 from nmt_moe.kernels._triton.hints import whole
 
 
-@triton.jit(do_not_specialize=["seed", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def forward_kernel(
     clean,
     raw_scale,
@@ -50,6 +51,7 @@ def forward_kernel(
     Each group has `splits` programs, which take turns processing its blocks of rows. Each program
     writes its own row of sums.
     """
+    number = read_seed(seed)
     num_experts = whole(num_experts, MULTIPLE)
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets + program // splits)
@@ -67,7 +69,7 @@ def forward_kernel(
         noisy = logits
         if raw_scale is not None:
             scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
-            drawn = read_noise(noise, seed, rows, 0, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS)
+            drawn = read_noise(noise, number, rows, 0, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS)
             noisy = logits + drawn * scale
         keys = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
         keys, indices, ranks = largest(
@@ -121,7 +123,7 @@ def _merge(
     return keys, ids
 
 
-@triton.jit(do_not_specialize=["seed", "num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])
 def select_kernel(
     clean,
     raw_scale,
@@ -142,6 +144,7 @@ def select_kernel(
     SLOTS: tl.constexpr,
 ):
     """Find the largest noisy logits of rows that are read in chunks, and compute their softmax."""
+    number = read_seed(seed)
     num_experts = whole(num_experts, MULTIPLE)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
@@ -156,7 +159,7 @@ def select_kernel(
         if raw_scale is not None:
             scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
             drawn = read_noise(
-                noise, seed, rows, chunk * BLOCK_COLUMNS, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS
+                noise, number, rows, chunk * BLOCK_COLUMNS, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS
             )
             noisy += drawn * scale
         is_nan |= has_nan(noisy)
@@ -230,7 +233,7 @@ def sum_kernel(
         tl.store(load + sums, sum_probs, in_row)
 
 
-@triton.jit(do_not_specialize=["seed", "first_row", "num_rows"])
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
 def noise_kernel(
     noise,
     seed,
@@ -244,6 +247,6 @@ def noise_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
-    drawn = draw_noise(seed, first_row + rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    drawn = draw_noise(tl.load(seed), first_row + rows, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     mask = (rows < num_rows)[:, None] & (columns < num_experts)[None, :]
     tl.store(noise + (rows[:, None] * num_experts + columns[None, :]), drawn, mask)

@@ -12,6 +12,15 @@ TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit
+def read_seed(seed):
+    """Read the seed of the noise; 0 if no noise is drawn."""
+    number = 0
+    if seed is not None:
+        number = tl.load(seed)
+    return number
+
+
+@triton.jit
 def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Draw (B, W) standard normal numbers that depend only on seed, row and column.
 
