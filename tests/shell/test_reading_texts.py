@@ -186,7 +186,9 @@ def test_a_damaged_sentencepiece_model_is_named(data: Path, checkpoint: Path, tm
     with pytest.raises(ValueError, match=r"spm\.model` is not a complete sentencepiece model"):
         call("interactive", data, *flags, stdin=b"ba\n")
     (tmp_path / "spm.model.sha256").write_text(f"{'0' * 64}  spm.model\n")
-    with pytest.raises(ValueError, match=r"spm\.model` is damaged: it does not match the digest that"):
+    with pytest.raises(
+        ValueError, match=r"spm\.model` is damaged: it does not match the digest that"
+    ):
         call("interactive", data, *flags, stdin=b"ba\n")
 
 
