@@ -81,13 +81,13 @@ def run_check(name: str, device: str, tiny: bool) -> str:
     """Run one of the checks; after the first wrong result, print the check's table and exit."""
     import torch
 
-    from benchmarks import gpu_checks
+    from benchmarks import gpu_checks, gpu_report
 
     torch.manual_seed(1)
-    report = gpu_checks.Report()
+    report = gpu_report.Report()
     try:
-        getattr(gpu_checks, f"check_{name}")(report, device, tiny)
-    except gpu_checks.WrongResultError as error:
+        gpu_checks.CHECKS[name](report, device, tiny)
+    except gpu_report.WrongResultError as error:
         print(report.table())
         sys.exit(str(error))
     return report.table()

@@ -92,7 +92,7 @@ def test_one_part_runs_on_a_small_scale_in_the_interpreter(tmp_path):
 
 def test_a_wrong_result_ends_a_part():
     torch = pytest.importorskip("torch")
-    from benchmarks.gpu_checks import Report, WrongResultError
+    from benchmarks.gpu_report import Report, WrongResultError
 
     report = Report()
     one = torch.ones(3)
