@@ -10,13 +10,14 @@ import sys, pytest, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
-FILES = ["test_gating_triton", "test_factored_adam", "test_gather_rows", "test_expert_ffn"]
+FILES = ["test_gating_triton", "test_gate_logits", "test_factored_adam", "test_gather_rows"]
+FILES += ["test_expert_ffn", "test_grouped_gemm"]
 
 
 def test_the_tests_of_kernels_are_selected_if_there_is_a_gpu(repository):
     environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
-    files = [f"tests/kernels/{name}.py" for name in [*FILES, "test_grouped_gemm"]]
-    files.append("tests/moe/test_on_a_device.py")
+    files = [f"tests/kernels/{name}.py" for name in FILES]
+    files += ["tests/moe/test_on_a_device.py", "tests/moe/test_capture.py"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "-m", "gpu", *files],
         cwd=repository,
@@ -37,6 +38,7 @@ def test_the_tests_of_kernels_are_selected_if_there_is_a_gpu(repository):
         "test_positions_beyond_two_to_the_31",
         "test_values_and_gradients",
         "test_bfloat16_on_a_gpu",
+        "test_each_replay_of_a_graph_draws_new_noise",
         "test_a_device_computes_the_same_and_the_host_never_waits",
     } <= names
     # Tests of paths that run only on the CPU are not selected.

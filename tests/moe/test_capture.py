@@ -115,6 +115,7 @@ def test_each_replay_of_a_graph_draws_new_noise(groups):
         return stats.expert_ids
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
