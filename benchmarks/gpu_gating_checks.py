@@ -104,7 +104,8 @@ def _check_noise(report: Report, device: str, rows: int) -> None:
     for down, right in ((0, 1), (0, 2), (0, 4), (1, 0)):
         pairs = noise[down:, right:] * noise[: rows - down, : 250 - right]
         figure = pairs.mean().abs().item() * pairs.numel() ** 0.5
-        what = f"noise {down} rows below, {right} columns to the right: correlation in sigmas"
+        apart = f"{down} row(s) and {right} column(s) apart"
+        what = f"correlation of noise values {apart}, in standard errors"
         report.claim(what, figure < 4.5, f"{figure:.2f}", "4.5")
 
 

@@ -1,11 +1,11 @@
-"""Time the matrix products of inference that `kernels/quantised.py` chooses from.
+"""Time the kinds of matrix product that `kernels/quantised.py` chooses from for inference.
 
     python -m benchmarks.inference_products --threads 1 --rounds 5
 
 Each line of the table is for one matrix (outputs x inputs) and one number of activation rows.
 The figures are CPU times in microseconds, including the quantisation of activations. Each product
-cycles through copies of its matrix, so that it reads as many bytes of weights between two uses of
-the same copy as a real model does.
+cycles through copies of its matrix. Between two uses of a copy, it therefore reads as many bytes of
+weights as a real model reads between two uses of a matrix.
 """
 
 import argparse
@@ -32,32 +32,32 @@ def blas(weight: Tensor) -> Product:
 
 
 def blas_transposed(weight: Tensor) -> Product:
-    """Multiply with the transposed matrix."""
+    """Multiply by a transposed copy of the matrix."""
     weight = weight.t().contiguous()
     return lambda x: torch.mm(x, weight)
 
 
 def onednn(weight: Tensor) -> Product:
-    """Multiply with weights in oneDNN's layout."""
+    """Multiply by weights in oneDNN's layout."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def fbgemm_half(weight: Tensor) -> Product:
-    """Multiply with FBGEMM's half-precision weights."""
+    """Multiply by weights that FBGEMM has packed in half precision."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 def onednn_bfloat16(weight: Tensor) -> Product:
-    """Multiply with bfloat16 weights in oneDNN's layout."""
+    """Multiply by bfloat16 weights in oneDNN's layout."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
     multiply = torch.ops.mkldnn._linear_pointwise
     return lambda x: multiply(x.bfloat16(), packed, None, "none", [], "").float()
 
 
 def onednn_int8(weight: Tensor) -> Product:
-    """Multiply with int8 weights in oneDNN's layout."""
+    """Multiply by int8 weights in oneDNN's layout."""
     levels, scale = quantise_rows(weight)
     packed = torch.ops.onednn.qlinear_prepack(levels, None)
     arguments = packed, scale, torch.zeros(len(scale), dtype=torch.int64), None, 1.0, 0

@@ -1,4 +1,4 @@
-"""Check arguments. Every error message gives the name, the rule, the value and a remedy.
+"""Check arguments. Every error message gives the name, the constraint, the value and a remedy.
 
 This module does not import torch, so that commands can check their options before importing it.
 """

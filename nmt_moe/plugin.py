@@ -1,11 +1,11 @@
-"""Register everything that the plugin adds to fairseq, in any process."""
+"""Register the whole plugin with fairseq, even in a process started without `--user-dir`."""
 
 import importlib
 import pkgutil
 
 
 def register() -> None:
-    """Import every shell module, so that fairseq knows all names of the plugin.
+    """Import every shell module so that fairseq knows all the names that the plugin registers.
 
     `--user-dir nmt_moe` does the same, but only if `nmt_moe` has not been imported before. If it
     has, fairseq merely logs "already imported". Tests and tools call this function; calling it

@@ -53,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave out the compiled loops, because torch's hooks and modes do not see their operations."""
+    """Run torch's operations, which its hooks and modes can see, instead of the compiled loops."""
     from nmt_moe.kernels._cpu import load
 
     monkeypatch.setenv("NMT_MOE_KERNELS", "torch")

@@ -37,5 +37,5 @@ def check_environment(extras: tuple[str, ...]) -> None:
     missing += [] if missing else diagnostics.find_broken()
     if missing:
         lines = "".join(f"\n  {line}" for line in missing)
-        raise ValueError(f"{sys.executable} lacks what nmt_moe needs:{lines}")
+        raise ValueError(f"{sys.executable} does not meet nmt_moe's requirements:{lines}")
     click.echo(f"{sys.executable} has everything nmt_moe needs")

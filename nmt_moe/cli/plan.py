@@ -181,7 +181,8 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
     """Build a setup from the options.
 
     Raises:
-        ValueError: if an option is out of range; the message names it, its rule and its value.
+        ValueError: if an option is out of range; the message gives the option, the constraint and
+            the value.
     """
     check_range("--devices", args.devices, 1)
     check_range("--sentences", args.sentences, 1)
@@ -215,7 +216,8 @@ def make_device(args: argparse.Namespace) -> Device:
     """Return the preset device with the figures that the options set.
 
     Raises:
-        ValueError: if an option is out of range; the message names it, its rule and its value.
+        ValueError: if an option is out of range; the message gives the option, the constraint and
+            the value.
     """
     device = DEVICES[args.device]
     given = {

@@ -93,9 +93,9 @@ def _filtering(keep: Callable) -> Callable:
         else:
             way_out = f"--max-tokens, or {_cut_into(max_positions)}"
         raise ValueError(
-            f"`{split}` must have samples of at most {_spell(max_positions)} tokens, but all "
-            f"{len(indices)} are longer: the longest, #{longest} (counted from 0), has "
-            f"{_spell(dataset.size(longest))}. Allow more with {way_out}."
+            f"The samples in `{split}` must have at most {_spell(max_positions)} tokens, but all "
+            f"{len(indices)} are longer. The longest, #{longest} (counted from 0), has "
+            f"{_spell(dataset.size(longest))} tokens. Allow more with {way_out}."
         )
 
     return filter_indices_by_size

@@ -46,14 +46,14 @@ def explain(error: BaseException) -> str | None:
     raiser = _raiser(error)
     message = str(error).strip()
     if isinstance(error, RuntimeError) and LOST_PEER.search(message):
-        return "another process of this training has ended; its own message says why"
+        return "another process in this training run has ended; see its error message for the cause"
     if not message:
         return None
     if isinstance(error, OmegaConfBaseException | ConfigCompositionException):
         return _explain_option(error, message)
     if isinstance(error, FileExistsError) and error.errno is None:
-        # For a dictionary that exists, fairseq-preprocess raises an error with only its path.
-        return f"`{message}` exists already. Remove it, or name another folder."
+        # If a dictionary exists, fairseq-preprocess raises an error that contains only its path.
+        return f"`{message}` already exists. Remove it or specify a different folder."
     if isinstance(error, OSError | FloatingPointError):
         return message
     if isinstance(error, ValueError) and raiser == "nmt_moe":

@@ -193,7 +193,8 @@ def _reporting(make: Callable) -> Callable:
             words = [token for token in tokens.tolist() if token not in marks]
             unknown = words.count(dictionary.unk())
             if unknown == len(words):
-                lines.report(index, "has no word of the dictionary: its translation is made up")
+                fault = "contains no words from the dictionary, so its translation is meaningless"
+                lines.report(index, fault)
             elif unknown:
                 share = f"{unknown} of {len(tokens)}"
                 lines.report(index, f"has tokens that are not in the dictionary: {share}")

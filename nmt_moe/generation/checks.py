@@ -38,7 +38,8 @@ def check_evaluation(args: Any) -> None:
     """Check options that only fairseq-eval-lm has; ignore other commands.
 
     Raises:
-        ValueError: if an option is out of range; the message names it, its rule and its value.
+        ValueError: if an option is out of range; the message gives the option, the constraint and
+            the value.
     """
     if not hasattr(args, "context_window"):
         return

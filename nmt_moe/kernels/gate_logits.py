@@ -1,4 +1,4 @@
-"""Compute a gate's clean logits and the logits of its noise's scale."""
+"""Compute a gate's clean logits and the values that determine the scale of its noise."""
 
 from typing import Any
 
@@ -17,24 +17,25 @@ def gate_logits(
     noise_weight: Tensor | None,
     row_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply rows by their gate's two matrices, one for logits and one for the scale of noise.
+    """Multiply rows by their gate's two matrices, one for the logits and one for the noise scale.
 
-    The backward pass adds the gradients that `rows` gets from the two products in place, instead of
-    creating an (N, D) tensor for each, and keeps their dtype even under autocast. A group without
-    rows costs only the time to fill its gradient with zeros.
+    The backward pass accumulates, in place, the gradients of `rows` from the two products, instead
+    of creating an (N, D) tensor for each, and keeps their dtype even under autocast. If a group has
+    no rows, its gradient is only filled with zeros.
 
     On a GPU, a product of float32 matrices is computed as three products of TF32 numbers (TF32x3),
-    because tensor cores are much faster than float32 arithmetic. The results are about as accurate
-    as those of float32. If torch's setting for float32 products has been set to anything
-    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.fp32_precision`), it is
-    followed instead: "highest" gives float32 arithmetic. Versions of torch without the second
-    setting always give float32 arithmetic.
+    because arithmetic on tensor cores is much faster than ordinary float32 arithmetic. The results
+    are about as accurate as in float32. If torch's precision for float32 products has been set
+    explicitly, with `torch.set_float32_matmul_precision` or
+    `torch.backends.cuda.matmul.fp32_precision`, that setting takes precedence; "highest", for
+    example, gives float32 arithmetic. Versions of torch that lack `fp32_precision` always use
+    float32 arithmetic.
 
     Args:
         rows: (N, D), the tokens' vectors.
         gate_weight: (D, E), the gate's weights; with `row_offsets`, (G, D, E), one matrix for each
             group.
-        noise_weight: Weights of the noise's scale, in the shape of `gate_weight`; None for no
+        noise_weight: Weights for the noise scale, with the shape of `gate_weight`; None for no
             noise.
         row_offsets: (G + 1,) int64; group g owns rows [offsets[g], offsets[g + 1]). If None, all
             rows are multiplied by the same matrices.
@@ -76,7 +77,7 @@ def _choose_products(rows: Tensor, weight: Tensor, row_offsets: Tensor | None) -
 
 
 def _leaves_float32_open() -> bool:
-    """Return whether torch leaves open how to compute products of float32 numbers on a GPU."""
+    """Return whether torch has no explicit precision for products of float32 matrices on a GPU."""
     return getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "none"
 
 

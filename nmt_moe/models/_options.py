@@ -12,7 +12,7 @@ from fairseq.models import register_model_architecture
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
-# LSTMs have no maximal length, but fairseq needs a number. The task's limit is smaller than this.
+# LSTMs have no maximum length, but fairseq needs a number. The task's limit is smaller than this.
 MAX_POSITIONS = 100_000
 
 GateChoice: Any = ChoiceEnum(GATES)
@@ -112,7 +112,8 @@ def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
     """Build a core configuration from the options of the same names and from `others`.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the option, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the option, the constraint and
+            the value.
     """
     names = [f.name for f in fields(kind) if f.name not in others]  # type: ignore[arg-type]
     # Options that did not exist when a checkpoint was written get their defaults.
@@ -128,7 +129,8 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
         options: The options of the model, as a dataclass or an omegaconf container made from one.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the option, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the option, the constraint and
+            the value.
     """
     return None if options.dense else to_core(MoEConfig, options)
 
@@ -145,7 +147,8 @@ def expert_parallel_group(
             holds all experts.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the option, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the option, the constraint and
+            the value.
     """
     if moe is None:
         return ALONE

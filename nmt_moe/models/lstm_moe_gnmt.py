@@ -72,8 +72,8 @@ class LSTMMoEGNMTConfig(MoEOptions):
     decoder_num_experts: int = field(
         default=GNMTConfig.decoder_num_experts,
         metadata={
-            "help": "number of experts in the decoder's MoE layer, as in a pruned model; 0: the "
-            "same as --num-experts"
+            "help": "number of experts in the decoder's MoE layer if it differs from the "
+            "encoder's, as it may in a pruned model; 0: the same as --num-experts"
         },
     )
 
@@ -81,8 +81,8 @@ class LSTMMoEGNMTConfig(MoEOptions):
         """Convert the options to the core's configuration.
 
         Raises:
-            ValueError: if a value is not allowed. The message names the option, its rule and its
-                value.
+            ValueError: if a value is not allowed. The message gives the option, the constraint and
+                the value.
         """
         return to_core(GNMTConfig, self, moe=moe_config(self))
 
@@ -93,7 +93,7 @@ class LSTMMoEGNMT(FairseqEncoderDecoderModel):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "LSTMMoEGNMT":
-        """Build the model of a task with two dictionaries."""
+        """Build the model for a task that has a source and a target dictionary."""
         config = LSTMMoEGNMTConfig.to_config(cfg)
         group = expert_parallel_group(cfg, config.moe, config.decoder_moe)
         source, target = task.source_dictionary, task.target_dictionary
@@ -133,7 +133,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
         return encoder_out.reorder(new_order)
 
     def max_positions(self) -> int:
-        """Return the maximal source length."""
+        """Return the maximum source length."""
         return MAX_POSITIONS
 
 
@@ -183,5 +183,5 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         }
 
     def max_positions(self) -> int:
-        """Return the maximal target length."""
+        """Return the maximum target length."""
         return MAX_POSITIONS

@@ -141,5 +141,5 @@ class LSTMMoELMDecoder(LSTMDecoder):
         return self.output(features)
 
     def max_positions(self) -> int:
-        """Return the maximal length of a row."""
+        """Return the maximum length of a row."""
         return MAX_POSITIONS

@@ -32,8 +32,8 @@ class MoEConfig:
             them if `hidden_dim` is at least 4096 (Appendix D).
 
     Raises:
-        ValueError: if a layer with these values cannot be built. The message names the field, its
-            rule and its value.
+        ValueError: if a layer with these values cannot be built. The message gives the field, the
+            constraint and the value.
     """
 
     model_dim: int

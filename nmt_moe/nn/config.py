@@ -42,7 +42,8 @@ class GNMTConfig:
             number in the encoder's layer, as in a pruned model; 0 if it does not.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the field, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the field, the constraint and
+            the value.
 
     Source: Shazeer et al. 2017, Appendix E; Wu et al. 2016 (GNMT).
     """
@@ -107,7 +108,8 @@ class LSTMLMConfig:
         moe: Configuration of the MoE layer; None for a network without one.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the field, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the field, the constraint and
+            the value.
 
     Source: Shazeer et al. 2017, Appendix C.1.
     """

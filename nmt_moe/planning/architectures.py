@@ -49,7 +49,8 @@ def make_config(options: Any, args: argparse.Namespace) -> NetworkConfig:
         args: Values of options; the others have their defaults.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the option, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the option, the constraint and
+            the value.
     """
     return options(**vars(args)).to_config()
 

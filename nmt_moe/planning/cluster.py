@@ -35,7 +35,8 @@ class Setup:
             "memory-efficient" for half precision without such copies.
 
     Raises:
-        ValueError: if a value is not allowed. The message names the field, its rule and its value.
+        ValueError: if a value is not allowed. The message gives the field, the constraint and
+            the value.
     """
 
     config: NetworkConfig

@@ -40,7 +40,7 @@ class Totals:
 
 
 def count(config: NetworkConfig, batch: Batch) -> Totals:
-    """Return the totals of a batch in a time that does not depend on the length of its sentences.
+    """Return the totals of a batch, in time that does not depend on the length of its sentences.
 
     All steps of an LSTM cost the same, and the cost of attention is proportional to the product of
     the source and target lengths. Totals are therefore quadratic in the length and linear in the
@@ -143,9 +143,10 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return how many more bytes oneDNN's LSTM keeps than torch's own LSTM, as measured.
+    """Return how many more bytes oneDNN's LSTM keeps than torch's own LSTM, by measurement.
 
-    CPUs run oneDNN's LSTM if there is no projection. It keeps gates, states and space for all their
-    gradients, which are (15 + 12 / length) numbers per cell and step. torch's own LSTM keeps 6.
+    On a CPU, torch uses oneDNN's LSTM if there is no projection. It keeps gates, states and space
+    for all their gradients, a total of 15 + 12 / length numbers per cell and step. torch's own LSTM
+    keeps 6.
     """
     return batch.tokens * (9 + 12 / batch.length) * layer.hidden_size * batch.number_bytes

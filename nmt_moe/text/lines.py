@@ -1,14 +1,14 @@
-r"""Read text line by line. These rules define lines, and determine which lines are rejected.
+r"""Read text line by line. The following rules define what a line is and which lines are rejected.
 
-- Only `\n` ends a line: a file has as many lines as `wc -l` counts, plus one if the last line does
-  not end with `\n`. `\r\n` is one line end; the carriage return is not part of the line.
+- Only `\n` ends a line. A file therefore has as many lines as `wc -l` counts, plus one if the last
+  line does not end with `\n`. In `\r\n`, the carriage return is not part of the line.
 - U+0085, U+2028, U+2029, vertical tabs and form feeds are text, like any other white space.
 - A byte order mark at the start of a file is dropped, with a warning.
-- An error that names the file and the line rejects bytes that are not UTF-8; a carriage return
-  within a line; NUL and all other ASCII control characters except tab, vertical tab and form feed;
-  and lines longer than `MAX_LINE_BYTES`. Thus every program that reads an accepted file counts the
-  same lines, and the memory for a line is bounded.
-- A file named `*.gz` or `*.xz` is read through gzip or xz, to its end, so that its checksum is
+- The following are rejected with an error that names the file and the line: bytes that are not
+  UTF-8; a carriage return within a line; NUL and all other ASCII control characters except tab,
+  vertical tab and form feed; and lines longer than `MAX_LINE_BYTES`. As a result, all programs
+  count the same lines in an accepted file, and a line needs a limited amount of memory.
+- A file named `*.gz` or `*.xz` is decompressed and read to its end, so that its checksum is
   verified.
 """
 
@@ -59,7 +59,7 @@ def read_lines(
     *,
     allow_controls: bool = False,
 ) -> Iterator[str]:
-    """Yield the lines of a file, without their ends.
+    """Yield the lines of a file without their line endings.
 
     Args:
         path: Path of the file.
@@ -96,7 +96,7 @@ def count_lines(path: Path) -> int:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading, through gzip or xz if its name ends in `.gz` or `.xz`."""
+    """Open a file for reading, and decompress it if its name ends in `.gz` or `.xz`."""
     if os.fspath(path).endswith(".gz"):
         return cast(BinaryIO, gzip.open(path))
     if os.fspath(path).endswith(".xz"):
@@ -108,8 +108,9 @@ def open_bytes(path: Path) -> BinaryIO:
 def open_output(path: Path | None) -> Iterator[TextIO]:
     """Open a text file for writing; None stands for standard output.
 
-    The file appears only when it is complete. Until then, it has a temporary name in the same
-    folder, and a failure removes it. /dev/null, pipes and similar files are written directly.
+    The file is written under a temporary name in the same folder and gets its final name only when
+    it is complete. If writing fails, the temporary file is removed. /dev/null, pipes and similar
+    files are written directly.
     """
     if path is None:
         if sys.stdout is None:
@@ -195,10 +196,10 @@ def in_chunks(lines: Iterable[str | BadLine], size: int) -> Iterator[list[str | 
 
 
 def chunk_offsets(path: Path, num_chunks: int) -> list[int]:
-    """Divide a file between lines into chunks of about equal size.
+    """Divide a file at line boundaries into chunks of about equal size.
 
     Returns:
-        num_chunks + 1 offsets in bytes that never decrease, from 0 to the file's size.
+        num_chunks + 1 non-decreasing byte offsets, from 0 to the file's size.
     """
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -245,8 +246,9 @@ def _describe_control(found: re.Match[bytes], number: int) -> BadLine:
         return BadLine(
             number,
             f"contains a carriage return (byte {position})",
-            r"Only a line feed ends a line, as for `wc -l`. Replace it with a space: tr '\r' ' '; "
-            r"or, if carriage returns end the lines of this file, with line feeds: tr '\r' '\n'.",
+            r"Only a line feed ends a line, as in `wc -l`. Replace the carriage return with a "
+            r"space (tr '\r' ' ') or, if carriage returns end the lines of this file, with a line "
+            r"feed (tr '\r' '\n').",
         )
     return BadLine(
         number,

@@ -14,8 +14,9 @@ from nmt_moe.trainer.reading import reading_all_experts
 
 
 def install() -> None:
-    """Install the trainer with its data parallelism and its checkpoint reader and writer."""
-    # fairseq-train imports the class before it loads a plugin; under `python -m`, it is __main__.
+    """Install the trainer, its data-parallel wrapper and its checkpoint reader and writer."""
+    # fairseq-train imports `Trainer` before it loads plugins, so its own module must be changed
+    # too. Under `python -m`, that module is `__main__`.
     for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
         if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
             vars(module)["Trainer"] = ExpertParallelTrainer

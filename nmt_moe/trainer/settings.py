@@ -89,7 +89,8 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
     """Reject settings that defeat the purpose of training.
 
     Raises:
-        ValueError: if a setting is rejected; the message names the option, its rule and its value.
+        ValueError: if a setting is rejected; the message gives the option, the constraint and the
+            value.
     """
     settings = cfg.optimization
     for option, values in (("--lr", settings.lr), ("--clip-norm", [settings.clip_norm])):

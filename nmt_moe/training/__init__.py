@@ -1,4 +1,4 @@
-"""The parts of an update: sampled losses, factored Adam, learning rates and sampling of pairs."""
+"""Parts of training: sampled losses, factored Adam, learning rates and sampling of pairs."""
 
 from nmt_moe.training.factored_adam import FactoredAdam
 from nmt_moe.training.pair_sampling import (

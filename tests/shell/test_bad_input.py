@@ -1,4 +1,4 @@
-"""Bad input ends a command with one message and leaves existing files unchanged."""
+"""If its input is bad, a command prints one message and leaves existing files unchanged."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,8 @@ from tests.support.commands import PLUGIN, call, run
 from tests.support.corpus import preprocess_flags, write_corpus, write_lines
 from tests.support.training import TINY_MOE, TRANSLATE, without_updates
 
-SOON = ["--max-epoch", 20, "--no-epoch-checkpoints"]  # the fixture's checkpoint has 8 epochs
+# The fixture's checkpoint was trained for 8 epochs.
+SOON = ["--max-epoch", 20, "--no-epoch-checkpoints"]
 
 
 def put(folder: Path, name: str, number: int, line: str) -> None:
@@ -82,8 +83,8 @@ def test_for_a_corpus_none_of_whose_pairs_fits_the_message_names_the_options(
     data: Path, tmp_path: Path
 ):
     match = (
-        r"`train` must have samples of at most 1 source and 1024 target tokens, but all 96 are "
-        r"longer: the longest, #\d+ .*, has \d+ source and \d+ target\. .*--max-source-positions"
+        r"The samples in `train` must have at most 1 source and 1024 target tokens, but all 96 are "
+        r"longer. The longest, #\d+ .*, has \d+ source and \d+ target tokens\. .*--max-source-pos"
     )
     with pytest.raises(ValueError, match=match):
         call("train", data, *TINY_MOE, "--max-source-positions", 1, "--save-dir", tmp_path)
@@ -95,7 +96,7 @@ def test_a_test_set_that_is_skipped_entirely_is_named(
     write_lines(own_corpus / "test.aa", [LONG] * 8)
     preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
     flags = ["--path", checkpoint, *TRANSLATE, "--skip-invalid-size-inputs-valid-test"]
-    with pytest.raises(ValueError, match=r"`test` must have samples of at most 1024 source.* 5001"):
+    with pytest.raises(ValueError, match=r"samples in `test` must have at most 1024 source.* 5001"):
         call("generate", own_corpus / "data", *flags)
 
 
@@ -118,7 +119,7 @@ def test_a_bad_line_does_not_affect_other_translations(data: Path, checkpoint: P
         "line 3 has 5001 tokens, more than the 1024 allowed: not translated",
         "line 4 is not valid UTF-8",
         "line 5 has tokens that are not in the dictionary: 1 of 3",
-        "line 7 has no word of the dictionary: its translation is made up",
+        "line 7 contains no words from the dictionary, so its translation is meaningless",
     ):
         assert message in done.text
     alone = call("interactive", data, *flags, stdin=b"ba de\nki\n").hypotheses()

@@ -1,4 +1,4 @@
-"""A training run that stops and resumes gives the same bits as an uninterrupted run."""
+"""A training run that stops and resumes is bit-identical to an uninterrupted run."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_training_killed_within_an_epoch_resumes_with_the_same_bits(
 
 
 def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
-    # Six batches make 3 updates of 2 batches. Each start draws new noise for all batches.
+    # Each epoch has six batches, which make three updates of two batches each.
     flags = ["--update-freq", 2, "--save-interval-updates", 4]
     train(data, tmp_path / "one", 2, *flags)
     (tmp_path / "two").mkdir()
@@ -67,7 +67,7 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
-    # With --bf16 and --fp16, training updates and saves float32 copies of the weights.
+    # With --bf16 and --fp16, the trainer updates float32 copies of the weights and saves them.
     train(data, tmp_path / "unbroken", 2, "--save-interval-updates", 8, *flags)
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "unbroken/checkpoint_2_8.pt", tmp_path / "resumed/checkpoint_last.pt")

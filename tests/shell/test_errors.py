@@ -1,4 +1,4 @@
-"""A user's mistake ends a command with one message; a bug in this project keeps its traceback."""
+"""A user's mistake is reported in one message; a bug in this project shows its traceback."""
 
 import sys
 
@@ -49,7 +49,7 @@ def raised(error: Exception, module: str) -> Exception:
         (
             FileExistsError("bin/dict.txt"),
             "fairseq_cli.preprocess",
-            "`bin/dict.txt` exists already. Remove it, or name another folder.",
+            "`bin/dict.txt` already exists. Remove it or specify a different folder.",
         ),
         (
             FileExistsError(17, "File exists", "bin"),
@@ -61,12 +61,12 @@ def raised(error: Exception, module: str) -> Exception:
         (
             RuntimeError("sendBytes failed: Broken pipe"),
             "torch.distributed",
-            "another process of this training has ended; its own message says why",
+            "another process in this training run has ended; see its error message for the cause",
         ),
         (
             torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."),
             "torch.distributed",
-            "another process of this training has ended; its own message says why",
+            "another process in this training run has ended; see its error message for the cause",
         ),
         (AssertionError("ours"), "nmt_moe.moe", None),
         (ValueError(), "nmt_moe.moe", None),

@@ -187,7 +187,8 @@ def test_a_read_only_save_folder_is_reported_once_before_the_first_update(
     first, second = ((tmp_path / f"error{rank}").read_text() for rank in range(2))
     assert first.startswith("`--save-dir` must be a folder where files can be written")
     assert f"in `{tmp_path}` they cannot: Read-only file system" in first
-    assert second == "another process of this training has ended; its own message says why"
+    cause = "see its error message for the cause"
+    assert second == f"another process in this training run has ended; {cause}"
     assert not list(tmp_path.glob("*.pt"))
 
 
