@@ -15,15 +15,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmt_moe.inference.weights import ExpertWeights, Weights
-from nmt_moe.kernels import lstm_step, packed_mixture_ffn
+from nmt_moe.kernels import PackedLSTM, attend_rows, choose_experts, packed_mixture_ffn
 from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
 
 # Up to this many gate logits are fully sorted, which is the fastest way to find the largest ones.
 FEW_LOGITS = 1 << 14
-# The maximum number of rows in a step when a single sentence is searched.
-FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The encodings of B sentences that the decoder needs.
+
+    Attributes:
+        source: (B, S, D), the encoder's outputs; 0 at padding.
+        keys: (B, S, D), the part of attention that depends only on the source.
+        padding: (B, S) bool, True for padding.
+    """
+
+    source: Tensor
+    keys: Tensor
+    padding: Tensor
+
+    def pick(self, sentences: Tensor) -> Memory:
+        """Return the memory of selected sentences, given their indices (B',) int64."""
+        return Memory(self.source[sentences], self.keys[sentences], self.padding[sentences])
 
 
 @dataclass
@@ -41,65 +58,40 @@ class Trace:
     inputs: list[Tensor] | None = None
 
 
-class LSTM:
-    """An LSTM, with a projection if it has weights for one.
+def make_lstm(weights: Weights, name: str) -> PackedLSTM:
+    """Return an LSTM of a bundle, with a projection if there are weights for one."""
+    part = f"{name}.lstm."
+    bias = weights[f"{part}bias_ih_l0"] + weights[f"{part}bias_hh_l0"]
+    projection = f"{part}weight_hr_l0"
+    return PackedLSTM(
+        weights.linear(f"{part}weight_ih_l0", bias),
+        weights.linear(f"{part}weight_hh_l0"),
+        weights.linear(projection) if projection in weights else None,
+    )
 
-    Source: Sak et al. 2014 (without peepholes).
+
+def make_attentive_lstm(weights: Weights, name: str) -> PackedLSTM:
+    """Return an LSTM of `nmt_moe.nn.attentive_lstm`.
+
+    Instead of its previous output, (R, D), each step reads the context and that output, (R, 2 D).
     """
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        part = f"{name}.lstm."
-        bias = weights[f"{part}bias_ih_l0"] + weights[f"{part}bias_hh_l0"]
-        self.of_input = weights.linear(f"{part}weight_ih_l0", bias)
-        self.of_hidden = weights.linear(f"{part}weight_hh_l0")
-        projection = f"{part}weight_hr_l0"
-        self.projection = weights.linear(projection) if projection in weights else None
-        self.cell_dim = len(bias) // 4
-        self.output_dim = weights[f"{part}weight_hh_l0"].shape[1]
-
-    def start(self, num_rows: int) -> State:
-        """Return the state before the first step."""
-        return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
-
-    def step(self, x: Tensor, state: State) -> State:
-        """Run one step: map (R, I) inputs and a state to the new state (output, cell)."""
-        return self._update(self.of_input(x), state)
-
-    def run(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """Run over whole sentences.
-
-        Args:
-            x: (S, B, I) inputs.
-            lengths: Length of each sentence, in descending order.
-
-        Returns:
-            (S, B, O); 0 at padded positions.
-        """
-        gates = self.of_input(x)
-        outputs = x.new_zeros(*x.shape[:2], self.output_dim)
-        hidden, cell = self.start(x.shape[1])
-        num_rows = x.shape[1]
-        for step, gates_t in enumerate(gates.unbind(0)):
-            while lengths[num_rows - 1] <= step:
-                num_rows -= 1
-            state = hidden[:num_rows], cell[:num_rows]
-            hidden, cell = self._update(gates_t[:num_rows], state)
-            outputs[step, :num_rows] = hidden
-        return outputs
-
-    def _update(self, gates: Tensor, state: State) -> State:
-        return lstm_step(self.of_hidden(state[0], gates), state[1], self.projection)
+    projection = f"{name}.projection.weight"
+    return PackedLSTM(
+        weights.linear(f"{name}.weight_x", weights[f"{name}.bias_ih"]),
+        weights.linear(f"{name}.weight_recurrent"),
+        weights.linear(projection) if projection in weights else None,
+    )
 
 
 class BidirectionalLSTM:
     """Two LSTMs that read from opposite ends of the sentence, with their outputs summed."""
 
     def __init__(self, weights: Weights, name: str) -> None:
-        self.forwards = LSTM(weights, f"{name}.forwards")
-        self.backwards = LSTM(weights, f"{name}.backwards")
+        self.forwards = make_lstm(weights, f"{name}.forwards")
+        self.backwards = make_lstm(weights, f"{name}.backwards")
 
     def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
-        """Run over whole sentences, with the same arguments as `LSTM.run`.
+        """Run over whole sentences, with the same arguments as `PackedLSTM.run`.
 
         `turn` is (S, B) int64, from `turned_positions`.
         """
@@ -135,11 +127,8 @@ class MoE:
             trace.gates.append(gates)
             if trace.inputs is not None:
                 trace.inputs.append(x)
-        experts, are_few = self.experts, x.shape[0] <= FEW_ROWS
-        if are_few and experts.is_small and expert_ids.numel() >= experts.num_experts:
-            y = self._mix_all(x, gates, expert_ids)
-        else:
-            y = packed_mixture_ffn(x, gates, expert_ids, experts.weight_in, experts.weight_out)
+        weights = self.experts.weight_in, self.experts.weight_out
+        y = packed_mixture_ffn(x, gates, expert_ids, *weights)
         return y.sigmoid_().add_(x)
 
     def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
@@ -155,15 +144,6 @@ class MoE:
         into, out = self.experts.weight_in, self.experts.weight_out
         return torch.stack([out[e](into[e](x).relu_()) for e in expert_ids])
 
-    def _mix_all(self, x: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
-        """Send a few tokens to all experts in one call, because they need most experts anyway."""
-        into, out = self.experts.joined
-        all_gates = x.new_zeros(x.shape[0], self.experts.num_experts + 1)
-        all_gates.scatter_(1, expert_ids, gates)
-        hidden = into(x).relu_().view(x.shape[0], self.experts.num_experts, -1)
-        hidden.mul_(all_gates[:, :-1].unsqueeze(2))
-        return out(hidden.flatten(1))
-
     def _choose(self, x: Tensor) -> State:
         """Return (N, K) gates and experts."""
         num_logits = x.shape[0] * self.config.num_experts
@@ -171,10 +151,7 @@ class MoE:
             gating = self.gate(x)
             return gating.gates, gating.expert_ids
         # The training gate also computes statistics, which takes longer than choosing the experts.
-        logits = x @ self.gate.gate_weight
-        values, ids = logits.sort(dim=1, descending=True, stable=True)  # ties: lowest id first
-        top_k = self.config.top_k
-        return values[:, :top_k].softmax(dim=1), ids[:, :top_k]
+        return choose_experts(x @ self.gate.gate_weight, self.config.top_k)
 
 
 class DeepExpert:
@@ -207,22 +184,23 @@ class Attention:
         self.scale = weights[f"{name}.scale"]
         self.is_product = kind == "product"
 
-    def __call__(self, query: Tensor, keys: Tensor, source: Tensor, bias: Tensor) -> State:
-        """Compute the context and the attention weights of each query.
+    def __call__(self, query: Tensor, memory: Memory, sentence: Tensor) -> State:
+        """Compute the context and the attention weights of each row.
 
         Args:
-            query: (B, W, D), the decoder outputs that attend.
-            keys: (B, S, D), the part of attention that depends only on the source.
-            source: (B, S, D), the encoder's outputs.
-            bias: (B, 1, S), 0, or -inf for padding.
+            query: (R, D), decoder outputs that attend.
+            memory: The encodings of B sentences.
+            sentence: (R,) int64, the sentence of each row, in ascending order.
 
         Returns:
-            (B, W, D) context and (B, W, S) weights.
+            (R, D) context and (R, S) weights.
         """
-        projected = self.projection(query)
-        if self.is_product:
-            scores = torch.baddbmm(bias, projected.tanh_().mul_(self.scale), keys.transpose(1, 2))
-        else:
-            scores = torch.tanh(projected.unsqueeze(2) + keys.unsqueeze(1)) @ self.scale + bias
-        weights = scores.softmax(dim=2)
-        return torch.bmm(weights, source), weights
+        return attend_rows(
+            self.projection(query),
+            self.scale,
+            memory.keys,
+            memory.source,
+            memory.padding,
+            sentence,
+            self.is_product,
+        )

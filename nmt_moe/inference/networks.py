@@ -10,41 +10,24 @@ import torch
 from torch import Tensor
 
 from nmt_moe.inference.layers import (
-    LSTM,
     Attention,
     BidirectionalLSTM,
     DeepExpert,
+    Memory,
     MoE,
     State,
     Trace,
+    make_attentive_lstm,
+    make_lstm,
 )
 from nmt_moe.inference.weights import Weights
-from nmt_moe.kernels import PackedLinear, lstm_step
+from nmt_moe.kernels import log_softmax
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
 # Once this share of the sentences is finished, they are dropped from the encoder's outputs.
 # Dropping them requires copying the others.
 DROPPED_AT = 0.3
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The encodings of B sentences that the decoder needs.
-
-    Attributes:
-        source: (B, S, D), the encoder's outputs; 0 at padding.
-        keys: (B, S, D), the part of attention that depends only on the source.
-        bias: (B, 1, S), 0, or -inf for padding.
-    """
-
-    source: Tensor
-    keys: Tensor
-    bias: Tensor
-
-    def pick(self, sentences: Tensor) -> Memory:
-        """Return the memory of selected sentences, given their indices (B',) int64."""
-        return Memory(self.source[sentences], self.keys[sentences], self.bias[sentences])
 
 
 @dataclass(frozen=True)
@@ -86,7 +69,7 @@ class TranslationNetwork:
         self.encoder_bottom = BidirectionalLSTM(weights, "encoder.bottom")
         self.encoder_moe = None if moe is None else MoE(weights, folder, "encoder", moe, dtype)
         numbers = range(config.encoder_layers - 2)
-        self.encoder_layers = [LSTM(weights, f"encoder.layers.{number}") for number in numbers]
+        self.encoder_layers = [make_lstm(weights, f"encoder.layers.{number}") for number in numbers]
         self.attention_keys = weights.linear("encoder.attention_keys.projection.weight")
         self.is_product = config.attention == "product"
 
@@ -95,14 +78,14 @@ class TranslationNetwork:
         attention = "decoder.bottom.attention" if self.is_recurrent else "decoder.attention"
         self.attention = Attention(weights, attention, config.attention)
         self.decoder_bottom = (
-            _AttentiveLSTM(weights, "decoder.bottom")
+            make_attentive_lstm(weights, "decoder.bottom")
             if self.is_recurrent
-            else LSTM(weights, "decoder.bottom")
+            else make_lstm(weights, "decoder.bottom")
         )
         moe = config.decoder_moe
         self.decoder_moe = None if moe is None else MoE(weights, folder, "decoder", moe, dtype)
         numbers = range(config.decoder_layers - 1)
-        self.decoder_layers = [LSTM(weights, f"decoder.layers.{number}") for number in numbers]
+        self.decoder_layers = [make_lstm(weights, f"decoder.layers.{number}") for number in numbers]
         self.output = weights.linear("decoder.output.weight")
 
     def encode(self, sentences: list[list[int]], pad: int, trace: Trace | None = None) -> Memory:
@@ -133,9 +116,8 @@ class TranslationNetwork:
         x = x * is_token.unsqueeze(2)
         source = x.transpose(0, 1)[torch.tensor(order).argsort()].contiguous()
         keys = self.attention_keys(source)
-        bias = torch.zeros(source.shape[:2]).masked_fill_(~is_token.t(), -torch.inf)
-        bias = bias[torch.tensor(order).argsort()].unsqueeze(1)
-        return Memory(source, keys.tanh_() if self.is_product else keys, bias)
+        padding = ~is_token.t()[torch.tensor(order).argsort()]
+        return Memory(source, keys.tanh_() if self.is_product else keys, padding)
 
     def start(self, memory: Memory) -> DecoderState:
         """Return the initial state, with one row for each sentence."""
@@ -158,29 +140,24 @@ class TranslationNetwork:
             (R, V) log-probabilities, (R, S) attention, and the state.
         """
         layers = list(state.layers)
-        slots = _Slots(state.sentence, state.memory.source.shape[0])
         x = self.target_embedding(tokens[:, -1])
-        if isinstance(self.decoder_bottom, _AttentiveLSTM):
-            context, attention = self._attend(layers[0][0], state.memory, slots)
-            layers[0] = self.decoder_bottom.step(x, context, layers[0])
+        output, cell = layers[0]
+        if self.is_recurrent:
+            context, attention = self.attention(output, state.memory, state.sentence)
+            layers[0] = self.decoder_bottom.step(x, torch.cat([context, output], dim=1), cell)
         else:
-            layers[0] = self.decoder_bottom.step(x, layers[0])
-            context, attention = self._attend(layers[0][0], state.memory, slots)
+            layers[0] = self.decoder_bottom.step(x, output, cell)
+            context, attention = self.attention(layers[0][0], state.memory, state.sentence)
         x = x + layers[0][0]
         if self.decoder_moe is not None:
             x = self.decoder_moe(x, trace)
         for number, layer in enumerate(self.decoder_layers, start=1):
             takes_context = number == 1 and not self.is_recurrent
             wide = torch.cat([x, context], dim=1) if takes_context else x
-            layers[number] = layer.step(wide, layers[number])
+            layers[number] = layer.step(wide, *layers[number])
             x = x + layers[number][0]
-        log_probs = self.output(x).log_softmax(dim=1)
+        log_probs = log_softmax(self.output(x))
         return log_probs, attention, DecoderState(state.memory, state.sentence, layers)
-
-    def _attend(self, query: Tensor, memory: Memory, slots: _Slots) -> State:
-        spread = slots.spread(query)
-        context, attention = self.attention(spread, memory.keys, memory.source, memory.bias)
-        return slots.collect(context), slots.collect(attention)
 
 
 def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
@@ -194,63 +171,6 @@ def _sort_trace(trace: Trace, is_token: Tensor, order: list[int]) -> None:
             values[-1] = values[-1][by_sentence]
 
 
-class _AttentiveLSTM:
-    """An LSTM that also receives a context, as in `nmt_moe.nn.attentive_lstm`."""
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.of_input = weights.linear(f"{name}.weight_x", weights[f"{name}.bias_ih"])
-        self.of_recurrent = weights.linear(f"{name}.weight_recurrent")
-        projection = f"{name}.projection.weight"
-        self.projection: PackedLinear | None = None
-        if projection in weights:
-            self.projection = weights.linear(projection)
-        self.cell_dim = len(weights[f"{name}.bias_ih"]) // 4
-        self.output_dim = weights[f"{name}.weight_recurrent"].shape[1] // 2
-
-    def start(self, num_rows: int) -> State:
-        """Return the state before the first step."""
-        return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
-
-    def step(self, x: Tensor, context: Tensor, state: State) -> State:
-        """Run one step: map (R, D) inputs, (R, D) contexts and the state to the new state."""
-        recurrent = torch.cat([context, state[0]], dim=1)
-        gates = self.of_recurrent(recurrent, self.of_input(x))
-        return lstm_step(gates, state[1], self.projection)
-
-
-class _Slots:
-    """Give each sentence's rows the same number of slots, so that its keys are read only once.
-
-    Args:
-        sentence: (R,) int64, the sentence of each row, ascending.
-        num_sentences: Number of sentences, B.
-    """
-
-    def __init__(self, sentence: Tensor, num_sentences: int) -> None:
-        self.num_sentences, self.width = num_sentences, sentence.numel()
-        self.index: Tensor | None = None
-        if num_sentences == 1:
-            return
-        counts = sentence.bincount(minlength=num_sentences)
-        self.width = int(counts.max())
-        if num_sentences * self.width != sentence.numel():
-            first = counts.cumsum(0) - counts
-            rank = torch.arange(sentence.numel()) - first[sentence]
-            self.index = sentence * self.width + rank
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Return (R, D) rows as (B, W, D); 0 in empty slots."""
-        if self.index is None:
-            return rows.view(self.num_sentences, self.width, -1)
-        slots = rows.new_zeros(self.num_sentences * self.width, rows.shape[1])
-        return slots.index_copy_(0, self.index, rows).view(self.num_sentences, self.width, -1)
-
-    def collect(self, slots: Tensor) -> Tensor:
-        """Return (B, W, D) as (R, D) rows."""
-        flat = slots.flatten(0, 1)
-        return flat if self.index is None else flat[self.index]
-
-
 class LanguageNetwork:
     """The language model with its softmax layer.
 
@@ -261,7 +181,7 @@ class LanguageNetwork:
         config = weights.config.network
         assert isinstance(config, LSTMLMConfig)
         self.embedding = weights.embedding("decoder.embedding.weight")
-        self.layers = [LSTM(weights, f"decoder.layers.{n}") for n in range(config.lstm_layers)]
+        self.layers = [make_lstm(weights, f"decoder.layers.{n}") for n in range(config.lstm_layers)]
         self.moe: MoE | DeepExpert | None = None
         if config.moe is not None and config.expert_layers > 1:
             self.moe = DeepExpert(weights, "decoder", config.expert_layers)
@@ -283,9 +203,9 @@ class LanguageNetwork:
         for index, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if index == 1 and self.moe is not None:
                 x = self.moe(x, trace)
-            new_states.append(layer.step(x, state))
+            new_states.append(layer.step(x, *state))
             x = x + new_states[-1][0]
-        return self.output(x).log_softmax(dim=1), new_states
+        return log_softmax(self.output(x)), new_states
 
     def score(
         self, tokens: Tensor, lengths: list[int], targets: Tensor, trace: Trace | None = None
@@ -307,6 +227,6 @@ class LanguageNetwork:
             if index == 1 and self.moe is not None:
                 x = torch.zeros_like(x).index_put_((is_token,), self.moe(x[is_token], trace))
             x = x + layer.run(x, lengths)
-        log_probs = self.output(x[is_token]).log_softmax(dim=1)
+        log_probs = log_softmax(self.output(x[is_token]))
         chosen = log_probs.gather(1, targets[is_token].unsqueeze(1)).squeeze(1)
         return torch.zeros(tokens.shape).index_put_((is_token,), chosen)

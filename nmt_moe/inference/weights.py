@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Part of the names of weights that are used only in training.
 UNUSED = "noise_weight"
-# A layer is small if its first matrices have at most this many elements: 2 MB in float32, which fit
-# into the cache.
-SMALL_LAYER = 1 << 19
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -208,27 +204,6 @@ class ExpertWeights:
         # Only the first matrix checks an expert's digest, because it is used first.
         self.weight_in = self._experts(EXPERTS_IN, self.check)
         self.weight_out = self._experts(EXPERTS_OUT, None)
-
-    @property
-    def is_small(self) -> bool:
-        """Return whether one call for all experts costs less than one call per expert."""
-        return self._tensors[EXPERTS_IN].numel() <= SMALL_LAYER
-
-    @cached_property
-    def joined(self) -> tuple[PackedLinear, PackedLinear]:
-        """Return all experts as two products, (E H, D) and (D, E H)."""
-        for expert in range(self.num_experts):
-            self.check(expert)
-        parts = [self._dequantised(name) for name in (EXPERTS_IN, EXPERTS_OUT)]
-        return (
-            PackedLinear.pack(parts[0].flatten(0, 1)),
-            PackedLinear.pack(parts[1].transpose(0, 1).flatten(1)),
-        )
-
-    def _dequantised(self, name: str) -> Tensor:
-        weight = self._tensors[name].float()
-        scale = self._tensors.get(name + SCALE)
-        return weight if scale is None else weight * scale.unsqueeze(2)
 
     def check(self, expert: int) -> None:
         """Compare an expert with its digest.

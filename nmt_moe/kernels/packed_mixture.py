@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmt_moe.checks import check_choice, check_shape
+from nmt_moe.kernels._cpu import has_compiled_loops, load
 from nmt_moe.kernels._products import loops_in_torch
-from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear
+from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear, make_panels
 
 # Maximum number of weights that are converted to float32 all together, which takes 16 MiB.
 STACKED_BELOW = 1 << 22
@@ -37,6 +38,8 @@ class PackedExperts:
         self._make, self._stack, self._check = make, stack, check
         self._packed: dict[int, PackedLinear] = {}
         self._stacked: Tensor | None = None
+        self._panels: Tensor | None = None
+        self._is_small = shape.numel() <= STACKED_BELOW
         self._is_checked = torch.full(shape[:1], check is None)
         self._all_are_checked = check is None
 
@@ -104,6 +107,17 @@ class PackedExperts:
             packed = self._packed[expert] = self._make(expert)
         return packed
 
+    def panels(self) -> Tensor | None:
+        """Return all matrices in the layout of `make_panels`; None if the experts are not small."""
+        if self._panels is None and self._is_small and self._stack is not None:
+            if load() is None:
+                return None
+            if self._check is not None:
+                for expert in range(self.shape[0]):
+                    self._check(expert)
+            self._panels = make_panels(self._stack())
+        return self._panels
+
     def stacked(self) -> Tensor | None:
         """Return (E, I, O) float32 for torch's grouped product; None if experts must be packed."""
         stack = self._stack
@@ -165,6 +179,9 @@ def packed_mixture_ffn(
         )
     if x.shape[0] == 0:
         return torch.zeros_like(x)
+    panels_in, panels_out = weight_in.panels(), weight_out.panels()
+    if panels_in is not None and panels_out is not None:
+        return load().mix_experts(x, gates, expert_ids, panels_in, panels_out, hidden_dim)
     stacked_in, stacked_out = weight_in.stacked(), weight_out.stacked()
     sorted_ids, order = expert_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts), right=True, out_int32=True)
@@ -194,3 +211,21 @@ def _multiply_packed(
         for expert, own in zip(used.tolist(), rows.split(counts.tolist()), strict=True)
     ]
     return torch.cat([*outputs, rows[:0]])
+
+
+def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose the experts with the largest gate logits; of equal ones, those with the lowest ids.
+
+    Args:
+        logits: (N, E) float32.
+        top_k: Number of experts per token, K.
+
+    Returns:
+        (N, K) gates, the softmax over the chosen logits, and (N, K) int64 experts.
+
+    Source: Shazeer et al. 2017, eqs. 3 and 5.
+    """
+    if has_compiled_loops(logits):
+        return load().choose_experts(logits, top_k)
+    values, ids = logits.sort(dim=1, descending=True, stable=True)
+    return values[:, :top_k].softmax(dim=1), ids[:, :top_k]

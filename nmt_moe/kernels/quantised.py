@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmt_moe.checks import check_choice, check_shape
+from nmt_moe.kernels._cpu import load
 
 DTYPES = ("float32", "bfloat16", "int8")
 WEIGHT_LEVELS = 127
@@ -36,6 +37,9 @@ NARROW_FROM = 1 << 18
 # The same threshold for bfloat16 in tiles. It is higher, because the results are bfloat16 and must
 # be converted to float32.
 TILED_FROM = 1 << 20
+
+# Number of rows of a weight in a panel, as in `_cpu/inference_loops.h`.
+PANEL = 16
 
 # Number of rows in a tile. If there are more rows, they are padded to a multiple of ROWS_STEP.
 FEW_ROWS, ROWS_STEP = 16, 32
@@ -72,13 +76,14 @@ class PackedLinear:
     Attributes:
         shape: Shape of W, (O, I).
         dtype: Data type of the weights: "float32", "bfloat16" or "int8". Activations are float32.
+        bias: (O,) float32, b; None for 0.
     """
 
     def __init__(
         self, shape: torch.Size, dtype: str, make: Callable[[], Product], bias: Tensor | None
     ) -> None:
         """Use `pack` or `from_int8` instead of this constructor."""
-        self.shape, self.dtype, self._bias = shape, dtype, bias
+        self.shape, self.dtype, self.bias = shape, dtype, bias
         self._make: Callable[[], Product] | None = make
         self._product: Product
 
@@ -131,16 +136,25 @@ class PackedLinear:
         Returns:
             (..., O) float32.
         """
+        product = self._prepare()
+        addend = self.bias if addend is None else addend
+        if x.dim() == 2:
+            return product(x, addend)
+        if addend is not None and addend.dim() > 1:
+            addend = addend.reshape(-1, addend.shape[-1])
+        return product(x.reshape(-1, x.shape[-1]), addend).view(*x.shape[:-1], -1)
+
+    def panels(self) -> Tensor | None:
+        """Return W in the layout of `make_panels`; None if compiled loops do not multiply it."""
+        product = self._prepare()
+        return product.panels() if isinstance(product, _Float32Product) else None
+
+    def _prepare(self) -> Product:
         make = self._make  # if two threads both pack the matrix, they get the same result
         if make is not None:
             self._product = make()
             self._make = None
-        addend = self._bias if addend is None else addend
-        if x.dim() == 2:
-            return self._product(x, addend)
-        if addend is not None and addend.dim() > 1:
-            addend = addend.reshape(-1, addend.shape[-1])
-        return self._product(x.reshape(-1, x.shape[-1]), addend).view(*x.shape[:-1], -1)
+        return self._product
 
 
 def _check_matrix(weight: Tensor, bias: Tensor | None) -> None:
@@ -172,25 +186,33 @@ def activation_levels() -> int:
 
 
 class _Float32Product:
-    """A product in float32, computed by BLAS or oneDNN depending on the sizes.
+    """A product in float32, by compiled loops if there are any, otherwise by BLAS or oneDNN.
 
-    The weights are copied into a library's layout when that library is first used.
+    The weights are copied into a layout at its first use.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.float()
         self._uses_onednn = weight.numel() >= PACKED_FROM and torch.backends.mkldnn.is_available()
-        self._transposed: Tensor | None = None
+        self._copy: Tensor | None = None
         self._packed: Tensor | None = None
 
+    def panels(self) -> Tensor | None:
+        """Return the weights in panels if the loops are compiled; otherwise None."""
+        if load() is None:
+            return None
+        if self._copy is None:
+            self._copy = make_panels(self._weight)
+        return self._copy
+
     def __call__(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        if (panels := self.panels()) is not None:
+            return load().multiply_panels(x, panels, addend, self._weight.shape[0])
         if self._uses_onednn and x.shape[0] > 1:
             return self._multiply_packed(x, addend)
-        if self._transposed is None:
-            self._transposed = self._weight.t().contiguous()
-        if addend is None:
-            return torch.mm(x, self._transposed)
-        return torch.addmm(addend, x, self._transposed)
+        if self._copy is None:
+            self._copy = self._weight.t().contiguous()
+        return torch.mm(x, self._copy) if addend is None else torch.addmm(addend, x, self._copy)
 
     def _multiply_packed(self, x: Tensor, addend: Tensor | None) -> Tensor:
         if self._packed is None:
@@ -198,6 +220,13 @@ class _Float32Product:
         if addend is None or addend.dim() == 1:
             return _onednn_linear(x, self._packed, addend, "none", [], "")
         return _onednn_linear.binary(x, addend, self._packed, None, "add")
+
+
+def make_panels(weight: Tensor) -> Tensor:
+    """Return weights (..., O, I) as panels of 16 rows, (..., ceil(O / 16), I, 16) float32."""
+    *rest, num_rows, width = weight.shape
+    filled = F.pad(weight.float(), (0, 0, 0, -num_rows % PANEL))
+    return filled.view(*rest, -1, PANEL, width).mT.contiguous()
 
 
 _onednn_linear = torch.ops.mkldnn._linear_pointwise

@@ -17,9 +17,10 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from nmt_moe.search.candidates import Candidates, Ended, Rows, find_candidates, next_rows
 from nmt_moe.search.config import SearchConfig
 from nmt_moe.search.finished import FinishedHypotheses, Hypothesis
-from nmt_moe.search.pruning import best_attainable, mask_tokens, within_margin
+from nmt_moe.search.pruning import best_attainable, within_margin
 from nmt_moe.search.restrictions import Restrictions
 from nmt_moe.search.scores import length_penalty, log_coverage
 
@@ -30,11 +31,6 @@ class StepState(Protocol):
     def reorder(self, rows: Tensor) -> Self:
         """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
 
-
-# Number of tokens that share a maximum in the search for the best tokens, and the number of
-# log-probabilities from which these maxima save time.
-BLOCK = 8
-BLOCKS_FROM = 1 << 17
 
 StateT = TypeVar("StateT", bound=StepState)
 # Maps (R, T) int64 tokens so far, including the start token, and the state to (R, V)
@@ -74,41 +70,6 @@ class BeamConfig:
         return length**self.length_exponent
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The R hypotheses that a step evaluates.
-
-    Attributes:
-        sentence: (R,) int64, the sentence of each row, in ascending order.
-        rank: (R,) int64, the rank of each row in its sentence; 0 for the best.
-        tokens: (R, T) int64, the tokens so far, including the start token.
-        log_probs: (R,) float32, the log-probability of these tokens.
-        received: (R, S) float32, attention summed over all steps; None if no score needs it.
-    """
-
-    sentence: Tensor
-    rank: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-    received: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The best continuations of each sentence, at most C = 2W, best first.
-
-    Attributes:
-        log_probs: (B, C) float32, the log-probability of the whole hypothesis; -inf for no
-            candidate.
-        tokens: (B, C) int64, the last token of each candidate.
-        rows: (B, C) int64, the row that each candidate continues.
-    """
-
-    log_probs: Tensor
-    tokens: Tensor
-    rows: Tensor
-
-
 @torch.no_grad()
 def beam_search(
     step: Step,
@@ -139,10 +100,11 @@ def beam_search(
 
     Source: Wu et al. 2016, section 7, for scores and pruning.
     """
+    width, margin, eos = config.beam_size, config.search.beam_prune, restrictions.eos
     sentence = torch.arange(len(start), device=start.device)
     log_probs = torch.zeros(len(start), device=start.device)
-    rows = _Rows(sentence, torch.zeros_like(sentence), start.unsqueeze(1), log_probs)
-    finished = FinishedHypotheses(len(start), config.beam_size, config.search.beam_prune, start)
+    rows = Rows(sentence, torch.zeros_like(sentence), start.unsqueeze(1), log_probs)
+    finished = FinishedHypotheses(len(start), width, margin, start)
     parents = sentence
     while parents.numel():  # `len` of a tensor takes many microseconds
         next_log_probs, attention, state = step(rows.tokens, state)
@@ -150,149 +112,73 @@ def beam_search(
         if config.search.coverage_penalty_beta:
             rows = _add_attention(rows, attention)
         restricted = restrictions.apply(next_log_probs.float(), rows.tokens, rows.sentence)
-        candidates = _find_candidates(restricted, rows, start.numel(), config)
-        _finish(candidates, rows, finished, config, restrictions.eos, source_words)
-        goes_on = _goes_on(candidates, rows, finished, config, restrictions)
-        rows, parents = _continue(candidates, rows, goes_on)
+        candidates, ended = find_candidates(restricted, rows, len(start), width, margin, eos)
+        if ended.sentence.numel():
+            _finish(candidates, ended, rows, finished, config, source_words)
+        length = rows.tokens.shape[1]
+        is_kept = _within_reach(candidates, length, finished, config, restrictions.max_lengths)
+        chosen = next_rows(candidates, finished.is_open(), is_kept, width, eos)
+        rows, parents = _continue(rows, *chosen)
         if parents.numel():
             state = state.reorder(parents)
-    return finished.collect(restrictions.eos)
+    return finished.collect(eos)
 
 
-def _add_attention(rows: _Rows, attention: Tensor | None) -> _Rows:
+def _add_attention(rows: Rows, attention: Tensor | None) -> Rows:
     if attention is None:
         return rows
     received = attention.float()
     return replace(rows, received=received if rows.received is None else rows.received + received)
 
 
-def _find_candidates(
-    next_log_probs: Tensor, rows: _Rows, num_sentences: int, config: BeamConfig
-) -> _Candidates:
-    width = config.beam_size
-    # Each row can contribute at most W candidates that continue and one that ends.
-    values, tokens = _best_tokens(next_log_probs, width + 1)
-    shape = num_sentences, width, values.shape[1]
-    num_rows = values.shape[0]
-    numbers = torch.arange(num_rows, device=values.device)
-    if num_rows == num_sentences * width:  # no slot is empty
-        local, all_tokens, all_rows = values.reshape(shape), tokens, numbers
-        so_far = rows.log_probs
-    else:
-        slots = rows.sentence, rows.rank
-        local = values.new_full(shape, -torch.inf).index_put_(slots, values)
-        so_far = values.new_zeros(shape[:2]).index_put_(slots, rows.log_probs)
-        all_tokens = tokens.new_zeros(shape).index_put_(slots, tokens)
-        all_rows = tokens.new_zeros(shape[:2]).index_put_(slots, numbers)
-    if config.search.beam_prune:
-        local = mask_tokens(local, local[:, :, 0].isfinite(), config.search.beam_prune)
-    totals = (so_far.view(shape[0], width, 1) + local).flatten(1)
-    log_probs, order = totals.sort(dim=1, descending=True, stable=True)
-    order = order[:, : 2 * width]
-    parents = torch.div(order, shape[2], rounding_mode="floor")
-    return _Candidates(
-        log_probs[:, : 2 * width],
-        all_tokens.reshape(num_sentences, -1).gather(1, order),
-        all_rows.view(shape[:2]).gather(1, parents),
-    )
-
-
-def _best_tokens(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the best log-probabilities and tokens, (R, count) each; smaller tokens win ties."""
-    count = min(count, log_probs.shape[1])
-    # Find one more token, to see whether the last one is tied.
-    values, tokens = _largest(log_probs, min(count + 1, log_probs.shape[1]))
-    is_tied = values[:, 1:] == values[:, :-1]
-    if is_tied.any():  # `topk` does not guarantee the order of ties
-        tied = (is_tied & values[:, 1:].isfinite()).any(dim=1).nonzero().squeeze(1)
-        ordered, order = log_probs[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], tokens[tied] = ordered[:, : values.shape[1]], order[:, : values.shape[1]]
-    return values[:, :count], tokens[:, :count]
-
-
-def _largest(log_probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the same as `topk` over (R, V), but faster.
-
-    On a CPU, `topk` copies and partly sorts all V values. For many tokens, this function searches
-    only the `count` blocks of tokens with the largest maxima, which contain the `count` largest
-    values. If a token outside these blocks has the same value as one found, the last two values
-    found are also equal, so the caller notices the tie.
-    """
-    num_tokens = log_probs.shape[1]
-    if log_probs.is_cuda or log_probs.numel() < BLOCKS_FROM or num_tokens < BLOCK * count:
-        return log_probs.topk(count, dim=1)
-    num_blocks = num_tokens // BLOCK  # block b contains the tokens b, b + num_blocks, ...
-    blocks = log_probs[:, : BLOCK * num_blocks].unflatten(1, (BLOCK, num_blocks))
-    chosen = blocks.amax(dim=1).topk(count, dim=1).indices
-    inside = blocks.gather(2, chosen.unsqueeze(1).expand(-1, BLOCK, -1)).flatten(1)
-    rest = log_probs[:, BLOCK * num_blocks :]
-    values, places = torch.cat([inside, rest], dim=1).topk(count, dim=1)
-    block = chosen.gather(1, places.remainder(count))
-    tokens = places.div(count, rounding_mode="floor").mul_(num_blocks).add_(block)
-    if rest.shape[1]:
-        past = places - inside.shape[1]
-        tokens = torch.where(past < 0, tokens, past + BLOCK * num_blocks)
-    return values, tokens
-
-
 def _finish(
-    candidates: _Candidates,
-    rows: _Rows,
+    candidates: Candidates,
+    ended: Ended,
+    rows: Rows,
     finished: FinishedHypotheses,
     config: BeamConfig,
-    eos: int,
     source_words: Tensor | None,
 ) -> None:
-    """Score the hypotheses that end at this step, which are among the W best candidates."""
-    first = slice(config.beam_size)
-    is_end = candidates.tokens[:, first].eq(eos) & candidates.log_probs[:, first].gt(-torch.inf)
-    sentence, rank = is_end.nonzero(as_tuple=True)
-    if not sentence.numel():
-        return
-    ending, log_probs = candidates.rows[sentence, rank], candidates.log_probs[sentence, rank]
+    """Score the hypotheses that end at this step."""
+    index = ended.sentence, ended.rank
+    ending, log_probs = candidates.rows[index], candidates.log_probs[index]
     scores = log_probs / config.penalty(rows.tokens.shape[1])
     beta = config.search.coverage_penalty_beta
     if beta:
         assert source_words is not None
         received = None if rows.received is None else rows.received[ending]
-        scores = scores + beta * log_coverage(received, source_words[sentence])
-    finished.add(sentence, ending, log_probs, scores)
+        scores = scores + beta * log_coverage(received, source_words[ended.sentence])
+    finished.add(ended.sentence, ending, log_probs, scores)
 
 
-def _goes_on(
-    candidates: _Candidates,
-    rows: _Rows,
+def _within_reach(
+    candidates: Candidates,
+    length: int,
     finished: FinishedHypotheses,
     config: BeamConfig,
-    restrictions: Restrictions,
-) -> Tensor:
-    """Return (B, C) bool, True for the candidates that continue.
+    max_lengths: Tensor,
+) -> Tensor | None:
+    """Return which candidates can lead to a good enough hypothesis, (B, C) bool; None for all.
 
-    These are the W best candidates that do not end. GNMT's pruning leaves out candidates that
-    cannot lead to a good enough hypothesis.
+    `length` is the number of tokens of a candidate, without the start token.
     """
-    goes_on = candidates.tokens.ne(restrictions.eos) & candidates.log_probs.gt(-torch.inf)
-    goes_on &= goes_on.cumsum(dim=1) <= config.beam_size
-    goes_on &= finished.is_open().unsqueeze(1)
     margin = config.search.beam_prune
-    if margin:
-        shortest = config.penalty(rows.tokens.shape[1] + 1)
-        longest = config.penalty(restrictions.max_lengths + 1)
-        bound = best_attainable(candidates.log_probs, shortest, longest.unsqueeze(1))
-        goes_on &= within_margin(bound, finished.best.unsqueeze(1), margin)
-    return goes_on
+    if not margin:
+        return None
+    shortest, longest = config.penalty(length + 1), config.penalty(max_lengths + 1)
+    bound = best_attainable(candidates.log_probs, shortest, longest.unsqueeze(1))
+    return within_margin(bound, finished.best.unsqueeze(1), margin)
 
 
-def _continue(candidates: _Candidates, rows: _Rows, goes_on: Tensor) -> tuple[_Rows, Tensor]:
-    """Return the next step's rows and, for each of them, the row of this step that it continues."""
-    sentence, index = goes_on.nonzero(as_tuple=True)
-    parents = candidates.rows[sentence, index]
-    tokens = candidates.tokens[sentence, index].unsqueeze(1)
-    new_rows = _Rows(
-        sentence,
-        goes_on.cumsum(dim=1)[sentence, index] - 1,
-        torch.cat([rows.tokens[parents], tokens], dim=1),
-        candidates.log_probs[sentence, index],
-        None if rows.received is None else rows.received[parents],
-    )
-    return new_rows, parents
+def _continue(
+    rows: Rows,
+    sentence: Tensor,
+    rank: Tensor,
+    parents: Tensor,
+    tokens: Tensor,
+    log_probs: Tensor,
+) -> tuple[Rows, Tensor]:
+    """Return the next step's rows, given the results of `next_rows`, and their parents."""
+    so_far = torch.cat([rows.tokens[parents], tokens.unsqueeze(1)], dim=1)
+    received = None if rows.received is None else rows.received[parents]
+    return Rows(sentence, rank, so_far, log_probs, received), parents

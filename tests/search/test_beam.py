@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from nmt_moe.search import BeamConfig, Restrictions, SearchConfig, beam_search
-from nmt_moe.search.beam import BLOCKS_FROM
-from nmt_moe.search.beam import _best_tokens as best_tokens
 from tests.support.naive_search import (
     EOS,
     PAD,
@@ -160,17 +158,3 @@ def test_bad_options_are_refused():
         BeamConfig(0)
     with pytest.raises(ValueError, match="`min_length` .* of 4 tokens, but is 5"):
         Restrictions(EOS, PAD, torch.tensor([7, 4]), min_length=5)
-
-
-@pytest.mark.parametrize("num_tokens", [5000, 5003])
-@pytest.mark.parametrize("levels", [2, 1000])
-def test_the_best_of_many_tokens_are_those_of_a_stable_sort(num_tokens: int, levels: int):
-    rows = BLOCKS_FROM // num_tokens + 1
-    generator = torch.Generator().manual_seed(1)
-    log_probs = -torch.randint(levels, (rows, num_tokens), generator=generator).float()
-    log_probs[0] = -torch.inf
-    log_probs[1, 1:] = -torch.inf
-    values, tokens = best_tokens(log_probs, 6)
-    expected, order = log_probs.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(values, expected[:, :6])
-    assert torch.equal(tokens[2:], order[2:, :6])

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,9 +28,13 @@ LEVELS = {
     ],
 }
 COMMON = ["-std=c++20", "-fPIC"]
-# These flags allow multiply-adds only where the source spells them out, and turn off floating-point
-# exceptions, which would prevent vectorisation.
-LOOPS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# The files of operators, which include torch's headers.
+OPERATORS = ("training", "inference", "search")
+# These flags turn off floating-point exceptions, which would prevent vectorisation.
+LOOPS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# The files of loops. In the first two, only the multiply-adds that the source spells out are
+# allowed, so that an element's bits do not depend on its position in a vector.
+CONTRACTIONS = {"loops": "off", "inference_loops": "off", "panels": "fast"}
 
 
 def find_compiler() -> str | None:
@@ -51,19 +56,24 @@ def build(compiler: str) -> Path:
     target.parent.mkdir(exist_ok=True)
     # Compile in a folder beside the final path, so that only a complete library appears there.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = []
-
-        def compile_file(source: str, name: str, flags: list[str]) -> None:
-            objects.append(f"{folder}/{name}.o")
-            files = ["-c", str(SOURCES / source), "-o", objects[-1]]
-            subprocess.run([compiler, *COMMON, *kind, *flags, *files], check=True)
-
-        for level, flags in LEVELS.items() if is_x86 else [("plain", [])]:
-            compile_file("loops.cpp", level, [*LOOPS, *flags, f"-DNMT_MOE_LEVEL={level}"])
         includes = ["-isystem", str(torch_folder / "include")]
         # OpenMP's functions come from torch, because a second OpenMP library would start threads of
         # its own.
-        compile_file("library.cpp", "library", ["-O2", "-fopenmp", "-DNDEBUG", *includes])
+        operators = ["-O2", "-fopenmp", "-DNDEBUG", *includes]
+        jobs = [(name, name, operators) for name in OPERATORS]
+        for level, flags in LEVELS.items() if is_x86 else [("plain", [])]:
+            for name, contraction in CONTRACTIONS.items():
+                own = [*LOOPS, *flags, f"-ffp-contract={contraction}", f"-DNMT_MOE_LEVEL={level}"]
+                jobs.append((name, f"{name}-{level}", own))
+
+        def compile_file(job: tuple[str, str, list[str]]) -> str:
+            source, name, flags = job
+            files = ["-c", str(SOURCES / f"{source}.cpp"), "-o", f"{folder}/{name}.o"]
+            subprocess.run([compiler, *COMMON, *kind, *flags, *files], check=True)
+            return files[-1]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_file, jobs))
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         made = Path(folder) / target.name
         subprocess.run([compiler, "-shared", *objects, "-o", str(made), *libraries], check=True)

@@ -46,6 +46,8 @@ def load() -> Any:
         *("lstm_step", "lstm_forward", "lstm_backward"),
         *("attentive_forward", "attentive_backward", "multiply_experts"),
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
+        *("multiply_panels", "packed_lstm_step", "packed_lstm", "attend_rows"),
+        *("choose_experts", "mix_experts", "log_softmax", "best_candidates", "next_rows"),
     )
     # Store the only overload of each operator, because looking it up takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})

@@ -1,47 +1,12 @@
-// The operators `torch.ops.nmt_moe.*`: LSTM steps, products of few rows, cross-entropy and factored Adam.
-//
-// The callers in Python check shapes and types, and pass contiguous float32 or float64 tensors on the CPU. Threads
-// divide the work between rows, never within a row, so that results do not depend on the number of threads.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/library.h>
-
-#include "loops.h"
+// The operators of training: LSTMs, products of experts, cross-entropy and factored Adam.
+#include "operators.h"
 
 namespace nmt_moe {
 namespace {
 
-using at::Tensor;
-using std::optional;
-
-// Smallest number of LSTM cells that is worth a thread of its own.
-constexpr int64_t CELLS_PER_THREAD = 4096;
 // Factored Adam: number of an expert's rows that a thread takes at a time, and number of experts for which all means
 // are updated before any weights are.
 constexpr int64_t ROWS_PER_CHUNK = 64, EXPERTS_PER_GROUP = 4;
-
-template <typename T>
-const Loops<T>& choose_loops();
-
-#ifdef NMT_MOE_X86
-#define CHOOSE(TYPE)                                              \
-  template <>                                                     \
-  const Loops<TYPE>& choose_loops<TYPE>() {                       \
-    static const std::string level = at::get_cpu_capability();    \
-    if (level == "AVX512") return avx512_##TYPE();                \
-    return level == "AVX2" ? avx2_##TYPE() : plain_##TYPE();      \
-  }
-#else
-#define CHOOSE(TYPE)                        \
-  template <>                               \
-  const Loops<TYPE>& choose_loops<TYPE>() { \
-    return plain_##TYPE();                  \
-  }
-#endif
-CHOOSE(float)
-CHOOSE(double)
 
 template <typename T>
 void step_forward(T* gates, const T* before, T* cell, T* hidden, int64_t rows, int64_t width) {
@@ -374,7 +339,7 @@ void factored_adam(Tensor weight, const Tensor& grad, Tensor row_mean, Tensor co
 
 }  // namespace
 
-TORCH_LIBRARY(nmt_moe, library) {
+TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
   library.def("lstm_step(Tensor(a!) gates, Tensor before, Tensor(b!) cell, Tensor(c!) hidden) -> ()");
   library.def(
       "lstm_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? projection, Tensor(b!) cells, Tensor(c!) hidden, "

@@ -1,0 +1,220 @@
+// The operators of a step in inference, in float32: LSTMs, attention and the choice and mixture of experts.
+#include <cmath>
+
+#include "operators.h"
+
+namespace nmt_moe {
+namespace {
+
+// Smallest numbers of multiplications and of rows of attention that are worth a thread of their own.
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 18, QUERIES_PER_THREAD = 16;
+
+// Computes out (R, O) = addend + x (R, I) * weight, with the weight in panels. The addend is a row (O) or a matrix
+// (R, O), which may be `out` itself; null stands for zeros.
+void multiply(const float* x, int64_t rows, const Tensor& panels, const float* addend, bool is_matrix, float* out,
+              int64_t width) {
+  const auto& loops = choose_inference_loops();
+  const int64_t inner = panels.size(-2), number = panels.size(-3), stride = is_matrix ? width : 0;
+  const auto* weights = panels.const_data_ptr<float>();
+  const int64_t products = std::max<int64_t>(1, inner * width * rows);
+  if (rows < number) {  // a thread reads only its own panels
+    const int64_t grain = std::max<int64_t>(1, number * PRODUCTS_PER_THREAD / products);
+    at::parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
+      loops.multiply_panels(x, weights, addend, stride, out, rows, inner, width, first, last);
+    });
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, rows * PRODUCTS_PER_THREAD / products);
+  at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    loops.multiply_panels(x + first * inner, weights, addend == nullptr ? nullptr : addend + first * stride, stride,
+                          out + first * width, last - first, inner, width, 0, number);
+  });
+}
+
+// Computes addend + x (R, I) * weight (R, O), with the weight in panels (P, I, PANEL), and an addend (O) or (R, O).
+Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Tensor>& addend, int64_t width) {
+  const Tensor rows = x.contiguous(), sum = addend ? addend->contiguous() : Tensor();
+  Tensor out = at::empty({x.size(0), width}, x.options());
+  multiply(rows.const_data_ptr<float>(), x.size(0), panels, addend ? sum.const_data_ptr<float>() : nullptr,
+           addend && sum.dim() == 2, out.data_ptr<float>(), width);
+  return out;
+}
+
+// Runs the part of an LSTM step that depends on the previous one. gates (R, 4 H) contain the input's part, and are
+// overwritten. previous is (R, D), or what is read in its place; cell_before, cell and hidden are (R, H). output (R, O)
+// is written if there is a projection, and `hidden` is the output otherwise.
+void step(float* gates, const float* previous, const Tensor& of_previous, const float* cell_before, float* cell,
+          float* hidden, const optional<Tensor>& projection, float* output, int64_t output_dim, int64_t rows,
+          int64_t cells) {
+  if (previous != nullptr) multiply(previous, rows, of_previous, gates, true, gates, 4 * cells);
+  const auto& loops = choose_loops<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, CELLS_PER_THREAD / cells), [&](int64_t first, int64_t last) {
+    const int64_t at = first * cells;
+    loops.lstm_forward(gates + 4 * at, cell_before + at, cell + at, hidden + at, last - first, cells);
+  });
+  if (projection) multiply(hidden, rows, *projection, nullptr, false, output, output_dim);
+}
+
+// Runs one step of an LSTM for x (R, I), previous outputs (R, D), and cell (R, H). The weights are panels; `bias` is
+// (4 H). Returns the output (R, O) and the new cells.
+std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const Tensor& of_input, const Tensor& bias,
+                                            const Tensor& previous, const Tensor& of_previous, const Tensor& cell,
+                                            const optional<Tensor>& projection, int64_t output_dim) {
+  const int64_t rows = x.size(0), cells = cell.size(1);
+  const Tensor inputs = x.contiguous(), outputs = previous.contiguous(), before = cell.contiguous();
+  Tensor gates = at::empty({rows, 4 * cells}, x.options()), now = at::empty({rows, cells}, x.options());
+  Tensor hidden = at::empty({rows, cells}, x.options());
+  Tensor output = projection ? at::empty({rows, output_dim}, x.options()) : hidden;
+  multiply(inputs.const_data_ptr<float>(), rows, of_input, bias.const_data_ptr<float>(), false,
+           gates.data_ptr<float>(), 4 * cells);
+  step(gates.data_ptr<float>(), outputs.const_data_ptr<float>(), of_previous, before.const_data_ptr<float>(),
+       now.data_ptr<float>(), hidden.data_ptr<float>(), projection, output.data_ptr<float>(), output_dim, rows, cells);
+  return {output, now};
+}
+
+// Runs an LSTM over sentences, of which the first counts[t] still have a token at step t. gates (S, B, 4 H) contain the
+// input's part and are overwritten. Returns the outputs (S, B, O), with 0 after a sentence's end.
+Tensor packed_lstm(Tensor gates, const Tensor& of_previous, const optional<Tensor>& projection, at::IntArrayRef counts,
+                   int64_t output_dim) {
+  const int64_t steps = gates.size(0), batch = gates.size(1), cells = gates.size(2) / 4;
+  Tensor outputs = at::zeros({steps, batch, output_dim}, gates.options());
+  Tensor cell = at::zeros({batch, cells}, gates.options());
+  Tensor hidden = projection ? at::empty({batch, cells}, gates.options()) : Tensor();
+  auto* all_gates = gates.data_ptr<float>();
+  auto* all_outputs = outputs.data_ptr<float>();
+  auto* own_cells = cell.data_ptr<float>();
+  for (int64_t at = 0; at < steps; ++at) {
+    auto* output = all_outputs + at * batch * output_dim;
+    step(all_gates + at * batch * 4 * cells, at > 0 ? output - batch * output_dim : nullptr, of_previous, own_cells,
+         own_cells, projection ? hidden.data_ptr<float>() : output, projection, output, output_dim, counts[at], cells);
+  }
+  return outputs;
+}
+
+// Computes the attention of query (R, D), which may be overwritten, to the sentence (R) of each row. keys and source are
+// (B, S, D), scale (D), padding (B, S). Returns the context (R, D) and the weights (R, S).
+std::tuple<Tensor, Tensor> attend_rows(Tensor query, const Tensor& scale, const Tensor& keys, const Tensor& source,
+                                       const Tensor& padding, const Tensor& sentence, bool is_product) {
+  const int64_t rows = query.size(0), length = keys.size(1), width = keys.size(2);
+  Tensor context = at::empty({rows, width}, query.options()), weights = at::empty({rows, length}, query.options());
+  const auto& loops = choose_loops<float>();
+  const auto& additive = choose_inference_loops();
+  auto* queries = query.data_ptr<float>();
+  auto* contexts = context.data_ptr<float>();
+  auto* all_weights = weights.data_ptr<float>();
+  const auto* scales = scale.const_data_ptr<float>();
+  const auto* all_keys = keys.const_data_ptr<float>();
+  const auto* sources = source.const_data_ptr<float>();
+  const auto* paddings = padding.const_data_ptr<bool>();
+  const auto* sentences = sentence.const_data_ptr<int64_t>();
+  at::parallel_for(0, rows, QUERIES_PER_THREAD, [&](int64_t first, int64_t last) {
+    std::vector<float> scaled(width);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t number = sentences[row], start = number * length * width;
+      TORCH_CHECK_INDEX(number >= 0 && number < keys.size(0), "`sentence` must be from 0 to ", keys.size(0) - 1,
+                        ", but is ", number, " in row ", row, ".");
+      auto* own = queries + row * width;
+      auto* own_weights = all_weights + row * length;
+      auto* own_context = contexts + row * width;
+      if (is_product) {
+        loops.attend(own, scales, all_keys + start, sources + start, paddings + number * length, scaled.data(),
+                     own_weights, own_context, length, width);
+      } else {
+        additive.attend_additively(own, scales, all_keys + start, sources + start, paddings + number * length,
+                                own_weights, own_context, length, width);
+      }
+    }
+  });
+  return {context, weights};
+}
+
+// Finds the `count` largest of each row of logits (N, E), with the largest first. Returns the softmax over them, (N, K),
+// and their experts, (N, K) int64; of equal logits, those of the first experts are found.
+std::tuple<Tensor, Tensor> choose_experts(const Tensor& logits, int64_t count) {
+  const int64_t rows = logits.size(0), experts = logits.size(1);
+  Tensor gates = at::empty({rows, count}, logits.options()), ids = at::empty({rows, count}, logits.options().dtype(at::kLong));
+  const auto& loops = choose_inference_loops();
+  const auto* all = logits.const_data_ptr<float>();
+  auto* all_gates = gates.data_ptr<float>();
+  auto* all_ids = ids.data_ptr<int64_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    auto* own = all_gates + row * count;
+    loops.find_largest(all + row * experts, experts, count, own, all_ids + row * count);
+    const float largest = own[0];
+    float sum = 0;
+    for (int64_t at = 0; at < count; ++at) sum += own[at] = std::exp(own[at] - largest);
+    for (int64_t at = 0; at < count; ++at) own[at] /= sum;
+  }
+  return {gates, ids};
+}
+
+// Computes a mixture of experts for x (N, D), with gates and ids (N, K); the id E marks an empty slot. The experts'
+// matrices are panels, (E, P, D, PANEL) and (E, Q, H, PANEL). Each token's sum runs in ascending order of experts.
+Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, const Tensor& panels_in,
+                   const Tensor& panels_out, int64_t hidden_dim) {
+  const int64_t experts = panels_in.size(0), width = x.size(1), slots = ids.numel(), top_k = ids.size(1);
+  const Tensor tokens = x.contiguous(), chosen = ids.contiguous(), factors = gates.contiguous();
+  const auto* all_ids = chosen.const_data_ptr<int64_t>();
+  std::vector<int64_t> ends(experts + 1);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t expert = all_ids[slot];
+    TORCH_CHECK_INDEX(expert >= 0 && expert <= experts, "an expert must be from 0 to ", experts, ", but is ", expert, ".");
+    if (expert < experts) ++ends[expert + 1];
+  }
+  for (int64_t expert = 0; expert < experts; ++expert) ends[expert + 1] += ends[expert];
+  std::vector<int64_t> next(ends.begin(), ends.end() - 1), order(ends[experts]);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (all_ids[slot] < experts) order[next[all_ids[slot]]++] = slot;
+  }
+  const auto rows = int64_t(order.size());
+  Tensor sorted = at::empty({rows, width}, x.options()), hidden = at::empty({rows, hidden_dim}, x.options());
+  auto* inputs = sorted.data_ptr<float>();
+  auto* inner = hidden.data_ptr<float>();
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(tokens.const_data_ptr<float>() + order[row] / top_k * width, width, inputs + row * width);
+  }
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t first = ends[expert], count = ends[expert + 1] - first;
+    if (count == 0) continue;
+    multiply(inputs + first * width, count, panels_in[expert], nullptr, false, inner + first * hidden_dim, hidden_dim);
+    for (int64_t at = first * hidden_dim; at < (first + count) * hidden_dim; ++at) inner[at] = std::max(inner[at], 0.0f);
+    multiply(inner + first * hidden_dim, count, panels_out[expert], nullptr, false, inputs + first * width, width);
+  }
+  Tensor y = at::zeros_like(tokens);
+  const auto* all_gates = factors.const_data_ptr<float>();
+  auto* sums = y.data_ptr<float>();
+  for (int64_t row = 0; row < rows; ++row) {
+    const float gate = all_gates[order[row]];
+    auto* sum = sums + order[row] / top_k * width;
+    for (int64_t at = 0; at < width; ++at) sum[at] += gate * inputs[row * width + at];
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
+  library.def("multiply_panels(Tensor x, Tensor panels, Tensor? addend, int width) -> Tensor");
+  library.def(
+      "packed_lstm_step(Tensor x, Tensor of_input, Tensor bias, Tensor previous, Tensor of_previous, Tensor cell, "
+      "Tensor? projection, int output_dim) -> (Tensor, Tensor)");
+  library.def(
+      "packed_lstm(Tensor(a!) gates, Tensor of_previous, Tensor? projection, int[] counts, int output_dim) -> Tensor");
+  library.def(
+      "attend_rows(Tensor(a!) query, Tensor scale, Tensor keys, Tensor source, Tensor padding, Tensor sentence, "
+      "bool is_product) -> (Tensor, Tensor)");
+  library.def("choose_experts(Tensor logits, int count) -> (Tensor, Tensor)");
+  library.def(
+      "mix_experts(Tensor x, Tensor gates, Tensor ids, Tensor panels_in, Tensor panels_out, int hidden_dim) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
+  library.impl("multiply_panels", multiply_panels);
+  library.impl("packed_lstm_step", packed_lstm_step);
+  library.impl("packed_lstm", packed_lstm);
+  library.impl("attend_rows", attend_rows);
+  library.impl("choose_experts", choose_experts);
+  library.impl("mix_experts", mix_experts);
+}
+
+}  // namespace nmt_moe

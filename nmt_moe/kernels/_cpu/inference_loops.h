@@ -1,0 +1,40 @@
+// Loops over plain memory that only inference needs, in float32, compiled once for each set of vector instructions.
+#pragma once
+
+#include <cstdint>
+
+namespace nmt_moe {
+
+// Weights (I, O) are stored in panels of this many columns: (ceil(O / PANEL), I, PANEL), filled up with zeros.
+constexpr int64_t PANEL = 16;
+
+// Computes out (rows, width) = addend + x (rows, inner) * weight for the panels [first, last) of the weight. Rows of the
+// addend are `stride` elements apart; it may be `out` itself, or null for zeros. Each element's sum runs in the order of
+// the `inner` index, whatever the number of rows.
+using MultiplyPanels = void(const float* x, const float* panels, const float* addend, int64_t stride, float* out,
+                            int64_t rows, int64_t inner, int64_t width, int64_t first, int64_t last);
+
+struct InferenceLoops {
+  MultiplyPanels* multiply_panels;
+
+  // Computes one step's additive attention for one query and a sentence of `length` positions with `width` elements
+  // each. The weights of all positions (0 for padding) and the context are written.
+  void (*attend_additively)(const float* query, const float* scale, const float* keys, const float* source,
+                            const bool* padding, float* weights, float* context, int64_t length, int64_t width);
+
+  // Replaces a row of logits with log-probabilities.
+  void (*log_softmax)(float* logits, int64_t width);
+
+  // Finds the `count` largest of a row's values, with the largest first, and their positions. Of equal values, the
+  // first ones are found; NaN counts as the largest.
+  void (*find_largest)(const float* values, int64_t width, int64_t count, float* found, int64_t* positions);
+};
+
+// The loops of each level. Levels other than the plain one exist only on x86.
+const InferenceLoops& plain_inference();
+#ifdef NMT_MOE_X86
+const InferenceLoops& avx2_inference();
+const InferenceLoops& avx512_inference();
+#endif
+
+}  // namespace nmt_moe
