@@ -13,6 +13,8 @@ TOLERANCE = {
 
 @pytest.mark.parametrize("name", inference_products.CONTENDERS)
 def test_contenders_agree(name):
+    if not inference_products.runs_here(name):
+        pytest.skip(f"the processor does not have the instructions for {name}")
     torch.manual_seed(1)
     weight, x = torch.randn(16, 24) * 0.1, torch.randn(3, 24)
     y = inference_products.CONTENDERS[name](weight)(x)
@@ -24,4 +26,8 @@ def test_a_table_has_a_row_for_each_matrix_and_number_of_rows(capsys):
     inference_products.main([*flags, "--threads", "1"])
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["16x24, 1", "16x24, 3"]
-    assert all(float(cell) > 0 for row in table[2:4] for cell in row.split("|")[2:-1])
+    for row in table[2:4]:
+        cells = [cell.strip() for cell in row.split("|")[2:-1]]
+        names = inference_products.CONTENDERS
+        for name, cell in zip(names, cells, strict=True):
+            assert float(cell) > 0 if inference_products.runs_here(name) else cell == "-"
