@@ -26,7 +26,8 @@ WIDE_LEVELS, NARROW_LEVELS = 127, 63
 # Smallest divisor, so that rows of zeros do not give NaN.
 SMALLEST_SCALE = 1e-30
 
-# The next three thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+# The next four thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
 # `benchmarks/results/inference.md`.
 # From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
 # more than one row. For a single row, the matrix is read fastest if it has one row per input.

@@ -17,8 +17,9 @@ constexpr int LANES = 8, REGISTERS = 12, MOST_ROWS = 6;
 constexpr int LANES = 4, REGISTERS = 12, MOST_ROWS = 3;
 #endif
 constexpr int VECTORS = PANEL / LANES;  // in a row of a panel
-// Number of blocks of rows that are multiplied by a panel while they stay in the cache.
-constexpr int64_t BLOCKS = 16;
+// How many times MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs are read
+// fast, but with more than 64 rows of a wide result, every row would need an address translation of its own.
+constexpr int64_t SHORT_BLOCKS = 8, LONG_BLOCKS = 16, LONG_FROM = 512;
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
 using Unaligned = float __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
@@ -111,8 +112,9 @@ void JOIN(NMT_MOE_LEVEL, _multiply_panels)(const float* x, const float* panels, 
     if (rows > 0) BY_ROWS[rows - 1](product, 0, first, last);
     return;
   }
-  for (int64_t start = 0; start < rows; start += BLOCKS * MOST_ROWS) {
-    const int64_t stop = std::min(rows, start + BLOCKS * MOST_ROWS);
+  const int64_t step = MOST_ROWS * (inner < LONG_FROM ? SHORT_BLOCKS : LONG_BLOCKS);
+  for (int64_t start = 0; start < rows; start += step) {
+    const int64_t stop = std::min(rows, start + step);
     const int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t panel = first; panel < last; ++panel) {
       // The sizes of the groups differ by at most one row.
