@@ -116,7 +116,7 @@ class TranslationNetwork:
         x = x * is_token.unsqueeze(2)
         source = x.transpose(0, 1)[torch.tensor(order).argsort()].contiguous()
         keys = self.attention_keys(source)
-        padding = ~is_token.t()[torch.tensor(order).argsort()]
+        padding = ~is_token.t()[torch.tensor(order).argsort()].contiguous()
         return Memory(source, keys.tanh_() if self.is_product else keys, padding)
 
     def start(self, memory: Memory) -> DecoderState:

@@ -33,7 +33,10 @@ def attend_rows(
     Source: Shazeer et al. 2017, Appendix G, eqs. 21 and 22.
     """
     if query.dtype == torch.float32 and has_compiled_loops(query, keys, source):
-        return load().attend_rows(query, scale, keys, source, padding, sentence, is_product)
+        tensors = (
+            tensor.contiguous() for tensor in (query, scale, keys, source, padding, sentence)
+        )
+        return load().attend_rows(*tensors, is_product)
     slots = _Slots(sentence, len(keys))
     wide = slots.spread(query)
     if is_product:

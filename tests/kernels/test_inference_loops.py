@@ -106,6 +106,22 @@ def test_attention_is_that_of_the_paper(is_product, width, sentences):
 
 
 @pytest.mark.usefixtures("with_and_without_loops")
+def test_tensors_may_be_parts_of_others():
+    torch.manual_seed(1)
+    query, scale, keys = torch.randn(3, 2, 8)[:, 0], torch.randn(16)[::2], torch.randn(2, 5, 8)
+    source, padding = torch.randn(5, 2, 8).transpose(0, 1), torch.zeros(5, 2, dtype=torch.bool).t()
+    parts = query, scale, keys, source, padding, torch.tensor([0, 1, 1])
+    found = attend_rows(*(part.clone() if part is query else part for part in parts), False)
+    expected = attend_rows(*(part.contiguous().clone() for part in parts), False)
+    assert all(map(torch.equal, found, expected))
+    logits = torch.randn(4, 12)[:, ::2]
+    assert choose_experts(logits, 2)[1].equal(choose_experts(logits.contiguous(), 2)[1])
+    weight, x = torch.randn(7, 9), torch.randn(9, 4).t()
+    product, addend = PackedLinear.pack(weight), torch.randn(7, 4).t()
+    torch.testing.assert_close(product(x, addend), x @ weight.t() + addend)
+
+
+@pytest.mark.usefixtures("with_and_without_loops")
 @pytest.mark.parametrize("width", [1, 31, 32, 5001])
 def test_log_probabilities_are_those_of_float64(width):
     torch.manual_seed(1)

@@ -78,6 +78,19 @@ def test_compiled_candidates_are_those_of_torch(counts, num_tokens, margin, leve
         assert all(map(torch.equal, chosen, theirs))
 
 
+@NEEDS_LOOPS
+def test_log_probabilities_may_be_a_part_of_another_tensor():
+    generator = torch.Generator().manual_seed(1)
+    rows = make_rows([2, 2], generator)
+    whole = torch.randn(4, 3, 50, generator=generator).log_softmax(dim=2)
+    for part in (whole[:, -1], whole[..., ::2][:, 0], whole[:, 0, :].t().contiguous().t()):
+        assert not part.is_contiguous()
+        found, _ = find_candidates(part, rows, 2, 2, 0.0, EOS)
+        expected, _ = find_candidates(part.contiguous(), rows, 2, 2, 0.0, EOS)
+        assert found.log_probs.equal(expected.log_probs)
+        assert found.tokens.equal(expected.tokens)
+
+
 @pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=NEEDS_LOOPS), False])
 def test_nan_is_never_a_candidate_that_goes_on(is_compiled, monkeypatch):
     if not is_compiled:

@@ -95,6 +95,9 @@ Tensor packed_lstm(Tensor gates, const Tensor& of_previous, const optional<Tenso
 // (B, S, D), scale (D), padding (B, S). Returns the context (R, D) and the weights (R, S).
 std::tuple<Tensor, Tensor> attend_rows(Tensor query, const Tensor& scale, const Tensor& keys, const Tensor& source,
                                        const Tensor& padding, const Tensor& sentence, bool is_product) {
+  TORCH_CHECK_VALUE(query.is_contiguous() && scale.is_contiguous() && keys.is_contiguous() && source.is_contiguous() &&
+                        padding.is_contiguous() && sentence.is_contiguous(),
+                    "the tensors of attention must be contiguous.");
   const int64_t rows = query.size(0), length = keys.size(1), width = keys.size(2);
   Tensor context = at::empty({rows, width}, query.options()), weights = at::empty({rows, length}, query.options());
   const auto& loops = choose_loops<float>();
@@ -134,7 +137,8 @@ std::tuple<Tensor, Tensor> choose_experts(const Tensor& logits, int64_t count) {
   const int64_t rows = logits.size(0), experts = logits.size(1);
   Tensor gates = at::empty({rows, count}, logits.options()), ids = at::empty({rows, count}, logits.options().dtype(at::kLong));
   const auto& loops = choose_inference_loops();
-  const auto* all = logits.const_data_ptr<float>();
+  const Tensor whole = logits.contiguous();
+  const auto* all = whole.const_data_ptr<float>();
   auto* all_gates = gates.data_ptr<float>();
   auto* all_ids = ids.data_ptr<int64_t>();
   for (int64_t row = 0; row < rows; ++row) {

@@ -54,9 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(const Tensor&
   const int64_t rows = log_probs.size(0), symbols = log_probs.size(1), count = std::min(width + 1, symbols);
   const int64_t columns = std::min(2 * width, width * count);
   const auto& loops = choose_inference_loops();
-  const auto* values = log_probs.const_data_ptr<float>();
-  const auto* totals = so_far.const_data_ptr<float>();
-  const auto* owners = sentence.const_data_ptr<int64_t>();
+  const Tensor next = log_probs.contiguous(), previous = so_far.contiguous(), numbers = sentence.contiguous();
+  const auto* values = next.const_data_ptr<float>();
+  const auto* totals = previous.const_data_ptr<float>();
+  const auto* owners = numbers.const_data_ptr<int64_t>();
   std::vector<float> found(rows * count);
   std::vector<int64_t> places(rows * count);
   for_each_row(rows, symbols, [&](int64_t row) {
@@ -111,11 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> next_rows(const Tensor& log_p
                                                              const optional<Tensor>& is_kept, int64_t width,
                                                              int64_t eos) {
   const int64_t sentences = log_probs.size(0), columns = log_probs.size(1);
+  const Tensor open_flags = is_open.contiguous(), kept_flags = is_kept ? is_kept->contiguous() : Tensor();
   const auto* values = log_probs.const_data_ptr<float>();
   const auto* all_tokens = tokens.const_data_ptr<int64_t>();
   const auto* all_parents = parents.const_data_ptr<int64_t>();
-  const auto* open = is_open.const_data_ptr<bool>();
-  const auto* keeps = is_kept ? is_kept->const_data_ptr<bool>() : nullptr;
+  const auto* open = open_flags.const_data_ptr<bool>();
+  const auto* keeps = is_kept ? kept_flags.const_data_ptr<bool>() : nullptr;
   std::vector<int64_t> sentence, rank, parent, token;
   std::vector<float> log_prob;
   for (int64_t number = 0; number < sentences; ++number) {
