@@ -31,10 +31,13 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # `benchmarks/results/inference.md`.
 # From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
 # more than one row. For a single row, the matrix is read fastest if it has one row per input.
-PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
-# From this many weights on, reading fewer bytes saves more time than quantising the activations or
-# rounding them to half precision costs.
+PACKED_FROM = 1 << (22 if HAS_AVX512 else 19)
+# From this many weights on, reading fewer bytes saves more time than rounding the activations to
+# half precision costs.
 NARROW_FROM = 1 << 18
+# The same threshold for int8. Processors without AVX-512 usually have no instructions that add up
+# products of bytes in 32 bits (VNNI).
+INT8_FROM = 1 << (18 if HAS_AVX512 else 20)
 # The same threshold for bfloat16 in tiles. It is higher, because the results are bfloat16 and must
 # be converted to float32.
 TILED_FROM = 1 << 20
@@ -268,7 +271,7 @@ def _add(y: Tensor, addend: Tensor | None) -> Tensor:
 
 
 def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
-    if weight.numel() < NARROW_FROM or not has_fbgemm():
+    if weight.numel() < INT8_FROM or not has_fbgemm():
         return _Float32Product(weight * scale.unsqueeze(1))
     return _Int8Product(weight, scale)
 
