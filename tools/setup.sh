@@ -164,7 +164,7 @@ install_project() {
 # Without the compiled loops, torch's operations do the same more slowly, so a failure is not fatal.
 compile_loops() {
   (cd "$ROOT" && "$VENV/bin/python" -m nmt_moe.kernels._cpu.build) ||
-    printf 'note: the compiled loops were left out, so LSTMs train more slowly on the CPU; see %s\n' "$LOG" >&3
+    printf 'note: the compiled loops were left out, so training and translation are slower on the CPU; see %s\n' "$LOG" >&3
 }
 
 run_steps() {
@@ -174,7 +174,7 @@ run_steps() {
   step 4 "installing fairseq's libraries" install_fairseq_needs
   step 5 "building fairseq (about a minute, once)" build_fairseq
   step 6 "installing nmt_moe and the development tools" install_project
-  step 7 "compiling the LSTM's loops for the CPU (half a minute, once)" compile_loops
+  step 7 "compiling loops for the CPU (half a minute, once)" compile_loops
 }
 
 main() {
