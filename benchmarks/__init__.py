@@ -1,1 +1,1 @@
-"""Benchmark programs, in a package so that no other `benchmarks` is imported instead."""
+"""Benchmark programs, in a package so that no other `benchmarks` package is imported instead."""

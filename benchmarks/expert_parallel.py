@@ -1,14 +1,14 @@
-"""Time a training step with experts spread over processes, and find the exchange's share of it.
+"""Time a training step with experts spread over processes, and the exchange within it.
 
     python -m benchmarks.expert_parallel --ranks 1 2 4 --sentences 64 --length 25 --rounds 7
 
-Each number of ranks has its own group of processes, which communicate by gloo over the loopback
-interface. The groups take turns; while one works, the others are idle. The same number of sentences
-is divided among the ranks, and each rank holds its share of the experts. A step is the same as in
-fairseq-train: forward pass, loss, backward pass, the sum of dense gradients (legacy_ddp), clipping
-and Adam. The table shows the slowest rank's time for each part, including the time spent waiting
-for others, and the bytes that a rank sends on average. For dense gradients, these are the bytes
-that it would send in a ring.
+For each number of ranks, there is a separate group of processes, which communicate through gloo
+over the loopback interface. The groups take turns; while one works, the others are idle. The same
+number of sentences is divided among the ranks, and each rank holds its share of the experts. A step
+is the same as in fairseq-train: forward pass, loss, backward pass, the sum of dense gradients
+(legacy_ddp), clipping and Adam. The table shows the slowest rank's time for each part, including
+the time spent waiting for others, and the bytes that a rank sends on average. For dense gradients,
+these are the bytes that it would send in a ring all-reduce.
 """
 
 import argparse

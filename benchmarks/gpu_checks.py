@@ -69,7 +69,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
 
 
 def check_adam(report: Report, device: str, tiny: bool) -> None:
-    """Check three updates with factored Adam, and check that repeating them gives the same bits."""
+    """Check three updates with factored Adam, and that repeated runs are bit-identical."""
     shapes = [(2, 33, 65)] if tiny else [(2, 33, 65), (3, 1, 7), (64, 512, 1024), (5, 1024, 300)]
     options = {"lr": 0.02, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     for dtype in (torch.float32, *HALVES):
@@ -93,7 +93,7 @@ def check_adam(report: Report, device: str, tiny: bool) -> None:
                 ):
                     report.compare(f"{name}, update {step}: {key}", one, other, ROUNDING[one.dtype])
             same = all(one.equal(other) for one, other in zip(ours, again, strict=True))
-            report.claim(f"{name}: the same bits when repeated", same)
+            report.claim(f"{name}: bit-identical when repeated", same)
 
 
 def check_layer(report: Report, device: str, tiny: bool) -> None:

@@ -1,4 +1,4 @@
-"""Compare results with those of definitions, and report the comparisons as a table."""
+"""Compare results with those of reference definitions, and list the comparisons in a table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

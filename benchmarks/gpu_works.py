@@ -1,4 +1,4 @@
-"""The kernels that are timed, with the bytes that they move and the operations that they need."""
+"""The kernels to time, each with the bytes that it moves and the operations that it performs."""
 
 import importlib
 from collections.abc import Callable, Iterator

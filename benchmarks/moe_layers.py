@@ -78,7 +78,7 @@ class Layer(nn.Module):
         return []
 
     def computed_pairs(self, x: Tensor) -> int:
-        """Count the (token, expert) pairs computed in training."""
+        """Count the (token, expert) pairs computed during training."""
         pairs = 0
 
         def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Draw a translation with each piece's attention and the experts that read and wrote it.
+"""Draw a translation with each piece's attention and the experts used in encoder and decoder.
 
 python examples/routing.py BUNDLE "A sentence." --output routing.png
 """

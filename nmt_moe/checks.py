@@ -128,5 +128,6 @@ def check_finite(what: str, values: Tensor) -> None:
     if not values.isfinite().all():
         raise FloatingPointError(
             f"There are infinities or NaN in {what}. Look for the first earlier layer that "
-            "produces them; in training, a lower learning rate or gradient clipping usually helps."
+            "produces them. During training, a lower learning rate or gradient clipping usually "
+            "helps."
         )

@@ -1,4 +1,4 @@
-"""Download files and read archives, with verified contents and bounded sizes."""
+"""Download files and read archives, verifying their contents and limiting their sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Provide all subcommands with examples in the help, options that take lists, and short errors."""
+"""Give all subcommands examples in the help, options that take lists, and short error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make --store-ema work for models with integers."""
+"""Make --store-ema work for models whose state contains integers."""
 
 from collections.abc import Callable
 from typing import Any

@@ -250,7 +250,7 @@ def _check_name(group: str, name: Any, registry: dict[str, type]) -> None:
         # fairseq fails while composing its own message: "KeyError: '_name'".
         raise ValueError(
             f"names the {group} `{name!s:.80}`, which neither fairseq nor this plugin knows. Add "
-            "the --user-dir of the plugin that was used in training."
+            "the --user-dir of the plugin that was used during training."
         )
     if group not in ALLOWED or not found.__module__.startswith("fairseq."):
         return

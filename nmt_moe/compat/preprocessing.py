@@ -1,4 +1,4 @@
-"""Let fairseq-preprocess reject texts useless for training, and warn about unknown words."""
+"""Reject texts that are useless for training, and warn about words not in the dictionary."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Make torchrun work on the CPU, and reject processes that would never start."""
+"""Make torchrun work on the CPU, and reject requests for processes that would never start."""
 
 import logging
 import os

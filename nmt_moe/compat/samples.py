@@ -1,4 +1,4 @@
-"""Divide a language model's text into samples without begin marks as targets."""
+"""Divide a language model's text into samples in which begin marks are not targets."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -75,7 +75,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 def count_no_begin_mark_as_target() -> None:
     """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
 
-    Reason: this target is always the same, so the perplexity in training would be far too low.
+    Reason: this target is always the same, so the perplexity during training would be far too low.
     """
     for task in (LanguageModelingTask, MultilingualLanguageModelingTask):
         for step in ("train_step", "valid_step"):

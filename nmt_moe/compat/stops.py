@@ -1,4 +1,4 @@
-"""End training if its launcher is gone, and report the saved checkpoint when it is stopped."""
+"""End training if its launcher has ended, and report the saved checkpoint on interruption."""
 
 import os
 import signal

@@ -30,7 +30,7 @@ def add_balance(
     logging_output: Dict[str, Any],
     is_training: bool,
 ) -> Tensor:
-    """Log the balance of a batch, and in training add the balance losses of all MoE layers.
+    """Log the balance of a batch and, during training, add the balance losses of all MoE layers.
 
     The trainer divides the summed loss by the summed sample size of all accumulated batches and
     ranks. The balance loss of each batch is therefore multiplied by the batch's sample size. The
@@ -85,9 +85,9 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
 def reduce_balance(logging_outputs: List[Dict[str, Any]]) -> None:
     """Log the columns of Table 6 and the gates' statistics, from the logs of all batches and ranks.
 
-    In training, the columns are means over updates, because the losses improve the balance of each
-    update. In evaluation, they are computed over all tokens together, because a mean over batches
-    would grow as batches get smaller.
+    During training, the columns are means over updates, because the losses improve the balance of
+    each update. In evaluation, they are computed over all tokens together, because a mean over
+    batches would grow as batches get smaller.
     """
     sample_size = sum(log["sample_size"] for log in logging_outputs)
     is_training = "balance_loss" in logging_outputs[0]

@@ -24,7 +24,7 @@ class MoECrossEntropyConfig(FairseqDataclass):
         default=0,
         metadata={
             "help": "number of vocabulary samples, drawn once for each batch, to estimate the "
-            "softmax in training; 0: compute it in full, as evaluation always does"
+            "softmax during training; 0: compute it in full, as evaluation always does"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")

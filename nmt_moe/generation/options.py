@@ -1,6 +1,6 @@
 """Add GNMT's search to fairseq-generate, fairseq-interactive and every task's generator.
 
-An option gets from the command line to the search in three steps:
+An option reaches the search from the command line in three steps:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then. Our replacement adds our options for every task.
@@ -12,7 +12,8 @@ An option gets from the command line to the search in three steps:
    `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` also works. If all options are 0, it calls
    the original with unchanged arguments.
 
-fairseq has no registry of searches, and our own task would exclude users of other tasks.
+This is necessary because fairseq has no registry of searches, and the options of a special task
+would not be available with other tasks.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Multiply neighbouring experts in one batched product, after padding them to equal row counts.
+"""Compute the products of neighbouring experts in one batch, padded to equal numbers of rows.
 
 A product of a few rows is too small to be split among the cores, and starting it costs as much as
 computing it. With 16 rows per expert, single products took twice as long as batches of four.

@@ -1,8 +1,8 @@
 """Reuse the memory of large CPU tensors instead of returning it to the system.
 
-Every fresh page costs a page fault, and the system then fills it with zeros. For the gradient of
+Every new page causes a page fault, and the system fills the page with zeros. For the gradient of
 many experts with few tokens each, this takes as much time as the products that compute it. torch
-returns large CPU blocks to the system as soon as they are freed, so every training step would have
+returns large CPU blocks to the system as soon as they are freed, so every training step would incur
 this cost again.
 
 Only memory that grows with the number of experts is reused. LSTM states have many different sizes,

@@ -2,8 +2,8 @@
 
 A training run must not fail because a compiler or a driver rejects a kernel, or because the kernel
 computes a wrong result. If `is_sound` returns False, the caller runs torch's own operations
-instead. A kernel that writes outside its tensors still ends the process, because no program
-survives that on a GPU.
+instead. A kernel that writes outside its tensors can still end the process, because a
+program cannot recover from this error on a GPU.
 """
 
 import sys

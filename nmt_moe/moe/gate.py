@@ -1,9 +1,8 @@
 """Gates, which choose the experts of each token and their weights.
 
 All gates compute logits, noise, softmax and load in float32 (in float64 for float64 tokens),
-regardless of the model's dtype and autocast settings; on a GPU, the logits are about as accurate as
-in float32 (see `kernels.gate_logits`). They take the same arguments and return a
-`Gating`.
+regardless of the model's dtype and autocast settings. On a GPU, the logits are about as accurate as
+in float32 (see `kernels.gate_logits`). All gates take the same arguments and return a `Gating`.
 
 All gates have these attributes:
     can_balance_load: Whether the load can vary, so that there is a load loss.
@@ -89,7 +88,7 @@ class NoisyTopKGate(nn.Module):
 
         Args:
             x: (N, D), the tokens' vectors.
-            noise: (N, E), standard normal numbers, used only in training. If None, they are drawn.
+            noise: (N, E), standard normal numbers, used only during training. None to draw them.
             row_offsets: With groups, (G + 1,) int64; group g owns rows [offsets[g],
                 offsets[g + 1]). Without groups, (3,) int64, [0, number of tokens, N]; the rows
                 after the tokens are padding and contain zeros. None if there is no padding.
@@ -113,11 +112,11 @@ class NoisyTopKGate(nn.Module):
 
 
 class StrictlyBalancedGate(nn.Module):
-    """Send the same number of tokens to every expert in training, and use thresholds in evaluation.
+    """Send equally many tokens to every expert during training; use thresholds in evaluation.
 
-    In training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal (as
-    at the start, when the weight is zero), expert i takes tokens cyclically from token i m on, so
-    that the first batches are spread evenly. The thresholds are trained by
+    During training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal
+    (as at the start, when the weight is zero), expert i takes tokens cyclically from token i m on,
+    so that the first batches are spread evenly. The thresholds are trained by
     `batchwise_threshold_loss`. This loss is averaged over tokens, so that its gradient does not
     grow with the batch, and it has no gradient with respect to the gate's weight.
 

@@ -48,8 +48,8 @@ class HierarchicalGate(nn.Module):
 
         Args:
             x: (N, D), the tokens' vectors.
-            noise: (N, G) and (N, E), standard normal numbers, used only by noisy gates in training.
-                If None, they are drawn at random.
+            noise: (N, G) and (N, E), standard normal numbers, used only during training, by noisy
+                gates. If None, they are drawn at random.
             row_offsets: (3,) int64, [0, number of tokens, N]; the rows after the tokens are
                 padding. None if there is no padding.
         """
@@ -79,8 +79,8 @@ class HierarchicalGate(nn.Module):
     def _mean_load(self, primary: Gating) -> Tensor:
         """Return each group's load divided by its number of tokens, (G,).
 
-        In training, the load and the number of tokens are summed over all ranks first, so that the
-        loads of all ranks add up to the load of a single batch with all tokens.
+        During training, the load and the number of tokens are summed over all ranks first, so that
+        the loads of all ranks add up to the load of a single batch with all tokens.
         """
         balance = torch.stack([primary.load, primary.tokens_per_expert.to(primary.load.dtype)])
         if self.training:

@@ -90,8 +90,8 @@ class MoELayer(nn.Module):
             padding_mask: (N,) bool, True for padding. Padding is not sent to any expert or counted
                 in losses and statistics, and gives rows of zeros in y.
             noise: (N, E), standard normal numbers to use instead of new ones, to reproduce a pass;
-                with groups, a tuple of (N, G) and (N, E). If None, they are drawn at random. Only
-                noisy gates in training use them.
+                with groups, a tuple of (N, G) and (N, E). If None, they are drawn at random. They
+                are used only during training, by noisy gates.
 
         Returns:
             y: (N, D), in the dtype of x.

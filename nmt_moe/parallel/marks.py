@@ -1,4 +1,4 @@
-"""Mark the parameters of experts by attributes."""
+"""Mark the parameters of experts with attributes."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Describe the devices of a cluster by the figures in their data sheets."""
+"""Describe the devices of a cluster with figures from their data sheets."""
 
 from __future__ import annotations
 

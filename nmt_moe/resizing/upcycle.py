@@ -15,7 +15,7 @@ def upcycle(layer: Layer, num_experts: int, top_k: int) -> Layer:
     """Return a layer with several copies of another layer's single expert.
 
     The gate's weights start at zero, as in a new layer, and the gates of a token sum to 1, so the
-    output does not depend on which experts the token is sent to. In training, the gate's noise
+    output does not depend on which experts the token is sent to. During training, the gate's noise
     sends different tokens to different copies, so they learn different things. A token needs
     `top_k` times as many operations as before.
 

@@ -1,6 +1,6 @@
-"""Measures of a translation: BLEU by several conventions, chrF and TER, with signatures.
+"""Measure translation quality: BLEU under several conventions, chrF and TER, with signatures.
 
-All scores come from sacrebleu. A measure only prepares both texts as its convention prescribes.
+sacrebleu computes all scores. A measure only prepares both texts as its convention prescribes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure how well words are translated, by their frequency."""
+"""Measure how well words of different frequencies are translated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the texts to translate within HTML, and put translations in their place."""
+"""Find the texts to translate in HTML, and replace them with their translations."""
 
 from __future__ import annotations
 

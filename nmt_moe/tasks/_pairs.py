@@ -14,8 +14,8 @@ class PairsDataset(LanguagePairDataset):
 
     Attributes:
         pairs: Names of the pairs, in the order of their sentences.
-        passes: In training, the number of passes over each pair in an epoch. Otherwise None: every
-            sentence occurs once, and each batch contains only one pair and names it.
+        passes: During training, the number of passes over each pair in an epoch. Otherwise None:
+            every sentence occurs once, and each batch contains only one pair and names it.
         num_folders: Number of data folders, which the epochs use in turn. Each folder is used every
             `num_folders` epochs.
     """

@@ -82,7 +82,7 @@ class MultilingualGNMTTask(TranslationTask):
     Attributes:
         pairs: Directions to train.
         languages: The languages, in the order of their tokens.
-        direction: The direction to translate; None in training.
+        direction: The direction to translate; None during training.
 
     Source: Johnson et al. 2017; Shazeer et al. 2017, section 5.4.
     """
@@ -149,7 +149,7 @@ class MultilingualGNMTTask(TranslationTask):
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:
             raise ValueError(
-                "`--source-lang` and `--target-lang` must be left out in training, but name "
+                "`--source-lang` and `--target-lang` must be left out during training, but name "
                 f"'{self.direction}'. --lang-pairs {self.direction} trains only that pair."
             )
         if not self.evaluated_pairs and self.cfg.langs:

@@ -1,4 +1,4 @@
-"""Keep outputs from replacing inputs, and let each output appear only when it is complete."""
+"""Prevent outputs from replacing inputs, and let an output appear only when it is complete."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

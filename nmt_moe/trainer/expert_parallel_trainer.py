@@ -59,8 +59,8 @@ class ExpertParallelTrainer(Trainer):
     flatten the gradients of experts and others together under --fp16; retry a batch that did not
     fit into memory while other ranks wait; and save only rank 0's experts. With this trainer, each
     rank writes its experts to a file beside the checkpoint. The checkpoint holds everything else
-    and the digests of the expert files, and any number of ranks can read it. In training, each rank
-    reads only its own experts, so that no rank needs memory for all of them.
+    and the digests of the expert files, and any number of ranks can read it. During training, each
+    rank reads only its own experts, so that no rank needs memory for all of them.
 
     Attributes:
         group: The ranks that share the experts.
@@ -107,8 +107,8 @@ class ExpertParallelTrainer(Trainer):
         if is_dummy:  # fairseq's call for the stand-in batch
             return sample, stands_in
         self._stand_in.switch(stands_in)
-        # In training, the stand-in batch already counts for nothing. In validation, the batch is
-        # left out, because validation also counts translations.
+        # During training, the stand-in batch has no effect anyway. In validation, it is skipped,
+        # because validation also counts translations.
         return sample, stands_in and not self.model.training
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:

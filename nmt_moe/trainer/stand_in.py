@@ -13,8 +13,8 @@ from nmt_moe.trainer.experts import moe_layers
 class StandIn:
     """Make batches count for nothing: they affect no expert, statistic, loss or log entry.
 
-    In training on several ranks, fairseq repeats an earlier batch on a rank that has none left. It
-    then drops that rank's whole update from the sample size and the log. With --update-freq, this
+    If one of several ranks has run out of batches, fairseq repeats an earlier batch on it, but then
+    drops that rank's whole update from the sample size and the log. With --update-freq, this
     includes the rank's real batches, although their gradients are kept.
     """
 

@@ -1,4 +1,4 @@
-"""Adam that keeps one row and one column for each expert matrix instead of two matrices."""
+"""Adam with one row and one column of state for each expert matrix instead of two matrices."""
 
 import math
 from collections import defaultdict

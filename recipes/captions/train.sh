@@ -35,7 +35,7 @@ EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}
 INIT_RANGE=${INIT_RANGE:-0.1}
 # Dropout reduces overfitting, because the same two million pieces are seen more than three times.
 DROPOUT=${DROPOUT:-0.1}
-# How many samples to draw from the vocabulary in training; 0 means the full softmax over 8,000 pieces, which takes most of the time.
+# How many samples to draw from the vocabulary during training; 0 means the full softmax over 8,000 pieces, which is slow.
 # Scores always use the full softmax. sentencepiece lists its pieces by falling frequency, as sampling requires.
 SAMPLES=${SAMPLES:-1000}
 # An update has at most 2,000 pieces, 1,986 on average. 140,000 captions have 2.12 million pieces, or 1,067 updates per pass.

@@ -1,4 +1,4 @@
-"""A GPU session runs its parts in order, stops, resumes, and runs its programs interpreted."""
+"""A GPU session runs its parts in order, stops, resumes, and can use Triton's interpreter."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark for packed products, in which every contender computes the same product."""
+"""All contenders in the benchmark of packed products compute the same product."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Expert files give back the experts that were written to them, and errors name the file."""
+"""Experts are read from expert files exactly as they were written, and errors name the file."""
 
 import argparse
 import hashlib

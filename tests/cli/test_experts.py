@@ -1,4 +1,4 @@
-"""`nmt-moe experts`."""
+"""The command `nmt-moe experts`, called as a user would call it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`nmt-moe lm`."""
+"""The command `nmt-moe lm`, called as a user would call it."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The server's image is checked line by line, and also built if Docker is available."""
+"""The server's Dockerfile is checked line by line, and also built if Docker is available."""
 
 import json
 import shlex

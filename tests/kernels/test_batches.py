@@ -1,4 +1,4 @@
-"""The choice of the experts that share a batched product, and the places of their rows."""
+"""The choice of the experts that share a batched product, and the positions of their rows."""
 
 import pytest
 import torch

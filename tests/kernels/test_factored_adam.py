@@ -1,4 +1,4 @@
-"""One update of factored Adam, compared with its definition and with results by hand."""
+"""One update of factored Adam, compared with its definition and with results worked out by hand."""
 
 from importlib import import_module
 

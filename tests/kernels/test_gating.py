@@ -1,4 +1,4 @@
-"""Noisy top-k gating on the CPU, compared with its definition and with results by hand."""
+"""Noisy top-k gating on the CPU, compared with its definition and with hand-computed results."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""A CUDA graph can be captured of the layer, because the host never needs a value of the device."""
+"""The layer can be captured in a CUDA graph: the host never needs a value from the device."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""Strictly balanced gating, with equal shares and thresholds that learn a batch's choices."""
+"""Strictly balanced gating: equal shares, and thresholds that learn to reproduce the choices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LSTMs are compared with their equations, and padding changes nothing."""
+"""LSTMs agree with their equations, and padding does not affect the results."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The language model's network: results by hand, single steps, and sizes that it refuses."""
+"""The language model's network: hand-computed results, single steps, and sizes that it refuses."""
 
 import pytest
 import torch

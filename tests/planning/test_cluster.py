@@ -1,4 +1,4 @@
-"""The planner agrees with two real processes and with figures by hand, and refuses bad input."""
+"""The planner agrees with two real processes and hand-computed figures, and refuses bad input."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The demo's sentences agree with handwritten ones, and a miniature run does all its steps."""
+"""The demo's sentences agree with handwritten ones, and a miniature run completes all steps."""
 
 import datetime
 

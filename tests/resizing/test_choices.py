@@ -133,7 +133,7 @@ def test_an_upcycled_layer_gives_the_same_results_as_the_dense_one(gate):
     if gate != "strictly_balanced":  # in evaluation, that gate may give a token no experts
         torch.testing.assert_close(new(x)[0], module(x)[0], rtol=0, atol=1e-12)
         assert measure_difference(layer, changed) < 1e-12
-    # In training, noise affects the choice of experts, but not the result.
+    # During training, noise affects the choice of experts, but not the result.
     torch.testing.assert_close(new.train()(x)[0], module.train()(x)[0], rtol=0, atol=1e-12)
 
 

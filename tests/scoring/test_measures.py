@@ -1,4 +1,4 @@
-"""The figures of `nmt-moe score`, compared with ones by hand and from multi-bleu.perl."""
+"""The scores of `nmt-moe score`, compared with hand-computed scores and multi-bleu.perl's."""
 
 import json
 import math

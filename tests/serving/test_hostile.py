@@ -1,4 +1,4 @@
-"""Each hostile request gets a status and a message, and leaves no trace."""
+"""Each hostile request gets an error status and a message, and has no lasting effect."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The server's page in a real Chromium, used by mouse, by keyboard and on a phone."""
+"""The server's page in a real Chromium, used with a mouse, with a keyboard and on a phone."""
 
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Users run the plugin by real commands, in separate processes and from any folder."""
+"""The plugin works in real commands, in separate processes and from any folder."""
 
 from pathlib import Path
 

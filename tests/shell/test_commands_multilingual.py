@@ -209,7 +209,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
         (["--langs", "aa,bb"], "a language of 'aa-cc' must be one of aa, bb, but is 'cc'"),
         (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
         (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
-        (["-s", "aa", "-t", "bb"], "must be left out in training, but name 'aa-bb'"),
+        (["-s", "aa", "-t", "bb"], "must be left out during training, but name 'aa-bb'"),
     ],
 )
 def test_impossible_training_is_refused_by_name(

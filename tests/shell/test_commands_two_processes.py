@@ -1,4 +1,4 @@
-"""Data-parallel training on CPU in two processes that use gloo over the loopback interface."""
+"""Data-parallel training on the CPU, in two processes that use gloo over the loopback interface."""
 
 import math
 import socket

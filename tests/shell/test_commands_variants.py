@@ -1,4 +1,4 @@
-"""Every architecture, wiring, attention and precision trains and translates."""
+"""Models of every architecture, wiring, attention and precision can train and translate."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Repairs to fairseq's corpora, batches and precision, which are applied only once."""
+"""Repairs to fairseq's handling of corpora, batches and precision, each applied only once."""
 
 import argparse
 import shutil

@@ -172,7 +172,7 @@ def test_the_balance_of_an_evaluation_is_that_of_all_its_batches_together():
     assert values == pytest.approx(reduce_metrics(logs))
     assert values["encoder_moe_cv_load"] == 0.0
     assert values["moe_cv_load"] == 0.25
-    # In training, each update counts separately. The result is the mean of 0.5 and 0.5.
+    # During training, each update counts separately. The result is the mean of 0.5 and 0.5.
     with metrics.aggregate(new_root=True) as aggregator:
         for log in logs:
             MoELabelSmoothedCrossEntropy.reduce_metrics([{**log, "balance_loss": 1.0}])

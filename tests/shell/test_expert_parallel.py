@@ -1,4 +1,4 @@
-"""Experts spread over two processes train as in one process, and their files load anywhere."""
+"""Training gives the same results with experts spread over two processes as in one process."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The learning rate by hand: rising for w updates, constant for h, and then falling as 1 / sqrt."""
+"""The learning rate rises for w updates, is constant for h, and then falls as 1 / sqrt."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Options of a search are either obeyed or refused by name."""
+"""Every search option either takes effect or is refused by name."""
 
 import json
 import math

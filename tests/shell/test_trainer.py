@@ -1,4 +1,4 @@
-"""The settings that the trainer refuses, its warnings, and the files that it leaves."""
+"""The settings that the trainer refuses, its warnings, and the files that it leaves behind."""
 
 import copy
 import errno

@@ -1,4 +1,4 @@
-"""Imports for the server that forks the processes of `ranks.py`, which makes them start quickly."""
+"""Import modules in the server that forks the processes of `ranks.py`, so that they start fast."""
 
 import importlib
 import importlib.util
