@@ -156,7 +156,7 @@ def _check_layer_case(
 
 
 def check_products(report: Report, device: str, tiny: bool) -> None:
-    """Check products in half precision, and those of gates, at the sizes of a training run."""
+    """Check half-precision products, and the products of gates, at the sizes of a training run."""
     shapes = [(4, 16, 16, 24)] if tiny else [(32, 2048, 512, 1024), (512, 16, 512, 1024)]
     for dtype in HALVES:
         for experts, mean, dim, hidden in shapes:

@@ -34,7 +34,7 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
     """Reject anything that is not an integer from `low` to `high`.
 
     Raises:
-        ValueError: if the value is rejected; the message names the option, the rule or bounds and
+        ValueError: if the value is rejected; the message names the option, the constraint and
             the value.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):

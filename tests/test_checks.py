@@ -1,4 +1,4 @@
-"""Error messages state the name, the rule, the value and a remedy."""
+"""Error messages give the name, the constraint, the value and a remedy."""
 
 import pytest
 import torch

@@ -171,7 +171,7 @@ def read_expert_file(
     """
     part = path.parent / entry["name"]
     experts = f"experts {entry['start']} to {entry['stop'] - 1} of `{path.name}`"
-    way_out = "Copy it again from the training folder, or name another checkpoint."
+    way_out = "Copy it again from the training folder, or specify another checkpoint."
     if not part.is_file():
         raise ValueError(f"`{part}`, which contains {experts}, is missing. {way_out}")
     is_whole = part.stat().st_size == entry["bytes"] and compute_sha256(part) == entry["sha256"]

@@ -26,7 +26,7 @@ MAX_DEPTH = 64
 ATTEMPTS = 3
 PAUSE = 2.5  # seconds between two attempts
 
-COPY_AGAIN = "Copy it again, or name another checkpoint in its folder."
+COPY_AGAIN = "Copy it again, or specify another checkpoint in its folder."
 
 
 def shown(value: Any) -> str:
@@ -210,7 +210,7 @@ def check_output(path: Path, is_overwritten: bool) -> None:
         ValueError: if the output is rejected. The message names it.
     """
     if os.path.lexists(path) and not is_overwritten:
-        raise ValueError(f"`{path}` exists. Name another output, or add `--overwrite`.")
+        raise ValueError(f"`{path}` already exists. Specify another output, or add `--overwrite`.")
 
 
 def write_whole(path: Path, content: Any, attempts: int = 1) -> None:
@@ -290,6 +290,6 @@ def _failed_write(path: Path, error: BaseException, size: int) -> OSError:
         free = "its folder cannot be opened"
     return OSError(
         f"cannot write `{path}`: {reason.splitlines()[0]}. It needs {size / 1e6:.1f} MB, and "
-        f"{free}. All files written earlier are complete. Make room or name another folder, and "
+        f"{free}. All files written earlier are complete. Make room or specify another folder, and "
         "run the same command again. Training then resumes from the last checkpoint."
     )

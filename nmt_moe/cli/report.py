@@ -65,7 +65,7 @@ def report(
     scripts.
 
     For several languages, the report has parts: give a --target-lang and a --reference for each
-    part, and either one --text for all parts or one for each. Blank lines are left out.
+    part, and either one --text for all parts or one for each. Blank lines are skipped.
     """
     outputs = [path for path in (output, dump) if path is not None]
     if not outputs:

@@ -67,7 +67,7 @@ def score(
     chrf, ter         character n-grams (chrF2); edits per 100 words (lower is better)
 
     With --tokenized, multi-bleu uses the texts as they are, and the scores that need plain text
-    are left out.
+    are not computed.
     """  # noqa: D301 - \b keeps the table as it is
     if tokenize and tokenized:
         raise ValueError("`--tokenize` has no effect with `--tokenized`: leave one out.")

@@ -72,7 +72,8 @@ def _reading(_: Callable) -> Callable:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"`{path}` is not a complete fairseq checkpoint: its settings or its training "
-                f"state are incomplete ({type(error).__name__}: {error}). Name another checkpoint."
+                f"state are incomplete ({type(error).__name__}: {error}). Specify another "
+                "checkpoint."
             ) from error
         return state
 
@@ -218,7 +219,7 @@ def _resuming(load: Callable) -> Callable:
             if message is None:
                 raise
             raise ValueError(
-                f"{message} To train a new model, name another `--save-dir`."
+                f"{message} To train a new model, specify another `--save-dir`."
             ) from error
 
     return load_checkpoint

@@ -20,7 +20,7 @@ PIECE_START = "\u2581"  # how sentencepiece marks the space before a piece
 def skip_unreadable_lines() -> None:
     """Read lines as `nmt_moe.text.lines` does, and skip lines that cannot be used.
 
-    Reason: a line that is not UTF-8 ends the whole run.
+    Reason: a line that is not UTF-8 stops the whole run.
     """
     replace_in_command("interactive", "buffered_read", _reading)
     replace_in_command("interactive", "make_batches", _skipping_unread)
@@ -87,9 +87,9 @@ def _skipping_unread(make: Callable) -> Callable:
 
 
 def skip_lines_that_are_too_long() -> None:
-    """Leave out a line that is too long for the model.
+    """Skip each line that is too long for the model.
 
-    Reason: such a line ends the whole run.
+    Reason: such a line stops the whole run.
     """
     replace_in_command("interactive", "make_batches", _skipping_long)
 
@@ -132,7 +132,7 @@ def encode(line: str, task: Any, encode_fn: Callable) -> torch.Tensor:
 
 
 def skip_constraints_with_unknown_words() -> None:
-    """Leave out each constraint with words that the model does not know.
+    """Skip each constraint that contains words unknown to the model.
 
     Reason: the symbol for unknown words would be forced into the translation.
     """

@@ -59,7 +59,7 @@ def _count_lines(path: str, size: int, mtime_ns: int) -> int:
 def read_lines_of_raw_data_by_one_rule() -> None:
     """Let `--dataset-impl raw` find the same sentences as fairseq-preprocess.
 
-    Reason: the text is copied unchanged and read again, with carriage returns as line ends.
+    Reason: the text is copied unchanged and read again, with carriage returns as line breaks.
     """
     replace(IndexedRawTextDataset, "read_data", lambda _: read_raw_data)
 

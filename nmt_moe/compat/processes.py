@@ -79,7 +79,7 @@ def take_world_size_of_torchrun(plan: Any) -> None:
 
 
 def check_processes_start(plan: Any) -> None:
-    """Reject processes that fairseq would never start.
+    """Reject requests for processes that fairseq would never start.
 
     Raises:
         ValueError: if fairseq would start one process for each CUDA device but there is none. It

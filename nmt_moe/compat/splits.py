@@ -61,8 +61,8 @@ def _loading_split(load: Callable) -> Callable:
 def name_folders_without_data() -> None:
     """Report a data folder that contains no binarised language pair.
 
-    Reason: fairseq's "could not infer language pair" asks for languages, but naming them does not
-    help.
+    Reason: fairseq's message, "could not infer language pair", asks for languages, but specifying
+    them does not help.
     """
     replace(data_utils, "infer_language_pair", _inferring)
 

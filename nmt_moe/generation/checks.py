@@ -62,8 +62,8 @@ def check_generation(args: Any) -> None:
     """Check the search options of any namespace, ignoring those it lacks.
 
     Raises:
-        ValueError: if an option is out of range or has no effect; the message names it, its rule
-            and its value.
+        ValueError: if an option is out of range or has no effect; the message gives the option,
+            the constraint and the value.
     """
 
     def read(name: str, default: Any = None) -> Any:

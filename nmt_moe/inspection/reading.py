@@ -51,7 +51,7 @@ class TextUsage:
         score: Score of the references or of a language model's text; otherwise of the model's own
             translations. None if all lines are blank.
         num_lines: Number of lines.
-        num_blank: Number of lines left out because they or their references are blank.
+        num_blank: Number of lines skipped because they or their references are blank.
     """
 
     layers: dict[str, ExpertUsage]
@@ -73,7 +73,7 @@ def collect_usage(
 
     Args:
         model: The model that reads the text.
-        texts: Lines. Blank lines are left out.
+        texts: Lines. Blank lines are skipped.
         references: A translation of each line, for the decoder to read (teacher forcing); None to
             read the model's own translations.
         target_lang: Target language of a multilingual model.
@@ -117,7 +117,7 @@ def read_text(
 ) -> Iterator[list[Reading]]:
     """Yield the sentences of a text, several lines at a time.
 
-    Lines that are blank or have a blank reference are left out. The arguments are the same as in
+    Lines that are blank or have a blank reference are skipped. The arguments are the same as in
     `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:

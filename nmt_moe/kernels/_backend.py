@@ -65,7 +65,7 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Return whether a CUDA graph is being captured, so that nothing may wait for `tensor`."""
+    """Return whether a CUDA graph is being captured, during which nothing may wait for `tensor`."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

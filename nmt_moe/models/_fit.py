@@ -73,7 +73,7 @@ def check_fits_its_model(path: str) -> str | None:
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     cfg = _configuration(state)
     if not getattr(cfg, "_name", None):
-        raise ValueError(f"`{path}` has no model configuration. Name another checkpoint.")
+        raise ValueError(f"`{path}` has no model configuration. Specify another checkpoint.")
     if not _is_ours(cfg):
         return None
     have = _shapes(state)

@@ -53,8 +53,8 @@ class LSTMMoELMConfig(MoEOptions):
         """Convert the options to the core's configuration.
 
         Raises:
-            ValueError: if a value is not allowed. The message names the option, its rule and its
-                value.
+            ValueError: if a value is not allowed. The message gives the option, the constraint
+                and the value.
         """
         return to_core(LSTMLMConfig, self, moe=moe_config(self))
 
@@ -68,8 +68,8 @@ class LSTMMoELM(FairseqLanguageModel):
         """Build the model. Its output may omit the last symbols of the task's dictionary.
 
         Raises:
-            ValueError: if a value is not allowed. The message names the option, its rule and its
-                value.
+            ValueError: if a value is not allowed. The message gives the option, the constraint
+                and the value.
         """
         config = LSTMMoELMConfig.to_config(cfg)
         group = expert_parallel_group(cfg, config.moe)

@@ -55,7 +55,7 @@ class NoisyTopKGate(nn.Module):
 
     Attributes:
         gate_weight: (D, E), weights of the logits; (G, D, E) with `num_groups`.
-        noise_weight: Weights of the noise's scale, in the shape of `gate_weight`.
+        noise_weight: Weights for the noise scale, with the shape of `gate_weight`.
 
     Source: Shazeer et al. 2017, eqs. 3-5 and 8-10.
     """

@@ -32,8 +32,8 @@ class GNMTConfig:
             decoder LSTM 1 is the query, and the context is an input of the same LSTM. With
             "parallel", decoder LSTM 1 first runs over all steps, all of its outputs are used as
             queries together, and the contexts are inputs of LSTM 2.
-        dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0 in
-            training.
+        dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0
+            during training.
         init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].
         moe: Configuration of the MoE layers in encoder and decoder; None for a network without
@@ -102,7 +102,7 @@ class LSTMLMConfig:
         lstm_layers: Number of LSTMs; the MoE layer follows the first.
         expert_layers: Number of hidden layers in an expert. It may exceed 1 only if there is a
             single expert, which all tokens use without a gate (MoE-1-Deep).
-        dropout: Probability that an output of a layer is set to 0 in training.
+        dropout: Probability that an output of a layer is set to 0 during training.
         init_range: All weights except biases and gate weights are drawn uniformly from
             [-init_range, init_range].
         moe: Configuration of the MoE layer; None for a network without one.

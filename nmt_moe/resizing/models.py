@@ -197,7 +197,7 @@ class StoredBundle:
 def _check_other(output: Path, path: Path) -> None:
     if output.exists() and output.samefile(path):
         raise ValueError(
-            f"`{output}` is the model itself, which must not be replaced. Name another output."
+            f"`{output}` is the model itself, which must not be replaced. Specify another output."
         )
 
 

@@ -30,8 +30,8 @@ def choose_experts(
         For each layer, the ids of the experts to keep, in ascending order.
 
     Raises:
-        ValueError: if `keep` or `scope` is not allowed. The message names the argument, its rule
-            and its value.
+        ValueError: if `keep` or `scope` is not allowed. The message gives the argument, the
+            constraint and the value.
     """
     check_choice("scope", scope, SCOPES)
     counts = {name: one.num_experts for name, one in moe.items()}

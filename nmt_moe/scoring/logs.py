@@ -154,7 +154,7 @@ def format_progress(entry: dict[str, Any]) -> str | None:
 
 
 def read_loss(lines: Iterable[str]) -> Loss:
-    """Return the last loss in fairseq-eval-lm's output, because its perplexity has two decimals.
+    """Return the last loss in fairseq-eval-lm's output; the perplexity has only two decimals.
 
     Raises:
         ValueError: if there is no loss.

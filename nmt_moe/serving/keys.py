@@ -32,7 +32,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 class Keys:
-    """Compare keys in a time that does not reveal how much of a key is right."""
+    """Compare keys without revealing, through the time taken, how much of a key is right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]

@@ -18,7 +18,7 @@ SELF_ENDING = {
 }
 # Elements that do not contain text.
 UNTOUCHED = {"script", "style"}
-# Elements that preserve line ends.
+# Elements that preserve line breaks.
 PREFORMATTED = {"pre", "textarea", "listing"}
 
 

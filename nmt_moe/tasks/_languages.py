@@ -174,7 +174,7 @@ def load_shared_dictionary(folder: str, languages: Sequence[str]) -> LanguagesDi
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"`{path}` is missing: {folder} has no text of the language '{language}'. Binarise "
-                "each pair with fairseq-preprocess into that folder, or name other languages."
+                "each pair with fairseq-preprocess into that folder, or specify other languages."
             )
         dictionaries[language] = LanguagesDictionary.load(path)
     first = languages[0]

@@ -58,7 +58,7 @@ class PairsDataset(LanguagePairDataset):
         self.epoch = (epoch - 1) // self.num_folders + 1
 
     def ordered_indices(self) -> np.ndarray:
-        """Return this epoch's indices, sorted by length. An oversampled pair has repeated ones."""
+        """Return this epoch's indices, sorted by length. Oversampling repeats some of them."""
         if self.passes is None:
             return super().ordered_indices()
         drawn = [

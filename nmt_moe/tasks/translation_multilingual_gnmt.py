@@ -210,7 +210,7 @@ class MultilingualGNMTTask(TranslationTask):
             raise FileNotFoundError(
                 f"the pair '{pair}' has no {split} text: neither `{path}` nor its "
                 f"{pair.target}-{pair.source} counterpart exists. Binarise it with "
-                "fairseq-preprocess, or name another pair."
+                "fairseq-preprocess, or specify another pair."
             ) from error
         except ValueError as error:  # an empty text, or sides of different lengths
             raise ValueError(f"the pair '{pair}' cannot be used: {error}") from error

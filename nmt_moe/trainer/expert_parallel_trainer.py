@@ -48,7 +48,7 @@ NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
 SCALER = "loss_scaler"
 
-# Warn if the loss exceeds the first loss, which is about the loss of guessing, by this factor.
+# Warn if the loss exceeds the first loss, which is about that of random guessing, by this factor.
 MOST_GROWTH = 100
 
 

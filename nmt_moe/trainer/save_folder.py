@@ -40,7 +40,7 @@ class FolderLock:
             holder = os.read(file, 200).decode(errors="replace") or "another process"
             raise ValueError(
                 f"`--save-dir` must be a folder that no other training run writes to, but {holder} "
-                f"writes to `{folder}`. Wait until it has ended, or name another folder."
+                f"writes to `{folder}`. Wait until it has ended, or specify another folder."
             ) from error
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:

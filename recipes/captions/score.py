@@ -19,7 +19,7 @@ class Score:
     bits: float  # for the whole text
     pieces: int  # including end marks
     words: int  # separated by white space
-    characters: int  # including spaces between words, but not line ends
+    characters: int  # including spaces between words, but not line breaks
 
     def __str__(self) -> str:
         return (

@@ -132,6 +132,6 @@ def test_an_existing_output_is_kept(tmp_path):
     before = paths[0].read_bytes()
     done = call("--inputs", *paths, "--output", paths[0])
     assert (done.exit_code, paths[0].read_bytes()) == (1, before)
-    assert "Name another output, or add `--overwrite`" in done.output
+    assert "Specify another output, or add `--overwrite`" in done.output
     assert call("--inputs", *paths, "--output", paths[0], "--overwrite").exit_code == 0
     assert load_checkpoint(paths[0])["model"]["weight"].item() == 1.5

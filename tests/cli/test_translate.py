@@ -316,7 +316,7 @@ def test_export_reads_its_options(tmp_path: Path):
     assert config["search"]["length_penalty_alpha"] == 0.2
     assert (config["text"]["lowercase"], config["dtype"]) == (True, "int8")
     assert "BLEU = 12.3" in (tmp_path / "out/README.md").read_text()
-    assert_mistake(call("export", path, *flags), "export", "exists. Name another output")
+    assert_mistake(call("export", path, *flags), "export", "exists. Specify another output")
     assert call("export", path, *flags, "--overwrite").exit_code == 0
     flags[-1] = tmp_path / "other"
     half = call("export", path, *flags, "--source-lang", "aa")

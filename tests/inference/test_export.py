@@ -277,7 +277,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path):
     (beside / "mine").write_text("mine")
     export(path, data, Pieces(pieces), output, description=DESCRIPTION)
     assert (beside / "mine").read_text() == "mine"
-    assert_refused("exists. Name another output, or add `--overwrite`", path, data, pieces)
+    assert_refused("exists. Specify another output, or add `--overwrite`", path, data, pieces)
     export(path, data, Pieces(pieces), output, "int8", is_overwritten=True)
     assert json.loads((output / "config.json").read_text())["dtype"] == "int8"
     (output / "notes.txt").write_text("mine")

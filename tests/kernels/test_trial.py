@@ -38,7 +38,7 @@ LAUNCHERS = {  # one launcher for each kernel
 
 @pytest.fixture
 def untried(device, monkeypatch):
-    """Forget earlier trials of kernels, and return the device."""
+    """Discard the results of earlier trials, and return the device."""
     monkeypatch.delenv("NMT_MOE_KERNELS")
     monkeypatch.setattr(_trial, "_answers", {})
     monkeypatch.setattr(_trial, "GATINGS", _trial.GATINGS[:1])  # the interpreter is slow

@@ -65,7 +65,7 @@ def load_whole(path: Path) -> dict[str, Any]:
 
 
 def assert_same_bits(expected: Any, actual: Any, name: str = "") -> None:
-    """Compare nested values; tensors must agree in every bit."""
+    """Compare nested values; tensors must be bit-identical."""
     assert type(expected) is type(actual), name
     if isinstance(expected, Tensor):
         assert torch.equal(expected, actual), name

@@ -38,7 +38,7 @@ def save(folder: Path, shift: float = 0.0) -> Path:
 
 
 def assert_right_or_refused(path: Path, expected: dict[str, Any], change: str) -> bool:
-    """Return whether a changed checkpoint is refused; it must name a file or read correctly."""
+    """Return whether a changed checkpoint is refused by naming a file; if not, check its values."""
     try:
         state = load_checkpoint(path)
     except ValueError as error:

@@ -35,7 +35,7 @@ def _load_slope(
 
     Each result has the shape (B, W). If d is the derivative with respect to an expert's clean
     logit, the derivative with respect to its threshold is -d, and the derivative with respect to
-    the noise's scale is -d times the margin.
+    the noise scale is -d times the margin.
     """
     offsets = rows[:, None] * num_experts + columns[None, :]
     mask = row_mask[:, None] & (columns < num_experts)[None, :]
