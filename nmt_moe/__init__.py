@@ -1,8 +1,8 @@
 """Sparsely-gated mixture-of-experts translation as a fairseq plugin.
 
-Folders named as in fairseq (`models`, `tasks`, `criterions`, `optim`) and `compat` are the shell;
-every other folder contains plain torch, so that `from nmt_moe.moe import MoELayer` works without
-fairseq.
+`models`, `tasks`, `criterions`, `optim`, `compat`, `trainer` and `generation` form the shell, which
+imports fairseq. All other packages can be imported without fairseq, so
+`from nmt_moe.moe import MoELayer` needs only torch.
 
 In every file, these letters stand for the sizes in shapes:
     B sentences, S source positions, T target positions, N tokens after flattening, D model dim,

@@ -151,7 +151,7 @@ def _skipping_constraints(make: Callable) -> Callable:
                 if reason is None:
                     kept.append(constraint)
                 else:
-                    lines.report(index, f"has the constraint '{constraint}' {reason}: left out")
+                    lines.report(index, f"has the constraint '{constraint}' {reason}: ignored")
             lines[index] = "\t".join([source, *kept])
         yield from make(lines, cfg, task, max_positions, encode_fn)
 

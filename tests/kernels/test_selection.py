@@ -1,4 +1,4 @@
-"""On a machine with a GPU, `-m gpu` selects all tests of kernels from the same files."""
+"""On a machine with a GPU, `-m gpu` selects all kernel tests from the same files."""
 
 import os
 import subprocess
