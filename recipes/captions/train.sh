@@ -81,7 +81,7 @@ set_device
 set_model_flags
 bash "$HERE/prepare.sh"
 RUN_FOLDER=$WORK/$RUN
-# UPDATES is left out, so that a finished run may be extended; its rate then jumps up to the longer run's.
+# UPDATES is not included, so that a finished run can be extended; its learning rate then jumps up to that of the longer run.
 settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" \
   "$SAMPLES $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES $MAX_TOKENS $SEED" "$*")
 keep_settings "$RUN_FOLDER" "$settings"

@@ -109,7 +109,7 @@ bash "$HERE/prepare.sh"
 set_device
 set_model_flags
 RUN_FOLDER=$WORK_FOLDER/$RUN
-# UPDATES is left out, so that a finished run may be extended.
+# UPDATES is not included, so that a finished run can be extended.
 settings=$(printf '%s\n' "text $(<"$WORK_FOLDER/prepared")" "${PAIR_FLAGS[*]}" "${MODEL_FLAGS[*]}" \
   "$LABEL_SMOOTHING $CLIP_NORM $LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
 keep_settings "$RUN_FOLDER" "$settings"

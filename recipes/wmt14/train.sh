@@ -101,7 +101,7 @@ set_command() {
 
 refuse_another_run() { # a run cannot be resumed with another network, batch or text
   local settings
-  # UPDATES is left out, so that a finished run may be extended; GPUS and MAX_TOKENS do not change the batch.
+  # UPDATES is not included, so that a finished run can be extended; GPUS and MAX_TOKENS do not change the batch.
   settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" "$OPTIMIZER $CLIP_NORM $SEED" \
     "$LEARNING_RATE $WARMUP_UPDATES $HOLD_UPDATES" "${FLAGS[*]}")
   keep_settings "$RUN_FOLDER" "$settings"
