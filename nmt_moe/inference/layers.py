@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmt_moe.inference.weights import ExpertWeights, Weights
-from nmt_moe.kernels import PackedLSTM, attend_rows, choose_experts, packed_mixture_ffn
+from nmt_moe.kernels import (
+    PackedLinear,
+    PackedLSTM,
+    attend_rows,
+    choose_experts,
+    packed_mixture_ffn,
+)
 from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
-
-# Up to this many gate logits are fully sorted, which is the fastest way to find the largest ones.
-FEW_LOGITS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ class MoE:
         self.gate.load_state_dict(
             {name: weights[prefix + name] for name in names}, strict=False, assign=True
         )
+        self.gate_logits: PackedLinear | None = None
+        if isinstance(self.gate, NoisyTopKGate):
+            self.gate_logits = PackedLinear.pack(self.gate.gate_weight.t())
         self.experts = ExpertWeights(folder, side, config, dtype)
 
     def __call__(self, x: Tensor, trace: Trace | None = None) -> Tensor:
@@ -146,12 +152,11 @@ class MoE:
 
     def _choose(self, x: Tensor) -> State:
         """Return (N, K) gates and experts."""
-        num_logits = x.shape[0] * self.config.num_experts
-        if not isinstance(self.gate, NoisyTopKGate) or num_logits > FEW_LOGITS:
-            gating = self.gate(x)
-            return gating.gates, gating.expert_ids
         # The training gate also computes statistics, which takes longer than choosing the experts.
-        return choose_experts(x @ self.gate.gate_weight, self.config.top_k)
+        if self.gate_logits is not None:
+            return choose_experts(self.gate_logits(x), self.config.top_k)
+        gating = self.gate(x)
+        return gating.gates, gating.expert_ids
 
 
 class DeepExpert:

@@ -13,6 +13,7 @@ from torch import nn
 
 from nmt_moe import Translator
 from nmt_moe.inference import Description, Pieces, SearchDefaults, TextPipeline, Translation, export
+from nmt_moe.kernels import has_compiled_loops
 from nmt_moe.search import BeamConfig, SearchConfig
 from nmt_moe.text.lines import BadLine
 from tests.support import reference_search
@@ -522,10 +523,12 @@ def test_threads_and_batches_do_not_change_hypotheses(tmp_path: Path):
             torch.set_num_threads(threads)
             results = translator.translate(texts, batch_tokens=batch_tokens)
             assert torch.get_num_threads() == threads
-            found.append([one.text for one in results])
+            found.append([(one.text, one.score) for one in results])
     finally:
         torch.set_num_threads(before)
-    assert found[1:] == found[:1] * 3
+    if has_compiled_loops(torch.zeros(1)):  # even the scores are equal to the last bit
+        assert found[1:] == found[:1] * 3
+    assert [[text for text, _ in one] for one in found[1:]] == [[t for t, _ in found[0]]] * 3
 
 
 def test_a_failure_in_a_thread_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
