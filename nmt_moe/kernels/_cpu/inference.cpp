@@ -7,7 +7,7 @@ namespace nmt_moe {
 namespace {
 
 // Smallest numbers of multiplications and of rows of attention that are worth a thread of their own.
-constexpr int64_t PRODUCTS_PER_THREAD = 1 << 18, QUERIES_PER_THREAD = 16;
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20, QUERIES_PER_THREAD = 16;
 
 // Computes out (R, O) = addend + x (R, I) * weight, with the weight in panels. The addend is a row (O) or a matrix
 // (R, O), which may be `out` itself; null stands for zeros.
