@@ -131,7 +131,7 @@ void multiply_few(const T* __restrict rows, const T* __restrict weight, T* __res
   for (int64_t row = 0; row < count; ++row) std::copy(sums[row], sums[row] + columns, out + row * width);
 }
 
-// If a logit is NaN, so are the results: the maximum may miss it, but the sums do not.
+// If a logit is NaN, the results are also NaN: the maximum may miss it, but the sums do not.
 template <typename T>
 void log_sum_exp(const T* __restrict logits, T* log_sum, T* sum, int64_t width) {
   T largest = logits[0];
@@ -164,7 +164,7 @@ void log_sum_exp(const T* __restrict logits, T* log_sum, T* sum, int64_t width) 
 template <typename T>
 void softmax_gradient(const T* __restrict logits, T log_sum, T scale, T shift, T* __restrict grads, int64_t width) {
   for (int64_t at = 0; at < width; ++at) {
-    // A rounding error may put a logit above log_sum; it then counts as equal to log_sum.
+    // A rounding error may put a logit above log_sum. It then counts as equal to log_sum.
     const T below = logits[at] - log_sum;
     grads[at] = madd(scale, exp_negative(below > T(0) ? T(0) : below), shift);
   }

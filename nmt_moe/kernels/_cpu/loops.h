@@ -5,7 +5,7 @@
 
 namespace nmt_moe {
 
-// Largest numbers of rows and columns that `multiply_few` accepts.
+// Maximum numbers of rows and columns for `multiply_few`.
 constexpr int64_t FEW_ROWS = 16, COLUMN_BLOCK = 256;
 
 template <typename T>
@@ -14,8 +14,8 @@ struct Loops {
   // overwritten with their activations.
   void (*lstm_forward)(T* gates, const T* cell_before, T* cell, T* hidden, int64_t rows, int64_t width);
 
-  // Computes the backward pass of that step. grad_cell is the gradient of the new cells, and is overwritten with that
-  // of the old ones.
+  // Computes the backward pass of that step. grad_cell is the gradient of the new cells, and is overwritten with the
+  // gradient of the old cells.
   void (*lstm_backward)(const T* gates, const T* cell_before, const T* cell, const T* grad_hidden, T* grad_cell,
                         T* grad_gates, int64_t rows, int64_t width);
 
@@ -25,8 +25,8 @@ struct Loops {
   void (*attend)(T* query, const T* scale, const T* keys, const T* source, const bool* padding, T* scaled, T* weights,
                  T* context, int64_t length, int64_t width);
 
-  // Computes the backward pass of that attention. From the gradient of the context and, unless it is null, that of the
-  // weights, it writes the gradients of the scores, of the scaled query and of the projected query.
+  // Computes the backward pass of that attention. From the gradients of the context and, unless null, of the weights,
+  // it writes the gradients of the scores, the scaled query and the projected query.
   void (*attend_backward)(const T* squashed, const T* scale, const T* keys, const T* source, const T* weights,
                           const T* grad_context, const T* grad_weights, T* grad_scores, T* grad_scaled, T* grad_query,
                           int64_t length, int64_t width);
@@ -42,7 +42,7 @@ struct Loops {
   // Computes grads = scale * e^(logits - log_sum) + shift.
   void (*softmax_gradient)(const T* logits, T log_sum, T scale, T shift, T* grads, int64_t width);
 
-  // Sums the squares in a (rows, width) block: the sums of rows are written, those of columns are added to column_sums.
+  // Sums the squares in a (rows, width) block. Writes the sums of rows, and adds the sums of columns to column_sums.
   void (*square_sums)(const T* block, T* row_sums, T* column_sums, int64_t rows, int64_t width);
 
   // Computes weight = keep * weight - step_size * grad / (row_root * column_root + eps) over a (rows, width) block.

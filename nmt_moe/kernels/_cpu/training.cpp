@@ -66,9 +66,9 @@ void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>&
 }
 
 // grad_outputs (T, B, D) is the outputs' gradient from the layer above; the gradient from later steps is added to it.
-// grad_cell (B, H) is the gradient of the last cells, and is overwritten with that of the first. grad_gates (T, B, 4 H)
-// and grad_hidden (B, D) are written. weight_hh (4 H, D) and projection (D, H) have torch's layout; cells is
-// (T + 1, B, H).
+// grad_cell (B, H) is the gradient of the last cells, and is overwritten with the gradient of the first cells.
+// grad_gates (T, B, 4 H) and grad_hidden (B, D) are written. weight_hh (4 H, D) and projection (D, H) have torch's
+// layout. cells is (T + 1, B, H).
 void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weight_hh,
                    const optional<Tensor>& projection, Tensor grad_outputs, Tensor grad_cell, Tensor grad_gates,
                    Tensor grad_hidden) {
@@ -88,13 +88,13 @@ void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weigh
   }
 }
 
-// Smallest number of sentences that is worth a thread of its own.
+// Smallest number of sentences that is worth a separate thread.
 constexpr int64_t SENTENCES_PER_THREAD = 4;
 
-// Runs an LSTM with attention: each step reads the token's part of the gates, the previous output, and the context that
-// this output attends to. The arguments are those of `lstm_forward`, with weight (2 D, 4 H) for context and output, and
-// query (D, D), scale (D), keys and source (B, S, D), padding (B, S). inputs (T, B, 2 D), squashed (T, B, D) and
-// weights (T, B, S) are written.
+// Runs an LSTM with attention. Each step reads the token's part of the gates, the previous output, and the context that
+// this output attends to. The arguments are the same as for `lstm_forward`, with weight (2 D, 4 H) for context and
+// output, and with query (D, D), scale (D), keys and source (B, S, D), and padding (B, S). inputs (T, B, 2 D),
+// squashed (T, B, D) and weights (T, B, S) are written.
 void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, const Tensor& keys, const Tensor& source,
                        const Tensor& padding, const Tensor& weight, const optional<Tensor>& projection, Tensor cells,
                        Tensor hidden, Tensor outputs, Tensor inputs, Tensor squashed, Tensor weights) {
@@ -137,7 +137,7 @@ void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, c
   }
 }
 
-// The arguments are those of `lstm_backward`, with query (D, D) and weight (4 H, 2 D) transposed compared with
+// The arguments are the same as for `lstm_backward`, with query (D, D) and weight (4 H, 2 D) transposed compared with
 // `attentive_forward`. grad_contexts, grad_scaled, grad_queries (T, B, D) and grad_scores (T, B, S) are written.
 void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& query, const Tensor& scale,
                         const Tensor& keys, const Tensor& source, const Tensor& weight,
@@ -189,8 +189,8 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
   }
 }
 
-// Multiplies rows (R, D) by their expert's matrix in weight (E, D, F); expert e owns rows [offsets[e], offsets[e + 1]).
-// Rows of out (R, F) that belong to no expert are not written.
+// Multiplies rows (R, D) by their expert's matrix in weight (E, D, F). Expert e owns rows [offsets[e], offsets[e + 1]).
+// Rows of out (R, F) that do not belong to any expert are not written.
 void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& offsets, Tensor out) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t experts = weight.size(0), inner = weight.size(1), width = weight.size(2);
@@ -224,11 +224,11 @@ void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& of
   });
 }
 
-// Smallest number of logits that is worth a thread of its own.
+// Smallest number of logits that is worth a separate thread.
 constexpr int64_t LOGITS_PER_THREAD = 1 << 14;
 
-// logits (N, V); target (N), from 0 to V - 1 or `ignored`. nll, smooth and log_sums (N) are written; they are 0 in rows
-// whose target is ignored.
+// logits (N, V); target (N), from 0 to V - 1 or `ignored`. nll, smooth and log_sums (N) are written; they are 0 in
+// ignored rows.
 void cross_entropy(const Tensor& logits, const Tensor& target, int64_t ignored, Tensor nll, Tensor smooth,
                    Tensor log_sums) {
   const int64_t width = logits.size(1);
