@@ -48,6 +48,7 @@ def try_parts() -> list[Part]:
     """Try all parts, each after the parts that it builds on."""
     return [
         _try("MoE layer", _try_layer),
+        _try("CPU loops", _try_loops),
         _try("GPU kernels", _try_gpu),
         _try("int8 and bfloat16", _try_products),
         _try("bundles, translator", _try_bundles),
@@ -90,6 +91,24 @@ def _try_layer() -> str:
     if not difference < 1e-5:
         raise RuntimeError(f"its output differs from its definition by {difference:.1e}")
     return "forward and backward, on the CPU"
+
+
+def _try_loops() -> str:
+    import torch
+
+    from nmt_moe.kernels import PackedLinear, compiled_operators
+
+    if compiled_operators() is None:
+        raise NotHereError(
+            "not compiled, so training and translation are slower on the CPU. With a C++ "
+            "compiler, run `python -m nmt_moe.kernels._cpu.build`"
+        )
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 33), torch.randn(50, 33)
+    difference = (PackedLinear.pack(weight)(x) - x @ weight.t()).abs().max().item()
+    if not difference < 1e-4:
+        raise RuntimeError(f"a product differs from torch's by {difference:.1e}")
+    return f"compiled, using {torch.backends.cpu.get_cpu_capability()} instructions"
 
 
 def _try_gpu() -> str:

@@ -28,6 +28,22 @@ def test_a_missing_gpu_is_not_a_fault(here):
     assert "no CUDA device" in here["GPU kernels"].note
 
 
+def test_missing_compiled_loops_are_not_a_fault(monkeypatch):
+    monkeypatch.setattr(kernels, "compiled_operators", lambda: None)
+    part = _named("CPU loops")
+    assert part.works is None
+    assert "_cpu.build" in part.note
+
+
+def test_wrong_products_of_compiled_loops_are_a_fault(monkeypatch):
+    monkeypatch.setattr(kernels, "compiled_operators", object)
+    product = kernels.PackedLinear.__call__
+    monkeypatch.setattr(kernels.PackedLinear, "__call__", lambda self, x: product(self, x) + 0.1)
+    part = _named("CPU loops")
+    assert part.works is False
+    assert "differs from torch's by 1.0e-01" in part.note
+
+
 def _named(name):
     return next(part for part in try_parts() if part.name == name)
 
