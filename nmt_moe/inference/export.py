@@ -162,10 +162,10 @@ def check_replaceable(output: Path) -> None:
     if not os.path.lexists(output):
         return
     if output.is_symlink() or not output.is_dir():
-        raise ValueError(f"`{output}` is not a folder. Name another output.")
+        raise ValueError(f"`{output}` is not a folder. Specify another output.")
     there = {path.name for path in output.iterdir()}
     if there and not is_bundle(output):
-        raise ValueError(f"`{output}` is a folder that is not a bundle. Name another output.")
+        raise ValueError(f"`{output}` is a folder that is not a bundle. Specify another output.")
     foreign = there - BUNDLE_FILES
     if foreign:
         raise ValueError(

@@ -65,14 +65,14 @@ class LanguageModel:
         """Compute the log-probability of each line.
 
         Args:
-            lines: Any number of lines, without line ends; a string means a list of one. A line
+            lines: Any number of lines, without line endings; a string means a list of one. A line
                 without words is scored as an empty line.
             batch_tokens: Maximum number of pieces in a batch, including padding.
             with_experts: Whether to also return the experts of each piece.
             with_inputs: Whether to also return the inputs of the MoE layer.
 
         Raises:
-            ValueError: if a line contains a line end, a control character or half a surrogate pair;
+            ValueError: if a line contains a line feed, a control character or half a surrogate pair;
                 the message names it.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
@@ -185,6 +185,6 @@ def _check_line(name: str, line: str) -> None:
     """Reject anything other than one line of text."""
     if not isinstance(line, str):
         raise ValueError(f"{name} must be a string, but is {type(line).__name__}.")
-    fault = "contains a line end" if "\n" in line else find_fault(line)
+    fault = "contains a line feed" if "\n" in line else find_fault(line)
     if fault is not None:
         raise ValueError(f"{name} {fault}. Remove it.")

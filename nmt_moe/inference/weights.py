@@ -20,7 +20,7 @@ SCALE = ".scale"
 # Names of the experts' matrices, which are stored with one row for each output, as products need.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
-# Part of the names of weights that are used only in training.
+# Part of the names of weights that are used only during training.
 UNUSED = "noise_weight"
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 

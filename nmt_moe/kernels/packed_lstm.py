@@ -42,7 +42,8 @@ class PackedLSTM:
 
         Args:
             x: (R, I), the inputs.
-            output: (R, D), the previous step's outputs, or what `of_output` reads instead.
+            output: (R, D), the previous step's outputs; with attention, (R, 2 D), the contexts and
+                these outputs.
             cell: (R, H), the previous step's cells.
 
         Returns:

@@ -11,7 +11,7 @@ from nmt_moe.kernels._cpu import has_compiled_loops, load
 from nmt_moe.kernels._products import loops_in_torch
 from nmt_moe.kernels.quantised import DTYPES, NARROW_FROM, PackedLinear, make_panels
 
-# Maximum number of weights that are converted to float32 all together, which takes 16 MiB.
+# Maximum number of weights that are copied to float32 together, which takes 16 MiB.
 STACKED_BELOW = 1 << 22
 
 

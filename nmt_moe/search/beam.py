@@ -7,7 +7,7 @@ sentence has one row. Rows of finished sentences and of pruned hypotheses are ne
 
 With all options of `SearchConfig` off, the search works like fairseq's. Among the W best candidates
 of a step, the candidates that end are finished, and the W best of the others continue. A sentence
-is finished when it has W finished hypotheses or reaches its maximal length.
+is finished when it has W finished hypotheses or reaches its maximum length.
 """
 
 from collections.abc import Callable

@@ -103,7 +103,7 @@ def next_rows(
     Args:
         candidates: The candidates of this step.
         is_open: (B,) bool, True for a sentence that accepts more hypotheses.
-        is_kept: (B, C) bool, False for a candidate that pruning leaves out; None to keep all.
+        is_kept: (B, C) bool, False for a candidate that pruning removes; None to keep all.
         width: Beam size, W.
         eos: The end mark.
 

@@ -21,7 +21,7 @@ class Restrictions:
             end mark.
         prefixes: (B, P) int64, the tokens that the hypotheses of each sentence must begin with;
             `pad` where any token may follow. Prefixes override the other restrictions, except
-            the maximal length.
+            the maximum length.
         suppressed: Tokens that are never chosen, such as other special symbols.
         unk: The symbol for unknown words.
         unk_penalty: Number of nats to subtract from the log-probability of `unk`; infinity means
@@ -30,7 +30,7 @@ class Restrictions:
             such restriction.
 
     Raises:
-        ValueError: if `min_length` is above a maximal length.
+        ValueError: if `min_length` is above a maximum length.
     """
 
     eos: int
@@ -46,7 +46,7 @@ class Restrictions:
     def __post_init__(self) -> None:
         if self.min_length > self._shortest_limit:
             raise ValueError(
-                "`min_length` (--min-len) must be at most the maximal length (--max-len-a, "
+                "`min_length` (--min-len) must be at most the maximum length (--max-len-a, "
                 f"--max-len-b) of {self._shortest_limit} tokens, but is {self.min_length}."
             )
 

@@ -296,7 +296,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path):
     (tmp_path / "link").symlink_to(output)
     for name in ("link", "spm.model"):
         taken = {"output": tmp_path / name, **again}
-        assert_refused("is not a folder. Name another output", path, data, pieces, **taken)
+        assert_refused("is not a folder. Specify another output", path, data, pieces, **taken)
     (tmp_path / "empty").mkdir()
     export(path, data, Pieces(pieces), tmp_path / "empty", is_overwritten=True)
     export(path, data, Pieces(pieces), tmp_path / "new/folder/out")

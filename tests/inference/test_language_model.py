@@ -146,7 +146,7 @@ def test_options_out_of_range_are_named(model: LanguageModel, name: str, values:
 
 def test_input_that_is_not_a_line_is_named(model: LanguageModel):
     for line, fault in {
-        "a\nb": "contains a line end",
+        "a\nb": "contains a line feed",
         "a\0b": r"contains the control character U\+0000",
         "\ud800": r"contains half of a surrogate pair, U\+D800",
         "a\rb": r"contains the control character U\+000D",

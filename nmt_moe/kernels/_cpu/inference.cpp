@@ -41,7 +41,7 @@ Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Ten
 }
 
 // Runs the part of an LSTM step that depends on the previous one. gates (R, 4 H) contain the input's part, and are
-// overwritten. previous is (R, D), or what is read in its place; cell_before, cell and hidden are (R, H). output (R, O)
+// overwritten. previous (R, D) is the previous output, with attention preceded by the context; cell_before, cell and hidden are (R, H). output (R, O)
 // is written if there is a projection, and `hidden` is the output otherwise.
 void step(float* gates, const float* previous, const Tensor& of_previous, const float* cell_before, float* cell,
           float* hidden, const optional<Tensor>& projection, float* output, int64_t output_dim, int64_t rows,

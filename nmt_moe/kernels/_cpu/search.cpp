@@ -44,7 +44,7 @@ struct Candidate {
 
 // Finds the best continuations of each sentence: at most C = 2 W, with the best first. Equal ones are ordered by row,
 // then by token. log_probs (R, V) are those of the next token, so_far (R) those of the rows, sentence (R) is ascending.
-// A token that is more than `margin` below the best one of its sentence is left out, unless the margin is 0.
+// A token that is more than `margin` below the best one of its sentence is removed, unless the margin is 0.
 //
 // Returns log-probabilities (B, C) of the whole hypotheses, -inf for no candidate, tokens (B, C), rows (B, C), and the
 // sentence and rank of each candidate among the first W that ends with `eos`.
