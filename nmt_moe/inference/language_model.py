@@ -72,8 +72,8 @@ class LanguageModel:
             with_inputs: Whether to also return the inputs of the MoE layer.
 
         Raises:
-            ValueError: if a line contains a line feed, a control character or half a surrogate pair;
-                the message names it.
+            ValueError: if a line contains a line feed, a control character or half a surrogate
+                pair; the message names it.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
             raise ValueError(f"`lines` must be a list of strings, but is {type(lines).__name__}.")

@@ -1,5 +1,6 @@
-// Declarations for all files of operators. The callers in Python check shapes and types, and pass tensors on the CPU. Threads divide the work between rows or blocks of columns, never within a sum, so that results do not depend on
-// the number of threads.
+// Declarations for all files of operators. The callers in Python check shapes and types, and pass tensors on the CPU.
+// Threads divide the work between rows or blocks of columns, never within a sum, so that results do not depend on the
+// number of threads.
 #pragma once
 
 #include <ATen/ATen.h>
