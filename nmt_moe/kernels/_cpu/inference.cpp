@@ -40,9 +40,10 @@ Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Ten
   return out;
 }
 
-// Runs the part of an LSTM step that depends on the previous one. gates (R, 4 H) contain the input's part, and are
-// overwritten. previous (R, D) is the previous output, with attention preceded by the context; cell_before, cell and hidden are (R, H). output (R, O)
-// is written if there is a projection, and `hidden` is the output otherwise.
+// Runs the part of an LSTM step that depends on the previous output. gates (R, 4 H) contain the input's part, and are
+// overwritten. previous is the previous output (R, D), with attention preceded by the context; null stands for zeros.
+// cell_before, cell and hidden are (R, H). With a projection, output (R, O) is written; without one, `hidden` is the
+// output.
 void step(float* gates, const float* previous, const Tensor& of_previous, const float* cell_before, float* cell,
           float* hidden, const optional<Tensor>& projection, float* output, int64_t output_dim, int64_t rows,
           int64_t cells) {
@@ -91,7 +92,7 @@ Tensor packed_lstm(Tensor gates, const Tensor& of_previous, const optional<Tenso
   return outputs;
 }
 
-// Computes the attention of query (R, D), which may be overwritten, to the sentence (R) of each row. keys and source are
+// Computes the attention of query (R, D), which may be overwritten, to each row's sentence (R). keys and source are
 // (B, S, D), scale (D), padding (B, S). Returns the context (R, D) and the weights (R, S).
 std::tuple<Tensor, Tensor> attend_rows(Tensor query, const Tensor& scale, const Tensor& keys, const Tensor& source,
                                        const Tensor& padding, const Tensor& sentence, bool is_product) {
@@ -131,11 +132,12 @@ std::tuple<Tensor, Tensor> attend_rows(Tensor query, const Tensor& scale, const 
   return {context, weights};
 }
 
-// Finds the `count` largest of each row of logits (N, E), with the largest first. Returns the softmax over them, (N, K),
+// Finds the `count` largest logits of each row (N, E), with the largest first. Returns the softmax over them, (N, K),
 // and their experts, (N, K) int64; of equal logits, those of the first experts are found.
 std::tuple<Tensor, Tensor> choose_experts(const Tensor& logits, int64_t count) {
   const int64_t rows = logits.size(0), experts = logits.size(1);
-  Tensor gates = at::empty({rows, count}, logits.options()), ids = at::empty({rows, count}, logits.options().dtype(at::kLong));
+  Tensor gates = at::empty({rows, count}, logits.options());
+  Tensor ids = at::empty({rows, count}, logits.options().dtype(at::kLong));
   const auto& loops = choose_inference_loops();
   const Tensor whole = logits.contiguous();
   const auto* all = whole.const_data_ptr<float>();
@@ -162,7 +164,8 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
   std::vector<int64_t> ends(experts + 1);
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t expert = all_ids[slot];
-    TORCH_CHECK_INDEX(expert >= 0 && expert <= experts, "an expert must be from 0 to ", experts, ", but is ", expert, ".");
+    TORCH_CHECK_INDEX(expert >= 0 && expert <= experts, "an expert must be from 0 to ", experts, ", but is ", expert,
+                      ".");
     if (expert < experts) ++ends[expert + 1];
   }
   for (int64_t expert = 0; expert < experts; ++expert) ends[expert + 1] += ends[expert];
@@ -181,7 +184,9 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
     const int64_t first = ends[expert], count = ends[expert + 1] - first;
     if (count == 0) continue;
     multiply(inputs + first * width, count, panels_in[expert], nullptr, false, inner + first * hidden_dim, hidden_dim);
-    for (int64_t at = first * hidden_dim; at < (first + count) * hidden_dim; ++at) inner[at] = std::max(inner[at], 0.0f);
+    for (int64_t at = first * hidden_dim; at < (first + count) * hidden_dim; ++at) {
+      inner[at] = inner[at] < 0.0f ? 0.0f : inner[at];  // keeps NaN
+    }
     multiply(inner + first * hidden_dim, count, panels_out[expert], nullptr, false, inputs + first * width, width);
   }
   Tensor y = at::zeros_like(tokens);

@@ -85,7 +85,8 @@ void find_largest(const float* __restrict values, int64_t width, int64_t count, 
 MultiplyPanels JOIN(NMT_MOE_LEVEL, _multiply_panels);
 
 const InferenceLoops& JOIN(NMT_MOE_LEVEL, _inference)() {
-  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), attend_additively, log_softmax, find_largest};
+  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), attend_additively, log_softmax,
+                                        find_largest};
   return loops;
 }
 

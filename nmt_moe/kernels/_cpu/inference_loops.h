@@ -8,9 +8,9 @@ namespace nmt_moe {
 // Weights (I, O) are stored in panels of this many columns: (ceil(O / PANEL), I, PANEL), filled up with zeros.
 constexpr int64_t PANEL = 16;
 
-// Computes out (rows, width) = addend + x (rows, inner) * weight for the panels [first, last) of the weight. Rows of the
-// addend are `stride` elements apart; it may be `out` itself, or null for zeros. Each element's sum runs in the order of
-// the `inner` index, whatever the number of rows.
+// Computes out (rows, width) = addend + x (rows, inner) * weight for the panels [first, last) of the weight. Rows of
+// the addend are `stride` elements apart; it may be `out` itself, or null for zeros. Each element's sum runs in the
+// order of the `inner` index, whatever the number of rows.
 using MultiplyPanels = void(const float* x, const float* panels, const float* addend, int64_t stride, float* out,
                             int64_t rows, int64_t inner, int64_t width, int64_t first, int64_t last);
 

@@ -208,8 +208,10 @@ void factored_update(T* __restrict weight, const T* __restrict grad, const T* __
 }
 
 template <typename T>
-constexpr Loops<T> loops{lstm_forward<T>, lstm_backward<T>, attend<T>,
-                            attend_backward<T>, multiply_few<T>, log_sum_exp<T>, softmax_gradient<T>, square_sums<T>, factored_update<T>};
+constexpr Loops<T> loops{
+    lstm_forward<T>, lstm_backward<T>,    attend<T>,      attend_backward<T>,  multiply_few<T>,
+    log_sum_exp<T>,  softmax_gradient<T>, square_sums<T>, factored_update<T>,
+};
 
 }  // namespace
 

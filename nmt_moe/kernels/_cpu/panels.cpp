@@ -1,4 +1,4 @@
-// Products with weights in panels. The vectors are spelt out, because the sums of a block of rows must stay in registers.
+// Products with weights in panels. Vectors are spelt out, because the sums of a block of rows must stay in registers.
 // This file is compiled so that a product and the addition that follows are one instruction.
 #include <algorithm>
 #include <array>
@@ -17,8 +17,8 @@ constexpr int LANES = 8, REGISTERS = 12, MOST_ROWS = 6;
 constexpr int LANES = 4, REGISTERS = 12, MOST_ROWS = 3;
 #endif
 constexpr int VECTORS = PANEL / LANES;  // in a row of a panel
-// How many times MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs are read
-// fast, but with more than 64 rows of a wide result, every row would need an address translation of its own.
+// How many groups of MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs are
+// short, so reading them again costs little, and fewer rows of a wide result need fewer address translations.
 constexpr int64_t SHORT_BLOCKS = 8, LONG_BLOCKS = 16, LONG_FROM = 512;
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -81,7 +81,7 @@ inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
   }
 }
 
-// Multiplies ROWS rows by as many panels at a time as there are registers for, because each sum has to wait for its last
+// Multiplies ROWS rows by as many panels at a time as there are registers for, because each sum waits for its last
 // addition.
 template <int ROWS>
 void multiply_rows(const Product& product, int64_t row, int64_t first, int64_t last) {

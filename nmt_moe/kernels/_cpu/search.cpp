@@ -1,4 +1,4 @@
-// The operators of a step of the beam search, in float32. A row is a hypothesis; the rows of a sentence are consecutive.
+// The operators of a step of the beam search, in float32. A row is a hypothesis. A sentence's rows are consecutive.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -74,11 +74,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(const Tensor&
   std::vector<Candidate> candidates;
   for (int64_t first = 0; first < rows;) {
     const int64_t owner = owners[first];
-    TORCH_CHECK_INDEX(owner >= 0 && owner < sentences, "`sentence` must be from 0 to ", sentences - 1, ", but is ", owner,
-                      ".");
+    TORCH_CHECK_INDEX(owner >= 0 && owner < sentences, "`sentence` must be from 0 to ", sentences - 1, ", but is ",
+                      owner, ".");
     int64_t last = first;
     while (last < rows && owners[last] == owner) ++last;
-    const float lowest = margin > 0 ? lowest_kept(found.data() + first * count, last - first, count, float(margin)) : NONE;
+    const float* own = found.data() + first * count;
+    const float lowest = margin > 0 ? lowest_kept(own, last - first, count, float(margin)) : NONE;
     candidates.clear();
     for (int64_t row = first; row < last; ++row) {
       for (int64_t at = row * count; at < (row + 1) * count; ++at) {
