@@ -28,7 +28,7 @@ def find_numbered(
         upper_bound: Largest epoch or update to include; None for no bound.
 
     Raises:
-        ValueError: if the folder does not exist or has fewer such checkpoints.
+        ValueError: if the folder does not exist or contains fewer than `count` such checkpoints.
     """
     found = _numbered(folder, pattern)
     return _take([p for n, p in found if upper_bound is None or n <= upper_bound], folder, count)
@@ -45,7 +45,7 @@ def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[
         upper_bound: Largest number of updates to include; None for no bound.
 
     Raises:
-        ValueError: if the folder does not exist or has fewer such checkpoints.
+        ValueError: if the folder does not exist or contains fewer than `count` such checkpoints.
     """
     by_updates = {count_updates(path): path for _, path in _numbered(folder, BY_EPOCH)}
     by_updates |= {int(updates): path for updates, path in _numbered(folder, BY_UPDATE)}
@@ -59,7 +59,7 @@ def find_best(folder: Path, count: int) -> list[Path]:
     The checkpoints' configuration says whether a larger metric is better.
 
     Raises:
-        ValueError: if the folder does not exist or has fewer such checkpoints.
+        ValueError: if the folder does not exist or contains fewer than `count` such checkpoints.
     """
     found = [path for _, path in _numbered(folder, BY_SCORE)]
     if found and not _is_larger_better(found[0]):
@@ -82,7 +82,8 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]
 def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
     if len(found) < count:
         raise ValueError(
-            f"`{folder}` has only {len(found)} of the {count} requested checkpoints of that kind"
+            f"`{folder}` must contain at least {count} checkpoints of the requested kind, but "
+            f"contains {len(found)}"
         )
     return found[-count:]
 

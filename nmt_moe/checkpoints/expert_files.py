@@ -53,8 +53,8 @@ def save_experts(
         folder: Folder of the checkpoint, the same for all ranks.
         num_experts: Number of experts, E.
         model: This rank's parameters of experts, (L, ...), by name.
-        optimizer: Their optimizer state, (L, ...), by the parameter's index in the optimizer and
-            the name of the value.
+        optimizer: Optimizer state of these parameters, (L, ...), by the parameter's index in the
+            optimizer and the name of the value.
         group: The ranks that share the experts.
 
     Returns:
@@ -88,8 +88,8 @@ def write_expert_file(
         save_id: Save id of the checkpoint.
         owned: Slice of the experts' global ids.
         model: Parameters of these experts, (L, ...), by name.
-        optimizer: Their optimizer state, (L, ...), by the parameter's index in the optimizer and
-            the name of the value.
+        optimizer: Optimizer state of these parameters, (L, ...), by the parameter's index in the
+            optimizer and the name of the value.
 
     Returns:
         The file's entry in the manifest.
@@ -187,8 +187,8 @@ def read_expert_file(
         )
     if not is_whole or content is None:
         raise ValueError(
-            f"`{part}`, which contains {experts}, is damaged: its size or SHA-256 hash is not "
-            f"the one in `{path.name}`. {way_out}"
+            f"`{part}`, which contains {experts}, is damaged: its size or SHA-256 hash does "
+            f"not match the entry in `{path.name}`. {way_out}"
         )
     return content
 

@@ -184,7 +184,7 @@ def _describe(path: Path, error: Exception) -> str:
     cause = f"{type(error).__name__}: {shown(reason)[1:-1]}"
     return (
         f"`{path}` ({path.stat().st_size} bytes) is not a complete fairseq checkpoint. It is "
-        f"truncated, corrupted or another kind of file ({cause}). {COPY_AGAIN}"
+        f"truncated or corrupted, or another kind of file ({cause}). {COPY_AGAIN}"
     )
 
 

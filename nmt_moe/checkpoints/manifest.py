@@ -37,7 +37,7 @@ def new_save_id() -> str:
 
 
 def expert_file_name(save_id: str, owned: slice) -> str:
-    """Return the name of a save's file for the experts with the global ids `owned`."""
+    """Return the file name for the experts with the global ids `owned`, given the save's id."""
     return f"{PREFIX}{save_id}-{owned.start}-{owned.stop}.pt"
 
 
@@ -76,7 +76,8 @@ def _check_fields(manifest: Any) -> None:
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
         raise ValueError(f"has a manifest for {shown(num_experts)} experts")
     if len(manifest["files"]) > num_experts:
-        raise ValueError(f"has more expert files than its {num_experts} experts")
+        count = len(manifest["files"])
+        raise ValueError(f"has {count} expert files for only {num_experts} experts")
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or not all(
             _is_count(entry.get(key)) for key in ("start", "stop", "bytes")
@@ -106,9 +107,9 @@ def _check_coverage(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"has {fault} for experts {first} to {last - 1}")
         end = entry["stop"]
     if end < manifest["num_experts"]:
-        raise ValueError(f"has no file for experts from {end} on")
+        raise ValueError(f"has no file for experts {end} and higher")
     if end > manifest["num_experts"]:
-        raise ValueError(f"has files for {end} experts, not for {manifest['num_experts']}")
+        raise ValueError(f"has files for {end} experts instead of {manifest['num_experts']}")
 
 
 def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
@@ -118,12 +119,12 @@ def _check_configuration(num_experts: int, state: Mapping[str, Any]) -> None:
     expected = settings.get("num_experts") if isinstance(settings, dict) else None
     if expected is not None and expected != num_experts:
         raise ValueError(
-            f"has files for {num_experts} experts, but a configuration with {shown(expected)}"
+            f"has files for {num_experts} experts, but its configuration says {shown(expected)}"
         )
 
 
 def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
-    """Return the names of the experts' parameters by their indices in the optimizer state.
+    """Map indices in the optimizer state to the names of the experts' parameters.
 
     Args:
         path: Path of the checkpoint, for error messages.

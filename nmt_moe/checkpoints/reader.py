@@ -17,12 +17,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     parameters must be plain tensors with finite values, and a manifest must be complete.
 
     Raises:
-        ValueError: if the file is missing or damaged, or is not a checkpoint of fairseq.
+        ValueError: if the file is missing or damaged, or is not a fairseq checkpoint.
     """
     state = read_file(path)
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"`{path}` has no `model`, so it is not a checkpoint of fairseq")
+        raise ValueError(f"`{path}` has no `model`, so it is not a fairseq checkpoint")
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path, with_optimizer: bool = True) -> dict[str, Any]:
         with_optimizer: Whether to also read the optimizer state from expert files.
 
     Raises:
-        ValueError: if a file is missing, damaged or does not match. The message names it.
+        ValueError: if a file is missing or damaged, or does not match. The message names it.
     """
     state = read_checkpoint(path)
     restore_experts(path, state, with_optimizer=with_optimizer)

@@ -66,7 +66,7 @@ def split_checkpoint(state: dict[str, Any], path: Path, num_files: int) -> None:
     counts = {len(state["model"][name]) for name in names.values()}
     if len(counts) > 1:
         raise ValueError(
-            f"the checkpoint has layers of {min(counts)} and {max(counts)} experts, which cannot "
+            f"the checkpoint has layers with {min(counts)} and {max(counts)} experts, which cannot "
             "be split into the same files. Keep the checkpoint in one file."
         )
     num_experts = counts.pop()

@@ -1,8 +1,8 @@
 """The command `nmt-moe`: a group that imports its subcommands only when they are run.
 
-Each subcommand has an entry in `COMMANDS` and a `click` command in a module of this package, which
-reads the options and calls the library. `_command.command` creates a command with examples at the
-end of its help.
+Each subcommand has an entry in `COMMANDS`, and a module of this package defines its `click`
+command, which reads the options and calls the library. `_command.command` creates a command with
+examples at the end of its help.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ nmt-moe check-environment --extra demo --extra dev
 """,
 )
 @click.option(
-    "--extra", "extras", multiple=True, help="Also check what this extra needs; repeatable."
+    "--extra", "extras", multiple=True, help="Also check the packages of this extra; repeatable."
 )
 def check_environment(extras: tuple[str, ...]) -> None:
     """Check that this Python has everything nmt_moe needs, and list everything that is missing.

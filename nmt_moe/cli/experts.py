@@ -122,7 +122,7 @@ def stats(
     """Print how the experts of the bundle FOLDER are used on a text.
 
     For each layer, the command prints the columns of the paper's Table 6. For each expert, it
-    prints the share of the tokens' choices (load), of the gates (importance) and of the output
+    prints shares of the tokens' choices (load), of the gates (importance) and of the output
     (contribution: gate times norm of the expert's output).
     """
     from nmt_moe.resizing import shares
@@ -193,8 +193,8 @@ def prune(model: Path, **options: Any) -> None:
 def merge(model: Path, **options: Any) -> None:
     """Write a copy of MODEL with fewer experts, merged by averaging.
 
-    This command works like `prune`, but averages a dropped expert into the one with the most
-    similar gate, after matching their hidden units. It needs scipy (`pip install
+    This command works like `prune`, but averages each dropped expert into the kept expert with
+    the most similar gate, after matching their hidden units. It needs scipy (`pip install
     'nmt-moe[experts]'`).
     """
     try:

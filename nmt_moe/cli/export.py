@@ -35,7 +35,7 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="float32",
     show_default=True,
-    help="Type of the stored weights. int8 takes a quarter of float32's space and is faster.",
+    help="Type of the stored weights. int8 needs a quarter of float32's space and is faster.",
 )
 @click.option(
     "--source-lang", help="Source language; needed if neither the checkpoint nor its data names it."

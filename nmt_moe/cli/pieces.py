@@ -158,8 +158,8 @@ def encode(
 ) -> None:
     """Split text into pieces.
 
-    With --samples, that many more copies of the text are split, each differently at random, so that
-    a model learns more from little data (subword regularisation, Kudo 2018; for unigram models).
+    With --samples N, N more copies of the text are split, each differently at random. A model can
+    then learn more from little data (subword regularisation, Kudo 2018; for unigram models).
     The same seed gives the same text, and the two sides of a corpus stay parallel.
     """
     processor = lib.load(model)

@@ -28,10 +28,10 @@ def plot(logs: tuple[str, ...], output: Path, title: str) -> None:
 
     There is one panel for training loss (dashed) and validation loss (solid) in bits per token, one
     for validation perplexity, and one for each column of the paper's Table 6: CV of importance, CV
-    of load, and largest load divided by mean load. If a run's log lacks a column, that column's
-    panel leaves the run out. With --sampled-softmax, the training loss is an estimate that is too
-    low on average, and the legend says so. The logs of a resumed run can be concatenated: if an
-    update occurs twice, the later entry counts.
+    of load, and largest load divided by mean load. If a run's log lacks a column, the run is left
+    out of the panel for that column. With --sampled-softmax, the training loss is an estimate that
+    is too low on average, and the legend says so. The logs of a resumed run can be concatenated: if
+    an update occurs twice, the later entry counts.
 
     A run is named by its LABEL, or else by its file, with as many parent folders as are needed to
     distinguish the runs. Plotting needs matplotlib: pip install 'nmt-moe[plot]'.

@@ -28,8 +28,8 @@ def reshape(
 ) -> None:
     """Verify, merge or split a checkpoint.
 
-    Training on several processes (`--expert-parallel-size`) writes experts to files beside the
-    checkpoint, and every command can read such files. Use `merge` or `split` to copy a checkpoint,
+    In training on several processes (`--expert-parallel-size`), experts are stored in files beside
+    the checkpoint. Every command can read such files. Use `merge` or `split` to copy a checkpoint,
     or to move it to machines with more or less memory.
 
     \b

@@ -14,8 +14,8 @@ def keep_every_sentence() -> None:
     """Put the last sentences of a data set into a separate batch.
 
     Reason: `batch_by_size` drops the last batch if its size is not a multiple of
-    --required-batch-size-multiple, 8 by default: fairseq-generate silently leaves out up to 7
-    sentences, or a whole `--batch-size`, and scores the others.
+    --required-batch-size-multiple, 8 by default. fairseq-generate then silently leaves out up to 7
+    sentences, or a whole batch of `--batch-size` sentences, and scores the others.
     """
     three = np.arange(3)
     batches = data_utils.batch_by_size(three, lambda _: 1, required_batch_size_multiple=2)
@@ -40,7 +40,7 @@ def _keeping(split: Callable) -> Callable:
 def name_sentences_longer_than_a_batch() -> None:
     """Report a sentence that is too long for any batch, and the options that allow it.
 
-    Reason: the assertion that ends the command names neither.
+    Reason: the assertion that ends the command names neither the sentence nor the options.
     """
     replace(data_utils, "batch_by_size", _naming)
 
@@ -63,7 +63,7 @@ def _naming(split: Callable) -> Callable:
 
 
 def _cut_into(tokens: Any) -> str:
-    """Return advice to cut text into blocks of a given size; the default may be too large."""
+    """Return advice to cut text into smaller blocks, because the default may be too large."""
     return (
         "cut a language model's text into blocks that fit: --sample-break-mode none "
         f"--tokens-per-sample {tokens}"
@@ -71,7 +71,7 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Report a data set if all samples are too long, and the options that allow longer samples.
+    """Report that all samples of a data set are too long, and the options that allow longer ones.
 
     Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """

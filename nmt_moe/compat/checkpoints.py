@@ -171,7 +171,7 @@ def to_plain(value: Any) -> Any:
 def copy_checkpoints_whole() -> None:
     """Copy a checkpoint to a temporary name, and rename it once it is complete.
 
-    Reason: fairseq copies to `checkpoint_last.pt` and other names in place. If the process is
+    Reason: fairseq copies directly to `checkpoint_last.pt` and other final names. If the process is
     killed while copying, the file is incomplete, and training cannot resume from it.
     """
     replace(PathManager, "copy", _copying)

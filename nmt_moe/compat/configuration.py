@@ -204,7 +204,7 @@ def _check_plain(settings: Any) -> None:
 
 
 def _settings(nest: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield all nested settings with their names, or with their numbers for items of lists."""
+    """Yield all nested settings with their names, or with their indices if they are in lists."""
     if isinstance(nest, argparse.Namespace):
         nest = vars(nest)
     for key, value in nest.items() if isinstance(nest, dict) else enumerate(nest):

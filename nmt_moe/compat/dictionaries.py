@@ -46,8 +46,8 @@ def _adding(add: Callable) -> Callable:
                 problem = str(error)
             if problem is not None:
                 raise ValueError(
-                    f"the dictionary `{file}`, line {number}: {problem} It is damaged or not a "
-                    "dictionary: copy it again, or write a new one with fairseq-preprocess."
+                    f"the dictionary `{file}`, line {number}: {problem} The file is damaged or not "
+                    "a dictionary. Copy it again, or write a new one with fairseq-preprocess."
                 )
         if len(dictionary) == size:
             raise ValueError(f"the dictionary `{file}` has no words. Copy it again.")
@@ -56,10 +56,10 @@ def _adding(add: Callable) -> Callable:
 
 
 def _find_problem(line: str) -> str | None:
-    """Return why a line is not a word and its count; fairseq checks the rest."""
+    """Return why a line does not consist of a word and its count. fairseq checks the rest."""
     word, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
     if not word or not count.isdecimal():
-        return f"{_shorten(line)} is not a word and its count, such as `the 1061`."
+        return f"{_shorten(line)} is not a word followed by its count, such as `the 1061`."
     return None
 
 
@@ -102,9 +102,9 @@ def _loading(initialise: Callable) -> Callable:
 def keep_typed_marks_as_text() -> None:
     """Treat `</s>`, `<s>` and `<pad>` in a text as unknown words, with a warning.
 
-    Reason: fairseq reads them as the end mark, the begin mark and padding. A dictionary may name
-    further marks as `language_marks`. Tasks that put marks into their own text (masked language
-    models) are not affected: they encode it without `append_eos`.
+    Reason: fairseq reads them as the end mark, the begin mark and padding. A dictionary may list
+    further marks in `language_marks`. Tasks that put marks into their own text, such as masked
+    language modelling, are not affected, because they encode it without `append_eos`.
     """
     replace(Dictionary, "encode_line", _encoding)
 
@@ -153,5 +153,7 @@ def marks_of(dictionary: Dictionary) -> set[str]:
 def _warn_of_typed_mark(mark: str) -> None:
     """Warn about each mark once."""
     logger.warning(
-        "the text has the word `%s`: it is read as an unknown word, not as a special symbol", mark
+        "the text contains the word `%s`, which is read as an unknown word, not as a special "
+        "symbol",
+        mark,
     )

@@ -171,7 +171,7 @@ def _find_unknown(constraint: str, dictionary: Any) -> str | None:
 def report_odd_lines() -> None:
     """Report lines without words, with unknown words, or with pieces that are split again.
 
-    Reason: their translations mean little, but look like any others.
+    Reason: their translations mean little, but look like any other.
     """
     replace_in_command("interactive", "make_batches", _reporting)
 

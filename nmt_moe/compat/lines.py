@@ -17,8 +17,8 @@ from nmt_moe.text.lines import chunk_offsets, count_lines, read_lines
 def read_lines_of_texts_by_one_rule() -> None:
     """Let fairseq-preprocess count lines as `wc -l` does, and report lines that it cannot use.
 
-    Reason: fairseq ends a line at a carriage return, which shifts all later pairs, makes a byte
-    order mark part of a word, and reports invalid UTF-8 as "negative seek position".
+    Reason: fairseq ends a line at a carriage return, which shifts all later pairs. It also makes a
+    byte order mark part of a word, and reports invalid UTF-8 as "negative seek position".
     """
     for module in (binarizer, dictionary, file_chunker_utils):
         replace(module, "find_offsets", lambda _: find_offsets)

@@ -62,7 +62,7 @@ def _suggesting(parse: Callable) -> Callable:
 
 
 def shorten_choices(message: str) -> str:
-    """Shorten argparse's list of choices to the choices that resemble the given name."""
+    """Shorten argparse's list of choices to those that resemble the given name."""
     found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
     if found is None:
         return message
@@ -72,7 +72,7 @@ def shorten_choices(message: str) -> str:
         return message
     close = difflib.get_close_matches(name, choices, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all."
-    return f"{start}: {hint} A plugin's names need its --user-dir."
+    return f"{start}: {hint} Names from a plugin need its --user-dir."
 
 
 def show_options_of_chosen_parts_in_help() -> None:

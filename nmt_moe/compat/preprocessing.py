@@ -18,7 +18,7 @@ MANY_UNKNOWN_PERCENT = 3
 
 
 def check_texts_before_preprocessing() -> None:
-    """Reject texts that are empty, uneven or malformed, before the first file is written.
+    """Reject texts that are empty, malformed or of unequal length, before any file is written.
 
     Reason: fairseq binarises them, and training fails later. The check runs when fairseq's `main`
     imports the user's module, which is its first step with all arguments.
@@ -94,7 +94,7 @@ def _binarizing(binarize: Callable) -> Callable:
 
 
 def warn_of_unknown_words(text: str, share: float) -> None:
-    """Warn about unknown words in a text, and name their share and their usual cause."""
+    """Warn about unknown words in a text, and state their share and their usual cause."""
     logger.warning(
         "%.1f%% of the tokens of `%s` are not in the dictionary. If the dictionary consists of "
         "sentence pieces, split the text into the same pieces first.",

@@ -27,7 +27,7 @@ def let_each_sentence_be_a_sample() -> None:
 
 
 class _NumpyWithLong:
-    """numpy with the one name of numpy 1 that fairseq still uses."""
+    """numpy with the name from numpy 1 that fairseq still uses."""
 
     compat = SimpleNamespace(long=np.int64)
 
@@ -38,7 +38,7 @@ class _NumpyWithLong:
 def name_endless_lines() -> None:
     """Report a line of a text that is too long to be one sample.
 
-    Reason: lengths of 65,536 and more silently wrap around to 0.
+    Reason: lengths of 65,536 or more silently wrap around, so that 65,536 becomes 0.
     """
     replace(language_modeling, "TokenBlockDataset", _cutting)
 
@@ -54,7 +54,7 @@ def _cutting(cut: Callable) -> Callable:
 
 
 def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
-    """Reject a text with a sentence too long to be counted.
+    """Reject a text if the length of a sentence does not fit into 16 bits.
 
     Args:
         path: Path of the text, for error messages.
@@ -67,8 +67,8 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
     if sizes[longest] > MOST_TOKENS:
         raise ValueError(
             f"`{path}`, line {longest + 1}: a sentence must have at most {MOST_TOKENS} tokens, "
-            f"but has {sizes[longest]}. Break the line, or use --sample-break-mode none, which "
-            "cuts the text into samples of --tokens-per-sample."
+            f"but this one has {sizes[longest]}. Break the line, or use --sample-break-mode none, "
+            "which cuts the text into samples of --tokens-per-sample tokens each."
         )
 
 

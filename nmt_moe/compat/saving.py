@@ -59,8 +59,8 @@ def _trying(_: Callable) -> Callable:
         except OSError as error:
             reason = error.strerror or os.strerror(error.errno or errno.EIO)
             raise ValueError(
-                f"`--save-dir` must be a folder where files can be written and renamed, but in "
-                f"`{save_dir}` they cannot: {reason}. Specify another folder, or make room."
+                f"`--save-dir` must be a folder where files can be written and renamed, but "
+                f"this failed in `{save_dir}`: {reason}. Specify another folder, or make room."
             ) from error
 
     return verify_checkpoint_directory

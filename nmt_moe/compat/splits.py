@@ -52,7 +52,7 @@ def _loading_split(load: Callable) -> Callable:
             files = f"{task.cfg.data}/{split}.{task.cfg.source_lang}-{task.cfg.target_lang}"
             raise FileNotFoundError(
                 f"`{files}.{task.cfg.target_lang}.bin` is missing: training and validation need "
-                "both sides. Binarise it with fairseq-preprocess."
+                "both sides. Binarise both texts with fairseq-preprocess."
             )
 
     return load_dataset

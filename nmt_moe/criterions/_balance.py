@@ -78,7 +78,7 @@ def check_finite(loss: Tensor, sample: Dict[str, Any], extra: Any) -> None:
         raise FloatingPointError(
             f"The loss is NaN in the batch of sentences {sentences[:8]}"
             f"{'...' if len(sentences) > 8 else ''}. Checkpoints already written are unaffected. "
-            "Resume from the last one with a lower `--lr`, a lower `--clip-norm`, or in fp32."
+            "Resume from the last one with a lower `--lr` or `--clip-norm`, or in fp32."
         )
 
 

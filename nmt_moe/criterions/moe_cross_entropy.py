@@ -111,8 +111,8 @@ class MoECrossEntropy(FairseqCriterion):
         output = getattr(model.decoder, "output", None)
         if not isinstance(output, nn.Linear):
             raise ValueError(
-                "`--sampled-softmax` must be 0 with models of fairseq or of other plugins, because "
-                f"their softmax layer is unknown, but is {self.num_draws}."
+                f"`--sampled-softmax` must be 0, but is {self.num_draws}. It cannot be used with "
+                "models from fairseq or other plugins, because their softmax layer is unknown."
             )
         features, extra = model(**sample["net_input"], features_only=True)
         weight = output.weight

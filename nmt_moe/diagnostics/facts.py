@@ -135,7 +135,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _ask_torch(question: Any) -> Any:
-    """Return torch's answer, or the reason for its absence."""
+    """Return `question(torch)`, or a description of the error that it raises."""
     try:
         import torch
 

@@ -187,7 +187,7 @@ def _try_training() -> str:
         )
     broken = find_broken()
     if broken:
-        raise RuntimeError(f"{broken[0]}; see the README on how to install it")
+        raise RuntimeError(f"{broken[0]}; the README explains how to install it")
     from fairseq.models import MODEL_REGISTRY
 
     from nmt_moe import plugin

@@ -52,8 +52,8 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
         extras: Extras that are also required.
 
     Returns:
-        For each name, the version (or None) and a note such as "torch>=2.6: has 2.5.1", which is ""
-        if the version fits. `fairseq` is left out, because it is recognised by its import.
+        For each name, the version (or None) and a note such as "torch>=2.6: has 2.5.1". The note is
+        empty if the version fits. `fairseq` is left out, because it is recognised by its import.
     """
     found: dict[str, tuple[str | None, str]] = {}
     for need in map(Requirement, read_requirements()[1]):
@@ -74,7 +74,7 @@ def compare_requirements(extras: tuple[str, ...] = ()) -> dict[str, tuple[str | 
 
 
 def find_missing(extras: tuple[str, ...]) -> list[str]:
-    """Return a line for each requirement that is missing or has a wrong version."""
+    """Return a line for each requirement that is missing or has the wrong version."""
     pythons = read_requirements()[0]
     here = ".".join(map(str, sys.version_info[:3]))
     missing = [] if here in SpecifierSet(pythons) else [f"python{pythons}: is {here}"]

@@ -19,9 +19,9 @@ from nmt_moe.inspection.tokens import classes_of, context_of, frequency_band
 from nmt_moe.inspection.usage import ExpertUsage
 from nmt_moe.moe import output_similarity, routing_saturation
 
-# Maximum number of experts, the busiest ones, with contexts and over-use in the JSON output.
+# Contexts and over-use are in the JSON output for at most this many experts, the busiest ones.
 MAX_DETAILED = 2048
-# Maximum number of experts, the busiest ones, in matrices (pairs, similarity of outputs).
+# Matrices (pairs, similarity of outputs) contain at most this many experts, the busiest ones.
 MAX_MATRIX = 32
 NUM_CONTEXTS, NUM_FEATURES, NUM_PAIRS = 10, 10, 12
 # Number of tokens used to measure the similarity of outputs.

@@ -35,7 +35,7 @@ class Caps:
     """Limits on the contents of a page, which are reduced until the page is small enough.
 
     Attributes:
-        experts: Number of experts shown for each layer, the busiest ones.
+        experts: Number of experts shown for each layer, busiest first.
         contexts: Number of contexts shown for each expert.
         features: Number of features in each list of an expert's over-use.
         sentences: Number of sentences shown piece by piece.

@@ -50,9 +50,10 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
 
     Returns:
         The number of pairs compared, `num_pairs`, and the lists `over` and `under` with rows of
-        `experts`, `count`, `expected`, `lift`, and its bounds `low` and `high`. The bounds are
-        Wilson's bounds for the count's share of tokens, corrected for all pairs (Bonferroni),
-        divided by the expected share. None if pairs were not counted or there are none.
+        `experts`, `count`, `expected`, `lift`, and the bounds `low` and `high` of the lift. These
+        are Wilson's bounds for the count's share of tokens, corrected for all pairs (Bonferroni),
+        divided by the expected share. The result is None if pairs were not counted or if there are
+        none.
     """
     counts = usage.coactivation
     if counts is None or not counts.any():

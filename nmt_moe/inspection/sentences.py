@@ -11,7 +11,7 @@ from nmt_moe.inference import LanguageModel, Sentence, Translator
 # Maximum number of sentences shown piece by piece in total, and minimum number for each part.
 NUM_SENTENCES, MIN_SENTENCES = 24, 4
 NUM_HYPOTHESES = 5
-# Maximum number of pieces, on each side, of a sentence shown piece by piece.
+# Sentences shown piece by piece are cut to this many pieces on each side.
 MAX_SHOWN_PIECES = 128
 
 

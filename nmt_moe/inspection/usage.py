@@ -120,7 +120,7 @@ class ExpertUsage:
 
     @property
     def effective_experts(self) -> float:
-        """Return the effective number of experts, the exponential of the entropy of the load."""
+        """Return the effective number of experts, exp(H), where H is the entropy of the load."""
         return float(effective_experts(self.load.double()))
 
     @property

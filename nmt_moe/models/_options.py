@@ -156,7 +156,7 @@ def expert_parallel_group(
     if other is not None and other.num_experts != moe.num_experts:
         if size > 1:
             raise ValueError(
-                f"`expert_parallel_size` must be 1 for layers of {moe.num_experts} and "
+                f"`expert_parallel_size` must be 1 for layers with {moe.num_experts} and "
                 f"{other.num_experts} experts, but is {size}. To spread experts over processes, "
                 "prune both layers to the same number."
             )

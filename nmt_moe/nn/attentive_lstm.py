@@ -73,7 +73,7 @@ class AttentiveLSTM(nn.Module):
         return torch.stack(outputs), torch.cat(rows, dim=1), (hidden, cell)
 
     def _is_compiled(self, x: Tensor, encoder_out: EncoderOutput, state: State) -> bool:
-        """Return whether compiled loops can run all steps; additive attention has none."""
+        """Return whether compiled loops can run all steps. None exist for additive attention."""
         tensors = x, self.weight_x, self.bias_ih, encoder_out.keys, encoder_out.source, *state
         is_product = isinstance(self.attention, ProductAttention)
         return is_product and x.numel() > 0 and has_compiled_loops(*tensors)

@@ -17,7 +17,7 @@ class WarmupHoldInverseSqrtConfig(FairseqDataclass):
 
     warmup_updates: int = field(
         default=2000,
-        metadata={"help": "number of updates with a linear rise of the rate to --lr"},
+        metadata={"help": "number of updates during which the rate rises linearly to --lr"},
     )
     hold_updates: int = field(
         default=8000,

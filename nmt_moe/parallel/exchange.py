@@ -181,7 +181,7 @@ def plan_ranks(ranks: Tensor, num_ranks: int) -> RowPlan:
 
 
 class _AllToAll(torch.autograd.Function):
-    """An all-to-all with a backward pass even without rows, because other ranks wait for it."""
+    """An all-to-all that runs backward even without rows, because other ranks wait for it."""
 
     @staticmethod
     def forward(

@@ -68,7 +68,7 @@ def make_expert_parallel_group(
         This rank's expert-parallel group.
 
     Raises:
-        ValueError: if P does not divide these numbers.
+        ValueError: if P does not divide both numbers.
     """
     check_range("expert_parallel_size", size, 0)
     is_started = distributed.is_available() and distributed.is_initialized()

@@ -60,10 +60,11 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
         is_again = row.endswith(OVERWRITE)
         word, _, count = row.removesuffix(OVERWRITE).rpartition(" ")
         if not word or not count.isdecimal() or (word in seen and not is_again):
-            fault = "repeats a word" if word in seen else "is not a word and its count"
+            fault = "repeats a word" if word in seen else "is not a word followed by its count"
             raise ValueError(
-                f"the dictionary `{path}`, line {number} {fault}: {line[:80]!r}. It is damaged or "
-                "not a dictionary: copy it again, or write a new one with fairseq-preprocess."
+                f"the dictionary `{path}`, line {number} {fault}: {line[:80]!r}. The file is "
+                "damaged or not a dictionary. Copy it again, or write a new one with "
+                "fairseq-preprocess."
             )
         symbols.append(word)
         seen.add(word)

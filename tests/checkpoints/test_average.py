@@ -82,7 +82,9 @@ def test_the_best_checkpoints_are_found_by_their_score(tmp_path, is_larger_bette
 
 def test_too_few_checkpoints_are_refused(tmp_path):
     save(tmp_path / "checkpoint1.pt", [0.0], **with_updates(7))
-    with pytest.raises(ValueError, match="has only 1 of the 5 requested checkpoints"):
+    with pytest.raises(
+        ValueError, match="at least 5 checkpoints of the requested kind, but contains 1"
+    ):
         tool.find_last(tmp_path, 5)
 
 

@@ -117,7 +117,7 @@ def test_a_file_from_another_save_is_named(path, tmp_path):
     [
         ([0, 2], "has no file for experts 2 to 3"),
         ([0, 1, 1, 2], "has more than one file for experts 2 to 3"),
-        ([0, 1], "has no file for experts from 4 on"),
+        ([0, 1], "has no file for experts 4 and higher"),
     ],
 )
 def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message):
@@ -256,7 +256,7 @@ def test_a_malformed_manifest_is_named_and_nothing_else_is_raised(manifest):
 def test_a_manifest_of_a_million_files_is_refused_at_once(path):
     state = read(path)
     state[MANIFEST]["files"] *= 400_000
-    with pytest.raises(ValueError, match="more expert files than its 6 experts"):
+    with pytest.raises(ValueError, match=r"\d+ expert files for only 6 experts"):
         restore_experts(path, state)
 
 

@@ -186,7 +186,7 @@ def test_a_read_only_save_folder_is_reported_once_before_the_first_update(
     assert [process.exitcode for process in ranks] == [1, 1]
     first, second = ((tmp_path / f"error{rank}").read_text() for rank in range(2))
     assert first.startswith("`--save-dir` must be a folder where files can be written")
-    assert f"in `{tmp_path}` they cannot: Read-only file system" in first
+    assert f"this failed in `{tmp_path}`: Read-only file system" in first
     cause = "see its error message for the cause"
     assert second == f"another process in this training run has ended; {cause}"
     assert not list(tmp_path.glob("*.pt"))

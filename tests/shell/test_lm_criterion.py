@@ -127,7 +127,7 @@ def test_more_draws_than_symbols_are_refused(draws: int):
 
 def test_a_model_of_another_kind_cannot_be_sampled():
     stranger = SimpleNamespace(training=True, decoder=SimpleNamespace())
-    with pytest.raises(ValueError, match="`--sampled-softmax` must be 0 .* but is 3"):
+    with pytest.raises(ValueError, match="`--sampled-softmax` must be 0, but is 3"):
         make_criterion(3)(stranger, SAMPLE)
 
 

@@ -121,7 +121,7 @@ def test_typed_marks_are_unknown_words(own_corpus: Path):
     # `<2bb>` is an ordinary word in this corpus, because only multilingual models use it as a mark.
     assert load(own_corpus)[0] == "ba <unk> be <unk> <unk> bi <unk> <2bb>"
     for mark in ("</s>", "<pad>", "<s>"):
-        assert text.count(f"the text has the word `{mark}`") == 1
+        assert text.count(f"the text contains the word `{mark}`") == 1
 
 
 def test_marks_that_a_model_writes_itself_stay_marks():
@@ -155,7 +155,7 @@ def test_binarised_data_that_are_largely_unknown_are_named(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"ba 4\nde\n", "line 2: 'de' is not a word and its count"),
+        (b"ba 4\nde\n", "line 2: 'de' is not a word followed by its count"),
         (b"ba 4\nde x\n", "line 2: 'de x' is not a word"),
         (b"ba 4\nde 3\nba 2\n", "line 3: Duplicate word found"),
         (b"ba 4\n 3\n", "line 2: ' 3' is not a word"),

@@ -47,7 +47,9 @@ def test_a_repair_is_applied_only_once():
 
 def test_the_longest_line_that_can_be_counted_is_accepted_but_not_one_token_more():
     check_line_lengths("text", np.array([3, MOST_TOKENS]))
-    with pytest.raises(ValueError, match="`text`, line 2: .* at most 65535 tokens, but has 65536"):
+    with pytest.raises(
+        ValueError, match="`text`, line 2: .* at most 65535 tokens, but this one has 65536"
+    ):
         check_line_lengths("text", np.array([3, MOST_TOKENS + 1, 4]))
 
 
