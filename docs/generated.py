@@ -80,7 +80,7 @@ class Architectures(Generated):
 
 
 class Commands(Generated):
-    """The help of `nmt-moe` and of all its commands."""
+    """The help texts of `nmt-moe` and all its commands."""
 
     def lines(self) -> Iterable[str]:
         for path, command in walk(main, "nmt-moe"):
