@@ -148,7 +148,7 @@ class InteractiveCommand:
         return texts
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time that the process has taken."""
+        """Return the CPU time that the process has used."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -265,7 +265,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_loading(folders: list[Path], rounds: int) -> list[str]:
-    """Measure loading in new processes, and return a line with the results for each bundle.
+    """Measure how long new processes take to load each bundle, and return a line for each.
 
     A bundle is warm if its files are still in memory, and cold after the system has been told to
     drop them.

@@ -22,8 +22,8 @@ def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
 
     Returns:
         The largest difference divided by the largest value, for `output`, `gradient of x` and
-        `gradients of weights` (the worst of them); for a layer without a backward pass, only
-        `output`.
+        `gradients of weights` (of the weight that differs most). A layer without a backward pass
+        has only `output`.
     """
     point = dataclasses.replace(SMALL, dtype=dtype)
     layer = build_layer(LAYERS[name], point, device, capacity=float(point.num_experts)).eval()

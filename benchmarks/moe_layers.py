@@ -177,7 +177,7 @@ class PlainLayer(OwnLayer):
         return y, loss + load_loss(out.load, config.load_weight)
 
     def apply_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply the experts to rows (R, D), sorted by expert; expert e's end before `ends[e]`."""
+        """Apply the experts to sorted rows (R, D). The rows of expert e end before `ends[e]`."""
         raise NotImplementedError
 
     def computed_pairs(self, x: Tensor) -> int:

@@ -29,7 +29,7 @@ class Steps:
 
 
 def parts_of_steps(document: dict[str, Any]) -> Steps:
-    """Find the size measured with the most different numbers of experts, and split its steps.
+    """Find the size that was measured with the most numbers of experts, and split its steps.
 
     Raises:
         ValueError: if no size was measured with two numbers of experts.

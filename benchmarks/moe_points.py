@@ -60,7 +60,7 @@ class Point:
         return self.tokens * self.top_k / self.num_experts
 
     def flops(self) -> int:
-        """Return the operations of the experts' two products in the forward pass."""
+        """Return the number of operations in the experts' two products in the forward pass."""
         return 4 * self.tokens * self.top_k * self.model_dim * self.hidden_dim
 
     def config(self, hierarchical: bool = False) -> MoEConfig:

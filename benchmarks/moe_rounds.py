@@ -1,7 +1,7 @@
 """Measure competitors in rounds, each competitor in its own process.
 
 In the first round, each process is started when its turn comes. As long as all processes fit
-into memory together, they keep running; otherwise every turn starts and ends a process.
+into memory together, they keep running; otherwise a new process is started for every turn.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from benchmarks.moe_limits import LIMITS
 from benchmarks.moe_peers import LAYERS
 from benchmarks.moe_points import BARE, Point
 
-# A turn repeats a short job for about TURN_SECONDS, but at most MOST_REPEATS times.
+# In a turn, a short job is repeated for about TURN_SECONDS, but at most MOST_REPEATS times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
 # Imports, the first kernels on a GPU and filling the weights may take this many seconds in all.
 START_SECONDS = 300.0
@@ -67,7 +67,7 @@ class Record:
     skipped: str | None = None
 
     def repeats(self, mode: str) -> int:
-        """Return how many times the next turn runs the mode."""
+        """Return how many times to run the mode in the next turn."""
         known = [sample["seconds"] for samples in self.rounds.get(mode, []) for sample in samples]
         if not known:
             return 1
@@ -245,7 +245,7 @@ class Match:
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:
-            timing.say("  memory is short: from now on, each turn starts a new process")
+            timing.say("  memory is short: from now on, a new process is started for each turn")
             self.stays = False
             self._close_all()
 

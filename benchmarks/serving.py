@@ -6,10 +6,10 @@
 Each server runs in its own process; clients are threads of this process, each with one connection.
 Servers with and without batching across requests are measured in turn, with several clients and
 with one. The overhead is the time that a client waits, minus the time that the server spends in
-the translator according to its metrics. The machine's load is printed below the table, because
-other programs on a shared machine increase the measured times.
+the translator according to the server's metrics. The machine's load is printed below the table,
+because other programs on a shared machine increase the measured times.
 
-`--soak` sends an hour's worth of requests, one for each second, within the given number of seconds.
+`--soak` sends as many requests as an hour has seconds, within the given number of seconds.
 The requests contain single texts, lists or texts of several lines; some ask for alternatives, and
 some use a different API. They come from several clients, and some clients disconnect early. Every
 answer is compared with the translator's own.

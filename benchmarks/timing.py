@@ -110,7 +110,7 @@ def _kernel_bytes(path: str, field: str) -> int:
 
 
 def describe_hardware(device: str, threads: int) -> str:
-    """Describe the hardware and versions of a measurement."""
+    """Describe the hardware and the software versions."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     cores = os.cpu_count()
     if device.startswith("cuda"):

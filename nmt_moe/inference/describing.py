@@ -25,7 +25,7 @@ def describe(
     Args:
         cut: Pieces of each source.
         found: Hypotheses for each source, best first.
-        num_marks: Number of language tokens before each source; results leave them out.
+        num_marks: Number of language tokens before each source, which are left out of results.
         symbols: Symbols of the target's vocabulary.
         target: Object that joins pieces into text.
     """
@@ -65,7 +65,7 @@ def add_experts(
         sentences: Results without experts, from `describe`.
         sources: Tokens of each source, with its language token and end mark.
         found: Hypotheses for each source, best first.
-        num_marks: Number of language tokens before each source; results leave them out.
+        num_marks: Number of language tokens before each source, which are left out of results.
     """
     repeated = [s for s, own in zip(sources, found, strict=True) for _ in own]
     targets = [one.tokens[:-1].tolist() for own in found for one in own]

@@ -73,7 +73,7 @@ class LanguageModel:
 
         Raises:
             ValueError: if a line contains a line feed, a control character or half a surrogate
-                pair; the message names it.
+                pair; the message names the line.
         """
         if isinstance(lines, bytes) or not isinstance(lines, Iterable):
             raise ValueError(f"`lines` must be a list of strings, but is {type(lines).__name__}.")

@@ -76,7 +76,7 @@ def make_lstm(weights: Weights, name: str) -> PackedLSTM:
 def make_attentive_lstm(weights: Weights, name: str) -> PackedLSTM:
     """Return an LSTM of `nmt_moe.nn.attentive_lstm`.
 
-    Instead of its previous output, (R, D), each step reads the context and that output, (R, 2 D).
+    Each step reads the context and the previous output, (R, 2 D), instead of only the output.
     """
     projection = f"{name}.projection.weight"
     return PackedLSTM(

@@ -25,8 +25,8 @@ from nmt_moe.kernels import log_softmax
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
-# Once this share of the sentences is finished, they are dropped from the encoder's outputs.
-# Dropping them requires copying the others.
+# Once this share of the sentences is finished, the finished ones are dropped from the encoder's
+# outputs. This requires copying the outputs of the others.
 DROPPED_AT = 0.3
 
 
@@ -188,7 +188,7 @@ class LanguageNetwork:
         elif config.moe is not None:
             self.moe = MoE(weights, folder, "decoder", config.moe, weights.config.dtype)
         self.output = weights.linear("decoder.output.weight")
-        # Fewer than the vocabulary's symbols if the rarest words are read but never predicted.
+        # There are fewer outputs than symbols if the rarest words are read but never predicted.
         self.num_outputs = len(weights["decoder.output.weight"])
 
     def start(self, num_rows: int) -> list[State]:

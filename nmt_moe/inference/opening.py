@@ -64,7 +64,7 @@ class Bundle:
 def open_bundle(folder: Path | str, kind: str) -> Bundle:
     """Open a bundle.
 
-    Every file is compared with its SHA-256 hash, except for the files of experts: each expert is
+    Every file is compared with its SHA-256 hash, except for the files of experts. Each expert is
     compared before its first use.
 
     Args:
@@ -73,7 +73,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
 
     Raises:
         ValueError: if a file is missing, changed, too new or inconsistent, or the model is of
-            another kind; the message names it.
+            another kind; the message names the file or the folder.
     """
     folder = Path(folder)
     content = read_small(folder, CONFIG)
@@ -121,7 +121,7 @@ def check_same(first: Bundle, other: Bundle) -> None:
     for what, (one, two) in pairs.items():
         if one != two:
             raise ValueError(
-                f"`{first.folder}` and `{other.folder}` cannot be an ensemble: they differ in "
+                f"`{first.folder}` and `{other.folder}` cannot form an ensemble: they differ in "
                 f"their {what}. Name models that were trained on the same data."
             )
 
@@ -246,6 +246,6 @@ def check_pieces(processor: Processor, vocabulary: Vocabulary, name: str, advice
     foreign = sorted(w for w in words - pieces if len(w.removeprefix("▁")) > 1)
     if len(foreign) > FOREIGN_SHARE * len(words):
         raise ValueError(
-            f"`{name}` does not fit the vocabulary: {len(foreign)} of its {len(words)} words are "
-            f"not pieces of the model, {foreign[0]!r} for instance. {advice}"
+            f"`{name}` does not fit the vocabulary: {len(foreign)} of the vocabulary's "
+            f"{len(words)} words, such as {foreign[0]!r}, are not pieces of the model. {advice}"
         )

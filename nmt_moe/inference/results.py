@@ -129,7 +129,7 @@ class Translation:
 
     @property
     def alignment(self) -> list[int]:
-        """Return, for each of `pieces`, the index in `source_pieces` that it attends to most."""
+        """Return, for each of `pieces`, the index of the source piece that it attends to most."""
         found, first = [], 0
         for sentence, best in zip(self.sentences, self._best, strict=True):
             found += [first + index for index in best.alignment]

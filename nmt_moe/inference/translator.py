@@ -119,7 +119,7 @@ class Translator:
 
         Raises:
             ValueError: if a text contains a control character or half a surrogate pair, the model
-                does not know the language, or an option is out of range; the message names it.
+                does not know the language, or an option is out of range; the message says which.
         """
         return self._translate(
             check_texts(texts, "text"),

@@ -17,7 +17,7 @@ from nmt_moe.moe import MoEConfig
 from nmt_moe.nn import GNMTConfig, GNMTDecoder, GNMTEncoder, LSTMLanguageModel
 
 SCALE = ".scale"
-# Names of the experts' matrices, which are stored with one row for each output, as products need.
+# Names of the experts' matrices, which are stored with one row for each output.
 EXPERTS_IN, EXPERTS_OUT = "weight_in", "weight_out"
 DIGEST = "sha256"
 # Part of the names of weights that are used only during training.
@@ -81,7 +81,7 @@ class Weights:
         sums: The SHA-256 hash of each file.
 
     Raises:
-        ValueError: if the file was changed or a weight does not fit; the message names it.
+        ValueError: if the file was changed or a weight does not fit; the message says which.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class ExpertWeights:
                     f"`{self.path}` does not contain the experts of its configuration: "
                     f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
                 )
-        # Only the first matrix checks an expert's digest, because it is used first.
+        # An expert's digest is checked only with its first matrix, because this is used first.
         self.weight_in = self._experts(EXPERTS_IN, self.check)
         self.weight_out = self._experts(EXPERTS_OUT, None)
 

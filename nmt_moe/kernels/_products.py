@@ -41,8 +41,8 @@ class Products(Protocol):
     ) -> Tensor:
         """Compute grad @ weight^T: (R, F), (L, D, F) -> (R, D).
 
-        The result is 0 wherever `mask`, (R, D), is 0. It is added to `add_to`, (R, D), in place and
-        without a mask, if that is given.
+        The result is 0 wherever `mask`, (R, D), is 0. If `add_to`, (R, D), is given, the result is
+        added to it in place, without a mask.
         """
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ class TritonProducts:
             expert_offsets: (L + 1,) int64; expert e owns rows [offsets[e], offsets[e + 1]).
             num_rows: Number of rows, R.
             dtype: Data type of the rows.
-            precision: How float32 is rounded: "ieee", "tf32" or "tf32x3"; None to do what torch
-                allows.
+            precision: How float32 is rounded: "ieee", "tf32" or "tf32x3"; None to follow
+                torch's setting.
         """
         from nmt_moe.kernels._triton import grouped_gemm
 

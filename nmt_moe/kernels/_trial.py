@@ -33,7 +33,7 @@ def is_sound(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a kernel agrees with its definition on a device. The first call runs a trial.
 
     A trial waits for the device, so it must not happen during the capture of a CUDA graph: run the
-    code once before capturing it, as PyTorch requires anyway. A failed trial gives one warning.
+    code once before capturing it, as PyTorch requires anyway. A failed trial causes one warning.
 
     Args:
         kernel: Name of the kernel, a key of `TRIALS`.

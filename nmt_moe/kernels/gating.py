@@ -86,7 +86,7 @@ def _implementation(clean: Tensor, top_k: int) -> type[torch.autograd.Function] 
 def draw_seed(device: torch.device) -> Tensor:
     """Draw a seed, (1,) int64, from the generator of `device`.
 
-    The seed stays on the device, so that each replay of a CUDA graph draws another one.
+    The seed stays on the device, so that each replay of a CUDA graph draws a different one.
     """
     return torch.randint(2**63 - 1, (1,), device=device)
 

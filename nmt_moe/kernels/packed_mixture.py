@@ -214,7 +214,7 @@ def _multiply_packed(
 
 
 def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose the experts with the largest gate logits; of equal ones, those with the lowest ids.
+    """Choose the experts with the largest gate logits. The lowest ids win ties.
 
     Args:
         logits: (N, E) float32.

@@ -29,11 +29,12 @@ SMALLEST_SCALE = 1e-30
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # The next four thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
 # `benchmarks/results/inference.md`.
-# From this many weights on, oneDNN's product with weights in its own layout is faster than BLAS for
-# more than one row. For a single row, the matrix is read fastest if it has one row per input.
+# With at least this many weights, oneDNN's product with weights in its own layout is faster than
+# BLAS for more than one row. For a single row, the matrix is read fastest if it has one row per
+# input.
 PACKED_FROM = 1 << (22 if HAS_AVX512 else 19)
-# From this many weights on, reading fewer bytes saves more time than rounding the activations to
-# half precision costs.
+# With at least this many weights, reading fewer bytes saves more time than rounding the activations
+# to half precision costs.
 NARROW_FROM = 1 << 18
 # The same threshold for int8. Processors without AVX-512 usually have no instructions that add up
 # products of bytes in 32 bits (VNNI).
@@ -192,7 +193,7 @@ def activation_levels() -> int:
 class _Float32Product:
     """A product in float32, by compiled loops if there are any, otherwise by BLAS or oneDNN.
 
-    The weights are copied into a layout at its first use.
+    The weights are copied into each layout before its first use.
     """
 
     def __init__(self, weight: Tensor) -> None:

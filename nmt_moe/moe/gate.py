@@ -112,13 +112,14 @@ class NoisyTopKGate(nn.Module):
 
 
 class StrictlyBalancedGate(nn.Module):
-    """Send equally many tokens to every expert during training; use thresholds in evaluation.
+    """Send the same number of tokens to every expert during training; use thresholds in evaluation.
 
     During training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal
-    (as at the start, when the weight is zero), expert i takes tokens cyclically from token i m on,
-    so that the first batches are spread evenly. The thresholds are trained by
-    `batchwise_threshold_loss`. This loss is averaged over tokens, so that its gradient does not
-    grow with the batch, and it has no gradient with respect to the gate's weight.
+    (as at the start, when the weight is zero), expert i takes m tokens, beginning at token i m and
+    continuing at token 0 after the last one, so that the first batches are spread evenly. The
+    thresholds are trained by `batchwise_threshold_loss`. This loss is averaged over tokens, so that
+    its gradient does not grow with the batch, and it has no gradient with respect to the gate's
+    weight.
 
     Attributes:
         gate_weight: (D, E), weights of the logits; (G, D, E) with `num_groups`.

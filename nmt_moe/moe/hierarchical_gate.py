@@ -48,8 +48,8 @@ class HierarchicalGate(nn.Module):
 
         Args:
             x: (N, D), the tokens' vectors.
-            noise: (N, G) and (N, E), standard normal numbers, used only during training, by noisy
-                gates. If None, they are drawn at random.
+            noise: (N, G) and (N, E), standard normal numbers, used only by noisy gates during
+                training. If None, they are drawn at random.
             row_offsets: (3,) int64, [0, number of tokens, N]; the rows after the tokens are
                 padding. None if there is no padding.
         """

@@ -91,7 +91,7 @@ class MoELayer(nn.Module):
                 in losses and statistics, and gives rows of zeros in y.
             noise: (N, E), standard normal numbers to use instead of new ones, to reproduce a pass;
                 with groups, a tuple of (N, G) and (N, E). If None, they are drawn at random. They
-                are used only during training, by noisy gates.
+                are used only by noisy gates during training.
 
         Returns:
             y: (N, D), in the dtype of x.
@@ -142,7 +142,7 @@ class MoELayer(nn.Module):
         """Compute experts for other ranks' tokens until all ranks of the group have called this.
 
         Loops that run longer on some ranks than on others, such as a search, need this method. A
-        rank calls it after its last step, and it returns on all ranks of the group together.
+        rank calls it after its last step, and the call returns on all ranks of the group together.
         """
         weight = self.experts.weight_in
         x = weight.new_empty(0, self.config.model_dim)

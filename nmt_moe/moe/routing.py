@@ -59,7 +59,7 @@ def routing_saturation(before: Tensor, after: Tensor, num_experts: int) -> Tenso
 
 
 def expert_outputs(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-    """Compute the output of every expert for every token, regardless of the token's choice.
+    """Compute the output of every expert for every token, regardless of the gate's choice.
 
     Args:
         x: (N, D), the tokens' vectors.

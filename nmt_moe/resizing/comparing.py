@@ -100,7 +100,7 @@ def measure_perplexity(folder: Path, parts: Sequence[Part], *, progress: bool = 
 def measure_difference(before: Layer, after: Layer) -> float:
     """Return the largest difference between the outputs of two layers.
 
-    Both layers compute the same random tokens in float64.
+    Both layers process the same random tokens in float64.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLE_TOKENS, before.moe.model_dim, generator=generator, dtype=torch.float64)

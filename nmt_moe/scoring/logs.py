@@ -154,7 +154,9 @@ def format_progress(entry: dict[str, Any]) -> str | None:
 
 
 def read_loss(lines: Iterable[str]) -> Loss:
-    """Return the last loss in fairseq-eval-lm's output; the perplexity has only two decimals.
+    """Return the last loss in fairseq-eval-lm's output.
+
+    The loss is read because the perplexity has only two decimals.
 
     Raises:
         ValueError: if there is no loss.
@@ -190,7 +192,7 @@ def read_hypotheses(lines: Iterable[str]) -> list[str]:
     missing = next((number for number in range(max(best)) if number not in best), None)
     if missing is not None:
         raise ValueError(
-            f"sentence {missing} has no translation, but sentence {max(best)} has. Translate "
-            "again; `--required-batch-size-multiple 1` keeps the last batch."
+            f"sentence {missing} has no translation, but sentence {max(best)} has one. "
+            "Translate again; `--required-batch-size-multiple 1` keeps the last batch."
         )
     return [best[number] for number in sorted(best)]

@@ -277,10 +277,10 @@ def read_texts(paths: Sequence[Path]) -> list[list[str]]:
 
 
 def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> str | None:
-    """Return the two-letter language of the texts: `name`, or else the reference's extension.
+    """Return the texts' two-letter language code: `name`, or else the reference's extension.
 
     Raises:
-        ValueError: if the result is not a language, or if `name` is set for tokenised texts.
+        ValueError: if the result is not a language code, or if `name` is set for tokenised texts.
     """
     if is_tokenized:
         if name is not None:
@@ -291,7 +291,7 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
     language = LANGUAGE_NAMES.get(language, language)
     if not re.fullmatch(r"[a-z]{2}", language):
         raise ValueError(
-            f"`--lang` must be a language of two letters, but is '{name}' (the reference's "
+            f"`--lang` must be a two-letter language code, but is '{name}' (the reference's "
             "extension, if the option is not set). Set it, for example --lang de."
         )
     return language

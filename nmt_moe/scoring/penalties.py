@@ -1,7 +1,7 @@
 """Tune alpha and beta of GNMT's search by computing BLEU over a grid from one n-best run.
 
-Each point picks from every n-best list the translation with the best
-log P / ((5 + length) / 6)^alpha + beta * coverage. In fairseq-generate's output, the P- lines have
+For each point, the translation with the largest log P / ((5 + length) / 6)^alpha + beta * coverage
+is chosen from every n-best list. In fairseq-generate's output, the P- lines have
 log-probabilities (in bits per token, with four decimals), and the A- lines have attention weights
 (with six decimals). The last source position is the end mark, which is not a word.
 
@@ -113,7 +113,7 @@ def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
     log_probs = [float(value) * math.log(2) for value in columns["P"].split()]
     steps = [[float(value) for value in row.split(",")] for row in columns["A"].split()]
     if len(steps) != len(log_probs):
-        raise ValueError(f"{len(log_probs)} probabilities, but attention of {len(steps)} steps")
+        raise ValueError(f"{len(log_probs)} probabilities, but attention for {len(steps)} steps")
     if not all(map(math.isfinite, [*log_probs, *itertools.chain.from_iterable(steps)])):
         raise ValueError("a probability or attention is not a finite number")
     received = torch.tensor(steps).sum(dim=0, keepdim=True)[:, :-1]

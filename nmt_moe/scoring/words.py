@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-# Upper ends of the frequency bands; the last band is open.
+# Upper ends of the frequency bands; the last band has no upper end.
 BAND_ENDS = (1, 4, 9, 99, 999)
 
 

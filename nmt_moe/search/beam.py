@@ -93,7 +93,7 @@ def beam_search(
     Returns:
         The hypotheses of each sentence, at most W, with the best first. If scores are equal, the
         hypothesis that ended first comes first. If candidates of the same step are equal, the one
-        from the better row comes first, and then the one with the smaller token.
+        from the better row comes first, and within a row, the one with the smaller token.
 
     Raises:
         ValueError: if a sentence has no hypothesis, or the attention does not match `source_words`.

@@ -54,8 +54,8 @@ class Ended:
     """The candidates that end, among the W best of each sentence.
 
     Attributes:
-        sentence: (N,) int64, the sentence of each, in ascending order.
-        rank: (N,) int64, its rank among the candidates of its sentence.
+        sentence: (N,) int64, the sentence of each candidate, in ascending order.
+        rank: (N,) int64, the rank of each among the candidates of its sentence.
     """
 
     sentence: Tensor
@@ -76,8 +76,8 @@ def find_candidates(
         eos: The end mark.
 
     Returns:
-        The candidates, and those that end. Of equal candidates, the one of the better row comes
-        first, and then the one with the smaller token.
+        The candidates, and those that end. If candidates are equal, the one from the better row
+        comes first, and within a row, the one with the smaller token.
     """
     operators = _operators(next_log_probs, rows.log_probs)
     if operators is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def mask_tokens(log_probs: Tensor, alive: Tensor, margin: float) -> Tensor:
-    """Rule out tokens with a log-probability of their own that is far below the step's best.
+    """Rule out tokens if their own log-probabilities are far below the best of the step.
 
     Tokens are compared with the best token of all hypotheses of a sentence, so a hypothesis that
     spreads its probability over many tokens loses to one with a clear favourite. The best token

@@ -1,7 +1,7 @@
 """Translate the lines of all waiting requests together, in one thread.
 
 The thread picks the request that has waited longest and all other requests for the same search. It
-takes one line of each in turn, so that a long request does not hold up short ones. Meanwhile, new
+takes one line from each in turn, so that a long request does not hold up short ones. Meanwhile, new
 requests queue up. If there are several clients, the ones that have just received an answer may be
 about to send more requests. Only in this case does the thread wait, for at most `MAX_WAIT` seconds,
 until there are as many requests as before.
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 # Number of characters that fill a batch. Pieces are known only after a model has split the text. A
 # piece has about four characters, so this is about the translator's own `batch_tokens`.
 BATCH_CHARACTERS = 4096
-# Seconds that the thread waits for more requests, and seconds after a batch while it may wait.
+# The longest wait for more requests, and the time after a batch during which the thread may wait,
+# in seconds.
 MAX_WAIT = 0.02
 RECENT = 0.1
 

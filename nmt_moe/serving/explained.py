@@ -44,10 +44,10 @@ def make_router(service: Service) -> APIRouter:
         in `lines` is null; any other entry has `text`, `score` and `sentences`. Each sentence has
         `pieces` and `source_pieces`; `log_probs` of each piece and of the end mark; `alignment`,
         the index of the source piece that each piece attends to most; `words` and `source_words`,
-        each with the index of its `first` piece and the index after its `last`; and `links`, which
-        gives for each word the indices of source words and their shares of its attention. It also
-        has `experts` for each piece and `source_experts` for each source piece, as pairs of expert
-        and gate, largest gate first.
+        each with the index of its `first` piece and the index after its `last`; and `links`, the
+        indices of source words and their shares of each word's attention. It also has `experts`
+        for each piece and `source_experts` for each source piece, as pairs of expert and gate,
+        largest gate first.
         """
         fields = await read_fields(request, ExplainedFields, max_body)
         service.check_key(request, fields.api_key)

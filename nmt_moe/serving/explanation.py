@@ -1,4 +1,4 @@
-"""Explain a translation: its words, the source words that each attends to, and the experts."""
+"""Explain a translation: its words, the source words that they attend to, and the experts."""
 
 from __future__ import annotations
 

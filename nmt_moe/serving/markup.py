@@ -41,7 +41,7 @@ class SplitMarkup(HTMLParser):
         self._open: list[tuple[str, bool, bool]] = []  # name, is translated, is preformatted
         self._num_open: Counter[str] = Counter()
         self._text = ""  # text since the last tag
-        # Keep text after the last ">" from the parser, which would need quadratic time for it.
+        # Do not pass text after the last ">" to the parser, which would need quadratic time.
         end = content.rfind(">") + 1
         self.feed(content[:end])
         if self.cdata_elem is not None:

@@ -102,7 +102,7 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
     """Parse `--oversampling` (passes per epoch over some pairs), such as `en-ko=8,ko-en=8`.
 
     Raises:
-        ValueError: if a pair is unknown or its value is not a number; the message names it.
+        ValueError: if a pair is unknown or its value is not a number; the message names the pair.
     """
     passes = {}
     for word in text.split(",") if text else []:
@@ -110,8 +110,8 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
         pair = parse_pair(name, "--oversampling")
         if pair not in pairs:
             raise ValueError(
-                f"`--oversampling` must name pairs of --lang-pairs, {', '.join(map(str, pairs))}, "
-                f"but names '{pair}'."
+                "`--oversampling`: a pair must be one of --lang-pairs, "
+                f"{', '.join(map(str, pairs))}, but is '{pair}'."
             )
         try:
             passes[str(pair)] = float(number)
@@ -122,8 +122,8 @@ def parse_oversampling(text: str, pairs: Sequence[Pair]) -> Dict[str, float]:
             ) from error
         if not 0 < passes[str(pair)] < float("inf"):
             raise ValueError(
-                f"`--oversampling` of {pair} must be greater than 0, but is {number}. "
-                "Leave a pair out of --lang-pairs to train without it."
+                f"`--oversampling` for {pair} must be a finite number greater than 0, but is "
+                f"{number}. Leave a pair out of --lang-pairs to train without it."
             )
     return passes
 
@@ -218,7 +218,7 @@ def check_languages(
     for key, what in (("languages", "`--langs` (or `--lang-pairs`)"), ("tokens", "tokens")):
         if saved[key] != here[key]:
             raise ValueError(
-                f"{what} must name the checkpoint's languages in its order, "
+                f"{what} must name the checkpoint's languages in the same order, "
                 f"{','.join(saved[key])}, but name {','.join(here[key])}. Add --langs "
                 f"{','.join(saved['languages'])}."
             )

@@ -43,7 +43,7 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
 
 
 def reduce_pairs(logging_outputs: List[Dict[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Log the loss, perplexity and BLEU of each pair, and the number of experts per language."""
+    """Log the loss, perplexity and BLEU of each pair, and the experts used by each language."""
     sums = {
         key: sum(log[key] for log in logging_outputs).cpu()
         for key in logging_outputs[0]
@@ -100,7 +100,7 @@ def rows_of_languages(layer: str, pairs: Sequence[Pair]) -> Dict[str, List[int]]
 
 
 def count_experts(key: str, rows: List[int]) -> Any:
-    """Return a function that computes a language's effective experts from (pairs, E) counts."""
+    """Return a function that computes the effective number of experts of a language."""
 
     def count(meters: Any) -> float:
         counts = torch.as_tensor(np.asarray(meters[key].sum))[rows].sum(0)

@@ -16,8 +16,8 @@ class PairsDataset(LanguagePairDataset):
         pairs: Names of the pairs, in the order of their sentences.
         passes: During training, the number of passes over each pair in an epoch. Otherwise None:
             every sentence occurs once, and each batch contains only one pair and names it.
-        num_folders: Number of data folders, which the epochs use in turn. Each folder is used every
-            `num_folders` epochs.
+        num_folders: Number of data folders, which the epochs use in turn. Each folder is used once
+            every `num_folders` epochs.
     """
 
     # Every epoch draws different sentences.

@@ -144,7 +144,7 @@ class MultilingualGNMTTask(TranslationTask):
         Raises:
             FileNotFoundError: if a pair has no such split; the message names it.
             ValueError: if a pair is empty or uneven, or an option does not apply to training; the
-                message names it.
+                message names the pair or the option.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:

@@ -179,7 +179,7 @@ def encode(
     preferred; at 0, all splits are equally likely.
 
     Raises:
-        ValueError: if `--samples` or `--alpha` is out of range; the message names it.
+        ValueError: if `--samples` or `--alpha` is out of range; the message names the option.
 
     Source: Kudo 2018 (subword regularisation), section 3.
     """
@@ -210,10 +210,10 @@ def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor
 
 
 class WordSampler:
-    """Split words at random, choosing splits that a unigram model finds likelier more often.
+    """Split words at random, preferring splits with a higher probability in a unigram model.
 
-    sentencepiece's own sampling is not reproducible: its seed does not reach its generator. A
-    unigram model splits each word independently, so sampling word by word gives the same
+    sentencepiece's own sampling is not reproducible, because its seed does not reach its generator.
+    A unigram model splits each word independently, so sampling word by word gives the same
     distribution.
     """
 

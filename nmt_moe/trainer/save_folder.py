@@ -56,7 +56,7 @@ class FolderLock:
 
 
 def remove_unfinished_files(folder: Path) -> None:
-    """Delete the partial files of interrupted saves."""
+    """Delete the partial files that interrupted saves left."""
     for path in folder.glob("*.pt.tmp"):
         path.unlink()
 

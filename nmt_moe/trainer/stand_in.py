@@ -14,8 +14,8 @@ class StandIn:
     """Make batches count for nothing: they affect no expert, statistic, loss or log entry.
 
     If one of several ranks has run out of batches, fairseq repeats an earlier batch on it, but then
-    drops that rank's whole update from the sample size and the log. With --update-freq, this
-    includes the rank's real batches, although their gradients are kept.
+    drops that rank's whole update from the sample size and the log. With --update-freq, the
+    rank's real batches are also dropped from both, although their gradients are kept.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:

@@ -23,14 +23,14 @@ def passes_per_epoch(
     Args:
         sizes: Number of sentences of each pair, at least 1.
         temperature: T, at least 1.
-        oversampling: Number of passes over some pairs, instead of the number that the temperature
-            implies.
+        oversampling: Number of passes over some pairs, to use instead of the number that the
+            temperature implies.
 
     Returns:
-        Passes over each pair, in the order of `sizes`.
+        The number of passes over each pair, in the order of `sizes`.
 
     Raises:
-        ValueError: if a pair is unknown or a number is out of range; the message names it.
+        ValueError: if a pair is unknown or a number is out of range; the message says which.
     """
     check_range("sampling_temperature", temperature, 1.0)
     for pair, size in sizes.items():
@@ -42,16 +42,22 @@ def passes_per_epoch(
     for pair, wanted in (oversampling or {}).items():
         if pair not in passes:
             raise ValueError(
-                f"`oversampling` must name pairs of {', '.join(sizes)}, but names '{pair}'."
+                f"`oversampling`: a pair must be one of {', '.join(sizes)}, but is '{pair}'."
             )
         if not 0 < wanted < float("inf"):
-            raise ValueError(f"`oversampling` of {pair} must be greater than 0, but is {wanted}.")
+            raise ValueError(
+                f"`oversampling` for {pair} must be a finite number greater than 0, "
+                f"but is {wanted}."
+            )
         passes[pair] = wanted
     return passes
 
 
 def sentences_per_epoch(size: int, passes: float) -> int:
-    """Return the number of a pair's `size` sentences that an epoch uses; at least 1."""
+    """Return how many sentences an epoch draws from a pair of `size` sentences.
+
+    The number is at least 1.
+    """
     return max(1, round(size * passes))
 
 
@@ -59,12 +65,12 @@ def sentences_of_epoch(size: int, passes: float, epoch: int, seed: int) -> Tenso
     """Draw the sentences of one pair for an epoch.
 
     Each epoch continues where the previous one ended, in a sequence of random orders of all
-    sentences. Over any number of epochs, the counts of two sentences therefore differ by at most 1,
-    and any epoch can be drawn without the previous ones.
+    sentences. The numbers of times that two sentences are drawn therefore differ by at most 1 after
+    any number of epochs, and any epoch can be drawn without the previous ones.
 
     Args:
         size: Number of sentences of the pair.
-        passes: Number of passes over them in an epoch.
+        passes: Number of passes over these sentences in an epoch.
         epoch: The epoch, counted from 1.
         seed: Seed of the random orders.
 

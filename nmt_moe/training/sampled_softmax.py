@@ -1,4 +1,4 @@
-"""Estimate the loss of a softmax over many classes from a few, by importance sampling.
+"""Estimate the loss of a softmax over many classes from a few of them, by importance sampling.
 
 The softmax's negative log-likelihood is log Z - logit_target, where Z = sum_i exp(logit_i) over all
 V classes. This module estimates Z. The target always counts. Any other class counts only if it was
@@ -64,8 +64,8 @@ def draw_classes(
     Args:
         num_draws: Number of draws, with replacement; at most V.
         num_classes: Number of classes, V.
-        first_id: The most frequent class. From this id on, frequency falls as the id rises, and the
-            ids below `first_id` are the rarest: rank r has the id (first_id + r) % V.
+        first_id: The most frequent class. Higher ids are less and less frequent, and the ids
+            below `first_id` are the rarest: rank r has the id (first_id + r) % V.
         device: Device of the result.
 
     Raises:

@@ -203,7 +203,7 @@ def test_bad_input_is_refused_by_name(texts, name, content, flags, message):
 def test_a_reference_whose_name_has_no_language_needs_one(texts, tmp_path):
     done = run(texts["hyp"], write(tmp_path / "reference", ["a"] * 20))
     assert done.exit_code == 1
-    assert "`--lang` must be a language of two letters, but is 'reference'" in done.stderr
+    assert "`--lang` must be a two-letter language code, but is 'reference'" in done.stderr
 
 
 def test_the_log_of_generate_is_refused_with_the_command_that_extracts_translations(texts):

@@ -97,7 +97,7 @@ def test_the_grid_is_drawn(output: Path, tmp_path: Path):
         ([*SHORT[:2], "A-0\t0-0 1-1"], "`--print-alignment soft`"),
         ([*SHORT, *(row.replace("-0", "-1", 1) for row in SHORT), *SHORT], "0 is translated twice"),
         ([SHORT[0], "P-0\tnan -0.5", SHORT[2]], "is not a finite number"),
-        ([*SHORT[:2], "A-0\t0.9,0.1"], "2 probabilities, but attention of 1 steps"),
+        ([*SHORT[:2], "A-0\t0.9,0.1"], "2 probabilities, but attention for 1 steps"),
     ],
 )
 def test_incomplete_output_is_refused(lines: list[str], message: str):

@@ -207,7 +207,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
             "'bb-cc' has no valid text",
         ),
         (["--langs", "aa,bb"], "a language of 'aa-cc' must be one of aa, bb, but is 'cc'"),
-        (["--oversampling", "bb-cc=2"], "names 'bb-cc'"),
+        (["--oversampling", "bb-cc=2"], "but is 'bb-cc'"),
         (["--sampling-temperature", 0.5], "`--sampling-temperature` must be at least 1.0"),
         (["-s", "aa", "-t", "bb"], "must be left out during training, but name 'aa-bb'"),
     ],
@@ -237,7 +237,7 @@ def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
         (["-s", "dd", "-t", "aa"], "`--source-lang` must be one of aa, bb, cc, but is 'dd'"),
         (["-s", "aa", "-t", "aa"], "must differ, but are both 'aa'"),
         (["-s", "cc", "-t", "bb", "--gen-subset", "valid"], "the pair 'cc-bb' has no valid text"),
-        (["-s", "aa", "-t", "bb", "--langs", "bb,aa,cc"], "in its order, aa,bb,cc, but name bb,aa"),
+        (["-s", "aa", "-t", "bb", "--langs", "bb,aa,cc"], "same order, aa,bb,cc, but name bb,aa"),
         (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but name aa,bb"),
     ],
 )

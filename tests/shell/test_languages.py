@@ -67,11 +67,11 @@ def test_oversampling_is_read_as_passes():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("en-de=2", "must name pairs of --lang-pairs, en-fr, but names 'en-de'"),
+        ("en-de=2", "a pair must be one of --lang-pairs, en-fr, but is 'en-de'"),
         ("en-fr", "must give each pair a number, such as en-fr=8, but has 'en-fr'"),
         ("en-fr=x", "but has 'en-fr=x'"),
-        ("en-fr=0", "`--oversampling` of en-fr must be greater than 0, but is 0"),
-        ("en-fr=nan", "must be greater than 0, but is nan"),
+        ("en-fr=0", "`--oversampling` for en-fr must be a finite number greater than 0"),
+        ("en-fr=nan", "must be a finite number greater than 0, but is nan"),
     ],
 )
 def test_impossible_oversampling_is_refused_by_name(text: str, message: str):

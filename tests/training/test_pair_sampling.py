@@ -33,9 +33,12 @@ def test_oversampling_replaces_only_the_passes_of_its_pairs():
         ((SIZES, 0.5), "`sampling_temperature` must be at least 1.0, but is 0.5"),
         ((SIZES, float("nan")), "`sampling_temperature` must be at least 1.0, but is nan"),
         (({"en-fr": 0},), "`sentences of en-fr` must be at least 1, but is 0"),
-        ((SIZES, 1.0, {"fr-en": 2.0}), "must name pairs of en-fr, en-ko, but names 'fr-en'"),
-        ((SIZES, 1.0, {"en-ko": 0.0}), "`oversampling` of en-ko must be greater than 0, but is 0"),
-        ((SIZES, 1.0, {"en-ko": float("inf")}), "must be greater than 0, but is inf"),
+        ((SIZES, 1.0, {"fr-en": 2.0}), "a pair must be one of en-fr, en-ko, but is 'fr-en'"),
+        (
+            (SIZES, 1.0, {"en-ko": 0.0}),
+            "for en-ko must be a finite number greater than 0, but is 0",
+        ),
+        ((SIZES, 1.0, {"en-ko": float("inf")}), "a finite number greater than 0, but is inf"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: tuple, message: str):

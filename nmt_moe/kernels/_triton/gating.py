@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The distribution of rows to programs.
+    """The distribution of rows among programs.
 
     Attributes:
         splits: Number of programs per group. They take turns at processing the group's blocks of
@@ -212,7 +212,7 @@ def gating_backward(
 
 
 def write_noise(seed: Tensor, first_row: int, noise: Tensor) -> Tensor:
-    """Fill `noise`, (N, E), with the noise that the kernels draw from row `first_row` on."""
+    """Fill `noise`, (N, E), with the noise that the kernels draw, beginning at row `first_row`."""
     num_rows, num_experts = noise.shape
     grid = choose_grid(num_rows, 1, num_experts, 1)
     with torch.cuda.device_of(noise):

@@ -106,8 +106,8 @@ def largest(
         SLOTS: Number of columns of the results, a power of two.
 
     Returns:
-        found: (B, SLOTS) int32, the keys in descending order; `TAKEN` from slot COUNT on.
-        ids: (B, SLOTS) int32, the columns of these keys; 0 from slot COUNT on.
+        found: (B, SLOTS) int32, the keys in descending order; `TAKEN` in slots COUNT and higher.
+        ids: (B, SLOTS) int32, the columns of these keys; 0 in slots COUNT and higher.
         ranks: (B, W) int32, the rank of each key, from 1 for the largest to COUNT; 0 for all other
             keys.
     """

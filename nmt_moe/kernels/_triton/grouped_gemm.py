@@ -24,8 +24,8 @@ from nmt_moe.kernels._triton.grouped_gemm_kernels import (
     zero_kernel,
 )
 
-# The gradient of a matrix that all rows share is computed by about this many programs, a few for
-# each multiprocessor of the largest GPU, each of which sums over at least PART_ROWS rows.
+# About this many programs compute the gradient of a matrix that all rows share. The largest GPU has
+# a few programs for each multiprocessor. Each program sums over at least PART_ROWS rows.
 PROGRAMS, PART_ROWS = 512, 256
 
 
@@ -121,11 +121,11 @@ def multiply_rows(
         expert_offsets: (L + 1,) int64. Expert e owns rows [offsets[e], offsets[e + 1]).
         tiles: Result of `list_tiles` for `expert_offsets`.
         relu: Whether to apply a ReLU to the product.
-        mask: (R, F). The result is 0 where the mask is 0 or less. If the mask is a ReLU's output,
-            this applies the ReLU's gradient.
+        mask: (R, F). The result is 0 where the mask is 0 or less. To apply a ReLU's gradient,
+            pass the ReLU's output as the mask.
         add_to: (R, F), contiguous. If given, the products are added to it in place.
-        precision: How `tl.dot` rounds float32: "ieee", "tf32" or "tf32x3"; None to do what torch
-            allows.
+        precision: How `tl.dot` rounds float32: "ieee", "tf32" or "tf32x3"; None to follow torch's
+            setting.
 
     Returns:
         (R, F), the products, in the dtype of `rows`; `add_to` if it is given.
@@ -268,7 +268,7 @@ def choose_shape(block_rows: int, inner_dim: int, out_dim: int, dtype: torch.dty
 
 
 def _multiple(rows: Tensor, matrix: Tensor) -> int:
-    """Return 16 if it divides all widths and strides (except strides of 1), otherwise 8 if it does.
+    """Return the larger of 16 and 8 that divides all widths, and all strides other than 1.
 
     Return 1 if neither divides them, or if an operand is not contiguous (a transposed matrix counts
     as contiguous). Triton itself looks only for multiples of 16; without this hint, it would load
