@@ -37,7 +37,7 @@ def find_numbered(
 def find_last(folder: Path, count: int, upper_bound: int | None = None) -> list[Path]:
     """Find the `count` newest checkpoints, whether saved after epochs or updates, oldest first.
 
-    They are ordered by their numbers of updates.
+    A checkpoint is newer than another if it was saved after more updates.
 
     Args:
         folder: Folder of the checkpoints.

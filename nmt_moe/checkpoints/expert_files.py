@@ -114,13 +114,13 @@ def restore_experts(
         path: Path of the checkpoint; its folder contains the expert files.
         state: Contents of the checkpoint; unchanged if they already include the experts.
         owned: Slice of the global ids of the experts to add; None for all. Files that contain none
-            of them are not read.
+            of these are not read.
         with_optimizer: Whether to add the optimizer state of these experts as well.
 
     Raises:
-        ValueError: if a file is missing, damaged, from another save, or does not match the
-            checkpoint, or if experts are in no file or in several. The message names the file or
-            the experts.
+        ValueError: if a file is missing or damaged, comes from another save or does not match
+            the checkpoint, or if experts are in no file or in several. The message names the file
+            or the experts.
     """
     if state.get(MANIFEST) is None:
         return

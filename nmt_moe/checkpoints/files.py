@@ -133,7 +133,9 @@ def _walk(content: Any) -> Iterator[tuple[Any, int]]:
 def _check_tensor(value: Tensor) -> None:
     is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
     if not is_plain or value.device.type != "cpu":
-        raise ValueError("it contains a tensor that is sparse, quantized, nested or without values")
+        raise ValueError(
+            "it contains a tensor that is sparse, quantized or nested, or has no values"
+        )
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values")
 

@@ -39,8 +39,8 @@ class SavedNetwork:
         architecture: Name of the architecture in fairseq, such as `lstm_moe_gnmt_small`.
         config: Configuration of the network: a `GNMTConfig` for a translation model, an
             `LSTMLMConfig` for a language model.
-        parameters: Parameters by their names in `nmt_moe.nn`, prefixed with `encoder.` or
-            `decoder.`.
+        parameters: Maps names in `nmt_moe.nn`, prefixed with `encoder.` or `decoder.`, to
+            parameters.
     """
 
     architecture: str

@@ -13,8 +13,8 @@ from nmt_moe.checkpoints.manifest import MANIFEST, check_manifest
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint, without the expert files beside it.
 
-    Nothing in the file is executed. Values cannot be larger than the file, CRCs are compared,
-    parameters must be plain tensors with finite values, and a manifest must be complete.
+    Nothing in the file is executed, and CRCs are compared. Values must not be larger than the
+    file, parameters must be plain tensors with finite values, and a manifest must be complete.
 
     Raises:
         ValueError: if the file is missing or damaged, or is not a fairseq checkpoint.

@@ -48,7 +48,7 @@ def _writing(binarize: Callable) -> Callable:
 def check_binarised_data_when_loaded() -> None:
     """Report a file of binarised data that is empty, damaged or made with another dictionary.
 
-    Reason: an empty file raises "cannot mmap an empty file", a truncated file causes a traceback in
+    Reason: an empty file causes "cannot mmap an empty file", a truncated file causes a traceback in
     the middle of an epoch, and an unknown token causes an IndexError in the embedding. Other damage
     goes unnoticed.
     """

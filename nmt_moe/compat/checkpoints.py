@@ -54,7 +54,7 @@ def read_checkpoints_safely() -> None:
     """Let all commands read checkpoints with `nmt_moe.checkpoints`.
 
     Reasons: since torch 2.6, `torch.load` rejects types it does not know, so fairseq cannot read
-    its own checkpoints; changed bytes among the weights go unnoticed; and a truncated file raises
+    its own checkpoints; changed bytes among the weights go unnoticed; and a truncated file causes
     one of six exceptions that do not name the file.
     """
     replace(checkpoint_utils, "load_checkpoint_to_cpu", _reading)
@@ -275,7 +275,7 @@ def _loading(load: Callable) -> Callable:
 def name_folders_that_are_not_there() -> None:
     """Report a folder that `from_pretrained` does not find, or a file that was given instead.
 
-    Reason: a missing folder raises a TypeError. A file is unpacked to the paths that it contains,
+    Reason: a missing folder causes a TypeError. A file is unpacked to the paths that it contains,
     and is then deleted.
     """
     replace(file_utils, "load_archive_file", _finding_folder)

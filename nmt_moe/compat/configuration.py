@@ -117,7 +117,7 @@ def evaluate_literals_only() -> None:
     """Parse options such as `[(512, 3)] * 20` without evaluating them as Python.
 
     Reason: fairseq calls `eval` on text from the command line and from the configuration in a
-    checkpoint, so that a file could execute code.
+    checkpoint. A file could therefore execute code.
     """
     for name in EVALUATING:
         try:

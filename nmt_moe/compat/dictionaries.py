@@ -70,7 +70,7 @@ def _shorten(line: str) -> str:
 def name_damaged_sentencepiece_models() -> None:
     """Report the file of `--sentencepiece-model` if it is damaged.
 
-    Reason: sentencepiece's own error does not name the file. Some damage raises no error, but
+    Reason: sentencepiece's own error does not name the file. Some damage causes no error, but
     changes how text is split.
     """
     replace(SentencepieceBPE, "__init__", _loading)

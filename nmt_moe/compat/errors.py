@@ -52,7 +52,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OmegaConfBaseException | ConfigCompositionException):
         return _explain_option(error, message)
     if isinstance(error, FileExistsError) and error.errno is None:
-        # If a dictionary exists, fairseq-preprocess raises an error that contains only its path.
+        # If a dictionary exists, fairseq-preprocess raises an error that contains only the path.
         return f"`{message}` already exists. Remove it or specify a different folder."
     if isinstance(error, OSError | FloatingPointError):
         return message

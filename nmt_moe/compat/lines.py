@@ -42,7 +42,7 @@ def read_chunk(path: str, start_offset: int, end_offset: int) -> Iterator[Iterat
 
 
 def count_lines_once(path: str) -> int:
-    """Return the number of lines of a file. A file that has not changed is read only once.
+    """Return the number of lines in a file. A file that has not changed is read only once.
 
     Raises:
         ValueError: as in `nmt_moe.text.lines.read_lines`.
@@ -83,7 +83,7 @@ def read_raw_data(
 def name_damaged_alignment_dictionaries() -> None:
     """Report a line of the `--replace-unk` file that is not a word and its translation.
 
-    Reason: such a line raises an IndexError, and fairseq reads the file in the machine's default
+    Reason: such a line causes an IndexError, and fairseq reads the file in the machine's default
     encoding.
     """
     replace(utils, "load_align_dict", lambda _: load_align_dict)

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def refuse_models_of_another_task() -> None:
     """Reject a language model in a translation task, and a translation model in language modelling.
 
-    Reason: the language model raises a TypeError, or translates without reading the source; the
-    translation model raises an AttributeError.
+    Reason: the language model causes a TypeError, or translates without reading the source. The
+    translation model causes an AttributeError.
     """
     replace(models, "build_model", _building)
 

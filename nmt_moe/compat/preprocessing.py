@@ -21,7 +21,7 @@ def check_texts_before_preprocessing() -> None:
     """Reject texts that are empty, malformed or of unequal length, before any file is written.
 
     Reason: fairseq binarises them, and training fails later. The check runs when fairseq's `main`
-    imports the user's module, which is its first step with all arguments.
+    imports the user's module, because all arguments are known by then.
     """
     replace(utils, "import_user_module", _importing)
 

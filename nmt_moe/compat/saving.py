@@ -154,7 +154,7 @@ def _training(train: Callable) -> Callable:
 def name_metrics_that_are_not_computed() -> None:
     """Before training, report a `--best-checkpoint-metric` that validation does not compute.
 
-    Reason: such a metric raises a KeyError after a whole epoch, and nothing is saved.
+    Reason: such a metric causes a KeyError after a whole epoch, and nothing is saved.
     """
     replace_in_command("train", "train", _choosing_metric)
 

@@ -28,7 +28,7 @@ class Part:
     Attributes:
         name: Name of the part, as shown to users.
         works: Whether the part worked; None for a part that this machine does not need.
-        note: How the part works on this machine, or why it does not work and what to do.
+        note: How the part works on this machine, or why it does not work and how to fix it.
     """
 
     name: str

@@ -102,7 +102,7 @@ def find_overuse(
 
     Args:
         counts: Counts of features.
-        load: Number of tokens of each of the E experts.
+        load: Number of tokens sent to each of the E experts.
         num_tokens: Number of tokens, N.
         num_comparisons: Number of comparisons, M, over all features of the layer.
         most: Maximum number of features per expert.

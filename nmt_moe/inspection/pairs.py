@@ -86,8 +86,8 @@ def load_overlap(one: ExpertUsage, other: ExpertUsage) -> float:
     """Compute how far two texts use the same experts of a layer.
 
     Returns:
-        The sum over experts of the smaller of the two shares of the load: 1 for equal shares, 0 if
-        no expert is used by both.
+        The sum of each expert's smaller share of the load in the two texts. It is 1 if all shares
+        are equal, and 0 if no expert is used by both texts.
     """
     shares = [usage.load.double() / usage.load.sum().clamp_min(1) for usage in (one, other)]
     return float(torch.minimum(*shares).sum())

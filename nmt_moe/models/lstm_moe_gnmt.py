@@ -129,7 +129,7 @@ class LSTMMoEGNMTEncoder(FairseqEncoder):
         return self.network(src_tokens, src_tokens.eq(self.dictionary.pad()))
 
     def reorder_encoder_out(self, encoder_out: EncoderOutput, new_order: Tensor) -> EncoderOutput:
-        """Select sentences by their indices, (B',) int64."""
+        """Select rows; `new_order`, (B',) int64, contains the old row of each new row."""
         return encoder_out.reorder(new_order)
 
     def max_positions(self) -> int:
