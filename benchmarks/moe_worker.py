@@ -37,7 +37,7 @@ class Competitor(Protocol):
         """Free the memory that is needed only during a run."""
 
     def dropped(self) -> float | None:
-        """Return the share of (token, expert) pairs not computed; None if there are no pairs."""
+        """Return the share of (token, expert) pairs not computed, or None if there are no pairs."""
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the tables show."""

@@ -41,7 +41,7 @@ class Traffic:
 
 @contextmanager
 def measure_traffic() -> Iterator[Traffic]:
-    """Measure what this rank sends inside the `with` block, including backward passes.
+    """Measure the traffic of this rank inside the `with` block, including backward passes.
 
     On a GPU, each call waits for the device before and after, because otherwise its time could not
     be measured.

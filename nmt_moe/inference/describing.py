@@ -83,7 +83,7 @@ def add_experts(
 
 
 def _experts(routing: Routing | None, num_tokens: int) -> Experts:
-    """Return the experts of the first `num_tokens` tokens; empty lists for a dense network."""
+    """Return the experts of the first `num_tokens` tokens, or empty lists for a dense network."""
     return [[] for _ in range(num_tokens)] if routing is None else routing[:num_tokens].to_experts()
 
 

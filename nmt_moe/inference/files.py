@@ -66,7 +66,7 @@ def show_progress(
 
 
 def count_ends(source: Path | str) -> int | None:
-    """Return the number of lines of a plain file; None for a compressed file or a pipe."""
+    """Return the number of lines of a plain file, or None for a compressed file or a pipe."""
     if os.fspath(source).endswith((".gz", ".xz")) or not os.path.isfile(source):
         return None
     with open(source, "rb") as stream:

@@ -96,7 +96,7 @@ class LanguageModel:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """Return the MoE layer under the name "decoder"; {} for a dense model."""
+        """Return the MoE layer under the name "decoder", or {} for a dense model."""
         layer = self._network.moe
         return {"decoder": layer} if isinstance(layer, MoE) else {}
 

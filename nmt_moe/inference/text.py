@@ -19,7 +19,7 @@ UNSPACED = {"ja", "zh", "th", "lo", "my", "km"}
 
 
 def find_fault(text: str) -> str | None:
-    """Return the reason why a text cannot be translated; None if it can be.
+    """Return the reason why a text cannot be translated, or None if it can be.
 
     The rules are the same as for lines in files; see `nmt_moe.text.lines`.
     """
@@ -130,7 +130,7 @@ class TargetText:
 
 
 def cut(text: str, processor: sentencepiece.SentencePieceProcessor | None) -> list[str]:
-    """Return the pieces of a text; without a processor, its words."""
+    """Return the pieces of a text, or its words if there is no processor."""
     if processor is None:
         return text.split()
     return processor.encode(with_plain_spaces(text), out_type=str)

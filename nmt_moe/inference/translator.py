@@ -262,7 +262,7 @@ class Translator:
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
-        """Return the first bundle's layers, as "encoder" and "decoder"; {} for a dense model."""
+        """Return the first bundle's layers, as "encoder" and "decoder", or {} for a dense model."""
         network = self._networks[0]
         layers = {"encoder": network.encoder_moe, "decoder": network.decoder_moe}
         return {side: layer for side, layer in layers.items() if layer is not None}

@@ -201,7 +201,7 @@ class ExpertWeights:
                     f"`{self.path}` does not contain the experts of its configuration: "
                     f"`{name[:80]}` is {have.get(name)}, not {want.get(name)}. {EXPORT_AGAIN}"
                 )
-        # An expert's digest is checked only with its first matrix, because this is used first.
+        # An expert's digest is checked only with its first matrix, which is always used first.
         self.weight_in = self._experts(EXPERTS_IN, self.check)
         self.weight_out = self._experts(EXPERTS_OUT, None)
 

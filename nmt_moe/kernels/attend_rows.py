@@ -68,7 +68,7 @@ class _Slots:
             self.index = sentence * self.width + rank
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Return (R, D) rows as (B, W, D); 0 in empty slots."""
+        """Return (R, D) rows as (B, W, D), with 0 in empty slots."""
         if self.index is None:
             return rows.view(self.num_sentences, self.width, -1)
         slots = rows.new_zeros(self.num_sentences * self.width, rows.shape[1])

@@ -108,7 +108,7 @@ class PackedExperts:
         return packed
 
     def panels(self) -> Tensor | None:
-        """Return all matrices in the layout of `make_panels`; None if the experts are not small."""
+        """Return all matrices in the layout of `make_panels`, or None if experts are not small."""
         if self._panels is None and self._is_small and self._stack is not None:
             if load() is None:
                 return None
@@ -119,7 +119,7 @@ class PackedExperts:
         return self._panels
 
     def stacked(self) -> Tensor | None:
-        """Return (E, I, O) float32 for torch's grouped product; None if experts must be packed."""
+        """Return (E, I, O) float32 for torch's grouped product, or None if experts are packed."""
         stack = self._stack
         if self._stacked is None and stack is not None:
             stacked = stack().mT

@@ -150,7 +150,7 @@ class PackedLinear:
         return product(x.reshape(-1, x.shape[-1]), addend).view(*x.shape[:-1], -1)
 
     def panels(self) -> Tensor | None:
-        """Return W in the layout of `make_panels`; None if compiled loops do not multiply it."""
+        """Return W in the layout of `make_panels`, or None if compiled loops do not multiply it."""
         product = self._prepare()
         return product.panels() if isinstance(product, _Float32Product) else None
 
@@ -203,7 +203,7 @@ class _Float32Product:
         self._packed: Tensor | None = None
 
     def panels(self) -> Tensor | None:
-        """Return the weights in panels if the loops are compiled; otherwise None."""
+        """Return the weights in panels if the loops are compiled, or None otherwise."""
         if load() is None:
             return None
         if self._copy is None:

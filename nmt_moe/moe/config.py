@@ -7,8 +7,9 @@ from nmt_moe.checks import check_choice, check_divides, check_range, check_whole
 GATES = ("noisy_top_k", "strictly_balanced", "softmax")
 RECOMPUTE = ("auto", "always", "never")
 
-# Smallest hidden width for which "auto" recomputes. A row's hidden activations are then many times
-# larger than the row itself, and recomputing them takes at most a sixth of the experts' operations.
+# Smallest hidden width at which "auto" recomputes hidden activations. Those of a row are then many
+# times larger than the row itself, and recomputing them takes at most a sixth of the experts'
+# operations.
 LARGE_HIDDEN_DIM = 4096
 
 

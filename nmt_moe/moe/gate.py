@@ -241,7 +241,7 @@ def over_threshold(probs: Tensor, threshold: Tensor) -> Tensor:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j; 0 for tokens without experts.
+    """Compute G(x)_i = G_sigma(x)_i M_i / sum_j G_sigma(x)_j M_j, or 0 for tokens without experts.
 
     The gates are computed as a softmax over the logits of the chosen experts, because all G_sigma
     of these experts may underflow.
@@ -295,5 +295,5 @@ def to_slots(dense: Tensor, mask: Tensor, num_slots: int) -> tuple[Tensor, Tenso
 
 
 def _most(mask: Tensor) -> Tensor:
-    """Return the largest number of experts of any token; 0 if there are no tokens."""
+    """Return the largest number of experts of any token, or 0 if there are no tokens."""
     return mask.sum(1).max() if len(mask) else mask.sum()

@@ -33,13 +33,13 @@ class MoEStats:
 
     @property
     def expert_ids(self) -> Tensor:
-        """Return the experts of each token, (N, K) int64; E in empty slots and for padding."""
+        """Return the experts of each token, (N, K) int64, with E in empty slots and for padding."""
         num_experts = len(self.importance)
         return self.rows.put_back(self.gating.expert_ids, self.num_rows, num_experts)
 
     @property
     def gates(self) -> Tensor:
-        """Return the weights of `expert_ids`, (N, K) float32 or wider; 0 in empty slots."""
+        """Return the weights of `expert_ids`, (N, K) float32 or wider, with 0 in empty slots."""
         return self.rows.put_back(self.gating.gates, self.num_rows)
 
     @property

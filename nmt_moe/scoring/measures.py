@@ -88,7 +88,7 @@ def _keep_words(line: str) -> str:
 
 
 def make_measures(language: str | None, tokens: str | None = None) -> list[Measure]:
-    """Return the measures for texts in `language`; only multi-bleu's for None (tokenised texts).
+    """Return the measures for texts in `language`, or only multi-bleu's if it is None (tokenised).
 
     `tokens` names a sacrebleu tokeniser to use instead of the language's.
 

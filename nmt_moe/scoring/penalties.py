@@ -126,7 +126,7 @@ def parse_hypothesis(columns: dict[str, str]) -> Hypothesis:
 
 
 def choose(hypotheses: Sequence[Hypothesis], alpha: float, beta: float) -> Hypothesis:
-    """Return the best hypothesis of a list, the first if several are equally good."""
+    """Return the best hypothesis of a list, or the first of several that are equally good."""
     scores = normalised_score(
         torch.tensor([one.log_probability for one in hypotheses]),
         torch.tensor([float(one.length) for one in hypotheses]),

@@ -51,7 +51,7 @@ def f_measure_by_frequency(
 
 
 def _band(frequency: int) -> int:
-    """Return the index of a frequency's band; 0 for words that occur in no reference."""
+    """Return the index of a frequency's band, or 0 for words that occur in no reference."""
     return 0 if frequency == 0 else 1 + sum(frequency > end for end in BAND_ENDS)
 
 

@@ -158,7 +158,7 @@ def _within_reach(
     config: BeamConfig,
     max_lengths: Tensor,
 ) -> Tensor | None:
-    """Return which candidates can lead to a good enough hypothesis, (B, C) bool; None for all.
+    """Return which candidates can lead to a good enough hypothesis, (B, C) bool, or None for all.
 
     `length` is the number of tokens of a candidate, without the start token.
     """

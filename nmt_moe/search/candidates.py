@@ -127,7 +127,7 @@ def next_rows(
 
 
 def _operators(*tensors: Tensor) -> Any:
-    """Return the compiled loops if they accept these tensors; otherwise None."""
+    """Return the compiled loops if they accept these tensors, or None otherwise."""
     if tensors[0].dtype == torch.float32 and has_compiled_loops(*tensors):
         return compiled_operators()
     return None

@@ -33,7 +33,7 @@ class ClientGoneError(Exception):
 
 
 def show(value: Any) -> str:
-    """Format a wrong value for a message: shorten it, and escape what cannot be shown."""
+    """Format a wrong value for a message: shorten it, and escape unprintable characters."""
     if isinstance(value, str):
         short = repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
         return short.encode("utf-8", "backslashreplace").decode("utf-8")

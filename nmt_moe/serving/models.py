@@ -33,7 +33,7 @@ class Model:
     targets: tuple[str, ...]
 
     def target_option(self, target: str) -> str | None:
-        """Return the translator's `target_lang`; None unless the model is multilingual."""
+        """Return the translator's `target_lang`, or None if the model is not multilingual."""
         return target if self.config.is_multilingual else None
 
 

@@ -43,7 +43,7 @@ def add_pair_columns(log: Dict[str, Any], pair: int, num_pairs: int) -> None:
 
 
 def reduce_pairs(logging_outputs: List[Dict[str, Any]], pairs: Sequence[Pair]) -> None:
-    """Log the loss, perplexity and BLEU of each pair, and the experts used by each language."""
+    """Log each pair's loss, perplexity and BLEU, and the number of experts for each language."""
     sums = {
         key: sum(log[key] for log in logging_outputs).cpu()
         for key in logging_outputs[0]

@@ -230,7 +230,7 @@ class MultilingualGNMTTask(TranslationTask):
         return iterator
 
     def _count_epochs(self, num_batches: int) -> float:
-        """Return the number of epochs that the options allow; infinity if there is no limit."""
+        """Return the number of epochs that the options allow, or infinity if there is no limit."""
         updates = math.ceil(num_batches / self.cfg.update_freq[-1])
         limits = [
             self.cfg.max_epoch or math.inf,

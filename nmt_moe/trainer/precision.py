@@ -60,7 +60,7 @@ def set_master_weights(model: nn.Module, optimizer: Any, loaded: dict[str, Tenso
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
-    """Return the counters that determine when the loss scale changes; {} without a loss scale."""
+    """Return the counters that determine when the loss scale changes, or {} if there is none."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None:
         return {}
