@@ -262,10 +262,10 @@ def _check_part(
     if not model or model.keys() != expected:
         raise ValueError(f"it has the parameters {shown(sorted(model))}, not {shown(expected)}")
     if not isinstance(optimizer, dict) or not optimizer.keys() <= (names or optimizer).keys():
-        raise ValueError(f"its optimizer state is {shown(optimizer)}")
+        raise ValueError(f"its optimizer state is invalid: {shown(optimizer)}")
     for index, values in optimizer.items():
         if not isinstance(index, int):
-            raise ValueError(f"its optimizer state has the parameter {shown(index)}")
+            raise ValueError(f"its optimizer state has the invalid index {shown(index)}")
         _check_tensors(values, count)
     if _layout(part) != _layout(first):
         raise ValueError("its shapes, dtypes or names differ from those of the first file")

@@ -72,9 +72,9 @@ def _check_fields(manifest: Any) -> None:
     save_id: Any = manifest.get("save_id")
     num_experts: Any = manifest.get("num_experts")
     if not _is_text(save_id, SAVE_ID):
-        raise ValueError(f"has a manifest of experts with the save id {shown(save_id)}")
+        raise ValueError(f"has a manifest of experts with an invalid save id: {shown(save_id)}")
     if not _is_count(num_experts) or not 0 < num_experts <= MAX_EXPERTS:
-        raise ValueError(f"has a manifest for {shown(num_experts)} experts")
+        raise ValueError(f"has a manifest for an invalid number of experts: {shown(num_experts)}")
     if len(manifest["files"]) > num_experts:
         count = len(manifest["files"])
         raise ValueError(f"has {count} expert files for only {num_experts} experts")
@@ -85,9 +85,9 @@ def _check_fields(manifest: Any) -> None:
             raise ValueError(f"has a malformed entry in its manifest of experts: {shown(entry)}")
         owned = slice(entry["start"], entry["stop"])
         if entry.get("name") != expert_file_name(save_id, owned) or owned.start >= owned.stop:
-            raise ValueError(f"has an expert file with the name {shown(entry.get('name'))}")
+            raise ValueError(f"lists an expert file with a wrong name: {shown(entry.get('name'))}")
         if not _is_text(entry.get("sha256"), SHA256):
-            raise ValueError(f"has an expert file with the sha256 {shown(entry.get('sha256'))}")
+            raise ValueError(f"lists an invalid SHA-256 hash: {shown(entry.get('sha256'))}")
 
 
 def _is_count(value: Any) -> bool:
@@ -144,5 +144,5 @@ def expert_names(path: Path, state: Mapping[str, Any]) -> dict[int, str]:
     if not isinstance(names, dict) or not all(
         _is_count(index) and isinstance(name, str) for index, name in names.items()
     ):
-        raise ValueError(f"`{path}` has malformed names of experts: {shown(names)}. {COPY_AGAIN}")
+        raise ValueError(f"`{path}` has malformed parameter names: {shown(names)}. {COPY_AGAIN}")
     return names

@@ -73,7 +73,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     "--utilisation",
     default=0.3,
     show_default=True,
-    help="Share of the peak FLOP/s that matrix products reach; in Table 8, 1.23 of 4.29 TFLOP/s.",
+    help="Share of the peak FLOP/s that matrix products reach (1.23 of 4.29 TFLOP/s in Table 8).",
 )
 @click.option(
     "--sentences",

@@ -191,7 +191,7 @@ def _check_plain(settings: Any) -> None:
         if count > MAX_SETTINGS:
             raise ValueError(f"has more than {MAX_SETTINGS} settings.")
         if not isinstance(key, str | int):
-            raise ValueError(f"has a setting with the name {key!r:.80}.")
+            raise ValueError(f"has a setting with the invalid name {key!r:.80}.")
         is_nest = isinstance(value, dict | list | tuple | argparse.Namespace)
         if value is not None and not is_nest and type(value) not in (bool, int, float, str):
             raise ValueError(f"sets `{key}` to a {type(value).__name__}.")

@@ -43,7 +43,7 @@ def _watching_launcher(call: Callable) -> Callable:
 def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_EVERY)
-    _end(1, f"{command_name()}: the torchrun that started this process has ended: stopping")
+    _end(1, f"{command_name()}: the torchrun that started this process has ended, so it stops too")
 
 
 def explain_stops() -> None:
