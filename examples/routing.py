@@ -17,7 +17,7 @@ ATTENTION, ROUTING = "Blues", "Oranges"
 
 
 def gate_matrix(experts: list[list[tuple[int, float]]], num_experts: int) -> np.ndarray:
-    """Return a matrix (pieces, experts) of gates, which are 0 if an expert was not chosen."""
+    """Return a matrix (pieces, experts) of gates; experts that were not chosen have gate 0."""
     gates = np.zeros((len(experts), num_experts))
     for row, chosen in zip(gates, experts, strict=True):
         for expert, gate in chosen:
@@ -66,7 +66,7 @@ def show(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", help="folder that nmt-moe export wrote")
+    parser.add_argument("bundle", help="folder written by nmt-moe export")
     parser.add_argument("text")
     parser.add_argument("--output", required=True, help="picture file to write")
     args = parser.parse_args()

@@ -12,16 +12,16 @@ shopt -s inherit_errexit
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Use one thread per process by default, because more threads than free cores slow small models down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# glibc returns large blocks to the kernel when they are freed, so every training step has to get fresh pages, which takes
-# a third of its time with many experts. These settings keep freed blocks (other C libraries ignore them).
+# glibc returns large blocks to the kernel when they are freed, so every training step has to get fresh pages. With many
+# experts, this takes a third of the time of a step. These settings keep freed blocks (other C libraries ignore them).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-100000000}
 # Sort and handle characters in the same way on every machine.
 export LC_ALL=C.UTF-8 PYTHONUTF8=1
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 
-# By default, this option is 8, and fairseq drops a pass's last batch if its size is not a multiple of 8. A test set would
-# lose up to 7 sentences.
+# By default, this option is 8, and fairseq drops the last batch of a pass if its size is not a multiple of 8. Up to 7
+# sentences of a test set would be lost.
 # shellcheck disable=SC2034
 EVERY_SENTENCE=(--required-batch-size-multiple 1)
 # The log format that train_logged and nmt-moe plot read.

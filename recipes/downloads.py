@@ -33,13 +33,13 @@ def download(
 
     Args:
         path: The file to write, which appears once it is complete. An existing file with another
-            digest or size is fetched again.
+            digest or size is downloaded again.
         addresses: Addresses of the file: http, https or file.
         digest: Digest of the file, such as `sha256:...` or `md5:...`.
         size: Size of the file in bytes.
 
     Raises:
-        ValueError: if no address has it; the message gives the reason for each address.
+        ValueError: if no address works; the message gives the reason for each address.
     """
     import pooch
 

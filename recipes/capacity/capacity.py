@@ -4,8 +4,8 @@
     capacity.py flags moe_16 --dim 64
     capacity.py report --work work --dim 64 --vocab-size 2000
 
-All models of one width cost about the same per token. They have the shapes of Table 7, divided by
-512 / D.
+All models of the same width cost about the same per token. Their widths are those of Table 7,
+divided by 512 / D.
 
 Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 """
@@ -48,8 +48,8 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
         "moe_16": {"num_experts": 16, **experts},
         "moe_64": {"num_experts": 64, **experts},
         "moe_256h": {"num_experts": 256, **experts, "num_groups": 16, "top_k": 2},
-        # The paper uses 16 groups; at a narrow width, the gates for their 64 experts would cost too
-        # much.
+        # The paper uses 16 groups of 64 experts. At a narrow width, gates for so many experts would
+        # cost too much.
         "moe_1024h": {"num_experts": 1024, **experts, "num_groups": 32, "top_k": 2},
     }
     return {
@@ -101,7 +101,7 @@ def read_result(log: Path) -> Result:
                 found[split] = 2 ** float(entry[f"{split}_nll_loss"])
     missing = [split for split in SPLITS if split not in found]
     if missing:
-        raise ValueError(f"{log}: has no perplexity of {' and '.join(missing)}. Run it again.")
+        raise ValueError(f"{log}: has no perplexity for {' and '.join(missing)}. Run it again.")
     return Result(**found)
 
 
@@ -125,7 +125,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
     """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Compare only seeds that were used with every dropout, so that seeds do not decide.
+    Only seeds that were used with every dropout are compared, so that seeds do not decide.
 
     Raises:
         ValueError: if the dropouts have no seed in common.
@@ -233,7 +233,7 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Print the flags of models of growing capacity, and write their table and figures."""
+    """Print the flags of models of growing capacity, or write their table and figures."""
 
 
 DIM = click.option("--dim", type=int, required=True, help="Width of all layers.")
@@ -246,7 +246,7 @@ def flags(model: str, dim: int) -> None:
     """Print a model's flags for fairseq-train."""
     models = model_options(dim)
     if model not in models:
-        raise ValueError(f"MODELS must be among {', '.join(models)}, but has '{model}'")
+        raise ValueError(f"MODELS must be among {', '.join(models)}, but contains '{model}'")
     print(" ".join(as_flags(models[model])))
 
 

@@ -6,7 +6,7 @@
 # Variables:
 #   TEXT_DIR     the folder with the text (no default)
 #   TRAIN, TEST  its files, plain, .gz or .xz, named without .gz or .xz (train.en, val.en); TRAIN may name several
-#   VALID        another file, for choosing the dropout; if empty (default), the last VALID_LINES (5000) lines of TRAIN
+#   VALID        another file, on which the dropout is chosen; if empty (default), the last VALID_LINES (5000) lines of TRAIN
 #   VOCAB_SIZE   pieces in the vocabulary (2000)
 #   WORK         output folder (recipes/capacity/work)
 #   THREADS      processes for binarising (1)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train language models of growing capacity at equal cost and compare them: TEXT_DIR=/a/folder run.sh
 #
-# This script prepares the text (prepare.sh and its variables), trains every model at every dropout with every seed, one
-# after another, and writes WORK/table.md, WORK/capacity.png (perplexity on test at the dropout that is best on valid) and
+# This script prepares the text (prepare.sh and its variables), trains every model with every dropout and every seed, one
+# after another, and writes WORK/table.md, WORK/capacity.png (perplexity on test with the dropout that is best on valid) and
 # WORK/updates.png (perplexity on valid during training). Finished runs are not repeated, so seeds, dropouts and models
 # can be added later; an interrupted run resumes from its last checkpoint. Variables:
 #   MODELS     models to train ("lstm_4 moe_1_wide moe_1_deep moe_4 moe_16 moe_64 moe_256h"); moe_1024h is available too
@@ -29,10 +29,10 @@ SEEDS=${SEEDS:-1 2 3}
 DIM=${DIM:-64}
 # Narrow layers need larger initial weights than the paper's layers, which have width 512 and start within +-0.04.
 INIT_RANGE=${INIT_RANGE:-0.1}
-# An update has at most 1000 pieces (985 on average for captions of 16 pieces); 2000 updates have 2 million pieces.
+# An update processes at most 1000 pieces (985 on average for captions of 16 pieces), so 2000 updates process 2 million.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATES=${UPDATES:-2000}
-# The rate rises, then falls linearly to 0 at the last update; with the paper's 1/sqrt, it would still be high.
+# The rate rises and then falls linearly to 0 at the last update. With the paper's schedule, it would still be high then.
 WARMUP_UPDATES=${WARMUP_UPDATES:-100}
 LEARNING_RATE=${LEARNING_RATE:-0.01}
 CLIP_NORM=${CLIP_NORM:-5.0}

@@ -26,7 +26,9 @@ def find_text(folder: Path, name: str) -> Path:
         ValueError: if the folder or the text is missing.
     """
     if not folder.is_dir():
-        raise ValueError(f"TEXT_DIR={folder} is not a folder. Name the folder that has {name}.")
+        raise ValueError(
+            f"TEXT_DIR={folder} is not a folder. Name the folder that contains {name}."
+        )
     for ending in ("", ".gz", ".xz"):
         if (folder / (name + ending)).is_file():
             return folder / (name + ending)
@@ -37,14 +39,14 @@ def read_sentences(path: Path) -> list[str]:
     """Return the lines of a text that are not blank.
 
     Raises:
-        ValueError: if it is not text with one sentence per line; the message names the line.
+        ValueError: if the file is not text with one sentence per line; the message names the line.
     """
     sentences = []
     for number, line in enumerate(read_lines(path, allow_controls=True), 1):
         words = line.split()
         if len(words) > MAX_LINE_WORDS:
             raise ValueError(
-                f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but has "
+                f"{path}: line {number} must have at most {MAX_LINE_WORDS} words, but it has "
                 f"{len(words)}. Put each sentence on its own line, or split it with `fold -s`."
             )
         if words:

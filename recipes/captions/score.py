@@ -30,7 +30,7 @@ class Score:
 
 
 def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path) -> Score:
-    """Average a loss over the words and characters of a text and over its pieces.
+    """Average the loss of a text over its pieces, words and characters.
 
     Raises:
         ValueError: if the loss was computed on another text.

@@ -25,7 +25,7 @@ DEVICE=${DEVICE:-auto}
 THREADS=${THREADS:-1}
 EVALUATE=${EVALUATE:-1}
 # The model has the shape of the paper's models, but is narrow: two LSTMs with the experts between them, all as wide as the
-# embedding. The embedding is shared with the softmax layer, so that there are fewer weights to learn from little text.
+# embedding. The embedding is shared with the softmax layer, so there are fewer weights to learn from little text.
 MODEL_DIM=${MODEL_DIM:-160}
 # A token uses 4 experts, which together cost 8 x 160 x 320 products, as much as both LSTMs.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
@@ -38,9 +38,9 @@ DROPOUT=${DROPOUT:-0.1}
 # How many samples to draw from the vocabulary during training; 0 means the full softmax over 8,000 pieces, which is slow.
 # Scores always use the full softmax. sentencepiece lists its pieces by falling frequency, as sampling requires.
 SAMPLES=${SAMPLES:-1000}
-# An update has at most 2,000 pieces, 1,986 on average. 140,000 captions have 2.12 million pieces, or 1,067 updates per pass.
+# An update has at most 2,000 pieces, 1,986 on average. 140,000 captions have 2.12 million pieces, so a pass has 1,067 updates.
 MAX_TOKENS=${MAX_TOKENS:-2000}
-# 3,600 updates are 3.4 passes. The rate rises, then falls linearly to 0; with the paper's 1/sqrt, it would still be high.
+# 3,600 updates are 3.4 passes. The rate rises and then falls linearly to 0. With the paper's schedule, it would still be high.
 UPDATES=${UPDATES:-3600}
 WARMUP_UPDATES=${WARMUP_UPDATES:-500}
 LEARNING_RATE=${LEARNING_RATE:-0.004}

@@ -247,7 +247,7 @@ LANGUAGES = {"en": English(), "fr": French(), "de": German()}
 
 
 def draw_time(generator: random.Random) -> int:
-    """Draw minutes after midnight, often on the quarter hour, which English has names for."""
+    """Draw minutes after midnight, often on a quarter hour, for which English has special names."""
     if generator.random() < 0.4:
         return generator.randrange(24 * 4) * 15
     return generator.randrange(24 * 60)
@@ -258,7 +258,7 @@ def draw_item(generator: random.Random) -> Item:
     first_day = datetime.date(1800, 1, 1)
     # Half the sentences are just a number, price, time or date. They contain so few different
     # words that the model learns attention in a fraction of the updates that it would need with
-    # whole sentences alone.
+    # only whole sentences.
     is_bare = generator.random() < 0.5
     return Item(
         template=generator.randrange(NUM_BARE)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Count the sentences and words of train, valid and test, and compare with published counts.
 
-The benchmark's README gives 829,250,940 training tokens, including a mark at the start and at the
-end of each sentence, and the number of scored tokens in each held-out shard; these are words and
-one end mark per sentence. Without the marks of 30,301,028 sentences, there are 768,648,884
-words; others have counted the same number.
+The benchmark's README gives 829,250,940 training tokens, which include a start mark and an end mark
+for each sentence. Without the marks of the 30,301,028 sentences, there are 768,648,884 words;
+others have counted the same number. For each held-out shard, the README gives the number of scored tokens,
+which are the words and one end mark per sentence.
 
 Source: https://github.com/ciprian-chelba/1-billion-word-language-modeling-benchmark, README and
 README.corpus_generation; sentences: https://huggingface.co/datasets/lm1b.
@@ -68,7 +68,7 @@ def check_published(counts: Mapping[str, Counts], published: Mapping[tuple[str, 
     """Compare counts with the published figures.
 
     Raises:
-        ValueError: if figures differ; the message gives their required and actual values.
+        ValueError: if any figures differ; the message gives the required and actual values.
     """
     found = {(part, what): getattr(counts[part], what) for part, what in published}
     wrong = [

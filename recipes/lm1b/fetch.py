@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Download, verify and unpack the text of the One Billion Word benchmark.
 
-The digest is the one that public loaders of the archive pin; the benchmark's own page gives none.
-The text is written so that fairseq finds the benchmark's own words in it. Unlike the benchmark,
-fairseq splits words at Unicode white space, so these characters are escaped, such as `<U+00A0>`.
+The digest is the one that public loaders use, because the benchmark's own page does not give one.
+The text is written so that fairseq finds the same words in it as the benchmark. Unlike the
+benchmark, fairseq splits words at Unicode white space, so such characters are escaped, for example
+as `<U+00A0>`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def unpack(archive: Path, names: Sequence[str], target: Path) -> None:
     """Write the files `names` of the archive into the folder `target`, without their folders.
 
     Raises:
-        ValueError: if the archive is truncated or damaged, lacks a file, or has one that is too
-            large.
+        ValueError: if the archive is truncated or damaged, lacks a file, or contains a file
+            that is too large.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name, stream in read_members(archive, names):
@@ -73,7 +74,7 @@ def keep_words(line: bytes) -> bytes:
 
     fairseq also splits words at Unicode white space (U+0085, U+00A0, U+2028, ...), and lines at a
     carriage return. The benchmark has words that contain, or consist of, such characters. Each word
-    becomes one word, and different words stay different: U+00A0 is written as `<U+00A0>`.
+    remains one word, and different words stay different: U+00A0 is written as `<U+00A0>`.
     """
     # Bytes that are not UTF-8 are left to fairseq-preprocess, which names their line.
     words = b" ".join(line.split()).decode(errors="surrogateescape")

@@ -3,13 +3,13 @@
 #
 # This script downloads and verifies the public archive (1.8 GB; 4 GB unpacked), extracts training and held-out shards,
 # compares the counts of the whole text with the published ones, counts the vocabulary, writes fairseq's data-bin, and
-# compares its tokens with the text's words. Finished steps are skipped. Variables:
+# compares the number of tokens in data-bin with the number of words in the text. Finished steps are skipped. Variables:
 #   SLICE        1 uses the first 20,000 lines of one training shard, to try the recipe on a small machine (0)
 #   SHARDS       number of training shards (99, which is all; 1 with SLICE)
 #   SHARD_LINES  lines used from each shard, including held-out ones; 0 means all (0; 20000 with SLICE)
 #   MIN_COUNT    words that occur less often become unknown; 3 gives the benchmark's own vocabulary of 793,471 (3)
 #   LM1B_MIRROR  address of a folder with the archive (https://www.statmt.org/lm-benchmark); may be file:///...
-#   LM1B_SHA256  its digest (the public one)
+#   LM1B_SHA256  digest of the archive (the public one)
 #   WORK         output folder (recipes/lm1b/work/full, or work/slice with SLICE)
 #   ARCHIVE_DIR  folder for the archive (recipes/lm1b/work)
 #   THREADS      processes for counting and binarising (2)
@@ -43,7 +43,7 @@ fetch_texts() {
     ${LM1B_MIRROR:+--address "$LM1B_MIRROR"} ${LM1B_SHA256:+--sha256 "$LM1B_SHA256"}
 }
 
-# is_whole: succeed if all of the public archive's training text is used, so that counts must equal the published ones.
+# is_whole: succeed if all training text of the public archive is used; the counts must then equal the published ones.
 is_whole() { ((SHARDS == 99 && SHARD_LINES == 0)) && [[ -z $LM1B_SHA256 ]]; }
 
 count_texts() {

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Print the widths of a language model, or one eighth of them, as flags of fairseq-train.
 
-All three widths are divided, and the number of experts stays the same. In every model, LSTMs and
-experts therefore shrink to one 64th of their operations and weights, and gates to one eighth.
+All three widths are divided, and the number of experts stays the same. In every model, the
+operations and weights of LSTMs and experts therefore shrink to one 64th, and those of gates to one
+eighth.
 """
 
 from __future__ import annotations

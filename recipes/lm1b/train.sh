@@ -3,7 +3,7 @@
 #
 # This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, and calls
 # evaluate.sh. To use several machines, run prepare.sh on one of them; then run this script on all of them, with a different
-# NODE_RANK on each and a shared WORK.
+# NODE_RANK on each machine and a shared WORK.
 #   SLICE      1 trains a model with all widths divided by 8 on a part of the text, in minutes on a laptop (0)
 #   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
 #   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
@@ -40,18 +40,18 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER=${MASTER:-localhost}
 EVALUATE=${EVALUATE:-1}
 # The paper's batch has about 300,000 words per update. Batches are accumulated up to that number:
-# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Little of this is padding, because sentences of similar
-# length are batched together.
+# 4,688 words x 32 GPUs x 2 = 300,032; x 8 GPUs x 8 = 300,032. Batches contain little padding, because sentences of
+# similar length are batched together.
 BATCH_WORDS=${BATCH_WORDS:-300000}
 MAX_TOKENS=${MAX_TOKENS:-4688}
-# Table 7 gives results after 10 passes: 768,648,884 words + 30,301,028 end marks = 798,949,912 tokens / 300,032 = 2,663
-# updates per pass, 26,629 in all; slightly more, because batches contain padding.
+# Table 7 gives results after 10 passes. A pass has 768,648,884 words + 30,301,028 end marks = 798,949,912 tokens. Divided by
+# 300,032, this is 2,663 updates, or 26,629 in all. Because batches contain padding, there are slightly more.
 EPOCHS=${EPOCHS:-10}
-# In the paper's schedule, the rate rises linearly for 1,000 updates, then falls as 1/sqrt(update). The paper does not state
+# In the paper's schedule, the rate rises linearly for 1,000 updates and then falls as 1/sqrt(update). The paper does not state
 # the peak, so this recipe chooses it.
 WARMUP_UPDATES=${WARMUP_UPDATES:-1000}
 LEARNING_RATE=${LEARNING_RATE:-0.001}
-# 8,192 samples of the vocabulary, as in Jozefowicz et al. 2016, replace the softmax over 793,471 words. 0 means the full
+# 8,192 samples from the vocabulary, as in Jozefowicz et al. 2016, replace the softmax over 793,471 words. 0 means the full
 # softmax.
 SAMPLES=${SAMPLES:-8192}
 # Validation computes all logits: 512 words x 793,471 x 4 bytes = 1.6 GB, several times over.

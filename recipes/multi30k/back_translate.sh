@@ -3,8 +3,8 @@
 #
 # A translator can also learn from text that exists only in the target language: a model for the reverse direction translates
 # the text, and the translator is trained with this translation as source and the original text as target. The script
-# trains a model from PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and the corpus's
-# own. Finished steps are skipped.
+# trains a model from PAIR to English, translates MONOLINGUAL into English, and calls train.sh on these pairs and the
+# pairs of the corpus. Finished steps are skipped.
 #   PAIR              de or fr
 #   MONOLINGUAL       text in PAIR's language, one sentence per line, plain, .gz or .xz (no default)
 #   COPIES            how often the training text repeats the corpus's own pairs (3)

@@ -44,8 +44,8 @@ translate() {
   fi
 }
 
-# score_tokenised PAIR OUTPUT SPLIT FORMAT-FLAG...: the official file is already tokenised, so sacrebleu must take it as
-# it is; --force says that this is intended.
+# score_tokenised PAIR OUTPUT SPLIT FORMAT-FLAG...: score a translation. The official file is already tokenised, so
+# sacrebleu must not tokenise it again; --force says that this is intended.
 score_tokenised() {
   quietly sacrebleu "$(work_folder "$1")/text/$3.lc.norm.tok.$1" -i "$2.lc.norm.tok" --tokenize none --force "${@:4}"
 }
@@ -98,7 +98,7 @@ evaluate_pair() { # PAIR
 parse_pairs "$@"
 ((${#FLAGS[@]} == 0)) || die "evaluate.sh takes no flags but --help, not '${FLAGS[0]}'"
 check_settings
-for name in $LENPENS; do [[ $name =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "LENPENS must be numbers, but has '$name'"; done
+for name in $LENPENS; do [[ $name =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "LENPENS must be numbers, but contains '$name'"; done
 use_environment
 set_device
 # shellcheck disable=SC2153

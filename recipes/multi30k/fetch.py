@@ -18,7 +18,7 @@ from recipes.downloads import bounded, damage_named, download
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 ADDRESS = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1"
 MAX_BYTES = 1 << 24  # the largest text has 2 MB
-# A copy has the files in these folders: it is flat or structured as in the public repository.
+# A copy of the data set has its files in these folders; it is flat or has the repository's layout.
 FOLDERS = [".", "raw", "tok", "data/task1/raw", "data/task1/tok"]
 
 
@@ -34,14 +34,14 @@ def find_local(folder: Path, name: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ValueError(f"{folder} has neither {name} nor {name}.gz, nor do its raw/ and tok/")
+    raise ValueError(f"{folder} has neither {name} nor {name}.gz, nor do its folders raw/ and tok/")
 
 
 def read_verified(path: Path, digest: str) -> bytes:
     """Return the text of a file, plain or gzipped.
 
     Raises:
-        ValueError: if it is damaged, too large, or has another digest.
+        ValueError: if the file is damaged or too large, or has another digest.
     """
     with damage_named(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         text = b"".join(bounded(file, MAX_BYTES, str(path)))

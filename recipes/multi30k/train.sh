@@ -102,7 +102,7 @@ train_pair() {
   work=$(work_folder "$pair")
   folder=$work/$RUN
   bash "$HERE/prepare.sh" "$pair"
-  # UPDATES is not included, so that a finished run can be extended; its learning rate then jumps up to that of the longer run.
+  # UPDATES is not included, so that a finished run can be extended; its learning rate then jumps to the higher rate of the longer run.
   settings=$(printf '%s\n' "text $(<"$work/prepared")" "${MODEL_FLAGS[*]}" \
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
     "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compare the scores of single, dense and MoE models in a table: table.py WORK.
 
-The program reads WORK/RUN/scores.tsv of every run: model, direction, perplexity on valid, and BLEU
-with chrF on the test set. It prints one row for each direction, like Table 5 of Shazeer et al.
-2017.
+The program reads WORK/RUN/scores.tsv of every run. Its columns are the model, the direction, the
+perplexity on valid, and BLEU and chrF on the test set. The program prints one row for each
+direction, like Table 5 of Shazeer et al. 2017.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MISSING = "not trained"
 
 
 def read_scores(folder: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """Return perplexity, BLEU and chrF by (model, direction), from the run scored last.
+    """Return perplexity, BLEU and chrF by (model, direction), from the run that was scored last.
 
     Raises:
         ValueError: if a line has other columns.
@@ -67,7 +67,7 @@ def make_table(folder: Path) -> list[str]:
 
 
 def difference(one: tuple | None, other: tuple | None) -> str:
-    """Return the difference in BLEU, or "-" if only one model was scored."""
+    """Return the difference in BLEU, or "-" if a score is missing."""
     return f"{float(one[1]) - float(other[1]):+.2f}" if one and other else "-"
 
 

@@ -7,7 +7,7 @@
 
 The expected properties of archives and corpora (size, digest, members, lines) are in manifest.json.
 If no digest of an archive is published, its digest is recorded at the first download, in
-recorded.json beside it, and checked from then on.
+recorded.json in the same folder, and checked from then on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recipes.downloads import BLOCK, bounded, damage_named, download, read_membe
 
 ADDRESS = "https://www.statmt.org"
 MANIFEST = Path(__file__).with_name("manifest.json")
-# Upper limit for the average length of lines; real lines have about 130 bytes.
+# Upper limit for the average length of a line; real lines have about 130 bytes on average.
 MAX_LINE_BYTES = 1000
 SEGMENT = re.compile(rb"<seg[^>]*>(.*?)</seg>", re.IGNORECASE)
 
@@ -53,7 +53,7 @@ def addresses_of(name: str, entry: dict, mirror: str) -> list[str]:
 
 
 def read_records(path: Path) -> dict[str, str]:
-    """Return the SHA-256 that was recorded for each archive at its first download.
+    """Return the SHA-256 hash that was recorded for each archive at its first download.
 
     Raises:
         ValueError: if the file is not a JSON object.
@@ -116,7 +116,9 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
             raise AssertionError
     except ValueError as error:
         path.unlink()
-        raise ValueError(f"{error}. It was removed: run again to download it again.") from None
+        raise ValueError(
+            f"{error}. The file was removed. Run again to download it again."
+        ) from None
     digest = hashlib.sha256()
     with path.open("rb") as archive:
         while block := archive.read(BLOCK):
@@ -129,8 +131,8 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
 def write_text(name: str, stream: BinaryIO, path: Path, max_bytes: int) -> int:
     """Write a member as plain text, one sentence per line, and return the number of lines.
 
-    Segments of .sgm files are written as sacrebleu writes them, with white space joined and
-    entities unchanged. Only a line feed ends a line.
+    Segments of .sgm files are written as sacrebleu writes them, with runs of white space replaced
+    by one space and entities unchanged. Only a line feed ends a line.
     """
     lines = 0
     if name.endswith(".gz"):
@@ -155,8 +157,8 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
     """Write a corpus as NAME.en and NAME.PAIR, and return its number of lines.
 
     Raises:
-        ValueError: as in `read_members`, or if the two sides differ in length, or do not have the
-            number of lines that the manifest gives.
+        ValueError: as in `read_members`, or if the two sides differ in their number of
+            lines, or do not have the number that the manifest gives.
     """
     target.mkdir(parents=True, exist_ok=True)
     languages = {part["source"]: "en", part["target"]: pair}
@@ -179,7 +181,7 @@ def extract(part: dict, pair: str, archive: Path, target: Path) -> int:
 
 
 def list_pair(manifest: dict, pair: str, mirror: str) -> None:
-    """Print the archives and corpora of a pair, tab-separated, with a step's settings last."""
+    """Print the archives and corpora of a pair, separated by tabs, with the settings last."""
     for name in dict.fromkeys(part["archive"] for part in manifest["parts"][pair]):
         entry = manifest["archives"][name]
         digests = [f"{key} {entry[key]}" for key in ("bytes", "sha256", "md5") if key in entry]

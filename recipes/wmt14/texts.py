@@ -5,7 +5,7 @@
     texts.py cut --pair fr --model spm.model --target pieces/train text/train
 
 Each name stands for NAME.en and NAME.PAIR. Unless --keep-all is given, pairs that are unsuitable
-for training are left out, and counted by reason.
+for training are left out and counted by reason.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Cleaner:
 
 
 class Cutter:
-    """A function that splits a pair into pieces, or rejects it for its length or its ratio."""
+    """A function that splits a pair into pieces, or rejects it for its length or length ratio."""
 
     def __init__(self, model: Path, max_pieces: int, max_ratio: float, keep_all: bool) -> None:
         self.processor: sentencepiece.SentencePieceProcessor = load(model)
@@ -110,7 +110,7 @@ def read_pairs(names: Sequence[Path], pair: str) -> Iterator[Lines]:
     """Yield the lines of both sides of all texts; a bad line is a `BadLine`.
 
     Raises:
-        ValueError: if a file is missing, or the sides of a text differ in length.
+        ValueError: if a file is missing, or the sides of a text differ in their number of lines.
     """
     for name in names:
         paths = [Path(f"{name}.{language}") for language in ("en", pair)]
@@ -136,8 +136,8 @@ def transform(
 ) -> Iterator[Result]:
     """Yield the result for each pair, in order.
 
-    A round of chunks is read, processed and written before the next. Reading further ahead, as
-    Pool.imap does, would load the whole text into memory.
+    A round of chunks is read, processed and written before the next is read. Reading further
+    ahead, as Pool.imap does, would load the whole text into memory.
     """
     with (
         multiprocessing.Pool(threads, start_worker, (make,)) as pool,
@@ -152,10 +152,10 @@ def transform(
 
 
 def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) -> Counter:
-    """Write NAME.en and NAME.PAIR, and count the pairs kept and those left out, by reason.
+    """Write NAME.en and NAME.PAIR; return the number of pairs kept and left out, by reason.
 
     Raises:
-        ValueError: if a pair would be left out although all must be kept, or if none is left.
+        ValueError: if a pair would be left out although all must be kept, or if no pair is left.
     """
     counts: Counter = Counter()
     paths = [Path(f"{target}.{language}") for language in ("en", pair)]
@@ -168,7 +168,9 @@ def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) ->
         for number, result in enumerate(results, start=1):
             if isinstance(result, str):
                 if keep_all:
-                    raise ValueError(f"{target}: pair {number} must be kept, but has: {result}")
+                    raise ValueError(
+                        f"{target}: pair {number} must be kept, but is unsuitable: {result}"
+                    )
                 counts[result] += 1
                 continue
             counts["kept"] += 1

@@ -21,7 +21,7 @@ manual_if_asked "${2:-}"
 source "$REPOSITORY/recipes/wmt14/settings.sh"
 take_dry_run "${@:2}"
 
-# The paper's batch has 64 GPUs x 16,000 words. With fewer GPUs or words, the gradients of several passes are accumulated.
+# The paper's batch consists of 64 GPUs x 16,000 words. With fewer GPUs or words, the gradients of several passes are accumulated.
 PAPER_GPUS=64
 WORDS_PER_GPU=16000
 MAX_TOKENS=${MAX_TOKENS:-16000}
@@ -31,8 +31,8 @@ require_whole GPUS 1
 LAUNCH=${LAUNCH:-$( ((GPUS > 1)) && printf torchrun || printf plain)}
 
 # The paper states 2000 updates of linear warm-up and 8000 at the full rate, but neither the rate nor the number of
-# updates. It trained en-de for 1 day and en-fr for 3 days on 64 K40: at 3 x 2 x 85M operations per word, 16,000 words and
-# about 1.2e12 operations per second, that is 7 s per update, or 12,000 updates per day.
+# updates. Training took 1 day for en-de and 3 days for en-fr, on 64 K40 GPUs. With 3 x 2 x 85M operations per word, 16,000
+# words and about 1.2e12 operations per second, an update takes 7 s, which gives 12,000 updates per day.
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 HOLD_UPDATES=${HOLD_UPDATES:-8000}
 if [[ $PAIR == fr ]]; then UPDATES=${UPDATES:-37000}; fi

@@ -144,7 +144,9 @@ BAD_TEXTS = [
     pytest.param(b"\n \n", ": the text is empty", id="blank"),
     pytest.param(b"a\nb \xff\n", "`, line 2 is not valid UTF-8 (byte 0xff", id="no-utf-8"),
     pytest.param(
-        b"a\n" + b"b " * 5000, ": line 2 must have at most 3000 words, but has 5000", id="endless"
+        b"a\n" + b"b " * 5000,
+        ": line 2 must have at most 3000 words, but it has 5000",
+        id="endless",
     ),
 ]
 
@@ -183,7 +185,7 @@ def test_without_a_finished_run_there_is_no_report(tmp_path):
 
 REFUSALS = [
     pytest.param({"TEXT_DIR": ""}, "TEXT_DIR must name the folder"),
-    pytest.param({"MODELS": "moe_5"}, "MODELS must be among lstm_4, .*, but has 'moe_5'"),
+    pytest.param({"MODELS": "moe_5"}, "MODELS must be among lstm_4, .*, but contains 'moe_5'"),
     pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be at least 0 and below 1, but is '1'"),
     pytest.param({"SEEDS": "a"}, "SEED must be a whole number of at least 0, but is 'a'"),
     pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),

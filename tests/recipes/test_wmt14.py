@@ -342,7 +342,9 @@ def test_a_damaged_end_of_an_archive_without_digest_is_refused(mirror):
     content = bytearray(path.read_bytes())
     content[-8] ^= 1  # this byte is in the checksum, after all members
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="archive is not complete.*It was removed: run again"):
+    with pytest.raises(
+        ValueError, match="archive is not complete.*The file was removed. Run again"
+    ):
         fetch(mirror, UN)
 
 
