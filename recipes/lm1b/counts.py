@@ -3,8 +3,8 @@
 
 The benchmark's README gives 829,250,940 training tokens, which include a start mark and an end mark
 for each sentence. Without the marks of the 30,301,028 sentences, there are 768,648,884 words;
-others have counted the same number. For each held-out shard, the README gives the number of scored tokens,
-which are the words and one end mark per sentence.
+others have counted the same number. For each held-out shard, the README gives the number of scored
+tokens, which are the words and one end mark per sentence.
 
 Source: https://github.com/ciprian-chelba/1-billion-word-language-modeling-benchmark, README and
 README.corpus_generation; sentences: https://huggingface.co/datasets/lm1b.
