@@ -73,7 +73,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
     ]
     if _trial.failed():
         print("\n\n".join(tables))
-        sys.exit("A kernel fails its trial.")
+        sys.exit("A kernel failed its trial.")
     return "\n\n".join([*tables, gpu_times.measure_ceilings(device, tiny, out)])
 
 

@@ -1,7 +1,8 @@
 """Measure one competitor in its own process, which reads commands from standard input.
 
 moe_rounds.py starts the process with one argument, a JSON object. Each line of standard input is
-also a JSON object, and is answered by a line on standard output. Libraries' output goes to stderr.
+also a JSON object, and is answered by a line on standard output. The libraries' output goes to
+stderr.
 """
 
 import json

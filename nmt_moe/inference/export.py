@@ -96,7 +96,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint from one or several processes, averaged or not.
-        data: The folder of binarised data that it was trained on.
+        data: The folder of binarised data that the model was trained on.
         pieces: The sentencepiece models that split the training texts.
         output: The folder to write; it appears once it is complete.
         dtype: The dtype of stored weights, one of `DTYPES`.
@@ -169,8 +169,8 @@ def check_replaceable(output: Path) -> None:
     foreign = there - BUNDLE_FILES
     if foreign:
         raise ValueError(
-            f"`{output}` also has `{min(foreign)}`, which is not part of a bundle. Move it, or "
-            "name another output."
+            f"`{output}` also contains `{min(foreign)}`, which is not part of a bundle. Move it, "
+            "or name another output."
         )
 
 

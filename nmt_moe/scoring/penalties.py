@@ -180,7 +180,7 @@ def axes_of(grid: Grid) -> tuple[list[float], list[float]]:
 
 
 def draw_grid(grid: Grid, output: Path) -> None:
-    """Draw a grid as PNG.
+    """Draw a grid as a PNG image.
 
     Raises:
         ValueError: if matplotlib is not installed.

@@ -23,7 +23,7 @@ PANELS = [
 
 
 def draw(runs: Sequence[Run], output: Path, title: str = "") -> None:
-    """Write the panels as PNG.
+    """Write the panels as a PNG image.
 
     Raises:
         ValueError: if matplotlib is not installed, or there is nothing to draw.

@@ -244,7 +244,7 @@ def read_direction(
     """Read --source-lang and --target-lang; return None if neither is given.
 
     Raises:
-        ValueError: if one of them is missing, unknown, or equal to the other; the message names it.
+        ValueError: if one language is missing or unknown, or both are equal; the message names it.
     """
     options = {"--source-lang": source, "--target-lang": target}
     if not any(options.values()):

@@ -48,7 +48,7 @@ class MultilingualGNMTConfig(TranslationConfig):
         default="",
         metadata={
             "help": "languages in the order of their tokens in the dictionary; default: the order "
-            "of their first mention in --lang-pairs. When translating, use the order of training"
+            "of their first mention in --lang-pairs. When translating, use the training order"
         },
     )
     sampling_temperature: float = field(
@@ -143,8 +143,8 @@ class MultilingualGNMTTask(TranslationTask):
 
         Raises:
             FileNotFoundError: if a pair has no such split; the message names it.
-            ValueError: if a pair is empty or uneven, or an option does not apply to training; the
-                message names the pair or the option.
+            ValueError: if a pair's texts are empty or differ in length, or an option does not apply
+                to training; the message names the pair or the option.
         """
         is_training = split == self.cfg.train_subset
         if is_training and self.direction is not None:
@@ -276,7 +276,7 @@ class MultilingualGNMTTask(TranslationTask):
         return torch.cat([tokens.new_tensor([token]), tokens])
 
     def valid_step(self, sample: Dict, model: Any, criterion: Any) -> Tuple[Any, Any, Dict]:
-        """Evaluate a batch of one pair, and log the results also under the pair's name."""
+        """Evaluate a batch of one pair, and also log the results under the pair's name."""
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         add_pair_columns(log, sample["pair"], len(self.evaluated_pairs))
         return loss, sample_size, log

@@ -48,19 +48,19 @@ NUM_PROCESSES = "num_processes"
 BATCHES = "train_batches"
 SCALER = "loss_scaler"
 
-# Warn if the loss exceeds the first loss, which is about that of random guessing, by this factor.
+# Warn if the loss exceeds this many times the first loss, which is about that of random guessing.
 MOST_GROWTH = 100
 
 
 class ExpertParallelTrainer(Trainer):
     """Extend fairseq's trainer to models with experts that are spread over ranks.
 
-    With such a model, fairseq's own trainer would clip by the norm of the other parameters only;
-    flatten the gradients of experts and others together under --fp16; retry a batch that did not
-    fit into memory while other ranks wait; and save only rank 0's experts. With this trainer, each
-    rank writes its experts to a file beside the checkpoint. The checkpoint holds everything else
-    and the digests of the expert files, and any number of ranks can read it. During training, each
-    rank reads only its own experts, so that no rank needs memory for all of them.
+    With such a model, fairseq's own trainer would clip gradients by a norm that excludes experts;
+    flatten the gradients of experts and other parameters together under --fp16; retry a batch that
+    did not fit into memory while other ranks wait; and save only rank 0's experts. With this
+    trainer, each rank writes its experts to a file beside the checkpoint. The checkpoint holds
+    everything else and the digests of the expert files, and any number of ranks can read it. During
+    training, each rank reads only its own experts, so that no rank needs memory for all of them.
 
     Attributes:
         group: The ranks that share the experts.

@@ -283,7 +283,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path):
     (output / "notes.txt").write_text("mine")
     again: dict[str, Any] = {"is_overwritten": True}
     assert_refused(
-        "also has `notes.txt`, which is not part of a bundle", path, data, pieces, **again
+        "also contains `notes.txt`, which is not part of a bundle", path, data, pieces, **again
     )
     (output / "notes.txt").unlink()
     config = (output / "config.json").read_text()
