@@ -167,7 +167,8 @@ def read_expert_file(
         memory.
 
     Raises:
-        ValueError: if the file is missing, damaged or from another save. The message names it.
+        ValueError: if the file is missing or damaged, or comes from another save. The message
+            names it.
     """
     part = path.parent / entry["name"]
     experts = f"experts {entry['start']} to {entry['stop'] - 1} of `{path.name}`"

@@ -113,7 +113,7 @@ def check_threads(threads: int) -> None:
     """Reject an unusable value of `--threads`.
 
     Raises:
-        ValueError: if it is out of bounds; the message names the option and both bounds.
+        ValueError: if it is out of bounds. The message names the option and both bounds.
     """
     check_whole("--threads", threads, 1, MAX_THREADS)
 

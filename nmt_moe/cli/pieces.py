@@ -146,7 +146,7 @@ nmt-moe pieces encode --model spm.model --samples 2 < train.en > cut.en
     "--seed",
     type=int,
     default=1,
-    help="Random seed for the first text; each further text uses the next integer (1).",
+    help="Random seed for the first text (1). Each further text uses the next integer.",
 )
 def encode(
     model: Path,

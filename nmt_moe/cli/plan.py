@@ -181,7 +181,7 @@ def make_setup(args: argparse.Namespace, config: NetworkConfig) -> Setup:
     """Build a setup from the options.
 
     Raises:
-        ValueError: if an option is out of range; the message gives the option, the constraint and
+        ValueError: if an option is out of range. The message gives the option, the constraint and
             the value.
     """
     check_range("--devices", args.devices, 1)
@@ -216,7 +216,7 @@ def make_device(args: argparse.Namespace) -> Device:
     """Return the preset device with the figures that the options set.
 
     Raises:
-        ValueError: if an option is out of range; the message gives the option, the constraint and
+        ValueError: if an option is out of range. The message gives the option, the constraint and
             the value.
     """
     device = DEVICES[args.device]

@@ -64,7 +64,7 @@ def verify(path: Path) -> str:
         A description of its contents.
 
     Raises:
-        ValueError: if a file or tensor is missing, damaged or of the wrong shape; the message names
+        ValueError: if a file or tensor is missing, damaged or of the wrong shape. The message names
             it.
     """
     from nmt_moe import plugin

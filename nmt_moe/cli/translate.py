@@ -44,7 +44,7 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
     "--ensemble",
     type=BUNDLE,
     multiple=True,
-    help="Another bundle, to average its predictions with FOLDER's; repeatable.",
+    help="Another bundle to average predictions with; repeatable.",
 )
 @click.option(
     "--beam", type=int, help="Number of hypotheses kept at each step.  [default: the bundle's]"

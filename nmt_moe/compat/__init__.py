@@ -29,7 +29,7 @@ from nmt_moe.compat import (
 
 __all__ = ["REPAIRS"]
 
-# The order matters: later repairs of a function wrap earlier repairs.
+# The order matters: later repairs of a function wrap earlier ones.
 REPAIRS = (
     checkpoints.ignore_unsafe_loading,
     checkpoints.read_checkpoints_safely,

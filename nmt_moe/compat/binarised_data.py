@@ -48,9 +48,9 @@ def _writing(binarize: Callable) -> Callable:
 def check_binarised_data_when_loaded() -> None:
     """Report a file of binarised data that is empty, damaged or made with another dictionary.
 
-    Reason: an empty file causes "cannot mmap an empty file", a truncated file causes a traceback in
-    the middle of an epoch, and an unknown token causes an IndexError in the embedding. Other damage
-    goes unnoticed.
+    Reason: an empty file causes the error "cannot mmap an empty file", a truncated file causes a
+    traceback in the middle of an epoch, and an unknown token causes an IndexError in the embedding.
+    Other damage goes unnoticed.
     """
     replace(indexed_dataset, "make_dataset", _loading)
 
@@ -99,7 +99,7 @@ def check_files(path: str) -> None:
         path: Path of the data, without `.bin` and `.idx`.
 
     Raises:
-        ValueError: if a file is empty or damaged; the message names it.
+        ValueError: if a file is empty or damaged. The message names it.
     """
     if os.path.isfile(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_index(path: str, dataset: MMapIndexedDataset) -> None:
     """Reject data if the sentences are not where the index says.
 
     Raises:
-        ValueError: if a sentence cannot be read; the message names the file and the first such
+        ValueError: if a sentence cannot be read. The message names the file and the first such
             sentence, counted from 0.
     """
     sizes, starts = dataset.sizes.astype(np.int64), dataset._index._pointers
@@ -132,7 +132,7 @@ def check_tokens(path: str, dataset: MMapIndexedDataset, dictionary: Dictionary)
     """Reject tokens that are not in the dictionary; warn if many of them are the unknown word.
 
     Raises:
-        ValueError: if the dictionary lacks a token; the message names the first sentence that
+        ValueError: if the dictionary lacks a token. The message names the first sentence that
             contains it, counted from 0.
     """
     num_tokens = num_unknown = 0

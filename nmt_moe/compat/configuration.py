@@ -131,7 +131,7 @@ def evaluate_literal(text: Any) -> Any:
     """Return the value of a literal. Its numbers and lists may be combined by `+` and `*`.
 
     Raises:
-        ValueError: if `text` is not such a literal or has too many items; the message names it.
+        ValueError: if `text` is not such a literal or has too many items. The message names it.
     """
     if not isinstance(text, str):
         raise ValueError(f"an option must be text, but is {text!r}.")
@@ -171,7 +171,7 @@ def secure_configuration(path: Path, state: dict[str, Any]) -> None:
         state: Contents of the checkpoint, not yet processed by fairseq; changed in place.
 
     Raises:
-        ValueError: if a setting is rejected; the message names the checkpoint and the setting.
+        ValueError: if a setting is rejected. The message names the checkpoint and the setting.
     """
     for key in ("cfg", "args"):
         if state.get(key) is not None:

@@ -36,7 +36,7 @@ def check_model_kind(cfg: Any, task: Any) -> None:
     """Check that a model is of the kind that its task requires.
 
     Raises:
-        ValueError: if it is not; the message names the model, its kind and a remedy.
+        ValueError: if it is not. The message names the model, its kind and a remedy.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     kind = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)

@@ -39,9 +39,9 @@ def check_texts(args: Any) -> None:
     """Check all texts that fairseq-preprocess will read.
 
     Raises:
-        ValueError: if a text is empty, two sides differ in length, or a line is bad; the message
+        ValueError: if a text is empty, two sides differ in length, or a line is bad. The message
             names them.
-        FileNotFoundError: if a text is missing; the message names it.
+        FileNotFoundError: if a text is missing. The message names it.
     """
     for prefix in _prefixes(args):
         sides = list(_sides(args, prefix))

@@ -61,7 +61,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
         sizes: Number of tokens of each line; there must be at least one line.
 
     Raises:
-        ValueError: if a line is too long; the message names the text, the line and its length.
+        ValueError: if a line is too long. The message names the text, the line and its length.
     """
     longest = int(np.argmax(sizes))
     if sizes[longest] > MOST_TOKENS:

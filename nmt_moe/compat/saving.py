@@ -177,7 +177,7 @@ def check_best_metric(metric: str, trainer: Any, subset: str) -> None:
     """Check that validation computes a metric, by validating one batch.
 
     Raises:
-        ValueError: if the metric is not computed; the message names all computed metrics.
+        ValueError: if the metric is not computed. The message names all computed metrics.
     """
     with metrics.aggregate(new_root=True) as found:
         batches = trainer.get_valid_iterator(subset).next_epoch_itr(

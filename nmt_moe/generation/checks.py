@@ -38,7 +38,7 @@ def check_evaluation(args: Any) -> None:
     """Check options that only fairseq-eval-lm has; ignore other commands.
 
     Raises:
-        ValueError: if an option is out of range; the message gives the option, the constraint and
+        ValueError: if an option is out of range. The message gives the option, the constraint and
             the value.
     """
     if not hasattr(args, "context_window"):
@@ -62,7 +62,7 @@ def check_generation(args: Any) -> None:
     """Check the search options of any namespace, ignoring those it lacks.
 
     Raises:
-        ValueError: if an option is out of range or has no effect; the message gives the option,
+        ValueError: if an option is out of range or has no effect. The message gives the option,
             the constraint and the value.
     """
 
@@ -97,7 +97,7 @@ def check_overrides(text: str) -> None:
     """Reject `--model-overrides` that are not a Python dictionary.
 
     Raises:
-        ValueError: if the option is not a dictionary; the message names it and its value.
+        ValueError: if the option is not a dictionary. The message names it and its value.
     """
     try:
         found = ast.literal_eval(text)
@@ -159,7 +159,7 @@ def check_retained_dropout(prepare: Callable) -> Callable:
     others.
 
     Raises:
-        ValueError: if the option has no effect; the message names the modules that can be reached.
+        ValueError: if the option has no effect. The message names the modules that can be reached.
     """
 
     def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
@@ -211,7 +211,7 @@ def check_bleu_options(build: Callable) -> Callable:
     """Check the options of `--eval-bleu` before the model is built.
 
     Raises:
-        ValueError: if the value of an option is wrong; the message names the option and the fault.
+        ValueError: if the value of an option is wrong. The message names the option and the fault.
     """
 
     def build_model(task: TranslationTask, *args: Any, **kwargs: Any) -> Any:

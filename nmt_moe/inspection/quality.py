@@ -36,9 +36,9 @@ def score_translations(
         lines: Index of each source line in the text, shown with sentences; None for all lines.
 
     Returns:
-        `scores` (BLEU and chrF with their signatures), `by_length`, `by_frequency`, `best` and
-        `worst` sentences by chrF; with `others` also `bootstrap`, and the sentences that are
-        `better` and `worse`.
+        A dictionary with `scores` (BLEU and chrF with their signatures), `by_length`,
+        `by_frequency`, and the `best` and `worst` sentences by chrF. With `others`, it also
+        contains `bootstrap` and the `better` and `worse` sentences.
     """
     tokens = measures.validation_tokens(language or "")
     hyps, refs = list(hypotheses), [list(references)]

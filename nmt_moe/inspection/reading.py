@@ -48,8 +48,8 @@ class TextUsage:
 
     Attributes:
         layers: Usage in "encoder" and "decoder"; a side without an MoE layer is absent.
-        score: Score of the references or of a language model's text; otherwise of the model's own
-            translations. None if all lines are blank.
+        score: Score of the references or of a language model's text. Without references, score of
+            the model's own translations. None if all lines are blank.
         num_lines: Number of lines.
         num_blank: Number of lines skipped because they or their references are blank.
     """
@@ -121,8 +121,8 @@ def read_text(
     `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
 
     Raises:
-        ValueError: if the numbers of texts and references differ; if a language model gets options
-            for translation; or as in `Translator.translate`.
+        ValueError: if the numbers of texts and references differ, if a language model gets options
+            for translation, or as in `Translator.translate`.
     """
     if references is not None and len(references) != len(texts):
         raise ValueError(

@@ -27,7 +27,7 @@ def load_model(folder: Path | str) -> Translator | LanguageModel:
     """Open a bundle of a translation model or a language model.
 
     Raises:
-        ValueError: if a file is missing, changed or of a newer format; the message names it.
+        ValueError: if a file is missing, changed or of a newer format. The message names it.
     """
     folder = Path(folder)
     config = parse_config(folder / CONFIG, read_small(folder, CONFIG))
