@@ -65,7 +65,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
     """Open a bundle.
 
     Every file is compared with its SHA-256 hash, except for the files of experts. Each expert is
-    compared before its first use.
+    compared with its own hash before its first use.
 
     Args:
         folder: A folder that `nmt-moe export` wrote.

@@ -231,7 +231,7 @@ def score_line(
 def total_score(scores: Sequence[LineScore]) -> LineScore:
     """Compute the score of a whole text from the scores of its lines.
 
-    Its perplexities refer to the whole text, including the end of each line.
+    The result's perplexities refer to the whole text, including the end of each line.
 
     Raises:
         ValueError: if there are no lines.

@@ -39,7 +39,7 @@ READ_AHEAD = 2048
 class Translator:
     """Translate text with one bundle or an ensemble of several, opened by `Translator.load`.
 
-    Results do not depend on how texts are batched, except for the last bits of scores.
+    Results do not depend on how texts are batched, except in the last bits of scores.
 
     Attributes:
         languages: Target languages of a multilingual model; otherwise the only target language, if

@@ -1,8 +1,7 @@
 """Noisy top-k gating on the CPU, in blocks of rows that stay in the cache.
 
-The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. It also
-needs the k + 1 largest noisy logits of each row, which include the thresholds, and the noise in
-these logits.
+The backward pass is written by hand. The only (N, E) tensors kept for it are the logits. The k + 1
+largest noisy logits of each row, which include the thresholds, are also kept, with their noise.
 """
 
 import math

@@ -107,9 +107,9 @@ class LoopProducts:
 
 
 class CompiledProducts(LoopProducts):
-    """Products by compiled loops, which read the matrices of experts with few rows faster.
+    """Products by compiled loops, which are faster than `torch.mm` for experts with few rows.
 
-    For an expert with more rows, they call the same library as `LoopProducts`.
+    For an expert with more rows, the loops call the same library as `LoopProducts`.
     """
 
     def __init__(self, expert_offsets: Tensor) -> None:

@@ -14,8 +14,8 @@ from nmt_moe.kernels.row_plan import RowPlan
 def gather_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """Copy tokens to rows, with a backward pass that gathers instead of scattering.
 
-    A token has at most K rows, and its gradient is the sum over these rows. It is computed without
-    atomics and without `index_add`, so it is bit-identical in every run.
+    A token has at most K rows, and its gradient is the sum of their gradients. The sum is computed
+    without atomics and without `index_add`, so it is bit-identical in every run.
 
     Args:
         x: (N, D), the tokens' vectors.

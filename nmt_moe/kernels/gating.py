@@ -30,7 +30,7 @@ def noisy_top_k(
     The noise has the standard deviation softplus(raw_scale) + NOISE_FLOOR. P(x, i) is the
     probability that expert i is among the k largest if only its own noise is drawn again; gradients
     pass through the thresholds. Sums run in a fixed order, so equal inputs (and equal states of
-    torch's generator of the device, which determines the noise) give bit-identical results.
+    the device's random generator, which determines the noise) give bit-identical results.
 
     On a GPU, the kernels handle float32, up to 16384 experts and `top_k` below 16. In all other
     cases, the GPU runs plain torch, with full (N, E) tensors and noise from its own generator.

@@ -80,7 +80,8 @@ class MoELayer(nn.Module):
         During training on a GPU, the host does not wait for the device, except with strictly
         balanced gates or with experts spread over ranks. The check that tokens are finite is
         therefore skipped during training on a GPU. It is also skipped in evaluation while a CUDA
-        graph is captured. `MoEStats.check_finite` runs it. Each replay of a graph draws new noise.
+        graph is captured. Call `MoEStats.check_finite` to run it. Each replay of a graph draws new
+        noise.
 
         `torch.compile` skips the layer, because its shapes depend on the choice of experts. The
         model around the layer is compiled, but `fullgraph=True` and `torch.export` do not work.

@@ -74,11 +74,11 @@ class MoEStats:
         return self.importance_loss + self.load_loss + self.threshold_loss
 
     def check_finite(self) -> None:
-        """Reject tokens that are not finite, and gate weights that spoil a gate.
+        """Reject tokens that are not finite, and gate weights that make a gate NaN.
 
-        An infinite gate weight does not spoil a gate if it gives only logits of -inf. The experts
-        with these logits are not chosen unless a token has fewer than K other experts, and then
-        their gate is 0. This method waits for the device.
+        An infinite gate weight is accepted if it gives only logits of -inf. The experts with these
+        logits are not chosen unless a token has fewer than K other experts, and then their gate is
+        0. This method waits for the device.
 
         Raises:
             FloatingPointError: if a gate is not finite. The message names the layer.

@@ -15,10 +15,10 @@ from nmt_moe.resizing.layers import Layer
 def merge(layer: Layer, kept: Sequence[int], shares: Tensor) -> Layer:
     """Merge each expert that is not kept into the most similar kept expert.
 
-    Two experts are similar if the gate gives them similar scores for each token. The cosine of
-    their columns in the gate's weight measures this. After hidden units have been matched, the
-    weights of merged experts are averaged, each expert weighted by its share. Their columns in the
-    gate's parameters are averaged in the same way.
+    Two experts are similar if the gate gives them similar scores for each token. Similarity is
+    measured by the cosine of their columns in the gate's weight. After hidden units have been
+    matched, the weights of merged experts are averaged, each expert weighted by its share. Their
+    columns in the gate's parameters are averaged in the same way.
 
     Args:
         layer: The layer to change.

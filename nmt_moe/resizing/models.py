@@ -90,7 +90,7 @@ class Checkpoint:
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
         """Write the checkpoint with other layers, and without the optimizer state.
 
-        `fairseq-train --finetune-from-model` can train it further.
+        The result can be trained further with `fairseq-train --finetune-from-model`.
 
         Args:
             output: The file to write.

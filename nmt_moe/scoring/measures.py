@@ -148,7 +148,7 @@ def choose_tokens(language: str | None, tokens: str | None) -> Sequence[str]:
 
 
 def validation_tokens(language: str) -> str:
-    """Return a sacrebleu tokeniser for BLEU in validation; it works without further packages.
+    """Return a sacrebleu tokeniser for BLEU in validation that needs no further packages.
 
     `language` is a code such as `ja`, `jpn` or `zh_CN`. Texts in languages without spaces are
     compared character by character.

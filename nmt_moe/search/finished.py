@@ -172,7 +172,7 @@ class FinishedHypotheses:
         """Return the row of each hypothesis at each step, (N, T) int64.
 
         Rows are numbered consecutively over all steps. After the end of a hypothesis, its row is 0.
-        This runs on the host, because each index depends on the previous one.
+        Tracing runs on the host, because each index depends on the previous one.
         """
         parents = [step.parents.tolist() for step in steps]
         first = [0, *itertools.accumulate(map(len, parents))]

@@ -1,7 +1,7 @@
 """Register this project's tasks with fairseq.
 
 fairseq imports this package first, before it parses arguments. Therefore, this package imports the
-other packages that fairseq does not import by itself.
+project's other packages that fairseq does not import by itself.
 """
 
 from nmt_moe import compat as compat

@@ -6,15 +6,15 @@ drawn, and its term is divided by the probability of being drawn:
 
     Z^ = exp(logit_target) + sum of exp(logit_i) / P(i is drawn) over drawn i except the target
 
-Z^ is unbiased: for any number of draws, its mean over all draws is Z, and the mean of its gradient
-is the gradient of Z. log Z^, and hence the loss and its gradient, are only consistent: the bias
-falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
+Z^ is unbiased: for any number of draws, its expected value is Z, and the expected value of its
+gradient is the gradient of Z. log Z^, and hence the loss and its gradient, are only consistent: the
+bias falls as 1 / draws, and the loss is too low on average (Jensen's inequality). If every class is
 certain to be drawn, all estimates are exact.
 
 Classes are drawn with replacement and duplicates are dropped, because P(i is drawn) is then known
 to be 1 - (1 - p_i)^draws. If classes were drawn until there was a given number of distinct classes,
-this probability would be unknown. If each class were counted as often as it was drawn, the mean
-would be the same, but the variance would be larger, especially where p_i is large. Without
+this probability would be unknown. If each class were counted as often as it was drawn, the expected
+value would be the same, but the variance would be larger, especially where p_i is large. Without
 duplicates, N draws give fewer than N classes: about 4600 for N = 8192 and V = 793,471.
 
 Source: Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; Bengio and Senecal 2003.

@@ -5,7 +5,7 @@ expert, a pass over the weights does about t multiply-adds for each element read
 H200 needs about 200 of them (in bfloat16) before arithmetic instead of memory becomes the
 bottleneck. With up to 32 rows per expert, it therefore matters only that each expert's matrix is
 read once, so blocks have few rows and are narrow enough to leave registers and shared memory for
-loads in flight. Above 128 rows per expert, blocks are as large as suits the tensor cores. In
+loads in flight. Above 128 rows per expert, blocks have the size that suits the tensor cores. In
 between, blocks have 64 rows, enough to hold all rows of most experts up to a mean of about 60.
 """
 
