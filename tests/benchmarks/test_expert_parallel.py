@@ -21,7 +21,8 @@ def test_each_number_of_ranks_has_a_row_and_only_several_send(capsys, tmp_path):
     assert "4 sentences of 3 tokens in all" in note
     one, two = json.loads(path.read_text())["rows"]
     assert (one["ranks"], one["experts"], two["ranks"], two["experts"]) == (1, 4, 2, 2)
-    # With two ranks, encoder and decoder each hold two fewer experts of two matrices each.
+    # With two ranks, the encoder and the decoder each hold two experts fewer; each expert has two
+    # matrices.
     assert one["parameters"] - two["parameters"] == 2 * 2 * 2 * 8 * 8
     assert one["bytes_sent"] == {"exchange": 0, "dense": 0}
     assert one["exchange_share"] == 0

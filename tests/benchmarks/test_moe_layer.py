@@ -126,8 +126,8 @@ def test_the_limits_do_the_same_number_of_operations_as_the_experts():
         for mode, passes in (("forward", 1), ("fwd+bwd", 3)):
             with FlopCounterMode(display=False) as counter:
                 bare.run(mode)
-            # Each of 48 rows is multiplied from width 8 to 12 and back, and counts two operations,
-            # a multiplication and an addition, per weight.
+            # Each of 48 rows is multiplied by a matrix of 8 x 12 and one of 12 x 8. Each weight
+            # counts as two operations, a multiplication and an addition.
             assert counter.get_total_flops() == passes * TINY.flops() == passes * 48 * 8 * 12 * 4
 
 

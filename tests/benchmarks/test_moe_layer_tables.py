@@ -38,7 +38,8 @@ def point(*competitors, of=POINT):
 
 
 def test_a_round_is_the_median_of_its_undisturbed_samples():
-    # Waits of 0.3 s in 2 s on two threads are 7.5 %, too much. Waits of 0.2 s are 5 %, and allowed.
+    # On two threads, waits of 0.3 s in 2 s are 7.5 %, which is too much. Waits of 0.2 s are 5 %,
+    # which is allowed.
     found = moe_tables.summarise(
         [
             [sample(1.0), sample(3.0), sample(2.0, waited=0.3)],

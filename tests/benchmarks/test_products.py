@@ -61,7 +61,7 @@ def test_a_dense_model_has_no_products_of_an_moe():
 
 @pytest.mark.usefixtures("torch_operations")
 def test_the_list_agrees_with_what_the_model_computes(monkeypatch):
-    monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # padding is not a necessary product
+    monkeypatch.setattr(_batches, "SPARE_ROWS", 0)  # products of padding are not necessary
     # At each LSTM's first step, torch omits the gradient of the zero state, which would take
     # B D 4 H operations. In the recurrent wiring, decoder LSTM 1 computes this gradient because of
     # the context, but torch omits the gradient of its query.

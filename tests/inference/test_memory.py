@@ -12,7 +12,8 @@ from nmt_moe.inference import Pieces, export
 from tests.support.bundles import LM, MOE, make_checkpoint
 
 NUM_EXPERTS = 32
-# An expert takes up 2 MB, the most that the system maps at a time. All 32 experts take up 64 MB.
+# An expert takes up 2 MB, which is the most that the system maps at a time. All 32 experts take up
+# 64 MB.
 WIDE = replace(MOE, model_dim=256, hidden_dim=1024, num_experts=NUM_EXPERTS, top_k=1)
 
 
@@ -21,7 +22,7 @@ def mapped(folder: Path) -> int:
     total, is_counted = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *words = line.split()
-        if not first.endswith(":"):  # this line starts a mapping
+        if not first.endswith(":"):  # this line begins the entry of a mapping
             is_counted = f"{folder}/experts." in line
         elif first == "Rss:" and is_counted:
             total += 1024 * int(words[0])

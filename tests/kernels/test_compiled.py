@@ -35,8 +35,8 @@ def chosen(reports: dict, *words: str) -> dict:
 
 
 def test_all_kernels_are_compiled_for_both_gpus(reports):
-    # The terms count kernels for rows and zeros, products, gates' products, whole gatings, gatings
-    # in chunks, and factored Adam.
+    # The terms are the numbers of kernels for rows and zeros, products, products of gates, whole
+    # gatings, gatings in chunks, and factored Adam.
     assert len(reports) == 2 * (3 * 4 + 5 * 3 + 2 * 3 + 4 * 2 + 2 * 3 + 2 * 3)
 
 
@@ -87,6 +87,6 @@ def test_offsets_of_gating_have_64_bits(reports):
 
 
 def test_gating_needs_no_more_instructions_than_it_did(reports):
-    """Compare with 329 to 338 instructions per element forward, and 298 to 305 backward."""
+    """Compare with 329 to 338 instructions per element forward and 298 to 305 backward."""
     for name, report in chosen(reports, "gating 256").items():
         assert report["per_element"] <= (350 if "forward" in name else 310), name

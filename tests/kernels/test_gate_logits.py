@@ -9,7 +9,7 @@ from nmt_moe.kernels import gate_logits
 from nmt_moe.kernels._backend import INTERPRETED
 from tests.support.kernels import ON_DEVICE, poisoned_memory
 
-# import_module gives the module: the package's attribute of that name is the function.
+# Use import_module, because the package's attribute of that name is the function.
 operation = importlib.import_module("nmt_moe.kernels.gate_logits")
 
 
@@ -143,7 +143,7 @@ def test_torchs_setting_is_followed(setting, groups, device, precision, monkeypa
 
 
 def test_many_rows_share_the_work_of_a_gradient(device, monkeypatch):
-    """The rows are cut into parts, here of unequal sizes, the last of which may be empty."""
+    """The rows are cut into parts, which have unequal sizes in this test. The last may be empty."""
     kernels = importlib.import_module("nmt_moe.kernels._triton.grouped_gemm")
     monkeypatch.setattr(kernels, "PART_ROWS", 6)
     sizes = []

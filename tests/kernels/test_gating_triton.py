@@ -154,7 +154,7 @@ def test_equal_seeds_give_equal_bits():
 
 
 def test_the_seed_comes_from_the_generator_of_the_device(device):
-    """The host does not know it, so a replay of a CUDA graph draws another one."""
+    """The host does not know the seed, so a replay of a CUDA graph draws another one."""
     seed = operation.draw_seed(torch.device(device))
     assert (seed.device.type, seed.shape, seed.dtype) == (device, (1,), torch.int64)
     torch.manual_seed(1)

@@ -69,7 +69,7 @@ def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", [[400, 0, 200, 301], [3, 0, 5, 1]])
 def test_bfloat16_on_a_gpu(counts):
-    """Test torch's grouped product (the first counts, on Hopper and Blackwell) and Triton."""
+    """Test Triton and, with the first counts on Hopper and Blackwell, torch's grouped product."""
     offsets = offsets_of(counts).cuda()
     rows, weight = (leaf.detach().cuda() for leaf in make(counts, 64, 136, torch.bfloat16)[:2])
     rows.requires_grad_()

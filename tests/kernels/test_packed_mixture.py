@@ -130,7 +130,7 @@ def test_unused_experts_of_a_mapped_file_are_not_read_into_memory(dtype, tmp_pat
 
 
 def resident_bytes(path: Path) -> int:
-    """Return how many bytes of a file that this process has mapped are in memory."""
+    """Return how many bytes of a file are in memory, if this process has mapped the file."""
     pattern = rf"{re.escape(str(path))}\n(?:\w+:.*\n)*?Rss: +(\d+) kB"
     return sum(
         int(kilobytes) * 1024

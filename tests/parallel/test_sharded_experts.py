@@ -210,7 +210,7 @@ def test_ranks_may_differ_in_the_experts_of_a_token(answers):
 def test_gates_are_sent_in_float32_beside_tokens_of_half_precision(answers):
     found = [answer["half"] for answer in answers]
     assert {one["dtypes"] for one in found} == {("torch.bfloat16", "torch.float32")}
-    # The exchange rounds nothing, so the sums of the gates sent and received agree.
+    # The exchange does not round, so the sums of the gates sent and received agree.
     assert sum(one["sum"] for one in found) == pytest.approx(sum(x["own"] for x in found), rel=1e-6)
     for one in found:
         assert one["gates"] == [pytest.approx(1.1, rel=1e-7)]  # bfloat16 would give 1.1016

@@ -61,7 +61,7 @@ TOLERANCE = 0.1
 
 
 def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
-    """Return a case's model options, whether its optimizer is factored, and its sampled classes."""
+    """Return a case's model options, whether Adam is factored, and the number of sampled classes."""
     shell = ("lm", "gnmt", "factored", "draws")
     options = {**SIZES, **{name: value for name, value in case.items() if name not in shell}}
     config = LSTMMoEGNMTConfig if case.get("gnmt") else LSTMMoELMConfig
@@ -168,8 +168,7 @@ def test_totals_of_a_long_batch_equal_those_of_a_separate_run(wiring: str, on_cp
 
 
 def test_ranks_of_a_token_by_hand():
-    # In 2 of 6 cases, the same one of two ranks holds both experts, so the mean is
-    # (2 x 1 + 4 x 2) / 6.
+    # In 2 of 6 cases, both experts are on the same rank, so the mean is (2 x 1 + 4 x 2) / 6.
     moe = MoEConfig(model_dim=4, hidden_dim=4, num_experts=4, top_k=2)
     assert ranks_per_token(moe, 2) == pytest.approx(10 / 6)
     # Groups of a hierarchy are not split, so each of the four groups is on one rank.

@@ -32,7 +32,7 @@ TABLE_7 = [
     ("lstm_moe_lm_34m", "33.8", "4313.9"),
     ("lstm_moe_lm_143m", "142.7", "4371.1"),
 ]
-# These rows are from Table 8 of Shazeer et al. 2017. Its 4xLSTM-512 is that of Table 7.
+# These rows are from Table 8 of Shazeer et al. 2017. Its row 4xLSTM-512 is the same as in Table 7.
 TABLE_8 = [
     ("lstm_moe_lm_100b_32", "8.4", "37.8"),
     ("lstm_moe_lm_100b_256h", "8.4", "272.9"),

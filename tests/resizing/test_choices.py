@@ -43,7 +43,8 @@ def test_the_least_used_experts_of_all_layers_are_removed(first, second, keep):
     kept = choose_experts(shares, moe, keep, "model")
     assert sum(map(len, kept.values())) == 2 * keep
     assert min(map(len, kept.values())) >= FLAT.top_k
-    # By definition, each layer keeps its best two experts. The best of all others fill the rest.
+    # By definition, each layer keeps its best two experts. The best of all others fill the
+    # remaining places.
     ranked = {
         name: sorted(range(one.num_experts), key=lambda e, name=name: (-float(shares[name][e]), e))
         for name, one in moe.items()

@@ -85,7 +85,7 @@ def test_strictly_balanced_gates_keep_their_thresholds(config):
     name = "secondary_threshold" if config.num_groups else "threshold"
     assert name in names
     assert taken.gate[name].flatten().tolist() == layer.gate[name].flatten()[KEPT].tolist()
-    as_module(taken)  # fails unless it has the parameters of such a layer
+    as_module(taken)  # fails unless `taken` has the parameters of a layer
 
 
 def test_taking_all_experts_gives_the_same_layer():

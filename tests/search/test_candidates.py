@@ -17,7 +17,7 @@ NEEDS_LOOPS = pytest.mark.skipif(
 
 
 def make_rows(counts: list[int], generator: torch.Generator) -> Rows:
-    """Return rows of sentences; `counts` has the number of rows of each."""
+    """Return rows of sentences; `counts` contains the number of rows of each sentence."""
     sentence = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     rank = torch.cat([torch.arange(count) for count in counts])
     log_probs = -torch.rand(len(sentence), generator=generator)

@@ -116,7 +116,7 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
 
 
 def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
-    """Check that a client's next request is not taken for that of a second client."""
+    """Check that the next request of a client is not mistaken for another client's."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)
     batcher = Batcher()

@@ -58,9 +58,9 @@ def test_the_table_before_training_gives_the_effective_epochs(trained: tuple[Pat
     rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
     assert list(rows) == PAIRS.split(",")
     # There are 240 sentences in all. The square roots of the shares 0.4, 0.4, 0.1 and 0.1 have the
-    # ratio 2 to 1, so an epoch uses 80 sentences of pairs with 96 and 40 of pairs with 24. The
-    # option overrides this for cc-aa with 4 x 24. Each of the 20 epochs thus uses
-    # 80 + 80 + 40 + 96 = 296 sentences.
+    # ratio 2 to 1, so an epoch uses 80 sentences from each pair with 96, and 40 from each pair with
+    # 24. For cc-aa, the option requires 4 x 24 instead. Each of the 20 epochs thus uses 80 + 80 +
+    # 40 + 96 = 296 sentences.
     assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "16.67"]
     assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "33.33"]
     assert rows["cc-aa"].split() == ["24", "96", "32.4%", "4.00", "80.00"]

@@ -52,8 +52,8 @@ def test_an_ensemble_averages_its_models(data: Path, checkpoint: Path, other_che
     assert scores(twice) == pytest.approx(scores(generate(data, checkpoint)), abs=1e-4)
     both = generate(data, f"{checkpoint}:{other_checkpoint}", "--score-reference")
     each = [generate(data, path, "--score-reference") for path in (checkpoint, other_checkpoint)]
-    # At each word, log((p + q) / 2) >= (log p + log q) / 2. This therefore also holds for the mean
-    # over the sentence.
+    # At each word, log((p + q) / 2) >= (log p + log q) / 2. The inequality therefore also holds for
+    # the mean over the sentence.
     for number, score in scores(both).items():
         mean = sum(scores(one)[number] for one in each) / 2
         assert mean - 1e-4 <= score < mean + 1.0

@@ -31,7 +31,7 @@ EXACT += ["--max-update", 4, "--save-interval-updates", 2]
 HALF = [*FEW, "--max-update", 5, "--sampled-softmax", 8, "--fp16-init-scale", 4]
 FP16 = ["fp16", "memory-efficient-fp16"]
 PRECISIONS = ["bf16", "memory-efficient-bf16", *FP16]
-# In this one of the five updates of `HALF`, an expert's gradient overflows.
+# An expert's gradient overflows in this update, which is one of the five in `HALF`.
 OVERFLOW = 3
 
 

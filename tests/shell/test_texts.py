@@ -54,7 +54,7 @@ def test_the_longest_line_that_can_be_counted_is_accepted_but_not_one_token_more
 
 
 def test_blocks_of_many_tokens_may_hold_long_sentences():
-    # From --tokens-per-sample 65535 on, fairseq counts with 32 bits.
+    # With --tokens-per-sample 65535 or more, fairseq counts with 32 bits.
     lines = [torch.full((MOST_TOKENS + 5,), 5)]
     cut = language_modeling.TokenBlockDataset
     blocks = cut(lines, [MOST_TOKENS + 5], 70_000, pad=1, eos=2, break_mode="eos")

@@ -20,7 +20,7 @@ SILENT = {
 
 @contextmanager
 def count_launches() -> Iterator[dict[str, int]]:
-    """Yield a count, kept up to date, of the starts of each kernel and operation."""
+    """Yield a counter, kept up to date, of how often each kernel and operation has started."""
     counter = _Counter()
     with pytest.MonkeyPatch.context() as patch, counter:
         for owner, name in ((GridExecutor, "__call__"), (JITFunction, "run")):

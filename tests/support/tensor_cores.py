@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def round_to_tf32(numbers: np.ndarray) -> np.ndarray:
-    """Round float32 numbers to the nearest that have 10 bits after the first (ties away from 0)."""
+    """Round float32 numbers to 10 bits after the first (to the nearest, with ties away from 0)."""
     return ((numbers.view(np.int32) + 0x1000) & ~0x1FFF).view(np.float32)
 
 
