@@ -61,7 +61,7 @@ TOLERANCE = 0.1
 
 
 def split(case: dict[str, Any]) -> tuple[Any, bool, int]:
-    """Return a case's model options, whether Adam is factored, and the number of sampled classes."""
+    """Return a case's model options, whether Adam is factored, and how many classes are drawn."""
     shell = ("lm", "gnmt", "factored", "draws")
     options = {**SIZES, **{name: value for name, value in case.items() if name not in shell}}
     config = LSTMMoEGNMTConfig if case.get("gnmt") else LSTMMoELMConfig

@@ -34,7 +34,7 @@ def predict(networks: dict[str, nn.Module], source: list[int], read: Tensor) -> 
 def mean_prediction(
     models: Sequence[dict[str, nn.Module]], source: list[int], read: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return an ensemble's prediction: the logs of the mean probabilities and the mean attention."""
+    """Return the logs of the mean probabilities, and the mean attention, of an ensemble."""
     results = [predict(networks, source, read) for networks in models]
     probs = torch.stack([log_probs.exp() for log_probs, _ in results]).mean(dim=0)
     return probs.log(), torch.stack([attention for _, attention in results]).mean(dim=0)
