@@ -3,13 +3,13 @@
     python -m benchmarks.inference --data data-bin --checkpoint average.pt --pieces spm.model
         --bundles en-de en-de-bfloat16 en-de-int8 --threads 2 --rounds 7
 
-All competitors translate the test split of --data with the same beam and limits. `batch` translates
-the split as fast as possible, and each competitor sorts by length in its own way; `one` translates
-one sentence after another. For fairseq, only the generator is timed, as in fairseq-generate's
-report; reading text and splitting it into pieces are excluded. For bundles and CTranslate2,
-everything from raw text to raw text is timed. With --interactive, fairseq-interactive is also
-measured, in a process that is started beforehand and receives each line after it has translated
-the previous one. Start-up is measured separately.
+All competitors translate the test split of --data with the same beam and limits. With `batch`, the
+split is translated as fast as possible, and each competitor sorts sentences by length in its own
+way; with `one`, sentences are translated one after another. For fairseq, only the generator is
+timed, as in fairseq-generate's report; reading text and splitting it into pieces are excluded. For
+bundles and CTranslate2, everything from raw text to raw text is timed. With --interactive,
+fairseq-interactive is also measured, in a process that is started beforehand and receives each line
+after it has translated the previous one. Start-up is measured separately.
 
 CPU times are shown as well, because they are more reliable on a shared machine. --ctranslate2 names
 converted models with the same pieces, such as a Transformer that fairseq trained on the same text;

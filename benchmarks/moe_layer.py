@@ -14,7 +14,7 @@ operations in dense products over all k T rows, and "bmm" does them in products 
 matrices and equal numbers of rows; neither allocates memory. Tokens and the logits of the random
 gates are standard normal, so experts get unequal numbers of tokens, as in training.
 
-Each competitor runs in its own process, and a round measures each of them once.
+Each competitor runs in its own process, and is measured once in each round.
 """
 
 import argparse

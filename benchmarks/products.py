@@ -1,9 +1,9 @@
 """The matrix products that a training step of the translation model requires.
 
-They come from the planner's description of the network. Other operations (activations, softmaxes,
-embeddings, dropout, sorting, the optimizer) are not included, and neither are products that could
-be avoided. The weight gradient of a recurrent layer is therefore a single product over all steps,
-and padding does not count as tokens.
+The products come from the planner's description of the network. Other operations (activations,
+softmaxes, embeddings, dropout, sorting, the optimizer) are not included, and neither are products
+that could be avoided. The weight gradient of a recurrent layer is therefore a single product over
+all steps, and padding does not count as tokens.
 """
 
 from collections import defaultdict

@@ -2,11 +2,11 @@
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
-This compares fairseq's own search ("stock", all options off) with GNMT's penalties, with GNMT's
-pruning and with both together. The options have GNMT's values. As in fairseq-generate's report,
-only the generator is timed, on batches of fairseq's own iterator, which sorts sentences by length.
-Translations have their natural lengths, so the model must be trained. A random model assigns
-similar scores to all hypotheses, and nothing is pruned.
+The program compares fairseq's own search ("stock", all options off) with GNMT's penalties, with
+GNMT's pruning and with both together. The options have GNMT's values. As in fairseq-generate's
+report, only the generator is timed, on batches of fairseq's own iterator, which sorts sentences by
+length. Translations have their natural lengths, so the model must be trained. A random model
+assigns similar scores to all hypotheses, and nothing is pruned.
 
 `steps` counts calls of the decoder, and `rows` counts the hypotheses evaluated in these calls.
 `same` is the share of sentences whose best translation is the same as with "stock" or, in the row

@@ -1,7 +1,7 @@
 """Time competitors side by side, and print the results.
 
-Each round measures every competitor once, A B C ... A B C ..., so that a temporary slowdown of the
-machine affects all of them equally; medians over the rounds are compared.
+In each round, every competitor is measured once, A B C ... A B C ..., so that a temporary slowdown
+of the machine affects all of them equally; medians over the rounds are compared.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from nmt_moe.kernels._cpu import load
 
 # Minimum number of steps for which copying the transposed recurrent weights saves time. The product
 # of a few rows and a transposed view takes up to 1.5 times as long as a product with a matrix that
-# is stored in the order of reading.
+# is stored in the order in which it is read.
 FEWEST_STEPS = 4
 
 

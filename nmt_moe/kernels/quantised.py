@@ -29,6 +29,7 @@ SMALLEST_SCALE = 1e-30
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # The next four thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
 # `benchmarks/results/inference.md`.
+
 # With at least this many weights, oneDNN's product with weights in its own layout is faster than
 # BLAS for more than one row. For a single row, the matrix is read fastest if it has one row per
 # input.

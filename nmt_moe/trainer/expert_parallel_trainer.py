@@ -80,7 +80,7 @@ class ExpertParallelTrainer(Trainer):
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         # Otherwise, batches are formed with the random numbers of the first epoch and kept for all
         # later epochs, and a run resumed in epoch 5 trains on different batches than an
-        # uninterrupted run.
+        # uninterrupted run does.
         cfg.dataset.update_epoch_batch_itr = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
