@@ -258,9 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     print(format_rows(rows))
     print(
         f"\n{hardware} (threads of each rank); {args.arch}/{args.attention_wiring} "
-        f"{args.model_flags}{' ' * bool(args.model_flags)}on {args.sentences} sentences of "
-        f"{args.length} tokens in all, {args.vocab_size} symbols, float32, gloo on the loopback; "
-        f"medians of {args.rounds} interleaved rounds."
+        f"{args.model_flags}{' ' * bool(args.model_flags)}on {args.sentences} sentences in "
+        f"all, of {args.length} tokens each, {args.vocab_size} symbols, float32, gloo on the "
+        f"loopback; medians of {args.rounds} interleaved rounds."
     )
     timing.write_json(args.json, args, hardware, rows)
 

@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, texts: Sequence[str]) -> None:
             timing.say(f"{number + 2} of {args.rounds + 1} rounds done")
     print(timing.markdown_table(COLUMNS, [_row(key, rates, waits, batches) for key in rates]))
     many = {key[1]: statistics.median(own) for key, own in rates.items() if key[0] != 1}
-    print(f"\nBatching gives {many[True] / many[False]:.2f} times as many sentences/s.")
+    print(f"\nBatching gives {many[True] / many[False]:.2f} times as many sentences per second.")
     print(f"With one client, the server adds {statistics.median(added):.1f} ms to the translator's")
     print(f"time (rounds: {', '.join(f'{value:.1f}' for value in added)}).")
     print(f"\n{timing.describe_hardware('cpu', args.threads)}; load {min(loads):.1f} to")

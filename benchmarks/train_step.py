@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_rows(rows))
     print(f"\n{format_groups(groups)}\n")
     print(
-        f"{hardware}; {args.sentences} sentences of {args.length} tokens, {args.vocab_size} "
+        f"{hardware}; {args.sentences} sentences of {args.length} tokens each, {args.vocab_size} "
         f"symbols, float32; medians of {args.rounds} interleaved rounds."
     )
     timing.write_json(args.json, args, hardware, rows)

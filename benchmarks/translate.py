@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     print(format_rows(rows))
     print(
         f"\n{hardware}; {args.sentences} sentences in batches of {args.batch}, beam {args.beam}, "
-        f"{args.length} tokens each, {args.vocab_size} symbols, float32; medians of {args.rounds} "
-        "interleaved rounds."
+        f"{args.length} tokens per translation, {args.vocab_size} symbols, float32; "
+        f"medians of {args.rounds} interleaved rounds."
     )
     timing.write_json(args.json, args, hardware, rows)
 

@@ -18,7 +18,7 @@ def test_each_number_of_ranks_has_a_row_and_only_several_send(capsys, tmp_path):
     head, _, *lines = table.splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == expert_parallel.COLUMNS
     assert len(lines) == 2
-    assert "4 sentences of 3 tokens in all" in note
+    assert "4 sentences in all, of 3 tokens each" in note
     one, two = json.loads(path.read_text())["rows"]
     assert (one["ranks"], one["experts"], two["ranks"], two["experts"]) == (1, 4, 2, 2)
     # With two ranks, the encoder and the decoder each hold two experts fewer; each expert has two
