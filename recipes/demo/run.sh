@@ -91,7 +91,7 @@ binarise() {
 
 train() { # KEY
   keep_or_clear "$WORK/training" "$1"
-  # The rate rises for a tenth of training, stays constant for four tenths, then falls as 1/sqrt(update).
+  # The rate rises for a tenth of training, stays constant for four tenths, and then falls as 1/sqrt(update).
   train_logged "$WORK/training/train.log" fairseq-train "$WORK/data-bin" --user-dir "$REPOSITORY/nmt_moe" \
     --arch lstm_moe_gnmt_small --model-dim "$MODEL_DIM" --lstm-hidden-dim "$LSTM_HIDDEN_DIM" \
     --num-experts "$NUM_EXPERTS" --moe-top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM" --dropout "$DROPOUT" \

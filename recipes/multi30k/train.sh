@@ -28,7 +28,7 @@ INIT_RANGE=${INIT_RANGE:-0.1}
 # the warm-up (result.md).
 ATTENTION=${ATTENTION:-additive}
 WIRING=${WIRING:-parallel}
-# 1 shares the target embeddings with the softmax, so that there are fewer weights to learn from little text.
+# With 1, the target embeddings are shared with the softmax, so there are fewer weights to learn from little text.
 TIE_OUTPUT=${TIE_OUTPUT:-1}
 # A token uses TOP_K of NUM_EXPERTS experts, each with 2 x 128 x 256 weights.
 NUM_EXPERTS=${NUM_EXPERTS:-8}
@@ -44,16 +44,16 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0.0}
 # takes 540 updates.
 MAX_TOKENS=${MAX_TOKENS:-1000}
 UPDATE_FREQ=${UPDATE_FREQ:-1}
-# 12,000 updates are 22 passes. The rate rises, then falls linearly to 0 at the last update: with so few updates, the paper's
-# schedule (constant, then 1/sqrt) would end before the rate is low enough to converge. The rate rises slowly, because
-# attention must form (by update 2,500) before the rate is high: with a warm-up of 200 or 500 updates, the product attention
+# 12,000 updates are 22 passes. The rate rises and then falls linearly to 0 at the last update. With so few updates, the
+# paper's schedule (constant, then 1/sqrt) would end before the rate is low enough to converge. The rate rises slowly, because
+# attention must form (by update 2,500) before the rate is high. With a warm-up of 200 or 500 updates, the product attention
 # of En-Fr got stuck on one position (result.md).
 UPDATES=${UPDATES:-12000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
 CLIP_NORM=${CLIP_NORM:-5.0}
-# A checkpoint is saved every SAVE_INTERVAL updates. The last AVERAGE checkpoints, or with CHOOSE=best the best on val, are
-# averaged.
+# A checkpoint is saved every SAVE_INTERVAL updates. The last AVERAGE checkpoints are averaged or, with CHOOSE=best, the
+# best ones on val.
 SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 AVERAGE=${AVERAGE:-5}
 CHOOSE=${CHOOSE:-last}

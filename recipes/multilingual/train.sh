@@ -46,7 +46,7 @@ CLIP_NORM=${CLIP_NORM:-5.0}
 # 2000 pieces on the longer side x UPDATE_FREQ accumulated batches are about 150 sentences of tatoeba per update.
 MAX_TOKENS=${MAX_TOKENS:-2000}
 UPDATE_FREQ=${UPDATE_FREQ:-1}
-# The rate rises, then falls linearly to 0 at the last update, as in recipes/multi30k.
+# The rate rises and then falls linearly to 0 at the last update, as in recipes/multi30k.
 UPDATES=${UPDATES:-20000}
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 LEARNING_RATE=${LEARNING_RATE:-0.004}
@@ -62,7 +62,7 @@ set_model_flags() {
     suffix=
     experts=()
   else
-    # The target embeddings are shared with the softmax, so that there are fewer weights to learn from little text.
+    # The target embeddings are shared with the softmax, so there are fewer weights to learn from little text.
     MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
       --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE" --attention "$ATTENTION")
     [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))
