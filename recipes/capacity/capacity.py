@@ -197,7 +197,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlabel("parameters, without embedding and softmax")
-    axes.set_ylabel("perplexity of test, per token")
+    axes.set_ylabel("perplexity on test, per token")
     axes.margins(x=0.25, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -222,7 +222,7 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
             label = "_" + row.name  # one legend entry for all seeds
     axes.set_yscale("log")
     axes.set_xlabel("updates")
-    axes.set_ylabel("perplexity of valid, per token")
+    axes.set_ylabel("perplexity on valid, per token")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=130)

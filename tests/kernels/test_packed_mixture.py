@@ -99,7 +99,7 @@ def test_an_expert_is_checked_once_before_its_first_use(dtype, way):
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
 def test_only_experts_with_tokens_are_packed(dtype):
     x, gates, _, weight_in, weight_out = draw(4, 2)
-    weight_in[3], weight_out[3] = float("nan"), float("nan")  # int8 would reject it
+    weight_in[3], weight_out[3] = float("nan"), float("nan")  # int8 would reject NaN
     expert_ids = torch.tensor([[0, 5], [5, 6], [0, 5], [6, 0]])
     packed = [PackedExperts.pack(weight.mT, dtype) for weight in (weight_in, weight_out)]
     assert packed_mixture_ffn(x, gates, expert_ids, *packed).isfinite().all()

@@ -204,7 +204,7 @@ def test_a_text_that_is_not_utf8_is_named_with_file_and_line(tmp_path):
 
 def test_words_are_counted_as_in_the_published_counts(tmp_path):
     # Only single-byte white space separates words. No-break space, next line and zero width space
-    # do not, and unlike in `wc -w`, a word that consists of the latter two counts.
+    # do not. Unlike in `wc -w`, a word that consists of next line and zero width space counts.
     text = "one two\u00a0three\n\u0085 \u200b four\n\n"
     (tmp_path / "text").write_bytes(text.encode())
     found = counts.count(tmp_path / "text")

@@ -110,7 +110,7 @@ def test_a_validation_set_without_targets_is_refused():
 
 
 def test_a_disk_without_room_for_two_checkpoints_causes_a_warning(tmp_path, monkeypatch, caplog):
-    model = torch.nn.Linear(1000, 250, bias=False)  # 1 MB, with Adam's two moments 3 MB
+    model = torch.nn.Linear(1000, 250, bias=False)  # 1 MB, or 3 MB with Adam's two moments
     for free, is_warned in ((5_999_999, True), (6_000_000, False)):
         caplog.clear()
         usage = SimpleNamespace(free=free)
@@ -334,7 +334,7 @@ def test_a_stopped_training_run_prints_one_line_that_names_the_last_checkpoint(
     assert f"fairseq-train: stopped by {number.name}; `{last}` is " in text
     assert "Traceback" not in text
     assert num_updates(last) >= 1
-    # TensorBoard's thread writes every two minutes, but events waiting for it are not lost.
+    # TensorBoard's thread writes every two minutes, but waiting events are not lost.
     assert any(b"ppl" in path.read_bytes() for path in tmp_path.glob("board/train_inner/*"))
 
 
