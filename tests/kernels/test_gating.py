@@ -58,7 +58,7 @@ def test_single_precision_computes_the_definition(rows, experts, top_k, training
 
 @pytest.mark.parametrize(("rows", "width"), [(50, 5), (500, 5), (50, 64), (50, 1024)])
 def test_the_lowest_index_wins_among_equals(rows, width):
-    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # few scores are sorted, many are searched
+    assert 50 * 5 <= blocks.FEW_NUMBERS < 500 * 5  # a few scores are sorted; many are searched
     torch.manual_seed(0)
     scores = torch.randint(-2, 3, (rows, width)).float()
     scores[scores == 0] = torch.tensor([0.0, -0.0])[torch.randint(0, 2, ((scores == 0).sum(),))]

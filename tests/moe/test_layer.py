@@ -193,7 +193,7 @@ def test_a_token_that_is_not_finite_is_named_with_its_layer(gate, groups, is_tra
 
 @pytest.mark.parametrize(("gate", "groups"), GATES)
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("tokens", [9, 1000])  # few numbers are sorted, many are searched
+@pytest.mark.parametrize("tokens", [9, 1000])  # a few numbers are sorted; many are searched
 @pytest.mark.parametrize("value", NOT_FINITE[:2])
 def test_a_gate_weight_that_is_not_finite_is_named(gate, groups, is_training, tokens, value):
     config = MoEConfig(6, 5, 8, 2, gate=gate, num_groups=groups)

@@ -78,7 +78,7 @@ def test_from_the_archive_to_perplexity(tmp_path):
     done = run("train.sh", tmp_path, RUN="tiny", **archive)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "100 words x 1 x 1 processes x 2 = 200 words per update" in done.stdout
-    # The text has 40 lines of each of two shards.
+    # The text has 40 lines from each of two shards.
     first, *train = (tmp_path / "work/text/train").read_text().splitlines()
     assert first == "<U+0085> w2<U+00A0>w3 w4<U+2028>w5 w6 w7"
     shards = [texts[fetch.train_shard(number)].decode().split("\n")[:40] for number in (1, 2)]

@@ -135,7 +135,7 @@ def test_preparing_french_runs_all_steps_once(mirror):
         assert len(read(work / "pieces" / f"train.{language}")) == 125
         assert len(read(work / "pieces" / f"valid.{language}")) == 10
         assert len(read(work / "pieces" / f"test.{language}")) == 4
-        # The sample has every 4th of 126 pairs.
+        # The sample contains every 4th of the 126 pairs.
         assert len(read(work / "text" / f"sample.{language}")) == 31
     # Punctuation is normalised in the source and kept in the target, except that the French space
     # becomes a plain space.
