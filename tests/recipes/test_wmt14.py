@@ -379,7 +379,7 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "wmt13-training-parallel-un.tgz: the archive is not complete" in done.stderr
-    assert "run again to download it again" in done.stderr
+    assert "Run again to download it again" in done.stderr
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
