@@ -97,7 +97,7 @@ def assert_infinite_logits_are_right():
 
 
 def _assert_few_finite_logits_are_certain(clean: Tensor, raw_scale: Tensor, noise: Tensor):
-    """Check that at most k finite logits in a row are always chosen, and logits of -inf never."""
+    """Check rows with at most k finite logits: these are always chosen, and -inf never is."""
     few = clean.isfinite().sum(1) <= 3
     load = noisy_top_k(clean[few], raw_scale[few], 3, noise[few]).load
     expected = clean[few].isfinite().sum(0).float()  # eq. 10 sums P(x, i) over tokens
