@@ -83,7 +83,7 @@ run_step() {
   local stamp=$1/.steps/$2 name=$2 key=$3
   shift 3
   if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
-    say "$name: done before"
+    say "$name: already done"
     return
   fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then

@@ -107,7 +107,7 @@ step() {
   shift 2
   local stamp=$STAMPS/step-$number started=$STAMPS/step-$number.started
   if [[ -f $stamp && $(<"$stamp") == "$KEY" ]]; then
-    say "[$number/$STEPS] $text: done before"
+    say "[$number/$STEPS] $text: already done"
     return
   fi
   say "[$number/$STEPS] $text"

@@ -46,7 +46,7 @@ THREADS=${THREADS:-1}
 train_model() { # MODEL DROPOUT SEED
   local run=$WORK/runs/$1/dropout-$2/seed-$3 flags
   if [[ -f $run/done ]]; then
-    say "$1, dropout $2, seed $3: done before"
+    say "$1, dropout $2, seed $3: already done"
     return
   fi
   say "$1, dropout $2, seed $3"

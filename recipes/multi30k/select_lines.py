@@ -36,7 +36,7 @@ def select(lines: Iterable[str], held_back: Iterable[str]) -> Iterator[str]:
 )
 @click.option("--output", type=Path, required=True, help="File to write.")
 def main(text: Path, without: Sequence[Path], output: Path) -> None:
-    """Write the lines of TEXT (plain, .gz or .xz), except blank lines and lines of other texts."""
+    """Write the lines of TEXT (plain, .gz or .xz), without blank lines and those of other files."""
     held_back = [line for path in without for line in read_lines(path)]
     lines = list(read_lines(text, allow_controls=True))
     selected = list(select(lines, held_back))

@@ -52,7 +52,8 @@ def test_peak_memory_is_measured_in_a_separate_process():
         sentences=2, length=3, vocab_size=40_000, threads=1, device="cpu", seed=1, model_flags=FLAGS
     )
     name = "lstm_gnmt/parallel"
-    # Embedding and softmax each have 8 x 40 000 weights, with gradients and Adam's two moments.
+    # The embedding and the softmax each have 8 x 40,000 weights. Each weight also has a gradient
+    # and Adam's two moments.
     least = 2 * 8 * 40_000 * 4 * 4
     assert least < train_step.measure_memory([name], args)[name] < 5 * least
 

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 
 def test_shares_are_those_of_the_definition(files):
-    """Compare with sums of tokens, gates and outputs, computed token by token."""
+    """Compare the shares with counts and sums that are computed token by token."""
     _, bundle, text, reference = files
     lines, others = (path.read_text().splitlines()[:8] for path in (text, reference))
     translator = Translator.load(bundle)

@@ -105,7 +105,7 @@ def test_from_text_to_table(tmp_path, mode):
     assert (tmp_path / "work/updates.png").is_file()
     # A finished run is not repeated.
     again = run(**variables)
-    assert again.stdout.count("seed 1: done before") == 1
+    assert again.stdout.count("seed 1: already done") == 1
     # An interrupted run continues from its last checkpoint.
     trained = tmp_path / "work/runs/moe_16/dropout-0.1/seed-1"
     (trained / "done").unlink()

@@ -62,7 +62,7 @@ def test_the_dense_model_costs_as_much_as_the_chosen_experts(tmp_path):
     assert "perplexity" not in done.stdout
     # The second start skips preparation and training, and does the missing evaluation.
     again = run("train.sh", **variables)
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("already done") == 4
     assert "test, dense-seed1: perplexity" in again.stdout
 
 

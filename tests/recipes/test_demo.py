@@ -155,7 +155,7 @@ def test_all_steps_run_in_miniature_and_only_once(tmp_path):
     again = run(*flags, **SIZES)
     assert again.returncode == 0, again.stderr
     for step in ("corpus", "pieces", "binarise", "train", "average", "translate", "score"):
-        assert f"{step}: done before" in again.stdout
+        assert f"{step}: already done" in again.stdout
 
 
 REFUSALS = [

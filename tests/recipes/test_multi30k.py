@@ -115,8 +115,8 @@ def test_back_translated_captions_are_trained_on_together_with_the_corpus(corpus
 
     again = run("back_translate.sh", "de", **variables)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "reverse: done before" in again.stdout
-    assert "back-translate: done before" in again.stdout
+    assert "reverse: already done" in again.stdout
+    assert "back-translate: already done" in again.stdout
 
 
 def prepare(corpus, tmp_path, **variables):

@@ -147,12 +147,12 @@ def test_preparing_french_runs_all_steps_once(mirror):
 
     again = run("fr", "prepare.sh", **settings(mirror))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 8 + 8 + 7
+    assert again.stdout.count("already done") == 8 + 8 + 7
 
     changed = run("fr", "prepare.sh", **settings(mirror, MAX_PIECES=60))
     assert changed.returncode == 0, changed.stderr
-    assert "learn-pieces: done before" in changed.stdout
-    assert "cut-train: done before" not in changed.stdout
+    assert "learn-pieces: already done" in changed.stdout
+    assert "cut-train: already done" not in changed.stdout
 
     train_and_evaluate(settings(mirror, MAX_PIECES=60, DEVICE="cpu"))
 
@@ -253,7 +253,7 @@ def test_german_over_http_after_a_step_that_failed(mirror, tmp_path):
         done = run("de", "prepare.sh", **variables)
         server.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") == 6 + 6 + 3
+    assert done.stdout.count("already done") == 6 + 6 + 3
     assert len(read(tmp_path / "work" / "pieces" / "train.de")) == 3 * 25
 
 
@@ -384,7 +384,7 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
     # Two archives were complete before it. No corpus is extracted until all archives are complete.
-    assert done.stdout.count("done before") == 2
+    assert done.stdout.count("already done") == 2
 
 
 def respond(mirror, content, pair="fr", **changes):

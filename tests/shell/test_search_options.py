@@ -1,4 +1,4 @@
-"""Every search option either takes effect or is refused by name."""
+"""Every search option either takes effect or is refused with a message that names it."""
 
 import json
 import math
@@ -195,7 +195,7 @@ def test_shards_are_refused_if_nothing_is_divided(data: Path, checkpoint: Path, 
 def test_diverse_beams_translate_every_batch(data: Path, checkpoint: Path):
     flags = ["--beam", 4, "--diverse-beam-groups", 4, "--diverse-beam-strength", 0.5]
     assert len(generate(data, checkpoint, *flags)) == 8
-    # One group is a plain search. Each sentence must get its own result, whatever its number.
+    # With one group, the search is a plain beam search. Each sentence must get its own result.
     one = generate(data, checkpoint, "--beam", 4, "--diverse-beam-groups", 1)
     whole = call(
         "generate",

@@ -12,7 +12,7 @@ from tests.support.models import make_model, make_tokens
 
 
 def make_models(count: int = 1, sharpness: float = 4.0) -> list[Any]:
-    """Build models with choices and attention that are far from uniform."""
+    """Build models whose probabilities and attention weights are far from uniform."""
     models = [make_model(wide_task(), seed=seed) for seed in range(2, count + 2)]
     for model in models:
         model.decoder.output.weight.data *= sharpness
