@@ -263,10 +263,22 @@ def test_an_aborted_request_is_dropped_from_the_queue(held):
 
 
 def test_a_request_that_runs_out_of_time_gets_a_message(bundle: Path):
-    with LiveServer(make_service(bundle, time_limit=0.001)) as server:
-        answer = server.post("/translate", GOOD)
+    service, go = make_service(bundle, time_limit=0.1), threading.Event()
+    translator = service.models.opened[0].translator
+    translate = translator.translate
+
+    def wait(*arguments, **options):
+        assert go.wait(PATIENCE)
+        return translate(*arguments, **options)
+
+    translator.translate = wait
+    with LiveServer(service) as server:
+        try:
+            answer = server.post("/translate", GOOD)
+        finally:
+            go.set()
         assert answer.status_code == 503
-        assert "no answer after 0.001 seconds" in answer.json()["error"]
+        assert "no answer after 0.1 seconds" in answer.json()["error"]
         assert answer.headers["Retry-After"] == "1"
 
 
