@@ -1,5 +1,6 @@
 """The examples run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_two_processes_share_the_experts():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    updates = [line for line in done.stdout.splitlines() if line.startswith("update ")]
-    losses = [float(line.split()[-1]) for line in updates]
+    # The processes may write into each other's lines.
+    losses = [float(loss) for loss in re.findall(r"update +\d+\D+(\d+\.\d+)", done.stdout)]
     assert losses[-1] < losses[0] / 2
     assert "rank 1 holds experts slice(4, 8, None)" in done.stdout
