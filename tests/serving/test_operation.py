@@ -108,7 +108,8 @@ def test_documents_describe_every_path_and_load_nothing(server: LiveServer):
 
 
 def test_sigterm_finishes_what_is_in_flight(bundle: Path, translator: Translator):
-    texts = [f"the cat sees a big red tree {word}" for word in ("dog", "house", "under")] * 40
+    # Long enough that the answer is not ready before the request has been seen.
+    texts = [f"the cat sees a big red tree {word} " * 4 for word in ("dog", "house", "under")] * 40
     expected = [one.text for one in translator.translate(texts)]
     with served(bundle, "--threads", 1) as (process, url, log), ThreadPoolExecutor(1) as pool:
 
