@@ -39,7 +39,7 @@ class PackedExperts:
         self._packed: dict[int, PackedLinear] = {}
         self._stacked: Tensor | None = None
         self._panels: Tensor | None = None
-        self._is_small = shape.numel() <= STACKED_BELOW
+        self._copies_all = shape.numel() <= STACKED_BELOW
         self._is_checked = torch.full(shape[:1], check is None)
         self._all_are_checked = check is None
 
@@ -109,7 +109,7 @@ class PackedExperts:
 
     def panels(self) -> Tensor | None:
         """Return all matrices in the layout of `make_panels`, or None if experts are not small."""
-        if self._panels is None and self._is_small and self._stack is not None:
+        if self._panels is None and self._copies_all and self._stack is not None:
             if load() is None:
                 return None
             if self._check is not None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nmt_moe.kernels import (
     PackedLinear,
+    PackedLSTM,
     attend_rows,
     choose_experts,
     has_compiled_loops,
@@ -65,6 +66,20 @@ def test_products_do_not_depend_on_the_number_of_rows(sizes, addend):
             assert part.equal(whole[:rows]), rows
         else:
             torch.testing.assert_close(part, whole[:rows], rtol=1e-5, atol=1e-4)
+
+
+def test_mismatched_widths_are_refused():
+    product = PackedLinear.pack(torch.randn(7, 9))
+    with pytest.raises((ValueError, RuntimeError)):
+        product(torch.randn(3, 8))
+    with pytest.raises((ValueError, RuntimeError)):
+        product(torch.randn(3, 9), torch.randn(2, 7))
+    of_output = PackedLinear.pack(torch.randn(8, 2))
+    lstm = PackedLSTM(PackedLinear.pack(torch.randn(8, 5), torch.randn(8)), of_output, None)
+    with pytest.raises((ValueError, RuntimeError)):
+        lstm.step(torch.randn(3, 4), *lstm.start(3))
+    with pytest.raises((ValueError, RuntimeError)):
+        lstm.step(torch.randn(3, 5), *lstm.start(2))
 
 
 @pytest.mark.skipif(not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled")

@@ -33,6 +33,10 @@ void multiply(const float* x, int64_t rows, const Tensor& panels, const float* a
 
 // Computes addend + x (R, I) * weight (R, O), with the weight in panels (P, I, PANEL), and an addend (O) or (R, O).
 Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Tensor>& addend, int64_t width) {
+  TORCH_CHECK_VALUE(x.size(1) == panels.size(1), "`x` must have ", panels.size(1), " columns, but has ", x.size(1),
+                    ".");
+  TORCH_CHECK_VALUE(!addend || (addend->size(-1) == width && (addend->dim() == 1 || addend->size(0) == x.size(0))),
+                    "`addend` must have a row of ", width, " columns, or one for each of ", x.size(0), " rows.");
   const Tensor rows = x.contiguous(), sum = addend ? addend->contiguous() : Tensor();
   Tensor out = at::empty({x.size(0), width}, x.options());
   multiply(rows.const_data_ptr<float>(), x.size(0), panels, addend ? sum.const_data_ptr<float>() : nullptr,
@@ -62,6 +66,11 @@ std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const Tensor& of_in
                                             const Tensor& previous, const Tensor& of_previous, const Tensor& cell,
                                             const optional<Tensor>& projection, int64_t output_dim) {
   const int64_t rows = x.size(0), cells = cell.size(1);
+  TORCH_CHECK_VALUE(x.size(1) == of_input.size(1) && previous.size(1) == of_previous.size(1) &&
+                        bias.numel() == 4 * cells,
+                    "the LSTM reads inputs and outputs of widths ", of_input.size(1), " and ", of_previous.size(1),
+                    ", but got ", x.size(1), " and ", previous.size(1), ".");
+  TORCH_CHECK_VALUE(previous.size(0) == rows && cell.size(0) == rows, "the LSTM's state must have ", rows, " rows.");
   const Tensor inputs = x.contiguous(), outputs = previous.contiguous(), before = cell.contiguous();
   Tensor gates = at::empty({rows, 4 * cells}, x.options()), now = at::empty({rows, cells}, x.options());
   Tensor hidden = at::empty({rows, cells}, x.options());
