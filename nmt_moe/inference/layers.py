@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmt_moe.inference.weights import ExpertWeights, Weights
+from nmt_moe.inference.weights import Embedding, ExpertWeights, Weights
 from nmt_moe.kernels import (
     PackedLinear,
     PackedLSTM,
     attend_rows,
     choose_experts,
     packed_mixture_ffn,
+    sigmoid_residual,
 )
 from nmt_moe.moe import MoEConfig, NoisyTopKGate, build_gate
 
 State = tuple[Tensor, Tensor]
+# Maximum number of elements in a table of an LSTM's products with embeddings, which takes 64 MiB.
+TABLE_BELOW = 1 << 24
+# With fewer tokens, reading the weights costs no more than reading the table.
+TABLE_FROM = 64
 
 
 @dataclass(frozen=True)
@@ -86,21 +91,67 @@ def make_attentive_lstm(weights: Weights, name: str) -> PackedLSTM:
     )
 
 
+class EmbeddedLSTM:
+    """An LSTM whose inputs are embeddings.
+
+    The products of all embeddings and the LSTM's weights are kept in a table, if it is not too
+    large. Results are the same with and without the table.
+    """
+
+    def __init__(self, lstm: PackedLSTM, embedding: Embedding) -> None:
+        self.lstm, self.embedding = lstm, embedding
+        self._table: Tensor | None = None
+        self._fits = len(embedding) * lstm.of_input.shape[0] <= TABLE_BELOW
+
+    def step(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        output: Tensor,
+        cell: Tensor,
+        parents: Tensor | None = None,
+    ) -> State:
+        """Run one step as `PackedLSTM.step` does, given embeddings (R, D) and their tokens (R,)."""
+        table = self._table_for(tokens)
+        if table is None:
+            return self.lstm.step(x, output, cell, parents)
+        return self.lstm.step_tokens(table, tokens, output, cell, parents)
+
+    def run(self, x: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Run over sentences as `PackedLSTM.run` does.
+
+        x contains the embeddings (S, B, D) of the tokens (S, B).
+        """
+        table = self._table_for(tokens)
+        if table is None:
+            return self.lstm.run(x, lengths)
+        return self.lstm.run_gates(table[tokens], lengths)
+
+    def _table_for(self, tokens: Tensor) -> Tensor | None:
+        """Return the table (V, 4 H) if it is worth reading, or None."""
+        if not self._fits or tokens.numel() < TABLE_FROM:
+            return None
+        if self._table is None:
+            self._table = self.lstm.of_input(self.embedding(torch.arange(len(self.embedding))))
+        return self._table
+
+
 class BidirectionalLSTM:
     """Two LSTMs that read from opposite ends of the sentence, with their outputs summed."""
 
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.forwards = make_lstm(weights, f"{name}.forwards")
-        self.backwards = make_lstm(weights, f"{name}.backwards")
+    def __init__(self, weights: Weights, name: str, embedding: Embedding) -> None:
+        self.forwards = EmbeddedLSTM(make_lstm(weights, f"{name}.forwards"), embedding)
+        self.backwards = EmbeddedLSTM(make_lstm(weights, f"{name}.backwards"), embedding)
 
-    def run(self, x: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
-        """Run over whole sentences, with the same arguments as `PackedLSTM.run`.
+    def run(self, x: Tensor, tokens: Tensor, lengths: list[int], turn: Tensor) -> Tensor:
+        """Run over whole sentences, with the same arguments as `EmbeddedLSTM.run`.
 
         `turn` is (S, B) int64, from `turned_positions`.
         """
         index = turn.unsqueeze(2)
-        backwards = self.backwards.run(torch.take_along_dim(x, index, dim=0), lengths)
-        return self.forwards.run(x, lengths) + torch.take_along_dim(backwards, index, dim=0)
+        turned = torch.take_along_dim(x, index, dim=0), torch.take_along_dim(tokens, turn, dim=0)
+        backwards = self.backwards.run(*turned, lengths)
+        return self.forwards.run(x, tokens, lengths) + torch.take_along_dim(backwards, index, dim=0)
 
 
 class MoE:
@@ -135,7 +186,7 @@ class MoE:
                 trace.inputs.append(x)
         weights = self.experts.weight_in, self.experts.weight_out
         y = packed_mixture_ffn(x, gates, expert_ids, *weights)
-        return y.sigmoid_().add_(x)
+        return sigmoid_residual(y, x)
 
     def expert_outputs(self, x: Tensor, expert_ids: Sequence[int]) -> Tensor:
         """Compute the outputs of given experts for all tokens, regardless of the gate's choice.
@@ -175,7 +226,7 @@ class DeepExpert:
         y = x
         for product in inner:
             y = F.relu(product(y))
-        return x + last(y).sigmoid_()
+        return sigmoid_residual(last(y), x)
 
 
 class Attention:

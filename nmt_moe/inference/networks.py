@@ -13,6 +13,7 @@ from nmt_moe.inference.layers import (
     Attention,
     BidirectionalLSTM,
     DeepExpert,
+    EmbeddedLSTM,
     Memory,
     MoE,
     State,
@@ -21,7 +22,7 @@ from nmt_moe.inference.layers import (
     make_lstm,
 )
 from nmt_moe.inference.weights import Weights
-from nmt_moe.kernels import log_softmax
+from nmt_moe.kernels import log_softmax, tanh
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
@@ -37,22 +38,25 @@ class DecoderState:
     Attributes:
         memory: The sentences, in the order of the rows.
         sentence: (R,) int64, the index of each row's sentence in `memory`.
-        layers: The state of each LSTM layer.
+        layers: The state of each LSTM layer, for P rows.
+        parents: (R,) int64, the row of `layers` that each row continues; None if P = R, and row r
+            continues row r. Products of a state that several rows continue are computed only once.
     """
 
     memory: Memory
     sentence: Tensor
     layers: list[State]
+    parents: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> Self:
         """Return the state of new rows; `rows`, (R',) int64, contains the old row of each."""
         sentence, memory = self.sentence[rows], self.memory
-        layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
+        parents = rows if self.parents is None else self.parents[rows]
         if rows.numel() < self.sentence.numel():  # otherwise, hardly any sentences have finished
             live, inverse = sentence.unique_consecutive(return_inverse=True)
             if live.numel() <= (1 - DROPPED_AT) * memory.source.shape[0]:
                 memory, sentence = memory.pick(live), inverse
-        return type(self)(memory, sentence, layers)
+        return type(self)(memory, sentence, self.layers, parents)
 
 
 class TranslationNetwork:
@@ -66,7 +70,7 @@ class TranslationNetwork:
         assert isinstance(config, GNMTConfig)
         moe, dtype = config.moe, weights.config.dtype
         self.source_embedding = weights.embedding("encoder.embedding.weight")
-        self.encoder_bottom = BidirectionalLSTM(weights, "encoder.bottom")
+        self.encoder_bottom = BidirectionalLSTM(weights, "encoder.bottom", self.source_embedding)
         self.encoder_moe = None if moe is None else MoE(weights, folder, "encoder", moe, dtype)
         numbers = range(config.encoder_layers - 2)
         self.encoder_layers = [make_lstm(weights, f"encoder.layers.{number}") for number in numbers]
@@ -77,11 +81,8 @@ class TranslationNetwork:
         self.is_recurrent = config.attention_wiring == "recurrent"
         attention = "decoder.bottom.attention" if self.is_recurrent else "decoder.attention"
         self.attention = Attention(weights, attention, config.attention)
-        self.decoder_bottom = (
-            make_attentive_lstm(weights, "decoder.bottom")
-            if self.is_recurrent
-            else make_lstm(weights, "decoder.bottom")
-        )
+        make = make_attentive_lstm if self.is_recurrent else make_lstm
+        self.decoder_bottom = EmbeddedLSTM(make(weights, "decoder.bottom"), self.target_embedding)
         moe = config.decoder_moe
         self.decoder_moe = None if moe is None else MoE(weights, folder, "decoder", moe, dtype)
         numbers = range(config.decoder_layers - 1)
@@ -101,9 +102,10 @@ class TranslationNetwork:
         steps = lengths[0]
         tokens = torch.tensor([sentences[n] + [pad] * (steps - len(sentences[n])) for n in order])
         is_token = torch.arange(steps).unsqueeze(1) < torch.tensor(lengths)  # (S, B)
-        x = self.source_embedding(tokens.t())
+        by_step = tokens.t().contiguous()
+        x = self.source_embedding(by_step)
         turn = turned_positions(torch.tensor(lengths), steps)
-        x = x + self.encoder_bottom.run(x, lengths, turn)
+        x = x + self.encoder_bottom.run(x, by_step, lengths, turn)
         if self.encoder_moe is not None:
             is_full = lengths[-1] == steps
             flat = x.flatten(0, 1) if is_full else x[is_token]
@@ -117,12 +119,12 @@ class TranslationNetwork:
         source = x.transpose(0, 1)[torch.tensor(order).argsort()].contiguous()
         keys = self.attention_keys(source)
         padding = ~is_token.t()[torch.tensor(order).argsort()].contiguous()
-        return Memory(source, keys.tanh_() if self.is_product else keys, padding)
+        return Memory(source, tanh(keys) if self.is_product else keys, padding)
 
     def start(self, memory: Memory) -> DecoderState:
         """Return the initial state, with one row for each sentence."""
         num_rows = memory.source.shape[0]
-        layers = [self.decoder_bottom, *self.decoder_layers]
+        layers = [self.decoder_bottom.lstm, *self.decoder_layers]
         states = [layer.start(num_rows) for layer in layers]
         return DecoderState(memory, torch.arange(num_rows), states)
 
@@ -139,14 +141,18 @@ class TranslationNetwork:
         Returns:
             (R, V) log-probabilities, (R, S) attention, and the state.
         """
-        layers = list(state.layers)
-        x = self.target_embedding(tokens[:, -1])
+        layers, parents = list(state.layers), state.parents
+        last = tokens[:, -1]
+        x = self.target_embedding(last)
         output, cell = layers[0]
         if self.is_recurrent:
+            if parents is not None:
+                output, cell = output[parents], cell[parents]
             context, attention = self.attention(output, state.memory, state.sentence)
-            layers[0] = self.decoder_bottom.step(x, torch.cat([context, output], dim=1), cell)
+            wide = torch.cat([context, output], dim=1)
+            layers[0] = self.decoder_bottom.step(x, last, wide, cell)
         else:
-            layers[0] = self.decoder_bottom.step(x, output, cell)
+            layers[0] = self.decoder_bottom.step(x, last, output, cell, parents)
             context, attention = self.attention(layers[0][0], state.memory, state.sentence)
         x = x + layers[0][0]
         if self.decoder_moe is not None:
@@ -154,7 +160,7 @@ class TranslationNetwork:
         for number, layer in enumerate(self.decoder_layers, start=1):
             takes_context = number == 1 and not self.is_recurrent
             wide = torch.cat([x, context], dim=1) if takes_context else x
-            layers[number] = layer.step(wide, *layers[number])
+            layers[number] = layer.step(wide, *layers[number], parents)
             x = x + layers[number][0]
         log_probs = log_softmax(self.output(x))
         return log_probs, attention, DecoderState(state.memory, state.sentence, layers)

@@ -158,6 +158,9 @@ class Embedding:
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
         self.weight, self.scale = weight, scale
 
+    def __len__(self) -> int:
+        return len(self.weight)
+
     def __call__(self, numbers: Tensor) -> Tensor:
         """Return (..., D) float32 rows for (...) int64 indices."""
         rows = self.weight[numbers].float()

@@ -9,6 +9,7 @@ from nmt_moe.kernels._backend import is_captured, is_on_host, row_groups
 from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._cpu import load as compiled_operators
 from nmt_moe.kernels._trial import failed as failed_kernels
+from nmt_moe.kernels.activations import log_softmax, sigmoid_residual, tanh
 from nmt_moe.kernels.attend_rows import attend_rows
 from nmt_moe.kernels.attentive_lstm import attentive_lstm
 from nmt_moe.kernels.combine_rows import combine_rows
@@ -19,7 +20,6 @@ from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
 from nmt_moe.kernels.gating import noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
-from nmt_moe.kernels.log_softmax import log_softmax
 from nmt_moe.kernels.lstm import lstm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 from nmt_moe.kernels.packed_lstm import PackedLSTM
@@ -59,4 +59,6 @@ __all__ = [
     "quantise_rows",
     "reference",
     "row_groups",
+    "sigmoid_residual",
+    "tanh",
 ]

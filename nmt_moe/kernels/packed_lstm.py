@@ -37,26 +37,51 @@ class PackedLSTM:
         """Return the state before the first step, (R, D) outputs and (R, H) cells."""
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
-    def step(self, x: Tensor, output: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, output: Tensor, cell: Tensor, parents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one step.
 
         Args:
             x: (R, I), the inputs.
-            output: (R, D), the previous step's outputs; with attention, (R, 2 D), the contexts and
+            output: (P, D), the previous step's outputs; with attention, (P, 2 D), the contexts and
                 these outputs.
-            cell: (R, H), the previous step's cells.
+            cell: (P, H), the previous step's cells.
+            parents: (R,) int64, the row of `output` and `cell` that each row continues; None if row
+                r continues row r.
 
         Returns:
             (R, D) outputs and (R, H) cells.
         """
         panels = self._panels()
         if panels is not None:
-            of_input, of_output, projection = panels
-            bias = self.of_input.bias
-            return load().packed_lstm_step(
-                x, of_input, bias, output, of_output, cell, projection, self.output_dim
-            )
-        return self._finish(self.of_output(output, self.of_input(x)), cell)
+            return self._step_panels(panels, x, None, output, cell, parents)
+        return self._finish_step(self.of_input(x), output, cell, parents)
+
+    def step_tokens(
+        self,
+        table: Tensor,
+        tokens: Tensor,
+        output: Tensor,
+        cell: Tensor,
+        parents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one step, with the products of the inputs read from a table.
+
+        Args:
+            table: (V, 4 H), `of_input` of every input that there can be.
+            tokens: (R,) int64, the rows of `table` to read.
+            output: (P, D), as in `step`.
+            cell: (P, H), as in `step`.
+            parents: (R,) int64, as in `step`.
+
+        Returns:
+            (R, D) outputs and (R, H) cells, the same as those of `step`.
+        """
+        panels = self._panels()
+        if panels is not None:
+            return self._step_panels(panels, table, tokens, output, cell, parents)
+        return self._finish_step(table[tokens], output, cell, parents)
 
     def run(self, x: Tensor, lengths: list[int]) -> Tensor:
         """Run over whole sentences.
@@ -68,17 +93,28 @@ class PackedLSTM:
         Returns:
             (S, B, D); 0 at padded positions.
         """
-        gates = self.of_input(x)
+        return self.run_gates(self.of_input(x), lengths)
+
+    def run_gates(self, gates: Tensor, lengths: list[int]) -> Tensor:
+        """Run over whole sentences, given `of_input` of all inputs.
+
+        Args:
+            gates: (S, B, 4 H), which are overwritten.
+            lengths: Length of each sentence, in descending order.
+
+        Returns:
+            (S, B, D); 0 at padded positions.
+        """
         counts, num_rows = [], len(lengths)
-        for step in range(len(x)):
+        for step in range(len(gates)):
             while lengths[num_rows - 1] <= step:
                 num_rows -= 1
             counts.append(num_rows)
         panels = self._panels()
         if panels is not None:
             return load().packed_lstm(gates, *panels[1:], counts, self.output_dim)
-        outputs = x.new_zeros(*x.shape[:2], self.output_dim)
-        output, cell = self.start(x.shape[1])
+        outputs = gates.new_zeros(*gates.shape[:2], self.output_dim)
+        output, cell = self.start(gates.shape[1])
         for step, (gates_t, count) in enumerate(zip(gates.unbind(0), counts, strict=True)):
             gates_t = self.of_output(output[:count], gates_t[:count])
             output, cell = self._finish(gates_t, cell[:count])
@@ -96,6 +132,30 @@ class PackedLSTM:
         if self.projection is not None and projection is None:
             return None
         return of_input, of_output, projection
+
+    def _step_panels(
+        self,
+        panels: tuple[Tensor, Tensor, Tensor | None],
+        x: Tensor,
+        tokens: Tensor | None,
+        output: Tensor,
+        cell: Tensor,
+        parents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        of_input, of_output, projection = panels
+        bias = self.of_input.bias
+        return load().packed_lstm_step(
+            x, tokens, of_input, bias, output, of_output, cell, parents, projection, self.output_dim
+        )
+
+    def _finish_step(
+        self, gates: Tensor, output: Tensor, cell: Tensor, parents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if parents is None:
+            return self._finish(gates.add_(self.of_output(output)), cell)
+        # A hypothesis that several rows continue is multiplied only once.
+        used, number = parents.unique(return_inverse=True)
+        return self._finish(gates.add_(self.of_output(output[used])[number]), cell[parents])
 
     def _finish(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the outputs and cells from the gates (R, 4 H), which are overwritten."""

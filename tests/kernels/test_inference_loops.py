@@ -16,6 +16,8 @@ from nmt_moe.kernels import (
     choose_experts,
     has_compiled_loops,
     log_softmax,
+    sigmoid_residual,
+    tanh,
 )
 from nmt_moe.kernels.quantised import make_panels
 
@@ -32,7 +34,7 @@ SIZES = [(1, 1), (7, 15), (33, 16), (64, 50), (20, 129)]
 @pytest.fixture(params=[LOOPS, False])
 def with_and_without_loops(request, monkeypatch):
     if not request.param:
-        for name in ("attend_rows", "log_softmax", "packed_mixture"):
+        for name in ("attend_rows", "activations", "packed_mixture"):
             module = import_module(f"nmt_moe.kernels.{name}")
             monkeypatch.setattr(module, "has_compiled_loops", lambda *tensors: False)
 
@@ -181,3 +183,37 @@ def test_they_hold_at_lower_levels_of_instructions(level):
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": level}
     subprocess.run(line, check=True, env=env, timeout=300, capture_output=True)
+
+
+@pytest.mark.usefixtures("with_and_without_loops")
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 17), (5, 64)], ids=str)
+def test_activations_are_those_of_float64(shape):
+    torch.manual_seed(1)
+    y, x = 3 * torch.randn(shape), torch.randn(shape)
+    wide = y.double()
+    torch.testing.assert_close(tanh(y.clone()).double(), wide.tanh(), rtol=3e-7, atol=1e-7)
+    expected = wide.sigmoid() + x
+    torch.testing.assert_close(sigmoid_residual(y.clone(), x).double(), expected, rtol=0, atol=5e-7)
+    transposed = sigmoid_residual(y.clone().t(), x.t())
+    torch.testing.assert_close(transposed.double(), expected.t(), rtol=0, atol=5e-7)
+
+
+@pytest.mark.usefixtures("with_and_without_loops")
+def test_activations_keep_infinities_and_nan():
+    y = torch.tensor([[-torch.inf, torch.inf, torch.nan, 100.0, -100.0]])
+    torch.testing.assert_close(tanh(y.clone()), y.tanh(), equal_nan=True)
+    x = torch.ones(1, 5)
+    expected = y.sigmoid() + 1
+    torch.testing.assert_close(sigmoid_residual(y, x), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [16, 17, 24, 40])
+def test_activations_do_not_depend_on_the_number_of_rows(width):
+    if not has_compiled_loops(torch.zeros(1)):
+        pytest.skip("the loops are not compiled")
+    torch.manual_seed(1)
+    y, x = torch.randn(9, width), torch.randn(9, width)
+    tangents, sums = tanh(y.clone()), sigmoid_residual(y.clone(), x)
+    for rows in range(1, 9):
+        assert tanh(y[:rows].clone()).equal(tangents[:rows])
+        assert sigmoid_residual(y[:rows].clone(), x[:rows]).equal(sums[:rows])

@@ -68,3 +68,50 @@ def test_whole_sentences_are_those_of_torch(projected, lengths):
         expected, _ = lstm(x[:length, number : number + 1])
         torch.testing.assert_close(outputs[:length, number], expected[:, 0], rtol=0, atol=1e-6)
         assert not outputs[length:, number].any()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("projected", [0, 6])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 5, 250])
+@pytest.mark.usefixtures("loops")
+def test_rows_continue_their_parents(projected, dtype, num_rows):
+    torch.manual_seed(1)
+    packed = pack(nn.LSTM(10, 12, proj_size=projected), dtype)
+    x = torch.randn(num_rows, 10)
+    output, cell = torch.randn(7, projected or 12), torch.randn(7, 12)
+    parents = torch.randint(7, (num_rows,))
+    found = packed.step(x, output, cell, parents)
+    expected = packed.step(x, output[parents], cell[parents])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        if operation.has_compiled_loops(x) and dtype == "float32":
+            assert one.equal(other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 5, 250])
+@pytest.mark.usefixtures("loops")
+def test_inputs_may_be_read_from_a_table(num_rows):
+    torch.manual_seed(1)
+    packed = pack(nn.LSTM(10, 12), "float32")
+    embedding, tokens = torch.randn(30, 10), torch.randint(30, (num_rows,))
+    output, cell = torch.randn(num_rows, 12), torch.randn(num_rows, 12)
+    table = packed.of_input(embedding)
+    found = packed.step_tokens(table, tokens, output, cell)
+    for one, other in zip(found, packed.step(embedding[tokens], output, cell), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        if operation.has_compiled_loops(embedding):
+            assert one.equal(other)
+
+
+@pytest.mark.parametrize("wrong", [-4, 3])
+def test_numbers_out_of_range_are_rejected(wrong):
+    packed = pack(nn.LSTM(10, 12), "float32")
+    table, tokens = torch.randn(3, 48), torch.tensor([0, wrong])
+    output, cell = torch.randn(3, 12), torch.randn(3, 12)
+    with pytest.raises(IndexError):
+        packed.step_tokens(table, torch.tensor([wrong]), output[:1], cell[:1])
+    with pytest.raises(IndexError):
+        packed.step(torch.randn(2, 10), output, cell, tokens)

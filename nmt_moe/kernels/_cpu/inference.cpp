@@ -8,6 +8,9 @@ namespace {
 
 // Smallest numbers of multiplications and of rows of attention that are worth a thread of their own.
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20, QUERIES_PER_THREAD = 16;
+// An LSTM with at most this many gates computes this many rows at a time, so that their gates stay in a cache. Wider
+// LSTMs do not, because their weights would have to be read again for each block.
+constexpr int64_t NARROW_GATES = 2048, BLOCK_ROWS = 96;
 
 // Computes out (R, O) = addend + x (R, I) * weight, with the weight in panels. The addend is a row (O) or a matrix
 // (R, O), which may be `out` itself; null stands for zeros.
@@ -44,41 +47,109 @@ Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Ten
   return out;
 }
 
-// Runs the part of an LSTM step that depends on the previous output. gates (R, 4 H) contain the input's part, and are
-// overwritten. previous is the previous output (R, D), with attention preceded by the context; null stands for zeros.
-// cell_before, cell and hidden are (R, H). With a projection, output (R, O) is written; without one, `hidden` is the
-// output.
-void step(float* gates, const float* previous, const Tensor& of_previous, const float* cell_before, float* cell,
-          float* hidden, const optional<Tensor>& projection, float* output, int64_t output_dim, int64_t rows,
-          int64_t cells) {
-  if (previous != nullptr) multiply(previous, rows, of_previous, gates, true, gates, 4 * cells);
+// Turns gates (R, 4 H), which are overwritten, into new cells and hidden values (R, H). Row r continues the row
+// parents[r] of cell_before, or row r itself if there are no parents.
+void finish_cells(float* gates, const float* cell_before, const int64_t* parents, float* cell, float* hidden,
+                  int64_t rows, int64_t cells) {
   const auto& loops = choose_loops<float>();
   at::parallel_for(0, rows, std::max<int64_t>(1, CELLS_PER_THREAD / cells), [&](int64_t first, int64_t last) {
-    const int64_t at = first * cells;
-    loops.lstm_forward(gates + 4 * at, cell_before + at, cell + at, hidden + at, last - first, cells);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t at = row * cells, parent = parents == nullptr ? row : parents[row];
+      loops.lstm_forward(gates + 4 * at, cell_before + parent * cells, cell + at, hidden + at, 1, cells);
+    }
   });
-  if (projection) multiply(hidden, rows, *projection, nullptr, false, output, output_dim);
 }
 
-// Runs one step of an LSTM for x (R, I), previous outputs (R, D), and cell (R, H). The weights are panels; `bias` is
-// (4 H). Returns the output (R, O) and the new cells.
-std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const Tensor& of_input, const Tensor& bias,
-                                            const Tensor& previous, const Tensor& of_previous, const Tensor& cell,
+// The rows of a matrix that are used, gathered, and for each reader the number of its row among them.
+struct Used {
+  Tensor rows;
+  std::vector<int64_t> number;
+};
+
+Used gather_used(const Tensor& matrix, const Tensor& readers) {
+  const int64_t width = matrix.size(1), count = readers.numel();
+  const auto* wanted = readers.const_data_ptr<int64_t>();
+  std::vector<int64_t> place(matrix.size(0), -1), used;
+  Used result{{}, std::vector<int64_t>(count)};
+  for (int64_t reader = 0; reader < count; ++reader) {
+    const int64_t row = wanted[reader];
+    TORCH_CHECK_INDEX(row >= 0 && row < matrix.size(0), "a row must be from 0 to ", matrix.size(0) - 1, ", but is ",
+                      row, ".");
+    if (place[row] < 0) {
+      place[row] = int64_t(used.size());
+      used.push_back(row);
+    }
+    result.number[reader] = place[row];
+  }
+  if (int64_t(used.size()) == count && std::is_sorted(used.begin(), used.end()) && count == matrix.size(0)) {
+    result.rows = matrix;
+    return result;
+  }
+  result.rows = at::empty({int64_t(used.size()), width}, matrix.options());
+  const auto* from = matrix.const_data_ptr<float>();
+  auto* to = result.rows.data_ptr<float>();
+  for (const int64_t row : used) to = std::copy_n(from + row * width, width, to);
+  return result;
+}
+
+// Runs one step of an LSTM.
+//
+// The input's part of the gates is bias (4 H) + x (R, I) * of_input or, if there are `tokens` (R), their rows of x, a
+// table (V, 4 H). The state consists of previous outputs (P, D) and cells (P, H); row r continues the row parents[r], or
+// row r itself if there are no parents. The products of previous outputs are computed once for all their children. The
+// weights are panels. Returns the outputs (R, O) and the new cells.
+std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const optional<Tensor>& tokens, const Tensor& of_input,
+                                            const Tensor& bias, const Tensor& previous, const Tensor& of_previous,
+                                            const Tensor& cell, const optional<Tensor>& parents,
                                             const optional<Tensor>& projection, int64_t output_dim) {
-  const int64_t rows = x.size(0), cells = cell.size(1);
-  TORCH_CHECK_VALUE(x.size(1) == of_input.size(1) && previous.size(1) == of_previous.size(1) &&
-                        bias.numel() == 4 * cells,
+  const int64_t rows = tokens ? tokens->numel() : x.size(0), cells = cell.size(1), width = 4 * cells;
+  TORCH_CHECK_VALUE(x.size(1) == (tokens ? width : of_input.size(1)) && previous.size(1) == of_previous.size(1) &&
+                        bias.numel() == width,
                     "the LSTM reads inputs and outputs of widths ", of_input.size(1), " and ", of_previous.size(1),
                     ", but got ", x.size(1), " and ", previous.size(1), ".");
-  TORCH_CHECK_VALUE(previous.size(0) == rows && cell.size(0) == rows, "the LSTM's state must have ", rows, " rows.");
+  TORCH_CHECK_VALUE(previous.size(0) == cell.size(0) && (parents ? parents->numel() : cell.size(0)) == rows,
+                    "the LSTM's state must have ", rows, " rows, or a parent for each of them.");
   const Tensor inputs = x.contiguous(), outputs = previous.contiguous(), before = cell.contiguous();
-  Tensor gates = at::empty({rows, 4 * cells}, x.options()), now = at::empty({rows, cells}, x.options());
-  Tensor hidden = at::empty({rows, cells}, x.options());
+  const Tensor numbers = tokens ? tokens->contiguous() : Tensor(), owners = parents ? parents->contiguous() : Tensor();
+  const Used used = parents ? gather_used(outputs, owners) : Used{outputs, {}};
+  Tensor recurrent = at::empty({used.rows.size(0), width}, x.options());
+  multiply(used.rows.const_data_ptr<float>(), used.rows.size(0), of_previous, nullptr, false,
+           recurrent.data_ptr<float>(), width);
+
+  const int64_t block = std::max<int64_t>(1, width <= NARROW_GATES ? std::min(BLOCK_ROWS, rows) : rows);
+  Tensor gates = at::empty({block, width}, x.options()), now = at::empty({rows, cells}, x.options());
+  Tensor hidden = at::empty({projection ? block : rows, cells}, x.options());
   Tensor output = projection ? at::empty({rows, output_dim}, x.options()) : hidden;
-  multiply(inputs.const_data_ptr<float>(), rows, of_input, bias.const_data_ptr<float>(), false,
-           gates.data_ptr<float>(), 4 * cells);
-  step(gates.data_ptr<float>(), outputs.const_data_ptr<float>(), of_previous, before.const_data_ptr<float>(),
-       now.data_ptr<float>(), hidden.data_ptr<float>(), projection, output.data_ptr<float>(), output_dim, rows, cells);
+  const auto& loops = choose_inference_loops();
+  const auto* all_inputs = inputs.const_data_ptr<float>();
+  const auto* products = recurrent.const_data_ptr<float>();
+  auto* own_gates = gates.data_ptr<float>();
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t count = std::min(block, rows - first);
+    if (tokens) {
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t token = numbers.const_data_ptr<int64_t>()[first + row];
+        TORCH_CHECK_INDEX(token >= 0 && token < x.size(0), "a token must be from 0 to ", x.size(0) - 1, ", but is ",
+                          token, ".");
+        std::copy_n(all_inputs + token * width, width, own_gates + row * width);
+      }
+    } else {
+      multiply(all_inputs + first * x.size(1), count, of_input, bias.const_data_ptr<float>(), false, own_gates, width);
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t from = parents ? used.number[first + row] : first + row;
+      loops.add_scaled(products + from * width, 1.0f, own_gates + row * width, width);
+    }
+    auto* own_hidden = hidden.data_ptr<float>() + (projection ? 0 : first * cells);
+    const int64_t offset = parents ? 0 : first * cells;
+    finish_cells(own_gates, before.const_data_ptr<float>() + offset,
+                 parents ? owners.const_data_ptr<int64_t>() + first : nullptr, now.data_ptr<float>() + first * cells,
+                 own_hidden, count, cells);
+    if (projection) {
+      multiply(own_hidden, count, *projection, nullptr, false, output.data_ptr<float>() + first * output_dim,
+               output_dim);
+    }
+  }
   return {output, now};
 }
 
@@ -94,9 +165,12 @@ Tensor packed_lstm(Tensor gates, const Tensor& of_previous, const optional<Tenso
   auto* all_outputs = outputs.data_ptr<float>();
   auto* own_cells = cell.data_ptr<float>();
   for (int64_t at = 0; at < steps; ++at) {
+    auto* own_gates = all_gates + at * batch * 4 * cells;
     auto* output = all_outputs + at * batch * output_dim;
-    step(all_gates + at * batch * 4 * cells, at > 0 ? output - batch * output_dim : nullptr, of_previous, own_cells,
-         own_cells, projection ? hidden.data_ptr<float>() : output, projection, output, output_dim, counts[at], cells);
+    auto* own_hidden = projection ? hidden.data_ptr<float>() : output;
+    if (at > 0) multiply(output - batch * output_dim, counts[at], of_previous, own_gates, true, own_gates, 4 * cells);
+    finish_cells(own_gates, own_cells, nullptr, own_cells, own_hidden, counts[at], cells);
+    if (projection) multiply(own_hidden, counts[at], *projection, nullptr, false, output, output_dim);
   }
   return outputs;
 }
@@ -186,6 +260,7 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
   Tensor sorted = at::empty({rows, width}, x.options()), hidden = at::empty({rows, hidden_dim}, x.options());
   auto* inputs = sorted.data_ptr<float>();
   auto* inner = hidden.data_ptr<float>();
+  const auto& loops = choose_inference_loops();
   for (int64_t row = 0; row < rows; ++row) {
     std::copy_n(tokens.const_data_ptr<float>() + order[row] / top_k * width, width, inputs + row * width);
   }
@@ -193,29 +268,37 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
     const int64_t first = ends[expert], count = ends[expert + 1] - first;
     if (count == 0) continue;
     multiply(inputs + first * width, count, panels_in[expert], nullptr, false, inner + first * hidden_dim, hidden_dim);
-    for (int64_t at = first * hidden_dim; at < (first + count) * hidden_dim; ++at) {
-      inner[at] = inner[at] < 0.0f ? 0.0f : inner[at];  // keeps NaN
-    }
+    loops.relu(inner + first * hidden_dim, count * hidden_dim);
     multiply(inner + first * hidden_dim, count, panels_out[expert], nullptr, false, inputs + first * width, width);
   }
   Tensor y = at::zeros_like(tokens);
   const auto* all_gates = factors.const_data_ptr<float>();
   auto* sums = y.data_ptr<float>();
   for (int64_t row = 0; row < rows; ++row) {
-    const float gate = all_gates[order[row]];
-    auto* sum = sums + order[row] / top_k * width;
-    for (int64_t at = 0; at < width; ++at) sum[at] += gate * inputs[row * width + at];
+    loops.add_scaled(inputs + row * width, all_gates[order[row]], sums + order[row] / top_k * width, width);
   }
   return y;
 }
+
+// The next two are not torch's operators, which compute the last elements of a tensor in another way than the others, so
+// that a row's bits would depend on the number of rows.
+
+// Replaces y with sigmoid(y) + x.
+void sigmoid_residual(Tensor y, const Tensor& x) {
+  const Tensor residual = x.contiguous();
+  choose_inference_loops().sigmoid_residual(y.data_ptr<float>(), residual.const_data_ptr<float>(), y.numel());
+}
+
+// Replaces x with tanh(x).
+void tanh(Tensor x) { choose_inference_loops().tanh(x.data_ptr<float>(), x.numel()); }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
   library.def("multiply_panels(Tensor x, Tensor panels, Tensor? addend, int width) -> Tensor");
   library.def(
-      "packed_lstm_step(Tensor x, Tensor of_input, Tensor bias, Tensor previous, Tensor of_previous, Tensor cell, "
-      "Tensor? projection, int output_dim) -> (Tensor, Tensor)");
+      "packed_lstm_step(Tensor x, Tensor? tokens, Tensor of_input, Tensor bias, Tensor previous, Tensor of_previous, "
+      "Tensor cell, Tensor? parents, Tensor? projection, int output_dim) -> (Tensor, Tensor)");
   library.def(
       "packed_lstm(Tensor(a!) gates, Tensor of_previous, Tensor? projection, int[] counts, int output_dim) -> Tensor");
   library.def(
@@ -224,6 +307,8 @@ TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
   library.def("choose_experts(Tensor logits, int count) -> (Tensor, Tensor)");
   library.def(
       "mix_experts(Tensor x, Tensor gates, Tensor ids, Tensor panels_in, Tensor panels_out, int hidden_dim) -> Tensor");
+  library.def("sigmoid_residual(Tensor(a!) y, Tensor x) -> ()");
+  library.def("tanh(Tensor(a!) x) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
@@ -233,6 +318,8 @@ TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
   library.impl("attend_rows", attend_rows);
   library.impl("choose_experts", choose_experts);
   library.impl("mix_experts", mix_experts);
+  library.impl("sigmoid_residual", sigmoid_residual);
+  library.impl("tanh", tanh);
 }
 
 }  // namespace nmt_moe

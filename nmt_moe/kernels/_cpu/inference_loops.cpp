@@ -31,6 +31,25 @@ void attend_additively(const float* __restrict query, const float* __restrict sc
   weigh(weights, padding, largest, source, context, length, width);
 }
 
+void add_scaled(const float* __restrict row, float factor, float* __restrict sum, int64_t width) {
+  for (int64_t at = 0; at < width; ++at) sum[at] += factor * row[at];
+}
+
+void relu(float* values, int64_t width) {
+  for (int64_t at = 0; at < width; ++at) values[at] = values[at] < 0.0f ? 0.0f : values[at];  // keeps NaN
+}
+
+void sigmoid_residual(float* __restrict values, const float* __restrict residual, int64_t width) {
+  for (int64_t at = 0; at < width; ++at) {
+    const Quotient<float> parts = sigmoid(values[at]);
+    values[at] = parts.numerator / parts.denominator + residual[at];
+  }
+}
+
+void tangents(float* values, int64_t width) {
+  for (int64_t at = 0; at < width; ++at) values[at] = tangent(values[at]);
+}
+
 void log_softmax(float* __restrict logits, int64_t width) {
   float peaks[PARTS], sums[PARTS] = {};
   std::fill(peaks, peaks + PARTS, logits[0]);
@@ -85,8 +104,8 @@ void find_largest(const float* __restrict values, int64_t width, int64_t count, 
 MultiplyPanels JOIN(NMT_MOE_LEVEL, _multiply_panels);
 
 const InferenceLoops& JOIN(NMT_MOE_LEVEL, _inference)() {
-  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), attend_additively, log_softmax,
-                                        find_largest};
+  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), attend_additively, add_scaled, relu,
+                                        sigmoid_residual, tangents, log_softmax, find_largest};
   return loops;
 }
 

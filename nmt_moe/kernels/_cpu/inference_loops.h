@@ -22,6 +22,16 @@ struct InferenceLoops {
   void (*attend_additively)(const float* query, const float* scale, const float* keys, const float* source,
                             const bool* padding, float* weights, float* context, int64_t length, int64_t width);
 
+  // Adds a row, multiplied by `factor`, to a sum.
+  void (*add_scaled)(const float* row, float factor, float* sum, int64_t width);
+
+  // Replaces negative values with 0.
+  void (*relu)(float* values, int64_t width);
+
+  // Replaces values with their sigmoids and adds `residual`, or replaces them with their hyperbolic tangents.
+  void (*sigmoid_residual)(float* values, const float* residual, int64_t width);
+  void (*tanh)(float* values, int64_t width);
+
   // Replaces a row of logits with log-probabilities.
   void (*log_softmax)(float* logits, int64_t width);
 

@@ -17,6 +17,8 @@ constexpr int LANES = 8, REGISTERS = 12, MOST_ROWS = 6;
 constexpr int LANES = 4, REGISTERS = 12, MOST_ROWS = 3;
 #endif
 constexpr int VECTORS = PANEL / LANES;  // in a row of a panel
+// How many panels MOST_ROWS rows are multiplied by at a time: as many as there are registers for.
+constexpr int64_t TOGETHER = std::max(1, REGISTERS / (MOST_ROWS * VECTORS));
 // How many groups of MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs are
 // short, so reading them again costs little, and fewer rows of a wide result need fewer address translations.
 constexpr int64_t SHORT_BLOCKS = 8, LONG_BLOCKS = 16, LONG_FROM = 512;
@@ -116,11 +118,11 @@ void JOIN(NMT_MOE_LEVEL, _multiply_panels)(const float* x, const float* panels, 
   for (int64_t start = 0; start < rows; start += step) {
     const int64_t stop = std::min(rows, start + step);
     const int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
-    for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t panel = first; panel < last; panel += TOGETHER) {
       // The sizes of the groups differ by at most one row.
       for (int64_t group = 0, row = start; group < groups; ++group) {
         const int64_t size = (stop - row) / (groups - group);
-        BY_ROWS[size - 1](product, row, panel, panel + 1);
+        BY_ROWS[size - 1](product, row, panel, std::min(last, panel + TOGETHER));
         row += size;
       }
     }
