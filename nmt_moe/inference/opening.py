@@ -86,9 +86,7 @@ def open_bundle(folder: Path | str, kind: str) -> Bundle:
     sums = _read_sums(folder, config)
     check_content(folder, CONFIG, sums, content)
     vocabularies = _read_vocabularies(folder, config, sums)
-    processors = {
-        side: _read_pieces(folder, config, side, vocabularies[side], sums) for side in vocabularies
-    }
+    processors = _read_processors(folder, config, vocabularies, sums)
     sizes = {"decoder": len(vocabularies["target"])}
     if "source" in vocabularies:
         sizes |= {"encoder": len(vocabularies["source"]), "output": len(vocabularies["target"])}
@@ -186,7 +184,7 @@ def _read_vocabularies(
     vocabularies = {}
     for side in SIDES[config.kind]:
         symbols: Any = table.get(side, table.get("shared")) if isinstance(table, dict) else None
-        is_list = isinstance(symbols, list) and all(map(_is_symbol, symbols))
+        is_list = isinstance(symbols, list) and _are_symbols(symbols)
         if not is_list or tuple(symbols[: len(MARKS)]) != MARKS:
             raise ValueError(f"`{path}` has no list of {side} symbols. {EXPORT_AGAIN}")
         missing = [mark for mark in marks if mark not in symbols]
@@ -196,22 +194,30 @@ def _read_vocabularies(
     return vocabularies
 
 
-def _is_symbol(value: Any) -> bool:
-    """Return whether a value is text that can be part of a line."""
-    return isinstance(value, str) and re.search("[\n\ud800-\udfff]", value) is None
+def _are_symbols(values: list[Any]) -> bool:
+    """Return whether all values are texts that can be part of a line."""
+    if not all(isinstance(value, str) for value in values):
+        return False
+    return re.search("[\n\ud800-\udfff]", "".join(values)) is None
 
 
-def _read_pieces(
-    folder: Path, config: BundleConfig, side: str, vocabulary: Vocabulary, sums: dict[str, str]
-) -> Processor | None:
+def _read_processors(
+    folder: Path, config: BundleConfig, vocabularies: dict[str, Vocabulary], sums: dict[str, str]
+) -> dict[str, Processor | None]:
+    """Return the sentencepiece model of each side; both sides may share one."""
+    processors: dict[str, Processor | None] = dict.fromkeys(vocabularies)
     if not config.has_pieces:
-        return None
-    name = JOINT_PIECES if JOINT_PIECES in sums else f"{side}.model"
-    content = read_small(folder, name)
-    check_content(folder, name, sums, content)
-    processor = load_pieces(content, str(folder / name), EXPORT_AGAIN)
-    check_pieces(processor, vocabulary, str(folder / name), EXPORT_AGAIN)
-    return processor
+        return processors
+    loaded: dict[str, Processor] = {}
+    for side, vocabulary in vocabularies.items():
+        name = JOINT_PIECES if JOINT_PIECES in sums else f"{side}.model"
+        if name not in loaded:
+            content = read_small(folder, name)
+            check_content(folder, name, sums, content)
+            loaded[name] = load_pieces(content, str(folder / name), EXPORT_AGAIN)
+        processors[side] = loaded[name]
+        check_pieces(loaded[name], vocabulary, str(folder / name), EXPORT_AGAIN)
+    return processors
 
 
 def load_pieces(content: bytes, name: str, advice: str) -> Processor:

@@ -26,23 +26,16 @@ WIDE_LEVELS, NARROW_LEVELS = 127, 63
 # Smallest divisor, so that rows of zeros do not give NaN.
 SMALLEST_SCALE = 1e-30
 
-HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-# The next four thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
+# The next two thresholds were chosen with `benchmarks/inference_products.py`. Its results are in
 # `benchmarks/results/inference.md`.
 
-# With at least this many weights, oneDNN's product with weights in its own layout is faster than
-# BLAS for more than one row. For a single row, the matrix is read fastest if it has one row per
-# input.
-PACKED_FROM = 1 << (22 if HAS_AVX512 else 19)
-# With at least this many weights, reading fewer bytes saves more time than rounding the activations
-# to half precision costs.
-NARROW_FROM = 1 << 18
-# The same threshold for int8. Processors without AVX-512 usually have no instructions that add up
-# products of bytes in 32 bits (VNNI).
-INT8_FROM = 1 << (18 if HAS_AVX512 else 20)
-# The same threshold for bfloat16 in tiles. It is higher, because the results are bfloat16 and must
-# be converted to float32.
-TILED_FROM = 1 << 20
+# With at least this many weights, and without compiled loops, oneDNN's product with weights in its
+# own layout is faster than BLAS for more than one row. For a single row, the matrix is read fastest
+# if it has one row per input.
+PACKED_FROM = 1 << (22 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 19)
+# With at least this many weights, bfloat16 and int8 are faster than float32, because they read
+# fewer bytes. With fewer weights, rounding the activations takes longer than it saves.
+NARROW_FROM = 1 << 20
 
 # Number of rows of a weight in a panel, as in `_cpu/inference_loops.h`.
 PANEL = 16
@@ -242,8 +235,7 @@ def _pack_bfloat16(weight: Tensor) -> Product:
     """Keep the weights in 16 bits. Activations are also rounded, except in FBGEMM's products."""
     fits_half = weight.abs().amax() <= torch.finfo(torch.float16).max
     uses_fbgemm = has_fbgemm() and not has_tiles()
-    narrow_from = TILED_FROM if has_tiles() else NARROW_FROM
-    if weight.numel() < narrow_from or (uses_fbgemm and not fits_half):
+    if weight.numel() < NARROW_FROM or (uses_fbgemm and not fits_half):
         return _Float32Product(weight.bfloat16())
     if has_tiles():
         tiled = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous())
@@ -273,7 +265,7 @@ def _add(y: Tensor, addend: Tensor | None) -> Tensor:
 
 
 def _pack_int8(weight: Tensor, scale: Tensor) -> Product:
-    if weight.numel() < INT8_FROM or not has_fbgemm():
+    if weight.numel() < NARROW_FROM or not has_fbgemm():
         return _Float32Product(weight * scale.unsqueeze(1))
     return _Int8Product(weight, scale)
 

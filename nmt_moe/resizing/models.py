@@ -26,7 +26,7 @@ from nmt_moe.inference.bundle import (
     read_small,
     read_sums,
 )
-from nmt_moe.inference.export import check_replaceable
+from nmt_moe.inference.exporting import check_replaceable
 from nmt_moe.inference.storing import save_experts, save_tensors
 from nmt_moe.inference.weights import experts_file, map_file
 from nmt_moe.moe import MoEConfig

@@ -316,7 +316,7 @@ def test_a_failure_midway_leaves_no_files_and_keeps_existing_ones(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    module = importlib.import_module("nmt_moe.inference.export")
+    module = importlib.import_module("nmt_moe.inference.exporting")
     monkeypatch.setattr(module, "write_digests", fail)
     assert_refused("no space left", path, data, pieces, is_overwritten=True)
     assert_refused("no space left", path, data, pieces, output=tmp_path / "other")

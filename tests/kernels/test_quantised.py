@@ -16,7 +16,7 @@ SHAPES = [  # (rows, inputs, outputs)
 @pytest.fixture(params=["tiles", "fbgemm", "fallback"])
 def with_and_without_fbgemm(request, monkeypatch):
     """Use the products for large matrices at all sizes: with tiles, with FBGEMM or with neither."""
-    for name in ("PACKED_FROM", "NARROW_FROM", "INT8_FROM", "TILED_FROM"):
+    for name in ("PACKED_FROM", "NARROW_FROM"):
         monkeypatch.setattr(quantised, name, 0)
     if request.param == "tiles":
         if not quantised.has_tiles():
