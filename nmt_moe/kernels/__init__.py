@@ -20,6 +20,7 @@ from nmt_moe.kernels.gate_logits import gate_logits
 from nmt_moe.kernels.gather_rows import gather_rows
 from nmt_moe.kernels.gating import noisy_top_k
 from nmt_moe.kernels.grouped_gemm import grouped_gemm
+from nmt_moe.kernels.linear import linear
 from nmt_moe.kernels.lstm import lstm
 from nmt_moe.kernels.mixture_ffn import mixture_ffn
 from nmt_moe.kernels.packed_lstm import PackedLSTM
@@ -50,6 +51,7 @@ __all__ = [
     "has_compiled_loops",
     "is_captured",
     "is_on_host",
+    "linear",
     "log_softmax",
     "lstm",
     "mixture_ffn",

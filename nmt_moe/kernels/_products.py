@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._backend import uses_triton
 from nmt_moe.kernels._cpu import has_compiled_loops, load
+from nmt_moe.kernels._matmul import multiply_into
 
 # torch's grouped product is public in newer versions, private in older ones, and absent in 2.6.
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
@@ -53,7 +54,7 @@ class Products(Protocol):
 
 
 class LoopProducts:
-    """Products computed by one call of `torch.mm` for each expert that has rows.
+    """Products computed one after another for each expert that has rows.
 
     Attributes:
         runs: Each expert that has rows, with the slice of its rows.
@@ -77,7 +78,7 @@ class LoopProducts:
             self.runs, rows.split([*sizes, spare]), out.split([*sizes, spare]), strict=False
         )
         for (expert, _), own_rows, own_out in parts:
-            torch.mm(own_rows, weight[expert], out=own_out)
+            multiply_into(own_out, own_rows, weight[expert])
         return out.relu_() if relu else out
 
     def multiply_back(
@@ -89,7 +90,7 @@ class LoopProducts:
     ) -> Tensor:
         if add_to is not None:
             for expert, run in self.runs:
-                add_to[run].addmm_(grad[run], weight[expert].t())
+                multiply_into(add_to[run], grad[run], weight[expert].t(), accumulate=True)
             return add_to
         out = self.multiply(grad, weight.transpose(1, 2))
         return out if mask is None else relu_gradient_(out, mask)
@@ -100,14 +101,14 @@ class LoopProducts:
         for expert, run in self.runs:
             if expert > first_idle:
                 out[first_idle:expert].zero_()
-            torch.mm(rows[run].t(), grad[run], out=out[expert])
+            multiply_into(out[expert], rows[run].t(), grad[run])
             first_idle = expert + 1
         out[first_idle:].zero_()
         return out
 
 
 class CompiledProducts(LoopProducts):
-    """Products by compiled loops, which are faster than `torch.mm` for experts with few rows.
+    """Products by compiled loops, which are faster for experts with few rows.
 
     For an expert with more rows, the loops call the same library as `LoopProducts`.
     """

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels._cpu import load
+from nmt_moe.kernels._matmul import matmul, multiply_into
 from nmt_moe.kernels.lstm import right_operands, weight_gradient
 
 
@@ -89,7 +90,8 @@ class _AttentiveLSTM(torch.autograd.Function):
             return x.new_empty((steps, batch, size))
 
         gates = make(num_steps, 4 * width)
-        torch.addmm(bias, x.flatten(0, 1), weight_x.t(), out=gates.flatten(0, 1))
+        gates.copy_(bias)
+        multiply_into(gates.flatten(0, 1), x.flatten(0, 1), weight_x.t(), accumulate=True)
         outputs, cells = make(num_steps + 1, model_dim), make(num_steps + 1, width)
         outputs[0], cells[0] = first_hidden, first_cell
         hidden = outputs[1:] if projection is None else make(num_steps, width)
@@ -131,7 +133,7 @@ class _AttentiveLSTM(torch.autograd.Function):
         needs = ctx.needs_input_grad
         flat = grad_gates.flatten(0, 1)
         return (
-            (flat @ weight_x).view_as(x) if needs[0] else None,
+            matmul(flat, weight_x).view_as(x) if needs[0] else None,
             weight_gradient(flat, x) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
             weight_gradient(flat, inputs) if needs[3] else None,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmt_moe.kernels._cpu import load
+from nmt_moe.kernels._matmul import matmul, multiply_into
 
 # Minimum number of steps for which copying the transposed recurrent weights saves time. The product
 # of a few rows and a transposed view takes up to 1.5 times as long as a product with a matrix that
@@ -64,7 +65,8 @@ class _LSTM(torch.autograd.Function):
         num_steps, batch, _ = x.shape
         width, output_dim = weight_hh.shape[0] // 4, weight_hh.shape[1]
         gates = x.new_empty((num_steps, batch, 4 * width))
-        torch.addmm(bias, x.flatten(0, 1), weight_ih.t(), out=gates.flatten(0, 1))
+        gates.copy_(bias)
+        multiply_into(gates.flatten(0, 1), x.flatten(0, 1), weight_ih.t(), accumulate=True)
         outputs = x.new_empty((num_steps + 1, batch, output_dim))
         cells = x.new_empty((num_steps + 1, batch, width))
         for states, first in ((outputs, first_hidden), (cells, first_cell)):
@@ -95,7 +97,7 @@ class _LSTM(torch.autograd.Function):
         needs = ctx.needs_input_grad
         flat = grad_gates.flatten(0, 1)
         return (
-            (flat @ weight_ih).view_as(x) if needs[0] else None,
+            matmul(flat, weight_ih).view_as(x) if needs[0] else None,
             weight_gradient(flat, x) if needs[1] else None,
             weight_gradient(flat, outputs[:-1]) if needs[2] else None,
             flat.sum(0) if needs[3] else None,
@@ -117,4 +119,4 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """Compute grad^T @ rows over all leading dimensions: (..., O), (..., I) -> (O, I)."""
     grad, rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
     out = rows.new_empty((grad.shape[1], rows.shape[1]))
-    return torch.mm(grad.t(), rows, out=out)
+    return multiply_into(out, grad.t(), rows)

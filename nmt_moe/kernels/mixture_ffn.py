@@ -11,6 +11,7 @@ from nmt_moe.checks import check_shape
 from nmt_moe.kernels import _memory
 from nmt_moe.kernels._backend import is_on_host, needs_gradient
 from nmt_moe.kernels._batches import Batch, plan_padding
+from nmt_moe.kernels._matmul import multiply_into
 from nmt_moe.kernels._products import choose_evaluation_products
 from nmt_moe.kernels.combine_rows import combine_rows
 from nmt_moe.kernels.expert_ffn import expert_ffn
@@ -102,8 +103,8 @@ class _MixtureFFN(torch.autograd.Function):
             tokens = padded.row_token[batch.rows]
             rows = batch.view(torch.index_select(x, 0, tokens, out=scratch[: len(tokens)]))
             batch_hidden = batch.cut(hidden) if keep else batch.view(hidden[: len(tokens)])
-            torch.bmm(rows, weight_in[batch.experts], out=batch_hidden).relu_()
-            torch.bmm(batch_hidden, weight_out[batch.experts], out=batch.cut(outputs))
+            multiply_into(batch_hidden, rows, weight_in[batch.experts], relu=True)
+            multiply_into(batch.cut(outputs), batch_hidden, weight_out[batch.experts])
         ctx.save_for_backward(
             x,
             gates,
@@ -141,24 +142,25 @@ class _MixtureFFN(torch.autograd.Function):
             rows, grad_outputs, grad_hidden, product = map(batch.view, flat)
             torch.index_select(x, 0, tokens, out=flat[0])
             if hidden is None:
-                batch_hidden = torch.bmm(rows, weight_in[own]).relu_()
+                batch_hidden = rows.new_empty(*rows.shape[:2], weight_in.shape[2])
+                multiply_into(batch_hidden, rows, weight_in[own], relu=True)
             else:
                 batch_hidden = batch.cut(hidden)
             torch.index_select(grad_y, 0, tokens, out=flat[1])
-            torch.bmm(grad_outputs, weight_out[own].mT, out=grad_hidden)
+            multiply_into(grad_hidden, grad_outputs, weight_out[own].mT)
             torch.mul(grad_hidden, batch_hidden, out=product)
             own_gradient = batch.cut(grad_row_gate)
             torch.sum(product, 2, keepdim=True, dtype=gates.dtype, out=own_gradient)
             gate = batch.cut(row_gate)
             grad_outputs.mul_(gate)
             if grad_out is not None:
-                torch.bmm(batch_hidden.mT, grad_outputs, out=grad_out[own])
+                multiply_into(grad_out[own], batch_hidden.mT, grad_outputs)
             torch.ops.aten.threshold_backward.grad_input(
                 grad_hidden.mul_(gate), batch_hidden, 0, grad_input=grad_hidden
             )
             if grad_in is not None:
-                torch.bmm(rows.mT, grad_hidden, out=grad_in[own])
-            torch.bmm(grad_hidden, weight_in[own].mT, out=batch.cut(grad_rows))
+                multiply_into(grad_in[own], rows.mT, grad_hidden)
+            multiply_into(batch.cut(grad_rows), grad_hidden, weight_in[own].mT)
         grad_x = F.embedding_bag(token_rows, grad_rows, mode="sum")
         grad_gates = grad_row_gate.view(-1)[token_rows]
         return grad_x, grad_gates, None, grad_in, grad_out, None

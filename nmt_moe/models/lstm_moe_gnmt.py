@@ -29,6 +29,7 @@ from nmt_moe.nn import (
     GNMTConfig,
     GNMTDecoder,
     GNMTEncoder,
+    Linear,
 )
 from nmt_moe.parallel import ExpertParallelGroup
 
@@ -151,7 +152,7 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         super().__init__(dictionary)
         self.dictionary_check = DictionaryCheck(dictionary, "target")
         self.network = GNMTDecoder(config, embedding, group)
-        self.output = nn.Linear(config.model_dim, len(dictionary), bias=False)
+        self.output = Linear(config.model_dim, len(dictionary))
         nn.init.uniform_(self.output.weight, -config.init_range, config.init_range)
         if tie_output:
             self.output.weight = embedding.weight

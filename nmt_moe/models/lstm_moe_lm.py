@@ -18,7 +18,7 @@ from nmt_moe.models._options import (
     other_default,
     to_core,
 )
-from nmt_moe.nn import LSTMLanguageModel, LSTMLMConfig
+from nmt_moe.nn import Linear, LSTMLanguageModel, LSTMLMConfig
 
 
 @dataclass
@@ -81,7 +81,7 @@ class LSTMMoELM(FairseqLanguageModel):
                 f"leaves only {num_outputs}. Omit one of the two options."
             )
         embedding = build_embedding(dictionary, config.model_dim, config.init_range)
-        output = nn.Linear(config.model_dim, num_outputs, bias=False)
+        output = Linear(config.model_dim, num_outputs)
         nn.init.uniform_(output.weight, -config.init_range, config.init_range)
         if cfg.share_decoder_input_output_embed:
             output.weight = embedding.weight

@@ -10,6 +10,7 @@ from nmt_moe.nn.attention import (
 from nmt_moe.nn.config import WIRINGS, GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.decoder import DecoderOutput, GNMTDecoder
 from nmt_moe.nn.encoder import EncoderOutput, GNMTEncoder
+from nmt_moe.nn.linear import Linear
 from nmt_moe.nn.lstm import BidirectionalLSTM, LSTMState, ProjectedLSTM
 from nmt_moe.nn.lstm_lm import LMOutput, LSTMLanguageModel
 
@@ -29,6 +30,7 @@ __all__ = [
     "LSTMLMConfig",
     "LSTMLanguageModel",
     "LSTMState",
+    "Linear",
     "ProductAttention",
     "ProjectedLSTM",
 ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from nmt_moe.nn.linear import Linear
+
 
 class Attention(nn.Module):
     """Weight source positions by their relevance to a query.
@@ -17,7 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, model_dim: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(model_dim, model_dim, bias=False)  # W
+        self.projection = Linear(model_dim, model_dim)  # W
         self.scale = nn.Parameter(torch.full((model_dim,), model_dim**-0.5))  # V
 
     @staticmethod
@@ -98,7 +100,7 @@ class AttentionKeys(nn.Module):
     def __init__(self, model_dim: int, attention: str) -> None:
         super().__init__()
         self.attention = ATTENTIONS[attention]
-        self.projection = nn.Linear(model_dim, model_dim, bias=False)  # U
+        self.projection = Linear(model_dim, model_dim)  # U
 
     def forward(self, source: Tensor) -> Tensor:
         """Compute the keys, (B, S, D), from the encoder's outputs, (B, S, D)."""

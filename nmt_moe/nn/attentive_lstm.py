@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from nmt_moe.kernels import attentive_lstm, has_compiled_loops
 from nmt_moe.nn.attention import ATTENTIONS, ProductAttention
 from nmt_moe.nn.encoder import EncoderOutput
+from nmt_moe.nn.linear import Linear
 from nmt_moe.nn.lstm import State
 
 
@@ -31,9 +32,7 @@ class AttentiveLSTM(nn.Module):
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_dim))
         self.hidden_dim = hidden_dim
         is_projected = hidden_dim != model_dim
-        self.projection = (
-            nn.Linear(hidden_dim, model_dim, bias=False) if is_projected else nn.Identity()
-        )
+        self.projection = Linear(hidden_dim, model_dim) if is_projected else nn.Identity()
 
     def forward(
         self, x: Tensor, encoder_out: EncoderOutput, state: State | None = None

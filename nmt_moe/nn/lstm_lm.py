@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from nmt_moe.moe import MoEStats
 from nmt_moe.nn.config import LSTMLMConfig
 from nmt_moe.nn.init import init_weights
+from nmt_moe.nn.linear import Linear
 from nmt_moe.nn.lstm import LSTMState, ProjectedLSTM, State
 from nmt_moe.nn.residual_moe import ResidualMoE
 from nmt_moe.parallel import ALONE, ExpertParallelGroup
@@ -42,8 +43,7 @@ class ResidualDeepExpert(nn.Module):
         super().__init__()
         widths = [model_dim, *[hidden_dim] * num_layers, model_dim]
         self.products = nn.ModuleList(
-            nn.Linear(rows, cols, bias=False)
-            for rows, cols in zip(widths, widths[1:], strict=False)
+            Linear(rows, cols) for rows, cols in zip(widths, widths[1:], strict=False)
         )
         self.dropout = nn.Dropout(dropout)
 

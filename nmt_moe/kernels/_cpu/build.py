@@ -29,7 +29,7 @@ LEVELS = {
 }
 COMMON = ["-std=c++20", "-fPIC"]
 # The files of operators, which include torch's headers.
-OPERATORS = ("training", "inference", "search")
+OPERATORS = ("training", "products", "inference", "search")
 # These flags turn off floating-point exceptions, which would prevent vectorisation.
 LOOPS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 # The files of loops. In the first two, only the multiply-adds that the source spells out are

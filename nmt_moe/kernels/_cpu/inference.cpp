@@ -23,14 +23,16 @@ void multiply(const float* x, int64_t rows, const Tensor& panels, const float* a
   if (rows < number) {  // a thread reads only its own panels
     const int64_t grain = std::max<int64_t>(1, number * PRODUCTS_PER_THREAD / products);
     at::parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
-      loops.multiply_panels(x, weights, addend, stride, out, rows, inner, width, first, last);
+      loops.multiply_panels({x, inner, weights, addend, stride, out, width, inner, width}, rows, first, last);
     });
     return;
   }
   const int64_t grain = std::max<int64_t>(1, rows * PRODUCTS_PER_THREAD / products);
   at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-    loops.multiply_panels(x + first * inner, weights, addend == nullptr ? nullptr : addend + first * stride, stride,
-                          out + first * width, last - first, inner, width, 0, number);
+    const float* own_addend = addend == nullptr ? nullptr : addend + first * stride;
+    loops.multiply_panels(
+        {x + first * inner, inner, weights, own_addend, stride, out + first * width, width, inner, width}, last - first,
+        0, number);
   });
 }
 

@@ -102,10 +102,12 @@ void find_largest(const float* __restrict values, int64_t width, int64_t count, 
 #define JOIN_(left, right) left##right
 #define JOIN(left, right) JOIN_(left, right)
 MultiplyPanels JOIN(NMT_MOE_LEVEL, _multiply_panels);
+PackPanels JOIN(NMT_MOE_LEVEL, _pack_panels);
+Transpose JOIN(NMT_MOE_LEVEL, _transpose);
 
 const InferenceLoops& JOIN(NMT_MOE_LEVEL, _inference)() {
-  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), attend_additively, add_scaled, relu,
-                                        sigmoid_residual, tangents, log_softmax, find_largest};
+  static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), JOIN(NMT_MOE_LEVEL, _pack_panels),
+                                        JOIN(NMT_MOE_LEVEL, _transpose), attend_additively, add_scaled, relu, sigmoid_residual, tangents, log_softmax, find_largest};
   return loops;
 }
 

@@ -1,4 +1,4 @@
-// Loops over plain memory that only inference needs, in float32, compiled once for each set of vector instructions.
+// Loops over plain memory in float32: products with panels, and what only inference needs, compiled once for each set of vector instructions.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,35 @@ namespace nmt_moe {
 // Weights (I, O) are stored in panels of this many columns: (ceil(O / PANEL), I, PANEL), filled up with zeros.
 constexpr int64_t PANEL = 16;
 
-// Computes out (rows, width) = addend + x (rows, inner) * weight for the panels [first, last) of the weight. Rows of
-// the addend are `stride` elements apart; it may be `out` itself, or null for zeros. Each element's sum runs in the
-// order of the `inner` index, whatever the number of rows.
-using MultiplyPanels = void(const float* x, const float* panels, const float* addend, int64_t stride, float* out,
-                            int64_t rows, int64_t inner, int64_t width, int64_t first, int64_t last);
+// A product out (rows, width) = addend + x (rows, inner) * weight, with the weight in panels. The strides are those of
+// rows. The addend may be `out` itself, a single row (stride 0), or null for zeros.
+struct PanelProduct {
+  const float* x;
+  int64_t x_stride;
+  const float* panels;
+  const float* addend;
+  int64_t addend_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t inner, width;
+};
+
+// Computes the product for the first `rows` rows and the panels [first, last). Each element's sum runs in the order of
+// the `inner` index, whatever the number of rows.
+using MultiplyPanels = void(const PanelProduct& product, int64_t rows, int64_t first, int64_t last);
+
+// Writes `columns` columns of a matrix, of which rows are `row_stride` and columns are `column_stride` elements apart, as
+// panels. One of the strides is 1.
+using PackPanels = void(const float* matrix, int64_t row_stride, int64_t column_stride, float* panels, int64_t inner,
+                        int64_t columns);
+
+// Computes to (rows, inner) = from^T, where the rows of `from` (inner, rows) are `stride` elements apart.
+using Transpose = void(const float* from, int64_t stride, float* to, int64_t rows, int64_t inner);
 
 struct InferenceLoops {
   MultiplyPanels* multiply_panels;
+  PackPanels* pack_panels;
+  Transpose* transpose;
 
   // Computes one step's additive attention for one query and a sentence of `length` positions with `width` elements
   // each. The weights of all positions (0 for padding) and the context are written.

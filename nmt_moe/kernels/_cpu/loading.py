@@ -45,6 +45,7 @@ def load() -> Any:
     names = (
         *("lstm_step", "lstm_forward", "lstm_backward"),
         *("attentive_forward", "attentive_backward", "multiply_experts"),
+        *("multiply_matrices", "multiply_into"),
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
         *("multiply_panels", "packed_lstm_step", "packed_lstm", "attend_rows"),
         *("choose_experts", "mix_experts", "sigmoid_residual", "tanh"),
@@ -60,7 +61,12 @@ def has_compiled_loops(*tensors: torch.Tensor | None) -> bool:
     It has them for plain tensors on the CPU that are all float32 or all float64, but not under
     autocast, which requires products in half precision.
     """
-    if load() is None or torch.is_autocast_enabled("cpu"):
+    return not torch.is_autocast_enabled("cpu") and has_loops_for(*tensors)
+
+
+def has_loops_for(*tensors: torch.Tensor | None) -> bool:
+    """Return the same as `has_compiled_loops`, regardless of autocast."""
+    if load() is None:
         return False
     dtype = None
     for tensor in tensors:

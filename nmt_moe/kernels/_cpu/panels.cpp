@@ -29,18 +29,9 @@ using Unaligned = float __attribute__((vector_size(LANES * sizeof(float)), align
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(float* to, Vector vector) { *reinterpret_cast<Unaligned*>(to) = vector; }
 
-struct Product {
-  const float* x;
-  const float* panels;
-  const float* addend;
-  int64_t stride;
-  float* out;
-  int64_t inner, width;
-};
-
 // Computes ROWS rows of COUNT panels, from the given row and panel on.
 template <int ROWS, int COUNT>
-inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
+inline void multiply_block(const PanelProduct& product, int64_t row, int64_t panel) {
   constexpr int ALL = COUNT * VECTORS;
   const int64_t inner = product.inner, first = panel * PANEL;
   const int64_t columns = std::min<int64_t>(COUNT * PANEL, product.width - first);
@@ -50,7 +41,7 @@ inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
   for (int at = 0; at < ROWS; ++at) {
     const float* from = edge;
     if (product.addend != nullptr) {
-      from = product.addend + (row + at) * product.stride + first;
+      from = product.addend + (row + at) * product.addend_stride + first;
       if (!is_full) {
         std::copy_n(from, columns, edge);
         from = edge;
@@ -59,7 +50,8 @@ inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
 #pragma GCC unroll 8
     for (int vector = 0; vector < ALL; ++vector) sums[at][vector] = load(from + vector * LANES);
   }
-  const float* x = product.x + row * inner;
+  const int64_t x_stride = product.x_stride;
+  const float* x = product.x + row * x_stride;
   const float* weight = product.panels + panel * inner * PANEL;
   for (int64_t step = 0; step < inner; ++step, weight += PANEL) {
     Vector weights[ALL];
@@ -69,13 +61,13 @@ inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
     }
 #pragma GCC unroll 12
     for (int at = 0; at < ROWS; ++at) {
-      const float factor = x[at * inner + step];
+      const float factor = x[at * x_stride + step];
 #pragma GCC unroll 8
       for (int vector = 0; vector < ALL; ++vector) sums[at][vector] += factor * weights[vector];
     }
   }
   for (int at = 0; at < ROWS; ++at) {
-    float* to = product.out + (row + at) * product.width + first;
+    float* to = product.out + (row + at) * product.out_stride + first;
     float* whole = is_full ? to : edge;
 #pragma GCC unroll 8
     for (int vector = 0; vector < ALL; ++vector) store(whole + vector * LANES, sums[at][vector]);
@@ -86,14 +78,14 @@ inline void multiply_block(const Product& product, int64_t row, int64_t panel) {
 // Multiplies ROWS rows by as many panels at a time as there are registers for, because each sum waits for its last
 // addition.
 template <int ROWS>
-void multiply_rows(const Product& product, int64_t row, int64_t first, int64_t last) {
+void multiply_rows(const PanelProduct& product, int64_t row, int64_t first, int64_t last) {
   constexpr int COUNT = std::min(4, std::max(1, REGISTERS / (ROWS * VECTORS)));
   int64_t panel = first;
   for (; panel + COUNT <= last; panel += COUNT) multiply_block<ROWS, COUNT>(product, row, panel);
   for (; panel < last; ++panel) multiply_block<ROWS, 1>(product, row, panel);
 }
 
-using MultiplyRows = void (*)(const Product& product, int64_t row, int64_t first, int64_t last);
+using MultiplyRows = void (*)(const PanelProduct& product, int64_t row, int64_t first, int64_t last);
 
 template <int... ROWS>
 constexpr std::array<MultiplyRows, MOST_ROWS> tabulate(std::integer_sequence<int, ROWS...>) {
@@ -102,19 +94,47 @@ constexpr std::array<MultiplyRows, MOST_ROWS> tabulate(std::integer_sequence<int
 
 constexpr auto BY_ROWS = tabulate(std::make_integer_sequence<int, MOST_ROWS>());  // [n - 1] multiplies n rows
 
+using Indices = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+// Swaps the off-diagonal blocks of all (2 SIZE, 2 SIZE) blocks of a square of vectors.
+template <int SIZE>
+inline void swap_blocks(Vector* rows) {
+  Indices upper, lower;
+  for (int at = 0; at < LANES; ++at) {
+    const bool is_left = at % (2 * SIZE) < SIZE;
+    upper[at] = is_left ? at : LANES + at - SIZE;
+    lower[at] = is_left ? at + SIZE : LANES + at;
+  }
+#pragma GCC unroll 16
+  for (int at = 0; at < LANES; ++at) {
+    if (at % (2 * SIZE) >= SIZE) continue;
+    const Vector first = rows[at], second = rows[at + SIZE];
+    rows[at] = __builtin_shuffle(first, second, upper);
+    rows[at + SIZE] = __builtin_shuffle(first, second, lower);
+  }
+  if constexpr (SIZE > 1) swap_blocks<SIZE / 2>(rows);
+}
+
+// Transposes a square of LANES x LANES elements.
+inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vector rows[LANES];
+#pragma GCC unroll 16
+  for (int at = 0; at < LANES; ++at) rows[at] = load(from + at * from_stride);
+  swap_blocks<LANES / 2>(rows);
+#pragma GCC unroll 16
+  for (int at = 0; at < LANES; ++at) store(to + at * to_stride, rows[at]);
+}
+
 }  // namespace
 
 #define JOIN_(left, right) left##right
 #define JOIN(left, right) JOIN_(left, right)
-void JOIN(NMT_MOE_LEVEL, _multiply_panels)(const float* x, const float* panels, const float* addend, int64_t stride,
-                                           float* out, int64_t rows, int64_t inner, int64_t width, int64_t first,
-                                           int64_t last) {
-  const Product product{x, panels, addend, stride, out, inner, width};
+void JOIN(NMT_MOE_LEVEL, _multiply_panels)(const PanelProduct& product, int64_t rows, int64_t first, int64_t last) {
   if (rows <= MOST_ROWS) {
     if (rows > 0) BY_ROWS[rows - 1](product, 0, first, last);
     return;
   }
-  const int64_t step = MOST_ROWS * (inner < LONG_FROM ? SHORT_BLOCKS : LONG_BLOCKS);
+  const int64_t step = MOST_ROWS * (product.inner < LONG_FROM ? SHORT_BLOCKS : LONG_BLOCKS);
   for (int64_t start = 0; start < rows; start += step) {
     const int64_t stop = std::min(rows, start + step);
     const int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
@@ -126,6 +146,43 @@ void JOIN(NMT_MOE_LEVEL, _multiply_panels)(const float* x, const float* panels, 
         row += size;
       }
     }
+  }
+}
+
+void JOIN(NMT_MOE_LEVEL, _pack_panels)(const float* matrix, int64_t row_stride, int64_t column_stride, float* panels,
+                                       int64_t inner, int64_t columns) {
+  for (int64_t first = 0; first < columns; first += PANEL, panels += inner * PANEL) {
+    const int64_t count = std::min(PANEL, columns - first);
+    const float* from = matrix + first * column_stride;
+    int64_t row = 0;
+    if (count == PANEL && column_stride == 1) {
+      for (; row < inner; ++row) {
+        for (int at = 0; at < PANEL; at += LANES) store(panels + row * PANEL + at, load(from + row * row_stride + at));
+      }
+    } else if (count == PANEL && row_stride == 1) {
+      for (; row + LANES <= inner; row += LANES) {
+        for (int at = 0; at < PANEL; at += LANES) {
+          transpose_square(from + row + at * column_stride, column_stride, panels + row * PANEL + at, PANEL);
+        }
+      }
+    }
+    for (; row < inner; ++row) {
+      for (int64_t at = 0; at < PANEL; ++at) {
+        panels[row * PANEL + at] = at < count ? from[row * row_stride + at * column_stride] : 0.0f;
+      }
+    }
+  }
+}
+
+void JOIN(NMT_MOE_LEVEL, _transpose)(const float* from, int64_t stride, float* to, int64_t rows, int64_t inner) {
+  const int64_t whole_rows = rows - rows % LANES, whole_inner = inner - inner % LANES;
+  for (int64_t row = 0; row < whole_rows; row += LANES) {
+    for (int64_t at = 0; at < whole_inner; at += LANES) {
+      transpose_square(from + at * stride + row, stride, to + row * inner + at, inner);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t at = row < whole_rows ? whole_inner : 0; at < inner; ++at) to[row * inner + at] = from[at * stride + row];
   }
 }
 

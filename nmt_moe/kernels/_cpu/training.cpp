@@ -56,11 +56,10 @@ void lstm_forward(Tensor gates, const Tensor& weight_hh, const optional<Tensor>&
   at::AutoDispatchBelowADInplaceOrView guard;
   for (int64_t step = 0; step < gates.size(0); ++step) {
     Tensor gates_t = gates.select(0, step), hidden_t = hidden.select(0, step);
-    gates_t.addmm_(outputs.select(0, step), weight_hh);
+    multiply_into(outputs.select(0, step), weight_hh, gates_t, true);
     lstm_step(gates_t, cells.select(0, step), cells.select(0, step + 1), hidden_t);
     if (projection) {
-      Tensor output_t = outputs.select(0, step + 1);
-      at::mm_out(output_t, hidden_t, *projection);
+      multiply_into(hidden_t, *projection, outputs.select(0, step + 1), false);
     }
   }
 }
@@ -76,14 +75,14 @@ void lstm_backward(const Tensor& gates, const Tensor& cells, const Tensor& weigh
   Tensor grad_projected = projection ? at::empty_like(grad_cell) : Tensor();
   for (int64_t step = gates.size(0) - 1; step >= 0; --step) {
     Tensor grad_output_t = grad_outputs.select(0, step);
-    if (projection) at::mm_out(grad_projected, grad_output_t, *projection);
+    if (projection) multiply_into(grad_output_t, *projection, grad_projected, false);
     const Tensor& grad_hidden_t = projection ? grad_projected : grad_output_t;
     Tensor grad_gates_t = grad_gates.select(0, step);
     backward_of_step(gates.select(0, step), cells, step, grad_hidden_t, grad_cell, grad_gates_t);
     if (step > 0) {
-      grad_outputs.select(0, step - 1).addmm_(grad_gates_t, weight_hh);
+      multiply_into(grad_gates_t, weight_hh, grad_outputs.select(0, step - 1), true);
     } else {
-      at::mm_out(grad_hidden, grad_gates_t, weight_hh);
+      multiply_into(grad_gates_t, weight_hh, grad_hidden, false);
     }
   }
 }
@@ -105,7 +104,7 @@ void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, c
     Tensor gates_t = gates.select(0, step), hidden_t = hidden.select(0, step), inputs_t = inputs.select(0, step);
     Tensor queries = squashed.select(0, step);
     const Tensor before = outputs.select(0, step), weights_t = weights.select(0, step);
-    at::mm_out(queries, before, query);
+    multiply_into(before, query, queries, false);
     AT_DISPATCH_FLOATING_TYPES(keys.scalar_type(), "attentive_forward", [&] {
       const auto& loops = choose_loops<scalar_t>();
       auto* query_rows = queries.data_ptr<scalar_t>();
@@ -128,11 +127,10 @@ void attentive_forward(Tensor gates, const Tensor& query, const Tensor& scale, c
         }
       });
     });
-    gates_t.addmm_(inputs_t, weight);
+    multiply_into(inputs_t, weight, gates_t, true);
     lstm_step(gates_t, cells.select(0, step), cells.select(0, step + 1), hidden_t);
     if (projection) {
-      Tensor output_t = outputs.select(0, step + 1);
-      at::mm_out(output_t, hidden_t, *projection);
+      multiply_into(hidden_t, *projection, outputs.select(0, step + 1), false);
     }
   }
 }
@@ -151,10 +149,10 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
   Tensor grad_inputs = at::empty({batch, 2 * width}, keys.options());
   for (int64_t step = gates.size(0) - 1; step >= 0; --step) {
     Tensor grad_output_t = grad_outputs.select(0, step), grad_gates_t = grad_gates.select(0, step);
-    if (projection) at::mm_out(grad_projected, grad_output_t, *projection);
+    if (projection) multiply_into(grad_output_t, *projection, grad_projected, false);
     backward_of_step(gates.select(0, step), cells, step, projection ? grad_projected : grad_output_t, grad_cell,
                      grad_gates_t);
-    at::mm_out(grad_inputs, grad_gates_t, weight);
+    multiply_into(grad_gates_t, weight, grad_inputs, false);
     Tensor grad_before = step > 0 ? grad_outputs.select(0, step - 1) : grad_hidden;
     const Tensor grad_query_t = grad_queries.select(0, step), grad_scaled_t = grad_scaled.select(0, step);
     const Tensor grad_context_t = grad_contexts.select(0, step), grad_scores_t = grad_scores.select(0, step);
@@ -185,7 +183,7 @@ void attentive_backward(const Tensor& gates, const Tensor& cells, const Tensor& 
         }
       });
     });
-    grad_before.addmm_(grad_query_t, query);
+    multiply_into(grad_query_t, query, grad_before, true);
   }
 }
 
@@ -202,8 +200,7 @@ void multiply_experts(const Tensor& rows, const Tensor& weight, const Tensor& of
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t first = bounds[expert], count = bounds[expert + 1] - first;
     if (count > FEW_ROWS) {
-      Tensor own = out.narrow(0, first, count);
-      at::mm_out(own, rows.narrow(0, first, count), weight.select(0, expert));
+      multiply_into(rows.narrow(0, first, count), weight.select(0, expert), out.narrow(0, first, count), false);
     } else if (count > 0) {
       few.push_back(expert);
     }
