@@ -97,9 +97,9 @@ Used gather_used(const Tensor& matrix, const Tensor& readers) {
 // Runs one step of an LSTM.
 //
 // The input's part of the gates is bias (4 H) + x (R, I) * of_input or, if there are `tokens` (R), their rows of x, a
-// table (V, 4 H). The state consists of previous outputs (P, D) and cells (P, H); row r continues the row parents[r], or
-// row r itself if there are no parents. The products of previous outputs are computed once for all their children. The
-// weights are panels. Returns the outputs (R, O) and the new cells.
+// table (V, 4 H). The state consists of previous outputs (P, D) and cells (P, H). Row r continues row parents[r], or
+// row r itself if there are no parents. A previous output is multiplied once for all rows that continue it. The weights
+// are panels. Returns the outputs (R, O) and the new cells.
 std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const optional<Tensor>& tokens, const Tensor& of_input,
                                             const Tensor& bias, const Tensor& previous, const Tensor& of_previous,
                                             const Tensor& cell, const optional<Tensor>& parents,
@@ -282,8 +282,8 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
   return y;
 }
 
-// The next two are not torch's operators, which compute the last elements of a tensor in another way than the others, so
-// that a row's bits would depend on the number of rows.
+// The next two are not torch's operators, because torch computes the last elements of a tensor in another way than the
+// others, so that a row's bits would depend on the number of rows.
 
 // Replaces y with sigmoid(y) + x.
 void sigmoid_residual(Tensor y, const Tensor& x) {

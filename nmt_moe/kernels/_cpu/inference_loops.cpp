@@ -107,7 +107,8 @@ Transpose JOIN(NMT_MOE_LEVEL, _transpose);
 
 const InferenceLoops& JOIN(NMT_MOE_LEVEL, _inference)() {
   static constexpr InferenceLoops loops{JOIN(NMT_MOE_LEVEL, _multiply_panels), JOIN(NMT_MOE_LEVEL, _pack_panels),
-                                        JOIN(NMT_MOE_LEVEL, _transpose), attend_additively, add_scaled, relu, sigmoid_residual, tangents, log_softmax, find_largest};
+                                        JOIN(NMT_MOE_LEVEL, _transpose), attend_additively, add_scaled, relu,
+                                        sigmoid_residual, tangents, log_softmax, find_largest};
   return loops;
 }
 

@@ -1,4 +1,5 @@
-// Loops over plain memory in float32: products with panels, and what only inference needs, compiled once for each set of vector instructions.
+// Loops over plain memory in float32: products with panels, and what only inference needs. They are compiled once for
+// each set of vector instructions.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,8 @@ struct PanelProduct {
 // the `inner` index, whatever the number of rows.
 using MultiplyPanels = void(const PanelProduct& product, int64_t rows, int64_t first, int64_t last);
 
-// Writes `columns` columns of a matrix, of which rows are `row_stride` and columns are `column_stride` elements apart, as
-// panels. One of the strides is 1.
+// Writes `columns` columns of a matrix as panels. Rows of the matrix are `row_stride` elements apart, and columns are
+// `column_stride` elements apart. It is fastest if one of the strides is 1.
 using PackPanels = void(const float* matrix, int64_t row_stride, int64_t column_stride, float* panels, int64_t inner,
                         int64_t columns);
 

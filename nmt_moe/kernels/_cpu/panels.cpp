@@ -19,8 +19,8 @@ constexpr int LANES = 4, REGISTERS = 12, MOST_ROWS = 3;
 constexpr int VECTORS = PANEL / LANES;  // in a row of a panel
 // How many panels MOST_ROWS rows are multiplied by at a time: as many as there are registers for.
 constexpr int64_t TOGETHER = std::max(1, REGISTERS / (MOST_ROWS * VECTORS));
-// How many groups of MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs are
-// short, so reading them again costs little, and fewer rows of a wide result need fewer address translations.
+// How many groups of MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs
+// are short, so reading them again costs little, and fewer rows of a wide result need fewer address translations.
 constexpr int64_t SHORT_BLOCKS = 8, LONG_BLOCKS = 16, LONG_FROM = 512;
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -182,7 +182,9 @@ void JOIN(NMT_MOE_LEVEL, _transpose)(const float* from, int64_t stride, float* t
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t at = row < whole_rows ? whole_inner : 0; at < inner; ++at) to[row * inner + at] = from[at * stride + row];
+    for (int64_t at = row < whole_rows ? whole_inner : 0; at < inner; ++at) {
+      to[row * inner + at] = from[at * stride + row];
+    }
   }
 }
 

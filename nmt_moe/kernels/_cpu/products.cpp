@@ -1,5 +1,5 @@
-// Products of matrices in training, in float32. Right-hand sides are copied into panels, a few columns at a time, so that
-// they are read in order and both sides may be transposed views.
+// Products of matrices in training, in float32. Right-hand sides are copied into panels, a few columns at a time, so
+// that they are read in order. Both sides may be transposed views.
 #include "operators.h"
 
 namespace nmt_moe {
@@ -18,8 +18,8 @@ struct Lefts {
 };
 
 // Computes the product for `rows` rows of each batch. The results start at `outs`, with the strides of `out`.
-void multiply_rows(const Lefts& left, const Tensor& right, const Tensor& out, float* outs, int64_t rows, bool accumulate,
-                   bool relu) {
+void multiply_rows(const Lefts& left, const Tensor& right, const Tensor& out, float* outs, int64_t rows,
+                   bool accumulate, bool relu) {
   const int64_t inner = right.size(1), width = right.size(2), blocks = (width + COLUMNS - 1) / COLUMNS;
   const auto& loops = choose_inference_loops();
   const auto* rights = right.const_data_ptr<float>();
@@ -50,7 +50,8 @@ void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool
   const int64_t batches = left.size(0), rows = left.size(1), inner = left.size(2), width = right.size(2);
   TORCH_CHECK_VALUE(right.size(0) == batches && right.size(1) == inner && out.size(0) == batches &&
                         out.size(1) == rows && out.size(2) == width && (width == 1 || out.stride(2) == 1),
-                    "the shapes of a product do not match: ", left.sizes(), ", ", right.sizes(), ", ", out.sizes(), ".");
+                    "the shapes of a product do not match: ", left.sizes(), ", ", right.sizes(), ", ", out.sizes(),
+                    ".");
   if (batches == 0 || rows == 0 || width == 0) return;
   if (inner == 0) {
     if (!accumulate) out.zero_();
@@ -65,7 +66,8 @@ void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool
   }
   // A transposed left-hand side is copied, a part of its rows at a time.
   const auto& loops = choose_inference_loops();
-  const int64_t part = std::min(rows, std::max<int64_t>(TURNED_ROWS, TURNED / (batches * inner) / TURNED_ROWS * TURNED_ROWS));
+  const int64_t most = TURNED / (batches * inner * TURNED_ROWS) * TURNED_ROWS;
+  const int64_t part = std::min(rows, std::max(TURNED_ROWS, most));
   Tensor turned = at::empty({batches, part, inner}, left.options());
   const auto* from = left.const_data_ptr<float>();
   auto* to = turned.data_ptr<float>();
@@ -82,12 +84,13 @@ void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool
   }
 }
 
-// Returns whether torch's products of float32 matrices are those of MKL at less than the processor's full width. On
-// processors that are not Intel's, MKL uses no vectors of 512 bits.
-bool has_slow_blas() {
+// Returns whether these products are faster than torch's. Torch multiplies by MKL, which is made for Intel's
+// processors. On others, it uses no vectors of 512 bits.
+bool is_faster_than_torch() {
 #ifdef NMT_MOE_X86
   __builtin_cpu_init();
-  return !__builtin_cpu_is("intel") && at::get_cpu_capability() == "AVX512";
+  const std::string level = at::get_cpu_capability();
+  return !__builtin_cpu_is("intel") && (level == "AVX2" || level == "AVX512");
 #else
   return false;
 #endif
@@ -96,17 +99,21 @@ bool has_slow_blas() {
 }  // namespace
 
 void multiply_into(const Tensor& left, const Tensor& right, Tensor out, bool accumulate, bool relu) {
-  static const bool is_slow = has_slow_blas();
+  static const bool is_faster = is_faster_than_torch();
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool is_batch = left.dim() == 3;
-  if (is_slow && out.scalar_type() == at::kFloat && out.stride(-1) == 1) {
+  if (is_faster && out.scalar_type() == at::kFloat && out.stride(-1) == 1) {
     if (is_batch) return multiply_matrices(left, right, out, accumulate, relu);
     return multiply_matrices(left.unsqueeze(0), right.unsqueeze(0), out.unsqueeze(0), accumulate, relu);
   }
-  if (accumulate) {
-    if (is_batch) out.baddbmm_(left, right); else out.addmm_(left, right);
+  if (accumulate && is_batch) {
+    out.baddbmm_(left, right);
+  } else if (accumulate) {
+    out.addmm_(left, right);
+  } else if (is_batch) {
+    at::bmm_out(out, left, right);
   } else {
-    if (is_batch) at::bmm_out(out, left, right); else at::mm_out(out, left, right);
+    at::mm_out(out, left, right);
   }
   if (relu) out.relu_();
 }
