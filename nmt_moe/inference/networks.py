@@ -22,7 +22,7 @@ from nmt_moe.inference.layers import (
     make_lstm,
 )
 from nmt_moe.inference.weights import Weights
-from nmt_moe.kernels import log_softmax, tanh
+from nmt_moe.kernels import log_probabilities, tanh
 from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
@@ -162,7 +162,7 @@ class TranslationNetwork:
             wide = torch.cat([x, context], dim=1) if takes_context else x
             layers[number] = layer.step(wide, *layers[number], parents)
             x = x + layers[number][0]
-        log_probs = log_softmax(self.output(x))
+        log_probs = log_probabilities(self.output, x)
         return log_probs, attention, DecoderState(state.memory, state.sentence, layers)
 
 
@@ -211,7 +211,7 @@ class LanguageNetwork:
                 x = self.moe(x, trace)
             new_states.append(layer.step(x, *state))
             x = x + new_states[-1][0]
-        return log_softmax(self.output(x)), new_states
+        return log_probabilities(self.output, x), new_states
 
     def score(
         self, tokens: Tensor, lengths: list[int], targets: Tensor, trace: Trace | None = None
@@ -233,6 +233,6 @@ class LanguageNetwork:
             if index == 1 and self.moe is not None:
                 x = torch.zeros_like(x).index_put_((is_token,), self.moe(x[is_token], trace))
             x = x + layer.run(x, lengths)
-        log_probs = log_softmax(self.output(x[is_token]))
+        log_probs = log_probabilities(self.output, x[is_token])
         chosen = log_probs.gather(1, targets[is_token].unsqueeze(1)).squeeze(1)
         return torch.zeros(tokens.shape).index_put_((is_token,), chosen)

@@ -9,7 +9,7 @@ from nmt_moe.kernels._backend import is_captured, is_on_host, row_groups
 from nmt_moe.kernels._cpu import has_compiled_loops
 from nmt_moe.kernels._cpu import load as compiled_operators
 from nmt_moe.kernels._trial import failed as failed_kernels
-from nmt_moe.kernels.activations import log_softmax, sigmoid_residual, tanh
+from nmt_moe.kernels.activations import log_probabilities, log_softmax, sigmoid_residual, tanh
 from nmt_moe.kernels.attend_rows import attend_rows
 from nmt_moe.kernels.attentive_lstm import attentive_lstm
 from nmt_moe.kernels.combine_rows import combine_rows
@@ -52,6 +52,7 @@ __all__ = [
     "is_captured",
     "is_on_host",
     "linear",
+    "log_probabilities",
     "log_softmax",
     "lstm",
     "mixture_ffn",

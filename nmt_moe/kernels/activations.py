@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmt_moe.kernels._cpu import has_compiled_loops, load
+from nmt_moe.kernels.quantised import PackedLinear
 
 
 def sigmoid_residual(y: Tensor, x: Tensor) -> Tensor:
@@ -27,6 +28,14 @@ def tanh(x: Tensor) -> Tensor:
         load().tanh(x)
         return x
     return x.tanh_()
+
+
+def log_probabilities(output: PackedLinear, x: Tensor) -> Tensor:
+    """Return the log-softmax (R, V) of the products of rows (R, D) with the softmax layer."""
+    panels = output.panels()
+    if panels is not None and output.bias is None and _has_loops(x):
+        return load().log_probabilities(x, panels, output.shape[0])
+    return log_softmax(output(x))
 
 
 def log_softmax(logits: Tensor) -> Tensor:

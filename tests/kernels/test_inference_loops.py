@@ -15,6 +15,7 @@ from nmt_moe.kernels import (
     attend_rows,
     choose_experts,
     has_compiled_loops,
+    log_probabilities,
     log_softmax,
     sigmoid_residual,
     tanh,
@@ -217,3 +218,18 @@ def test_activations_do_not_depend_on_the_number_of_rows(width):
     for rows in range(1, 9):
         assert tanh(y[:rows].clone()).equal(tangents[:rows])
         assert sigmoid_residual(y[:rows].clone(), x[:rows]).equal(sums[:rows])
+
+
+@pytest.mark.usefixtures("with_and_without_loops")
+@pytest.mark.parametrize("rows", [0, 1, 5, 24, 25, 100])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_log_probabilities_of_a_softmax_layer(rows, dtype):
+    torch.manual_seed(1)
+    output, x = PackedLinear.pack(torch.randn(501, 20), dtype=dtype), torch.randn(100, 20)
+    whole = log_softmax(output(x))
+    part = log_probabilities(output, x[:rows])
+    assert part.shape == (rows, 501)
+    if has_compiled_loops(x):
+        assert part.equal(whole[:rows])
+    else:
+        torch.testing.assert_close(part, whole[:rows])

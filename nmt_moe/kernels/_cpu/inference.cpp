@@ -8,6 +8,8 @@ namespace {
 
 // Smallest numbers of multiplications and of rows of attention that are worth a thread of their own.
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20, QUERIES_PER_THREAD = 16;
+// Number of rows of logits that are computed at a time, and smallest number of logits that is worth a thread of its own.
+constexpr int64_t LOGIT_ROWS = 24, LOGITS_PER_THREAD = 1 << 15;
 // An LSTM with at most this many gates computes this many rows at a time, so that their gates stay in a cache. Wider
 // LSTMs do not, because their weights would have to be read again for each block.
 constexpr int64_t NARROW_GATES = 2048, BLOCK_ROWS = 96;
@@ -92,6 +94,34 @@ Used gather_used(const Tensor& matrix, const Tensor& readers) {
   auto* to = result.rows.data_ptr<float>();
   for (const int64_t row : used) to = std::copy_n(from + row * width, width, to);
   return result;
+}
+
+// Computes the log-softmax of x (R, I) * weight (R, O), with the weight in panels, for a few rows at a time, so that
+// their logits are still in a cache.
+Tensor log_probabilities(const Tensor& x, const Tensor& panels, int64_t width) {
+  TORCH_CHECK_VALUE(x.size(1) == panels.size(1), "`x` must have ", panels.size(1), " columns, but has ", x.size(1),
+                    ".");
+  const Tensor inputs = x.contiguous();
+  const int64_t rows = x.size(0), inner = x.size(1);
+  Tensor out = at::empty({rows, width}, x.options());
+  const auto& loops = choose_inference_loops();
+  const auto* from = inputs.const_data_ptr<float>();
+  auto* to = out.data_ptr<float>();
+  if (rows <= LOGIT_ROWS) multiply(from, rows, panels, nullptr, false, to, width);
+  const int64_t size = rows <= LOGIT_ROWS ? 1 : LOGIT_ROWS;
+  at::parallel_for(0, (rows + size - 1) / size, std::max<int64_t>(1, LOGITS_PER_THREAD / (size * width)),
+                   [&](int64_t start, int64_t stop) {
+    for (int64_t first = start * size; first < std::min(rows, stop * size); first += size) {
+      const int64_t count = std::min(size, rows - first);
+      auto* own = to + first * width;
+      if (size > 1) {
+        loops.multiply_panels({from + first * inner, inner, panels.const_data_ptr<float>(), nullptr, 0, own, width, inner,
+                               width}, count, 0, panels.size(0));
+      }
+      for (int64_t row = 0; row < count; ++row) loops.log_softmax(own + row * width, width);
+    }
+  });
+  return out;
 }
 
 // Runs one step of an LSTM.
@@ -297,6 +327,7 @@ void tanh(Tensor x) { choose_inference_loops().tanh(x.data_ptr<float>(), x.numel
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
+  library.def("log_probabilities(Tensor x, Tensor panels, int width) -> Tensor");
   library.def("multiply_panels(Tensor x, Tensor panels, Tensor? addend, int width) -> Tensor");
   library.def(
       "packed_lstm_step(Tensor x, Tensor? tokens, Tensor of_input, Tensor bias, Tensor previous, Tensor of_previous, "
@@ -314,6 +345,7 @@ TORCH_LIBRARY_FRAGMENT(nmt_moe, library) {
 }
 
 TORCH_LIBRARY_IMPL(nmt_moe, CPU, library) {
+  library.impl("log_probabilities", log_probabilities);
   library.impl("multiply_panels", multiply_panels);
   library.impl("packed_lstm_step", packed_lstm_step);
   library.impl("packed_lstm", packed_lstm);

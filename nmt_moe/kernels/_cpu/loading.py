@@ -49,7 +49,7 @@ def load() -> Any:
         *("cross_entropy", "cross_entropy_backward", "factored_adam"),
         *("multiply_panels", "packed_lstm_step", "packed_lstm", "attend_rows"),
         *("choose_experts", "mix_experts", "sigmoid_residual", "tanh"),
-        *("log_softmax", "best_candidates", "next_rows"),
+        *("log_probabilities", "log_softmax", "best_candidates", "next_rows"),
     )
     # Store the only overload of each operator, because looking it up takes as long as a small step.
     return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
