@@ -55,7 +55,7 @@ class TranslationOptions:
             float(defaults.beam_prune),
         )
         return cls(
-            BeamConfig(defaults.beam_size, defaults.length_exponent, penalties),
+            BeamConfig(defaults.beam_size, defaults.length_exponent, penalties, num_hypotheses),
             Limits(defaults.max_len_a, defaults.max_len_b),
             num_hypotheses,
             batch_tokens,

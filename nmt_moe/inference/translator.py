@@ -31,7 +31,7 @@ from nmt_moe.text.vocabulary import EOS, MARKS
 
 # Number of source pieces in a batch, including padding; larger batches are faster, but need more
 # memory.
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 # Number of lines to read before they are sorted into batches.
 READ_AHEAD = 2048
 
@@ -314,11 +314,10 @@ class Translator:
             own = [sources[number] for number in batch]
             words = [len(source) - 1 for source in own]
             found = search(self._ensemble, own, options.config, options.limits, words)
-            best = [hypotheses[: options.num_hypotheses] for hypotheses in found]
             pieces = [cut[number] for number in batch]
-            made = describe(pieces, best, len(mark), self.vocabularies["target"].symbols, target)
+            made = describe(pieces, found, len(mark), self.vocabularies["target"].symbols, target)
             if options.with_experts:
-                made = add_experts(self._networks[0], made, own, best, len(mark))
+                made = add_experts(self._networks[0], made, own, found, len(mark))
             return made
 
         batches = list(make_batches(sources, options.batch_tokens))

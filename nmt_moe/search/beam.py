@@ -50,18 +50,24 @@ class BeamConfig:
             log P / length^length_exponent, as with fairseq's `--lenpen`. The length includes the
             end mark. 0 means that the score is log P.
         search: GNMT's penalties, which replace this score, and its pruning.
+        num_hypotheses: Number of hypotheses to return for each sentence; None for all.
 
     Raises:
-        ValueError: if `beam_size` is below 1.
+        ValueError: if `beam_size` or `num_hypotheses` is below 1.
     """
 
     beam_size: int = 5
     length_exponent: float = 1.0
     search: SearchConfig = field(default_factory=SearchConfig)
+    num_hypotheses: int | None = None
 
     def __post_init__(self) -> None:
-        if self.beam_size < 1:
-            raise ValueError(f"`beam_size` must be at least 1, but is {self.beam_size}.")
+        for name, value in (
+            ("beam_size", self.beam_size),
+            ("num_hypotheses", self.num_hypotheses),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
 
     def penalty(self, length: Any) -> Any:
         """Return the divisor of the log-probability of a hypothesis with `length` tokens."""
@@ -91,9 +97,10 @@ def beam_search(
             with a coverage penalty.
 
     Returns:
-        The hypotheses of each sentence, at most W, with the best first. If scores are equal, the
-        hypothesis that ended first comes first. If candidates of the same step are equal, the one
-        from the better row comes first, and within a row, the one with the smaller token.
+        The hypotheses of each sentence, at most W or `num_hypotheses`, with the best first. If
+        scores are equal, the hypothesis that ended first comes first. If candidates of the same
+        step are equal, the one from the better row comes first, and within a row, the one with the
+        smaller token.
 
     Raises:
         ValueError: if a sentence has no hypothesis, or the attention does not match `source_words`.
@@ -121,7 +128,7 @@ def beam_search(
         rows, parents = _continue(rows, *chosen)
         if parents.numel():
             state = state.reorder(parents)
-    return finished.collect(eos)
+    return finished.collect(eos, config.num_hypotheses or width)
 
 
 def _add_attention(rows: Rows, attention: Tensor | None) -> Rows:

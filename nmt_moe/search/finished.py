@@ -111,8 +111,8 @@ class FinishedHypotheses:
         """Return (B,) bool, True for sentences that accept more hypotheses."""
         return self.count < self.beam_size
 
-    def collect(self, eos: int) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each sentence, best first.
+    def collect(self, eos: int, most: int) -> list[list[Hypothesis]]:
+        """Return the `most` best hypotheses of each sentence, best first.
 
         If scores are equal, the hypothesis that ended earlier comes first.
 
@@ -127,24 +127,26 @@ class FinishedHypotheses:
             )
         names = _Ended.__dataclass_fields__
         ended = _Ended(*(torch.cat([getattr(one, name) for one in self._ended]) for name in names))
-        tokens, positional_scores, attention = self._read_back(ended, eos)
-        found: list[list[Hypothesis]] = [[] for _ in range(len(self.count))]
         order = ended.scores.sort(descending=True, stable=True).indices
         is_near = ended.scores >= self.best[ended.sentences] - (self.margin or torch.inf)
         order = order[is_near[order]]
-        ends = ended.steps[order] + 1
-        for index, sentence, length in zip(
-            order.tolist(), ended.sentences[order].tolist(), ends.tolist(), strict=True
-        ):
-            found[sentence].append(
-                Hypothesis(
-                    tokens[index, :length],
-                    ended.scores[index],
-                    positional_scores[index, :length],
-                    None if attention is None else attention[index, :length].t(),
-                )
+        chosen: list[list[int]] = [[] for _ in range(len(self.count))]
+        for index, sentence in zip(order.tolist(), ended.sentences[order].tolist(), strict=True):
+            if len(chosen[sentence]) < most:
+                chosen[sentence].append(index)
+        kept = order.new_tensor(list(itertools.chain(*chosen)))
+        ended = _Ended(*(getattr(ended, name)[kept] for name in names))
+        tokens, positional_scores, attention = self._read_back(ended, eos)
+        made = (
+            Hypothesis(
+                tokens[index, :length],
+                ended.scores[index],
+                positional_scores[index, :length],
+                None if attention is None else attention[index, :length].t(),
             )
-        return found
+            for index, length in enumerate((ended.steps + 1).tolist())
+        )
+        return [list(itertools.islice(made, len(own))) for own in chosen]
 
     def _read_back(self, ended: _Ended, eos: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Trace N hypotheses back; their values after the end mark are undefined.

@@ -24,7 +24,7 @@ from nmt_moe.inference import Translation, Translator
 logger = logging.getLogger(__name__)
 
 # Number of characters that fill a batch. Pieces are known only after a model has split the text. A
-# piece has about four characters, so this is about the translator's own `batch_tokens`.
+# piece has about four characters, so this is about a thousand pieces.
 BATCH_CHARACTERS = 4096
 # The longest wait for more requests, and the time after a batch during which the thread may wait,
 # in seconds.

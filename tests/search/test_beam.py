@@ -106,6 +106,27 @@ def test_no_ngram_is_repeated(size: int):
     assert repeats[0] == 0 < repeats[1]
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_only_the_best_hypotheses_are_returned_if_fewer_are_wanted(config: SearchConfig, most: int):
+    limits = [7, 3, 9, 6, 2]
+    every = search(Stepping(make_model()), BeamConfig(5, search=config), limits)
+    beam = BeamConfig(5, search=config, num_hypotheses=most)
+    for few, whole in zip(search(Stepping(make_model()), beam, limits), every, strict=True):
+        assert len(few) == min(most, len(whole))
+        for one, other in zip(few, whole, strict=False):
+            assert one.tokens.equal(other.tokens)
+            assert one.score.equal(other.score)
+            assert one.positional_scores.equal(other.positional_scores)
+            assert one.attention.equal(other.attention)
+
+
+@pytest.mark.parametrize("name", ["beam_size", "num_hypotheses"])
+def test_no_hypotheses_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but is 0"):
+        BeamConfig(**{name: 0})
+
+
 def test_unknown_words_cost_their_penalty():
     plain = search(Stepping(make_model()), BeamConfig(40), [3])[0]
     paid = search(Stepping(make_model()), BeamConfig(40), [3], unk=3, unk_penalty=0.5)[0]
