@@ -17,6 +17,8 @@ from nmt_moe.search import BeamConfig, Hypothesis, Restrictions, beam_search
 from nmt_moe.text.vocabulary import EOS, PAD, UNK
 
 ResultT = TypeVar("ResultT")
+# Factor by which equal batches are made larger, so that no small batch is left over.
+SLACK = 1.03
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,18 @@ def make_batches(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Itera
         batch.append(number)
     if batch:
         yield batch
+
+
+def share_batches(
+    sentences: Sequence[Sequence[int]], batch_tokens: int, num_threads: int
+) -> list[list[int]]:
+    """Return the batches of `make_batches`, made smaller if threads would get unequal shares."""
+    batches = list(make_batches(sentences, batch_tokens))
+    if num_threads == 1 or len(batches) < 2:
+        return batches
+    size = sum(len(batch) * len(sentences[batch[0]]) for batch in batches)
+    number = num_threads * math.ceil(size / (num_threads * batch_tokens))
+    return list(make_batches(sentences, min(batch_tokens, math.ceil(SLACK * size / number))))
 
 
 def run_batches(

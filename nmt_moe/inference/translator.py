@@ -24,7 +24,7 @@ from nmt_moe.inference.results import (
     Translation,
     score_line,
 )
-from nmt_moe.inference.searching import Ensemble, make_batches, run_batches, search
+from nmt_moe.inference.searching import Ensemble, run_batches, search, share_batches
 from nmt_moe.inference.text import SourceText, TargetText, check_line, check_texts, separator_of
 from nmt_moe.text.lines import BadLine, in_chunks
 from nmt_moe.text.vocabulary import EOS, MARKS
@@ -320,7 +320,7 @@ class Translator:
                 made = add_experts(self._networks[0], made, own, found, len(mark))
             return made
 
-        batches = list(make_batches(sources, options.batch_tokens))
+        batches = share_batches(sources, options.batch_tokens, torch.get_num_threads())
         results: dict[int, Sentence] = {}
         for batch, made in zip(batches, run_batches(translate_batch, batches), strict=True):
             results.update(zip(batch, made, strict=True))

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from nmt_moe.inference.layers import Trace
 from nmt_moe.inference.opening import open_bundle
+from nmt_moe.inference.searching import share_batches
 from nmt_moe.moe import MoEConfig
 from tests.support.bundles import GNMT, LM, MOE, make_bundle
 
@@ -139,3 +140,19 @@ def test_smaller_dtypes_are_close(dtype: str, tolerance: float, tmp_path: Path):
         state = network.start(network.encode(SENTENCES, 1))
         sides.append(network.step(torch.tensor(TARGETS)[:, :1], state)[0])
     assert 0 < (sides[0] - sides[1]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("batch_tokens", [40, 1200, 10_000])
+def test_threads_share_batches_evenly(num_threads, batch_tokens):
+    lengths = torch.Generator().manual_seed(1)
+    sentences = [[0] * int(torch.randint(1, 30, (), generator=lengths)) for _ in range(100)]
+    batches = share_batches(sentences, batch_tokens, num_threads)
+    assert sorted(number for batch in batches for number in batch) == list(range(100))
+    sizes = [len(batch) * max(len(sentences[number]) for number in batch) for batch in batches]
+    assert max(sizes) <= batch_tokens
+    if batch_tokens == 10_000:
+        assert len(batches) == 1
+    elif batch_tokens == 1200 and num_threads > 1:
+        assert len(batches) % num_threads == 0
+        assert min(sizes) > 0.5 * max(sizes)
