@@ -84,13 +84,13 @@ void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool
   }
 }
 
-// Returns whether these products are faster than torch's. Torch multiplies by MKL, which is made for Intel's
+// Returns whether these products are faster than torch's, if torch multiplies by MKL. MKL is made for Intel's
 // processors. On others, it uses no vectors of 512 bits.
 bool is_faster_than_torch() {
 #ifdef NMT_MOE_X86
   __builtin_cpu_init();
   const std::string level = at::get_cpu_capability();
-  return !__builtin_cpu_is("intel") && (level == "AVX2" || level == "AVX512");
+  return at::hasMKL() && !__builtin_cpu_is("intel") && (level == "AVX2" || level == "AVX512");
 #else
   return false;
 #endif
