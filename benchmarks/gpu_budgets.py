@@ -5,9 +5,9 @@
 
 Each kernel is compiled to machine code for the arguments that a launch would pass to it. `blocks`
 is how many blocks fit on a multiprocessor at a time. `instructions` is the number of instructions
-in the code; those in a loop are counted once. `per element` is `instructions` divided by the
-number of elements that a thread processes at a time; it is too high for kernels with much code
-outside the loop over blocks.
+in the code; those in a loop are counted once. `per element` is the number of instructions that a
+thread executes for each of its elements when there are many rows. It takes into account how often
+a loop runs for gating, but not for other kernels.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +130,22 @@ def gating_launches(experts: int, top_k: int, noise: str) -> Iterator[Launch]:
     inputs = clean, raw_scale, given, seed, torch.empty(TOKENS), torch.tensor([0, TOKENS])
     count = top_k + (raw_scale is not None and top_k < experts)
     choice = [torch.empty(TOKENS, size) for size in (top_k, count, count)]
-    choice[2] = choice[2].long()
+    choice[2] = choice[2].int()
     grad = torch.empty(1, experts)
     grads = torch.empty(TOKENS, top_k), grad, grad if count > top_k else None
     forward = partial(gating.gating_forward, *inputs, top_k, 1e-2)
-    backward = partial(gating.gating_backward, *inputs, choice, grads, 1e-2)
-    name, size = f"gating {experts} {top_k} {noise}", gating.BLOCK_NUMBERS
-    if experts > gating.MAX_BLOCK_COLUMNS:
-        yield Launch(f"{name} select", gating, "select_kernel", forward, size)
-        yield Launch(f"{name} sum", gating, "sum_kernel", forward, size)
+    backward = partial(gating.gating_backward, clean, raw_scale, *inputs[4:], choice, grads, 1e-2)
+    name = f"gating {experts} {top_k} {noise}"
+    rows = gating.whole_rows(TOKENS, 1, experts)
+    size = prod(rows.block)
+    if rows.chunks > 1:
+        yield Launch(f"{name} select", gating, "select_kernel", forward, size, rows.chunks)
+        yield Launch(f"{name} sum", gating, "sum_kernel", forward, prod(gating.SUM_TILE), 0)
     else:
-        yield Launch(f"{name} forward", gating, "forward_kernel", forward, size)
-    yield Launch(f"{name} backward", gating, "backward_kernel", backward, size)
+        yield Launch(f"{name} forward", gating, "forward_kernel", forward, size, 0)
+    tiles = gating.tiles(TOKENS, 1, experts, gating.BACKWARD_TILE)
+    size, repeats = prod(tiles.block), tiles.chunks if tiles.chunks > 1 else 0
+    yield Launch(f"{name} backward", gating, "backward_kernel", backward, size, repeats)
 
 
 def adam_launches(dtype: torch.dtype) -> Iterator[Launch]:

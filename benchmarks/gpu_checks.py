@@ -1,4 +1,4 @@
-"""Compare the results of the Triton kernels on this device with their definitions in float64."""
+"""Compare the Triton kernels' results on this device with reference results in float64."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -36,7 +36,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
             make = {"dtype": dtype, "device": device}
             x, rows = leaf(tokens, dim, **make), leaf(num_rows, dim, **make)
             gates = (torch.rand(ids.shape, device=device) * (ids < experts)).requires_grad_()
-            # Scale the weights as a layer does, so that results are about 1.
+            # Scale the weights as a layer does, so that results are of order 1.
             weight_in = (leaf(experts, dim, hidden, **make) / dim**0.5).detach().requires_grad_()
             weight_out = (leaf(experts, hidden, dim, **make) / hidden**0.5).detach()
             weight_out.requires_grad_()
@@ -69,7 +69,7 @@ def check_rows(report: Report, device: str, tiny: bool) -> None:
 
 
 def check_adam(report: Report, device: str, tiny: bool) -> None:
-    """Check three updates with factored Adam, and that repeated runs are bit-identical."""
+    """Check three updates with factored Adam, and check that repeated runs are bit-identical."""
     shapes = [(2, 33, 65)] if tiny else [(2, 33, 65), (3, 1, 7), (64, 512, 1024), (5, 1024, 300)]
     options = {"lr": 0.02, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     for dtype in (torch.float32, *HALVES):
@@ -97,7 +97,7 @@ def check_adam(report: Report, device: str, tiny: bool) -> None:
 
 
 def check_layer(report: Report, device: str, tiny: bool) -> None:
-    """Check the layer with each kind of gate, padding, half precision and autocast."""
+    """Check the layer with each gate, with padding, in half precision and under autocast."""
     sizes = (6, 5, 8, 2) if tiny else (256, 512, 64, 4)
     tokens = 11 if tiny else 2000
     gates = [("noisy_top_k", 0), ("noisy_top_k", 4), ("softmax", 0)]
@@ -184,7 +184,7 @@ def check_products(report: Report, device: str, tiny: bool) -> None:
         )
 
 
-# The checks by the names of their parts in a session.
+# The check that each part of a session runs, by the part's name.
 CHECKS: dict[str, Callable[[Report, str, bool], None]] = {
     "rows": check_rows,
     "gating": check_gating,

@@ -46,8 +46,9 @@ TYPES = {
     torch.float32: "fp32",
 }
 NARROW_OFFSETS = r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+xi32>"
+# An instruction's address, name and operands.
 INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([^;]*);", re.MULTILINE
 )
 
 
@@ -60,6 +61,8 @@ class Launch(NamedTuple):
         kernel: The kernel's name in that module.
         call: A function that calls the launcher once, with CPU tensors.
         elements: How many numbers a block processes at a time; 0 if that would be meaningless.
+        repeats: How often the innermost loop runs each time that the code around it runs; 0 if so
+            often that only the loop counts.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Launch(NamedTuple):
     kernel: str
     call: Callable[[], object]
     elements: int = 0
+    repeats: int = 1
 
 
 def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
@@ -80,10 +84,11 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
         A report with these entries:
         registers, spilled: Registers per thread, and bytes per thread that do not fit into them.
         shared: Bytes of shared memory per block.
-        blocks: How many blocks fit on a multiprocessor at a time.
+        blocks, warps: How many blocks, and how many warps of these blocks, fit on a multiprocessor
+            at a time.
         warnings: The codes of ptxas' warnings, such as C7514 (wgmma serialised).
         instructions: The number of instructions in the code, with those in loops counted once.
-        per_element: Instructions per element that a thread processes; 0 if unknown.
+        per_element: Instructions that a thread executes per element; 0 if unknown.
         wgmma, mma: Whether the code uses the tensor-core instructions of Hopper or of older GPUs.
         wide_copies: The number of 16-byte copies from global to shared memory.
         narrow_offsets: The number of 32-bit offsets of two-dimensional blocks, which overflow
@@ -92,7 +97,7 @@ def compile_launch(launch: Launch, gpu: str) -> dict[str, Any]:
     kernels = {
         name: kernel for name, kernel in vars(launch.module).items() if name.endswith("_kernel")
     }
-    recorder = _Recorder(kernels[launch.kernel], GPUS[gpu], launch.elements)
+    recorder = _Recorder(kernels[launch.kernel], GPUS[gpu], launch)
     try:
         for name in kernels:
             setattr(launch.module, name, recorder if name == launch.kernel else _Nothing())
@@ -113,8 +118,8 @@ class _Nothing:
 class _Recorder:
     """A stand-in for a kernel: `kernel[grid](...)` compiles the kernel but does not run it."""
 
-    def __init__(self, kernel: Any, gpu: Gpu, elements: int) -> None:
-        self.kernel, self.gpu, self.elements = kernel, gpu, elements
+    def __init__(self, kernel: Any, gpu: Gpu, launch: Launch) -> None:
+        self.kernel, self.gpu, self.launch = kernel, gpu, launch
         self.report: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -136,7 +141,7 @@ class _Recorder:
         source = ASTSource(self.kernel, signature, constants, multiples)
         target = GPUTarget("cuda", self.gpu.capability, WARP_THREADS)
         compiled = triton.compile(source, target=target, options=options)
-        self.report = _read(compiled, self.gpu, self.elements)
+        self.report = _read(compiled, self.gpu, self.launch)
 
 
 def _type(value: Any, param: Any) -> str:
@@ -158,7 +163,7 @@ def _is_multiple(value: Any, param: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
 
 
-def _read(compiled: Any, gpu: Gpu, elements: int) -> dict[str, Any]:
+def _read(compiled: Any, gpu: Gpu, launch: Launch) -> dict[str, Any]:
     ptx, warps, shared = compiled.asm["ptx"], compiled.metadata.num_warps, compiled.metadata.shared
     with tempfile.TemporaryDirectory() as folder:
         code, assembly = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -170,21 +175,52 @@ def _read(compiled: Any, gpu: Gpu, elements: int) -> dict[str, Any]:
             *("-o", Path(folder, "again.cubin")),
         )
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-    instructions = sum(name != "NOP" for name in INSTRUCTION.findall(listing))
-    elements_per_thread = elements / (WARP_THREADS * warps)
+    instructions = [found for found in INSTRUCTION.findall(listing) if found[1] != "NOP"]
+    blocks = blocks_on_multiprocessor(found["REG"], warps, shared, gpu)
+    executed = count_executed(instructions, launch.repeats)
+    elements = launch.elements / (WARP_THREADS * warps)
     return {
         "registers": found["REG"],
         "spilled": found["STACK"] + found["LOCAL"],
         "shared": shared,
-        "blocks": blocks_on_multiprocessor(found["REG"], warps, shared, gpu),
+        "blocks": blocks,
+        "warps": blocks * warps,
         "warnings": sorted(set(re.findall(r"\bC7\d{3}\b", said))),
-        "instructions": instructions,
-        "per_element": round(instructions / elements_per_thread) if elements else 0,
+        "instructions": len(instructions),
+        "per_element": round(executed / elements) if elements else 0,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
         "wide_copies": len(re.findall(r"cp\.async\.cg", ptx)),
         "narrow_offsets": len(re.findall(NARROW_OFFSETS, compiled.asm["ttir"])),
     }
+
+
+def count_executed(instructions: list[tuple[str, str, str]], repeats: int) -> float:
+    """Compute how many instructions a thread executes for each run of the innermost loop.
+
+    Args:
+        instructions: The address, name and operands of each instruction. A loop is what lies
+            between a branch and an earlier address that it leads to.
+        repeats: How often the innermost loop runs each time that the code around it (an outer
+            loop, or everything else) runs; 0 if so often that only the loop counts.
+    """
+    addresses = [int(address, 16) for address, _, _ in instructions]
+    branches = [
+        (int(operands.split()[-1], 16), int(address, 16))
+        for address, name, operands in instructions
+        if name == "BRA"
+    ]
+    loops = [loop for loop in branches if loop[0] < loop[1]]
+    if not loops:
+        return len(instructions)
+    inner = min(loops, key=lambda loop: loop[1] - loop[0])
+    outer = [loop for loop in loops if loop[0] < inner[0] and inner[1] < loop[1]]
+    around = min(outer, key=lambda loop: loop[1] - loop[0], default=(0, addresses[-1]))
+
+    def size(loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= address <= loop[1] for address in addresses)
+
+    return size(inner) + ((size(around) - size(inner)) / repeats if repeats else 0)
 
 
 def blocks_on_multiprocessor(registers: int, warps: int, shared: int, gpu: Gpu) -> int:

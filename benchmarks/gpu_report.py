@@ -13,7 +13,7 @@ ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 
 
 class WrongResultError(RuntimeError):
-    """A kernel and its definition give different results."""
+    """A difference between the results of a kernel and its definition."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Report:
         """Record whether a claim holds, and raise an error if it does not."""
         self.rows.append([what, figure, limit, "right" if holds else "WRONG"])
         if not holds:
-            over = f": {figure} exceeds the limit {limit}" if limit else ""
-            raise WrongResultError(f"{what}: wrong{over}")
+            figures = f": {figure}, but the limit is {limit}" if limit else ""
+            raise WrongResultError(f"{what}: wrong{figures}")
 
     def table(self) -> str:
         """Lay out all rows."""

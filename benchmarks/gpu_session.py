@@ -30,7 +30,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder for the results of all parts",
     )
-    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as for a sanitizer")
+    parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as under a sanitizer")
     parser.add_argument("--dry-run", action="store_true", help="use tiny sizes and no GPU")
     return parser.parse_args(words)
 
@@ -68,7 +68,7 @@ def describe_machine(device: str, tiny: bool, out: Path) -> str:
                 trials.append([kernel, str(dtype), "passes" if is_sound else "FAILS"])
     tables = [
         timing.markdown_table(["", ""], facts),
-        timing.markdown_table(["trial of", "dtype", ""], trials),
+        timing.markdown_table(["kernel", "dtype", "trial"], trials),
         *(str(warning.message) for warning in caught),
     ]
     if _trial.failed():

@@ -85,7 +85,7 @@ def time_kernels(device: str, tiny: bool, out: Path) -> str:
             least = max(least, flops / ceilings[f"{dtype} FLOP/s"])
         taken = seconds(work, device, tiny)
         rows.append([name, f"{taken * 1e3:.3f}", f"{least * 1e3:.3f}", f"{least / taken:.0%}"])
-    return timing.markdown_table(["kernel", "ms", "least ms", "share"], rows)
+    return timing.markdown_table(["kernel", "ms", "least ms", "least / measured"], rows)
 
 
 def sweep_products(device: str, tiny: bool, out: Path) -> str:

@@ -14,7 +14,7 @@ Work = Callable[[], object]
 
 
 def kernel_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, str]]:
-    """Yield each kernel's name, a call, its traffic in bytes, its operations and its dtype."""
+    """Yield each kernel's name, a function that calls it, its traffic, operations and dtype."""
     yield from _gate_works(device, tiny)
     yield from _gating_works(device, tiny)
     yield from _row_works(device, tiny)
@@ -74,6 +74,8 @@ def _gating_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int
 
         choice = forward()
         grads = (torch.ones_like(choice.gates), *choice[3:5])
+
+        inputs = clean, raw_scale, None, offsets
 
         def backward(inputs=inputs, choice=choice, grads=grads) -> object:  # noqa: ANN001
             return launchers.gating_backward(*inputs, list(choice[:3]), grads, 1e-2)
@@ -176,7 +178,7 @@ def _row_works(device: str, tiny: bool) -> Iterator[tuple[str, Work, int, int, s
 
 
 def make_plan(experts: int, mean: int, device: str, top_k: int = 4) -> kernels.RowPlan:
-    """Send tokens to random experts, which get unequal numbers of rows, as in training."""
+    """Return a row plan with random experts, which get unequal numbers of rows, as in training."""
     tokens = experts * mean // top_k
     ids = torch.randint(experts, (tokens, top_k), device=device)
     return kernels.plan_rows(ids, experts, tokens * top_k)

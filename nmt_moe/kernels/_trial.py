@@ -65,12 +65,12 @@ def _try(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
     if not isinstance(error, Exception):  # such as KeyboardInterrupt
         raise error
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    triton = getattr(sys.modules.get("triton"), "__version__", "that cannot be imported")
+    triton = getattr(sys.modules.get("triton"), "__version__", "(not importable)")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(
         f"The Triton kernel `{kernel}` failed its trial on {device}{name} in {dtype}, with torch "
-        f"{torch.__version__} and Triton {triton}: {reason}. torch's own operations run instead, "
-        "which is slower. Set NMT_MOE_KERNELS=triton to run Triton kernels without trials, or "
+        f"{torch.__version__} and Triton {triton}: {reason}. torch's own, slower operations run "
+        "instead. Set NMT_MOE_KERNELS=triton to run Triton kernels without trials, or "
         "NMT_MOE_KERNELS=torch to run none of them.",
         RuntimeWarning,
         stacklevel=4,
@@ -109,7 +109,7 @@ def _row_cases() -> Iterator[tuple[RowPlan, Tensor, Tensor, Tensor]]:
 
     Gates are multiples of 1/8 and all other numbers are whole, so that sums are exact.
     """
-    for tokens, dim in ((9, 48), (3, 1100)):  # one vector fits into a block, the other does not
+    for tokens, dim in ((9, 48), (3, 1100)):  # one vector fits into a block; the other does not
         draw = _Draw()
         ids = draw.uniform(tokens, 5).argsort(1)[:, :2]
         ids[::3, 1] = 5  # an empty slot
@@ -237,6 +237,7 @@ def _compare_gating(device: torch.device, inputs: tuple, top_k: int, noise: Tens
     wanted = torch.autograd.grad(outputs, leaves, grads)
     given = _to_launchers([*grads, None, None][:3], device)
     parts = [choice.gates, choice.top, choice.ids]
+    moved = moved[:2] + moved[4:]
     found = kernels.gating_backward(*moved, parts, given, reference.NOISE_FLOOR)
     for one, other in zip((x for x in found if x is not None), wanted, strict=True):
         _compare("gradient", one, other, 1e-4)
@@ -264,7 +265,7 @@ TRIALS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
 
 
 class _Draw:
-    """Draw float64 numbers from a separate generator, without changing the caller's generator."""
+    """A source of float64 numbers that does not change the state of the caller's generator."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(1)
@@ -299,5 +300,6 @@ def _compare(name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0)
     difference = (found - expected).abs()
     if not (difference <= tolerance * (1 + expected.abs())).all():
         raise ArithmeticError(
-            f"its {name} differs from the definition by up to {difference.max().item():.2g}"
+            f"its result `{name}` differs from the definition by up to "
+            f"{difference.max().item():.2g}"
         )

@@ -113,10 +113,11 @@ class _TritonNoisyTopK(torch.autograd.Function):
         seed = draw_seed(clean.device) if draws else None
         inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
         choice = gating_forward(*inputs, top_k, NOISE_FLOOR)
-        ctx.save_for_backward(*inputs, choice.gates, choice.top, choice.ids)
+        saved = clean, raw_scale, row_weight, row_offsets
+        ctx.save_for_backward(*saved, choice.gates, choice.top, choice.ids)
         ctx.smooth = raw_scale is not None and top_k < clean.shape[1]
         ctx.set_materialize_grads(False)
-        expert_ids = choice.ids[:, :top_k].contiguous()
+        expert_ids = choice.ids[:, :top_k].long()
         load = choice.load if ctx.smooth else choice.counts.to(clean.dtype)
         fixed = (expert_ids, choice.counts) if ctx.smooth else (expert_ids, choice.counts, load)
         ctx.mark_non_differentiable(*fixed)
@@ -134,8 +135,8 @@ class _TritonNoisyTopK(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from nmt_moe.kernels._triton.gating import gating_backward
 
-        clean, raw_scale, noise, seed, row_weight, row_offsets, *choice = ctx.saved_tensors
-        inputs = clean, raw_scale, noise, seed, row_weight, row_offsets
+        clean, raw_scale, row_weight, row_offsets, *choice = ctx.saved_tensors
+        inputs = clean, raw_scale, row_weight, row_offsets
         grads = grad_gates, grad_importance, grad_load if ctx.smooth else None
         grad_clean, grad_raw, grad_weight = gating_backward(*inputs, choice, grads, NOISE_FLOOR)
         return grad_clean, grad_raw, None, grad_weight, None, None

@@ -1,4 +1,4 @@
-"""The Triton kernels compile to efficient code for A100 and H100 (`benchmarks/gpu_budgets.py`)."""
+"""Triton kernels compile to efficient code for the A100 and H100 (`benchmarks/gpu_budgets.py`)."""
 
 import json
 import os
@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-# With fewer blocks per multiprocessor than this, the time of memory loads cannot be hidden.
-LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "gating": 3, "adam": 3, "gather": 8, "sum": 5}
+from benchmarks import gpu_compile
+
+# With fewer blocks per multiprocessor than these, the latency of loads cannot be hidden.
+LEAST_BLOCKS = {"multiply": 2, "weight_gradient": 2, "adam": 3, "gather": 8, "bfloat16 sum": 5}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,7 @@ def test_all_kernels_are_compiled_for_both_gpus(reports):
 
 def test_no_kernel_spills_registers_or_exceeds_shared_memory(reports):
     for name, report in reports.items():
-        # The noise uses CUDA's sine and cosine, which reserve 32 bytes for very large angles.
-        assert report["spilled"] <= (32 if "gating" in name else 0), name
+        assert report["spilled"] == 0, name
         assert report["shared"] <= 99 * 1024, name  # the smallest limit of GPUs since the A100
 
 
@@ -51,6 +52,8 @@ def test_enough_blocks_run_at_a_time(reports):
     for kernel, least in LEAST_BLOCKS.items():
         for name, report in chosen(reports, "H100", kernel).items():
             assert report["blocks"] >= least, name
+    for name, report in chosen(reports, "H100", "gating").items():
+        assert report["warps"] >= 12, name  # blocks of gating have one to four warps
 
 
 def test_no_product_is_serialised(reports):
@@ -86,7 +89,26 @@ def test_offsets_of_gating_have_64_bits(reports):
         assert report["narrow_offsets"] == 0, name
 
 
-def test_gating_needs_no_more_instructions_than_it_did(reports):
-    """Compare with 329 to 338 instructions per element forward and 298 to 305 backward."""
-    for name, report in chosen(reports, "gating 256").items():
-        assert report["per_element"] <= (350 if "forward" in name else 310), name
+def test_gating_can_reach_70_percent_of_the_speed_of_a_copy(reports):
+    """Check that both passes together take at most 190 instructions per element (156 to 175)."""
+    for gpu in ("A100", "H100"):
+        for experts in (256, 4096):
+            parts = chosen(reports, gpu, f"gating {experts} 4 drawn")
+            assert sum(report["per_element"] for report in parts.values()) <= 190, parts
+
+
+def test_instructions_in_loops_are_counted_as_often_as_they_run():
+    listing = "\n".join(
+        f"        /*{address:04x}*/                   {code} ;"
+        for address, code in (
+            *((0x00, "MOV R1, R2"), (0x10, "FADD R1, R2, R3"), (0x20, "FMUL R1, R2, R3")),
+            *((0x30, "@P0 BRA 0x20"), (0x40, "FADD R1, R2, R3"), (0x50, "@!P1 BRA 0x10")),
+            *((0x60, "EXIT"), (0x70, "BRA 0x70")),
+        )
+    )
+    instructions = gpu_compile.INSTRUCTION.findall(listing)
+    assert [name for _, name, _ in instructions[:3]] == ["MOV", "FADD", "FMUL"]
+    assert gpu_compile.count_executed(instructions, repeats=0) == 2  # the innermost loop
+    assert gpu_compile.count_executed(instructions, repeats=1) == 5  # and the one around it
+    assert gpu_compile.count_executed(instructions, repeats=3) == 3
+    assert gpu_compile.count_executed(instructions[:3], repeats=4) == 3  # no loop

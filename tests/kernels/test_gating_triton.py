@@ -33,16 +33,18 @@ def assert_is_right(inputs, top_k, sizes, training=True, one_by_one=False):
 @pytest.fixture(autouse=True)
 def _poisoned_memory(device, monkeypatch):
     """Fill fresh memory with NaN, so that elements that are never written are noticed."""
-    use_blocks(monkeypatch, columns=1024, numbers=2**13)  # few programs, because each is slow
+    use_blocks(monkeypatch, columns=1024, numbers=2**13, tile=(64, 128))  # each program is slow
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def use_blocks(monkeypatch, columns: int, numbers: int):
-    """Set the numbers of columns and elements per block."""
+def use_blocks(monkeypatch, columns: int, numbers: int, tile: tuple[int, int] | None = None):
+    """Set the maximum number of columns and the number of elements per block, and the tiles."""
     monkeypatch.setattr(launchers, "MAX_BLOCK_COLUMNS", columns)
-    monkeypatch.setattr(launchers, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(launchers, "WARP_NUMBERS", numbers)
+    for name in ("SUM_TILE", "BACKWARD_TILE"):
+        monkeypatch.setattr(launchers, name, tile or (max(numbers // columns, 1), columns))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -102,7 +104,7 @@ def test_noise_and_logits_of_minus_infinity(columns, monkeypatch):
 
 
 def test_a_program_takes_several_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(launchers, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(launchers, "MAX_WARPS", 2)
     use_blocks(monkeypatch, columns=1024, numbers=128)
     assert_is_right(make_inputs(50, 16, torch.float32), 3, [30, 20])
 

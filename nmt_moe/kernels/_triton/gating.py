@@ -1,7 +1,7 @@
 """Launchers for noisy top-k gating."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,14 +15,18 @@ from nmt_moe.kernels._triton.gating_forward import (
     sum_kernel,
 )
 
-# Maximum number of columns in a block. Wider rows are read in chunks of this size.
+# Maximum number of columns in a block that holds whole rows. Wider rows are read in chunks of this
+# size.
 MAX_BLOCK_COLUMNS = 1024
-# Number of values in a block. With 8 values per thread in four warps, there are enough registers to
-# run several blocks at a time.
-BLOCK_NUMBERS = 1024
-# Maximum number of programs. On the largest GPU, each multiprocessor gets a few programs. Each
-# program writes one row of partial sums, and this many rows still need little memory.
-MAX_PROGRAMS = 1024
+# Number of values in a warp's part of such a block. With 8 values per thread, there are enough
+# registers to run several blocks at a time.
+WARP_NUMBERS = 256
+# Rows and columns of a block, of one warp, in kernels that process each column by itself. With a
+# few rows and columns, the few values that belong to whole rows keep most threads busy.
+SUM_TILE, BACKWARD_TILE = (1, 256), (4, 64)
+# Maximum number of warps. On the largest GPU, each multiprocessor gets 16, about as many as it can
+# run at a time. Each block writes one row of partial sums, so more blocks would need more memory.
+MAX_WARPS = 2048
 
 
 class Choice(NamedTuple):
@@ -31,7 +35,7 @@ class Choice(NamedTuple):
     Attributes:
         gates: (N, K), the weights of the chosen experts.
         top: (N, C), the largest noisy logits, in descending order.
-        ids: (N, C) int64, the columns of these logits.
+        ids: (N, C) int32, the columns of these logits.
         importance: (G, E), the sum of each expert's gates.
         load: (G, E), the smooth estimate of each expert's number of tokens; uninitialised if it is
             not computed.
@@ -52,39 +56,52 @@ class Grid(NamedTuple):
     Attributes:
         splits: Number of programs per group. They take turns at processing the group's blocks of
             rows.
-        block_rows: Number of rows in a block.
-        block_columns: Number of columns in a block.
+        block: Number of rows and number of columns in a block.
         chunks: Number of blocks of columns in a row.
-        slots: Number of logits kept for each row, rounded up to a power of two.
-        multiple: Divisor of the row's width, a hint for the compiler.
+        warps: Number of warps per program.
     """
 
     splits: int
-    block_rows: int
-    block_columns: int
+    block: tuple[int, int]
     chunks: int
-    slots: int
-    multiple: int
+    warps: int
 
 
-def choose_grid(num_rows: int, num_groups: int, num_experts: int, count: int) -> Grid:
-    """Choose block sizes, depending on the width of rows, and the number of programs.
+def whole_rows(num_rows: int, num_groups: int, num_experts: int) -> Grid:
+    """Choose blocks of whole rows, or of long chunks of rows.
 
     Args:
         num_rows: Number of rows, N.
         num_groups: Number of groups, G.
         num_experts: Number of experts, E.
-        count: Number of logits kept for each row, C.
     """
     block_columns = min(max(triton.next_power_of_2(num_experts), 16), MAX_BLOCK_COLUMNS)
-    block_rows = max(BLOCK_NUMBERS // block_columns, 1)
     chunks = triton.cdiv(num_experts, block_columns)
-    splits = min(triton.cdiv(num_rows, block_rows), triton.cdiv(MAX_PROGRAMS, num_groups))
-    slots = triton.next_power_of_2(count)
+    # A search in a chunk needs few registers, so one warp can search it alone.
+    warps = max(block_columns // WARP_NUMBERS, 1) if chunks == 1 else 1
+    block_rows = max(WARP_NUMBERS // block_columns, 1)
+    splits = _split(num_rows, num_groups, block_rows, warps)
+    return Grid(splits, (block_rows, block_columns), chunks, warps)
+
+
+def tiles(num_rows: int, num_groups: int, num_experts: int, block: tuple[int, int]) -> Grid:
+    """Distribute blocks of one warp; the other arguments are those of `whole_rows`."""
+    splits = _split(num_rows, num_groups, block[0], 1)
+    return Grid(splits, block, triton.cdiv(num_experts, block[1]), 1)
+
+
+def _split(num_rows: int, num_groups: int, block_rows: int, warps: int) -> int:
+    """Return the number of programs per group."""
+    most = triton.cdiv(max(MAX_WARPS // warps, 1), num_groups)
+    return max(min(triton.cdiv(num_rows, block_rows), most), 1)
+
+
+def _constants(num_experts: int, top_k: int, count: int, noise_floor: float) -> tuple[Any, ...]:
+    """Return the compile-time arguments TOP_K, COUNT, NOISE_FLOOR, MULTIPLE and SLOTS."""
     # Triton itself recognises only multiples of 16. A multiple of 4 lets a load read 4 values.
     multiple = math.gcd(16, num_experts)
     multiple = multiple if multiple >= 4 else 1
-    return Grid(max(splits, 1), block_rows, block_columns, chunks, slots, multiple)
+    return top_k, count, noise_floor, multiple, triton.next_power_of_2(count)
 
 
 def gating_forward(
@@ -114,36 +131,35 @@ def gating_forward(
     num_groups = len(row_offsets) - 1
     smooth = raw_scale is not None and top_k < num_experts
     count = top_k + smooth
-    grid = choose_grid(num_rows, num_groups, num_experts, count)
+    sizes = num_rows, num_groups, num_experts
+    rows = whole_rows(*sizes)
+    grid = rows if rows.chunks == 1 else tiles(*sizes, SUM_TILE)
     gates, top = clean.new_empty(num_rows, top_k), clean.new_empty(num_rows, count)
-    ids = row_offsets.new_empty(num_rows, count)
+    ids = torch.empty(num_rows, count, dtype=torch.int32, device=clean.device)
     shape = num_groups, grid.splits, num_experts
     importance, load = clean.new_empty(shape), clean.new_empty(shape if smooth else (1, 1, 1))
     counts = torch.empty(shape, dtype=torch.int32, device=clean.device)
     inputs = clean, _contiguous(raw_scale), _contiguous(noise)
-    weight = _contiguous(row_weight)
+    by_group = _contiguous(row_weight), row_offsets
     choice, sums = (gates, top, ids), (importance, load, counts)
-    limits = top_k, count, noise_floor, grid.multiple, grid.block_rows, grid.block_columns
+    constants = _constants(num_experts, top_k, count, noise_floor)
     with torch.cuda.device_of(clean):
-        if grid.chunks == 1:
+        if rows.chunks == 1:
             forward_kernel[(num_groups * grid.splits,)](
-                *inputs,
-                weight,
-                row_offsets,
-                *choice,
-                *sums,
-                seed,
-                num_experts,
-                grid.splits,
-                *limits,
-                grid.slots,
+                *(*inputs, *by_group, *choice, *sums, seed, num_experts, grid.splits),
+                *(*constants, *grid.block),
+                num_warps=grid.warps,
             )
         else:
-            select_kernel[(triton.cdiv(num_rows, grid.block_rows),)](
-                *inputs, *choice, seed, num_rows, num_experts, *limits, grid.chunks, grid.slots
+            select_kernel[(triton.cdiv(num_rows, rows.block[0]),)](
+                *(*inputs, *choice, seed, num_rows, num_experts),
+                *(*constants, *rows.block, rows.chunks),
+                num_warps=rows.warps,
             )
             sum_kernel[(num_groups * grid.splits, grid.chunks)](
-                *inputs[:2], weight, row_offsets, *choice, *sums, num_experts, grid.splits, *limits
+                *(*inputs[:2], *by_group, *choice, *sums, num_experts, grid.splits),
+                *(*constants, *grid.block),
+                num_warps=grid.warps,
             )
     # Each program has written its own row of sums. Add up these rows in a fixed order.
     return Choice(*choice, *(partial.sum(1) for partial in sums))
@@ -152,8 +168,6 @@ def gating_forward(
 def gating_backward(
     clean: Tensor,
     raw_scale: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
     row_weight: Tensor | None,
     row_offsets: Tensor,
     choice: list[Tensor],
@@ -165,8 +179,6 @@ def gating_backward(
     Args:
         clean: (N, E), logits without noise.
         raw_scale: (N, E), logits of the noise's standard deviation; None for no noise.
-        noise: (N, E), the noise of the forward pass; None to draw it from `seed` again.
-        seed: Seed of the forward pass.
         row_weight: (N,), the weight of each row in the importance; None for ones.
         row_offsets: (G + 1,) int64, bounds of the rows of each group.
         choice: The forward pass's gates (N, K), top (N, C) and ids (N, C).
@@ -181,32 +193,18 @@ def gating_backward(
     num_rows, num_experts = clean.shape
     num_groups = len(row_offsets) - 1
     gates, _, ids = choice
-    grid = choose_grid(num_rows, num_groups, num_experts, ids.shape[1])
+    grid = tiles(num_rows, num_groups, num_experts, BACKWARD_TILE)
+    constants = _constants(num_experts, gates.shape[1], ids.shape[1], noise_floor)
     grad_clean = torch.empty_like(clean)
     grad_raw = None if raw_scale is None else torch.empty_like(grad_clean)
     grad_weight = None if row_weight is None else clean.new_empty(num_rows)
+    inputs = clean, _contiguous(raw_scale), _contiguous(row_weight), row_offsets
     with torch.cuda.device_of(clean):
         backward_kernel[(num_groups * grid.splits,)](
-            clean,
-            _contiguous(raw_scale),
-            _contiguous(noise),
-            _contiguous(row_weight),
-            row_offsets,
-            *choice,
-            *(_contiguous(grad) for grad in grads),
-            grad_clean,
-            grad_raw,
-            grad_weight,
-            seed,
-            num_experts,
-            grid.splits,
-            gates.shape[1],
-            ids.shape[1],
-            noise_floor,
-            grid.multiple,
-            grid.block_rows,
-            grid.block_columns,
-            grid.chunks,
+            *(*inputs, *choice, *(_contiguous(grad) for grad in grads)),
+            *(grad_clean, grad_raw, grad_weight, num_experts, grid.splits),
+            *(*constants, *grid.block, grid.chunks),
+            num_warps=grid.warps,
         )
     return grad_clean, grad_raw, grad_weight
 
@@ -214,10 +212,10 @@ def gating_backward(
 def write_noise(seed: Tensor, first_row: int, noise: Tensor) -> Tensor:
     """Fill `noise`, (N, E), with the noise that the kernels draw, beginning at row `first_row`."""
     num_rows, num_experts = noise.shape
-    grid = choose_grid(num_rows, 1, num_experts, 1)
+    grid = tiles(num_rows, 1, num_experts, SUM_TILE)
     with torch.cuda.device_of(noise):
-        noise_kernel[(triton.cdiv(num_rows, grid.block_rows), grid.chunks)](
-            noise, seed, first_row, num_rows, num_experts, grid.block_rows, grid.block_columns
+        noise_kernel[(triton.cdiv(num_rows, grid.block[0]), grid.chunks)](
+            *(noise, seed, first_row, num_rows, num_experts, *grid.block), num_warps=grid.warps
         )
     return noise
 

@@ -4,20 +4,23 @@ import triton
 import triton.language as tl
 
 from nmt_moe.kernels._triton.gating_parts import (
+    LOG2_E,
     TAKEN,
     draw_noise,
-    find_inside,
-    has_nan,
+    fast_divide,
+    fast_exp2,
     key_scores,
     largest,
-    margins,
+    noise_scale,
     normal_cdf,
     read_column,
     read_noise,
     read_seed,
-    softplus,
+    read_slots,
+    softmax,
     sort_keys,
-    threshold,
+    store_choice,
+    thresholds,
 )
 from nmt_moe.kernels._triton.hints import whole
 
@@ -42,9 +45,9 @@ def forward_kernel(
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
     """Run the whole forward pass for rows that fit into a block of columns.
 
@@ -57,53 +60,47 @@ def forward_kernel(
     start = tl.load(row_offsets + program // splits)
     end = tl.load(row_offsets + program // splits + 1)
     columns, slots = tl.arange(0, BLOCK_COLUMNS), tl.arange(0, SLOTS)[None, :]
-    sum_gates = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    in_row = columns < num_experts
+    sum_gates = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    sum_probs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    sum_chosen = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
         rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
         offsets = rows[:, None] * num_experts + columns[None, :]
-        mask = row_mask[:, None] & (columns < num_experts)[None, :]
+        mask = row_mask[:, None] & in_row[None, :]
         logits = tl.load(clean + offsets, mask, other=0.0)
         noisy = logits
         if raw_scale is not None:
-            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
+            scale, _ = noise_scale(tl.load(raw_scale + offsets, mask, other=0.0), NOISE_FLOOR)
             drawn = read_noise(noise, number, rows, 0, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS)
             noisy = logits + drawn * scale
-        keys = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
-        keys, indices, ranks = largest(
-            keys, columns[None, :], BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS
-        )
-        values = key_scores(keys)
-        high = tl.max(values, 1)[:, None]
-        powers = tl.where(slots < TOP_K, tl.exp(values - high), 0.0)
-        total = tl.where(has_nan(noisy)[:, None], float("nan"), tl.sum(powers, 1)[:, None])
+        keys = tl.where(in_row[None, :], sort_keys(noisy), TAKEN)
+        found, indices, keys = largest(keys, columns[None, :], BLOCK_ROWS, COUNT, SLOTS)
+        values = key_scores(found)
+        weights, high, total = softmax(values, slots, TOP_K)
+        store_choice(gates, top, ids, weights, values, indices, rows, row_mask, slots, TOP_K, COUNT)
 
-        kept, slot_offsets = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
-        tl.store(top + slot_offsets, values, kept)
-        tl.store(ids + slot_offsets, indices.to(tl.int64), kept)
-        kept, slot_offsets = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
-        tl.store(gates + slot_offsets, powers / total, kept)
-
-        chosen = mask & (ranks > 0) & (ranks <= TOP_K)
-        sum_chosen += tl.sum(chosen.to(tl.int32), 0)
-        dense = tl.exp(noisy - high) / total
-        if row_weight is not None:
-            dense *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
-        # A row that contains NaN adds NaN to every expert, regardless of the search result.
-        sum_gates += tl.sum(tl.where(chosen | (total != total), dense, 0.0), 0)
+        chosen = mask & (keys == TAKEN)
         if COUNT > TOP_K:
-            kth = tl.max(tl.where(slots == TOP_K - 1, values, float("-inf")), 1)[:, None]
-            next_one = tl.max(tl.where(slots == TOP_K, values, float("-inf")), 1)[:, None]
-            limit = threshold(chosen & (noisy > next_one), kth, next_one)
-            probs = normal_cdf((logits - limit) / scale)
-            sum_probs += tl.sum(tl.where(mask, probs, 0.0), 0)
-    sums, in_row = program * num_experts + columns, columns < num_experts
-    tl.store(importance + sums, sum_gates, in_row)
-    tl.store(counts + sums, sum_chosen, in_row)
+            last = tl.sum(tl.where(slots == TOP_K, indices, 0), 1)[:, None]
+            chosen &= columns[None, :] != last
+        sum_chosen += chosen.to(tl.int32)
+        weight = fast_divide(1.0, total)
+        if row_weight is not None:
+            weight *= tl.load(row_weight + rows, row_mask, other=0.0)[:, None]
+        # A row with a total of NaN adds NaN to every expert, regardless of the search result.
+        rest = tl.where(total != total, float("nan"), 0.0)
+        sum_gates += tl.where(chosen, fast_exp2((noisy - high) * LOG2_E) * weight, rest)
+        if COUNT > TOP_K:
+            kth, next_one = thresholds(values, slots, TOP_K)
+            limit = tl.where(chosen & (noisy > next_one), next_one, kth)
+            sum_probs += tl.where(mask, normal_cdf(fast_divide(logits - limit, scale)), 0.0)
+    sums = program * num_experts + columns
+    tl.store(importance + sums, tl.sum(sum_gates, 0), in_row)
+    tl.store(counts + sums, tl.sum(sum_chosen, 0), in_row)
     if COUNT > TOP_K:
-        tl.store(load + sums, sum_probs, in_row)
+        tl.store(load + sums, tl.sum(sum_probs, 0), in_row)
 
 
 @triton.jit
@@ -119,7 +116,7 @@ def _merge(
     """Keep the COUNT largest keys of two (B, SLOTS) lists, with their columns."""
     both = tl.reshape(tl.join(keys, more_keys), (BLOCK_ROWS, 2 * SLOTS))
     columns = tl.reshape(tl.join(ids, more_ids), (BLOCK_ROWS, 2 * SLOTS))
-    keys, ids, _ = largest(both, columns, BLOCK_ROWS, 2 * SLOTS, COUNT, SLOTS)
+    keys, ids, _ = largest(both, columns, BLOCK_ROWS, COUNT, SLOTS)
     return keys, ids
 
 
@@ -138,10 +135,10 @@ def select_kernel(
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
     """Find the largest noisy logits of rows that are read in chunks, and compute their softmax."""
     number = read_seed(seed)
@@ -150,30 +147,23 @@ def select_kernel(
     row_mask, slots = rows < num_rows, tl.arange(0, SLOTS)[None, :]
     keys = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
     indices = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
-    is_nan = rows < 0
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         offsets = rows[:, None] * num_experts + columns[None, :]
         mask = row_mask[:, None] & (columns < num_experts)[None, :]
         noisy = tl.load(clean + offsets, mask, other=0.0)
         if raw_scale is not None:
-            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
+            scale, _ = noise_scale(tl.load(raw_scale + offsets, mask, other=0.0), NOISE_FLOOR)
             drawn = read_noise(
                 noise, number, rows, chunk * BLOCK_COLUMNS, offsets, mask, BLOCK_ROWS, BLOCK_COLUMNS
             )
             noisy += drawn * scale
-        is_nan |= has_nan(noisy)
         more = tl.where((columns < num_experts)[None, :], sort_keys(noisy), TAKEN)
-        more, more_ids, _ = largest(more, columns[None, :], BLOCK_ROWS, BLOCK_COLUMNS, COUNT, SLOTS)
+        more, more_ids, _ = largest(more, columns[None, :], BLOCK_ROWS, COUNT, SLOTS)
         keys, indices = _merge(keys, indices, more, more_ids, BLOCK_ROWS, COUNT, SLOTS)
     values = key_scores(keys)
-    powers = tl.where(slots < TOP_K, tl.exp(values - tl.max(values, 1)[:, None]), 0.0)
-    total = tl.where(is_nan, float("nan"), tl.sum(powers, 1))[:, None]
-    kept, slot_offsets = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
-    tl.store(top + slot_offsets, values, kept)
-    tl.store(ids + slot_offsets, indices.to(tl.int64), kept)
-    kept, slot_offsets = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
-    tl.store(gates + slot_offsets, powers / total, kept)
+    weights, _, _ = softmax(values, slots, TOP_K)
+    store_choice(gates, top, ids, weights, values, indices, rows, row_mask, slots, TOP_K, COUNT)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -194,6 +184,7 @@ def sum_kernel(
     COUNT: tl.constexpr,
     NOISE_FLOOR: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -203,34 +194,42 @@ def sum_kernel(
     start = tl.load(row_offsets + program // splits)
     end = tl.load(row_offsets + program // splits + 1)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    sum_gates = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    sum_probs = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-    sum_chosen = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    in_row, slots = columns < num_experts, tl.arange(0, SLOTS)[None, :]
+    sum_gates = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    sum_probs = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    sum_chosen = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
     for first in range(start + program % splits * BLOCK_ROWS, end, splits * BLOCK_ROWS):
         rows = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = rows < end
         weight = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
         if row_weight is not None:
             weight = tl.load(row_weight + rows, row_mask, other=0.0)
+        kth = tl.zeros((BLOCK_ROWS, 1), tl.float32)
+        next_one = kth
+        if COUNT > TOP_K:
+            kth, next_one = thresholds(read_slots(top, rows, row_mask, slots, COUNT), slots, TOP_K)
+        # An expert's threshold is the (k+1)-th largest logit if the expert's own exceeds that one.
+        limit = tl.broadcast_to(kth, (BLOCK_ROWS, BLOCK_COLUMNS))
         for slot in tl.static_range(TOP_K):
             index = read_column(ids, rows, row_mask, COUNT, slot)
             here = row_mask[:, None] & (columns[None, :] == index[:, None])
             weighted = read_column(gates, rows, row_mask, TOP_K, slot) * weight
-            sum_chosen += tl.sum(here.to(tl.int32), 0)
-            sum_gates += tl.sum(tl.where(here, weighted[:, None], 0.0), 0)
+            sum_chosen += here.to(tl.int32)
+            sum_gates += tl.where(here, weighted[:, None], 0.0)
+            if COUNT > TOP_K:
+                above = read_column(top, rows, row_mask, COUNT, slot)[:, None] > next_one
+                limit = tl.where(here & above, next_one, limit)
         if COUNT > TOP_K:
             offsets = rows[:, None] * num_experts + columns[None, :]
-            mask = row_mask[:, None] & (columns < num_experts)[None, :]
+            mask = row_mask[:, None] & in_row[None, :]
             logits = tl.load(clean + offsets, mask, other=0.0)
-            scale = softplus(tl.load(raw_scale + offsets, mask, other=0.0)) + NOISE_FLOOR
-            inside = find_inside(top, ids, rows, row_mask, columns, TOP_K)
-            z = margins(logits, scale, inside, top, rows, row_mask, TOP_K)
-            sum_probs += tl.sum(tl.where(mask, normal_cdf(z), 0.0), 0)
-    sums, in_row = program * num_experts + columns, columns < num_experts
-    tl.store(importance + sums, sum_gates, in_row)
-    tl.store(counts + sums, sum_chosen, in_row)
+            scale, _ = noise_scale(tl.load(raw_scale + offsets, mask, other=0.0), NOISE_FLOOR)
+            sum_probs += tl.where(mask, normal_cdf(fast_divide(logits - limit, scale)), 0.0)
+    sums = program * num_experts + columns
+    tl.store(importance + sums, tl.sum(sum_gates, 0), in_row)
+    tl.store(counts + sums, tl.sum(sum_chosen, 0), in_row)
     if COUNT > TOP_K:
-        tl.store(load + sums, sum_probs, in_row)
+        tl.store(load + sums, tl.sum(sum_probs, 0), in_row)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])

@@ -1,14 +1,74 @@
-"""Functions for blocks of B rows and W columns (one per expert) that all gating kernels share."""
+"""Functions for blocks of B rows and W columns (one per expert) that all gating kernels share.
+
+Logarithms, sines, cosines and quotients are the GPU's fast approximations. Triton's interpreter
+has none, so there these functions compute the plain values. `tests/kernels/test_fast_math.py`
+states the errors of all approximations and checks what they do to the results.
+"""
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 # The lowest finite float32 number.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # A key below the key of every score, including -inf, so that no score is chosen twice.
 TAKEN = tl.constexpr(-(2**31))
+# Salmon et al. 2011 found no statistical fault in Philox with 7 rounds.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def fast_log2(x):
+    """Compute the binary logarithm within 2^-22 for x from 0.5 to 2, otherwise within 2 ulp."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def fast_exp2(x):
+    """Compute 2^x within 2 ulp; 0 for results below 2^-126."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return libdevice.exp2(x)
+
+
+@triton.jit
+def fast_divide(x, y):
+    """Compute x / y within 2 ulp; 0 if |y| is above 2^126."""
+    if INTERPRETED:
+        return x / y
+    return libdevice.fast_dividef(x, y)
+
+
+@triton.jit
+def fast_sin(x):
+    """Compute the sine of an angle from -pi to pi within 2^-21.4."""
+    if INTERPRETED:
+        return tl.sin(x)
+    return libdevice.fast_sinf(x)
+
+
+@triton.jit
+def fast_cos(x):
+    """Compute the cosine of an angle from -pi to pi within 2^-21.1."""
+    if INTERPRETED:
+        return tl.cos(x)
+    return libdevice.fast_cosf(x)
+
+
+@triton.jit
+def to_normal(bits, more_bits):
+    """Map two uint32 numbers to two independent standard normal numbers (Box and Muller 1958)."""
+    # Numbers above 0 and up to 1. Rounding the largest ones to 1 gives a radius of 0.
+    uniform = bits.to(tl.float32) * 2.0**-32 + 2.0**-33
+    angle = more_bits.to(tl.int32, bitcast=True).to(tl.float32) * (3.14159265358979 * 2.0**-31)
+    # An approximate logarithm of a number just below 1 could be positive.
+    radius = tl.sqrt(tl.maximum(fast_log2(uniform) * (-2.0 * LN_2), 0.0))
+    return radius * fast_cos(angle), radius * fast_sin(angle)
 
 
 @triton.jit
@@ -32,13 +92,9 @@ def draw_noise(seed, rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
     quads = tl.broadcast_to(quads[None, :], (BLOCK_ROWS, num_quads))
     rows = tl.broadcast_to(rows[:, None], (BLOCK_ROWS, num_quads))
     low, high = (rows & 0xFFFFFFFF).to(tl.uint32), (rows >> 32).to(tl.uint32)
-    bits_0, bits_1, bits_2, bits_3 = tl.philox(seed, low, high, quads, quads * 0)
-    noise_0, noise_1 = tl.pair_uniform_to_normal(
-        tl.uint_to_uniform_float(bits_0), tl.uint_to_uniform_float(bits_1)
-    )
-    noise_2, noise_3 = tl.pair_uniform_to_normal(
-        tl.uint_to_uniform_float(bits_2), tl.uint_to_uniform_float(bits_3)
-    )
+    bits_0, bits_1, bits_2, bits_3 = tl.philox(seed, low, high, quads, quads * 0, PHILOX_ROUNDS)
+    noise_0, noise_1 = to_normal(bits_0, bits_1)
+    noise_2, noise_3 = to_normal(bits_2, bits_3)
     # Four neighbouring columns share a counter, so no values have to move between threads.
     fours = tl.join(tl.join(noise_0, noise_2), tl.join(noise_1, noise_3))
     return tl.reshape(fours, (BLOCK_ROWS, BLOCK_COLUMNS))
@@ -64,9 +120,11 @@ def read_noise(
 
 
 @triton.jit
-def softplus(raw):
-    """Compute log(1 + exp(raw)) without overflow."""
-    return tl.maximum(raw, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(raw)))
+def noise_scale(raw, NOISE_FLOOR: tl.constexpr):
+    """Compute softplus(raw) + NOISE_FLOOR and its derivative, sigmoid(raw), without overflow."""
+    power = fast_exp2(tl.abs(raw) * -LOG2_E)
+    scale = fast_log2(1.0 + power) * LN_2 + (tl.maximum(raw, 0.0) + NOISE_FLOOR)
+    return scale, fast_divide(tl.where(raw >= 0, 1.0, power), 1.0 + power)
 
 
 @triton.jit
@@ -87,49 +145,82 @@ def key_scores(keys):
 
 
 @triton.jit
-def largest(
-    keys,
-    columns,
-    BLOCK_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COUNT: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+def largest(keys, columns, BLOCK_ROWS: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr):
     """Find the COUNT largest keys of each row. The lowest column wins ties.
 
     Args:
         keys: (B, W), keys from `sort_keys`; `TAKEN` beyond the end of the row.
         columns: (1, W) or (B, W) int32, the column number of each key.
         BLOCK_ROWS: Number of rows in the block, B.
-        WIDTH: Number of keys in a row, W.
         COUNT: Number of keys to find in each row, at most SLOTS.
         SLOTS: Number of columns of the results, a power of two.
 
     Returns:
         found: (B, SLOTS) int32, the keys in descending order; `TAKEN` in slots COUNT and higher.
         ids: (B, SLOTS) int32, the columns of these keys; 0 in slots COUNT and higher.
-        ranks: (B, W) int32, the rank of each key, from 1 for the largest to COUNT; 0 for all other
-            keys.
+        keys: (B, W), the same keys, with `TAKEN` instead of those that were found.
     """
     slots = tl.arange(0, SLOTS)[None, :]
     found = tl.full((BLOCK_ROWS, SLOTS), TAKEN, tl.int32)
     ids = tl.zeros((BLOCK_ROWS, SLOTS), tl.int32)
-    ranks = tl.zeros((BLOCK_ROWS, WIDTH), tl.int32)
     for slot in tl.static_range(COUNT):
         key = tl.max(keys, 1)[:, None]
         column = tl.min(tl.where(keys == key, columns, 0x7FFFFFFF), 1)[:, None]
         found = tl.where(slots == slot, key, found)
         ids = tl.where(slots == slot, column, ids)
-        here = columns == column
-        ranks = tl.where(here, slot + 1, ranks)
-        keys = tl.where(here, TAKEN, keys)
-    return found, ids, ranks
+        keys = tl.where(columns == column, TAKEN, keys)
+    return found, ids, keys
 
 
 @triton.jit
-def has_nan(scores):
-    """Return whether each row contains NaN, which the search treats as infinity: (B,) bool."""
-    return tl.max((scores != scores).to(tl.int32), 1) > 0
+def softmax(values, slots, TOP_K: tl.constexpr):
+    """Compute the softmax of the TOP_K largest logits.
+
+    A row whose largest logit is infinite or was NaN becomes NaN, because the search treats NaN as
+    infinity and inf - inf is NaN.
+
+    Args:
+        values: (B, SLOTS), the largest logits, in descending order.
+        slots: (1, SLOTS), slot numbers.
+        TOP_K: Number of logits in the softmax.
+
+    Returns:
+        (B, SLOTS), the gates, with 0 in slots TOP_K and higher; (B, 1), the largest logits; and
+        (B, 1), the sums that the gates were divided by.
+    """
+    high = tl.max(values, 1)[:, None]
+    powers = tl.where(slots < TOP_K, fast_exp2((values - high) * LOG2_E), 0.0)
+    total = tl.sum(powers, 1)[:, None]
+    return fast_divide(powers, total), high, total
+
+
+@triton.jit
+def store_choice(
+    gates,
+    top,
+    ids,
+    weights,
+    values,
+    columns,
+    rows,
+    row_mask,
+    slots,
+    TOP_K: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Store (B, SLOTS) gates, largest logits and their columns."""
+    kept, offsets = row_mask[:, None] & (slots < COUNT), rows[:, None] * COUNT + slots
+    tl.store(top + offsets, values, kept)
+    tl.store(ids + offsets, columns, kept)
+    kept, offsets = row_mask[:, None] & (slots < TOP_K), rows[:, None] * TOP_K + slots
+    tl.store(gates + offsets, weights, kept)
+
+
+@triton.jit
+def read_slots(table, rows, row_mask, slots, COUNT: tl.constexpr):
+    """Read the B rows of a block from an (N, COUNT) table: (B, SLOTS), 0 beyond the table."""
+    mask = row_mask[:, None] & (slots < COUNT)
+    return tl.load(table + (rows[:, None] * COUNT + slots), mask, other=0)
 
 
 @triton.jit
@@ -139,167 +230,32 @@ def read_column(table, rows, row_mask, COUNT: tl.constexpr, slot: tl.constexpr):
 
 
 @triton.jit
-def find_inside(top, ids, rows, row_mask, columns, TOP_K: tl.constexpr):
-    """Mark the chosen experts whose noisy logits strictly exceed the (k+1)-th: (B, W) bool."""
-    next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)
-    inside = (rows[:, None] < 0) & (columns[None, :] < 0)
-    for slot in tl.static_range(TOP_K):
-        above = read_column(top, rows, row_mask, TOP_K + 1, slot) > next_one
-        index = read_column(ids, rows, row_mask, TOP_K + 1, slot)
-        inside |= above[:, None] & (columns[None, :] == index[:, None])
-    return inside
+def pick(values, slots, slot: tl.constexpr):
+    """Return column `slot` of (B, SLOTS) values as (B, 1)."""
+    return tl.max(tl.where(slots == slot, values, float("-inf")), 1)[:, None]
 
 
 @triton.jit
-def margins(clean, scale, inside, top, rows, row_mask, TOP_K: tl.constexpr):
-    """Compute (clean - threshold) / scale.
-
-    The threshold is the (k+1)-th largest noisy logit where `inside` is True, and the k-th largest
-    elsewhere.
-    """
-    kth = read_column(top, rows, row_mask, TOP_K + 1, TOP_K - 1)[:, None]
-    next_one = read_column(top, rows, row_mask, TOP_K + 1, TOP_K)[:, None]
-    return (clean - threshold(inside, kth, next_one)) / scale
-
-
-@triton.jit
-def threshold(inside, kth, next_one):
-    """Choose each expert's threshold: (B, W) bool and (B, 1) logits -> (B, W).
+def thresholds(values, slots, TOP_K: tl.constexpr):
+    """Return the k-th and the (k+1)-th largest noisy logit, (B, 1) each, but no -inf.
 
     A logit of -inf does not exceed a threshold of -inf, and inf - inf would give NaN.
     """
-    return tl.where(inside, tl.maximum(next_one, LOWEST), tl.maximum(kth, LOWEST))
-
-
-@triton.jit
-def normal_cdf(z):
-    """Compute Phi(z)."""
-    return 0.5 + 0.5 * tl.erf(z * INV_SQRT_2)
+    kth, next_one = pick(values, slots, TOP_K - 1), pick(values, slots, TOP_K)
+    return tl.maximum(kth, LOWEST), tl.maximum(next_one, LOWEST)
 
 
 @triton.jit
 def normal_density(z):
     """Compute Phi'(z)."""
-    return INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    return fast_exp2(z * z * (-0.5 * LOG2_E)) * INV_SQRT_2PI
 
 
 @triton.jit
-def gate_gradient(
-    grad_gates,
-    grad_importance,
-    group_start,
-    weight,
-    ids,
-    rows,
-    row_mask,
-    TOP_K: tl.constexpr,
-    COUNT: tl.constexpr,
-    slot: tl.constexpr,
-):
-    """Add up the gradient of the gate in slot `slot` and its gradient through the importance.
-
-    Args:
-        grad_gates: (N, K), gradient of the gates, or None.
-        grad_importance: (G, E), gradient of the importance, or None.
-        group_start: Index at which the row's group begins in `grad_importance`.
-        weight: (B,), the weight of each row in the importance.
-        ids: (N, COUNT), columns of the largest logits.
-        rows: (B,), row numbers.
-        row_mask: (B,) bool, True for a row that exists.
-        TOP_K: Number of experts per row, K.
-        COUNT: Number of columns of `ids`.
-        slot: Slot of the gate, from 0 to K - 1.
-
-    Returns:
-        (B,), the total gradients, and (B,), the gradients of the importance, without the weights.
-    """
-    direct = weight * 0.0
-    if grad_gates is not None:
-        direct = read_column(grad_gates, rows, row_mask, TOP_K, slot)
-    through = weight * 0.0
-    if grad_importance is not None:
-        index = read_column(ids, rows, row_mask, COUNT, slot)
-        through = tl.load(grad_importance + group_start + index, row_mask, other=0.0)
-    return direct + weight * through, through
-
-
-@triton.jit
-def gate_dot(
-    gates,
-    grad_gates,
-    grad_importance,
-    group_start,
-    weight,
-    ids,
-    rows,
-    row_mask,
-    TOP_K: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Sum gate times gradient over a row, and gate times the importance's gradient: (B,) each."""
-    dot, through_dot = weight * 0.0, weight * 0.0
-    for slot in tl.static_range(TOP_K):
-        gate = read_column(gates, rows, row_mask, TOP_K, slot)
-        grad, through = gate_gradient(
-            grad_gates,
-            grad_importance,
-            group_start,
-            weight,
-            ids,
-            rows,
-            row_mask,
-            TOP_K,
-            COUNT,
-            slot,
-        )
-        dot += gate * grad
-        through_dot += gate * through
-    return dot, through_dot
-
-
-@triton.jit
-def spread_gradient(
-    gates,
-    grad_gates,
-    grad_importance,
-    group_start,
-    weight,
-    dot,
-    inside_sum,
-    outside_sum,
-    ids,
-    rows,
-    row_mask,
-    columns,
-    TOP_K: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Put the gradients of the largest noisy logits into their columns: (B, W), 0 elsewhere.
-
-    These gradients pass through the softmax and through the two thresholds of the load.
-    """
-    dense = columns[None, :] * weight[:, None] * 0.0
-    for slot in tl.static_range(COUNT):
-        slope = weight * 0.0
-        if slot < TOP_K:
-            grad, _ = gate_gradient(
-                grad_gates,
-                grad_importance,
-                group_start,
-                weight,
-                ids,
-                rows,
-                row_mask,
-                TOP_K,
-                COUNT,
-                slot,
-            )
-            slope = read_column(gates, rows, row_mask, TOP_K, slot) * (grad - dot)
-        if COUNT > TOP_K:
-            if slot == TOP_K - 1:
-                slope -= outside_sum
-            if slot == TOP_K:
-                slope -= inside_sum
-        here = columns[None, :] == read_column(ids, rows, row_mask, COUNT, slot)[:, None]
-        dense = tl.where(here, slope[:, None], dense)
-    return dense
+def normal_cdf(z):
+    """Compute Phi(z) within 7.5e-8, plus rounding (Abramowitz and Stegun 1964, 26.2.17)."""
+    t = fast_divide(1.0, 1.0 + 0.2316419 * tl.abs(z))
+    series = -1.821255978 + t * 1.330274429
+    series = 0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * series))
+    tail = normal_density(z) * t * series
+    return tl.where(z >= 0, 1.0 - tail, tail)
