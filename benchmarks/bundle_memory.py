@@ -108,7 +108,7 @@ def main(
         path = write_bundle(Path(folder), config, dtype)
         on_disk = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         print(f"bundle with 2 layers of {experts} experts, {dtype}: {on_disk:.0f} MB of files\n")
-        print("| after | resident, MB | of files, MB | share of the files |")
+        print("| after | resident, MB | resident files, MB | share of the files |")
         print("|---|--:|--:|--:|")
         for name, count in (
             ("opening", 0),

@@ -35,16 +35,16 @@ from nmt_moe.trainer.data_parallel import ExpertParallelDataParallel
 
 COLUMNS = [
     "ranks",
-    "experts here",
-    "parameters here",
+    "experts / rank",
+    "parameters / rank",
     "tokens/s",
     "step ms",
     "spread",
     "exchange ms",
-    "dense sum ms",
+    "dense gradients ms",
     "exchange / step",
     "exchange MB",
-    "dense MB",
+    "dense gradients MB",
 ]
 # The program gives up if a step takes longer than this many seconds.
 PATIENCE = 600
@@ -257,10 +257,10 @@ def main(argv: list[str] | None = None) -> None:
     hardware = timing.describe_hardware(args.device, args.threads)
     print(format_rows(rows))
     print(
-        f"\n{hardware} (threads of each rank); {args.arch}/{args.attention_wiring} "
-        f"{args.model_flags}{' ' * bool(args.model_flags)}on {args.sentences} sentences in "
-        f"all, of {args.length} tokens each, {args.vocab_size} symbols, float32, gloo on the "
-        f"loopback; medians of {args.rounds} interleaved rounds."
+        f"\n{hardware} (threads are per rank); {args.arch}/{args.attention_wiring} "
+        f"{args.model_flags}{' ' * bool(args.model_flags)}on a total of {args.sentences} "
+        f"sentences of {args.length} tokens, {args.vocab_size} symbols, float32, gloo over the "
+        f"loopback interface; medians of {args.rounds} interleaved rounds."
     )
     timing.write_json(args.json, args, hardware, rows)
 

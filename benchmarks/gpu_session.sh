@@ -4,7 +4,7 @@
 # The script tries and checks all kernels before it times any. It stops at the first wrong result; if it is run
 # again, it resumes there. To repeat a part, delete OUT/NN-PART.md. Each part writes its table to OUT/NN-PART.md, and
 # OUT/summary.md contains all tables. The script needs torch with CUDA and Triton. The parts `train-step` and `training` also
-# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer. A part without its requirements says so.
+# need fairseq, and memcheck, racecheck and initcheck need CUDA's compute-sanitizer. A part says so if it lacks what it needs.
 #   --dry-run   use tiny sizes and Triton's interpreter, without a GPU, to show that the programs work
 #   PART...     run only these parts: machine memcheck racecheck initcheck rows gating adam layer train-step training
 #               products kernels sweep-products sweep-adam layers-1 to layers-9 profile
@@ -38,7 +38,7 @@ out=$(cd "$out" && pwd)
 
 program() { timeout "$LIMIT" "$PYTHON" -m benchmarks.gpu_session "$1" --out "$out" "${dry[@]}"; }
 
-# PYTORCH_NO_CUDA_MEMORY_CACHING is set because in torch's cached memory, the sanitizer would miss accesses beyond a tensor.
+# PYTORCH_NO_CUDA_MEMORY_CACHING is set because the sanitizer would miss accesses beyond a tensor in torch's cached memory.
 sanitizer() {
   if ((${#dry[@]})) || ! command -v compute-sanitizer >/dev/null; then
     echo "not run: compute-sanitizer, a part of CUDA's toolkit, is missing"

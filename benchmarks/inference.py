@@ -12,7 +12,7 @@ fairseq-interactive is also measured, in a process that is started beforehand an
 after it has translated the previous one. Start-up is measured separately.
 
 CPU times are shown as well, because they are more reliable on a shared machine. --ctranslate2 names
-converted models with the same pieces, such as a Transformer that fairseq trained on the same text;
+converted models with the same pieces, such as a Transformer trained by fairseq on the same text;
 the module ctranslate2 must be importable (PYTHONPATH).
 """
 
@@ -283,8 +283,8 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
         whole, own = (statistics.median(times) for times in zip(*warm, strict=True))
         _, cold_own = (statistics.median(times) for times in zip(*cold, strict=True))
         lines.append(
-            f"{folder.name}: loaded in {whole:.2f} s, {own:.2f} s without importing torch; "
-            f"{cold_own:.2f} s if its files are not in memory."
+            f"{folder.name}: loaded in {whole:.2f} s, including torch's import; without it, in "
+            f"{own:.2f} s, or in {cold_own:.2f} s if its files are not in memory."
         )
     return lines
 
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max-length",
         type=int,
         default=0,
-        help="maximum pieces per translation, for random weights",
+        help="maximum number of pieces per translation, for models with random weights",
     )
     timing.add_common_flags(parser)
     args = parser.parse_args(argv)

@@ -127,7 +127,7 @@ def microseconds(
 
 
 def runs_here(name: str) -> bool:
-    """Return whether the processor has the instructions that a contender needs for its results."""
+    """Return whether the processor has the instructions that a contender needs to be correct."""
     if name == "oneDNN bfloat16":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     # Without VNNI, oneDNN adds products of bytes in 16 bits, with saturation.
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     hardware = timing.describe_hardware("cpu", args.threads)
     print(timing.markdown_table(["matrix, rows", *CONTENDERS], lines))
-    print(f"\n{hardware}; CPU microseconds, medians of {args.rounds} interleaved rounds.")
+    print(f"\n{hardware}; CPU times in microseconds, medians of {args.rounds} interleaved rounds.")
     timing.write_json(args.json, args, hardware, rows)
 
 

@@ -18,7 +18,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def compare(name: str, device: str, dtype: str = "float32") -> dict[str, float]:
-    """Compare a layer in evaluation, without dropped pairs, with its dense definition in float32.
+    """Compare a layer in evaluation, where it drops no pairs, with its definition in float32.
 
     Returns:
         The largest difference divided by the largest value, for `output`, `gradient of x` and
@@ -63,7 +63,7 @@ def _differentiate(
 
 
 def check_all(names: list[str], device: str, dtypes: list[str]) -> tuple[str, bool]:
-    """Compare all layers in all dtypes.
+    """Compare all layers, in all dtypes, with their dense definitions.
 
     Returns:
         A table, and whether all agree.

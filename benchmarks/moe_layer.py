@@ -9,10 +9,10 @@
 
 Modes: "forward" is an evaluation pass without gradients, "fwd+bwd" is a training pass that creates
 the gradients of tokens and weights, "step" adds the optimizer to this pass, and "gate" is the
-forward and backward pass of nmt_moe's gate without experts. Limits: "gemm" does the same number of
-operations in dense products over all k T rows, and "bmm" does them in products with n weight
-matrices and equal numbers of rows; neither allocates memory. Tokens and the logits of the random
-gates are standard normal, so experts get unequal numbers of tokens, as in training.
+forward and backward pass of nmt_moe's gate without experts. Limits: "gemm" does as many operations
+as the experts, in dense products over all k T rows, and "bmm" does as many in products with n
+weight matrices and equal numbers of rows; neither allocates memory. Tokens and the logits of the
+random gates are standard normal, so experts get unequal numbers of tokens, as in training.
 
 Each competitor runs in its own process, and is measured once in each round.
 """
@@ -46,7 +46,8 @@ def choose_peers(words: list[str]) -> list[str]:
     others = {**PEERS, **PLAIN}
     unknown = [word for word in words if word != "all" and word not in others]
     if unknown:
-        sys.exit(f"--peers must be all or from {', '.join(others)}, but is {', '.join(unknown)}.")
+        known, wrong = ", ".join(others), ", ".join(unknown)
+        sys.exit(f"--peers must be all or some of {known}, but contains {wrong}.")
     named = [word for word in words if word != "all"]
     names = list(dict.fromkeys([*named, *(PEERS if "all" in words else ())]))
     missing = missing_packages(names)
@@ -65,7 +66,7 @@ def list_all() -> str:
     lines += [[name, "gate's arithmetic", ""] for name in moe_gating.NAMES]
     for name, layer in LAYERS.items():
         kind = "own" if name in OWN else "plain torch" if name in PLAIN else "peer"
-        lines.append([name, f"{kind}, absent" if name in missing else kind, layer.notes])
+        lines.append([name, f"{kind}, not installed" if name in missing else kind, layer.notes])
     table = "\n".join(f"{name:22}{kind:20}{note}" for name, kind, note in lines)
     grids = "\n".join(
         f"{name + ':':14}{point}, {' '.join(point.modes)}"
@@ -76,7 +77,7 @@ def list_all() -> str:
 
 
 def choose_points(args: argparse.Namespace) -> list[Point]:
-    """Return the point of --shape, or the points of --grid that have any of --modes.
+    """Return the points of --shape, or the points of --grid that have any of --modes.
 
     Raises:
         SystemExit: if --only does not name one of these points.
@@ -148,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--modes",
         nargs="+",
         choices=MODES,
-        help="measure only these modes of the grid (with --shape, any modes)",
+        help="modes to measure (with --grid, only modes that the grid has)",
     )
     parser.add_argument(
         "--step-limit",

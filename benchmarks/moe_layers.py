@@ -13,7 +13,7 @@ from benchmarks.moe_points import Point
 from nmt_moe.moe import MoELayer
 from nmt_moe.moe.losses import importance_loss, load_loss
 
-# Libraries with a capacity get a quarter more than the mean load.
+# If a library has a capacity, it is set to a quarter more than the mean load.
 CAPACITY = 1.25
 Answer = tuple[Tensor, Tensor | None]
 
@@ -48,7 +48,7 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def gate_weights(self) -> list[Tensor]:
-        """List views (..., D, E) of the parameters that compute the logits."""
+        """List views (..., D, E) of the parameters from which the logits are computed."""
         raise NotImplementedError
 
     def noise_weights(self) -> list[Tensor]:
@@ -71,7 +71,7 @@ class Layer(nn.Module):
         return torch.stack([gates[:, e, None] * self.expert(e, x) for e in experts]).sum(0)
 
     def expert_modules(self) -> list[nn.Module]:
-        """List the modules in which each nonzero input row is a computed pair.
+        """List the modules whose nonzero input rows are the computed pairs.
 
         An empty list means that nothing is ever dropped.
         """
@@ -218,7 +218,7 @@ OWN: dict[str, type[Layer]] = {
     "nmt_moe_adam": OwnLayer,
     "nmt_moe_hierarchical": OwnHierarchicalLayer,
 }
-# These need only torch and are not libraries; they run only when requested.
+# These layers need only torch and belong to no library; they run only when requested.
 PLAIN: dict[str, type[Layer]] = {"torch_loop": LoopLayer, "torch_grouped_mm": GroupedLayer}
 
 
@@ -227,7 +227,7 @@ def build_layer(
 ) -> Layer:
     """Make a layer with random weights that give logits with a standard deviation of 1.
 
-    Experts therefore get unequal numbers of tokens, as in training. The noise weights keep their
+    Experts therefore get unequal numbers of tokens, as in training. The noise weights have their
     initial value, 0, so the scale of the noise is softplus(0) + 0.01.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The bare matrix products of an MoE layer: a lower limit for the time of its experts."""
+"""The bare matrix products of an MoE layer: a lower limit for the time of its experts in torch."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from benchmarks.moe_points import Point
 
 LIMITS = {
-    "gemm": "the same number of operations in dense products over all k T rows, without experts",
-    "bmm": "the same number of operations over n weight matrices with equal numbers of rows",
+    "gemm": "as many operations as the experts, in dense products over all k T rows",
+    "bmm": "as many operations as the experts, over n weight matrices with equal numbers of rows",
 }
 # Matrices are filled by repeating a block of this many numbers, a prime so that experts differ.
 _BLOCK = 1_000_003

@@ -11,7 +11,7 @@ from benchmarks.moe_peers_hf import HFMixtral, HFMixtralGrouped, HFReLU, HFSwitc
 from benchmarks.moe_peers_vllm import VLLMCPU
 from benchmarks.moe_points import Point
 
-# Tokens are dispatched in groups of this size, because the cost of one-hot products is quadratic.
+# Number of tokens dispatched at once; the cost of one-hot products grows with its square.
 GROUP = 512
 
 
@@ -66,7 +66,7 @@ class Lucidrains(Layer):
 class STMoE(Layer):
     package = "st_moe_pytorch", "st-moe-pytorch"
     notes = (
-        "ReLU experts instead of its GEGLU; no choice dropped at random; no straight-through "
+        "ReLU experts instead of GEGLU; no choice dropped at random; no straight-through "
         "gradient of dispatch; "
         "capacity 1.25 k T / n; one-hot dispatch in groups of 512 tokens"
     )
@@ -105,7 +105,8 @@ class STMoE(Layer):
 class FairScale(Layer):
     package = "fairscale", "fairscale"
     notes = (
-        "top 2 only, the second by random noise; capacity 2 T / n; one-hot dispatch of all tokens"
+        "top 2 only, the second chosen with random noise; capacity 2 T / n; one-hot dispatch of "
+        "all tokens"
     )
     most_k = 2
 

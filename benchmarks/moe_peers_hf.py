@@ -56,7 +56,8 @@ class HFMixtralGrouped(HFMixtral):
 class HFReLU(Layer):
     package = "transformers", "transformers"
     notes = (
-        "Mixtral's router over ReLU experts by its experts interface (has_gate=False), grouped_mm"
+        "Mixtral's router with ReLU experts in transformers' experts interface (has_gate=False), "
+        "grouped_mm"
     )
 
     def __init__(self, point: Point, capacity: float) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's fused mixture of experts for CPUs, called as in its own layer, without a backward pass."""
+"""vLLM's fused mixture of experts for CPUs, called as in vLLM's layer; it has no backward pass."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.moe_layers import Answer, Layer
 from benchmarks.moe_points import Point
 
-# vLLM's kernels need widths that are multiples of this.
+# vLLM's kernels need widths that are multiples of this number.
 WIDTH = 32
 
 
@@ -30,7 +30,7 @@ class VLLMCPU(Layer):
     has_backward = False
     notes = (
         "forward only; gated experts, three products of width 2 h / 3 (as many operations), SiLU; "
-        "the gate computed by torch's operations; weights laid out beforehand"
+        "the gate computed by torch's operations; weights converted to vLLM's layout beforehand"
     )
 
     def __init__(self, point: Point, capacity: float) -> None:

@@ -29,7 +29,7 @@ class Steps:
 
 
 def parts_of_steps(document: dict[str, Any]) -> Steps:
-    """Find the size that was measured with the most numbers of experts, and split its steps.
+    """Find the size measured with the most different numbers of experts, and split its steps.
 
     Raises:
         ValueError: if no size was measured with two numbers of experts.
@@ -90,7 +90,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     point = steps.point
     axes.set_title(
-        f"{point.tokens} tokens to {point.top_k} experts each, width {point.model_dim}, "
+        f"{point.tokens} tokens, {point.top_k} experts per token, width {point.model_dim}, "
         f"hidden width {point.hidden_dim}\n{document['hardware']}",
         fontsize="small",
     )

@@ -24,7 +24,7 @@ from benchmarks.moe_points import BARE, Point
 
 # In a turn, a short job is repeated for about TURN_SECONDS, but at most MOST_REPEATS times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# Imports, the first kernels on a GPU and filling the weights may take this many seconds in all.
+# Importing, starting kernels on a GPU and filling the weights may take this many seconds in all.
 START_SECONDS = 300.0
 
 
@@ -241,7 +241,7 @@ class Match:
         record.rounds.setdefault(mode, []).append(samples)
 
     def _decide(self, memory: dict[str, int]) -> None:
-        """Stop keeping processes if one more, as large as the largest so far, might not fit."""
+        """Stop keeping processes if another one, as large as the largest so far, might not fit."""
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:

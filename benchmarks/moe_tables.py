@@ -31,7 +31,7 @@ class Timing:
 
 
 def summarise(rounds: list[list[dict[str, Any]]], threads: int) -> Timing:
-    """Reduce each round to one number, and keep the undisturbed rounds if there are enough.
+    """Reduce each round to one number, and keep only the undisturbed rounds if there are enough.
 
     A round's number is the median of its undisturbed samples, or of all samples if there are none.
     """
@@ -100,7 +100,7 @@ def _milliseconds(timed: Timing | None, part: str | None = None) -> str:
 def _ratio(
     times: dict[str, dict[str, Timing]], one: dict[str, Any], mode: str, name: str, point: Point
 ) -> str:
-    """Return a competitor's time divided by the yardstick's, with equal experts per token."""
+    """Return a competitor's time over the yardstick's for the same number of experts per token."""
     label = name if one["top_k"] == point.top_k else f"{name} k={one['top_k']}"
     mine, limit = times[one["label"]].get(mode), times.get(label, {}).get(mode)
     if mine is None or limit is None:
@@ -138,8 +138,8 @@ def format_all(document: dict[str, Any]) -> str:
         f"{document['hardware']}; medians of {document['settings']['rounds']} interleaved rounds. "
         "MB: peak memory of the competitor's process minus its memory at the start, in this mode "
         "and the modes to the left. "
-        "k: experts per token; a layer with fewer is compared with the limits for the same k.  "
-        f"{MARK}: fewer than {LEAST_CLEAN} rounds in which threads waited for a core at most "
-        f"{MOST_WAITED:.0%} of the time. dropped: (token, expert) pairs not computed."
+        "k: experts per token; a layer with fewer is compared with the limits for the same k. "
+        f"{MARK}: fewer than {LEAST_CLEAN} rounds in which threads waited for a core for at "
+        f"most {MOST_WAITED:.0%} of the time. dropped: share of (token, expert) pairs not computed."
     )
     return f"{tables}\n\n{legend}\n\n{format_notes(points)}"

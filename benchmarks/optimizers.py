@@ -1,4 +1,4 @@
-"""Time an update of expert weights by factored Adam and by other implementations of Adam.
+"""Time an update of expert weights with factored Adam and with other implementations of Adam.
 
 A layer of E experts has two weight tensors, (E, D, H) and (E, H, D), both with gradients. All
 optimizers except factored Adam store two numbers for each weight.

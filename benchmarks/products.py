@@ -16,7 +16,7 @@ from torch import Tensor
 from nmt_moe.nn import GNMTConfig
 from nmt_moe.planning import Batch, Product, describe
 
-# This maps part of an LSTM weight's name to the input that the weight multiplies.
+# The input that an LSTM's weight multiplies, by a part of the weight's name.
 LSTM_PARTS = {"_ih_": "input", "weight_x": "input", "_hh_": "recurrent", "recurrent": "recurrent"}
 GROUPS = {"gates": "MoE gate", "experts": "MoE experts"}
 

@@ -2,7 +2,7 @@
 
 A step computes the logits, the loss, and the gradients of features and weight; the sampled softmax
 also draws its samples. The full and the sampled softmax both create a gradient as large as the
-weight, because optimizers require it.
+weight, because optimizers require one.
 """
 
 import argparse

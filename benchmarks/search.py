@@ -2,16 +2,16 @@
 
     python -m benchmarks.search --checkpoint average.pt --data data-bin --subset valid --threads 1
 
-The program compares fairseq's own search ("stock", all options off) with GNMT's penalties, with
-GNMT's pruning and with both together. The options have GNMT's values. As in fairseq-generate's
-report, only the generator is timed, on batches of fairseq's own iterator, which sorts sentences by
-length. Translations have their natural lengths, so the model must be trained. A random model
-assigns similar scores to all hypotheses, and nothing is pruned.
+The program compares fairseq's own search ("stock") with GNMT's penalties, with GNMT's pruning and
+with both together. The options have GNMT's values. As in fairseq-generate's report, only the
+generator is timed, on batches from fairseq's own iterator, which sorts sentences by length.
+Translations have their natural lengths, so the model must be trained. A random model assigns
+similar scores to all hypotheses, so nothing would be pruned.
 
-`steps` counts calls of the decoder, and `rows` counts the hypotheses evaluated in these calls.
-`same` is the share of sentences whose best translation is the same as with "stock" or, in the row
-with penalties and pruning, as with "penalties". `BLEU` is computed on pieces, with the binarised
-targets as references, so use it only to compare these rows.
+`steps` counts calls of the decoder, and `hypotheses` counts those evaluated in these calls. `same`
+is the share of sentences whose best translation is the same as with "stock" or, for penalties with
+pruning, as with "penalties". `BLEU` is computed on pieces, with the binarised targets as
+references, so use it only to compare the searches with each other.
 """
 
 import argparse
@@ -33,16 +33,16 @@ COLUMNS = [
     "search",
     "sentences/s",
     "steps",
-    "rows",
+    "hypotheses",
     "spread",
     "time / stock's",
     "same",
     "BLEU",
 ]
 STOCK = "stock"
+# The penalties and the margin have GNMT's values.
 PENALTIES = ["--length-penalty-alpha", "0.2", "--coverage-penalty-beta", "0.2"]
 PRUNING = ["--beam-prune", "3.0"]
-# The penalties and the margin have GNMT's values.
 SEARCHES = {
     STOCK: [],
     "penalties": PENALTIES,
@@ -92,7 +92,7 @@ class Search:
     """One search on the model; each call translates all batches.
 
     Attributes:
-        num_steps: How many steps the decoder did.
+        num_steps: How many steps the decoder took.
         num_rows: How many hypotheses were evaluated in these steps.
         best: The best translation of each sentence, by sentence number.
     """

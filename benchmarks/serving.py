@@ -1,4 +1,4 @@
-"""Measure `nmt-moe serve`: batching across requests, the server's overhead, and heavy load.
+"""Measure `nmt-moe serve`: batching across requests, overhead and behaviour under heavy load.
 
     python -m benchmarks.serving en-de --text test.en --source en --target de --threads 2
     python -m benchmarks.serving en-de --text test.en --source en --target de --soak 300
@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks import timing
 from nmt_moe.inference import Translator
 
-COLUMNS = ["clients", "batches", "sentences/s", "p50, ms", "p95, ms", "requests / batch", "spread"]
+COLUMNS = ["clients", "batching", "sentences/s", "p50, ms", "p95, ms", "requests / batch", "spread"]
 HOUR = 3600
 COUNTED = [
     "nmt_moe_batch_seconds_sum",
@@ -116,7 +116,7 @@ def read_metric(host: str, name: str) -> float:
 def ask_at_once(
     host: str, args: argparse.Namespace, texts: Sequence[str], num_clients: int
 ) -> tuple[float, list[float]]:
-    """Send requests from all clients in parallel, one after another from each client.
+    """Send requests from all clients in parallel; each client sends one after another.
 
     Returns:
         How many sentences were translated per second, and how many seconds each request took.
@@ -201,7 +201,7 @@ class Soak:
     """An hour's worth of requests.
 
     Attributes:
-        texts: Sentences.
+        texts: The sentences to translate.
         expected: The translator's own answer for each sentence.
         alternatives: The translator's alternatives for each sentence when two are requested.
     """

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Processes that these programs start run in this folder, so that they can import these modules.
+# Child processes start in this folder, so that they can import the benchmarks' modules.
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A job runs a competitor once, and may return how many seconds each part took.
 Job = Callable[[], Mapping[str, float] | None]
@@ -149,11 +149,11 @@ def prepare(args: argparse.Namespace) -> None:
     """Apply the common flags.
 
     Raises:
-        SystemExit: if a flag has an invalid value, or there is no GPU.
+        SystemExit: if a flag has an invalid value, or the requested GPU is missing.
     """
     if args.rounds < 1 or args.threads < 1:
         sys.exit(
-            f"--rounds and --threads must be at least 1, but are {args.rounds}, {args.threads}."
+            f"--rounds and --threads must be at least 1, but are {args.rounds} and {args.threads}."
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU. Use --device cpu.")

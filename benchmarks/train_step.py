@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step --threads 2 --sentences 64 --length 25 --rounds 7
 
-A step consists of forward pass, loss, backward pass and Adam, on random sentences of one length,
-with the model, the criterion and the Adam that fairseq-train would use. All models, and each
-model's products (see products.py), take turns in one process. Peak memory is measured over two
-steps in a separate process, and excludes the memory in use after the imports. Only target tokens
-are counted; there are as many source tokens.
+A step consists of a forward pass, the loss, a backward pass and Adam, on random sentences of one
+length, with the model, the criterion and the Adam that fairseq-train would use. All models, and
+each model's products (see products.py), take turns in one process. Peak memory is measured over two
+steps in a separate process, and excludes the memory that the libraries take. Only target tokens are
+counted; there are as many source tokens.
 """
 
 import argparse

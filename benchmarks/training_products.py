@@ -3,7 +3,7 @@
     python -m benchmarks.training_products --threads 1 --rounds 7
 
 Each size is a batch of C products of (M, K) and (K, N) matrices. The right or the left side may be
-a transposed view, as in a backward pass. Which of the two products a training uses depends on the
+a transposed view, as in a backward pass. Which of the two kinds is used in training depends on the
 processor (`nmt_moe/kernels/_cpu/products.cpp`); both are timed here on any processor.
 """
 
@@ -34,7 +34,7 @@ def make_operands(size: tuple[int, ...], layout: str) -> tuple[Tensor, Tensor, T
 
 
 def measure(size: tuple[int, ...], layout: str, rounds: int) -> dict[str, float]:
-    """Return the median of GFLOP/s of "ours" and "torch"."""
+    """Return the median GFLOP/s of "ours" and "torch"."""
     left, right, out = make_operands(size, layout)
     operations = 2 * size[0] * size[1] * size[2] * size[3]
     calls = max(1, OPERATIONS // operations)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     timing.prepare(args)
     if compiled_operators() is None:
-        parser.error("the loops are not compiled. Run python -m nmt_moe.kernels._cpu.build.")
+        parser.error("no loops are compiled. Run python -m nmt_moe.kernels._cpu.build.")
     rows, lines = [], []
     for text in args.sizes:
         size = tuple(map(int, text.split("x")))

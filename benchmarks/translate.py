@@ -1,4 +1,4 @@
-"""Time fairseq-generate with lstm_moe_gnmt_small and with fairseq's own lstm of the same widths.
+"""Time fairseq-generate with lstm_moe_gnmt_small and with fairseq's lstm of the same widths.
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 

@@ -1,4 +1,4 @@
-"""Check arguments. Every error message gives the name, the constraint, the value and a remedy.
+"""Check arguments. Each error message says what is wrong and what is expected.
 
 This module does not import torch, so that commands can check their options before importing it.
 """
@@ -100,11 +100,11 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], letters:
 
 
 def check_like(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Reject a tensor of the wrong dtype or device; if `dtype` is None, any float is accepted.
+    """Reject a tensor with the wrong dtype or device; if `dtype` is None, accept any float dtype.
 
     Raises:
-        ValueError: if the tensor is rejected; the message names it, its required and actual
-            properties, and how to convert it.
+        ValueError: if the tensor is rejected; the message names it and gives its required and
+            actual properties.
     """
     if dtype is None and not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating-point, but is {tensor.dtype}.")
@@ -127,7 +127,7 @@ def check_finite(what: str, values: Tensor) -> None:
     """
     if not values.isfinite().all():
         raise FloatingPointError(
-            f"There are infinities or NaN in {what}. Look for the first earlier layer that "
-            "produces them. During training, a lower learning rate or gradient clipping usually "
+            f"There are infinities or NaN in {what}. Look for the first layer that produces "
+            "them. During training, a lower learning rate or gradient clipping usually "
             "helps."
         )

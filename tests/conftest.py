@@ -25,7 +25,7 @@ if importlib.util.find_spec("fairseq") is None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that run on a GPU, and skip tests that need more CUDA devices than there are."""
+    """Mark tests that run on a GPU, and skip tests that need more CUDA devices than are present."""
     needs = {"gpu": 1, "multigpu": 2}
     for item in items:
         uses_device = item.get_closest_marker("device") or "device" in item.fixturenames
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         for marker, count in needs.items():
             if item.get_closest_marker(marker) and torch.cuda.device_count() < count:
-                item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA devices"))
+                item.add_marker(pytest.mark.skip(reason=f"needs CUDA devices: {count}"))
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def repository() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _loggers_speak_again():
-    """Undo changes to logging that a program made in this process."""
+def _restore_logging():
+    """Undo changes that a program made to this process's logging."""
     root = logging.getLogger()
     level = root.level
     yield

@@ -6,7 +6,7 @@ import torch
 from nmt_moe.checks import check_choice, check_divides, check_range, check_shape
 
 
-def test_values_inside_the_rule_pass():
+def test_valid_values_pass():
     check_range("top_k", 1, 1, 4)
     check_range("top_k", 4, 1, 4)
     check_range("num_experts", 7, 1)
@@ -29,18 +29,18 @@ def test_a_number_out_of_range_is_refused_with_its_bounds(value, low, high, mess
         check_range("size", value, low, high)
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
+def test_an_unknown_name_is_refused_with_a_list_of_known_names():
     with pytest.raises(ValueError, match="`gate` must be one of 'a', 'b', but is 'c'"):
         check_choice("gate", "c", ("a", "b"))
 
 
 @pytest.mark.parametrize(("value", "message"), [(13, "Use 12 or 16"), (3, "Use 4."), (0, "Use 4.")])
-def test_a_number_that_does_not_divide_names_its_neighbours(value, message):
+def test_a_number_that_is_not_a_multiple_is_refused_with_the_nearest_multiples(value, message):
     with pytest.raises(ValueError, match=message):
         check_divides("num_experts", value, "the groups", 4)
 
 
-def test_a_wrong_shape_is_named_in_letters_and_numbers():
+def test_the_required_shape_is_given_in_letters_and_numbers():
     with pytest.raises(ValueError, match=r"`x` must have the shape \(N, D\) = \(any, 2\)"):
         check_shape("x", torch.zeros(3, 3), (None, 2), "(N, D)")
     with pytest.raises(ValueError, match=r"but has \(3,\)"):

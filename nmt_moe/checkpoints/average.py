@@ -89,7 +89,7 @@ def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
 
 
 def average_parameters(paths: list[Path]) -> dict[str, Tensor]:
-    """Average each parameter over the checkpoints in float64.
+    """Average each parameter over the checkpoints, computing in float64.
 
     Integers cannot be averaged, so they are taken from the last checkpoint.
 
@@ -126,11 +126,11 @@ def average_checkpoints(paths: list[Path], output: Path, is_overwritten: bool = 
     Args:
         paths: The checkpoints to average.
         output: The checkpoint to write.
-        is_overwritten: Whether to replace an output that exists.
+        is_overwritten: Whether to replace an existing output.
 
     Raises:
         ValueError: if a checkpoint cannot be read, the checkpoints' parameters differ, or the
-            output exists.
+            output already exists.
     """
     check_output(output, is_overwritten)
     averaged = average_parameters(paths)

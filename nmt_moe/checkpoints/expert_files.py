@@ -46,8 +46,8 @@ def save_experts(
 ) -> dict[str, Any] | None:
     """Write this rank's experts for a checkpoint that is about to be saved.
 
-    If a lower rank holds the same experts, only that rank writes them. All ranks must call this.
-    No rank needs memory for experts other than its own.
+    Of the ranks that hold the same experts, only the lowest writes them. All ranks must call this
+    function. No rank needs memory for experts other than its own.
 
     Args:
         folder: Folder of the checkpoint, the same for all ranks.
@@ -113,8 +113,8 @@ def restore_experts(
     Args:
         path: Path of the checkpoint; its folder contains the expert files.
         state: Contents of the checkpoint; unchanged if they already include the experts.
-        owned: Slice of the global ids of the experts to add; None for all. Files that contain none
-            of these are not read.
+        owned: Slice of the global ids of the experts to add; None for all. Files without any of
+            these experts are not read.
         with_optimizer: Whether to add the optimizer state of these experts as well.
 
     Raises:
@@ -163,8 +163,8 @@ def read_expert_file(
         entry: The file's entry in the manifest.
 
     Returns:
-        The contents that `write_expert_file` wrote. Tensors are mapped from the file and not yet in
-        memory.
+        The contents that `write_expert_file` wrote. Tensors are mapped from the file and are not
+        yet in memory.
 
     Raises:
         ValueError: if the file is missing or damaged, or comes from another save. The message
@@ -183,8 +183,8 @@ def read_expert_file(
     save_id = content.get("save_id") if isinstance(content, dict) else manifest["save_id"]
     if save_id != manifest["save_id"]:
         raise ValueError(
-            f"`{part}` comes from another save ({shown(save_id)}) than `{path.name}` "
-            f"({manifest['save_id']}), so it cannot contain {experts}. {way_out}"
+            f"`{part}` comes from the save {shown(save_id)}, but `{path.name}` from "
+            f"{manifest['save_id']}, so the file cannot contain {experts}. {way_out}"
         )
     if not is_whole or content is None:
         raise ValueError(
@@ -294,7 +294,7 @@ def _layout(part: Mapping[str, Any]) -> Any:
 
 
 def rows_of(values: Mapping[str, Any], count: int) -> ByName:
-    """Return the values of an optimizer state that have one row for each of `count` experts."""
+    """Return an optimizer state's tensors whose first dimension is `count`, one per expert."""
     return {
         name: value
         for name, value in sorted(values.items())
@@ -318,7 +318,7 @@ def remove_unused_files(folder: Path) -> None:
 
 
 def _files_used_by(path: Path, names: set[str]) -> set[str]:
-    """Return which of the files `names` a checkpoint refers to.
+    """Return those of the files `names` that a checkpoint refers to.
 
     If the checkpoint is damaged, its bytes are searched for the names. If it cannot be opened, all
     names are returned.

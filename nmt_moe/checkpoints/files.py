@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Maximum size of the pickle that describes a file's tensors. It takes about 200 bytes per tensor.
 MAX_PICKLE_BYTES = 64 * 2**20
-# Maximum number of values in nested containers, counting each tensor as one value, and the maximum
+# Maximum number of values in nested containers, counting each tensor as one value, and maximum
 # depth of these containers.
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
@@ -68,7 +68,7 @@ def read_file(path: Path, is_header_only: bool = False) -> Any:
         _check_values(content)
     except Exception as error:  # a hostile pickle may raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # an error of the file system, which already names the file
+            raise  # a file-system error already names the file
         raise ValueError(_describe(path, error)) from None
     return content
 
@@ -117,7 +117,7 @@ def _check_values(content: Any) -> None:
 
 
 def _walk(content: Any) -> Iterator[tuple[Any, int]]:
-    """Yield a value and everything in it, each with its depth of nesting."""
+    """Yield a value and everything in it, each with its nesting depth."""
     stack = [(content, 0)]
     while stack:
         value, depth = stack.pop()
@@ -134,10 +134,10 @@ def _check_tensor(value: Tensor) -> None:
     is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
     if not is_plain or value.device.type != "cpu":
         raise ValueError(
-            "it contains a tensor that is sparse, quantized or nested, or has no values"
+            "it contains a tensor that is sparse, quantised or nested, or has no values"
         )
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"a tensor of the shape {tuple(value.shape)} has too few values")
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} has too few values")
 
 
 def check_finite_values(path: Path, tensors: Any, name: str) -> None:
@@ -168,7 +168,7 @@ def check_finite_values(path: Path, tensors: Any, name: str) -> None:
 def _describe(path: Path, error: Exception) -> str:
     """Return a message that explains why a file could not be read and how to fix it.
 
-    It leaves out torch's advice to trust the file.
+    The message leaves out torch's advice to trust the file.
     """
     text = str(error)
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text)
@@ -176,7 +176,7 @@ def _describe(path: Path, error: Exception) -> str:
         return (
             f"the checkpoint `{path}` contains a Python object of type {shown(found[1])}, which "
             "is not loaded, because unpickling it could run code. This project's checkpoints "
-            "contain no such objects. Use another file, or save it again without that object."
+            "contain no such objects. Save it again without that object, or use another file."
         )
     reason = (
         text.rpartition("WeightsUnpickler error: ")[2].strip() or "no reason given"
@@ -186,7 +186,7 @@ def _describe(path: Path, error: Exception) -> str:
     cause = f"{type(error).__name__}: {shown(reason)[1:-1]}"
     return (
         f"`{path}` ({path.stat().st_size} bytes) is not a complete fairseq checkpoint. It is "
-        f"truncated or corrupted, or another kind of file ({cause}). {COPY_AGAIN}"
+        f"truncated or corrupted, or is another kind of file ({cause}). {COPY_AGAIN}"
     )
 
 
@@ -194,7 +194,7 @@ def _describe(path: Path, error: Exception) -> str:
 def _allowing_settings() -> Iterator[None]:
     """Let torch's safe loader accept argparse.Namespace, but no other additional class.
 
-    A Namespace contains the settings of a model without a dataclass. It is plain data.
+    A Namespace is plain data: the settings of a model that has no dataclass.
     """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -271,7 +271,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def create_exclusively(path: Path) -> BinaryIO:
-    """Open a new file for writing. Replace any file with that name, and follow no link."""
+    """Open a new file for writing, replacing any file with that name and following no links."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")

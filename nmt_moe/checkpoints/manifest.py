@@ -7,7 +7,7 @@ If a checkpoint does not contain its experts, it has a manifest under the key `e
          "bytes": 81920, "sha256": "..."},
         {"name": "experts-1f0c...-4-8.pt", "start": 4, "stop": 8, ...}]}
 
-The names of expert files are never reused, and the checkpoint is written after them. Copies of a
+The names of expert files are never reused, and a checkpoint is written after its files. Copies of a
 checkpoint therefore share the same expert files, and the previous checkpoint keeps all its expert
 files until the new one is complete.
 """
@@ -85,7 +85,8 @@ def _check_fields(manifest: Any) -> None:
             raise ValueError(f"has a malformed entry in its manifest of experts: {shown(entry)}")
         owned = slice(entry["start"], entry["stop"])
         if entry.get("name") != expert_file_name(save_id, owned) or owned.start >= owned.stop:
-            raise ValueError(f"lists an expert file with a wrong name: {shown(entry.get('name'))}")
+            name = shown(entry.get("name"))
+            raise ValueError(f"lists an expert file with the wrong name: {name}")
         if not _is_text(entry.get("sha256"), SHA256):
             raise ValueError(f"lists an invalid SHA-256 hash: {shown(entry.get('sha256'))}")
 

@@ -13,7 +13,7 @@ from nmt_moe.checkpoints.manifest import MANIFEST, check_manifest
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint, without the expert files beside it.
 
-    Nothing in the file is executed, and CRCs are compared. Values must not be larger than the
+    Nothing in the file is executed, and CRCs are compared. Values must not take more bytes than the
     file, parameters must be plain tensors with finite values, and a manifest must be complete.
 
     Raises:

@@ -16,10 +16,10 @@ def merge(path: Path, output: Path, is_overwritten: bool = False) -> None:
     Args:
         path: The checkpoint to read, with expert files beside it.
         output: The file to write.
-        is_overwritten: Whether to replace an output that exists.
+        is_overwritten: Whether to replace an existing output.
 
     Raises:
-        ValueError: if the checkpoint is incomplete, or the output exists.
+        ValueError: if the checkpoint is incomplete, or the output already exists.
     """
     check_output(output, is_overwritten)
     write_whole(output, load_checkpoint(path))
@@ -32,11 +32,11 @@ def split(path: Path, output: Path, num_files: int, is_overwritten: bool = False
         path: The checkpoint to read.
         output: The checkpoint to write; the expert files are written to its folder.
         num_files: Number of expert files, a divisor of the number of experts.
-        is_overwritten: Whether to replace an output that exists.
+        is_overwritten: Whether to replace an existing output.
 
     Raises:
         ValueError: if the checkpoint is incomplete or has no experts, `num_files` does not divide
-            their number, or the output exists.
+            their number, or the output already exists.
     """
     check_output(output, is_overwritten)
     state = load_checkpoint(path)

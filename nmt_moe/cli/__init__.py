@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "export": (
         "nmt_moe.cli.export:export",
-        "Export a checkpoint as a folder that translates without fairseq.",
+        "Export a checkpoint as a bundle, a folder that can be used without fairseq.",
     ),
     "hypotheses": (
         "nmt_moe.cli.hypotheses:hypotheses",
@@ -75,7 +75,7 @@ COMMANDS = {
     "serve": ("nmt_moe.cli.serve:serve", "Serve exported models over HTTP, with a web page."),
     "sweep": (
         "nmt_moe.cli.sweep:sweep",
-        "Tune alpha and beta of GNMT's search by BLEU over a grid.",
+        "Tune alpha and beta of GNMT's search by computing BLEU over a grid.",
     ),
     "translate": ("nmt_moe.cli.translate:translate", "Translate text with an exported model."),
     "verify": (
@@ -86,7 +86,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """List commands without importing them, so that help needs neither torch nor sacrebleu."""
+    """A group that lists commands without importing them, so that help does not need torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""

@@ -57,7 +57,7 @@ class Command(WithExamples):
 
 @contextmanager
 def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
-    """Raise a ValueError or OSError as a `Mistake`, unless its traceback is wanted."""
+    """Turn a ValueError or OSError into a `Mistake`, unless its traceback is wanted."""
     try:
         yield
     except BrokenPipeError:
@@ -69,7 +69,7 @@ def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Return an error's message. For operating-system errors, it names the file and the reason."""
+    """Return an error's message, which names the file and the reason if the system gave them."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"`{error.filename}`: {error.strerror}. Check the path."
     return str(error)
@@ -97,9 +97,9 @@ def spread_lists(args: list[str], names: set[str]) -> list[str]:
 
 
 def command(name: str, examples: str, **options: Any) -> Callable[[Callable], Command]:
-    """Decorate a function as the subcommand `name`; its docstring is the help.
+    """Decorate a function as the subcommand `name`, with the function's docstring as help.
 
-    `examples` contains one command line per line.
+    `examples` contains command lines.
     """
     return click.command(name, cls=Command, examples=examples, **options)
 
@@ -119,7 +119,7 @@ def check_threads(threads: int) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set how many CPU threads torch uses; None leaves its default.
+    """Set how many CPU threads torch uses; None keeps the default.
 
     Raises:
         ValueError: as in `check_threads`.

@@ -21,7 +21,7 @@ class Existing(click.Path):
     Args:
         kinds: Kinds of paths that are accepted: "file" (or a pipe), "folder", "bundle" (a folder
             that `nmt-moe export` wrote), or "-" for standard input.
-        advice: Last sentence of the message, which tells users which path to name instead.
+        advice: Last sentence of the message, which says what path to name instead.
     """
 
     def __init__(self, *kinds: str, advice: str = "Check the path.") -> None:
@@ -55,7 +55,7 @@ class Existing(click.Path):
 
 
 class NewFile(click.Path):
-    """A file to write, in a folder that exists; - stands for standard output."""
+    """A file to write, in an existing folder; - stands for standard output."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)

@@ -54,7 +54,7 @@ nmt-moe average --inputs checkpoints --num-best-checkpoints 5 --output average.p
 @click.option(
     "--checkpoint-upper-bound", type=int, metavar="N", help="The last epoch or update to include."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def average(
     inputs: tuple[Path, ...],
     output: Path,

@@ -26,7 +26,7 @@ nmt-moe card --arch lstm_moe_lm_4096h lstm_moe_gnmt_2048h --json
 def card(arch: tuple[str, ...], take_all: bool, as_json: bool, vocab_size: int | None) -> None:
     """Print the operations, parameters and memory of an architecture without allocating it.
 
-    The columns (M: millions, GB: 1e9 bytes; all in float32):
+    The columns (M: millions; GB: 1e9 bytes, with all numbers in float32):
 
     \b
     ops        multiply-adds of the forward pass for one token: LSTMs with their

@@ -15,7 +15,7 @@ from nmt_moe.text import parallel
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--allow-empty", is_flag=True, help="Accept lines without text.")
 def check_parallel(files: tuple[Path, ...], allow_empty: bool) -> None:
-    """Check that FILES are UTF-8 and have the same number of lines, none of them empty.
+    """Check that FILES are valid UTF-8 and have the same number of lines, none of them empty.
 
     Only a line feed ends a line, as in fairseq. Files named *.gz and *.xz are decompressed.
     """

@@ -9,7 +9,7 @@ import click
 
 from nmt_moe.cli._command import command
 
-VERDICTS = {True: "works", False: "BROKEN", None: "not here"}
+VERDICTS = {True: "works", False: "BROKEN", None: "unavailable"}
 
 
 @command(

@@ -34,7 +34,7 @@ nmt-moe experts upcycle dense.pt --num-experts 16 --top-k 2 --output moe.pt
 """,
 )
 def experts() -> None:
-    """Examine the experts of a trained model, or write a copy of it with fewer or more experts.
+    """Examine the experts of a trained model, or write a copy with fewer or more experts.
 
     MODEL is a bundle or a checkpoint; it is not changed. To read text, a checkpoint needs the
     bundle that was exported from it.
@@ -61,7 +61,7 @@ def _text_options(is_needed: bool) -> Callable[[Callable], Callable]:
 def _output_options(function: Callable) -> Callable:
     """Decorate a command with the options for its output."""
     for option in (
-        click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option(
             "--bundle",
             type=BUNDLE,
@@ -121,9 +121,9 @@ def stats(
 ) -> None:
     """Print how the experts of the bundle FOLDER are used on a text.
 
-    For each layer, the command prints the columns of the paper's Table 6. For each expert, it
-    prints shares of the tokens' choices (load), of the gates (importance) and of the output
-    (contribution: gate times norm of the expert's output).
+    For each layer, the command prints the columns of the paper's Table 6 and each expert's share of
+    the tokens' choices (load), of the gates (importance) and of the output (contribution: gate
+    times norm of the expert's output).
     """
     from nmt_moe.resizing import shares
 
@@ -248,7 +248,8 @@ def _reduce(
     for side, numbers in kept.items():
         share = float(shares[side][numbers].sum())
         listed = ", ".join(map(str, numbers))
-        click.echo(f"{side}: kept {len(numbers)} of {moe[side].num_experts}, {share:.1%} of {by}")
+        count = f"{len(numbers)} of {moe[side].num_experts}"
+        click.echo(f"{side}: kept {count}, {share:.1%} of the {by}")
         click.echo(f"  {listed}")
     _print_perplexity(model, reader, output, change(reader.layers), surveys, parts)
     click.echo(f"{output}: written")
@@ -308,7 +309,7 @@ def upcycle(
 ) -> None:
     """Write a copy of the dense MODEL with several experts, each a copy of the model's only expert.
 
-    At first, the new model's output is the same. Training (`--finetune-from-model`) makes the
+    At first, the new model's output equals MODEL's. Training (`--finetune-from-model`) makes the
     experts differ. The command prints the largest difference between the old and the new output of
     each layer and, for a text with references, the perplexity before and after.
     """
@@ -334,7 +335,7 @@ def upcycle(
     for side, layer in changed.items():
         difference = measure_difference(source.layers[side], layer)
         click.echo(
-            f"{side}: largest difference between the layer's outputs {difference:.1e} (float64)"
+            f"{side}: the layer's old and new outputs differ by at most {difference:.1e} (float64)"
         )
     if reader is not None:
         surveys = _survey(reader.path, parts)

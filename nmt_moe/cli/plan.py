@@ -61,7 +61,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
     show_default=True,
     help="Device that supplies the figures not set by the options below.",
 )
-@click.option("--tflops", type=float, help="1e12 operations per second in --precision [preset].")
+@click.option("--tflops", type=float, help="Peak speed at --precision, in TFLOP/s [preset].")
 @click.option("--memory", type=float, metavar="GB", help="Memory per device [preset].")
 @click.option(
     "--memory-bandwidth", type=float, metavar="GB/S", help="Memory bandwidth per device [preset]."

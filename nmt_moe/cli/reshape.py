@@ -22,14 +22,14 @@ nmt-moe reshape split whole.pt --files 8 --output parts/checkpoint_last.pt
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--output", type=NEW_PATH, help="Checkpoint to write.")
 @click.option("--files", type=int, help="For `split`: number of expert files to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def reshape(
     action: str, checkpoint: Path, output: Path | None, files: int | None, overwrite: bool
 ) -> None:
     """Verify, merge or split a checkpoint.
 
-    In training on several processes (`--expert-parallel-size`), experts are stored in files beside
-    the checkpoint. Every command can read such files. Use `merge` or `split` to copy a checkpoint,
+    Training on several processes (`--expert-parallel-size`) stores experts in files beside the
+    checkpoint. Every command can read such files. Use `merge` or `split` to copy a checkpoint,
     or to move it to machines with more or less memory.
 
     \b
@@ -61,7 +61,7 @@ def verify(path: Path) -> str:
     """Read a checkpoint with all its files, and check that its tensors fit its model.
 
     Returns:
-        A description of its contents.
+        A description of the checkpoint's contents.
 
     Raises:
         ValueError: if a file or tensor is missing, damaged or of the wrong shape. The message names

@@ -51,7 +51,7 @@ def score(
     The texts must be detokenised, with one sentence per line. sacrebleu computes all scores.
 
     \b
-    multi-bleu        both texts tokenised as by Moses (with sacremoses), cased, not
+    multi-bleu        both texts tokenised as in Moses (with sacremoses), cased, not
                       smoothed: the score of Moses' multi-bleu.perl, which the papers
                       on GNMT and on mixture-of-experts translation report
     multi-bleu-lowercase

@@ -38,7 +38,7 @@ curl http://127.0.0.1:5000/translate -d q='A dog runs.' -d source=en -d target=d
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free one."
+    "--port", type=int, default=5000, show_default=True, help="Port to listen on; 0: any free port."
 )
 @click.option(
     "--max-characters",

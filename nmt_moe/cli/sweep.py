@@ -38,7 +38,7 @@ def sweep(
     """Tune alpha and beta of GNMT's search by computing BLEU over a grid from one n-best run.
 
     NBEST is the output of fairseq-generate. Each point of the grid ranks every n-best list by
-    log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not steer the beam;
+    log P / ((5 + length) / 6)^alpha + beta * coverage. The two penalties do not affect the beam;
     they rank finished hypotheses. If --nbest equals --beam and --beam-prune is not used, each point
     is therefore the BLEU of fairseq-generate's output with these penalties; alpha = beta = 0
     corresponds to the option --unnormalized.

@@ -2,7 +2,7 @@
 
 Each repair is a small function that acts only if the installed versions or the arguments require
 it, states its reason, and has its own test. Repairs replace names in fairseq's modules, which its
-commands look up when they run; no file is edited. Importing this package twice repairs only once.
+commands look up when they run; no file is edited. Importing this package again changes nothing.
 """
 
 from nmt_moe.compat import (

@@ -71,7 +71,7 @@ def _cut_into(tokens: Any) -> str:
 
 
 def name_texts_that_are_skipped_whole() -> None:
-    """Report that all samples of a data set are too long, and the options that allow longer ones.
+    """Report that a data set has only samples that are too long, and name the options to change.
 
     Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
     """
@@ -83,7 +83,7 @@ def _filtering(keep: Callable) -> Callable:
         task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
     ) -> Any:
         kept = keep(task, indices, dataset, max_positions, *args, **kw)
-        # Data sets without a name contain a few lines of fairseq-interactive.
+        # Data sets without a name contain a few lines from fairseq-interactive.
         split = next((name for name, known in task.datasets.items() if known is dataset), None)
         if split is None or len(kept) or not len(indices):
             return kept

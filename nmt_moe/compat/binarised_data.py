@@ -1,4 +1,4 @@
-"""Write digests of binarised data, and check loaded data against its digests and dictionary."""
+"""Write digests of binarised data, and check loaded data against them and the dictionary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ WAY_OUT = "Binarise the text again with fairseq-preprocess."
 
 
 def write_digests_of_binarised_data() -> None:
-    """Let fairseq-preprocess write the SHA-256 hashes of its data and dictionaries to `.sha256`.
+    """Let fairseq-preprocess write the SHA-256 hashes of its output to `.sha256` files.
 
     Reason: damaged data silently decode to other sentences. `sha256sum -c` can also check the
     digests.

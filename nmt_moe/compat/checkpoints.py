@@ -72,7 +72,7 @@ def _reading(_: Callable) -> Callable:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"`{path}` is not a complete fairseq checkpoint: its settings or its training "
-                f"state are incomplete ({type(error).__name__}: {error}). Specify another "
+                f"state is incomplete ({type(error).__name__}: {error}). Specify another "
                 "checkpoint."
             ) from error
         return state
@@ -126,7 +126,7 @@ def ignore_unsafe_loading() -> None:
 def allow_configuration_in_broadcasts() -> None:
     """Let rank 0 send a checkpoint to the other ranks when several processes resume.
 
-    Reason: the other ranks read it with `torch.load`, and its safe loader rejects types of the
+    Reason: the other ranks read it with `torch.load`, whose safe loader rejects types in the
     configuration.
     """
     replace(distributed_utils, "broadcast_object", _broadcasting)

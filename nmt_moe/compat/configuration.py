@@ -17,7 +17,7 @@ from fairseq.registry import REGISTRIES
 
 logger = logging.getLogger(__name__)
 
-# fairseq's own classes for text that open no files and start no programs when they are built from
+# Those of fairseq's own classes for text that open no files and start no programs when built from
 # their configuration. Classes of this plugin and of the user's other plugins need no entry.
 ALLOWED = {
     "model": {
@@ -128,7 +128,7 @@ def evaluate_literals_only() -> None:
 
 
 def evaluate_literal(text: Any) -> Any:
-    """Return the value of a literal. Its numbers and lists may be combined by `+` and `*`.
+    """Return the value of a literal, in which `+` and `*` may combine numbers and lists.
 
     Raises:
         ValueError: if `text` is not such a literal or has too many items. The message names it.

@@ -151,7 +151,7 @@ def marks_of(dictionary: Dictionary) -> set[str]:
 
 @cache
 def _warn_of_typed_mark(mark: str) -> None:
-    """Warn about each mark once."""
+    """Warn about a mark, but only once."""
     logger.warning(
         "the text contains the word `%s`, which is read as an unknown word, not as a special "
         "symbol",

@@ -84,7 +84,7 @@ def _raiser(error: BaseException) -> str:
 
 
 def command_name() -> str:
-    """Return the name of the command that runs, such as fairseq-train."""
+    """Return the name of the running command, such as fairseq-train."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name.startswith("fairseq_cli."):
         return "fairseq-" + spec.name.split(".")[-1].replace("_", "-")

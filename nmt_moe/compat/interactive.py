@@ -171,7 +171,7 @@ def _find_unknown(constraint: str, dictionary: Any) -> str | None:
 def report_odd_lines() -> None:
     """Report lines without words, with unknown words, or with pieces that are split again.
 
-    Reason: their translations mean little, but look like any other.
+    Reason: their translations mean little, but look like all others.
     """
     replace_in_command("interactive", "make_batches", _reporting)
 
@@ -187,7 +187,7 @@ def _reporting(make: Callable) -> Callable:
                 lines.report(index, "is empty, and so is its translation")
                 continue
             if cuts_pieces and PIECE_START in source:
-                lines.report(index, "has sentence pieces already, which --bpe splits a second time")
+                lines.report(index, "already has sentence pieces, which --bpe splits a second time")
             dictionary, tokens = task.source_dictionary, encode(source, task, encode_fn)
             marks = {dictionary.index(mark) for mark in marks_of(dictionary)}
             words = [token for token in tokens.tolist() if token not in marks]

@@ -29,7 +29,7 @@ def find_offsets(filename: str, num_chunks: int) -> list[int]:
     """Check all lines of a file; return the offsets of its chunks, and its size.
 
     Raises:
-        ValueError: if a line is rejected. The message names file, line and reason.
+        ValueError: if a line is rejected. The message names the file, line and reason.
     """
     count_lines_once(filename)
     return chunk_offsets(filename, num_chunks)
@@ -90,7 +90,7 @@ def name_damaged_alignment_dictionaries() -> None:
 
 
 def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
-    """Return replacements for unknown words; None replaces none, {} copies the source words.
+    """Return replacements for unknown words: None replaces none, and {} copies the source words.
 
     Raises:
         ValueError: if a line does not consist of two words. The message names it.

@@ -76,7 +76,7 @@ def shorten_choices(message: str) -> str:
 
 
 def show_options_of_chosen_parts_in_help() -> None:
-    """Let `--help` list the options of the architecture, criterion and optimizer that are named.
+    """Let `--help` list the options of the named architecture, criterion and optimizer.
 
     Reason: fairseq prints its help before it adds these options to the parser.
     """

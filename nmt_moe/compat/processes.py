@@ -41,7 +41,7 @@ def _inferring(infer: Callable) -> Callable:
 def fix_distributed_config() -> None:
     """Correct the options for processes just before fairseq uses them.
 
-    Reason: see the three functions below. All commands except fairseq-generate and
+    Reason: see the functions that take `plan`. All commands except fairseq-generate and
     fairseq-preprocess call `call_main`, which they look up in `distributed_utils`.
     """
     replace(distributed_utils, "call_main", _fixing)
@@ -98,7 +98,7 @@ def check_processes_start(plan: Any) -> None:
 
 
 def choose_backends_of_cpu(plan: Any) -> None:
-    """Use gloo and legacy_ddp, because NCCL, and torch's DDP with device ids, need a GPU."""
+    """Use gloo and legacy_ddp, because NCCL and torch's DDP with device ids need a GPU."""
     _change(plan, "distributed_backend", "nccl", "gloo")
     for backend in ("pytorch_ddp", "c10d"):
         _change(plan, "ddp_backend", backend, "legacy_ddp")

@@ -73,7 +73,7 @@ def check_line_lengths(path: str, sizes: Sequence[int]) -> None:
 
 
 def count_no_begin_mark_as_target() -> None:
-    """Do not count the begin mark of --add-bos-token in any criterion, as in fairseq-eval-lm.
+    """Do not count the begin mark of --add-bos-token as a target, as in fairseq-eval-lm.
 
     Reason: this target is always the same, so the perplexity during training would be far too low.
     """

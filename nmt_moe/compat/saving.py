@@ -113,7 +113,7 @@ def _saving_finite(save: Callable) -> Callable:
     def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> Any:
         if val_loss is not None and not math.isfinite(val_loss):
             logger.warning(
-                "`%s` of validation is %s: this checkpoint is not the best",
+                "`%s` is %s in validation: this checkpoint is not the best",
                 cfg.best_checkpoint_metric,
                 val_loss,
             )
@@ -152,7 +152,7 @@ def _training(train: Callable) -> Callable:
 
 
 def name_metrics_that_are_not_computed() -> None:
-    """Before training, report a `--best-checkpoint-metric` that validation does not compute.
+    """Report, before training, a `--best-checkpoint-metric` that validation does not compute.
 
     Reason: such a metric causes a KeyError after a whole epoch, and nothing is saved.
     """

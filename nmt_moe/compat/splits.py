@@ -39,7 +39,7 @@ def name_missing_target_sides() -> None:
     """Report a training or validation set without a target side.
 
     Reason: training would fail in the model, and validation only after a whole epoch. Commands that
-    translate work without one. They are recognised by the checkpoint's task in `task_cfg`.
+    translate need no target side; they are recognised by the checkpoint's task in `task_cfg`.
     """
     replace(translation.TranslationTask, "load_dataset", _loading_split)
 

@@ -43,11 +43,11 @@ def _watching_launcher(call: Callable) -> Callable:
 def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_EVERY)
-    _end(1, f"{command_name()}: the torchrun that started this process has ended, so it stops too")
+    _end(1, f"{command_name()}: stopped, because the torchrun that started this process has ended")
 
 
 def explain_stops() -> None:
-    """After Ctrl-C or SIGTERM, report in one line, on one rank, which checkpoint is saved.
+    """Report the saved checkpoint in one line, on one rank, after Ctrl-C or SIGTERM.
 
     Reason: otherwise a traceback is printed, or nothing. A checkpoint gets its name only when it is
     complete, so the process may end at any moment.

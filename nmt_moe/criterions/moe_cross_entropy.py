@@ -23,8 +23,8 @@ class MoECrossEntropyConfig(FairseqDataclass):
     sampled_softmax: int = field(
         default=0,
         metadata={
-            "help": "number of vocabulary samples, drawn once for each batch, to estimate the "
-            "softmax during training; 0: compute it in full, as evaluation always does"
+            "help": "number of symbols to draw for each batch to estimate the softmax during "
+            "training; 0: compute it in full, as evaluation always does"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
@@ -60,7 +60,7 @@ class MoECrossEntropy(FairseqCriterion):
         self.sentence_avg, self.num_draws = sentence_avg, sampled_softmax
         dictionary = task.target_dictionary
         # After the special symbols, fairseq's dictionaries are sorted by decreasing frequency. The
-        # last two special symbols, end mark and unknown word, are frequent. The first two, start
+        # last two special symbols, end mark and unknown word, are frequent. The first two, begin
         # mark and padding, are never targets, so they are treated as the rarest symbols.
         self.first_class = dictionary.eos()
         if not 0 <= sampled_softmax <= len(dictionary):
@@ -122,7 +122,7 @@ class MoECrossEntropy(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
-        """Log the sums over all batches and ranks of one update, with losses in bits."""
+        """Log the means over all batches and ranks of one update, with losses in bits."""
         for key, divisor in (("loss", "sample_size"), ("nll_loss", "ntokens")):
             total = sum(log[key] for log in logging_outputs)
             weight = sum(log[divisor] for log in logging_outputs)

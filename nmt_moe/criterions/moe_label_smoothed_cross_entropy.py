@@ -76,6 +76,6 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
-        """Log the sums over all batches and ranks of one update."""
+        """Log the means over all batches and ranks of one update."""
         super().reduce_metrics(logging_outputs)
         reduce_balance(logging_outputs)

@@ -1,6 +1,6 @@
-"""Describe this machine and its Python, and find out which parts of the product work.
+"""Describe this machine and its Python, and find out which parts of nmt_moe work.
 
-torch and the product's packages are imported only when they are tried, so that this package works
+torch and nmt_moe's packages are imported only when they are tried, so that this package works
 even if they are broken.
 """
 

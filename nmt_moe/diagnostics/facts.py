@@ -76,7 +76,7 @@ def _processor() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": model,
-        "cores": f"{usable} for this process, of {os.cpu_count()}",
+        "cores": f"{usable} of {os.cpu_count()} usable by this process",
         "instructions": ", ".join(name for name in FEATURES if name in flags) or None,
         "torch uses": _ask_torch(lambda torch: torch.backends.cpu.get_cpu_capability()),
         "threads": _ask_torch(lambda torch: torch.get_num_threads()),
@@ -103,8 +103,8 @@ def _memory() -> dict[str, Any]:
     return {
         "total": _gib(table.get("MemTotal")),
         "available": _gib(table.get("MemAvailable")),
-        "limit of the container": limit,
-        "free disk here": f"{_gib(disk.free)} of {_gib(disk.total)}",
+        "container limit": limit,
+        "free disk space": f"{_gib(disk.free)} of {_gib(disk.total)}",
         "shared memory": _gib(_free("/dev/shm")),
     }
 
@@ -113,9 +113,9 @@ def _devices() -> dict[str, Any]:
     def describe_all(torch: Any) -> dict[str, Any]:
         if not torch.cuda.is_available():
             build = torch.version.cuda or torch.version.hip
-            why = "torch is built without CUDA" if build is None else f"torch is built for {build}"
-            return {"GPU": f"none that torch can use; {why}"}
-        found: dict[str, Any] = {"CUDA of torch": torch.version.cuda or torch.version.hip}
+            how = "without CUDA" if build is None else f"for CUDA or ROCm {build}"
+            return {"GPU": f"none that torch can use; torch is built {how}"}
+        found: dict[str, Any] = {"torch's CUDA": torch.version.cuda or torch.version.hip}
         for index in range(torch.cuda.device_count()):
             one = torch.cuda.get_device_properties(index)
             free = torch.cuda.mem_get_info(index)[0]

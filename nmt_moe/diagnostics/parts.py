@@ -1,4 +1,4 @@
-"""Try each part of the product on a tiny example."""
+"""Try each part of nmt_moe on a tiny example."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTALL = "pip install 'nmt-moe[{}]'"
 
 @dataclass(frozen=True)
 class Part:
-    """The result of trying one part of the product.
+    """The result of trying one part of nmt_moe.
 
     Attributes:
         name: Name of the part, as shown to users.
@@ -41,7 +41,7 @@ class Part:
 
 
 class NotHereError(Exception):
-    """Raised for a part that cannot work on this machine and is not needed there."""
+    """An error for a part that cannot work on this machine and is not needed on it."""
 
 
 def try_parts() -> list[Part]:
@@ -72,7 +72,7 @@ def _try(name: str, attempt: Callable[[], str]) -> Part:
 
 
 def _try_layer() -> str:
-    """Run forward and backward, and compare the output with equation 1 of the paper."""
+    """Run both passes, and compare the output with equation 1 of the paper."""
     import torch
 
     from nmt_moe.moe import MoEConfig, MoELayer
@@ -90,7 +90,7 @@ def _try_layer() -> str:
     y.sum().backward()
     if not difference < 1e-5:
         raise RuntimeError(f"its output differs from its definition by {difference:.1e}")
-    return "forward and backward, on the CPU"
+    return "forward and backward passes, on the CPU"
 
 
 def _try_loops() -> str:
@@ -138,7 +138,7 @@ def _try_gpu() -> str:
     if failed := failed_kernels():
         names = ", ".join(failed)
         return f"using torch's operations for {names}, because their Triton kernels failed a trial"
-    return "using the Triton kernels, which give the CPU's results"
+    return "using the Triton kernels, which give the same results as the CPU"
 
 
 def _try_products() -> str:

@@ -23,7 +23,7 @@ HOST = "fairseq"  # its distribution has more than one name, so it is recognised
 
 
 def read_requirements() -> tuple[str, list[str]]:
-    """Return the Python versions and the requirements of nmt_moe, with extras as markers.
+    """Return nmt_moe's supported Python versions and its requirements, with extras as markers.
 
     They are read from the `setup.cfg` of a clone, or else from the installed distribution.
     """

@@ -153,13 +153,13 @@ def check_pieces(args: Any) -> None:
 
 
 def check_retained_dropout(prepare: Callable) -> Callable:
-    """Reject `--retain-dropout` if it does not reach the model's dropout.
+    """Reject `--retain-dropout` if it has no effect on the model's dropout.
 
     Reason: fairseq changes only its own dropout modules, which it finds by name, and ignores all
     others.
 
     Raises:
-        ValueError: if the option has no effect. The message names the modules that can be reached.
+        ValueError: if the option has no effect. The message names the modules that it can change.
     """
 
     def prepare_for_inference(model: nn.Module, cfg: Any) -> Any:
@@ -170,9 +170,9 @@ def check_retained_dropout(prepare: Callable) -> Callable:
             missing = set(wanted or ()) - set(names)
             if not modules or missing:
                 raise ValueError(
-                    f"`--retain-dropout` must name dropout modules of a {type(model).__name__} "
-                    f"that it can reach ({', '.join(names) or 'there are none'}), but asks for "
-                    f"{', '.join(sorted(missing)) or 'all'}. Leave it out."
+                    "`--retain-dropout` must name fairseq's own dropout modules in a "
+                    f"{type(model).__name__} ({', '.join(names) or 'there are none'}), but asks "
+                    f"for {', '.join(sorted(missing)) or 'all'}. Leave it out."
                 )
         elif wanted:
             raise ValueError(

@@ -37,7 +37,10 @@ class EnsembleState:
     sentence: Tensor
 
     def reorder(self, rows: Tensor) -> Self:
-        """Select rows: (R',) int64, the old row of each new row. Invalidate the old state."""
+        """Select rows; `rows`, (R',) int64, contains the old row of each new row.
+
+        The old state becomes invalid.
+        """
         sentence = self.sentence[rows]
         if not torch.equal(sentence, self.sentence):
             if len(sentence) == len(self.sentence):
@@ -59,7 +62,7 @@ class EnsembleState:
 
 @dataclass
 class EnsembleStep:
-    """Predict the next token of each row from the mean of the models' probabilities.
+    """A prediction of each row's next token from the mean of the models' probabilities.
 
     Attributes:
         temperature: Divisor of the logits.

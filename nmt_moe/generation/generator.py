@@ -24,7 +24,7 @@ ALIGNMENTS = {"hard": utils.extract_hard_alignment, "soft": utils.extract_soft_a
 
 
 class GNMTGenerator(SequenceGenerator):
-    """Search with fairseq's options and batches, and return hypotheses in fairseq's form.
+    """A generator with fairseq's options and batches that returns hypotheses in fairseq's form.
 
     Args:
         models: The models of the ensemble.
@@ -133,7 +133,7 @@ class GNMTGenerator(SequenceGenerator):
 
 
 class RescoringGenerator:
-    """Score and rank the hypotheses of another fairseq generator, for searches with constraints.
+    """A generator that ranks another generator's hypotheses, for searches with constraints.
 
     The penalties only rank finished hypotheses, so they can be applied after any search.
 

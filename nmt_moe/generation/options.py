@@ -4,16 +4,16 @@ An option reaches the search from the command line in three steps:
 
 1. `fairseq.options.get_generation_parser` imports `--user-dir` before it adds its options, and
    looks up `add_generation_args` only then. Our replacement adds our options for every task.
-2. fairseq keeps only parsed arguments that its dataclasses list. If our options are set, they are
-   appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
+2. fairseq keeps only the parsed arguments that its dataclasses list. If our options are set, they
+   are appended to its list of overrides for Hydra (`override_module_args`), so that they arrive in
    `cfg.generation` beside `beam` and `lenpen`. All other configurations stay unchanged.
 3. Tasks pass `cfg.generation` to `FairseqTask.build_generator`. Our replacement reads the options
    and passes our generator as `seq_gen_cls`. It accepts any namespace, so that
    `--eval-bleu-args '{"length_penalty_alpha": 0.2}'` also works. If all options are 0, it calls
    the original with unchanged arguments.
 
-This is necessary because fairseq has no registry of searches, and the options of a special task
-would not be available with other tasks.
+These steps are needed because fairseq has no registry of searches, and the options of a special
+task would not be available with other tasks.
 """
 
 import functools
@@ -45,8 +45,8 @@ HELP = {
     "GNMT: 0.2",
     "coverage_penalty_beta": "add beta times the sum over source words of log min(attention "
     "received, 1); GNMT: 0.2",
-    "beam_prune": "GNMT's beamsize: prune tokens that score more than this below the step's best, "
-    "and finished hypotheses more than this below the best (nats); GNMT: 3.0",
+    "beam_prune": "GNMT's beamsize: prune tokens that score more than X nats below the step's "
+    "best, and finished hypotheses more than X nats below the best; GNMT: 3.0",
 }
 NAMES = [field.name for field in fields(SearchConfig)]
 # Other options that choose tokens or lengths: fairseq's name and default.

@@ -49,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import what only an export needs on first use, because opening a bundle should be fast."""
+    """Import the names of an export only on first use, because opening a bundle should be fast."""
     if name in ("Description", "Pieces", "export"):
         from nmt_moe.inference import exporting
 

@@ -53,8 +53,8 @@ class SearchDefaults:
     """The default options of `translate`, named as in `BeamConfig`.
 
     Attributes:
-        max_len_a, max_len_b: The numbers a and b: a translation of S source pieces has at most
-            a S + b pieces, including the end mark.
+        max_len_a, max_len_b: The numbers a and b: for a source of S tokens, including its end mark,
+            a translation has at most a S + b pieces before its end mark.
     """
 
     beam_size: int = 5
@@ -285,5 +285,5 @@ def _compare(path: Path, sums: Mapping[str, str], digest: str) -> None:
         raise ValueError(f"`{path.parent / SUMS}` does not list `{path.name}`. {EXPORT_AGAIN}")
     if sums[path.name] != digest:
         raise ValueError(
-            f"`{path}` was altered: its sha256 differs from the one in {SUMS}. {EXPORT_AGAIN}"
+            f"`{path}` was altered: its SHA-256 hash differs from that in {SUMS}. {EXPORT_AGAIN}"
         )

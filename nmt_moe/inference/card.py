@@ -27,7 +27,7 @@ CLASSES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr-scheduler",
 }
-# Options of other groups that affect training. Only these options of tasks are shown, because the
+# Other options that affect training. Only these options of tasks are shown, because the
 # others include flags that turn off a default, which a list of values cannot express.
 GENERAL = {
     "task": (
@@ -69,7 +69,7 @@ def write_card(config: BundleConfig, origin: Origin, vocabularies: Mapping[str, 
         ("architecture", f"`{config.architecture}`"),
         ("weights", config.dtype),
         ("languages", ", ".join(config.languages) or "not named"),
-        ("directions trained", ", ".join(config.directions)),
+        ("trained directions", ", ".join(config.directions)),
         ("symbols", ", ".join(f"{side} {len(own)}" for side, own in vocabularies.items())),
         ("updates", str(_count_updates(origin.state))),
         ("seed", str(_option(origin.state, "common", "seed"))),

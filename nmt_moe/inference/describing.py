@@ -90,7 +90,7 @@ def _experts(routing: Routing | None, num_tokens: int) -> Experts:
 def join_sentences(
     by_line: Sequence[list[Sentence]], separator: str, num_hypotheses: int
 ) -> Translation:
-    """Join the sentences of each line, and the lines of each text."""
+    """Join the sentences of each line, and the lines of a text."""
     sentences = [sentence for of_line in by_line for sentence in of_line]
     shortest = min([len(one.hypotheses) for one in sentences], default=1)
     texts = [

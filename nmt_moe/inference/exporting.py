@@ -101,7 +101,7 @@ def export(
         output: The folder to write; it appears once it is complete.
         dtype: The dtype of stored weights, one of `DTYPES`.
         description: Languages, text pipeline, search defaults and scores.
-        is_overwritten: Whether to replace an output that exists.
+        is_overwritten: Whether to replace an existing output.
 
     Returns:
         A description of the bundle.
@@ -165,7 +165,7 @@ def check_replaceable(output: Path) -> None:
         raise ValueError(f"`{output}` is not a folder. Specify another output.")
     there = {path.name for path in output.iterdir()}
     if there and not is_bundle(output):
-        raise ValueError(f"`{output}` is a folder that is not a bundle. Specify another output.")
+        raise ValueError(f"`{output}` is a folder, but not a bundle. Specify another output.")
     foreign = there - BUNDLE_FILES
     if foreign:
         raise ValueError(

@@ -42,7 +42,7 @@ def force_decode(
     Args:
         ensemble: The networks.
         sentences: Sources with their end marks.
-        targets: A translation of each source, without end mark.
+        targets: A translation of each source, without its end mark.
         with_inputs: Whether to keep the inputs of the MoE layers.
 
     Returns:

@@ -23,9 +23,9 @@ BATCH_TOKENS = 4096
 
 
 class LanguageModel:
-    """Score and sample lines of text with a bundle, opened by `LanguageModel.load`.
+    """A language model that scores and samples lines of text, opened by `LanguageModel.load`.
 
-    Every line starts from a zero state, like a sentence in training with `--sample-break-mode eos`.
+    Every line starts from a zero state, as in training with `--sample-break-mode eos`.
 
     Attributes:
         defaults: Search defaults of the bundle.

@@ -1,7 +1,7 @@
 """The layers of the networks, with a bundle's weights and without gradients, dropout or statistics.
 
-Each layer computes the same output as its namesake in `nmt_moe.nn` in evaluation. Tests compare
-them.
+Each layer computes the same output as its namesake in `nmt_moe.nn` in evaluation mode. Tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def make_attentive_lstm(weights: Weights, name: str) -> PackedLSTM:
 class EmbeddedLSTM:
     """An LSTM whose inputs are embeddings.
 
-    The products of all embeddings and the LSTM's weights are kept in a table, if it is not too
-    large. Results are the same with and without the table.
+    The products of all embeddings and the LSTM's weights are kept in a table, unless it would be
+    too large. Results are the same with and without the table.
     """
 
     def __init__(self, lstm: PackedLSTM, embedding: Embedding) -> None:
@@ -120,7 +120,7 @@ class EmbeddedLSTM:
     def run(self, x: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Run over sentences as `PackedLSTM.run` does.
 
-        x contains the embeddings (S, B, D) of the tokens (S, B).
+        `x` contains the embeddings (S, B, D) of the tokens (S, B).
         """
         table = self._table_for(tokens)
         if table is None:

@@ -27,7 +27,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLMConfig
 from nmt_moe.nn.lstm import turned_positions
 
 # Once this share of the sentences is finished, the finished ones are dropped from the encoder's
-# outputs. This requires copying the outputs of the others.
+# outputs, which requires copying the outputs of the others.
 DROPPED_AT = 0.3
 
 
@@ -40,7 +40,7 @@ class DecoderState:
         sentence: (R,) int64, the index of each row's sentence in `memory`.
         layers: The state of each LSTM layer, for P rows.
         parents: (R,) int64, the row of `layers` that each row continues; None if P = R, and row r
-            continues row r. Products of a state that several rows continue are computed only once.
+            continues row r. If several rows continue a state, its products are computed only once.
     """
 
     memory: Memory
@@ -94,7 +94,7 @@ class TranslationNetwork:
 
         Args:
             sentences: Token ids of each sentence.
-            pad: Token that fills up shorter sentences; the network never reads it.
+            pad: Token that pads shorter sentences; the network never reads it.
             trace: Object that receives the experts of all tokens, one sentence after another.
         """
         order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))

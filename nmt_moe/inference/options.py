@@ -32,7 +32,7 @@ class TranslationOptions:
         with_experts: bool,
         **search: float | None,
     ) -> Self:
-        """Replace the defaults with the options that are given, and check the result.
+        """Override the defaults with the given options, and check the result.
 
         Args:
             defaults: Search defaults of the bundle.

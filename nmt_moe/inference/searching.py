@@ -23,7 +23,7 @@ SLACK = 1.03
 
 @dataclass(frozen=True)
 class Limits:
-    """The maximum length of a translation, including the end mark: a S + b for S source pieces."""
+    """The maximum number of pieces in a translation: a S + b for S source tokens."""
 
     a: float
     b: int
@@ -45,7 +45,7 @@ class EnsembleState:
 
 
 class Ensemble:
-    """Average the probabilities of several networks, or pass on those of a single network."""
+    """A single network, or several networks whose probabilities are averaged."""
 
     def __init__(self, networks: Sequence[TranslationNetwork]) -> None:
         self.networks = list(networks)
@@ -143,7 +143,7 @@ def search(
         ensemble: The networks.
         sentences: Token ids of the sources, with their language tokens and end marks.
         config: Configuration of the search.
-        limits: Limits of the hypotheses' lengths.
+        limits: Limits on the hypotheses' lengths.
         num_words: Number of positions of each source that count for coverage, which are all except
             the end mark.
     """

@@ -58,7 +58,7 @@ def check_line(line: str | BadLine, number: int) -> str | BadLine:
 
 @dataclass
 class SourceText:
-    """Split source text into pieces, as in training.
+    """The conversion of source text into pieces, as in training.
 
     Attributes:
         pipeline: Steps applied to text before it is split into pieces.
@@ -107,7 +107,7 @@ class SourceText:
 
 @dataclass
 class TargetText:
-    """Join pieces into text.
+    """The conversion between pieces and target text.
 
     Attributes:
         processor: sentencepiece model of the pieces; None if they are words between spaces.

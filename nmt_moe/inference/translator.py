@@ -37,7 +37,7 @@ READ_AHEAD = 2048
 
 
 class Translator:
-    """Translate text with one bundle or an ensemble of several, opened by `Translator.load`.
+    """A translator with one bundle or an ensemble of several, opened by `Translator.load`.
 
     Results do not depend on how texts are batched, except in the last bits of scores.
 
@@ -99,7 +99,7 @@ class Translator:
 
         The lines of a text are kept, and blank lines stay blank. A line with more pieces than the
         bundle's `max_source_pieces` is split into sentences. Language tokens and other special
-        symbols typed in a text are plain text.
+        symbols typed in a text are read as plain text.
 
         Args:
             texts: Any number of texts; a string means a list of one.
@@ -107,7 +107,7 @@ class Translator:
             beam_size: Number of hypotheses to keep for each sentence; here and below, None means
                 the bundle's default.
             num_hypotheses: Number of hypotheses to return for each sentence, at most `beam_size`.
-            length_penalty_alpha: GNMT's length normalisation; 0 = off.
+            length_penalty_alpha: GNMT's length penalty; 0 = off.
             coverage_penalty_beta: GNMT's coverage penalty; 0 = off.
             beam_prune: GNMT's pruning, in nats; 0 = off.
             batch_tokens: Maximum number of source pieces in a batch, including padding. Each of

@@ -71,7 +71,7 @@ def _embedding(size: int, dim: int) -> nn.Embedding:
 
 
 class Weights:
-    """The weights of a bundle without its experts, checked against its configuration.
+    """The weights of a bundle except its experts, checked against its configuration.
 
     Args:
         folder: Folder of the bundle.
@@ -120,7 +120,7 @@ class Weights:
         network: Any = self.config.network
         for name in ("encoder_layers", "decoder_layers", "lstm_layers", "expert_layers"):
             if getattr(network, name, 0) > len(self._tensors):
-                self._reject(f"it has {len(self._tensors)} weights, but `{name}` must be smaller")
+                self._reject(f"it has {len(self._tensors)} weights, fewer than its `{name}`")
         gates = sum(value.numel() for name, value in self._tensors.items() if ".gate." in name)
         if network.moe is not None and network.moe.num_experts > max(gates, 1):
             self._reject(f"it has no gates for {network.moe.num_experts} experts")
@@ -153,7 +153,7 @@ class Weights:
 
 
 class Embedding:
-    """Look up float32 rows of a table (V, D), which may be stored in bfloat16 or int8."""
+    """A table (V, D) of float32 rows, which may be stored in bfloat16 or int8."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
         self.weight, self.scale = weight, scale

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Duplicate contexts are dropped, so more candidates are examined than kept.
+# Duplicate contexts are dropped, so more candidates are examined than are kept.
 SPARE = 4
 
 
 class TopContexts:
-    """Collect, for each expert, the tokens with the largest gates in distinct contexts.
+    """The tokens with the largest gates of each expert, in distinct contexts.
 
     Args:
         num_experts: Number of experts, E.

@@ -1,4 +1,4 @@
-"""Find experts that are used together, and measure how far two texts use the same experts."""
+"""Find experts that are used together, and measure how much two texts' use of experts overlaps."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def compare_pairs(usage: ExpertUsage, most: int) -> dict[str, Any] | None:
 
 
 def load_overlap(one: ExpertUsage, other: ExpertUsage) -> float:
-    """Compute how far two texts use the same experts of a layer.
+    """Compute how much two texts' use of a layer's experts overlaps.
 
     Returns:
         The sum of each expert's smaller share of the load in the two texts. It is 1 if all shares

@@ -33,7 +33,8 @@ def score_translations(
         references: A reference translation of each source line.
         language: Language of the references, for sacrebleu's tokeniser; None for "13a".
         others: Another model's translations, for comparison.
-        lines: Index of each source line in the text, shown with sentences; None for all lines.
+        lines: Index of each source line in the text, shown with sentences; None if no
+            line was left out.
 
     Returns:
         A dictionary with `scores` (BLEU and chrF with their signatures), `by_length`,

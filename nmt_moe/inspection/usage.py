@@ -115,7 +115,7 @@ class ExpertUsage:
 
     @property
     def idle_experts(self) -> int:
-        """Return the number of experts that received no token."""
+        """Return the number of experts that received no tokens."""
         return int((self.load == 0).sum())
 
     @property
@@ -130,7 +130,7 @@ class ExpertUsage:
 
     @property
     def gate_margin(self) -> float:
-        """Return the mean difference between a token's largest and second largest gate."""
+        """Return the mean difference between a token's two largest gates."""
         return self._margin / max(self.num_tokens, 1)
 
     @property

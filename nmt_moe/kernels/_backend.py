@@ -10,8 +10,8 @@ from torch import Tensor
 # Triton's interpreter runs kernels on CPU tensors. It is slow, so it is used only for tests and
 # debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Types of devices with tensors that the host can read without waiting, and types of devices that
-# run the Triton kernels.
+# Device types whose tensors the host can read without waiting, and device types that run the Triton
+# kernels.
 HOST_DEVICES, TRITON_DEVICES = frozenset({"cpu"}), frozenset({"cuda"})
 
 
@@ -65,7 +65,7 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Return whether a CUDA graph is being captured, during which nothing may wait for `tensor`."""
+    """Return whether CUDA is capturing a graph, so that nothing may wait for `tensor`."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

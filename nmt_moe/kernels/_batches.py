@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmt_moe.kernels.row_plan import RowPlan
 
-# Maximum average number of padding rows for each expert of a batch. These rows cost operations, but
+# Maximum average number of padding rows per expert in a batch. These rows cost operations, but
 # computing an expert with fewer than about twenty rows takes no longer than reading its weights.
 SPARE_ROWS = 8
 # A batch may have this many experts, even if there are fewer threads.

@@ -148,9 +148,9 @@ def is_inside(top: Tensor) -> Tensor:
 
 
 class BlockedNoisyTopK(torch.autograd.Function):
-    """The CPU path of `kernels.noisy_top_k`. Its results are the first fields of `Gating`.
+    """The CPU implementation of `kernels.noisy_top_k`.
 
-    Sums always have the shape (G, E).
+    Its results are the first fields of `Gating`. Sums always have the shape (G, E).
     """
 
     @staticmethod

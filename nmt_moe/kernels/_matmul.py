@@ -1,8 +1,8 @@
-"""Products of matrices on the CPU that are written in place.
+"""Matrix products on the CPU, written into existing tensors.
 
-Torch multiplies float32 matrices by MKL, which is made for Intel's processors and does not use the
-full width of others. There, compiled loops are faster: with AVX-512 and many rows, they take half
-the time (`benchmarks/results/cpu.md`).
+torch multiplies float32 matrices with MKL, which is made for Intel's processors and does not use
+the full vector width of others. On those, compiled loops are faster: with AVX-512 and many rows,
+they take half the time (`benchmarks/results/cpu.md`).
 """
 
 import torch
@@ -23,7 +23,7 @@ def multiply_into(
         accumulate: Whether to add the product to `out`.
         relu: Whether to replace negative results by 0.
     """
-    if has_loops_for(out, left, right):  # autocast does not change products in place
+    if has_loops_for(out, left, right):  # autocast does not affect in-place products
         load().multiply_into(left, right, out, accumulate, relu)
         return out
     if accumulate:

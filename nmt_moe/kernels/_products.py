@@ -16,7 +16,7 @@ from nmt_moe.kernels._matmul import multiply_into
 GROUPED_MM: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )
-# torch's grouped product accepts only fewer groups than this.
+# torch's grouped product requires fewer groups than this.
 MAX_GROUPS = 1024
 # With fewer rows per expert than this, reading the weights costs more than multiplying by them.
 # In that case, torch's grouped product has been reported to reach only a fifth of the memory
@@ -108,7 +108,7 @@ class LoopProducts:
 
 
 class CompiledProducts(LoopProducts):
-    """Products by compiled loops, which are faster for experts with few rows.
+    """Products computed by compiled loops, which are faster for experts with few rows.
 
     For an expert with more rows, the loops call the same library as `LoopProducts`.
     """
@@ -126,7 +126,7 @@ class CompiledProducts(LoopProducts):
 
 
 class TorchProducts:
-    """Products by torch's grouped product.
+    """Products computed by torch's grouped product.
 
     On CUDA, it is used for bfloat16 on Hopper and Blackwell, with at most 1023 experts. On the CPU,
     it runs the same loop as `LoopProducts`, but without Python between the products. The operands
@@ -171,7 +171,7 @@ class TorchProducts:
 
 
 class TritonProducts:
-    """Products by this project's Triton kernels.
+    """Products computed by this project's Triton kernels.
 
     They accept any number of experts and rows, in float32, bfloat16 and float16.
     """

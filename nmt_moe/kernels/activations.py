@@ -1,7 +1,7 @@
-"""Activation functions of inference, in place.
+"""Activation functions for inference, computed in place.
 
-Torch computes the last elements of a tensor in another way than the others, so the last bits of a
-row would depend on the number of rows. With compiled loops, they do not.
+torch computes the last elements of a tensor differently from the others, so the last bits of a row
+would depend on the number of rows. With compiled loops, they do not.
 """
 
 import torch
@@ -31,7 +31,7 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def log_probabilities(output: PackedLinear, x: Tensor) -> Tensor:
-    """Return the log-softmax (R, V) of the products of rows (R, D) with the softmax layer."""
+    """Return the log-softmax (R, V) of the softmax layer's logits for rows (R, D)."""
     panels = output.panels()
     if panels is not None and output.bias is None and _has_loops(x):
         return load().log_probabilities(x, panels, output.shape[0])

@@ -48,7 +48,7 @@ def attend_rows(
 
 
 class _Slots:
-    """Give each sentence's rows the same number of slots, so that its keys are read only once.
+    """Slots for rows, equally many for each sentence, so that its keys are read only once.
 
     Args:
         sentence: (R,) int64, the sentence of each row, ascending.

@@ -24,7 +24,7 @@ def expert_ffn(
     This function computes grouped products over all experts (see `grouped_gemm`). On CUDA, the ReLU
     and its gradient are fused into them. The backward pass is written by hand, so that each
     expert's weight gradient is one product, written in place. `mixture_ffn` calls this function if
-    it has no faster path.
+    it has no faster method.
 
     Args:
         rows: (R, D), sorted by expert.
@@ -54,7 +54,7 @@ def expert_ffn(
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Compute all experts, one product after another, without waiting for the device.
+    """All experts, computed one product after another, without waiting for the device.
 
     The gates are applied later: `combine_rows` reads every output anyway and multiplies it at no
     extra cost, and the gradient of the gates needs the unweighted outputs.

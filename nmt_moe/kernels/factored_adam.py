@@ -1,4 +1,4 @@
-"""Update expert matrices by Adam without a first moment and with a factored second moment."""
+"""Update expert matrices with Adam, without a first moment and with a factored second moment."""
 
 import math
 
@@ -13,7 +13,7 @@ from nmt_moe.kernels._cpu import has_compiled_loops, load
 # the cache between passes. With smaller blocks, starting two threads would cost too much. A GPU
 # needs even larger blocks.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
-# Number of blocks that have their means updated before any of their weights are updated.
+# Number of blocks whose means are all updated before any of their weights.
 GROUP = 4
 
 

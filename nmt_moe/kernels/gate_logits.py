@@ -19,9 +19,9 @@ def gate_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Multiply rows by their gate's two matrices, one for the logits and one for the noise scale.
 
-    The backward pass accumulates, in place, the gradients of `rows` from the two products, instead
-    of creating an (N, D) tensor for each, and keeps their dtype even under autocast. If a group has
-    no rows, its gradient is only filled with zeros.
+    The backward pass adds up the two products' gradients of `rows` in place instead of creating an
+    (N, D) tensor for each, and keeps their dtype even under autocast. If a group has no rows, its
+    gradient is only filled with zeros.
 
     On a GPU, a product of float32 matrices is computed as three products of TF32 numbers (TF32x3),
     because arithmetic on tensor cores is much faster than ordinary float32 arithmetic. The results

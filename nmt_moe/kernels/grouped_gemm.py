@@ -40,7 +40,7 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor
 
 
 def check_dtypes(rows: Tensor, expert_offsets: Tensor, **weights: Tensor) -> None:
-    """Reject weights with a different dtype than the rows, and offsets that are not int64.
+    """Reject weights whose dtype differs from that of the rows, and offsets that are not int64.
 
     Raises:
         ValueError: if a dtype is wrong; the message names the tensor, its dtype and the required

@@ -12,7 +12,7 @@ from nmt_moe.kernels._matmul import matmul
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute x W^T, as `torch.nn.functional.linear` does, by compiled loops if there are any.
+    """Compute x W^T, as `torch.nn.functional.linear` does, with compiled loops where possible.
 
     Args:
         x: (..., I), the rows.

@@ -25,7 +25,7 @@ def lstm(
 ) -> tuple[Tensor, Tensor]:
     """Run an LSTM over all steps.
 
-    Each step computes only the recurrent products and one fused point-wise loop. One product over
+    Each step runs only the recurrent products and one fused point-wise loop. One product over
     all steps computes the input's part of the gates, and one computes the gradient of each weight.
     Sums run in a fixed order, so the same inputs give bit-identical results.
 

@@ -34,7 +34,7 @@ class PackedLSTM:
         self._all_panels: list[Tensor | None] | None = None
 
     def start(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Return the state before the first step, (R, D) outputs and (R, H) cells."""
+        """Return the state before the first step: (R, D) outputs and (R, H) cells."""
         return torch.zeros(num_rows, self.output_dim), torch.zeros(num_rows, self.cell_dim)
 
     def step(
@@ -69,7 +69,7 @@ class PackedLSTM:
         """Run one step, with the products of the inputs read from a table.
 
         Args:
-            table: (V, 4 H), `of_input` of every input that there can be.
+            table: (V, 4 H), the result of `of_input` for every possible input.
             tokens: (R,) int64, the rows of `table` to read.
             output: (P, D), as in `step`.
             cell: (P, H), as in `step`.
@@ -84,7 +84,7 @@ class PackedLSTM:
         return self._finish_step(table[tokens], output, cell, parents)
 
     def run(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """Run over whole sentences.
+        """Run the LSTM over whole sentences.
 
         Args:
             x: (S, B, I) inputs.
@@ -96,7 +96,7 @@ class PackedLSTM:
         return self.run_gates(self.of_input(x), lengths)
 
     def run_gates(self, gates: Tensor, lengths: list[int]) -> Tensor:
-        """Run over whole sentences, given `of_input` of all inputs.
+        """Run the LSTM over whole sentences, given the results of `of_input` for all inputs.
 
         Args:
             gates: (S, B, 4 H), which are overwritten.
@@ -122,7 +122,7 @@ class PackedLSTM:
         return outputs
 
     def _panels(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Return the weights in panels, or None if any of them are multiplied in another way."""
+        """Return the weights in panels, or None if any are multiplied in another way."""
         if self._all_panels is None:
             products = self.of_input, self.of_output, self.projection
             self._all_panels = [None if one is None else one.panels() for one in products]

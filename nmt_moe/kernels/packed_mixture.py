@@ -16,11 +16,11 @@ STACKED_BELOW = 1 << 22
 
 
 class PackedExperts:
-    """One matrix of every expert, packed when the expert is first used.
+    """One matrix per expert, packed when that expert is first used.
 
     The weights may be mapped from a file. Unused experts are then never read from the file. Only
-    small experts, which together have at most `STACKED_BELOW` weights, are converted to float32 all
-    together.
+    small experts, which have at most `STACKED_BELOW` weights in total, are converted to float32 all
+    at once.
 
     Attributes:
         shape: Shape of the matrices, (E, O, I).

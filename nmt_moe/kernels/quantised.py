@@ -70,7 +70,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedLinear:
-    """Compute y = x W^T + b, with W packed for this machine's processor at the first call.
+    """The function y = x W^T + b, with W packed for this machine's processor at the first call.
 
     Attributes:
         shape: Shape of W, (O, I).
@@ -185,7 +185,7 @@ def activation_levels() -> int:
 
 
 class _Float32Product:
-    """A product in float32, by compiled loops if there are any, otherwise by BLAS or oneDNN.
+    """A float32 product, computed by compiled loops if possible, otherwise by BLAS or oneDNN.
 
     The weights are copied into each layout before its first use.
     """

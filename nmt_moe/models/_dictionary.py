@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class DictionaryCheck(nn.Module):
-    """Store a digest of a dictionary in the checkpoint, and check it when loading the checkpoint.
+    """A digest of a dictionary, stored in the checkpoint and checked when it is loaded.
 
     fairseq does not store the dictionary in a checkpoint, and pads dictionaries to multiples of 8.
     Another dictionary therefore often has the same size, is loaded silently, and makes every

@@ -1,4 +1,4 @@
-"""Keep the state of LSTMs between two steps in fairseq's incremental state."""
+"""Keep the state of LSTMs between steps in fairseq's incremental state."""
 
 from typing import Dict, Optional
 

@@ -12,7 +12,7 @@ from fairseq.models import register_model_architecture
 from nmt_moe.moe import GATES, RECOMPUTE, MoEConfig
 from nmt_moe.parallel import ALONE, ExpertParallelGroup, make_expert_parallel_group
 
-# LSTMs have no maximum length, but fairseq needs a number. The task's limit is smaller than this.
+# LSTMs have no maximum length, but fairseq needs a number. The task's limit is smaller.
 MAX_POSITIONS = 100_000
 
 GateChoice: Any = ChoiceEnum(GATES)
@@ -138,7 +138,7 @@ def moe_config(options: Any) -> Optional[MoEConfig]:
 def expert_parallel_group(
     options: Any, moe: Optional[MoEConfig], other: Optional[MoEConfig] = None
 ) -> ExpertParallelGroup:
-    """Decide which process holds which experts. All processes must call this.
+    """Decide which process holds which experts. All processes must call this function.
 
     Args:
         options: The options of the model, as a dataclass or an omegaconf container made from one.

@@ -21,7 +21,7 @@ SMALL: Dict[str, Any] = {
 SMALL_DENSE = {**SMALL, "num_experts": 1, "top_k": 1, "hidden_dim": 1024}
 
 # The paper does not state the number of groups for 512 and 2048 experts. These models use a power
-# of two near the square root of the number of experts, like the paper's language models, so that
+# of two near the square root of the number of experts, as the paper's language models do, so that
 # the gates of both levels stay small.
 STRICT_GROUPS: Dict[str, Any] = {"gate": "strictly_balanced", "top_k": 2}
 

@@ -15,7 +15,7 @@ LARGE_HIDDEN_DIM = 4096
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Describe one MoE layer.
+    """Configuration of one MoE layer.
 
     Attributes:
         model_dim: Width of tokens, D.

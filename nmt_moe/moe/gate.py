@@ -23,7 +23,7 @@ def gate_dtype(x: Tensor) -> torch.dtype:
 
 
 class SoftmaxGate(nn.Module):
-    """Use all experts for every token. This is the dense baseline.
+    """A gate that uses all experts for every token, as a dense baseline.
 
     Source: Shazeer et al. 2017, eq. 2.
     """
@@ -49,7 +49,7 @@ class SoftmaxGate(nn.Module):
 
 
 class NoisyTopKGate(nn.Module):
-    """Keep the k largest noisy gate logits, and take the softmax over them.
+    """A gate that keeps the k largest noisy logits and takes the softmax over them.
 
     Both weights start at zero, so that the noise balances the first batches (Appendix A).
 
@@ -112,7 +112,7 @@ class NoisyTopKGate(nn.Module):
 
 
 class StrictlyBalancedGate(nn.Module):
-    """Send the same number of tokens to every expert during training; use thresholds in evaluation.
+    """A gate that gives each expert equally many tokens in training and uses thresholds otherwise.
 
     During training, each expert keeps the best m = ceil(K N / E) of N tokens. If scores are equal
     (as at the start, when the weight is zero), expert i takes m tokens, beginning at token i m and

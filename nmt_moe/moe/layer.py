@@ -18,10 +18,10 @@ Gate = SoftmaxGate | NoisyTopKGate | StrictlyBalancedGate | HierarchicalGate
 
 
 class MoELayer(nn.Module):
-    """Send each token to its top-k experts and add up their weighted outputs.
+    """A layer that sends each token to its top-k experts and adds up their weighted outputs.
 
-    No token is dropped, and experts have no capacity limit. A token's experts are summed in a fixed
-    order, so equal inputs give bit-identical outputs.
+    No token is dropped, and experts have no capacity limit. Outputs are added up in a fixed order,
+    so equal inputs give bit-identical results.
 
     Source: Shazeer et al. 2017, section 2, figure 1.
     """

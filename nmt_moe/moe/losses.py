@@ -25,7 +25,7 @@ def squared_cv(values: Tensor) -> Tensor:
 
 
 class _SquaredCV(torch.autograd.Function):
-    """Compute `squared_cv` in few operations.
+    """An implementation of `squared_cv` in few operations.
 
     On a GPU, starting a kernel takes longer than adding E numbers.
     """

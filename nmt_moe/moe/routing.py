@@ -25,7 +25,7 @@ def gate_entropy(gates: Tensor) -> Tensor:
 
 
 def gate_margin(gates: Tensor) -> Tensor:
-    """Compute the difference between each token's largest and second largest gate.
+    """Compute the difference between each token's largest and second-largest gates.
 
     Args:
         gates: (N, K), non-negative; 0 for tokens without experts.

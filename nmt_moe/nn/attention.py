@@ -7,12 +7,12 @@ from nmt_moe.nn.linear import Linear
 
 
 class Attention(nn.Module):
-    """Weight source positions by their relevance to a query.
+    """A module that weights source positions by their relevance to a query.
 
     V starts at 1 / sqrt(D). If it were initialised like a matrix, all attention weights would be
     equal at the start. If it started at 1, scores would reach +-D as soon as the tanh saturated,
     and at a high learning rate, attention would get stuck on one position (the end of the sentence)
-    before it was learnt.
+    before it had been learnt.
 
     Source: Shazeer et al. 2017, Appendix G.
     """
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class ProductAttention(Attention):
-    """Score a pair by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d).
+    """Attention that scores a pair by sum_d V_d tanh((x_i U)_d) tanh((y_j W)_d).
 
     A single matrix product computes the scores of all pairs.
 
@@ -71,7 +71,7 @@ class ProductAttention(Attention):
 
 
 class AdditiveAttention(Attention):
-    """Score a pair by sum_d V_d tanh((x_i U)_d + (y_j W)_d), as GNMT does.
+    """Attention that scores a pair by sum_d V_d tanh((x_i U)_d + (y_j W)_d), as in GNMT.
 
     This needs memory for a (B, T, S, D) tensor.
 

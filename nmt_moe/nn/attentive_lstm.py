@@ -37,7 +37,7 @@ class AttentiveLSTM(nn.Module):
     def forward(
         self, x: Tensor, encoder_out: EncoderOutput, state: State | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """Run over all steps.
+        """Run the LSTM over all steps.
 
         Args:
             x: (T, B, D), the inputs.
@@ -99,7 +99,7 @@ class AttentiveLSTM(nn.Module):
 
 
 class _CollectWeightGradient(torch.autograd.Function):
-    """Compute the gradient of the recurrent weights in one product over all steps.
+    """The gradient of the recurrent weights, computed as one product over all steps.
 
     Autograd would add up one product per step, each over only a few rows. The gates of all steps
     pass through this function before the recurrent part is added, so their gradients are all known

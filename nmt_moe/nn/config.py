@@ -19,7 +19,7 @@ def _check_moe_dim(model_dim: int, moe: MoEConfig | None) -> None:
 
 @dataclass(frozen=True)
 class GNMTConfig:
-    """Describe a GNMT-style encoder and decoder.
+    """Configuration of a GNMT-style encoder and decoder.
 
     Attributes:
         model_dim: Width of the embeddings and of every layer's input and output, D.
@@ -81,7 +81,7 @@ class GNMTConfig:
             _ = self.decoder_moe
         except ValueError as error:
             raise ValueError(
-                f"`decoder_num_experts` {self.decoder_num_experts} is not possible: {error}"
+                f"`decoder_num_experts` cannot be {self.decoder_num_experts}: {error}"
             ) from None
 
     @property
@@ -94,7 +94,7 @@ class GNMTConfig:
 
 @dataclass(frozen=True)
 class LSTMLMConfig:
-    """Describe a language model.
+    """Configuration of a language model.
 
     Attributes:
         model_dim: Width of the embedding and of every layer's input and output, D.

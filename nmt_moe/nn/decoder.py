@@ -75,7 +75,7 @@ class GNMTDecoder(nn.Module):
         state: LSTMState | None = None,
         padding_mask: Tensor | None = None,
     ) -> DecoderOutput:
-        """Decode all given steps, or continue from `state`.
+        """Decode all given steps, starting from `state` if there is one.
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.

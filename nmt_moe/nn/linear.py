@@ -6,7 +6,7 @@ from nmt_moe.kernels import linear
 
 
 class Linear(nn.Linear):
-    """Compute x W^T like `torch.nn.Linear`, but faster on some processors (`kernels.linear`).
+    """A `torch.nn.Linear` without a bias, faster on some processors (see `kernels.linear`).
 
     Args:
         in_features: Width of the inputs, I.

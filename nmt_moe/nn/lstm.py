@@ -11,8 +11,8 @@ from nmt_moe.kernels import has_compiled_loops, lstm
 
 State = tuple[Tensor, Tensor]
 
-# Users can ignore this warning, because the path that it announces is the faster one for these
-# sizes.
+# Users can ignore this warning, because the implementation that it announces is the faster one for
+# these sizes.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
@@ -47,7 +47,7 @@ class ProjectedLSTM(nn.Module):
         self.lstm = nn.LSTM(input_dim, hidden_dim, proj_size=projection)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Run over all steps.
+        """Run the LSTM over all steps.
 
         Args:
             x: (T, B, input_dim), the inputs.
@@ -81,7 +81,7 @@ class BidirectionalLSTM(nn.Module):
         self.backwards = ProjectedLSTM(input_dim, hidden_dim, output_dim)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Run in both directions.
+        """Run the LSTMs in both directions.
 
         Args:
             x: (S, B, input_dim), padded at the end.

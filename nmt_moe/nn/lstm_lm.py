@@ -94,7 +94,7 @@ class LSTMLanguageModel(nn.Module):
         state: LSTMState | None = None,
         padding_mask: Tensor | None = None,
     ) -> LMOutput:
-        """Read all given tokens, or continue from `state`.
+        """Read all given tokens, starting from `state` if there is one.
 
         Args:
             prev_output_tokens: (B, T) int64, padded at the end.

@@ -37,7 +37,7 @@ def find_options() -> dict[str, tuple[type, argparse.Namespace]]:
 
 
 def find_configs() -> dict[str, NetworkConfig]:
-    """Return the network configuration of every architecture, by its name."""
+    """Return the network configuration of every architecture, by name."""
     return {name: make_config(*options) for name, options in find_options().items()}
 
 
@@ -46,7 +46,7 @@ def make_config(options: Any, args: argparse.Namespace) -> NetworkConfig:
 
     Args:
         options: Dataclass of the model's options.
-        args: Values of options; the others have their defaults.
+        args: Values of options; the other options have their defaults.
 
     Raises:
         ValueError: if a value is not allowed. The message gives the option, the constraint and

@@ -77,7 +77,7 @@ class Sizes:
 
     Attributes:
         dense: Number of parameters that do not belong to experts.
-        buffered: Number of these parameters that have a gradient small enough for the buffer.
+        buffered: Number of these parameters whose gradient is small enough for the buffer.
         experts: Number of parameters of the experts on the device.
         factored: Total number of rows and columns in the matrices of these experts.
         macs: Number of multiply-adds in the forward pass of a batch, by part of the network.

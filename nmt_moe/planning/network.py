@@ -143,7 +143,7 @@ def _mix(layer: MoELayer, recorder: Recorder, x: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _onednn_bytes(layer: nn.LSTM, batch: Batch) -> float:
-    """Return how many more bytes oneDNN's LSTM keeps than torch's own LSTM, by measurement.
+    """Return how many more bytes oneDNN's LSTM keeps than torch's own LSTM, as measured.
 
     On a CPU, torch uses oneDNN's LSTM if there is no projection. That LSTM keeps gates, states and
     space for all their gradients, a total of 15 + 12 / length numbers per cell and step. torch's

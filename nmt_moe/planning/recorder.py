@@ -128,7 +128,7 @@ class Network:
 
 
 class Recorder(TorchDispatchMode):
-    """Record the products and saved tensors of modules on the meta device."""
+    """A recorder of the products and saved tensors of modules on the meta device."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _find_parts(network: nn.Module) -> dict[str, str]:
-    """Return the part of every module by its name.
+    """Return the part of every module, by the module's name.
 
     If a module's class is not in `PARTS`, the module belongs to the part of the enclosing module.
     """

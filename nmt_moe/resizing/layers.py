@@ -61,7 +61,7 @@ class Layer:
         counts = (index // size).bincount(minlength=self.moe.num_groups)
         if counts.min() != counts.max():
             raise ValueError(
-                "`ids` must have the same number of experts from each group, but has from "
+                "`ids` must contain the same number of experts from each group, but contains from "
                 f"{int(counts.min())} to {int(counts.max())}."
             )
         return (index % size).view(self.moe.num_groups, -1)

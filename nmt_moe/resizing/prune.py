@@ -47,8 +47,8 @@ def choose_experts(
         return {name: _best(shares[name], moe[name], keep) for name in moe}
     if any(one.num_groups for one in moe.values()):
         raise ValueError(
-            "`scope` must be 'layer' for hierarchical gates, because all groups need equal sizes, "
-            "but is 'model'."
+            "`scope` must be 'layer' for hierarchical gates, because all groups must have the "
+            "same size, but is 'model'."
         )
     return _best_of_all(shares, moe, keep * len(moe))
 

@@ -74,7 +74,7 @@ def name_files(files: Sequence[Path]) -> dict[Path, str]:
     names = {file: file.stem for file in files}
     parts = {file: Path(os.path.abspath(file)).parts for file in files}
     for file, own in parts.items():
-        # Two spellings of one path have no different suffixes.
+        # Two spellings of one path have no suffixes that differ.
         others = [o for path, o in parts.items() if path.stem == file.stem and o != own]
         if others:
             end = 1

@@ -93,7 +93,7 @@ def _check_words(nbest: NBest) -> None:
     texts = [one.text for several in nbest.hypotheses.values() for one in several]
     if 2 * sum("▁" in text for text in texts) > len(texts):
         raise ValueError(
-            "the translations (D- lines) are sentence pieces, which give a different BLEU. Run "
+            "the translations (D- lines) are split into pieces, which gives a different BLEU. Run "
             "fairseq-generate with `--remove-bpe sentencepiece`."
         )
 

@@ -33,9 +33,9 @@ class StepState(Protocol):
 
 
 StateT = TypeVar("StateT", bound=StepState)
-# Maps (R, T) int64 tokens so far, including the start token, and the state to (R, V)
-# log-probabilities, which the search may overwrite, (R, S) attention over the source or None, and
-# the new state.
+# Maps the tokens so far, (R, T) int64 with the start token, and the state to three values: the
+# log-probabilities, (R, V), which the search may overwrite; the attention over the source, (R, S),
+# or None; and the new state.
 Step = Callable[[Tensor, StateT], tuple[Tensor, Tensor | None, StateT]]
 
 

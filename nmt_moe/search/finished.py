@@ -56,7 +56,7 @@ class _Ended:
 
 
 class FinishedHypotheses:
-    """Collect the hypotheses of B sentences, at most `beam_size` for each.
+    """The finished hypotheses of B sentences, at most `beam_size` for each.
 
     Args:
         num_sentences: Number of sentences, B.

@@ -29,7 +29,7 @@ class DeepLFields(BaseModel):
     source_lang: str | None = Field(default=None, description="the code of a language")
     tag_handling: str | None = Field(default=None, description="html")
     formality: str = Field(default="default", description="default, prefer_more or prefer_less")
-    auth_key: str | None = Field(default=None, description="a text")
+    auth_key: str | None = Field(default=None, description="a string")
     glossary_id: Any = Field(default=None, description="left out")
     glossary_ids: Any = Field(default=None, description="left out")
     style_id: Any = Field(default=None, description="left out")
@@ -40,7 +40,7 @@ class LanguagesFields(BaseModel):
     """Fields of `/v2/languages`."""
 
     type: str = Field(default="source", description="source or target")
-    auth_key: str | None = Field(default=None, description="a text")
+    auth_key: str | None = Field(default=None, description="a string")
 
 
 def make_router(service: Service) -> APIRouter:

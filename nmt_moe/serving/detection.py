@@ -28,7 +28,7 @@ class Detection:
 
 
 class Detector:
-    """Distinguish the languages of a server.
+    """A detector that distinguishes the languages of a server.
 
     Args:
         languages: The server's source languages.

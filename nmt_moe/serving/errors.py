@@ -12,7 +12,7 @@ class RequestError(Exception):
 
     Attributes:
         status: Status of the HTTP response.
-        message: Description of the error. It quotes the user's input only in short wrong values.
+        message: Description of the error. It quotes only short wrong values from the user's input.
         headers: Further headers of the response.
     """
 
@@ -22,14 +22,14 @@ class RequestError(Exception):
 
 
 class BusyError(RequestError):
-    """The server is overloaded; the client may try again."""
+    """A request refused because the server is overloaded; the client may try again."""
 
     def __init__(self, message: str, seconds: int = 1) -> None:
         super().__init__(503, message, {"Retry-After": str(seconds)})
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before it got a response."""
+    """A client that closed its connection before it got a response."""
 
 
 def show(value: Any) -> str:

@@ -27,7 +27,7 @@ class ExplainedFields(BaseModel):
     length_penalty_alpha: float | None = Field(default=None, description="a number")
     coverage_penalty_beta: float | None = Field(default=None, description="a number")
     experts: bool = Field(default=True, description="true or false")
-    api_key: str | None = Field(default=None, description="a text")
+    api_key: str | None = Field(default=None, description="a string")
 
 
 def make_router(service: Service) -> APIRouter:

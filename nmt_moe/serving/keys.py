@@ -12,7 +12,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """Read keys, one per line. Skip blank lines and lines that begin with #.
 
     Raises:
-        ValueError: if the file has no key, is not text, or a key contains spaces.
+        ValueError: if the file has no key or is not text, or if a key contains spaces.
         OSError: if the file cannot be read.
     """
     try:
@@ -32,7 +32,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 class Keys:
-    """Compare keys without revealing, through the time taken, how much of a key is right."""
+    """The accepted keys. The time of a comparison does not reveal how much of a key is right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]

@@ -13,7 +13,7 @@ from nmt_moe.serving.models import match, name_of
 from nmt_moe.serving.openapi import describe_body
 from nmt_moe.serving.service import AUTO, Service, Wish
 
-KEY = Field(default=None, description="a text")
+KEY = Field(default=None, description="a string")
 
 
 class TranslateFields(BaseModel):

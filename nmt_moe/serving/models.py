@@ -115,7 +115,7 @@ def match(field: str, code: str, known: Sequence[str]) -> str:
             return plain[one]
     raise RequestError(
         400,
-        f"`{field}` must be one of {', '.join(known)}, but is {show(code)}, which is not known.",
+        f"`{field}` must be one of {', '.join(known)}, but is {show(code)}.",
     )
 
 

@@ -42,7 +42,7 @@ class Metrics:
         self.requests = counter("requests", "Number of answered requests.", ["path", "status"])
         self.seconds = histogram(
             "request_seconds",
-            "From request head to response, in seconds.",
+            "Time from request head to response, in seconds.",
             ["path"],
             buckets=SECONDS,
         )
@@ -52,7 +52,7 @@ class Metrics:
         )
         self.batch_lines = histogram("batch_lines", "Number of lines in a batch.", buckets=COUNTS)
         self.batch_seconds = histogram(
-            "batch_seconds", "Time to translate a batch.", buckets=SECONDS
+            "batch_seconds", "Time to translate a batch, in seconds.", buckets=SECONDS
         )
         gauge("waiting_requests", "Number of requests waiting for a batch.").set_function(
             num_waiting
@@ -76,7 +76,7 @@ class Metrics:
 
 
 class JsonLines(logging.Formatter):
-    """Format a record as a line of JSON, with time, level, event and fields from `extra["fields"]`.
+    """A formatter that writes time, level, event and `extra["fields"]` as a line of JSON.
 
     Only the type of an exception and its place in the code are written, because its message may
     quote text.

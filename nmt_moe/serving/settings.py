@@ -25,7 +25,7 @@ class ServerSettings:
         time_limit: Seconds after which an unanswered request gets status 503.
         origins: Other web origins that may send requests, such as "https://example.org"; "*" for
             all.
-        keys: API keys; each request must present one of them. If empty, no key is required.
+        keys: API keys; each request must present one of them, unless there are none.
     """
 
     max_characters: int = 20_000

@@ -65,7 +65,7 @@ def parse_pairs(text: str) -> List[Pair]:
 
 
 def parse_languages(text: str, pairs: Sequence[Pair]) -> List[str]:
-    """Parse `--langs`, such as `en,fr`. If empty, return the languages in the order of the pairs.
+    """Parse `--langs`, such as `en,fr`. If it is empty, return the pairs' languages in order.
 
     Raises:
         ValueError: if a language is malformed, repeated, or missing for a pair; the message names

@@ -73,7 +73,7 @@ class MultilingualGNMTConfig(TranslationConfig):
 
 @register_task("translation_multilingual_gnmt", dataclass=MultilingualGNMTConfig)
 class MultilingualGNMTTask(TranslationTask):
-    """Translate in many directions with one model, one dictionary and one softmax.
+    """Translation in many directions with one model, one dictionary and one softmax.
 
     A token at the start of the source names the target language, so the model can translate between
     any two of the languages, even a pair that was not in training (zero-shot).

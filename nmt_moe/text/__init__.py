@@ -1,1 +1,1 @@
-"""Read lines of text, and split them into sentence pieces, without torch or fairseq."""
+"""Read lines of text, and split them into pieces, without torch or fairseq."""

@@ -1,4 +1,4 @@
-"""Learn a vocabulary of sentence pieces and its fairseq dictionary, and split text into pieces."""
+"""Learn a vocabulary of pieces and its fairseq dictionary, and split text into pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nmt_moe.text.lines import read_lines
 from nmt_moe.text.outputs import check_outputs, replacing
 
 NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nfc", "identity")
-# sentencepiece ignores longer lines, and lines that contain the character reserved for itself.
+# sentencepiece ignores longer lines, and lines that contain the character it reserves.
 MAX_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"
 # fairseq splits text at each of these, so no piece may contain one.
@@ -66,8 +66,8 @@ def train(
         character_coverage: Share of the text's characters that must be pieces; rarer characters
             become unknown.
         normalization: Normalisation of text before it is split, one of `NORMALIZATIONS`: NFKC with
-            or without sentencepiece's treatment of spaces, canonical composition only, or only
-            turning white space into spaces.
+            or without sentencepiece's treatment of spaces, only canonical composition, or only the
+            replacement of white space by spaces.
         max_sentence_bytes: Maximum number of bytes in a line; longer lines are left out.
 
     Raises:
@@ -175,8 +175,8 @@ def encode(
 ) -> Iterator[str]:
     """Yield all lines split into pieces, and then `samples` more copies of them, split at random.
 
-    White space of any kind counts as a space. `alpha` says how strongly likely splits are
-    preferred; at 0, all splits are equally likely.
+    White space of any kind counts as a space. `alpha` sets how strongly splits with a higher
+    probability are preferred; at 0, all splits are equally likely.
 
     Raises:
         ValueError: if `--samples` or `--alpha` is out of range; the message names the option.
@@ -210,7 +210,7 @@ def decode(lines: Iterable[str], processor: sentencepiece.SentencePieceProcessor
 
 
 class WordSampler:
-    """Split words at random, preferring splits with a higher probability in a unigram model.
+    """A sampler of word splits that prefers those with a higher probability in a unigram model.
 
     sentencepiece's own sampling is not reproducible, because its seed does not reach its generator.
     A unigram model splits each word independently, so sampling word by word gives the same

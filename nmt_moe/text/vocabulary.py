@@ -17,7 +17,7 @@ OVERWRITE = " #fairseq:overwrite"
 class Vocabulary:
     """The symbols of one side of a model, in the order of its embedding.
 
-    Text never becomes a special symbol: a piece that is spelled like one is unknown.
+    Text never becomes a special symbol: a piece that is spelt like one is unknown.
 
     Args:
         symbols: All symbols, with fairseq's four special ones first.
@@ -50,7 +50,8 @@ def read_symbols(path: str | os.PathLike[str]) -> list[str]:
         All symbols in fairseq's order: its four special symbols, then the words.
 
     Raises:
-        ValueError: if a line is malformed or a word is repeated; the message names file and line.
+        ValueError: if a line is malformed or a word is repeated; the message names the file and the
+            line.
         OSError: if the file cannot be opened.
     """
     symbols = list(MARKS)

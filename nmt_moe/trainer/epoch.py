@@ -40,7 +40,7 @@ def check_batches(epoch: int, saved: dict[str, Any], now: dict[str, Any]) -> Non
     if is_same:
         return
     changed = [
-        f"`--{name.replace('_', '-')}` was {saved[name]} and is {now[name]}"
+        f"`--{name.replace('_', '-')}` was {saved[name]} and is now {now[name]}"
         for name in ("batch_size", "max_tokens")
         if saved[name] != now[name]
     ]

@@ -53,7 +53,7 @@ MOST_GROWTH = 100
 
 
 class ExpertParallelTrainer(Trainer):
-    """Extend fairseq's trainer to models with experts that are spread over ranks.
+    """fairseq's trainer, extended to models with experts that are spread over ranks.
 
     With such a model, fairseq's own trainer would clip gradients by a norm that excludes experts;
     flatten the gradients of experts and other parameters together under --fp16; retry a batch that
@@ -79,8 +79,8 @@ class ExpertParallelTrainer(Trainer):
             # Each rank must read its own experts.
             cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         # Otherwise, batches are formed with the random numbers of the first epoch and kept for all
-        # later epochs, and a run resumed in epoch 5 trains on different batches than an
-        # uninterrupted run does.
+        # later epochs, and a run resumed in epoch 5 trains on different batches from those of an
+        # uninterrupted run.
         cfg.dataset.update_epoch_batch_itr = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self._stand_in = StandIn(model, criterion)
@@ -125,8 +125,8 @@ class ExpertParallelTrainer(Trainer):
         if loss > MOST_GROWTH * max(self._first_loss, 1.0) and "growth" not in self._warn_once:
             self._warn_once.add("growth")
             logger.warning(
-                "the loss was %.3g at first and is %.3g after %d updates: training diverges. "
-                "Lower --lr, raise --warmup-updates or clip with --clip-norm.",
+                "the loss was %.3g at first and is %.3g after %d updates: training is "
+                "diverging. Lower --lr, raise --warmup-updates or clip with --clip-norm.",
                 self._first_loss,
                 loss,
                 self.get_num_updates(),
@@ -234,7 +234,7 @@ class ExpertParallelTrainer(Trainer):
         return state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
-        """Write a checkpoint, unless it would lack other ranks' experts (such as after an error).
+        """Write a checkpoint, unless it would lack other ranks' experts (as after an error).
 
         Returns:
             The path of the checkpoint; None if it was not written.

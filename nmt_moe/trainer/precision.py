@@ -41,7 +41,7 @@ def _cut_flat(flat: dict[Any, Tensor], parameters: list[Tensor]) -> list[Tensor]
 
 @contextmanager
 def keeping_loaded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the weights that the `with` block loads, before rounding to the model's dtype."""
+    """Collect the weights that the `with` block loads, not yet rounded to the model's dtype."""
     loaded: dict[str, Tensor] = {}
     hook = model.register_load_state_dict_pre_hook(
         lambda _, state, prefix, *__: None if prefix else loaded.update(state)

@@ -19,7 +19,7 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class FolderLock:
-    """Lock a folder against a second training run while this object and its process exist.
+    """A lock that keeps other training runs out of a folder while this object exists.
 
     The operating system always releases the lock when the process ends, so a leftover lock file
     does no harm.

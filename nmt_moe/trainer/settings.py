@@ -1,4 +1,4 @@
-"""Reject settings that cannot work before the first update."""
+"""Before the first update, reject settings that cannot work."""
 
 import ast
 import logging
@@ -80,8 +80,8 @@ def check_betas(betas: Any) -> None:
     is_pair = isinstance(found, Sequence) and len(found) == 2
     if not is_pair or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in found):
         raise ValueError(
-            f"`--adam-betas` must be two numbers from 0 to below 1, such as (0.9, 0.999), but is "
-            f"{betas}."
+            "`--adam-betas` must be two numbers of at least 0 and less than 1, such as "
+            f"(0.9, 0.999), but is {betas}."
         )
 
 
@@ -112,7 +112,7 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
         if not learns and not config.num_groups:
             logger.warning(
                 "with one expert for each token (top_k is 1), each token's gate is 1, so the gate "
-                "of the %s can only learn from the load loss, but its weight is 0. Use more "
+                "of the %s can only learn from the load loss, whose weight is 0. Use more "
                 "experts for each token, or set a weight for the load loss.",
                 layer.name,
             )

@@ -1,4 +1,4 @@
-"""Give ranks that have run out of batches stand-in batches, so that all ranks run in step."""
+"""Give stand-in batches to ranks that have run out of batches, so that all ranks run in step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from nmt_moe.trainer.experts import moe_layers
 
 
 class StandIn:
-    """Make batches count for nothing: they affect no expert, statistic, loss or log entry.
+    """A switch for batches that count for nothing: no expert, statistic, loss or log entry changes.
 
     If one of several ranks has run out of batches, fairseq repeats an earlier batch on it, but then
     drops that rank's whole update from the sample size and the log. With --update-freq, the

@@ -35,8 +35,8 @@ class FactoredAdam(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups of them. A group's `factored` says whether its parameters are
-            treated as experts. With None, the default, parameters marked by `mark_expert` (which
-            `MoELayer` calls) are.
+            treated as experts. With None, the default, only parameters marked by `mark_expert`
+            (which `MoELayer` calls) are treated as experts.
         lr: Learning rate.
         betas: Shares of the old first and second moments in the new ones.
         eps: Number added to the root of the second moment; greater than 0.

@@ -5,7 +5,7 @@
     capacity.py report --work work --dim 64 --vocab-size 2000
 
 All models of the same width cost about the same per token. Their widths are those of Table 7,
-divided by 512 / D.
+multiplied by --dim / 512.
 
 Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 """
@@ -33,8 +33,8 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
     """Return the options of each model of width `dim`; Table 7 gives them for 512.
 
     A token uses 4 experts of 2 x D hidden units or, in dense models, a network with as many
-    weights. At this width, a flat gate for 256 experts would cost a quarter of all operations, so
-    the gate is hierarchical, as in the paper's MoE-256-h.
+    weights. At width 64, a flat gate for 256 experts would add a quarter to all operations, so the
+    gate is hierarchical, as in the paper's MoE-256-h.
     """
     experts = {"hidden_dim": 2 * dim, "top_k": 4}
     rows: dict[str, dict[str, Any]] = {
@@ -101,7 +101,8 @@ def read_result(log: Path) -> Result:
                 found[split] = 2 ** float(entry[f"{split}_nll_loss"])
     missing = [split for split in SPLITS if split not in found]
     if missing:
-        raise ValueError(f"{log}: has no perplexity for {' and '.join(missing)}. Run it again.")
+        splits = " and ".join(missing)
+        raise ValueError(f"{log}: has no perplexity for {splits}. Run capacity/run.sh again.")
     return Result(**found)
 
 
@@ -125,7 +126,7 @@ def collect(work: Path) -> dict[str, dict[str, dict[str, Result]]]:
 def choose_dropout(results: dict[str, dict[str, Result]]) -> str:
     """Return the dropout with the lowest mean perplexity on valid, regardless of test.
 
-    Only seeds that were used with every dropout are compared, so that seeds do not decide.
+    Only seeds used with every dropout are compared, so that seeds cannot affect the choice.
 
     Raises:
         ValueError: if the dropouts have no seed in common.
@@ -177,7 +178,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw perplexity on test against parameters, with the mean and every seed.
+    """Draw perplexity on test against parameters: the mean and the value of every seed.
 
     Raises:
         ValueError: if matplotlib is not installed.

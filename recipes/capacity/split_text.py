@@ -72,7 +72,7 @@ def split_text(
         if len(sentences) <= valid_lines:
             raise ValueError(
                 f"{trains[-1]}: must have more than VALID_LINES = {valid_lines} lines, but has "
-                f"{len(sentences)}. Set VALID_LINES lower, or VALID to another file."
+                f"{len(sentences)}. Lower VALID_LINES, or set VALID to another file."
             )
         sentences, chosen = sentences[:-valid_lines], sentences[-valid_lines:]
     else:

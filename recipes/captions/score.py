@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn the loss that fairseq-eval-lm logs into scores that do not depend on the vocabulary."""
+"""Turn the loss that fairseq-eval-lm logs into scores per piece, per word and per character."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EVALUATE=${EVALUATE:-1}
 # The model has the shape of the paper's models, but is narrow: two LSTMs with the experts between them, all as wide as the
 # embedding. The embedding is shared with the softmax layer, so there are fewer weights to learn from little text.
 MODEL_DIM=${MODEL_DIM:-160}
-# A token uses 4 experts, which together cost 8 x 160 x 320 products, as much as both LSTMs.
+# A token uses 4 experts, which together cost 8 x 160 x 320 multiplications, as much as both LSTMs.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
 TOP_K=${TOP_K:-4}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-320}

@@ -14,7 +14,7 @@
 # The variables on the right have the same effect. Other variables: VOCAB_SIZE (at most 700 pieces), MAX_TOKENS (1000 pieces per
 # update, counted on the longer side), LEARNING_RATE (0.003), MODEL_DIM (96), LSTM_HIDDEN_DIM (96), NUM_EXPERTS (8), TOP_K (2),
 # EXPERT_HIDDEN_DIM (128), INIT_RANGE (0.3), DROPOUT (0), BEAM (5), AVERAGE (the last 3 checkpoints), SAVE_INTERVAL
-# (updates between two checkpoints: 1/15 of all).
+# (updates between two checkpoints; a fifteenth of UPDATES).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

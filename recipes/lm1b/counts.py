@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Count the sentences and words of train, valid and test, and compare with published counts.
+"""Count the sentences and words of train, valid and test, and compare them with published counts.
 
 The benchmark's README gives 829,250,940 training tokens, which include a start mark and an end mark
 for each sentence. Without the marks of the 30,301,028 sentences, there are 768,648,884 words;
@@ -37,7 +37,7 @@ class Counts:
 
 
 # The expected counts, by part and kind. For the held-out shards 00000 (test) and 00001 (valid),
-# only the sum is published.
+# only the number of scored tokens is published.
 PUBLISHED: Mapping[tuple[str, str], int] = {
     ("train", "sentences"): 30_301_028,
     ("train", "words"): 768_648_884,

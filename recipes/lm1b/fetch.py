@@ -66,7 +66,8 @@ def join(shards: Sequence[Path], output: Path, num_lines: int) -> None:
             with shard.open("rb") as file:
                 text.writelines(map(keep_words, islice(file, num_lines or None)))
     if not output.stat().st_size:
-        raise ValueError(f"{output} is empty: {', '.join(shard.name for shard in shards)} are")
+        names = ", ".join(shard.name for shard in shards)
+        raise ValueError(f"{output} is empty, because its shards are empty: {names}")
 
 
 def keep_words(line: bytes) -> bytes:

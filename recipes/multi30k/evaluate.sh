@@ -8,8 +8,8 @@
 #   BEAM         beam size (5)
 #   LENPENS      length penalties to try on val ("0.4 0.6 0.8 1.0 1.2 1.4 1.6"); larger ones favour longer translations
 #   DEVICE, THREADS, CASE, WORK as in train.sh
-# Finally, it writes the model as a bundle, RUN/bundle, for nmt-moe translate (except for an ensemble, and with CASE=lower,
-# where the text is tokenised). It prints two scores, each with sacrebleu's signature:
+# Finally, the script writes the model as a bundle, RUN/bundle, for nmt-moe translate (except for an ensemble, and with
+# CASE=lower, where the text is tokenised). It prints two scores, each with sacrebleu's signature:
 #   lower-cased tokenised BLEU: translations converted to the form of the official lc.norm.tok file and compared with it;
 #   cased BLEU (13a) and chrF against the raw text (not with CASE=lower).
 set -euo pipefail

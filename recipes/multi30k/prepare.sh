@@ -5,7 +5,7 @@
 # data-bin. Finished steps are skipped; changing a variable repeats the steps that depend on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); if not set, they are downloaded
 #   CASE          source-lower (default): the raw text with the English side lower-cased, because its case says little;
-#                 a model can then be given both the cased and the lower-cased score
+#                 a model can then be scored both cased and lower-cased
 #                 cased: the raw text as written
 #                 lower: the official lower-cased, tokenised text, which allows only the lower-cased score
 #   VOCAB_SIZE    pieces in the joint vocabulary (5000)

@@ -117,7 +117,7 @@ def record(name: str, path: Path, file: Path, records: dict[str, str]) -> None:
     except ValueError as error:
         path.unlink()
         raise ValueError(
-            f"{error}. The file was removed. Run again to download it again."
+            f"{error}. The file was removed. Run again to repeat the download."
         ) from None
     digest = hashlib.sha256()
     with path.open("rb") as archive:

@@ -86,7 +86,7 @@ class Cutter:
             if longer > self.max_pieces:
                 return f"over {self.max_pieces} pieces"
             if longer > self.max_ratio * shorter:
-                return f"one side over {self.max_ratio} times the other"
+                return f"one side more than {self.max_ratio} times as long as the other"
         return " ".join(source), " ".join(target)
 
 
@@ -177,7 +177,7 @@ def write(results: Iterator[Result], pair: str, target: Path, keep_all: bool) ->
             source_file.write(result[0] + "\n")
             target_file.write(result[1] + "\n")
     if not counts["kept"]:
-        raise ValueError(f"{target}: no pair is left of {counts.total()} ({dict(counts)})")
+        raise ValueError(f"{target}: none of {counts.total()} pairs is left ({dict(counts)})")
     for part, path in zip(parts, paths, strict=True):
         part.rename(path)
     return counts
@@ -236,7 +236,7 @@ def main() -> None:
 @common_options
 @click.option("--normalize", type=click.Choice(["source", "both", "none"]), default="source")
 def clean(pair: str, normalize: str, **options: Any) -> None:
-    """Remove control characters and superfluous space, and normalise punctuation."""
+    """Remove control characters and superfluous spaces, and normalise punctuation."""
     transform_texts("clean", partial(Cleaner, pair, normalize), pair=pair, **options)
 
 

@@ -11,17 +11,17 @@ TINY += ["--model-flags", FLAGS]
 
 
 @pytest.mark.timeout(590)
-def test_each_number_of_ranks_has_a_row_and_only_several_send(capsys, tmp_path):
+def test_each_number_of_ranks_has_a_row_and_a_single_rank_sends_nothing(capsys, tmp_path):
     path = tmp_path / "found.json"
     expert_parallel.main([*TINY, "--ranks", "1", "2", "--json", str(path)])
     table, note = capsys.readouterr().out.strip().split("\n\n")
     head, _, *lines = table.splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == expert_parallel.COLUMNS
     assert len(lines) == 2
-    assert "4 sentences in all, of 3 tokens each" in note
+    assert "on a total of 4 sentences of 3 tokens" in note
     one, two = json.loads(path.read_text())["rows"]
     assert (one["ranks"], one["experts"], two["ranks"], two["experts"]) == (1, 4, 2, 2)
-    # With two ranks, the encoder and the decoder each hold two experts fewer; each expert has two
+    # With two ranks, the encoder and the decoder each hold two fewer experts; each expert has two
     # matrices.
     assert one["parameters"] - two["parameters"] == 2 * 2 * 2 * 8 * 8
     assert one["bytes_sent"] == {"exchange": 0, "dense": 0}

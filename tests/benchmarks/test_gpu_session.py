@@ -77,7 +77,7 @@ def test_an_unknown_part_is_refused(stub, tmp_path):
     assert "there is no part gatings" in done.stderr
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_a_missing_gpu_is_reported(tmp_path):
     done = run_session(tmp_path, "products", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "torch sees no GPU." in done.stderr

@@ -87,7 +87,7 @@ def test_a_layer_that_raises_fails_the_check(monkeypatch):
     assert "fails: no such size |" in table
 
 
-def test_logits_have_a_standard_deviation_of_one_and_noise_no_weight():
+def test_logits_have_a_standard_deviation_of_one_and_noise_weights_are_zero():
     point = Point(tokens=512, model_dim=64, hidden_dim=4, num_experts=16, top_k=4, num_groups=4)
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     for name in ("nmt_moe", "nmt_moe_hierarchical"):
@@ -131,7 +131,7 @@ def test_the_limits_do_the_same_number_of_operations_as_the_experts():
             assert counter.get_total_flops() == passes * TINY.flops() == passes * 48 * 8 * 12 * 4
 
 
-def test_eager_gating_gives_the_sums_of_the_layer():
+def test_eager_gating_has_the_expected_sums_of_gates_importance_and_load():
     clean, raw_scale = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0))
     gates, importance, load = moe_gating.eager_gating(clean, raw_scale, 2)
     torch.testing.assert_close(gates.sum(1), torch.ones(50))

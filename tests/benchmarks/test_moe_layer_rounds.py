@@ -68,7 +68,7 @@ class FakeProcess:
 
 @pytest.fixture
 def play(monkeypatch):
-    """Run two rounds at a point with fake processes; return the rounds and the events."""
+    """Return a function that runs two rounds at a point with fake processes."""
 
     def run(free, failing="", modes=("fwd+bwd",)):
         monkeypatch.setattr(FakeProcess, "events", [])

@@ -128,7 +128,7 @@ def test_parts_of_a_step_add_up():
     assert all(math.isnan(value) for value in parts["the step with torch's Adam"])
 
 
-def test_it_draws_if_matplotlib_is_installed(tmp_path):
+def test_the_plot_is_drawn_if_matplotlib_is_installed(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "steps.png"
     moe_plot.draw(document(scaling(6), scaling(12)), path)

@@ -23,11 +23,11 @@ def config(wiring="recurrent", attention="product", moe=True):
     )
 
 
-def test_flops_by_hand_of_the_recurrent_wiring():
+def test_flops_of_the_recurrent_wiring_by_hand():
     # B = 2, S = T = 5, V = 11, D = 4, LSTM hidden 8 (gates 32), 4 experts of width 6, 2 per token.
     # The factors are 2 (multiplications and additions) and 3 (forward pass and two gradients).
     assert products.flops_by_group(products.model_products(config(), BATCH)) == {
-        # Three LSTMs over 10 source tokens and two over 10 target tokens multiply D by the gates.
+        # Three LSTMs over 10 source tokens and two over 10 target tokens map width D to the gates.
         "LSTM input": 6 * 5 * 10 * 4 * 32,
         # The recurrent input has width D, or 2 D in decoder LSTM 1, which also reads the context.
         "LSTM recurrent": 6 * (3 * 10 * 4 + 10 * 8 + 10 * 4) * 32,
@@ -54,7 +54,7 @@ def test_the_wirings_differ_in_where_the_context_goes_but_not_in_operations():
     assert parallel == recurrent
 
 
-def test_a_dense_model_has_no_products_of_an_moe():
+def test_a_dense_model_has_no_moe_products():
     groups = products.flops_by_group(products.model_products(config(moe=False), BATCH))
     assert not [name for name in groups if "MoE" in name]
 
@@ -87,7 +87,7 @@ def counted_flops(sizes):
     output = nn.Linear(sizes.model_dim, 11, bias=False)
     source = torch.randint(11, (BATCH.sentences, BATCH.length))
     target = torch.randint(11, (BATCH.sentences, BATCH.length))
-    # By itself, torch does not count products that add to a tensor in place.
+    # By itself, torch's counter leaves out products that add to a tensor in place.
     in_place = {torch.ops.aten.addmm_: count_addmm}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         encoded = encoder(source, torch.zeros_like(source, dtype=torch.bool))

@@ -44,7 +44,7 @@ def test_peak_memory_grows_by_what_is_held_and_still_counts_what_is_freed():
 
 def test_impossible_values_are_refused():
     args = argparse.Namespace(rounds=0, threads=1, device="cpu", seed=1)
-    with pytest.raises(SystemExit, match="at least 1, but are 0, 1"):
+    with pytest.raises(SystemExit, match="at least 1, but are 0 and 1"):
         timing.prepare(args)
 
 

@@ -8,7 +8,7 @@ from nmt_moe.kernels import has_compiled_loops
 
 
 @pytest.mark.parametrize("layout", training_products.LAYOUTS)
-def test_operands_have_the_layout_that_is_named(layout):
+def test_operands_have_the_named_layout(layout):
     left, right, out = training_products.make_operands((2, 3, 5, 7), layout)
     assert [tuple(one.shape) for one in (left, right, out)] == [(2, 3, 5), (2, 5, 7), (2, 3, 7)]
     assert left.is_contiguous() == (layout != "left transposed")

@@ -28,7 +28,7 @@ def test_the_table_has_a_row_for_each_model(capsys, tmp_path):
     found = json.loads(path.read_text())["rows"]
     for row in found:
         assert len(row["seconds"]) == 2
-        # 2 batches of 4 tokens and the end mark take 10 steps for 4 sentences
+        # For 4 sentences, two batches take 5 steps each: 4 tokens and the end mark.
         steps_per_second = 1 / row["seconds_per_step"]
         assert row["sentences_per_second"] * 10 / 4 == pytest.approx(steps_per_second)
 

@@ -88,7 +88,7 @@ def test_too_few_checkpoints_are_refused(tmp_path):
         tool.find_last(tmp_path, 5)
 
 
-def test_other_shapes_or_names_are_refused(tmp_path):
+def test_differing_shapes_or_names_are_refused(tmp_path):
     paths = [save(tmp_path / "1.pt", [1.0]), save(tmp_path / "2.pt", [1.0, 2.0])]
     with pytest.raises(ValueError, match=r"2\.pt` and .* differ in names, shapes"):
         tool.average_parameters(paths)

@@ -108,7 +108,7 @@ def test_a_file_from_another_save_is_named(path, tmp_path):
     stranger = next((tmp_path / "other").glob("experts-*-0-2.pt"))
     part = path.parent / read(path)[MANIFEST]["files"][0]["name"]
     part.write_bytes(stranger.read_bytes())
-    with pytest.raises(ValueError, match="comes from another save"):
+    with pytest.raises(ValueError, match="comes from the save"):
         restored(path)
 
 
@@ -128,7 +128,7 @@ def test_a_manifest_that_lacks_or_repeats_experts_is_refused(path, kept, message
         restore_experts(path, state)
 
 
-def test_reading_keeps_what_the_safe_loader_allows(path):
+def test_reading_does_not_change_what_the_safe_loader_allows(path):
     before = torch.serialization.get_safe_globals()
     try:
         for allowed in ([], [argparse.Namespace]):
@@ -144,7 +144,7 @@ def test_reading_keeps_what_the_safe_loader_allows(path):
 def test_only_files_that_no_checkpoint_needs_are_deleted(path):
     folder = path.parent
     used = set(folder.glob("experts-*"))
-    for start in (0, 3):  # from a save that was interrupted before its checkpoint
+    for start in (0, 3):  # from a save interrupted before its checkpoint was written
         write_expert_file(folder, "abandoned", slice(start, start + 3), {}, {})
     (folder / "experts-cut-0-3.pt.tmp").write_bytes(b"half")
     path.rename(folder / "checkpoint_best.pt")
@@ -245,7 +245,7 @@ MANIFESTS = JSON | st.fixed_dictionaries(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(manifest=MANIFESTS)
-def test_a_malformed_manifest_is_named_and_nothing_else_is_raised(manifest):
+def test_any_malformed_manifest_raises_a_value_error_that_names_the_checkpoint(manifest):
     state = {**whole_state(), MANIFEST: manifest}
     if manifest is None:
         return
@@ -260,7 +260,7 @@ def test_a_manifest_of_a_million_files_is_refused_at_once(path):
         restore_experts(path, state)
 
 
-def test_an_interrupted_write_leaves_the_old_file(path, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_file(path, monkeypatch):
     old = path.read_bytes()
 
     def save_half(content, file):

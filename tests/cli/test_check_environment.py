@@ -12,7 +12,7 @@ from nmt_moe.diagnostics import requirements
 
 @pytest.fixture
 def needs(monkeypatch):
-    """Replace the requirements."""
+    """Return a function that replaces the requirements."""
 
     def set_needs(*lines: str, python: str = ">=3.11") -> None:
         monkeypatch.setattr(requirements, "read_requirements", lambda: (python, list(lines)))
@@ -28,7 +28,7 @@ def test_a_package_that_is_too_old_is_named(needs, monkeypatch):
     assert requirements.find_missing(()) == []
 
 
-def test_extras_and_markers_are_followed(needs):
+def test_extras_and_markers_are_respected(needs):
     needs('no-such-x; extra == "demo"', 'no-such-y; sys_platform == "plan9"', python=">=9.9")
     python, *others = requirements.find_missing(())
     assert python.startswith("python>=9.9: is 3.")
@@ -36,7 +36,7 @@ def test_extras_and_markers_are_followed(needs):
     assert requirements.find_missing(("demo",))[1:] == ["no-such-x: not installed"]
 
 
-def test_requirements_are_those_of_setup_cfg_also_when_installed(monkeypatch):
+def test_requirements_come_from_setup_cfg_or_from_the_installed_package(monkeypatch):
     _, needs = requirements.read_requirements()
     assert "torch>=2.6" in needs
     assert 'num2words; extra == "demo"' in needs
@@ -47,7 +47,7 @@ def test_requirements_are_those_of_setup_cfg_also_when_installed(monkeypatch):
     assert requirements.read_requirements() == (">=3.11", ["click"])
 
 
-def test_everything_missing_is_listed_and_a_module_that_breaks_is_named(needs, monkeypatch):
+def test_missing_packages_and_modules_that_cannot_be_imported_are_named(needs, monkeypatch):
     needs("no-such-x>=1", "no-such-y")
     result = CliRunner().invoke(main, ["check-environment"])
     assert result.exit_code == 1

@@ -33,7 +33,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_commands_help_describes_it_with_examples(name):
+def test_every_commands_help_gives_examples_and_describes_its_options(name):
     result = CliRunner().invoke(main, [name, "--help"])
     assert "\\b" not in result.output  # click's marker for tables must not appear as text
     assert result.exit_code == 0, result.output
@@ -44,7 +44,7 @@ def test_every_commands_help_describes_it_with_examples(name):
         assert isinstance(option, click.Argument) or option.help, f"{name} {option.opts}"
 
 
-def test_the_entry_point_of_the_package_is_the_group(repository):
+def test_the_entry_point_of_the_package_is_the_main_command(repository):
     setup = configparser.ConfigParser()
     setup.read(repository / "setup.cfg", encoding="utf-8")
     name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
@@ -61,7 +61,7 @@ def failing(error: Exception) -> Command:
 
 
 @pytest.mark.parametrize("error", [ValueError("`x` must be 1, but is 2."), OSError("disk full")])
-def test_a_mistake_is_one_line_with_status_1(monkeypatch, error):
+def test_a_mistake_gives_one_line_and_status_1(monkeypatch, error):
     monkeypatch.setattr(main, "get_command", lambda ctx, name: failing(error))
     monkeypatch.delenv("NMT_MOE_TRACEBACK", raising=False)
     result = CliRunner().invoke(main, ["fail"])
@@ -108,7 +108,7 @@ def test_a_list_option_takes_all_values_that_follow():
     assert "requires an argument" in runner.invoke(command, ["--inputs"]).stderr
 
 
-def test_an_error_of_the_system_names_the_file_and_the_reason():
+def test_a_system_error_names_the_file_and_the_reason():
     missing = FileNotFoundError(2, "No such file or directory", "corpus/missing.en")
     expected = "`corpus/missing.en`: No such file or directory. Check the path."
     assert describe_error(missing) == expected
@@ -161,7 +161,7 @@ print(json.dumps(results))
 """
 
 
-def test_a_wrong_path_is_one_message_before_torch_is_imported(tmp_path):
+def test_a_wrong_path_gives_one_message_before_torch_is_imported(tmp_path):
     (tmp_path / "file").write_text("a line\n")
     paths = {"FILE": "file", "FOLDER": "."}
     lines = [" ".join(paths.get(word, word) for word in line.split()) for line, _ in WRONG_PATHS]
@@ -185,7 +185,7 @@ def test_every_path_is_checked_while_the_command_line_is_read():
                     assert isinstance(option.type, (Existing, NewFile)), (name, option.name)
 
 
-def test_the_command_says_of_a_folder_what_the_library_says(tmp_path):
+def test_the_command_and_the_library_give_the_same_message_for_a_folder(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match="Name a folder") as caught:
             read_small(path, CONFIG)
@@ -193,7 +193,7 @@ def test_the_command_says_of_a_folder_what_the_library_says(tmp_path):
         assert result.stderr == f"nmt-moe verify: error: {caught.value}\n"
 
 
-def test_a_pipe_is_a_file(tmp_path):
+def test_a_pipe_is_accepted_as_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert Existing("file").convert(str(tmp_path / "pipe"), None, None) == tmp_path / "pipe"
     assert NewFile().convert(os.devnull, None, None) == Path(os.devnull)

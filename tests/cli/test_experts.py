@@ -34,7 +34,7 @@ def files(tmp_path_factory):
     return path, folder / "bundle", text, reference
 
 
-def test_shares_are_those_of_the_definition(files):
+def test_shares_match_their_definition(files):
     """Compare the shares with counts and sums that are computed token by token."""
     _, bundle, text, reference = files
     lines, others = (path.read_text().splitlines()[:8] for path in (text, reference))
@@ -55,7 +55,7 @@ def test_shares_are_those_of_the_definition(files):
         assert share == pytest.approx([value / sum(values) for value in values], rel=1e-5)
 
 
-def test_texts_may_count_equally(files):
+def test_texts_can_be_weighted_equally(files):
     _, bundle, text, _ = files
     lines = text.read_text().splitlines()
     translator = Translator.load(bundle)
@@ -80,7 +80,7 @@ def test_statistics_are_printed(files):
     assert printed.count(" %") == 2 * 6 * 3
 
 
-def test_a_bundle_is_pruned_and_perplexities_are_those_of_both(files, tmp_path):
+def test_a_bundle_is_pruned_and_both_perplexities_are_printed(files, tmp_path):
     _, bundle, text, reference = files
     output = tmp_path / "pruned"
     printed = run(
@@ -100,7 +100,7 @@ def test_a_bundle_is_pruned_and_perplexities_are_those_of_both(files, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["prune", "merge"])
-def test_a_checkpoint_is_changed_as_its_bundle_is(files, tmp_path, command):
+def test_a_checkpoint_and_its_bundle_are_changed_alike(files, tmp_path, command):
     path, bundle, text, reference = files
     words = ["--num-experts", 3, "--scope", "model", "--text", text, "--reference", reference]
     of_bundle = run(command, bundle, *words, "--output", tmp_path / "small")
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_changed_as_its_bundle_is(files, tmp_path, command):
     assert "perplexity per piece" in of_bundle
 
 
-def test_without_references_no_perplexity_is_claimed(files, tmp_path):
+def test_without_references_no_perplexity_is_reported(files, tmp_path):
     _, bundle, text, _ = files
     printed = run("prune", bundle, "--num-experts", 4, "--text", text, "--output", tmp_path / "x")
     assert "perplexity: not measured, because it needs a `--reference`" in printed
@@ -148,7 +148,7 @@ def test_a_dense_model_is_upcycled(tmp_path):
         *("upcycle", path, "--num-experts", 8, "--top-k", 2, "--output", tmp_path / "moe.pt"),
         *("--text", text, "--reference", text, "--bundle", tmp_path / "bundle"),
     )
-    lines = [line for line in printed.splitlines() if "largest difference" in line]
+    lines = [line for line in printed.splitlines() if "outputs differ by" in line]
     differences = [float(line.split()[-2]) for line in lines]
     assert len(differences) == 2
     assert max(differences) < 1e-12

@@ -44,7 +44,7 @@ def assert_mistake(result: Result, *words: str) -> None:
         assert word in message
 
 
-def test_page_and_json_are_written(bundle: Path, text: Path, tmp_path: Path):
+def test_the_page_and_the_json_file_are_written(bundle: Path, text: Path, tmp_path: Path):
     page, dump = tmp_path / "report.html", tmp_path / "report.json"
     result = call(
         bundle, "--text", text, "--reference", text, "--output", page, "--json", dump, "--progress"
@@ -69,7 +69,7 @@ def test_page_and_json_are_written(bundle: Path, text: Path, tmp_path: Path):
     assert again.read_bytes() == dump.read_bytes()
 
 
-def test_languages_are_named_by_part(many: Path, text: Path, tmp_path: Path):
+def test_parts_are_named_after_their_target_languages(many: Path, text: Path, tmp_path: Path):
     dump = tmp_path / "report.json"
     languages = ("--target-lang", "aa", "bb")
     result = call(many, "--text", text, "--reference", text, text, *languages, "--json", dump)
@@ -115,11 +115,11 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert "--text" in result.stderr
 
 
-def test_a_failure_midway_leaves_the_previous_files(text: Path, tmp_path: Path):
+def test_a_failure_midway_keeps_the_previous_files(text: Path, tmp_path: Path):
     damaged = make_bundle(tmp_path / "damaged", description=SHORT)[0]
     experts = damaged / "experts.decoder.safetensors"
     content = bytearray(experts.read_bytes())
-    for position in range(len(content) // 2, len(content), 64):  # found when an expert is used
+    for position in range(len(content) // 2, len(content), 64):  # noticed when an expert is used
         content[position] ^= 1
     experts.write_bytes(content)
     page, dump = tmp_path / "report.html", tmp_path / "report.json"

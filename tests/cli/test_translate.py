@@ -54,7 +54,9 @@ def assert_mistake(result: Result, command: str, *words: str) -> None:
         assert word in messages[0]
 
 
-def test_standard_input_becomes_standard_output(bundle: Path, text: Path, translated: list[str]):
+def test_standard_input_is_translated_to_standard_output(
+    bundle: Path, text: Path, translated: list[str]
+):
     content = "".join(f"{line}\n" for line in translated)
     assert call("translate", bundle, stdin=text.read_bytes()).stdout == content
     windows = text.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n")
@@ -81,7 +83,7 @@ def test_a_dash_among_files_is_standard_input(bundle: Path, text: Path, translat
     assert result.stdout == "".join(f"{line}\n" for line in translated * 2)
 
 
-def test_nbest_lists_have_line_score_and_text(bundle: Path, text: Path):
+def test_nbest_rows_have_a_line_number_a_score_and_a_text(bundle: Path, text: Path):
     rows = [
         row.split("\t")
         for row in call("translate", bundle, text, "--nbest", 2, "--beam", 4).stdout.splitlines()
@@ -94,7 +96,7 @@ def test_nbest_lists_have_line_score_and_text(bundle: Path, text: Path):
     assert [float(row[1]) for row in rows if row[2]] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_jsonl_has_what_the_library_returns(bundle: Path, text: Path):
+def test_jsonl_contains_what_the_library_returns(bundle: Path, text: Path):
     flags = ["--jsonl", "--experts", "--nbest", 2]
     rows = [json.loads(row) for row in call("translate", bundle, text, *flags).stdout.splitlines()]
     results = Translator.load(bundle).translate(LINES, num_hypotheses=2, with_experts=True)
@@ -113,7 +115,7 @@ def test_jsonl_has_what_the_library_returns(bundle: Path, text: Path):
     assert len(plain["hypotheses"]) == 1
 
 
-def test_bad_lines_are_named_and_all_others_translated(
+def test_bad_lines_are_named_and_all_others_are_translated(
     bundle: Path, translated: list[str], tmp_path: Path
 ):
     content = b"the big dog sees a red tree\n\xff\xfe\ncat\na\0b\n\xed\xa0\x80\n"
@@ -222,7 +224,7 @@ def test_a_pipe_is_read_and_written_like_a_file(
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_reader_that_leaves_ends_the_command_without_a_message(bundle: Path):
+def test_a_reader_that_stops_early_ends_the_command_without_a_message(bundle: Path):
     command = [sys.executable, "-m", "nmt_moe.cli", "translate", str(bundle), "--beam", "1"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -236,7 +238,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_message(bundle: Path):
 
 @pytest.mark.parametrize("name", ["input", "output"])
 def test_closed_streams_are_reported(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, f"std{name.removesuffix('put')}", None)  # as if it were closed
+    monkeypatch.setattr(sys, f"std{name.removesuffix('put')}", None)  # as if the stream were closed
     with pytest.raises(click.ClickException, match=f"standard {name} is closed. Name a file"):
         main(["translate", str(bundle)], standalone_mode=False)
 

@@ -1,4 +1,4 @@
-"""The facts about a machine that users paste into bug reports."""
+"""The facts about their machine that users paste into bug reports."""
 
 import os
 
@@ -24,7 +24,7 @@ def test_a_users_name_is_not_shown(monkeypatch):
     assert collect_facts()["environment"]["PYTHONPATH"] == "~/code:/opt"
 
 
-def test_a_machine_without_proc_or_compiler_is_described_too(monkeypatch):
+def test_a_machine_without_proc_or_a_compiler_is_described_too(monkeypatch):
     read = facts.Path.read_text
 
     def refuse(self, *args, **options):
@@ -38,7 +38,7 @@ def test_a_machine_without_proc_or_compiler_is_described_too(monkeypatch):
     assert found["software"]["compiler"] is None
     assert found["memory"]["total"] is None
     assert found["processor"]["instructions"] is None
-    assert "GiB" in found["memory"]["free disk here"]
+    assert "GiB" in found["memory"]["free disk space"]
 
 
 def test_the_compiler_is_the_one_that_cxx_names(monkeypatch, tmp_path):
@@ -50,7 +50,7 @@ def test_the_compiler_is_the_one_that_cxx_names(monkeypatch, tmp_path):
     assert collect_facts()["software"]["compiler"] == "my-compiler: mine 1.0"
 
 
-def test_a_broken_torch_is_a_fact(monkeypatch):
+def test_a_broken_torch_is_reported_as_a_fact(monkeypatch):
     def fail():
         raise RuntimeError("driver too old\nand more")
 

@@ -13,16 +13,16 @@ from nmt_moe.diagnostics import parts, try_parts
 
 @pytest.fixture(scope="module")
 def here():
-    """Return the parts of this machine, by name."""
+    """Return the results of trying all parts on this machine, by name."""
     return {part.name: part for part in try_parts()}
 
 
-def test_what_the_tests_need_works(here):
+def test_the_parts_that_the_tests_need_work(here):
     for name in ("MoE layer", "int8 and bfloat16", "bundles, translator", "training with fairseq"):
         assert here[name].works is True, here[name]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_not_a_fault(here):
     assert here["GPU kernels"].works is None
     assert "no CUDA device" in here["GPU kernels"].note
@@ -48,7 +48,7 @@ def _named(name):
     return next(part for part in try_parts() if part.name == name)
 
 
-def test_a_layer_that_computes_something_else_is_broken(monkeypatch):
+def test_a_layer_with_wrong_outputs_is_broken(monkeypatch):
     forward = moe.MoELayer.forward
     monkeypatch.setattr(
         moe.MoELayer, "forward", lambda self, x: (forward(self, x)[0] * 1.01, forward(self, x)[1])
@@ -58,7 +58,7 @@ def test_a_layer_that_computes_something_else_is_broken(monkeypatch):
     assert "differs from its definition" in part.note
 
 
-def test_products_that_are_wrong_are_broken(monkeypatch):
+def test_wrong_quantised_products_are_noticed(monkeypatch):
     right = kernels.quantise_rows
     monkeypatch.setattr(kernels, "quantise_rows", lambda w: (right(w)[0], right(w)[1] * 2))
     assert "int8 have a relative error of 1.0" in _named("int8 and bfloat16").note
@@ -80,7 +80,7 @@ def test_a_machine_that_only_translates_needs_no_fairseq(monkeypatch):
     assert "needed only for training, is not installed: pip install 'nmt-moe[fairseq]'" in part.note
 
 
-def test_an_extra_that_is_not_installed_is_named_with_its_installation(monkeypatch):
+def test_an_extra_that_is_not_installed_is_named_with_its_installation_command(monkeypatch):
     def compare(extras=()):
         return {"matplotlib": (None, "matplotlib: not installed")} if extras else {}
 

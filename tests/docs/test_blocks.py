@@ -1,4 +1,4 @@
-"""Every command block in the README and docs runs with a tiny text and tiny models."""
+"""Every command block in the README and in `docs/` runs with a tiny text and tiny models."""
 
 import os
 import random
@@ -34,7 +34,7 @@ TEXT = "the a cat dog house tree runs sees big red under with two birds sing"
 SHIMS = {
     "fairseq-train": """
 sizes=(--cpu --model-dim 16 --lstm-hidden-dim 16 --hidden-dim 32 --max-update 2 --num-workers 0)
-[[ " $* " == *" --task "* ]] || sizes+=(--max-update 5 --save-interval-updates 1)  # to average
+[[ " $* " == *" --task "* ]] || sizes+=(--max-update 5 --save-interval-updates 1)  # for averaging
 [[ " $* " == *" lstm_gnmt"* ]] || sizes+=(--num-experts 16 --top-k 2)
 [[ " $* " != *" --sampled-softmax "* ]] || sizes+=(--sampled-softmax 8)
 exec "$PROGRAMS/fairseq-train" "$@" "${sizes[@]}"
@@ -53,7 +53,7 @@ exec "$PROGRAMS/python" -m torch.distributed.run "$@" --cpu --model-dim 16 --lst
 
 
 def write_corpus(folder: Path) -> None:
-    """Write train, valid and test in English and in two languages derived from it."""
+    """Write training, validation and test text in English and in two languages derived from it."""
     chance = random.Random(1)
     folder.mkdir()
     for split, count in (("train", 300), ("valid", 12), ("test", 8)):
@@ -90,7 +90,7 @@ def variables(folder: Path) -> dict[str, str]:
 
 
 def run_blocks(page: str, folder: Path, names: dict[str, Any], port: str = PORT) -> None:
-    """Run the blocks of a page in order in a folder; Python blocks share their variables."""
+    """Run a page's blocks in a folder, in order; Python blocks share their variables."""
     for block in blocks(page):
         if block.reason is None:
             run_block(block, folder, names, port)
@@ -129,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_for(page: str, trained: Path, tmp_path: Path) -> Path:
-    """Copy the folder for a page, with bundles of other kinds unless the page makes its own."""
+    """Copy the folder for a page, and add bundles of other kinds unless the page makes them."""
     folder = tmp_path / "folder"
     shutil.copytree(trained, folder, symlinks=True)
     text = (REPOSITORY / page).read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def test_the_requests_of_the_page_on_serving_are_answered(trained: Path, tmp_pat
         run_blocks(SERVED, tmp_path, {}, port)
 
 
-def test_every_command_of_fairseq_loads_the_plugin():
+def test_every_fairseq_command_loads_the_plugin():
     missing = [
         (block.page, line)
         for page in pages()

@@ -1,4 +1,4 @@
-"""The server's Dockerfile is checked line by line, and also built if Docker is available."""
+"""The server's Dockerfile is checked line by line; its image is built if Docker is available."""
 
 import json
 import shlex
@@ -32,11 +32,11 @@ def copied() -> list[str]:
     return [source for value in arguments("COPY") for source in shlex.split(value)[:-1]]
 
 
-def test_the_base_is_a_python_that_the_project_supports():
+def test_the_base_image_has_a_python_that_the_project_supports():
     assert arguments("FROM") == ["python:3.11-slim"]
 
 
-def test_it_does_not_serve_as_root():
+def test_the_server_does_not_run_as_root():
     names = [name for name, _ in instructions()]
     assert arguments("USER") == ["server"]
     assert names.index("RUN") < names.index("USER") < names.index("ENTRYPOINT")

@@ -37,7 +37,8 @@ def test_options_and_architectures_come_from_the_code(built: Path):
     page = text_of(built / "docs/models.html")
     for word in ("--num-experts N", "noisy_top_k,strictly_balanced", "lstm_moe_lm_100b_131072h"):
         assert word in page
-    # For this model, Table 8 gives 9.7 million operations and 137577.6 million parameters.
+    # For this model, the paper's Table 8 gives 9.7 million operations and 137577.6 million
+    # parameters.
     assert re.search(r"lstm_moe_lm_100b_131072h\s+9\.7\s+137,577\.6\s", page)
 
 
@@ -57,7 +58,7 @@ def test_the_front_page_fits_on_a_few_screens():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_file_gives_this_version():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()

@@ -58,7 +58,7 @@ def seal(folder: Path) -> None:
 
 
 def assert_refused(open_it: Callable[[], Any], *words: str) -> None:
-    """Check that an error message of one line names the fault and a remedy."""
+    """Check that a one-line error message names the fault and a remedy."""
     start = time.process_time()
     with pytest.raises(ValueError, match=".") as caught:
         open_it()
@@ -209,7 +209,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.json"])
-def test_what_is_not_json_is_refused(bundle: Path, name: str, content: bytes):
+def test_a_file_that_is_not_json_is_refused(bundle: Path, name: str, content: bytes):
     (bundle / name).write_bytes(content)
     seal(bundle)
     assert_not_opened(bundle, f"`{bundle / name}` is not JSON")

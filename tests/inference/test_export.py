@@ -1,4 +1,4 @@
-"""All kinds of checkpoints can be exported; mismatched input is refused and leaves no files."""
+"""All kinds of checkpoint can be exported; mismatched input is refused and leaves no files."""
 
 import importlib
 import json
@@ -193,7 +193,7 @@ def assert_refused(match: str, path: Path, data: Path, pieces: Path | None, **op
     assert sorted(folder.rglob("*")) == there
 
 
-def test_a_dictionary_other_than_that_of_training_is_refused(tmp_path: Path):
+def test_a_dictionary_that_was_not_used_in_training_is_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     dictionary = data / "dict.bb.txt"
     rows = dictionary.read_text().splitlines()
@@ -214,7 +214,7 @@ def test_a_dictionary_other_than_that_of_training_is_refused(tmp_path: Path):
     assert_refused("is not the one that the checkpoint was trained with", many, data, pieces)
 
 
-def test_pieces_other_than_those_of_training_are_refused(tmp_path: Path):
+def test_pieces_that_were_not_used_in_training_are_refused(tmp_path: Path):
     path, data, pieces, _ = make_checkpoint(tmp_path)
     content = pieces.read_bytes()
     pieces.write_bytes(content[: len(content) // 2])
@@ -289,7 +289,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path):
     config = (output / "config.json").read_text()
     for content in ("{}", "[]", '{"format": "other"}', "nonsense", "[" * 100_000):
         (output / "config.json").write_text(content)
-        assert_refused("is a folder that is not a bundle", path, data, pieces, **again)
+        assert_refused("is a folder, but not a bundle", path, data, pieces, **again)
     (output / "config.json").write_text(config)
     (output / "model.safetensors").write_bytes(b"damaged")
     export(path, data, Pieces(pieces), output, is_overwritten=True)
@@ -331,7 +331,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path: Path):
     edit(path, lambda state: state["cfg"].update(model={"_name": "transformer", "dropout": 0.1}))
     assert_refused("contains the model 'transformer', which is not one of", path, data, pieces)
     path.write_bytes(content)
-    # fairseq's own LSTM has options of similar names.
+    # fairseq's own LSTM has options with similar names.
     lstm = {"_name": "lstm", "encoder_layers": 3, "decoder_layers": 2, "dropout": 0.1}
     edit(path, lambda state: state["cfg"].update(model=lstm))
     assert_refused("contains the model 'lstm', which is not one of", path, data, pieces)

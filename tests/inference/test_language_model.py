@@ -89,7 +89,7 @@ def test_a_total_over_no_lines_is_refused():
         total_score([])
 
 
-def test_one_string_is_one_line_and_no_lines_give_no_translations(model: LanguageModel):
+def test_one_string_is_one_line_and_no_lines_give_no_scores(model: LanguageModel):
     assert model.score("cat") == model.score(["cat"])
     assert model.score([]) == []
 

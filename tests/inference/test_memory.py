@@ -30,7 +30,7 @@ def mapped(folder: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_line_reads_few_of_many_experts(tmp_path: Path):
+def test_scoring_one_line_reads_only_a_few_of_many_experts(tmp_path: Path):
     config = replace(LM, model_dim=256, lstm_hidden_dim=256, moe=WIDE)
     path, data, pieces, _ = make_checkpoint(tmp_path, config)
     folder = tmp_path / "bundle"
@@ -43,5 +43,5 @@ def test_one_line_reads_few_of_many_experts(tmp_path: Path):
     loaded = mapped(folder)
     assert loaded < 0.1 * size
     [score] = model.score("cat")
-    assert len(score.log_probs) <= 4  # each uses one expert
+    assert len(score.log_probs) <= 4  # each token uses one expert
     assert loaded < mapped(folder) < 0.6 * size

@@ -86,7 +86,7 @@ def test_traced_experts_are_those_used_in_training(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("wiring", ["recurrent", "parallel"])
-def test_rows_that_change_places_keep_their_states(wiring: str, tmp_path: Path):
+def test_reordered_hypotheses_keep_their_states(wiring: str, tmp_path: Path):
     folder, _ = make_bundle(tmp_path, replace(GNMT, attention_wiring=wiring))
     network: Any = open_bundle(folder, "translation").network
     tokens = torch.tensor(TARGETS)
@@ -111,7 +111,7 @@ LMS = {
 
 
 @pytest.mark.parametrize("name", LMS)
-def test_a_language_network_equals_the_one_used_in_training(name: str, tmp_path: Path):
+def test_a_language_models_network_equals_the_one_used_in_training(name: str, tmp_path: Path):
     folder, networks = make_bundle(tmp_path, LMS[name])
     network: Any = open_bundle(folder, "language_model").network
     read = torch.tensor(TARGETS)

@@ -122,7 +122,7 @@ def test_the_language_token_is_read(tmp_path: Path):
     assert len(scores[0].routing.gates) == len(scores[0].source_tokens)
 
 
-def test_what_cannot_be_scored_is_named(opened: tuple[Translator, Any]):
+def test_pairs_that_cannot_be_scored_are_refused(opened: tuple[Translator, Any]):
     translator = opened[0]
     with pytest.raises(ValueError, match="there are 2 texts and 1 references"):
         translator.score(["a", "b"], ["a"])

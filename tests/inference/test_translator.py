@@ -34,7 +34,7 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Model:
-    """An open bundle and the networks used in its training."""
+    """An open bundle and the training networks from which it was made."""
 
     folder: Path
     translator: Translator
@@ -121,7 +121,7 @@ def test_batches_and_threads_change_only_the_last_bits(
         assert one.score == pytest.approx(same.score, abs=1e-5)
 
 
-def test_nbest_lists_have_the_requested_length_and_falling_scores(model: Model):
+def test_nbest_lists_have_the_requested_length_and_descending_scores(model: Model):
     for result in model.translator.translate(TEXTS, beam_size=6, num_hypotheses=4):
         [sentence] = result.sentences
         scores = [one.score for one in sentence.hypotheses]
@@ -496,7 +496,7 @@ def test_without_pieces_a_text_consists_of_words(tmp_path: Path):
     assert result.text == " ".join(best.pieces)
 
 
-def test_a_text_of_several_sentences_has_the_pieces_and_alignment_of_all(model: Model):
+def test_a_text_of_several_sentences_has_the_pieces_and_alignments_of_all(model: Model):
     translator = model.translator
     [whole] = translator.translate(["the cat\na dog sees"], with_experts=True)
     parts = translator.translate(["the cat", "a dog sees"], with_experts=True)

@@ -14,8 +14,8 @@ from nmt_moe.inspection.usage import ExpertUsage
 
 
 def test_wilson_interval_by_hand():
-    # For 8 of 10 at z = 2, the interval has the centre (0.8 + 0.2) / 1.4 and extends by
-    # 2 sqrt(0.016 + 0.01) / 1.4 to each side.
+    # For 8 of 10 at z = 2, the interval is centred on (0.8 + 0.2) / 1.4 and extends
+    # 2 sqrt(0.016 + 0.01) / 1.4 to either side.
     low, high = wilson_interval(8, 10, 2.0)
     assert low == pytest.approx((1.0 - 2 * math.sqrt(0.026)) / 1.4)
     assert high == pytest.approx((1.0 + 2 * math.sqrt(0.026)) / 1.4)
@@ -24,11 +24,11 @@ def test_wilson_interval_by_hand():
     assert wilson_interval(0, 0, 2.0) == (0.0, 1.0)
 
 
-def test_counts_are_those_of_a_loop():
+def test_counts_match_those_of_a_plain_loop():
     chance = random.Random(3)
     features = [chance.choices("abcde", k=chance.randint(0, 3)) for _ in range(200)]
     features = [sorted(set(names)) for names in features]
-    # Number 4 is an empty slot.
+    # The number 4 marks an empty slot.
     expert_ids = torch.tensor([[*chance.sample(range(5), 2)] for _ in features])
     counts = FeatureCounts(4)
     for first in range(0, 200, 30):
@@ -45,7 +45,7 @@ def test_counts_are_those_of_a_loop():
     assert sum(joined.uses.values()) == sum(counts.uses.values())
 
 
-def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
+def test_only_significant_overuse_is_listed():
     # Expert 0 receives every "x", expert 1 every "rare", and expert 2 every "rarest". All other
     # choices are random.
     chance = random.Random(1)
@@ -79,7 +79,7 @@ def test_only_significant_overuse_is_listed_in_the_order_of_lower_bounds():
     assert 1 not in many
 
 
-def test_chance_makes_no_specialists():
+def test_random_choices_show_no_overuse():
     generator = torch.Generator().manual_seed(5)
     names = [f"piece {int(n)}" for n in torch.randint(50, (3000,), generator=generator)]
     ids = torch.rand(3000, 64, generator=generator).topk(2, dim=1).indices
@@ -89,10 +89,10 @@ def test_chance_makes_no_specialists():
     assert find_overuse(counts, load, 3000, 50 * 64, 10) == {}
 
 
-def test_contexts_are_the_largest_gates_of_each_expert():
+def test_contexts_are_those_with_the_largest_gates_of_each_expert():
     generator = torch.Generator().manual_seed(2)
     gates = torch.rand(300, 2, generator=generator)
-    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5 is an empty slot
+    ids = torch.rand(300, 6, generator=generator).topk(2, dim=1).indices  # 5 marks an empty slot
     top = TopContexts(5, 7)
     for first in range(0, 300, 64):
         rows = slice(first, first + 64)
@@ -127,7 +127,7 @@ def test_complete_words_surround_a_piece():
     assert context_of(tokens, 0) == ["", "", "<2de>", "", "unhappiness is red. </s>"]
     assert context_of(tokens, 7)[2:] == ["</s>", "", ""]
     assert context_of(["▁a", "▁", "猫"], 1) == ["a", "", "▁", "猫", ""]
-    # Words may also not be split into pieces, and long neighbours are shortened.
+    # Words need not be split into pieces, and long neighbours are shortened.
     assert context_of(["a", "▁b", "c"], 1, has_pieces=False) == ["a", "", "▁b", "", "c"]
     left, *_, right = context_of(["▁" + "y" * 90, "▁m", "▁" + "z" * 90], 1)
     assert left == "…" + "y" * 48
@@ -150,14 +150,14 @@ def test_classes_describe_spelling_and_position():
     assert frequency_band(1000) == "piece seen 1000 times or more"
 
 
-def test_expected_pairs_keep_each_experts_use():
+def test_expected_pairs_keep_each_experts_total():
     generator = torch.Generator().manual_seed(4)
     counts = torch.randint(0, 50, (6, 6), generator=generator)
     counts = (counts + counts.t()).fill_diagonal_(0)
     expected = expected_pairs(counts)
     torch.testing.assert_close(expected.sum(1), counts.sum(1).double())
     assert expected.diagonal().eq(0).all()
-    # By quasi-independence, two rows have the same ratio in every other column.
+    # Under quasi-independence, two rows have the same ratio in every other column.
     ratios = expected[0, 2:] / expected[1, 2:]
     torch.testing.assert_close(ratios, ratios[:1].expand(4))
 

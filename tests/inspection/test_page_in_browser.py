@@ -31,7 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def open_page(browser: Browser, address: str, **options: Any) -> tuple[Page, list[str]]:
-    """Open the page; return it, its errors and its requests for other addresses."""
+    """Open the page; return it and a list of its errors and its requests for other addresses."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     faults: list[str] = []
@@ -52,9 +52,9 @@ def test_the_page_fits_and_causes_no_errors(
         browser, address, viewport={"width": width, "height": 700}, color_scheme=scheme
     )
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-    # Wide tables scroll by themselves.
+    # Wide tables have scroll bars of their own.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # The policy allows the page's own style.
+    # The content security policy allows the page's own styles.
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 28)")
     assert page.locator("script, img, link, iframe").count() == 0
@@ -69,7 +69,7 @@ def test_the_policy_blocks_styles_that_are_not_the_pages_own(browser: Browser, a
     assert page.evaluate("getComputedStyle(evil).color") != "rgb(255, 0, 0)"
 
 
-def test_details_open_by_keyboard(browser: Browser, address: str):
+def test_details_can_be_opened_with_the_keyboard(browser: Browser, address: str):
     page, faults = open_page(browser, address)
     closed = page.locator("details:not([open])").first
     before = page.locator("details[open]").count()

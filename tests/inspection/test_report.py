@@ -94,7 +94,7 @@ def report(bundle: Path) -> dict[str, Any]:
     return make_report(bundle, [Part("text", TEXT, REFERENCES, language="bb")])
 
 
-def test_a_report_is_json_and_shows_the_same_after_reading(report: dict[str, Any]):
+def test_a_report_read_back_from_json_gives_the_same_page(report: dict[str, Any]):
     again = json.loads(json.dumps(report, allow_nan=False))
     assert render_page(again) == render_page(report)
 
@@ -128,7 +128,7 @@ def test_loads_are_those_of_the_translator(bundle: Path, report: dict[str, Any])
     assert part["perplexity"]["pieces"] == pieces
 
 
-def test_similarity_is_that_of_the_experts(report: dict[str, Any]):
+def test_the_mean_similarity_is_that_of_the_cosines(report: dict[str, Any]):
     for layer in report["layers"]:
         similarity = layer["similarity"]
         cosines = torch.tensor(similarity["cosines"])
@@ -184,13 +184,13 @@ def test_the_page_of_hostile_text_is_harmless(report: dict[str, Any]):
         assert name in reader.ids
 
 
-def test_every_section_has_a_title_of_its_own(report: dict[str, Any]):
+def test_every_section_has_its_own_title(report: dict[str, Any]):
     titles = re.findall(r"<h[123]>(.*?)</h[123]>", render_page(report))
     assert {"Encoder: expert by expert", "Decoder: expert by expert"} <= set(titles)
     assert len(titles) == len(set(titles))
 
 
-def test_every_text_of_a_report_is_escaped(report: dict[str, Any]):
+def test_every_string_in_a_report_is_escaped(report: dict[str, Any]):
     evil = "</style></script><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"
 
     def poison(value: Any, key: str = "") -> Any:
@@ -231,7 +231,7 @@ def test_a_second_bundle_is_compared(bundle: Path, tmp_path: Path):
     assert same["parts"][0]["quality"]["better"] == []
 
 
-def test_languages_are_parts(tmp_path: Path):
+def test_each_language_is_a_part(tmp_path: Path):
     folder = make_bundle(tmp_path, languages="aa bb", description=SHORT)[0]
     parts = [Part(name, TEXT, None, name) for name in ("aa", "bb")]
     report = make_report(folder, parts)
@@ -263,7 +263,9 @@ def test_a_language_model_has_a_report(tmp_path: Path):
     assert isinstance(load_model(folder), LanguageModel)
 
 
-def test_the_report_of_a_dense_model_says_so_and_gives_the_rest(bundle: Path, tmp_path: Path):
+def test_a_report_says_that_a_model_is_dense_and_shows_everything_else(
+    bundle: Path, tmp_path: Path
+):
     folder = make_bundle(tmp_path, replace(GNMT, moe=None), description=SHORT)[0]
     report = make_report(folder, [Part("text", TEXT, REFERENCES)])
     assert report["layers"] == []
@@ -278,7 +280,7 @@ def test_the_report_of_a_dense_model_says_so_and_gives_the_rest(bundle: Path, tm
 
 
 @pytest.mark.parametrize("num_experts", [1, 2100])
-def test_one_expert_and_thousands_fit_on_a_page(num_experts: int, tmp_path: Path):
+def test_reports_on_one_expert_and_on_thousands_fit_on_a_page(num_experts: int, tmp_path: Path):
     moe = MoEConfig(model_dim=16, hidden_dim=4, num_experts=num_experts, top_k=min(4, num_experts))
     folder = make_bundle(tmp_path, replace(LM, moe=moe))[0]
     lines = [f"{one} {other} {one}" for one in WORDS for other in WORDS]
@@ -309,7 +311,7 @@ def test_a_page_is_made_smaller_until_it_fits(report: dict[str, Any]):
     assert reader.tags["details"] < 100
 
 
-def test_values_that_are_not_a_report_are_named(
+def test_values_that_are_not_a_report_are_refused(
     bundle: Path, report: dict[str, Any], tmp_path: Path
 ):
     for values in ({}, [], {"format": "another"}):

@@ -52,7 +52,7 @@ def test_usage_by_hand():
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(5, 1), (7, 3), (40, 4)])
-def test_batches_add_up_to_the_definitions(num_experts: int, top_k: int):
+def test_sums_over_batches_match_the_definitions(num_experts: int, top_k: int):
     expert_ids, gates = draw(97, num_experts, top_k)
     whole, parts, joined = (ExpertUsage(num_experts) for _ in range(3))
     whole.add(expert_ids, gates)
@@ -79,7 +79,7 @@ def test_batches_add_up_to_the_definitions(num_experts: int, top_k: int):
             assert getattr(usage, name) == pytest.approx(torch.as_tensor(value)), name
 
 
-def test_the_columns_are_those_of_the_layer():
+def test_load_and_importance_are_those_of_the_layer():
     layer = MoELayer(MoEConfig(model_dim=8, hidden_dim=8, num_experts=6, top_k=2)).eval()
     torch.nn.init.normal_(layer.gate.gate_weight)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_the_columns_are_those_of_the_layer():
     torch.testing.assert_close(usage.importance.float(), stats.importance)
 
 
-def test_values_that_cannot_be_added_are_named():
+def test_values_that_cannot_be_added_are_refused():
     usage = ExpertUsage(3)
     with pytest.raises(ValueError, match="`expert_ids` must be from 0 to 3, but are from 1 to 4"):
         usage.add(torch.tensor([[1, 4]]), torch.ones(1, 2))
@@ -114,7 +114,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("usage"), description=SHORT)[0]
 
 
-def test_references_are_read_as_they_are_given(bundle: Path):
+def test_given_references_are_read(bundle: Path):
     translator = Translator.load(bundle)
     found = collect_usage(translator, TEXTS, REFERENCES)
     assert (found.num_lines, found.num_blank) == (5, 2)
@@ -189,12 +189,12 @@ def test_a_dense_model_has_no_layers(name: str, tmp_path: Path):
     assert found.score is not None
 
 
-def test_unequal_texts_are_named(bundle: Path):
+def test_unequal_numbers_of_texts_and_references_are_refused(bundle: Path):
     with pytest.raises(ValueError, match="there are 5 texts and 1 references"):
         collect_usage(Translator.load(bundle), TEXTS, ["a"])
 
 
-def test_only_blank_lines_give_no_score(bundle: Path):
+def test_a_text_of_blank_lines_has_no_score(bundle: Path):
     found = collect_usage(Translator.load(bundle), ["", " "])
     assert found.score is None
     assert found.num_blank == 2

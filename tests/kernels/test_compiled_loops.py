@@ -59,7 +59,7 @@ def test_a_compiler_that_fails_leaves_no_files(empty_folder):
 
 
 @pytest.mark.slow
-def test_it_compiles_and_loads_here(empty_folder):
+def test_the_library_compiles_and_loads_here(empty_folder):
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler is installed")

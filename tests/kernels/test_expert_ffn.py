@@ -9,7 +9,7 @@ from tests.support.kernels import ON_DEVICE, assert_same, leaf, offsets_of, pois
 SHAPES = [  # (rows per expert, dim, hidden)
     pytest.param([4, 6, 3, 5], 8, 16, id="the-usual-case"),
     pytest.param([11, 20, 0, 33, 7], 5, 11, id="nothing-is-a-power-of-two"),
-    pytest.param([0, 1, 0, 1, 0, 0], 3, 4, id="most-experts-are-without-rows"),
+    pytest.param([0, 1, 0, 1, 0, 0], 3, 4, id="most-experts-have-no-rows"),
     pytest.param([0, 12, 0], 8, 16, id="one-expert-has-all-rows"),
     pytest.param([0, 0, 0], 3, 4, id="no-rows"),
 ]
@@ -22,7 +22,7 @@ PATHS = ["loop", "grouped_mm", ON_DEVICE]
 def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch, request):
     if path == "grouped_mm":
         if _products.GROUPED_MM is None or dim % 8 or hidden % 8:
-            pytest.skip("torch's grouped product does not take it")
+            pytest.skip("torch's grouped product does not accept these sizes")
         monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     if path == "triton":
         request.getfixturevalue("device")
@@ -42,7 +42,7 @@ def test_values_and_gradients(counts, dim, hidden, recompute, path, monkeypatch,
 
 @pytest.mark.skipif(_products.GROUPED_MM is None, reason="torch has no grouped product")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_relu_takes_one_operation_on_a_product_of_torch_and_no_memory(recompute, monkeypatch):
+def test_relu_on_torchs_products_takes_one_operation_and_no_memory(recompute, monkeypatch):
     pytest.importorskip("triton")
     from tests.support.launches import count_launches
 

@@ -52,7 +52,7 @@ def update_both(weight, row_mean, column_mean, grads: list[Tensor]):
     expected = weight, row_mean, column_mean
     for step, grad in enumerate(grads, 1):
         options = {"step": step, **OPTIONS}
-        # Each update starts from the same weights, because half precision rounds them.
+        # Both start each update from the same weights, because half precision rounds them.
         wide = [weight.to(row_mean.dtype), grad.to(row_mean.dtype)]
         expected = reference.factored_adam(*wide, row_mean, column_mean, **options)
         factored_adam(weight, grad, row_mean, column_mean, **options)
@@ -139,15 +139,15 @@ def check_idle_experts():
     assert column_mean[2].equal(before[2][2] * 0.5)
 
 
-def test_an_expert_without_tokens_stays_and_its_means_decay():
+def test_an_expert_without_tokens_keeps_its_weights_and_its_means_decay():
     check_idle_experts()
 
 
-def test_torchs_operations_leave_an_expert_without_tokens(without_compiled_loops):
+def test_torchs_operations_do_not_move_an_expert_without_tokens(without_compiled_loops):
     check_idle_experts()
 
 
-def test_triton_leaves_an_expert_without_tokens(device):
+def test_triton_does_not_move_an_expert_without_tokens(device):
     check_idle_experts()
 
 
@@ -196,7 +196,7 @@ def test_triton_gives_the_same_bits_again(device):
 def test_triton_reaches_beyond_two_to_the_31_elements(device):
     """Check an expert that starts at element 2^31, in memory that is mostly never touched."""
     kernel = pytest.importorskip("nmt_moe.kernels._triton.factored_adam")
-    torch.use_deterministic_algorithms(False)  # these would fill all of the memory
+    torch.use_deterministic_algorithms(False)  # deterministic ones would fill all of the memory
     weight, row_mean, column_mean = make_state(2, 4, 8, torch.float32)
     grad = make_grad(weight)
     far = torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((2, 4, 8), (2**31, 8, 1))

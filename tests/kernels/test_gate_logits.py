@@ -88,7 +88,7 @@ def largest_errors(rows, weights, offsets, grads):
     return [((one - other).abs().max() / other.abs().max()).item() for one, other in pairs]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU rounds by itself")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU needs no simulated rounding")
 @pytest.mark.parametrize("groups", [0, 2])
 def test_three_products_in_tf32_are_as_accurate_as_float32(groups, device, monkeypatch):
     from tests.support import tensor_cores
@@ -111,7 +111,7 @@ def test_three_products_in_tf32_are_as_accurate_as_float32(groups, device, monke
         assert errors[0] < 1e-6 < 1e-4 < errors[1], (name, errors)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU rounds by itself")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU needs no simulated rounding")
 def test_infinities_and_nan_stay_in_their_rows(device):
     from tests.support.tensor_cores import simulated_rounding
 
@@ -142,8 +142,8 @@ def test_torchs_setting_is_followed(setting, groups, device, precision, monkeypa
     torch.testing.assert_close(three, other, rtol=0, atol=0.05)
 
 
-def test_many_rows_share_the_work_of_a_gradient(device, monkeypatch):
-    """The rows are cut into parts, which have unequal sizes in this test. The last may be empty."""
+def test_many_rows_are_divided_into_parts_for_a_gradient(device, monkeypatch):
+    """Check parts of equal size, a shorter last part, and a gradient without rows."""
     kernels = importlib.import_module("nmt_moe.kernels._triton.grouped_gemm")
     monkeypatch.setattr(kernels, "PART_ROWS", 6)
     sizes = []

@@ -1,4 +1,4 @@
-"""Gather and combine in plain torch and Triton, compared with their definitions."""
+"""Gather and combine in plain torch and in Triton, compared with their definitions."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from nmt_moe.kernels import RowPlan, combine_rows, gather_rows, plan_rows, reference
 from tests.support.kernels import ON_DEVICE, assert_same, leaf, poisoned_memory
 
-SHAPES = [  # (tokens, experts, per token, dim)
+SHAPES = [  # (tokens, experts, experts per token, dim)
     pytest.param(9, 4, 2, 8, id="the-usual-case"),
     pytest.param(33, 7, 3, 5, id="nothing-is-a-power-of-two"),
     pytest.param(1, 6, 2, 3, id="fewer-rows-than-a-block"),
@@ -56,7 +56,7 @@ def test_combine_rows(tokens, experts, top_k, dim, empty_slots, dtype):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_sums_of_half_precision_run_in_float32(half, device):
+def test_sums_of_half_precision_are_computed_in_float32(half, device):
     plan = make_plan(12, 5, 3, empty_slots=True)
     rows, gates = leaf(len(plan.row_token), 20, dtype=half), leaf(12, 3, dtype=half)
     wide = [t.detach().float().requires_grad_() for t in (rows, gates)]
@@ -68,7 +68,7 @@ def test_sums_of_half_precision_run_in_float32(half, device):
     expected = torch.autograd.grad(theirs, wide, grad.float())
     pairs |= {"rows": (mine[0], expected[0]), "gates": (mine[1], expected[1])}
     for name, (one, other) in pairs.items():
-        # Results are rounded once, at the end, and the interpreter truncates them instead.
+        # A GPU rounds results once, at the end; the interpreter truncates them.
         step = torch.finfo(half).eps
         torch.testing.assert_close(
             one.float(), other, rtol=step, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -85,7 +85,7 @@ def test_gates_in_float32_are_not_rounded_to_the_rows_dtype(device):
     [mine] = torch.autograd.grad(ours, [gates], grad)
     [expected] = torch.autograd.grad(theirs, [gates], grad.float())
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    # Results are rounded once, at the end, and the interpreter truncates them instead.
+    # A GPU rounds results once, at the end; the interpreter truncates them.
     torch.testing.assert_close(
         ours.float(), theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5
     )
@@ -115,7 +115,7 @@ def test_an_expanded_gradient_is_accepted(dtype):
 
 
 def test_positions_beyond_two_to_the_31(device):
-    """Check large offsets with little memory, because only one row is ever touched."""
+    """Check large offsets with little memory by touching only one row."""
     from nmt_moe.kernels._triton.combine_rows import combine_rows_backward
     from nmt_moe.kernels._triton.gather_rows import gather_rows, sum_rows
 

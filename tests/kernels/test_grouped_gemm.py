@@ -1,4 +1,4 @@
-"""Products with one matrix per expert, by a loop, torch's grouped product and Triton."""
+"""Products with one matrix per expert, by a loop, by torch's grouped product and by Triton."""
 
 from importlib import import_module
 
@@ -24,7 +24,7 @@ SHAPES = [  # (rows per expert, dim, out dim)
 
 @pytest.fixture
 def kernels(device):
-    """Return the module of the launchers."""
+    """Return the module that launches the kernels."""
     return import_module("nmt_moe.kernels._triton.grouped_gemm")
 
 
@@ -60,7 +60,7 @@ def test_triton(counts, dim, out_dim, device):
 def test_grouped_product_of_torch(counts, dim, out_dim, zeroed_by, monkeypatch, request):
     if zeroed_by == "triton":
         if not INTERPRETED:
-            pytest.skip("on a GPU it may refuse float32")
+            pytest.skip("on a GPU, torch may refuse float32")
         request.getfixturevalue("device")
     monkeypatch.setattr(_products, "suits_grouped_mm", lambda rows, weight: True)
     check(*make(counts, dim, out_dim, torch.float32), rtol=1e-5, atol=1e-4)
@@ -144,7 +144,7 @@ def float32_settings():
         (torch.backends, "fp32_precision", "tf32", "tf32"),
     ],
 )
-def test_float32_is_rounded_as_any_of_torchs_settings_says(
+def test_float32_is_rounded_as_each_of_torchs_settings_requires(
     owner, name, value, expected, kernels, float32_settings
 ):
     if not hasattr(owner, name):
@@ -184,7 +184,7 @@ def test_repeated_runs_agree_bit_for_bit(device):
 def test_tiles_by_hand(kernels):
     tiles = kernels.list_tiles(offsets_of([0, 20, 1, 0, 16]), 37, 16)
     assert tiles.first_tile.tolist() == [0, 0, 2, 3, 3]
-    # For any routing, there are ceil(37 / 16) + min(5, 37) tiles. Four of these have rows.
+    # For any routing, there are ceil(37 / 16) + min(5, 37) tiles. Four of them have rows.
     assert tiles.expert.tolist() == [1, 1, 2, 4, 5, 5, 5, 5]
 
 
@@ -201,7 +201,7 @@ def test_the_block_size_depends_only_on_the_mean_rows_per_expert(kernels):
 
 
 def test_elements_beyond_two_to_the_31(kernels, monkeypatch):
-    """Check large offsets with little memory, because only a few elements are ever touched."""
+    """Check large offsets with little memory by touching only a few elements."""
     far = torch.empty(2**31 + 256, dtype=torch.float16)
     weight = far.as_strided((3, 16, 16), (2**30, 16, 1))
     weight[2] = torch.eye(16) * 3

@@ -1,4 +1,4 @@
-"""The compiled loops of inference, compared with torch in float64."""
+"""The compiled loops for inference, compared with torch in float64."""
 
 import os
 import subprocess
@@ -124,7 +124,7 @@ def test_attention_is_that_of_the_paper(is_product, width, sentences):
 
 
 @pytest.mark.usefixtures("with_and_without_loops")
-def test_tensors_may_be_parts_of_others():
+def test_views_of_larger_tensors_are_accepted():
     torch.manual_seed(1)
     query, scale, keys = torch.randn(3, 2, 8)[:, 0], torch.randn(16)[::2], torch.randn(2, 5, 8)
     source, padding = torch.randn(5, 2, 8).transpose(0, 1), torch.zeros(5, 2, dtype=torch.bool).t()
@@ -150,7 +150,7 @@ def test_log_probabilities_are_those_of_float64(width):
 
 @pytest.mark.usefixtures("with_and_without_loops")
 @pytest.mark.parametrize("position", [0, 20, 39])
-def test_nan_spoils_its_row_of_log_probabilities_alone(position):
+def test_nan_spoils_only_its_own_row_of_log_probabilities(position):
     logits = torch.randn(2, 40)
     logits[0, position] = torch.nan
     is_nan = log_softmax(logits).isnan()
@@ -177,7 +177,7 @@ def test_a_nan_logit_makes_its_gates_nan():
 
 
 @pytest.mark.parametrize("level", ["default", "avx2"])
-def test_they_hold_at_lower_levels_of_instructions(level):
+def test_the_loops_are_right_at_lower_instruction_levels(level):
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("this is the run at a lower level")
     tests = "panels or products or attention or float64 or experts"

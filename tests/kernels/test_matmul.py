@@ -12,7 +12,8 @@ from nmt_moe.kernels._matmul import matmul, multiply_into
 needs_loops = pytest.mark.skipif(
     not has_compiled_loops(torch.zeros(1)), reason="the loops are not compiled"
 )
-# C, M, K, N. The last ones need several parts of the inner dimension and of a transposed left side.
+# C, M, K, N. The right side is copied in several parts in the last case but one, and a transposed
+# left side in the last case.
 SIZES = [
     (1, 1, 1, 1),
     (3, 5, 7, 9),

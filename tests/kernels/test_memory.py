@@ -22,7 +22,7 @@ def pool(monkeypatch):
     return pool
 
 
-def test_a_dead_tensors_memory_serves_the_next_one(pool):
+def test_a_freed_tensors_memory_is_used_for_the_next_one(pool):
     first = _memory.empty(LARGE, LIKE)
     address = first.data_ptr()
     view = first[1]
@@ -35,7 +35,7 @@ def test_a_dead_tensors_memory_serves_the_next_one(pool):
     assert _memory.empty(LARGE, LIKE).data_ptr() == address
 
 
-def test_living_tensors_do_not_share(pool):
+def test_live_tensors_do_not_share_memory(pool):
     first, second = (_memory.empty(LARGE, LIKE).fill_(i) for i in range(2))
     assert first.eq(0).all()
     assert second.eq(1).all()
@@ -61,7 +61,7 @@ def test_a_much_smaller_tensor_does_not_take_a_large_block(pool):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_shape_and_dtype_are_those_asked_for(dtype):
+def test_shape_and_dtype_are_those_requested(dtype):
     tensor = _memory.empty(LARGE, LIKE.to(dtype))
     assert tensor.shape == LARGE
     assert tensor.dtype == dtype

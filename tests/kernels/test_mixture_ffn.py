@@ -1,4 +1,4 @@
-"""The outputs and all gradients of the fused mixture, compared with its definition."""
+"""The outputs and all gradients of the fused mixture, compared with those of its definition."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ import torch
 
 from nmt_moe.kernels import _memory, _products, mixture_ffn, plan_rows, reference
 
-SHAPES = [  # (tokens, experts, per token, dim, hidden)
+SHAPES = [  # (tokens, experts, experts per token, dim, hidden)
     pytest.param(9, 4, 2, 8, 16, id="the-usual-case"),
     pytest.param(33, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
     pytest.param(1, 6, 2, 3, 4, id="most-experts-are-empty"),
@@ -54,7 +54,7 @@ def test_mixture_ffn(tokens, experts, top_k, dim, hidden, recompute):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_empty_slots_and_a_token_without_expert():
+def test_empty_slots_and_a_token_without_an_expert():
     leaves, ids = draw(4, 3, 2, 5, 6)
     ids[1, 1] = ids[2] = 3  # E marks an empty slot
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_without_gradients(tokens, experts, top_k, dim, hidden, dtype):
     assert torch.equal(y, again)
 
 
-def test_empty_slots_without_gradients_and_a_token_without_expert():
+def test_empty_slots_without_gradients_and_a_token_without_an_expert():
     for aligned in (True, False):  # torch's grouped product, and this project's products
         leaves, ids = draw(4, 3, 2, 4, 8 if aligned else 6, torch.float32)
         ids[1, 1] = ids[2] = 3
@@ -94,7 +94,7 @@ def test_empty_slots_without_gradients_and_a_token_without_expert():
         assert not y[2].any()
 
 
-def test_the_operands_decide_who_multiplies_without_gradients():
+def test_the_operands_decide_which_product_is_used_without_gradients():
     def takes_torchs(dim, hidden, dtype=torch.float32, skipped=0):
         weight_in, weight_out = (
             torch.zeros(skipped + 3 * dim * hidden, dtype=dtype)[skipped:].view(3, *shape)
@@ -156,7 +156,7 @@ def test_narrow_dtypes_agree_with_float64(dtype):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_gates_stay_wider_than_tokens_of_half_precision(is_training):
+def test_gates_stay_in_float32_beside_tokens_in_half_precision(is_training):
     leaves, ids = draw(40, 5, 2, 16, 24, torch.float32)
     x, gates, *weights = leaves
     half = [t.detach().bfloat16().requires_grad_(is_training) for t in (x, *weights)]
@@ -204,7 +204,7 @@ def test_mismatched_shapes_are_refused():
 
 def test_offsets_beyond_two_to_the_31st_element():
     experts, dim, hidden = 4097, 1024, 512  # 2^31 elements before the last expert
-    # Pages that are not touched take no memory.
+    # Pages that are not touched take up no memory.
     weight_in = torch.empty(experts, dim, hidden, dtype=torch.bfloat16)
     weight_out = torch.empty(experts, hidden, dim, dtype=torch.bfloat16)
     weight_in[-1], weight_out[-1] = 0.5, 0.25

@@ -76,7 +76,7 @@ def test_whole_sentences_are_those_of_torch(projected, lengths):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("num_rows", [1, 5, 250])
 @pytest.mark.usefixtures("loops")
-def test_rows_continue_their_parents(projected, dtype, num_rows):
+def test_hypotheses_continue_from_the_states_of_their_parents(projected, dtype, num_rows):
     torch.manual_seed(1)
     packed = pack(nn.LSTM(10, 12, proj_size=projected), dtype)
     x = torch.randn(num_rows, 10)

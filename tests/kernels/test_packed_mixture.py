@@ -38,7 +38,7 @@ def draw(tokens: int, top_k: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(params=["compiled", "stacked", "one-by-one"])
 def way(request, monkeypatch):
-    """Multiply small experts in compiled loops, in torch's grouped product, or one by one."""
+    """Multiply small experts with compiled loops, with torch's grouped product, or one by one."""
     if request.param == "compiled":
         if not has_compiled_loops(torch.zeros(1)):
             pytest.skip("the loops are not compiled")
@@ -51,9 +51,9 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", quantised.DTYPES)
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 4), (90, 3), (0, 2)])
-def test_it_equals_the_mixture_used_in_training(tokens, top_k, dtype, way):
+def test_the_packed_mixture_equals_the_one_used_in_training(tokens, top_k, dtype, way):
     x, gates, expert_ids, weight_in, weight_out = draw(tokens, top_k)
-    if tokens > 2:  # one token has one slot fewer, and another has none
+    if tokens > 2:  # one token has an empty slot, and another has only empty slots
         expert_ids[0, -1], gates[0, -1] = NUM_EXPERTS, 0
         expert_ids[1], gates[1] = NUM_EXPERTS, 0
     expected = mixture_ffn(x, gates, plan_rows(expert_ids, NUM_EXPERTS), weight_in, weight_out)
@@ -83,7 +83,7 @@ def test_an_expert_is_checked_once_before_its_first_use(dtype, way):
     packed_out = PackedExperts.pack(weight_out.mT, dtype)
     for expert_ids in ([[0, 5], [5, NUM_EXPERTS]], [[5, 0], [6, 0]]):
         packed_mixture_ffn(x, gates, torch.tensor(expert_ids), packed_in, packed_out)
-    # The compiled loops copy all experts, so they check all of them; int8 is packed one by one.
+    # The compiled loops copy all experts, so they check all; int8 experts are packed one by one.
     are_copied = way == "compiled" and dtype != "int8"
     assert checked == (list(range(NUM_EXPERTS)) if are_copied else [0, 5, 6])
 

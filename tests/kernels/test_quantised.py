@@ -72,13 +72,13 @@ def test_int8_equals_the_product_of_the_integers(rows, inputs, outputs, with_and
     y = PackedLinear.from_int8(weight, scale)(x.float())
     expected = (x @ weight.long().t()).double() * scale
     atol = 1e-3
-    if with_and_without_fbgemm == "fallback":  # it sums in float32
+    if with_and_without_fbgemm == "fallback":  # the fallback sums in float32
         atol += 1e-6 * inputs * largest * 127
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_int8_errs_by_half_a_level_at_most(rows, inputs, outputs, with_and_without_fbgemm):
+def test_int8_errs_by_at_most_half_a_level(rows, inputs, outputs, with_and_without_fbgemm):
     x, weight, bias = draw(rows, inputs, outputs)
     y = PackedLinear.pack(weight, bias, "int8")(x)
     assert y.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_an_addend_takes_the_place_of_a_bias(dtype, rows, with_and_without_fbgem
     torch.testing.assert_close(stacked[:, 0], product + addend)
 
 
-def test_weights_beyond_half_precision_are_kept(with_and_without_fbgemm):
+def test_weights_beyond_the_range_of_float16_are_kept(with_and_without_fbgemm):
     weight = torch.tensor([[1e6, 0.0]] * 8)
     y = PackedLinear.pack(weight, dtype="bfloat16")(torch.ones(2, 2))
     torch.testing.assert_close(y, torch.full((2, 8), 1e6), rtol=1e-2, atol=0)

@@ -20,7 +20,7 @@ def test_empty_slots_by_hand(monkeypatch):
         assert plan.row_token.tolist() == [2, 0, 2]
         assert plan.offsets.tolist() == [0, 1, 3]
         assert plan.token_rows.tolist() == [[1, 3], [3, 3], [0, 2]]
-    # If the host would have to wait for the count, there are N K rows, and the last three are
+    # If the host would have to wait for the count, there are N * K rows, and the last three are
     # unused.
     monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())
     plan = plan_rows(bins, 2)

@@ -1,4 +1,4 @@
-"""On a machine with a GPU, `-m gpu` selects all kernel tests from the same files."""
+"""On a machine with a GPU, `-m gpu` selects the kernel tests that are interpreted elsewhere."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ FILES = ["test_gating_triton", "test_gate_logits", "test_factored_adam", "test_g
 FILES += ["test_expert_ffn", "test_grouped_gemm"]
 
 
-def test_the_tests_of_kernels_are_selected_if_there_is_a_gpu(repository):
+def test_kernel_tests_are_selected_on_a_machine_with_a_gpu(repository):
     environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
     files = [f"tests/kernels/{name}.py" for name in FILES]
     files += ["tests/moe/test_on_a_device.py", "tests/moe/test_capture.py"]

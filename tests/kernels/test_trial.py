@@ -86,14 +86,14 @@ class _Spy:
         return self.kernel[grid]
 
 
-def test_the_trial_also_covers_chunks():
+def test_the_trial_also_covers_rows_read_in_chunks():
     launchers = importlib.import_module("nmt_moe.kernels._triton.gating")
     assert any(experts > launchers.MAX_BLOCK_COLUMNS for _, experts, _, _ in _trial.GATINGS)
     assert any(len(sizes) > 1 for *_, sizes in _trial.GATINGS)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_does_not_compile_gives_one_warning(kernel, untried, monkeypatch):
+def test_a_kernel_that_does_not_compile_causes_one_warning(kernel, untried, monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("ptxas fatal: no such architecture\nmore lines")
 
@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_compile_gives_one_warning(kernel, untried, monke
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_computes_something_else_is_found(kernel, untried, monkeypatch):
+def test_a_kernel_with_wrong_results_is_found(kernel, untried, monkeypatch):
     module, name = launcher(kernel)
     original = getattr(module, name)
 
@@ -123,7 +123,7 @@ def test_a_kernel_that_computes_something_else_is_found(kernel, untried, monkeyp
         assert not ask(kernel)
 
 
-@pytest.mark.skipif(not _backend.INTERPRETED, reason="a GPU rounds by itself")
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="a GPU needs no simulated rounding")
 def test_a_gpu_that_rounds_too_much_is_found(untried, monkeypatch):
     from tests.support import tensor_cores
 
@@ -131,7 +131,7 @@ def test_a_gpu_that_rounds_too_much_is_found(untried, monkeypatch):
         assert ask("gate_logits")
     monkeypatch.setattr(_trial, "_answers", {})
     monkeypatch.setattr(tensor_cores, "multiply_tf32x3", tensor_cores.multiply_tf32)
-    found = "`gate_logits` .* its product differs from the definition"
+    found = "`gate_logits` .* its result `product` differs from the definition"
     with tensor_cores.simulated_rounding(), pytest.warns(RuntimeWarning, match=found):
         assert not ask("gate_logits")
 
@@ -140,7 +140,7 @@ def test_a_result_that_is_not_a_number_is_found(untried, monkeypatch):
     nothing = lambda x, tokens: torch.full((len(tokens), x.shape[1]), float("nan"))  # noqa: E731
     module = importlib.import_module("nmt_moe.kernels._triton.gather_rows")
     monkeypatch.setattr(module, "gather_rows", nothing)
-    with pytest.warns(RuntimeWarning, match="gathered rows differs"):
+    with pytest.warns(RuntimeWarning, match="`gathered rows` differs"):
         assert not ask("gather_rows")
 
 
@@ -187,7 +187,7 @@ def test_a_trial_does_not_change_the_callers_state(untried):
 
 
 @pytest.mark.parametrize("forced", ["torch", "triton"])
-def test_a_variable_forces_either_without_a_trial(forced, untried, monkeypatch):
+def test_the_variable_forces_torch_or_triton_without_a_trial(forced, untried, monkeypatch):
     monkeypatch.setenv("NMT_MOE_KERNELS", forced)
     monkeypatch.setattr(_trial, "TRIALS", {})  # a trial would fail
     assert ask("gating") == (forced == "triton")

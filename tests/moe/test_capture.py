@@ -19,7 +19,7 @@ layers = importlib.import_module("nmt_moe.moe.layer")
 
 
 class RefuseHostTensors(TorchDispatchMode):
-    """Refuse operations that read or write tensors on the CPU, such as copies to or from it."""
+    """A mode that refuses operations on CPU tensors, such as copies to or from the CPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -32,7 +32,7 @@ class RefuseHostTensors(TorchDispatchMode):
 def launched(monkeypatch):
     """Make "meta" a device with Triton; return the list of started kernels.
 
-    Tensors on "meta" have no values. torch refuses operations that need one (`item`, `tolist`,
+    Tensors on "meta" have no values. torch refuses operations that need them (`item`, `tolist`,
     `nonzero`, `cpu`, `numpy`, a mask as an index).
     """
     monkeypatch.setenv("NMT_MOE_KERNELS", "triton")
@@ -47,7 +47,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     monkeypatch.setattr(torch.cuda.Stream, "synchronize", wait)
-    # torch knows no autocast for this device.
+    # torch does not support autocast on this device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     return kernels
@@ -77,7 +77,7 @@ def backward(x, y, stats):
         pytest.param("softmax", 0, id="softmax"),
     ],
 )
-def test_no_value_of_the_device_is_needed(gate, groups, training, padded, launched, monkeypatch):
+def test_no_value_from_the_device_is_needed(gate, groups, training, padded, launched, monkeypatch):
     layer, x, padding = make(gate, groups, training, padded)
     monkeypatch.setattr(layers, "is_captured", lambda x: True)
     with RefuseHostTensors():
@@ -94,8 +94,8 @@ def test_outside_a_capture_evaluation_checks_the_tokens(launched):
         layer(x)
 
 
-def test_strict_balance_waits(launched, monkeypatch):
-    """The number of slots depends on the tokens."""
+def test_strict_balance_waits_for_the_device(launched, monkeypatch):
+    """Check that the host needs a value: the number of slots, which depends on the tokens."""
     layer, x, _ = make("strictly_balanced", 0, training=True, padded=False)
     monkeypatch.setattr(layers, "is_captured", lambda x: True)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):

@@ -33,7 +33,7 @@ def test_parameters_are_saved_and_shaped_by_level():
 
 
 @pytest.mark.parametrize("gate", ["noisy_top_k", "strictly_balanced"])
-def test_saved_gates_are_loaded_by_the_names_of_checkpoints(gate):
+def test_saved_gates_are_loaded_under_the_names_used_in_checkpoints(gate):
     saved, layer = make(gate=gate).state_dict(), make(gate=gate)
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)
@@ -41,7 +41,7 @@ def test_saved_gates_are_loaded_by_the_names_of_checkpoints(gate):
     loaded = layer.state_dict()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
-    # Optimizer state is saved by the number of its parameter.
+    # Optimizer state is saved under its parameter's number, so the order must not change.
     names = [name for name, _ in layer.gate.named_parameters()]
     assert [name.partition(".")[0] for name in names] == ["secondary"] * 2 + ["primary"] * 2
 
@@ -52,14 +52,14 @@ def test_products_of_gates_sum_to_one():
     assert all(len({e // 4 for e in row}) == 2 for row in out.expert_ids.tolist())
 
 
-def test_the_mean_load_is_that_of_all_choices():
+def test_the_load_sums_to_the_number_of_choices():
     # Each of 4000 tokens chooses 2 experts in each of 2 groups. The smooth estimate has the same
     # expected sum.
     out = make().gate(torch.randn(4000, 5, dtype=torch.float64))
     torch.testing.assert_close(out.load.sum().item(), 16_000.0, rtol=0.02, atol=0)
 
 
-def test_evaluation_uses_no_noise_and_counts():
+def test_evaluation_uses_no_noise_and_counts_tokens():
     layer = make().eval()
     x = torch.randn(9, 5, dtype=torch.float64)
     y, stats = layer(x)
@@ -68,7 +68,7 @@ def test_evaluation_uses_no_noise_and_counts():
     torch.testing.assert_close(stats.load, stats.tokens_per_expert.double())
 
 
-def test_padding_keeps_its_own_noise():
+def test_tokens_keep_their_own_noise_beside_padding():
     layer = make()
     x = torch.randn(6, 5, dtype=torch.float64)
     noise = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 12, dtype=torch.float64)

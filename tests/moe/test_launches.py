@@ -1,4 +1,4 @@
-"""The number of kernels that an MoE layer starts on a device, because each start takes time."""
+"""The number of kernels that an MoE layer starts on a device, each of which takes time to start."""
 
 import pytest
 import torch

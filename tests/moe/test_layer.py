@@ -10,7 +10,7 @@ from nmt_moe.moe import MoEConfig, MoELayer
 from nmt_moe.parallel import is_expert
 from tests.support.dense_moe import dense_forward
 
-SHAPES = [  # (gate, groups, tokens, experts, per token, dim, hidden)
+SHAPES = [  # (gate, groups, tokens, experts, experts per token, dim, hidden)
     pytest.param("noisy_top_k", 0, 7, 4, 2, 16, 8, id="the-usual-case"),
     pytest.param("noisy_top_k", 0, 13, 7, 3, 5, 11, id="nothing-is-a-power-of-two"),
     pytest.param("noisy_top_k", 0, 6, 5, 1, 4, 6, id="one-expert-a-token"),
@@ -23,7 +23,7 @@ SHAPES = [  # (gate, groups, tokens, experts, per token, dim, hidden)
     pytest.param("noisy_top_k", 5, 7, 10, 2, 5, 6, id="all-experts-of-a-group"),
     pytest.param("softmax", 0, 7, 5, 2, 4, 6, id="softmax"),
     pytest.param("strictly_balanced", 0, 12, 4, 2, 5, 6, id="strict"),
-    pytest.param("strictly_balanced", 0, 11, 7, 3, 5, 6, id="strict-and-m-is-no-integer"),
+    pytest.param("strictly_balanced", 0, 11, 7, 3, 5, 6, id="strict-and-m-is-not-an-integer"),
     pytest.param("strictly_balanced", 0, 2, 9, 2, 5, 6, id="strict-with-fewer-tokens-than-experts"),
     pytest.param("strictly_balanced", 0, 5, 3, 3, 5, 6, id="strict-and-all-experts"),
     pytest.param("strictly_balanced", 3, 13, 12, 2, 5, 6, id="strict-groups"),
@@ -48,7 +48,9 @@ def draw_noise(gate, groups, tokens, experts):
 
 
 @pytest.mark.parametrize(("gate", "groups", "tokens", "experts", "top_k", "dim", "hidden"), SHAPES)
-def test_training_pass_is_the_papers(gate, groups, tokens, experts, top_k, dim, hidden):
+def test_the_training_pass_follows_the_papers_equations(
+    gate, groups, tokens, experts, top_k, dim, hidden
+):
     layer = make_layer(
         experts,
         top_k,
@@ -99,7 +101,7 @@ def test_gates_start_at_zero_and_equal_logits_go_to_the_lowest_ids():
     assert stats.tokens_per_expert.tolist() == [9, 9, 0, 0]
 
 
-def test_padding_reaches_no_expert_no_loss_and_no_statistic():
+def test_padding_affects_no_expert_loss_or_statistic():
     layer = make_layer(4, 2, 6, 5)
     x = torch.randn(9, 6, dtype=torch.float64)
     noise = torch.randn(9, 4, dtype=torch.float64)
@@ -114,7 +116,7 @@ def test_padding_reaches_no_expert_no_loss_and_no_statistic():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_tokens_at_all_leave_a_finite_graph(masked):
+def test_a_batch_without_tokens_has_zero_gradients(masked):
     layer = make_layer(4, 2, 6, 5)
     x = torch.randn(3 if masked else 0, 6, dtype=torch.float64, requires_grad=True)
     padding = torch.ones(3, dtype=torch.bool) if masked else None
@@ -236,7 +238,7 @@ def test_mismatched_tensors_are_refused():
             layer(*wrong)
 
 
-def test_one_expert_that_takes_all_tokens_and_others_that_take_none():
+def test_one_expert_may_take_all_tokens():
     layer = make_layer(4, 1, 6, 5, importance_weight=0.0, load_weight=0.0)
     with torch.no_grad():
         layer.gate.gate_weight.zero_()
@@ -386,7 +388,7 @@ def test_statistics_show_the_experts_of_each_token():
     assert torch.equal(counts, stats.tokens_per_expert)
 
 
-def test_a_layer_shows_its_sizes_and_refuses_what_is_not_a_config():
+def test_a_layer_shows_its_sizes_and_refuses_a_dict_as_its_config():
     words = "model_dim=6, hidden_dim=5, num_experts=8, top_k=2, gate='noisy_top_k', num_groups=4"
     assert words in repr(MoELayer(MoEConfig(6, 5, 8, 2, num_groups=4)))
     with pytest.raises(ValueError, match="`config` must be a MoEConfig, but is a dict"):

@@ -1,4 +1,4 @@
-"""The layer's path for GPUs gives the same results, and the host never waits for the device."""
+"""The layer's path for GPUs gives the CPU's results, and the host never waits for the device."""
 
 import traceback
 from pathlib import Path
@@ -14,7 +14,7 @@ from nmt_moe.moe import MoEConfig, MoELayer
 pytestmark = pytest.mark.device
 
 aten = torch.ops.aten
-# These operations read values from a device. Modes of torch do not intercept `Tensor.tolist`.
+# These operations read values from a device. torch's modes do not intercept `Tensor.tolist`.
 READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
 OURS = str(Path(nmt_moe.__file__).parent)
 
@@ -44,11 +44,11 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch, request):
-    """Use the paths of an asynchronous device; return the device's name."""
+    """Return a function that selects the paths of an asynchronous device and returns its name."""
 
     def take() -> str:
         monkeypatch.setattr(_backend, "HOST_DEVICES", frozenset())
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fill fresh memory with NaN
         return request.getfixturevalue("device")
 
     yield take
@@ -106,7 +106,7 @@ def test_a_device_computes_the_same_and_the_host_never_waits(
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [waits.note(), tolist(x)][1])
     with waits:
         found = run(layer, padding, noise, device)
-    if gate == "strictly_balanced":  # this gate reads the largest number of experts of a token
+    if gate == "strictly_balanced":  # this gate reads the largest number of experts per token
         assert waits.lines
     else:
         assert not waits.lines

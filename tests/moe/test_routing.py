@@ -21,13 +21,13 @@ def test_entropy_of_even_sharp_and_empty_rows():
     torch.testing.assert_close(gate_entropy(gates), expected)
 
 
-def test_margin_whatever_the_order_of_slots():
+def test_the_margin_does_not_depend_on_the_order_of_slots():
     gates = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]).double()
     torch.testing.assert_close(gate_margin(gates), torch.tensor([0.2, 0.0, 1.0]).double())
     torch.testing.assert_close(gate_margin(gates[:, :1]), gates[:, 0])
 
 
-def test_saturation_counts_pairs_in_any_order_and_no_empty_slot():
+def test_saturation_counts_pairs_in_any_order_and_ignores_empty_slots():
     before = torch.tensor([[0, 1], [2, 4], [3, 0]])
     after = torch.tensor([[1, 0], [1, 2], [4, 4]])  # 4 marks empty slots
     assert routing_saturation(before, after, 4) == pytest.approx(3 / 4)

@@ -23,8 +23,8 @@ def test_threshold_loss_by_hand():
     probs = torch.tensor([[0.9], [0.5], [0.2]])
     mask = torch.tensor([[True], [True], [False]])
     threshold = torch.tensor([0.6], requires_grad=True)
-    # Only token 1 differs, by (0 - 1) * (0.5 - 0.6) = 0.1. Lowering the threshold by d lowers the
-    # loss by d.
+    # The threshold contradicts the mask only for token 1, which adds (0 - 1) * (0.5 - 0.6) = 0.1.
+    # Lowering the threshold by d lowers the loss by d.
     loss = batchwise_threshold_loss(probs, threshold, mask)
     torch.testing.assert_close(loss, torch.tensor(0.1))
     loss.backward()
@@ -54,7 +54,7 @@ def test_equal_scores_spread_over_the_batch_so_that_every_token_gets_k_experts()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_token_that_no_expert_takes_gets_zero(training):
+def test_a_token_that_no_expert_takes_has_zero_output(training):
     torch.manual_seed(0)
     layer = MoELayer(MoEConfig(6, 64, 8, 1, gate="strictly_balanced")).double().train(training)
     torch.nn.init.normal_(layer.gate.gate_weight)
@@ -69,7 +69,7 @@ def test_a_token_that_no_expert_takes_gets_zero(training):
     assert torch.isfinite(x.grad).all()
 
 
-def test_a_batch_without_experts_is_accepted():
+def test_a_batch_whose_tokens_get_no_experts_is_accepted():
     layer = MoELayer(MoEConfig(6, 4, 8, 1, gate="strictly_balanced")).eval()
     layer.gate.threshold.data.fill_(1.0)
     y, stats = layer(torch.randn(5, 6))

@@ -1,4 +1,4 @@
-"""Both attention functions compared with the paper's equations."""
+"""Both attention functions, compared with the paper's equations."""
 
 import pytest
 import torch

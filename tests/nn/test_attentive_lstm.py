@@ -1,4 +1,4 @@
-"""The attentive LSTM in compiled loops, compared with torch's operations."""
+"""The compiled attentive LSTM, compared with torch's operations."""
 
 import importlib
 

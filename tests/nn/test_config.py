@@ -1,4 +1,4 @@
-"""The layers that result from the sizes of a network, and impossible sizes."""
+"""The numbers of experts in a network's two MoE layers, and numbers that are refused."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_by_default_both_layers_have_the_same_number_of_experts():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"decoder_num_experts": 1}, "`decoder_num_experts` 1 is not possible: `top_k`"),
+        ({"decoder_num_experts": 1}, "`decoder_num_experts` cannot be 1: `top_k`"),
         ({"decoder_num_experts": -1}, "`decoder_num_experts` must be at least 0"),
         ({"decoder_num_experts": 3, "moe": None}, "must be 0 without MoE layers"),
     ],

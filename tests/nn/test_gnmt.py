@@ -46,8 +46,8 @@ def tokens(*lengths, left_pad=False):
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_the_number_of_operations_is_the_papers_85_million(wiring):
-    # These are five LSTMs with the context input, two MoE layers with 4 active experts, and the
-    # softmax.
+    # The operations are those of five LSTMs with the context input, two MoE layers with 4 active
+    # experts each, and the softmax.
     with torch.device("meta"):
         config = GNMTConfig(attention_wiring=wiring, moe=MoEConfig(512, 2048, 32, 4))
         embedding = nn.Embedding(32768, 512)
@@ -155,7 +155,7 @@ def test_every_parameter_learns(wiring):
             assert parameter.grad.any(), name
 
 
-def test_forget_gates_start_open_and_gates_at_zero():
+def test_forget_gates_start_open_and_moe_gates_at_zero():
     config = GNMTConfig(model_dim=4, lstm_hidden_dim=6, moe=MoEConfig(4, 8, 3, 2))
     for network in (GNMTEncoder, GNMTDecoder):
         for name, parameter in network(config, nn.Embedding(9, 4)).named_parameters():
@@ -185,7 +185,7 @@ def test_sizes_that_cannot_be_built_are_refused(change, message):
         GNMTConfig(**change)
 
 
-def test_a_beam_whose_rows_keep_their_sentences_copies_no_encoding():
+def test_a_beam_whose_hypotheses_keep_their_sentences_copies_no_encoding():
     encoder, _ = build()
     source = tokens(4, 3)
     beams = encoder(source, source.eq(PAD)).reorder(torch.tensor([0, 0, 1, 1]))

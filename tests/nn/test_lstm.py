@@ -7,7 +7,7 @@ from nmt_moe.nn.lstm import turned_positions
 
 
 def lstm_by_hand(layer: ProjectedLSTM, x):
-    """Compute the LSTM of Sak et al. 2014 without peepholes for one sequence (T, D)."""
+    """Compute the LSTM of Sak et al. 2014, without peepholes, for one sequence, (T, D)."""
     lstm = layer.lstm
     hidden, cell = x.new_zeros(lstm.weight_hh_l0.shape[1]), x.new_zeros(lstm.hidden_size)
     outputs = []

@@ -94,7 +94,7 @@ def test_padding_reaches_no_expert_and_changes_nothing():
     assert out.moe_stats.tokens_per_expert.sum() == (6 + 3) * 2
 
 
-def test_dropout_is_on_every_layer_and_leaves_the_residual():
+def test_dropout_applies_to_the_embedding_and_to_every_layer():
     network = build(dropout=1.0).train()
     given = tokens(2, 5)
     # All outputs are dropped, including those of the embedding, so only zeros remain.

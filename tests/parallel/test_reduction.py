@@ -9,7 +9,7 @@ from nmt_moe.parallel import sum_over_ranks
 from tests.support.ranks import run_ranks
 
 CONFIG = MoEConfig(6, 5, 4, 2, importance_weight=0.3, load_weight=0.2)
-# The ranks have these numbers of tokens. The first rank has no tokens.
+# Rank r has the tokens from BOUNDS[r] up to BOUNDS[r + 1], so the first rank has none.
 BOUNDS = (0, 0, 5, 12)
 
 

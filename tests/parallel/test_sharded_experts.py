@@ -90,7 +90,7 @@ class Network(nn.Module):
 
 
 def train_once(rank: int, world_size: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Do one update as fairseq's trainer does; return loss, norm, gradients and parameters."""
+    """Perform one update as fairseq's trainer does; return loss, norm, gradients and parameters."""
     share = 4 // world_size
     batches = make_batches(rank * share, (rank + 1) * share, dtype)
     network = Network(size).to(dtype)
@@ -167,7 +167,7 @@ def work(rank: int, world_size: int) -> dict[str, Any]:
     results["strict"] = run_strict_evaluation(rank, world_size, world_size)
     layer = MoELayer(FLAT, group=make_expert_parallel_group(EXPERTS, 0, world_size)).eval()
     results["passes"] = 0
-    for _ in range(rank):  # each rank has a different number of passes
+    for _ in range(rank):  # each rank makes a different number of passes
         layer(torch.randn(3, DIM))
         results["passes"] += 1
     layer.serve()
@@ -193,7 +193,7 @@ def test_ranks_learn_the_same_as_one_process(answers, dtype):
     assert expected["norm"] > 0.5  # high enough to be clipped
     for size in (size for size in (1, 2, 4) if size <= len(answers)):
         results = [answer[f"{size} {dtype}"] for answer in answers]
-        assert results[0].keys() == expected.keys()  # only rank 0 has complete experts
+        assert results[0].keys() == expected.keys()
         for rank, result in enumerate(results):
             assert_all_close(result, expected, TOLERANCE[dtype], f"rank {rank}, P = {size}")
 
@@ -226,7 +226,7 @@ def test_each_rank_holds_its_share_of_the_experts(answers):
         assert answer["local"] == (EXPERTS // len(answers), DIM, 5)
 
 
-def test_a_set_of_ranks_that_does_not_divide_their_number_is_refused(answers):
+def test_a_group_size_that_does_not_divide_the_number_of_ranks_is_refused(answers):
     rule = "`distributed_world_size` must be a multiple of `expert_parallel_size`, 3, but is"
     for answer in answers:
         assert f"{rule} {len(answers)}" in answer["refusal"]
@@ -234,7 +234,7 @@ def test_a_set_of_ranks_that_does_not_divide_their_number_is_refused(answers):
 
 def assert_all_close(result, expected, tolerance, what):
     largest = max(abs(value - expected[name]).max() for name, value in result.items())
-    print(f"{what}: differs by {largest:.1e}, allowed {tolerance}")  # noqa: T201 (pytest -rP)
+    print(f"{what}: differs by at most {largest:.1e} (tolerance {tolerance})")  # noqa: T201 (pytest -rP)
     for name, value in result.items():
         torch.testing.assert_close(
             torch.as_tensor(value),

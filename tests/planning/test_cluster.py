@@ -76,7 +76,7 @@ def measure(rank: int) -> dict[str, dict[str, float]]:
 
 
 def measure_case(case: dict[str, Any]) -> dict[str, float]:
-    """Do one update, and count the bytes of tensors and the bytes sent."""
+    """Perform one update; count the bytes that its tensors take up and the bytes sent."""
     options, is_factored, draws = split(case)
     torch.manual_seed(distributed.get_rank())
     dictionary = make_dictionary(VOCABULARY)
@@ -177,7 +177,7 @@ def test_ranks_of_a_token_by_hand():
     assert ranks_per_token(replace(moe, gate="softmax"), 4) == 4
 
 
-def test_a_few_draws_are_different_classes():
+def test_the_number_of_distinct_classes_among_draws():
     assert distinct_classes(1, 50) == pytest.approx(1)
     # The documentation of the sampled softmax gives this number.
     assert distinct_classes(8192, 793_471) == pytest.approx(4600, rel=0.01)
@@ -209,7 +209,7 @@ LARGEST = ["--arch", "lstm_moe_lm_100b_131072h", "--optimizer", "factored_adam"]
 LARGEST += ["--sampled-softmax", 8192]
 
 
-def test_the_largest_model_fits_on_128_current_devices_but_not_on_the_papers_with_its_softmax():
+def test_the_largest_model_fits_on_128_current_devices_but_not_on_the_papers_devices():
     today = run(*LARGEST, "--devices", 128, "--device", "a100")
     assert today["parameters"][1] > 137_577_600_000
     assert today["setup"]["size"] == 128
@@ -218,7 +218,7 @@ def test_the_largest_model_fits_on_128_current_devices_but_not_on_the_papers_wit
     assert not run(*LARGEST, "--devices", 128, "--device", "k40")["fits"]
 
 
-def test_advice_that_something_fits_is_true():
+def test_the_advised_changes_make_the_model_fit():
     flags = ["--arch", "lstm_moe_lm_1024h", "--devices", 4, "--device", "v100"]
     plan = run(*flags)
     assert not plan["fits"]

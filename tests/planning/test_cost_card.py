@@ -16,7 +16,7 @@ from nmt_moe.nn import GNMTConfig, LSTMLanguageModel, LSTMLMConfig
 from nmt_moe.planning import VOCABULARY, Card, find_configs, make_card
 from nmt_moe.planning.network import build_modules
 
-# Each row has the architecture, the operations per timestep, and the parameters, in millions and as
+# Each row has the architecture, the operations per timestep and the parameters, in millions, as
 # printed in Table 7 of Shazeer et al. 2017.
 TABLE_7 = [
     ("lstm_lm_2048_512", "9.4", "9.4"),
@@ -63,8 +63,8 @@ def test_a_language_model_costs_what_the_paper_prints(
     assert in_millions(cards[name].params) == params
     if name == "lstm_moe_lm_256":
         # This is the only digit that differs from the paper. Two LSTMs, 4 experts and both gate
-        # matrices have 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752, which is 0.01% too many to
-        # be rounded to 8.6.
+        # matrices take 2 x 2097152 + 4 x 1048576 + 2 x 131072 = 8650752 operations, which is 0.01%
+        # too many to be rounded to 8.6.
         assert (cards[name].ops, in_millions(cards[name].ops), ops) == (8_650_752, "8.7", "8.6")
     else:
         assert in_millions(cards[name].ops) == ops
@@ -86,14 +86,14 @@ def test_translation_costs_what_the_paper_prints(
     card = cards[name]
     assert round(card.ops / 1e6) == ops
     if params is not None:
-        # Count with and without embedding and softmax, for 32,000 or 2^15 wordpieces.
+        # The embedding and the softmax may have 32,000 or 2^15 wordpieces.
         for count in (card.total, card.total + 2 * 512 * 768):
             assert f"{count / 1e9:.1f}" == params
-    if ops == 85:  # 2^15 wordpieces would give 103 instead of 102
+    if ops == 85:  # with 2^15 wordpieces, 102 would become 103
         assert round((card.ops + 512 * 768) / 1e6) == 85
 
 
-def test_the_bias_of_the_lstms_makes_the_last_digit_of_the_largest_model(
+def test_the_bias_of_the_lstms_determines_the_last_digit_of_the_143m_model(
     cards: dict[str, Card],
 ):
     # Without the bias, the result would be 4371.0, but the paper prints 4371.1. Two LSTMs have one
@@ -147,7 +147,7 @@ def test_a_translation_model_counts_attention_separately():
     assert card.ops == lstms + 10 * 4
 
 
-def test_the_largest_model_takes_no_memory():
+def test_building_the_largest_model_takes_little_memory():
     config = find_configs()["lstm_moe_lm_100b_131072h"]
     tracemalloc.start()
     networks = build_modules(config, 793_471)
@@ -209,7 +209,7 @@ def test_the_table_has_every_architecture():
     assert printed["lstm_moe_gnmt_2048h"][0] == "84.7"
 
 
-def test_a_network_without_memory_may_have_any_number_of_experts():
+def test_a_layer_on_the_meta_device_may_have_any_number_of_experts():
     with torch.device("meta"):
         layer = MoELayer(MoEConfig(model_dim=8, hidden_dim=8, num_experts=10**12))
     assert layer.experts.weight_in.shape == (10**12, 8, 8)

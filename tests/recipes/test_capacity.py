@@ -23,7 +23,7 @@ def run(**variables):
     return run_script("capacity/run.sh", **(TINY | variables))
 
 
-def test_all_models_cost_the_same_and_hold_more_and_more():
+def test_all_models_cost_the_same_and_differ_in_size():
     # At D = 64, an LSTM has 8 x 64 x 64 = 32,768 weights, and an expert has 2 x 64 x 128 = 16,384.
     # Each model uses 131,072 weights, in 4 LSTMs or in 2 LSTMs and 4 experts. A flat gate adds
     # 2 x 64 weights for each expert, and a gate with two levels adds 2 x 64 x 16 x (1 + 2), with 32

@@ -285,7 +285,8 @@ def test_a_line_without_an_end_is_named(tmp_path):
 def test_an_empty_text_is_named(tmp_path):
     texts = make_texts() | {fetch.train_shard(number): b"" for number in (1, 2)}
     error = refusal(run("prepare.sh", tmp_path, **write_archive(tmp_path / "mirror", texts)))
-    assert "text/train is empty: news.en-00001-of-00100, news.en-00002-of-00100 are" in error
+    shards = "news.en-00001-of-00100, news.en-00002-of-00100"
+    assert f"text/train is empty, because its shards are empty: {shards}" in error
 
 
 REFUSALS = [

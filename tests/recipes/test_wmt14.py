@@ -379,11 +379,11 @@ def test_prepare_stops_at_a_bad_archive_and_resumes_there(mirror):
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "wmt13-training-parallel-un.tgz: the archive is not complete" in done.stderr
-    assert "Run again to download it again" in done.stderr
+    assert "Run again to repeat the download" in done.stderr
     path.write_bytes(whole)
     done = run("fr", "prepare.sh", "--dry-run", **settings(mirror))
     assert done.returncode == 0, done.stderr
-    # Two archives were complete before it. No corpus is extracted until all archives are complete.
+    # Two archives precede the bad one. No corpus is extracted until all archives are complete.
     assert done.stdout.count("already done") == 2
 
 

@@ -109,7 +109,7 @@ def test_merged_copies_are_unchanged(config):
                 torch.testing.assert_close(getattr(merged, values)[key], value)
 
 
-def test_an_expert_weighs_as_much_as_its_share():
+def test_merged_experts_are_weighted_by_their_shares():
     _, layer = make_layer(replace(FLAT, num_experts=3, top_k=1))
     layer.gate["gate_weight"][:, 2] = 2 * layer.gate["gate_weight"][:, 0]
     shares = shares_of(3, 5, 1)

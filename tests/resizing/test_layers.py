@@ -96,9 +96,9 @@ def test_taking_all_experts_gives_the_same_layer():
             assert torch.equal({**taken.gate, **taken.experts}[name], value), name
 
 
-def test_what_cannot_be_taken_is_refused():
+def test_an_impossible_selection_of_experts_is_refused():
     _, layer = make_layer(GROUPS)
-    with pytest.raises(ValueError, match="number of experts from each group, but has from 1 to 3"):
+    with pytest.raises(ValueError, match="experts from each group, but contains from 1 to 3"):
         layer.take([0, 1, 2, 4])
     with pytest.raises(ValueError, match="some are repeated"):
         layer.take([0, 0, 4, 5])

@@ -176,7 +176,7 @@ def test_the_loss_of_an_upcycled_network_is_that_of_the_dense_one(tmp_path):
 
 
 def loss_of(networks: dict) -> float:
-    """Return the loss per token of random sentences in training, in float64."""
+    """Return the training loss per token of random sentences, in float64."""
     for network in networks.values():
         network.double().train()
         for module in network.modules():

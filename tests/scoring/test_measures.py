@@ -1,4 +1,4 @@
-"""The scores of `nmt-moe score`, compared with hand-computed scores and multi-bleu.perl's."""
+"""The scores of `nmt-moe score`, compared with multi-bleu.perl's and scores worked out by hand."""
 
 import json
 import math
@@ -38,41 +38,41 @@ def measures(language=None):
     return {measure.name: measure for measure in lib.make_measures(language)}
 
 
-def test_multi_bleu_is_that_of_the_original_script():
+def test_multi_bleu_matches_the_original_script():
     found = lib.score(measures()["multi-bleu"], GUIDE, [GUIDE_REFERENCE])
     assert round(found["score"], 2) == CASED
     assert found["details"].startswith("77.4/58.6/44.4/32.0 (BP = 1.000 ratio = 1.069")
     assert "hyp_len = 31 ref_len = 29" in found["details"]
     assert found["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:")
     assert found["signature"].endswith("|words:as given")
-    # The matches are 24 of 31 words, 17 of 29 pairs, 12 of 27 triples and 8 of 25 quadruples.
+    # Of the n-grams of 1 to 4 words, 24 of 31, 17 of 29, 12 of 27 and 8 of 25 match.
     by_hand = (24 / 31 * 17 / 29 * 12 / 27 * 8 / 25) ** 0.25
     assert found["score"] == pytest.approx(100 * by_hand)
 
 
-def test_lower_cased_multi_bleu_is_that_of_the_original_script():
+def test_lowercase_multi_bleu_matches_the_original_script():
     found = lib.score(measures()["multi-bleu-lowercase"], GUIDE, [GUIDE_REFERENCE])
     assert round(found["score"], 2) == LOWERED
     assert "|case:lc|" in found["signature"]
 
 
-def test_a_short_translation_pays_the_brevity_penalty_by_hand():
+def test_the_brevity_penalty_of_a_short_translation_by_hand():
     found = lib.score(measures()["multi-bleu"], ["a b c d"], [["a b c d e"]])
     # Every n-gram matches, so only the factor exp(1 - 5/4) remains.
     assert found["score"] == pytest.approx(100 * math.exp(-0.25))
 
 
-def test_multi_bleu_is_zero_without_a_common_quadruple_as_nothing_is_smoothed():
+def test_multi_bleu_is_not_smoothed_so_it_is_zero_without_a_common_4_gram():
     assert lib.score(measures()["multi-bleu"], ["a b c x"], [["a b c d"]])["score"] == 0
 
 
 def test_a_space_outside_ascii_joins_words_as_in_the_original_script():
-    # multi-bleu.perl reads bytes. The non-breaking space joins "a" and "b" to one of four words.
+    # multi-bleu.perl reads bytes. The non-breaking space joins "a" and "b", so there are 4 words.
     found = lib.score(measures()["multi-bleu"], ["a\u00a0b c d e"], [["a\u00a0b c d e"]])
     assert "hyp_len = 4 ref_len = 4" in found["details"]
 
 
-def test_plain_text_is_tokenised_as_moses_does():
+def test_plain_text_is_tokenised_as_by_moses():
     tokenize, name = lib.make_tokenizer("fr")
     assert tokenize("L'homme dit: «oui».") == "L&apos; homme dit : « oui » ."
     assert name.startswith("moses-fr, sacremoses ")
@@ -107,7 +107,7 @@ def texts(tmp_path):
     }
 
 
-def test_all_figures_with_signatures_and_json(texts):
+def test_all_scores_with_signatures_in_json(texts):
     done = run(texts["hyp"], texts["ref"], "--src", texts["src"], "--json")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
@@ -133,7 +133,7 @@ def test_all_figures_with_signatures_and_json(texts):
     assert report["source"]["copies"] == 1
 
 
-def test_the_text_report_names_score_details_and_signature(texts):
+def test_the_text_report_gives_score_details_and_signature(texts):
     done = run(texts["hyp"], texts["ref"], "--lang", "en")
     assert done.exit_code == 0, done.stderr
     first, second = done.stdout.splitlines()[:2]
@@ -157,7 +157,7 @@ def test_the_bootstrap_recognises_worse_and_equal_translations(texts):
         assert row["p"] == 1
 
 
-def test_tokenised_texts_get_only_the_figures_for_tokenised_text(tmp_path):
+def test_tokenised_texts_get_only_the_scores_for_tokenised_text(tmp_path):
     hyp, ref = write(tmp_path / "hyp", GUIDE), write(tmp_path / "ref", GUIDE_REFERENCE)
     done = run(hyp, ref, "--tokenized", "--json")
     found = {row["name"]: round(row["score"], 2) for row in json.loads(done.stdout)["scores"]}
@@ -237,7 +237,7 @@ def test_chinese_is_split_by_its_own_tokenizer(tmp_path, language):
         ("ko", "pip install 'sacrebleu[ko]'"),
     ],
 )
-def test_a_language_without_its_tokeniser_is_refused_with_a_choice(
+def test_a_language_without_its_tokeniser_is_refused_with_a_remedy(
     tmp_path, monkeypatch, language, message
 ):
     monkeypatch.setattr(lib.importlib.util, "find_spec", lambda name: None)

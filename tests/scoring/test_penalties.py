@@ -56,7 +56,7 @@ def test_hypotheses_are_read_with_probability_and_coverage():
     assert long.coverage == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_penalties_decide_by_hand():
+def test_the_choice_between_hypotheses_by_hand():
     hypotheses = tool.read_nbest(NBEST).hypotheses[0]
     # The scores -2 ln 2 + beta ln 0.1 and -3 ln 2 are equal at beta = 0.301.
     assert tool.choose(hypotheses, 0.0, 0.3).length == 2
@@ -66,7 +66,7 @@ def test_the_penalties_decide_by_hand():
     assert tool.choose(hypotheses, 3.1, 0.0).length == 3
 
 
-def test_the_grid_is_printed_with_its_best(output: Path):
+def test_the_grid_is_printed_with_its_best_point(output: Path):
     printed = run(output, "--alphas", 0, "--betas", 0, 0.4).stdout.splitlines()
     assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
     # With four of five words, all precisions are 1, and the brevity penalty is exp(1 - 5 / 4).
@@ -126,7 +126,7 @@ def test_a_reference_that_is_too_short_is_refused():
 
 def test_translations_in_pieces_are_refused_with_the_flag_that_joins_them():
     pieces = [line.replace("one two three", "▁one ▁two ▁th ree") for line in NBEST]
-    with pytest.raises(ValueError, match=r"are sentence pieces.*`--remove-bpe sentencepiece`"):
+    with pytest.raises(ValueError, match=r"are split into pieces.*`--remove-bpe sentencepiece`"):
         tool.read_nbest(pieces)
 
 

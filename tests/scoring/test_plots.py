@@ -80,7 +80,7 @@ def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     assert "absent.log" in done.stderr
     message = f"`{tmp_path}/plain.log` contains no entry of fairseq's `--log-format json`"
     assert message in run(*flags, tmp_path / "plain.log").stderr
-    # This is also true if a label is given.
+    # The message is the same if a label is given.
     assert message in run(*flags, f"dense={tmp_path / 'plain.log'}").stderr
     assert str(tmp_path) in run(*flags, tmp_path).stderr
 

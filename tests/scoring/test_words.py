@@ -1,11 +1,11 @@
-"""Words by frequency, counted by hand."""
+"""The F-measure of words by frequency, worked out by hand."""
 
 import pytest
 
 from nmt_moe.scoring.words import f_measure_by_frequency
 
 
-def test_words_by_frequency_by_hand():
+def test_the_f_measure_by_hand():
     # The references contain a 5 times, b and c once each, and d never.
     references = ["a a b", "a a a c"]
     hypotheses = ["a b b", "d a a a a"]
@@ -17,7 +17,7 @@ def test_words_by_frequency_by_hand():
     assert once["words"] == 2
     assert once["precision"] == pytest.approx(50.0)
     assert once["recall"] == pytest.approx(50.0)
-    # One a of the first sentence and 3 of the second match, and each side has 5.
+    # One a in the first sentence and three in the second match, and each side has five.
     assert often["f_measure"] == pytest.approx(100 * 4 / 5)
 
 

@@ -38,7 +38,7 @@ def search(step: Any, config: BeamConfig, limits: list[int], **options: Any) -> 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 5, 40])
-def test_hypotheses_scores_and_evaluated_rows_are_those_of_the_plain_search(
+def test_hypotheses_scores_and_evaluated_rows_are_those_of_the_naive_search(
     width: int, config: SearchConfig
 ):
     limits = [7, 3, 9, 6, 2]
@@ -71,14 +71,14 @@ def test_a_sentence_gets_the_same_results_in_any_batch():
             assert torch.equal(one.score, other.score)
 
 
-def test_minimal_length_prefixes_and_suppressed_tokens_are_kept():
+def test_minimum_length_prefixes_and_suppressed_tokens_are_respected():
     prefixes = torch.tensor([[5, 6, PAD], [7, PAD, PAD], [PAD, PAD, PAD], [8, EOS, PAD]])
     options = {"min_length": 3, "prefixes": prefixes, "suppressed": (4, 6)}
     found = search(Stepping(make_model()), BeamConfig(4), [6, 6, 6, 6], **options)
     firsts = [{tuple(one.tokens[:2].tolist()) for one in hypotheses} for hypotheses in found]
     assert firsts[0] == {(5, 6)}
     assert {first for first, _ in firsts[1]} == {7}
-    assert firsts[3] == {(8, EOS)}  # the prefix takes precedence over the minimal length
+    assert firsts[3] == {(8, EOS)}  # the prefix takes precedence over the minimum length
     assert [len(one.tokens) for one in found[3]] == [2]
     for number, free in ((0, 2), (1, 1), (2, 0)):
         for one in found[number]:
@@ -122,7 +122,7 @@ def test_only_the_best_hypotheses_are_returned_if_fewer_are_wanted(config: Searc
 
 
 @pytest.mark.parametrize("name", ["beam_size", "num_hypotheses"])
-def test_no_hypotheses_are_refused(name: str):
+def test_zero_hypotheses_are_refused(name: str):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but is 0"):
         BeamConfig(**{name: 0})
 
@@ -153,7 +153,7 @@ def test_equal_candidates_are_taken_in_the_order_of_rows_and_tokens():
             assert hypotheses[0].attention is None
 
 
-def test_half_precision_is_summed_in_float32():
+def test_half_precision_scores_are_summed_in_float32():
     def halves(tokens: Tensor, state: Sentences) -> tuple[Tensor, None, Sentences]:
         log_probs, _ = make_model()(tokens, state.numbers)
         return log_probs.half(), None, state

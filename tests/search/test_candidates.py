@@ -1,4 +1,4 @@
-"""Candidates and rows of a step of the beam search: compiled loops compared with torch."""
+"""The candidates and rows of one beam-search step: compiled loops compared with torch."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def test_compiled_candidates_are_those_of_torch(counts, num_tokens, margin, leve
 
 
 @NEEDS_LOOPS
-def test_log_probabilities_may_be_a_part_of_another_tensor():
+def test_log_probabilities_may_be_part_of_another_tensor():
     generator = torch.Generator().manual_seed(1)
     rows = make_rows([2, 2], generator)
     whole = torch.randn(4, 3, 50, generator=generator).log_softmax(dim=2)
@@ -92,7 +92,7 @@ def test_log_probabilities_may_be_a_part_of_another_tensor():
 
 
 @pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=NEEDS_LOOPS), False])
-def test_nan_is_never_a_candidate_that_goes_on(is_compiled, monkeypatch):
+def test_a_nan_candidate_is_never_continued(is_compiled, monkeypatch):
     if not is_compiled:
         monkeypatch.setattr(operations, "has_compiled_loops", lambda *tensors: False)
     log_probs = torch.full((2, 40), -3.0)

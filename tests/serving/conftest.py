@@ -1,4 +1,4 @@
-"""A live server with a tiny bundle, for all tests that do not need other settings."""
+"""Live servers with tiny bundles, for all tests that need no other settings."""
 
 import importlib.util
 from collections.abc import Iterator

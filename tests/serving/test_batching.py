@@ -93,7 +93,7 @@ def test_a_line_longer_than_a_batch_is_translated(batcher: Batcher, recorder: Re
     assert texts(submit(batcher, recorder, line)) == [line.upper()]
 
 
-def test_a_failure_is_that_of_its_request(batcher: Batcher, recorder: Recorder):
+def test_a_failure_affects_only_its_request(batcher: Batcher, recorder: Recorder):
     hold(batcher, recorder)
     jobs = [submit(batcher, recorder, *lines) for lines in (["a", "b"], ["c", "bad"], ["d"])]
     recorder.gate.release(100)
@@ -116,7 +116,7 @@ def test_a_cancelled_job_is_dropped(batcher: Batcher, recorder: Recorder):
 
 
 def test_a_single_client_never_waits(recorder: Recorder, monkeypatch):
-    """Check that the next request of a client is not mistaken for another client's."""
+    """Check that a client's next request is not mistaken for another client's."""
     monkeypatch.setattr(batching, "MAX_WAIT", PATIENCE)
     monkeypatch.setattr(batching, "RECENT", PATIENCE)
     batcher = Batcher()

@@ -35,7 +35,7 @@ def test_links_by_hand():
     source = find_words(["▁a", "b", "▁c"], has_pieces=True, is_spaced=True)
     target = find_words(["▁x", "y", "▁z"], has_pieces=True, is_spaced=True)
     attention = torch.tensor([[0.5, 0.2, 0.1], [0.1, 0.0, 0.1], [0.0, 0.01, 0.99]])
-    # The mean attention of "xy" is 0.3, 0.1 and 0.1 of 0.5, so "ab" has 0.8 and "c" has 0.2.
+    # The mean attention of "xy" is 0.3, 0.1 and 0.1, so the shares of "ab" and "c" are 0.8 and 0.2.
     assert link_words(attention, target, source) == [[(0, 0.8), (1, 0.2)], [(1, 0.99)]]
 
 

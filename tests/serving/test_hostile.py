@@ -154,7 +154,7 @@ KINDS: dict[Callable[[random.Random], bytes], int] = {
 
 
 def check(answer: bytes, status: int, request: bytes) -> None:
-    """Check that an answer has the status and a message."""
+    """Check that an answer has the given status and a message."""
     assert answer.startswith(b"HTTP/1.1 %d " % status), (request[:300], answer[:500])
     body = answer.partition(b"\r\n\r\n")[2]
     if body != b"Invalid HTTP request received.":  # uvicorn's own answer

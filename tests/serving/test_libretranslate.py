@@ -1,4 +1,4 @@
-"""LibreTranslate's API, with its fields, forms and errors, and with LibreTranslate's own client."""
+"""LibreTranslate's API: its fields, forms and errors, and LibreTranslate's own client."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -8,7 +8,7 @@ from nmt_moe.serving.markup import SplitMarkup
 
 
 def shout(content: str) -> str:
-    """Convert to capitals."""
+    """Convert the texts in HTML to capitals."""
     split = SplitMarkup(content)
     return split.join([text.upper() for text in split.texts])
 

@@ -17,13 +17,15 @@ def test_languages_can_be_named(bundle: Path):
     assert models.find("de", "en").folder == str(bundle)
 
 
-def test_two_bundles_of_one_pair_are_refused_by_name(bundle: Path, tmp_path: Path):
+def test_two_bundles_for_one_language_pair_are_refused_by_name(bundle: Path, tmp_path: Path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     with pytest.raises(ValueError, match="bundle-float32` and `.*copy` both translate from aa int"):
         Models.open([str(bundle), str(copy)])
 
 
-def test_a_multilingual_bundle_overlaps_with_one_of_its_pairs(bundle: Path, many: Path):
+def test_a_multilingual_bundle_and_a_bundle_for_one_of_its_pairs_are_refused(
+    bundle: Path, many: Path
+):
     with pytest.raises(ValueError, match="both translate from en into de"):
         Models.open([str(many), f"{bundle}=en:de"])
     with pytest.raises(ValueError, match="names them itself"):

@@ -1,4 +1,4 @@
-"""The operation of a server: keys, origins, metrics, logs, documents and shutdown."""
+"""The operation of a server: keys, origins, metrics, logs, documentation and shutdown."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_only_named_origins_may_send_requests(bundle: Path, server: LiveServer):
         ServerSettings(origins=("good.org",))
 
 
-def test_metrics_count(bundle: Path):
+def test_metrics_count_requests_characters_and_batches(bundle: Path):
     with LiveServer(make_service(bundle)) as server:
         server.translate(["the cat", "a dog"])
         server.post("/translate", {})
@@ -91,7 +91,7 @@ def test_metrics_count(bundle: Path):
         assert line in shown.text.splitlines()
 
 
-def test_documents_describe_every_path_and_load_nothing(server: LiveServer):
+def test_the_documentation_describes_every_path_and_loads_nothing(server: LiveServer):
     document = httpx.get(f"{server.url}/openapi.json").json()
     paths = set(document["paths"])
     assert {"/translate", "/detect", "/languages", "/v1/translate", "/v2/translate"} <= paths
@@ -108,7 +108,7 @@ def test_documents_describe_every_path_and_load_nothing(server: LiveServer):
 
 
 def test_sigterm_finishes_what_is_in_flight(bundle: Path, translator: Translator):
-    # Long enough that the answer is not ready before the request has been seen.
+    # These texts are so long that the metrics show the request before its answer is ready.
     texts = [f"the cat sees a big red tree {word} " * 4 for word in ("dog", "house", "under")] * 40
     expected = [one.text for one in translator.translate(texts)]
     with served(bundle, "--threads", 1) as (process, url, log), ThreadPoolExecutor(1) as pool:

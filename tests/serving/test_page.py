@@ -24,7 +24,7 @@ def browser() -> Iterator[Browser]:
 
 
 def open_page(browser: Browser, server: LiveServer, **options) -> Page:
-    """Open the page, and record errors and requests to other servers, which fail the test."""
+    """Open the page, and record the errors and requests that the tests check."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(1000 * PATIENCE)
     page.complaints, page.asked = [], []
@@ -58,7 +58,7 @@ def translations(page: Page) -> list[str]:
 
 
 @needs_chromium
-def test_typing_translates_once_the_typing_ends(page: Page, expected: str):
+def test_text_is_translated_when_typing_ends(page: Page, expected: str):
     page.locator("#input").press_sequentially(TEXT, delay=5)
     expect(page.locator("#output")).to_have_text(expected)
     assert len(translations(page)) < len(TEXT) / 4
@@ -109,7 +109,7 @@ def test_words_are_reached_by_keyboard(page: Page):
 
 
 @needs_chromium
-def test_markup_is_text(page: Page):
+def test_markup_is_shown_as_text(page: Page):
     text = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
     page.fill("#input", text)
     expect(page.locator("#output .word").first).to_be_visible()

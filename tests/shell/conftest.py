@@ -35,7 +35,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(trained: Path) -> Path:
-    """Return a model that has learned a little."""
+    """Return the checkpoint of a model that has learned a little."""
     return trained / "checkpoint_last.pt"
 
 

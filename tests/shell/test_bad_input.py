@@ -1,4 +1,4 @@
-"""If its input is bad, a command prints one message and leaves existing files unchanged."""
+"""A command with bad input prints one message and leaves existing files unchanged."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ def preprocess(folder: Path, *flags: object) -> str:
 
 @pytest.fixture
 def own_corpus(tmp_path: Path) -> Path:
-    """Copy the corpus, so that a test may damage it."""
+    """Write a copy of the corpus that a test may damage."""
     return write_corpus(tmp_path / "corpus")
 
 
@@ -55,7 +55,7 @@ def test_an_empty_line_is_trained_on_and_translated_with_the_others(
 LONG = " ".join(["ba"] * 5000)
 
 
-def test_a_line_of_5000_tokens_is_left_out_of_training_by_its_number(
+def test_a_line_of_5000_tokens_is_left_out_of_training_and_its_number_is_printed(
     own_corpus: Path, tmp_path: Path
 ):
     put(own_corpus, "train.aa", 3, LONG)
@@ -79,9 +79,7 @@ def test_for_a_line_of_5000_tokens_in_a_test_set_the_message_names_the_option_th
     assert len(done.hypotheses()) == 7
 
 
-def test_for_a_corpus_none_of_whose_pairs_fits_the_message_names_the_options(
-    data: Path, tmp_path: Path
-):
+def test_if_no_pair_of_a_corpus_fits_the_message_names_the_options(data: Path, tmp_path: Path):
     match = (
         r"The samples in `train` must have at most 1 source and 1024 target tokens, but all 96 are "
         r"longer. The longest, #\d+ .*, has \d+ source and \d+ target tokens\. .*--max-source-pos"
@@ -100,7 +98,7 @@ def test_a_test_set_that_is_skipped_entirely_is_named(
         call("generate", own_corpus / "data", *flags)
 
 
-def test_validation_longer_than_its_batches_is_refused_before_the_first_update(
+def test_validation_sentences_longer_than_a_batch_are_refused_before_the_first_update(
     data: Path, tmp_path: Path
 ):
     match = r"must have at most 2 tokens.*--max-tokens-valid"
@@ -187,7 +185,7 @@ def test_a_missing_checkpoint_is_named(command: str, data: Path, tmp_path: Path)
 # Checkpoints
 
 
-def test_from_pretrained_names_a_folder_that_is_wrong(data: Path, checkpoint: Path):
+def test_from_pretrained_names_a_wrong_folder(data: Path, checkpoint: Path):
     load = MODEL_REGISTRY["lstm_moe_gnmt"].from_pretrained
     names = {"checkpoint_file": checkpoint.name, "data_name_or_path": str(data)}
     assert load(str(checkpoint.parent), **names).translate("ba de")
@@ -205,7 +203,7 @@ def test_from_pretrained_names_a_folder_that_is_wrong(data: Path, checkpoint: Pa
 SIZES = r"is \(48, 16\), not \(72, 16\)"  # fairseq pads dictionaries to multiples of 8
 
 
-def test_a_larger_dictionary_than_that_of_the_checkpoint_names_both_sizes(
+def test_for_a_dictionary_larger_than_the_checkpoints_the_message_names_both_sizes(
     own_corpus: Path, checkpoint: Path
 ):
     put(own_corpus, "train.aa", 1, " ".join(f"new{number}" for number in range(24)))
@@ -273,7 +271,7 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(
     assert path.read_bytes() == content
 
 
-def test_a_loss_that_becomes_nan_stops_training_and_keeps_its_checkpoints(
+def test_a_loss_that_becomes_nan_stops_training_and_keeps_the_checkpoints(
     data: Path, checkpoint: Path, tmp_path: Path
 ):
     path = shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
@@ -313,7 +311,7 @@ def test_an_impossible_option_is_named(
 @pytest.mark.parametrize(
     "flags", [["--moe-gate", "none"], ["--attention", "dot"], ["--attention-wiring", "no"]]
 )
-def test_an_unknown_choice_is_named_with_all_known_ones(
+def test_an_unknown_choice_is_refused(
     flags: list[str], data: Path, capfd: pytest.CaptureFixture, tmp_path: Path
 ):
     with pytest.raises(SystemExit) as caught:
@@ -326,7 +324,7 @@ def test_a_wrong_user_dir_is_named(data: Path, tmp_path: Path):
         call("train", data, "--user-dir", tmp_path / "plugin", *TINY_MOE)
 
 
-def test_a_forgotten_user_dir_names_the_unknown_model(data: Path, tmp_path: Path):
+def test_if_user_dir_is_forgotten_the_unknown_model_is_named(data: Path, tmp_path: Path):
     done = run("train", data, "--arch", "lstm_moe_gnmt", cwd=tmp_path)
     assert done.status == 2
     assert "invalid choice: 'lstm_moe_gnmt'" in done.text
@@ -383,7 +381,7 @@ def test_constraints_with_unknown_words_are_left_out(data: Path, checkpoint: Pat
         assert f"line 1 has the constraint '{constraint}' with unknown words" in done.text
 
 
-def test_memory_does_not_grow_with_the_lines_that_were_translated(data: Path, checkpoint: Path):
+def test_memory_does_not_grow_with_the_number_of_lines_translated(data: Path, checkpoint: Path):
     from fairseq.tasks.translation import TranslationTask
 
     kept = []

@@ -44,7 +44,7 @@ def generated(scratch: Path) -> Output:
     return translate("generate", scratch, is_installed=True)
 
 
-def test_training_logs_the_balance_of_every_layer_and_overall(scratch: Path):
+def test_training_logs_the_balance_overall_and_for_every_layer(scratch: Path):
     records = Output(0, (scratch / "train.log").read_text()).records()
     for prefix in ("", "train_", "valid_"):
         wanted = {prefix + key for key in (*BALANCE_KEYS, "nll_loss", "ppl")}

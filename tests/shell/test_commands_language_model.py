@@ -90,7 +90,7 @@ def assert_same_training(expected: Path, actual: Path) -> None:
     assert one["extra_state"]["val_loss"] == other["extra_state"]["val_loss"]
 
 
-def test_eval_lm_gives_the_perplexity_of_validation_over_all_words_and_ends(
+def test_eval_lm_gives_the_perplexity_of_validation_over_all_words_and_end_marks(
     text_data: Path, unbroken: Path
 ):
     flags = ["--gen-subset", "valid", "--sample-break-mode", "eos"]
@@ -229,7 +229,7 @@ def test_the_documented_command_names_the_line_that_is_not_utf8(tmp_path: Path):
     assert (tmp_path / "text-bin" / "valid.bin").exists()
 
 
-def test_a_line_without_an_end_is_named_and_can_be_cut(tmp_path: Path):
+def test_a_line_of_66000_words_is_named_and_can_be_cut(tmp_path: Path):
     data = preprocess(tmp_path, "train", b"w1 w2 " * 33_000)
     with pytest.raises(ValueError, match=r"data/train`, line 1: .*65535.* has 66001.*none"):
         train(data, tmp_path, "--max-epoch", 1)
@@ -260,7 +260,7 @@ def test_for_blocks_larger_than_a_validation_batch_the_message_names_the_option(
         train(text_data, tmp_path, *flags)
 
 
-def test_a_text_none_of_whose_lines_fits_is_named_with_the_options(tmp_path: Path):
+def test_if_no_line_of_a_text_fits_the_message_names_the_options(tmp_path: Path):
     data = preprocess(tmp_path, "train", b"w2 " * 9000 + b"\n")
     match = (
         r"samples in `train` must have at most 1000 tokens, but all 1 are longer\. The longest, #0 "

@@ -57,10 +57,10 @@ def test_the_table_before_training_gives_the_effective_epochs(trained: tuple[Pat
     text = trained[1].text
     rows = dict(re.findall(r"^  (\w\w-\w\w) +(\d+ +\d+ +[\d.]+% +[\d.]+ +[\d.]+)$", text, re.M))
     assert list(rows) == PAIRS.split(",")
-    # There are 240 sentences in all. The square roots of the shares 0.4, 0.4, 0.1 and 0.1 have the
-    # ratio 2 to 1, so an epoch uses 80 sentences from each pair with 96, and 40 from each pair with
-    # 24. For cc-aa, the option requires 4 x 24 instead. Each of the 20 epochs thus uses 80 + 80 +
-    # 40 + 96 = 296 sentences.
+    # There are 240 sentences in all. The square roots of the shares 0.4, 0.4, 0.1 and 0.1 are in
+    # the ratio 2:2:1:1, so an epoch uses 80 sentences from each pair with 96, and 40 from each pair
+    # with 24. For cc-aa, the option requires 4 x 24 instead. Each of the 20 epochs thus uses 80 +
+    # 80 + 40 + 96 = 296 sentences.
     assert rows["aa-bb"].split() == ["96", "80", "27.0%", "0.83", "16.67"]
     assert rows["aa-cc"].split() == ["24", "40", "13.5%", "1.67", "33.33"]
     assert rows["cc-aa"].split() == ["24", "96", "32.4%", "4.00", "80.00"]
@@ -212,7 +212,7 @@ def test_a_dense_model_learns_too(data: Path, tmp_path: Path):
         (["-s", "aa", "-t", "bb"], "must be left out during training, but name 'aa-bb'"),
     ],
 )
-def test_impossible_training_is_refused_by_name(
+def test_impossible_training_options_are_refused_by_name(
     flags: list[object], message: str, data: Path, tmp_path: Path
 ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -241,7 +241,7 @@ def test_an_empty_pair_is_refused_by_name(data: Path, tmp_path: Path):
         (["-s", "aa", "-t", "bb", "--lang-pairs", "aa-bb"], "aa,bb,cc, but name aa,bb"),
     ],
 )
-def test_impossible_translation_is_refused_by_name(
+def test_impossible_translation_options_are_refused_by_name(
     direction: list[str], message: str, data: Path, trained: tuple[Path, Output]
 ):
     flags = [*TASK, *direction, *TRANSLATE, "--path", trained[0] / "checkpoint_last.pt"]

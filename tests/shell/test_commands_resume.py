@@ -66,7 +66,7 @@ def test_accumulated_updates_resume_bit_for_bit(data: Path, tmp_path: Path):
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
+def test_training_in_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: list):
     # With --bf16 and --fp16, the trainer updates float32 copies of the weights and saves them.
     train(data, tmp_path / "unbroken", 2, "--save-interval-updates", 8, *flags)
     (tmp_path / "resumed").mkdir()
@@ -78,7 +78,7 @@ def test_half_precision_resumes_bit_for_bit(data: Path, tmp_path: Path, flags: l
     assert one["extra_state"]["loss_scaler"] == two["extra_state"]["loss_scaler"]
 
 
-def test_flat_copies_of_half_precision_are_saved_by_their_names():
+def test_flat_copies_of_half_precision_weights_are_saved_under_their_names():
     model = torch.nn.Linear(3, 2).half()
     flat = torch.arange(8.0) / 3
     optimizer = SimpleNamespace(fp16_params=list(model.parameters()), fp32_params={0: flat})

@@ -55,7 +55,7 @@ def test_a_point_of_the_sweep_is_what_the_search_finds(data: Path, checkpoint: P
         assert chosen == searched.hypotheses()
 
 
-def test_zero_is_off(data: Path, checkpoint: Path):
+def test_zero_turns_an_option_off(data: Path, checkpoint: Path):
     off = ["--length-penalty-alpha", 0, "--coverage-penalty-beta", 0, "--beam-prune", 0]
     flags = ["--nbest", 3]
     plain, explicit = generate(data, checkpoint, *flags), generate(data, checkpoint, *flags, *off)

@@ -77,7 +77,7 @@ PRECISIONS = [
 
 
 @pytest.mark.parametrize("flags", PRECISIONS)
-def test_a_lower_precision_trains_on_cpu(flags: list[object], data: Path, tmp_path: Path):
+def test_a_model_trains_on_cpu_at_lower_precision(flags: list[object], data: Path, tmp_path: Path):
     records = train(data, tmp_path, [*TINY_MOE, *flags], updates=6)
     assert [row["num_updates"] for row in records] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(row["loss"]) for row in records)

@@ -22,7 +22,7 @@ from tests.support.stock_model import (
 
 
 def host() -> dict[tuple[str, ...], int]:
-    """Return the ids of all objects in fairseq's modules and classes, and of Python's hook."""
+    """Return the ids of all objects in fairseq's modules and classes, and of the exception hook."""
     names: dict[tuple[str, ...], int] = {("hook",): id(sys.excepthook)}
     for module in [m for name, m in sys.modules.items() if name.startswith("fairseq")]:
         for name, value in vars(module).items():
@@ -64,7 +64,7 @@ def test_the_last_batch_is_not_dropped(count, limit):
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--fp16"])
-def test_half_precision_trains_and_resumes_on_cpu(stock, flag):
+def test_training_in_half_precision_resumes_on_cpu(stock, flag):
     save_dir = f"half{flag}"
     call("train", *training(stock, save_dir, 2, flag))
     assert count_updates(stock, save_dir) == 2

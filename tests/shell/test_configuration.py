@@ -72,7 +72,7 @@ def test_no_class_registered_with_fairseq_executes_a_setting(
 
 
 def test_the_tripwire_works_without_the_repair(monkeypatch):
-    monkeypatch.delitem(vars(utils), "eval")  # fairseq's function then finds Python's
+    monkeypatch.delitem(vars(utils), "eval")  # fairseq's function then finds Python's `eval`
     with suppress(TypeError):
         utils.eval_str_list(HOSTILE)
     assert sys.modules.pop(TRIPWIRE, None) == 1
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_complete_only_if_it_fits_its_model(checkpoint: Path, tm
         ({"num_experts": 10**5, "hidden_dim": 10**5}, r"describes a model with 64\d{10}"),
     ],
 )
-def test_a_model_that_the_checkpoint_is_too_small_for_is_not_built(
+def test_a_model_too_large_for_its_checkpoint_is_not_built(
     claims, message, checkpoint: Path, tmp_path: Path
 ):
     state = torch.load(checkpoint, weights_only=False)

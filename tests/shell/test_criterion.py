@@ -154,7 +154,7 @@ def test_columns_of_gates_are_means_over_all_tokens_and_rows_are_those_of_the_up
     assert values["moe_idle_experts"] == pytest.approx(0.5)
 
 
-def test_untrained_gates_have_nearly_the_entropy_of_even_gates():
+def test_the_entropy_and_margin_of_gates_are_within_their_bounds():
     model = make_training_model()
     _, _, log = make_criterion()(model, SAMPLE)
     values = reduce_metrics([log])
@@ -194,7 +194,7 @@ def logs_of_two_ranks() -> Iterator[list[dict]]:
     return [make_criterion()(model, sample)[2] for sample in (SAMPLE, make_sample(["a"], ["b"]))]
 
 
-def test_ranks_log_equal_keys_and_shapes_so_that_they_can_be_summed(logs_of_two_ranks: list):
+def test_ranks_log_equal_keys_and_shapes_so_that_logs_can_be_summed(logs_of_two_ranks: list):
     assert MoELabelSmoothedCrossEntropy.logging_outputs_can_be_summed()
     one, other = logs_of_two_ranks
     assert one.keys() == other.keys()

@@ -62,7 +62,7 @@ def train_on_ranks(rank: int, data: Path, folder: Path) -> None:
 
 
 def resume_on_four(rank: int, data: Path, folder: Path) -> None:
-    """Continue from the files of two processes in one group of four and in two groups of two."""
+    """Continue on four processes from the files of two, in one expert-parallel group and in two."""
     ranks = ["--distributed-world-size", 4, "--distributed-no-spawn", "--distributed-rank", rank]
     ranks += ["--distributed-init-method", "tcp://unused", "--cpu"]
     for size in (4, 2):
@@ -165,7 +165,9 @@ def test_training_with_bleu_continues(data, two_processes, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bf16-", "fp16-"])
-def test_half_precision_learns_the_same_as_copies_except_for_rounding(two_processes, kind):
+def test_in_half_precision_spread_experts_learn_the_same_as_copies_except_for_rounding(
+    two_processes, kind
+):
     name = "checkpoint_last.pt"
     copies, spread = (two_processes / f"{kind}{size}" / name for size in (1, 2))
     assert_same_training(copies, spread, atol=0.05, rtol=0.05)

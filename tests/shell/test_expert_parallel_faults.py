@@ -102,7 +102,7 @@ def start_two(function: Callable[..., None], *arguments: object) -> list[Any]:
 
 
 def die_while_saving(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train, and kill process 1 in its second save, after half of its expert file."""
+    """Train, and kill process 1 in its second save, halfway through its expert file."""
     save, calls = torch.save, []
 
     def save_half(content: Any, file: Any) -> None:
@@ -163,7 +163,7 @@ def spoil(rank: int, port: int, data: Path, folder: Path, what: str) -> None:
 
 
 def save_where_nothing_can_be_written(rank: int, port: int, data: Path, folder: Path) -> None:
-    """Train into a folder on a read-only disk, and write messages to `folder/error{rank}`."""
+    """Train with a save folder on a read-only disk, and write messages to `folder/error{rank}`."""
 
     def mkdtemp(*_: object, **__: object) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

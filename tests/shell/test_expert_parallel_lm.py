@@ -180,7 +180,9 @@ def test_perplexity_equals_that_of_one_process_however_many_batches_each_has(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lower_precision_learns_the_same_as_copies_except_for_rounding(precision, two_processes):
+def test_at_lower_precision_spread_experts_learn_the_same_as_copies_except_for_rounding(
+    precision, two_processes
+):
     copies, spread = (two_processes[0] / f"{precision}{size}" / LAST for size in (1, 2))
     assert load(spread)["optimizer_history"][-1]["num_updates"] == 5
     assert_same_training(copies, spread, 0.05)

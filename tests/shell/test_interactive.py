@@ -44,11 +44,11 @@ def test_lines_are_read_in_buffers_that_know_their_numbers(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("max_positions", "max_tokens", "longest"),
     [
-        pytest.param((1024, 512), None, 1024, id="of-the-pair-the-source"),
-        pytest.param((1024, 512), 100, 100, id="no-batch-would-hold-it"),
+        pytest.param((1024, 512), None, 1024, id="the-source-of-a-pair"),
+        pytest.param((1024, 512), 100, 100, id="the-limit-of-a-batch"),
         pytest.param({"a-b": (64, 32), "b-c": (128, 8)}, None, 64, id="the-strictest-pair"),
         pytest.param(None, None, float("inf"), id="no-limit"),
     ],
 )
-def test_the_longest_line_is_what_model_and_batch_take(max_positions, max_tokens, longest):
+def test_the_longest_line_is_what_model_and_batch_allow(max_positions, max_tokens, longest):
     assert interactive.longest_source(max_positions, max_tokens) == longest

@@ -85,7 +85,7 @@ def write_dictionaries(folder: Path, **languages: str) -> Path:
     return folder
 
 
-def test_the_tokens_join_the_dictionary_in_the_languages_order(tmp_path: Path):
+def test_language_tokens_are_added_to_the_dictionary_in_the_order_of_the_languages(tmp_path: Path):
     folder = write_dictionaries(tmp_path, fr="aa", en="aa")
     dictionary = load_shared_dictionary(str(folder), ["fr", "en"])
     assert dictionary.symbols[-2:] == ["<2fr>", "<2en>"]
@@ -93,7 +93,7 @@ def test_the_tokens_join_the_dictionary_in_the_languages_order(tmp_path: Path):
     assert typed.tolist() == [dictionary.unk(), dictionary.unk(), dictionary.eos()]
 
 
-def test_a_token_that_is_a_word_of_the_texts_is_refused(tmp_path: Path):
+def test_a_language_token_that_is_a_word_of_the_texts_is_refused(tmp_path: Path):
     folder = write_dictionaries(tmp_path, fr="aa", en="aa")
     for path in folder.iterdir():
         path.write_text(path.read_text() + "<2fr> 3\n")

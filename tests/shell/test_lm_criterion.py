@@ -44,7 +44,7 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(log["balance_loss"], NUM_TOKENS * balance)
 
 
-def test_sampled_with_all_classes_certain_it_is_the_full_loss_with_all_gradients():
+def test_with_all_classes_certain_the_sampled_loss_and_its_gradients_equal_the_full_ones():
     results = []
     for draws in (0, 5):
         model = without_noise(make_model().train())
@@ -100,7 +100,7 @@ def test_perplexity_is_free_of_the_balance():
     assert {"moe_cv_load", "decoder_moe_cv_load", "moe_max_load"} <= values.keys()
 
 
-def test_ranks_log_equal_keys_and_shapes_so_that_they_can_be_summed():
+def test_ranks_log_equal_keys_and_shapes_so_that_logs_can_be_summed():
     assert MoECrossEntropy.logging_outputs_can_be_summed()
     model = make_model().train()
     one, other = (make_criterion(4)(model, sample)[2] for sample in (SAMPLE, make_sample("ab")))
@@ -125,7 +125,7 @@ def test_more_draws_than_symbols_are_refused(draws: int):
         make_criterion(draws)
 
 
-def test_a_model_of_another_kind_cannot_be_sampled():
+def test_the_softmax_of_another_kind_of_model_cannot_be_sampled():
     stranger = SimpleNamespace(training=True, decoder=SimpleNamespace())
     with pytest.raises(ValueError, match="`--sampled-softmax` must be 0, but is 3"):
         make_criterion(3)(stranger, SAMPLE)

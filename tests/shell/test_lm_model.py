@@ -26,7 +26,7 @@ def sizes_of(architecture: str, **reduced: Any) -> LSTMMoELMConfig:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
+def test_an_architecture_learns_at_reduced_width(architecture: str):
     # Keep all groups of the largest models, but only two experts in each group.
     full = sizes_of(architecture).to_config()
     few = {}
@@ -52,7 +52,7 @@ def test_an_architecture_does_one_update_at_reduced_width(architecture: str):
     assert ("decoder_moe_load" in log) == logs_balance
 
 
-def test_4096_experts_in_16_groups_do_one_update_at_full_count():
+def test_a_model_with_4096_experts_in_16_groups_computes_gradients():
     config = sizes_of("lstm_moe_lm_4096h", model_dim=16, lstm_hidden_dim=16, hidden_dim=8)
     torch.manual_seed(1)
     model = LSTMMoELM.build_model(config, make_task()).train()
@@ -65,7 +65,7 @@ def test_4096_experts_in_16_groups_do_one_update_at_full_count():
     assert 4 <= chosen <= 4 * size
 
 
-def test_the_rows_of_the_tables():
+def test_architectures_match_the_rows_of_the_papers_tables():
     rows = {name: sizes_of(name).to_config() for name in ARCHITECTURES}
     assert len(rows) == 19
     for name, config in rows.items():

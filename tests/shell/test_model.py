@@ -204,7 +204,7 @@ def test_the_default_is_the_single_pair_model_of_the_paper():
     assert config.attention_wiring == "recurrent"
 
 
-def test_a_checkpoint_holds_plain_data_only(checkpoint: Path):
+def test_a_checkpoint_holds_only_plain_data(checkpoint: Path):
     state = load(checkpoint)  # refuses types that torch does not know
     assert isinstance(state["cfg"], dict)
     assert state["cfg"]["model"]["num_experts"] == 4

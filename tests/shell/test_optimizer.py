@@ -1,4 +1,4 @@
-"""`--optimizer factored_adam` trains all parameters except experts by Adam, at every precision."""
+"""With `--optimizer factored_adam`, Adam trains all parameters except experts, at any precision."""
 
 import shutil
 from pathlib import Path

@@ -31,7 +31,7 @@ def test_libraries_print_no_warnings_at_the_start(data: Path, tmp_path: Path):
     flags = [*TINY_MOE, "--max-update", 1, "--no-save", "--best-checkpoint-metric", "bleu"]
     done = run("train", data, "--user-dir", PLUGIN, *flags, cwd=tmp_path)
     assert "Warning" not in done.text
-    # Before the first update, the message lists all values that validation computes.
+    # A message before the first update lists all values that validation computes.
     message = "error: `--best-checkpoint-metric` must be one of .*loss.*ppl.*, but is bleu, which"
     assert re.search(message, done.text)
     assert "begin validation on" not in done.text
@@ -45,7 +45,7 @@ def test_for_a_misspelt_architecture_similar_names_are_suggested(data: Path, tmp
     assert "--max-tokens" not in done.text
 
 
-def test_help_lists_the_options_of_what_is_named(tmp_path: Path):
+def test_help_lists_the_options_of_the_named_architecture_and_schedule(tmp_path: Path):
     flags = ["--arch", "lstm_moe_gnmt", "--lr-scheduler", "warmup_hold_inverse_sqrt", "--help"]
     done = run("train", "--user-dir", PLUGIN, *flags, cwd=tmp_path)
     assert done.status == 0
@@ -53,7 +53,7 @@ def test_help_lists_the_options_of_what_is_named(tmp_path: Path):
         assert re.search(rf"^  {option} ", done.text, re.MULTILINE)
 
 
-def test_of_many_choices_the_similar_ones_are_named():
+def test_if_there_are_many_choices_only_similar_ones_are_named():
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--arch", choices=[f"lstm_{name}" for name in "abcdefghijklmno"])
     with pytest.raises(argparse.ArgumentError) as caught:
@@ -72,7 +72,7 @@ def test_of_many_choices_the_similar_ones_are_named():
         (["--arch", "lstm_moe_gnmt", "--batch-size", 8], "`--optimizer` must be"),
     ],
 )
-def test_an_option_that_is_missing_is_named_without_a_traceback(
+def test_a_missing_option_is_named_without_a_traceback(
     data: Path, tmp_path: Path, flags: list[object], message: str
 ):
     with pytest.raises((AssertionError, ValueError)) as caught:

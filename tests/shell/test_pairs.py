@@ -25,7 +25,7 @@ def make_pairs(passes: float, num_folders: int) -> PairsDataset:
 
 @pytest.mark.parametrize("num_folders", [1, 2, 3])
 @pytest.mark.parametrize("passes", [0.25, 0.5, 1.0, 1.5])
-def test_counts_of_sentences_differ_by_at_most_one_for_any_folders(passes: float, num_folders: int):
+def test_counts_of_sentences_differ_by_at_most_one_in_each_folder(passes: float, num_folders: int):
     folders = [make_pairs(passes, num_folders) for _ in range(num_folders)]
     drawn = [Counter(range(8)) for _ in folders]
     for epoch in range(1, 13):

@@ -130,7 +130,7 @@ def test_marks_that_a_model_writes_itself_stay_marks():
     assert tokens.tolist() == [dictionary.bos(), dictionary.eos()]
 
 
-def test_a_text_that_is_largely_unknown_is_named(own_corpus: Path, data: Path):
+def test_a_text_with_many_unknown_words_is_named(own_corpus: Path, data: Path):
     (own_corpus / "valid.aa").write_text("ba de\n" * 11 + "new words\n")
     text = preprocess(own_corpus, "--srcdict", data / "dict.aa.txt", "--joined-dictionary")
     share = r"5.6% of the tokens of"
@@ -138,7 +138,7 @@ def test_a_text_that_is_largely_unknown_is_named(own_corpus: Path, data: Path):
     assert "tokens of `" + str(own_corpus / "train.aa") not in text
 
 
-def test_binarised_data_that_are_largely_unknown_are_named(
+def test_binarised_data_with_many_unknown_words_are_named(
     own_corpus: Path, caplog: pytest.LogCaptureFixture
 ):
     (own_corpus / "train.bb").write_text("".join(f"word{i} ab\n" for i in range(96)))

@@ -1,4 +1,4 @@
-"""fairseq's own commands continue to train models with changed experts."""
+"""fairseq's own commands continue to train models whose experts were changed."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The learning rate rises for w updates, is constant for h, and then falls as 1 / sqrt."""
+"""The learning rate rises, is constant, and then falls as 1 / sqrt(update)."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_without_warmup_the_first_rate_is_the_highest():
     assert make_schedule(warmup_updates=0, hold_updates=0).optimizer.get_lr() == pytest.approx(0.4)
 
 
-def test_the_end_of_an_epoch_keeps_the_rate():
+def test_the_end_of_an_epoch_does_not_change_the_rate():
     schedule = make_schedule()
     schedule.step_update(WARMUP // 2)
     assert schedule.step(1, val_loss=9.0) == pytest.approx(0.2)

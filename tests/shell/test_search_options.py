@@ -54,7 +54,7 @@ def test_bad_options_of_a_search_are_refused(options: dict[str, Any], message: s
         check_generation(Namespace(**options))
 
 
-def test_infinite_penalty_of_unknown_words_is_accepted():
+def test_an_infinite_penalty_for_unknown_words_is_accepted():
     check_generation(Namespace(unkpen=math.inf, sampling=None, beam=1))
 
 
@@ -103,7 +103,7 @@ def test_pieces_of_an_unknown_kind_are_refused(args: dict[str, Any], message: st
         (63, "a.pt", None),
     ],
 )
-def test_options_of_only_eval_lm_are_checked(window: int, path: str, message: str | None):
+def test_options_that_only_eval_lm_has_are_checked(window: int, path: str, message: str | None):
     args = Namespace(context_window=window, tokens_per_sample=64, path=path)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_evaluation(args)
@@ -111,7 +111,7 @@ def test_options_of_only_eval_lm_are_checked(window: int, path: str, message: st
 
 
 class Block(nn.Module):
-    """A model with one of fairseq's dropout modules under a given name."""
+    """A model that contains one of fairseq's dropout modules, named `Block`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,8 +121,8 @@ class Block(nn.Module):
 @pytest.mark.parametrize(
     ("model", "retain", "modules", "message"),
     [
-        (nn.Dropout(0.1), True, None, r"of a Dropout .* \(there are none\), but asks for all"),
-        (Block(), True, ["Typo"], r"can reach \(Block\), but asks for Typo"),
+        (nn.Dropout(0.1), True, None, r"in a Dropout \(there are none\), but asks for all"),
+        (Block(), True, ["Typo"], r"in a Block \(Block\), but asks for Typo"),
         (Block(), False, ["Block"], "`--retain-dropout-modules` has an effect only with"),
         (Block(), True, ["Block"], None),
         (Block(), True, None, None),
@@ -148,7 +148,7 @@ def test_dropout_that_cannot_be_retained_is_refused(model, retain, modules, mess
         ("eval_bleu_detok_args", "moses", "`--eval-bleu-detok-args` must be a JSON object"),
     ],
 )
-def test_bad_json_of_bleu_is_refused(option: str, text: str, message: str):
+def test_bad_json_for_bleu_is_refused(option: str, text: str, message: str):
     cfg = Namespace(eval_bleu=True, eval_bleu_args="{}", eval_bleu_detok_args="{}")
     cfg.eval_bleu_remove_bpe = None
     setattr(cfg, option, text)

@@ -114,7 +114,7 @@ def tokens_of(hypotheses: list[dict]) -> list[list[int]]:
 def assert_same_hypotheses(
     found: list[list[dict]], expected: list[list[dict]], attention: bool = True
 ) -> None:
-    """Compare n-best lists, with equal tokens and with numbers that agree to 1e-5."""
+    """Check that n-best lists have equal tokens, and numbers that agree to 1e-5."""
     for mine, others in zip(found, expected, strict=True):
         assert [one["tokens"].tolist() for one in mine] == [
             one["tokens"].tolist() for one in others
@@ -183,7 +183,7 @@ def make_fairseqs(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["transformer", "fconv"])
-def test_fairseqs_own_models_find_the_same_hypotheses_in_any_rows(kind: str):
+def test_fairseqs_own_models_find_the_same_hypotheses_in_any_batch(kind: str):
     models = [make_fairseqs(kind)]
     letters = make_dictionary()
     options = {"beam_size": BEAM, "max_len_b": 9}

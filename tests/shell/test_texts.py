@@ -25,7 +25,7 @@ def test_each_sentence_is_a_sample():
     assert [block.tolist() for block in blocks] == [[5, 6, 2], [7, 2]]
 
 
-def test_a_numpy_that_has_the_name_is_not_changed(monkeypatch: pytest.MonkeyPatch):
+def test_a_numpy_that_has_the_attribute_is_not_changed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(np, "compat", SimpleNamespace(long=int), raising=False)
     monkeypatch.setattr(token_block_dataset, "np", np)
     let_each_sentence_be_a_sample()

@@ -63,7 +63,7 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--validate-interval", 0], "`--validate-interval` must be at least 1, but is 0"),
         (["--batch-size", -1], "`--batch-size` must be at least 1, but is -1"),
         (["--weight-decay", -1], "`--weight-decay` must be at least 0, but is -1"),
-        (["--adam-betas", "(0.9,1.5)"], "`--adam-betas` must be two numbers from 0 to below 1"),
+        (["--adam-betas", "(0.9,1.5)"], "`--adam-betas` must be two numbers of at least 0"),
         (["--adam-eps", "nan"], "`--adam-eps` must be a finite number, but is nan"),
         (["--importance-weight", "inf"], "`--importance-weight` must be a finite number"),
         (["--warmup-init-lr", -1], "`--warmup-init-lr` must be at least 0, but is -1"),
@@ -74,7 +74,7 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_settings_that_cannot_train_are_refused(flags, message, data: Path, tmp_path: Path):
+def test_unusable_training_settings_are_refused(flags, message, data: Path, tmp_path: Path):
     with without_updates(), pytest.raises(ValueError, match=message):
         call("train", data, *TINY_MOE, *FEW, *flags, "--save-dir", tmp_path)
 
@@ -95,7 +95,7 @@ def test_a_save_folder_that_cannot_be_written_to_is_named(data: Path, tmp_path: 
         call("train", data, *TINY_MOE, *FEW, "--save-dir", tmp_path / "file" / "below")
 
 
-def test_the_trial_of_a_save_folder_leaves_all_files_as_they_are(tmp_path: Path):
+def test_checking_a_save_folder_leaves_all_files_as_they_are(tmp_path: Path):
     (tmp_path / "dummy").write_text("mine")
     checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["dummy"]
@@ -130,7 +130,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_training_run_into_a_folder_is_refused_while_the_first_runs(
+def test_a_second_training_run_with_the_same_folder_is_refused_while_the_first_runs(
     data: Path, tmp_path: Path
 ):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
@@ -168,7 +168,7 @@ def test_the_middle_of_an_epoch_is_not_resumed_with_other_batches(
         del state["extra_state"]["train_batches"]
     torch.save(state, tmp_path / LAST)
     flags = [*TINY_MOE, *FEW, "--max-update", 3, "--save-dir", tmp_path]
-    match = "middle of epoch 1.*`--batch-size` was 16 and is 8"
+    match = "middle of epoch 1.*`--batch-size` was 16 and is now 8"
     with without_updates(), pytest.raises(ValueError, match=match):
         call("train", data, *flags, "--batch-size", 8)
     call("train", data, *flags)
@@ -298,7 +298,7 @@ def test_a_gate_that_cannot_learn_is_reported_at_the_start(data: Path, tmp_path:
 def test_an_exploding_loss_causes_one_warning(data: Path, tmp_path: Path):
     flags = ["--lr", 1e4, "--clip-norm", 0, "--no-save", "--warmup-updates", 0, "--max-update", 6]
     done = call("train", data, *TINY_DENSE, *flags, "--save-dir", tmp_path)
-    assert len(re.findall("training diverges", done.text)) == 1
+    assert len(re.findall("training is diverging", done.text)) == 1
 
 
 # Stopped

@@ -72,7 +72,7 @@ def make_networks(
     for number, module in enumerate(modules.values()):
         randomise(module.eval(), 10 * seed + number)
     weight: Any = modules["output"].weight.data
-    # An MoE layer adds a sigmoid, which is always positive. This must not favour any symbol.
+    # An MoE layer adds a sigmoid, which is always positive but must not favour any symbol.
     weight -= weight.mean(dim=1, keepdim=True)
     weight *= 2
     return modules
@@ -119,7 +119,7 @@ def make_checkpoint(
     Args:
         folder: The folder to write to.
         config: The sizes of the network.
-        seed: The seed of its weights.
+        seed: The seed of the weights.
         languages: The languages of a multilingual model, such as "aa bb".
 
     Returns:

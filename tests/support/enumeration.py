@@ -1,4 +1,4 @@
-"""Score all translations of a sentence up to a length one by one, to test beam searches."""
+"""Score all translations of a sentence up to a given length, to test beam searches."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ LONGEST = 3
 # These unused words enlarge the dictionary, because its size limits fairseq's beam.
 FILLERS = "".join(chr(0x4E00 + number) for number in range(45))
 UNUSED = ["<s>", *FILLERS]
-# This beam has room for all 3 + 9 + 27 finished and at most 27 unfinished translations.
+# This beam has room for all 3 + 9 + 27 finished translations, and for all unfinished ones.
 BEAM = 40
 DICTIONARY = make_dictionary(LETTERS + FILLERS)
 
@@ -49,7 +49,7 @@ class Translation:
 
 @torch.no_grad()
 def force(models: Sequence[Any], source: str, text: str) -> Translation:
-    """Score all steps of a given translation in one pass by the models' mean probabilities."""
+    """Score all steps of a given translation in one pass with the models' mean probabilities."""
     src_tokens, src_lengths = make_tokens(source)
     target = [DICTIONARY.index(letter) for letter in text] + [DICTIONARY.eos()]
     previous = torch.tensor([[DICTIONARY.eos(), *target[:-1]]])

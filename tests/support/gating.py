@@ -44,7 +44,7 @@ def assert_is_the_definition(
     one_by_one: bool = True,
     **tolerance: float,
 ):
-    """Compare results with the definition's, and gradients for all results and for single ones."""
+    """Compare results, and the gradients of all and of single results, with the definition's."""
     keywords = inputs | {"row_offsets": offsets_of(sizes), "top_k": top_k}
     if not training:
         keywords["raw_scale"] = None
@@ -69,11 +69,11 @@ def assert_is_the_definition(
             for out in (ours, theirs)
         ]
         for name, one, other in zip(leaves, *gradients, strict=True):
-            assert_close(f"{name} by {fields}", one, other, **tolerance)
+            assert_close(f"gradient of {fields} with respect to {name}", one, other, **tolerance)
 
 
 def assert_infinite_logits_are_right():
-    """Compare with the definition for logits of -inf with noise, and check that NaN is absent.
+    """Compare with the definition for logits of -inf with noise, and check that results are finite.
 
     Each row has one to five finite logits, and three experts are chosen, so that none, one or both
     of the thresholds are -inf.
@@ -89,7 +89,7 @@ def assert_infinite_logits_are_right():
         loss = (out.gates * torch.arange(3)).sum() + out.importance.square().sum()
         grads = torch.autograd.grad(loss + out.load.square().sum(), leaves)
         results.append((*out[:5], *grads))
-    for name, one, other in zip((*FIELDS, "by clean", "by raw_scale"), *results, strict=True):
+    for name, one, other in zip((*FIELDS, "clean grad", "raw_scale grad"), *results, strict=True):
         assert other.isfinite().all(), name
         assert_close(name, one, other, rtol=1e-4, atol=1e-5)
     _assert_few_finite_logits_are_certain(clean, raw_scale, inputs["noise"])
@@ -105,7 +105,7 @@ def _assert_few_finite_logits_are_certain(clean: Tensor, raw_scale: Tensor, nois
 
 
 def _assert_rows_without_a_largest_logit_are_nan(clean: Tensor, raw_scale: Tensor):
-    """Check that a softmax over infinities gives NaN in the importance, but not in other rows."""
+    """Check that a softmax over infinities makes its row and the importance NaN, not other rows."""
     spoilt = clean.clone()
     spoilt[1] = -torch.inf
     spoilt[4, 7] = torch.inf

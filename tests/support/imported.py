@@ -1,4 +1,4 @@
-"""Import modules in the server that forks the processes of `ranks.py`, so that they start fast."""
+"""Imports in the server that forks the processes of `ranks.py`, so that the forks start fast."""
 
 import importlib
 import importlib.util

@@ -83,7 +83,7 @@ def make_sample(sources: list[str], targets: list[str]) -> dict[str, Any]:
     previous = target.roll(1, dims=1)
     previous[:, 0] = eos
     # In shorter sentences, the rolled tokens contain the end mark before the padding. Like fairseq,
-    # replace it by padding.
+    # replace it with padding.
     previous = previous.masked_fill(torch.arange(target.shape[1]) >= lengths[:, None], pad)
     return {
         "id": torch.arange(len(sources)),

@@ -112,7 +112,7 @@ def naive_search(
 
 
 def final(one: Found, config: BeamConfig) -> Found:
-    """Return a hypothesis's score."""
+    """Return a finished hypothesis with its final score."""
     received = one.attention.sum(0, keepdim=True)
     words = torch.ones_like(received, dtype=torch.bool)
     coverage = float(log_coverage(received, words)) * config.search.coverage_penalty_beta

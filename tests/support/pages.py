@@ -29,7 +29,7 @@ def pages() -> list[str]:
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the bash and Python blocks of a page in their order."""
+    """Return the bash and Python blocks of a page in order."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     return [
         Block(

@@ -1,9 +1,9 @@
 """Start programs quickly, as forks of a process that has already imported torch and fairseq.
 
-Importing fairseq takes seconds, which is most of the duration of a test that runs small commands.
+Importing fairseq takes seconds, most of the duration of a test that runs small commands.
 `python()` returns a Python in a folder with the programs of this environment. The programs that
 tests start most often are clients. They send their arguments, environment variables, working
-folder and open files to the server, which forks a process that becomes the program. As usual, each
+folder and open files to a server, which forks a process that becomes the program. As usual, each
 program imports the project's own modules itself.
 """
 
@@ -173,7 +173,7 @@ def become(arguments: list[str]) -> None:
 
 
 def end(error: BaseException | None) -> NoReturn:
-    """End like Python, but let the kernel free the memory, because Python takes half a second."""
+    """End like Python, but let the kernel free the memory, which takes Python half a second."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)

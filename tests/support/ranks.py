@@ -1,4 +1,4 @@
-"""Run a function in several processes that communicate by gloo over the loopback."""
+"""Run a function in several processes that use gloo over the loopback interface."""
 
 import multiprocessing
 import queue

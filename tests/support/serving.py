@@ -61,7 +61,7 @@ class LiveServer:
         return httpx.post(self.url + path, json=content, headers=headers, timeout=PATIENCE)
 
     def translate(self, q: Any, **fields: Any) -> Any:
-        """Send texts to LibreTranslate's API, check that the status is 200; return the answer."""
+        """Send texts to LibreTranslate's API, check for status 200, and return the answer."""
         answer = self.post("/translate", {"q": q, "source": "aa", "target": "bb", **fields})
         assert answer.status_code == 200, answer.text
         return answer.json()

@@ -1,4 +1,4 @@
-"""fairseq's own LSTM, and commands that apply only the repairs, to test these."""
+"""fairseq's own LSTM, and commands that apply only the repairs, to test the repairs alone."""
 
 import argparse
 import os
@@ -56,7 +56,7 @@ def count_updates(folder: Path, save_dir: str) -> int:
 
 
 def write_data(folder: Path, name: str, count: int = 30) -> None:
-    """Preprocess a corpus with target sentences that are the source sentences in capitals."""
+    """Preprocess a corpus whose target sentences are the source sentences in capitals."""
     text = folder / f"text-{name}"
     text.mkdir()
     for split, length in [("train", count), ("valid", 6)]:

@@ -22,8 +22,9 @@ def multiply_tf32(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def multiply_tf32x3(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Multiply float32 matrices in three TF32 products, as Triton's compiler does.
 
-    Each number is split into its nearest TF32 number and the rest. The product of the two rests is
-    too small to matter. If a rest is NaN, because its number is infinite, its products count as 0.
+    Each number is split into the nearest TF32 number and a remainder. The product of the two
+    remainders is too small to matter. If a remainder is NaN, because its number is infinite, its
+    products count as 0.
     """
     with np.errstate(invalid="ignore"):
         big = [round_to_tf32(numbers) for numbers in (left, right)]
@@ -34,7 +35,7 @@ def multiply_tf32x3(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def simulated_rounding() -> Iterator[set[str]]:
-    """Make the interpreter round float32 as `tl.dot` is told to; yield the ways used so far.
+    """Make the interpreter round float32 as `tl.dot` is told to; yield the precisions used so far.
 
     Sums are in float32, as on a GPU, but in another order.
     """

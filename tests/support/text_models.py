@@ -41,7 +41,7 @@ def make_model(seed: int = 1, task: Any = None, **options: Any) -> LSTMMoELM:
 
 
 def make_sample(*sentences: str) -> dict[str, Any]:
-    """Return a batch of a text, one sentence per row, like fairseq's collater."""
+    """Return a batch of a text, one sentence per row, as fairseq's collater does."""
     target, lengths = make_tokens(*sentences, pad_left=False)
     dictionary = make_dictionary()
     source = target.roll(1, dims=1)

@@ -1,4 +1,4 @@
-"""The flags of a training run that takes seconds, and helpers to check its checkpoints."""
+"""The flags of a training run that takes seconds, and helpers that check its checkpoints."""
 
 import shutil
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def without_updates() -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with torch's safe loader and only its own list of types."""
+    """Read a checkpoint with torch's safe loader, allowing only torch's own list of types."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

@@ -1,4 +1,4 @@
-"""Lines are counted as in `wc -l` and every other program that reads the file."""
+"""Lines are counted as by `wc -l` and every other program that reads the file."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def write(folder: Path, content: bytes) -> Path:
 
 
 def wc(path: Path) -> int:
-    """Count lines as `wc -l` does, and add a last line without a line feed."""
+    """Count lines as `wc -l` does, but include a last line without a line feed."""
     printed = subprocess.run(["wc", "-l", path], capture_output=True, check=True).stdout
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     return int(printed.split()[0]) + bool(content and not content.endswith(b"\n"))
@@ -53,7 +53,7 @@ def test_lines_are_those_that_wc_counts(
     path = write(folder, text.encode())
     found = list(read_lines(path))
     assert len(found) == count_lines(path) == wc(path)
-    # If the text itself begins with U+FEFF, the first one is dropped as a byte order mark.
+    # Without a byte order mark, a U+FEFF at the start of the text is dropped as one.
     wanted = [line for line, _ in lines] + [last] * bool(last)
     if not has_mark and text.startswith("\ufeff"):
         wanted[0] = wanted[0][1:]
@@ -129,7 +129,7 @@ def test_a_byte_order_mark_is_dropped_and_reported_once(
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_line_is_bounded_and_the_next_is_read(end: bytes):
+def test_the_length_of_a_line_is_limited_and_the_next_line_is_read(end: bytes):
     content = end.join([b"12345", b"123456", b"1" * 200_000, b"last"])
     first, *long, last = scan_lines(io.BytesIO(content), "text", max_bytes=5)
     assert (first, last) == ("12345", "last")
@@ -138,10 +138,10 @@ def test_a_line_is_bounded_and_the_next_is_read(end: bytes):
     ]
 
 
-def test_no_more_of_a_long_line_is_kept_than_its_limit(tmp_path: Path):
+def test_no_more_of_a_long_line_is_kept_than_the_limit(tmp_path: Path):
     path = tmp_path / "text"
     with path.open("wb") as file:
-        file.truncate(300_000_000)  # a sparse file, which reads as NUL to its end
+        file.truncate(300_000_000)  # a sparse file, which reads as NUL bytes
     tracemalloc.start()
     with pytest.raises(ValueError, match="line 1 has more than 16777216 bytes"):
         count_lines(path)

@@ -12,7 +12,7 @@ def write(path, data):
     return path
 
 
-def test_equal_files_give_their_number_of_lines(tmp_path):
+def test_files_of_equal_length_give_their_number_of_lines(tmp_path):
     first = write(tmp_path / "a.en", b"one\ntwo\n")
     second = write(tmp_path / "a.fr.gz", gzip.compress("un\ndéux\n".encode()))
     assert check_parallel([first, second]) == 2

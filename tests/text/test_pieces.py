@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_cuts(model, text):
     assert first != run(*command, "--seed", 2).stdout
 
 
-def test_several_texts_are_cut_each_with_its_own_seed(model, text, tmp_path):
+def test_each_of_several_texts_is_cut_with_its_own_seed(model, text, tmp_path):
     outputs = [tmp_path / "one", tmp_path / "two"]
     flags = ["--samples", 2, "--seed", 4, "--inputs", text, text, "--outputs", *outputs]
     assert run("encode", "--model", model, *flags).exit_code == 0
@@ -134,7 +134,7 @@ def test_text_outside_the_vocabulary_keeps_its_place(model, tmp_path):
     assert [join(line) for line in encoded] == ["garden €€", "", "東京 winter"] * 2
 
 
-def test_too_many_pieces_for_the_text_are_refused_or_cut_down(text, tmp_path):
+def test_too_many_pieces_for_the_text_are_refused_or_reduced(text, tmp_path):
     with pytest.raises(ValueError, match=r"`--vocab-size` 4000 pieces .*value <= \d+"):
         pieces.train([text], tmp_path / "m", tmp_path / "d", 4000)
     assert not (tmp_path / "m").exists()
@@ -173,7 +173,7 @@ def test_text_is_normalised_as_requested(text, tmp_path, name):
     assert found.replace("\u2044", "/") == NORMALIZED[name].replace("\u2044", "/")
 
 
-def test_nfc_is_that_of_unicode(text, tmp_path):
+def test_nfc_agrees_with_unicode(text, tmp_path):
     pieces.train([text], tmp_path / "m", tmp_path / "d", 40, normalization="nfc")
     processor = pieces.load(tmp_path / "m")
     generator = random.Random(1)

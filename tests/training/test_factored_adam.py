@@ -47,7 +47,7 @@ def reload(state: dict) -> dict:
 
 
 def rank_one_grad(step: int) -> Tensor:
-    """Return a gradient with squares of rank one, and with a different factor at each update."""
+    """Return a gradient whose squares have rank one, with a different factor at each update."""
     generator = torch.Generator().manual_seed(3)
     row, column = (
         torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
@@ -103,7 +103,7 @@ def test_eps_is_added_to_the_root_of_the_uncorrected_moment():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_updated_in_float32(dtype):
+def test_half_precision_parameters_are_updated_in_float32(dtype):
     for make in (make_experts, lambda dtype: Parameter(make_experts().detach().to(dtype))):
         ours = make(dtype)
         wide = Parameter(ours.detach().float())
@@ -130,7 +130,7 @@ def test_experts_of_a_layer_keep_a_row_and_a_column():
     assert sorted(optimizer.state[layer.gate.gate_weight]) == ["exp_avg", "exp_avg_sq", "step"]
 
 
-def test_groups_may_say_which_parameters_are_factored():
+def test_parameter_groups_may_say_which_parameters_are_factored():
     layer, other = make_layer(), make_layer()
     experts = list(other.experts.parameters())
     named = [
@@ -193,7 +193,7 @@ def test_a_reloaded_optimizer_continues_with_the_same_bits():
     train(two, second, range(3, 6))
     for mine, other in zip(one.parameters(), two.parameters(), strict=True):
         assert mine.equal(other)
-    # Loading has copied the state, so the first optimizer's is unchanged.
+    # Loading has copied the state, so the second optimizer has not changed the first one's.
     assert first.state[one.experts.weight_in]["step"] == 6
 
 
@@ -231,7 +231,7 @@ def test_the_state_of_adam_loads_if_nothing_is_factored():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_state_of_another_kind_is_refused():
+def test_the_state_of_another_kind_of_parameter_is_refused():
     experts, dense = make_experts(), Parameter(make_experts().detach())
     for parameter in (experts, dense):
         parameter.grad = torch.ones_like(parameter)

@@ -12,7 +12,7 @@ def test_at_temperature_1_every_pair_is_seen_once():
 
 
 def test_temperature_2_by_hand():
-    # The shares of N = 10 are 0.8 and 0.2. Their square roots have the ratio 2 to 1, so an epoch
+    # The shares of N = 10 are 0.8 and 0.2. Their square roots are in the ratio 2 to 1, so an epoch
     # draws 10 * 2/3 sentences from the pair with 8, and 10 * 1/3 from the pair with 2.
     assert passes_per_epoch(SIZES, 2.0) == pytest.approx({"en-fr": 20 / 24, "en-ko": 10 / 6})
 

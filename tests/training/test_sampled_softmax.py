@@ -15,7 +15,7 @@ V, D = 4, 3
 
 
 def make_problem(num_tokens: int = 5, num_classes: int = V, dim: int = D) -> tuple[Tensor, ...]:
-    """Return features (N, D) and weight (V, D), which require gradients, and targets (N,)."""
+    """Return (N, D) features and (V, D) weights, which require gradients, and (N,) targets."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -117,12 +117,12 @@ def test_an_accidental_hit_counts_only_for_other_tokens():
     weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
     sample = ClassSample(torch.tensor([1]), torch.tensor([0.5]))
     nll = sampled_nll(torch.ones(2, 1), weight, torch.tensor([1, 2]), sample)
-    # Token 0 drew its own target, so Z^ = 2 and its loss is log(2 / 2). For token 1, the loss is
-    # log((3 + 4) / 3).
+    # The target of token 0 is in the sample, so Z^ = 2 and the loss is log(2 / 2). For token 1, the
+    # loss is log((3 + 4) / 3).
     torch.testing.assert_close(nll, torch.tensor([1.0, 7 / 3]).log())
 
 
-def test_with_all_classes_certain_it_is_the_full_softmax_with_all_gradients():
+def test_with_all_classes_certain_the_loss_and_its_gradients_are_those_of_the_full_softmax():
     features, weight, target = make_problem()
     sample = ClassSample(torch.arange(V), torch.ones(V, dtype=torch.float64))
     nll = sampled_nll(features, weight, target, sample)
@@ -151,7 +151,7 @@ def test_the_partition_sum_and_its_gradient_are_unbiased(num_draws: int):
         torch.testing.assert_close(one, other, msg=name)
 
 
-def test_the_loss_is_too_low_and_its_bias_falls_at_least_as_one_over_draws():
+def test_the_loss_is_too_low_and_its_bias_falls_at_least_as_fast_as_one_over_draws():
     features, weight, target = make_problem()
     full = F.cross_entropy(features @ weight.t(), target)
     wanted = torch.autograd.grad(full, (features, weight))
@@ -190,7 +190,7 @@ def test_divided_by_the_true_partition_sum_the_gradient_is_that_of_the_full_soft
     assert (deviation < 0.05 * wanted.norm()).all()
 
 
-def test_half_precision_is_summed_in_full_precision():
+def test_half_precision_inputs_are_summed_in_float32():
     features, weight, target = (t.detach() for t in make_problem())
     sample = ClassSample(torch.tensor([0, 2]), torch.tensor([0.9, 0.4]))
     nll = sampled_nll(features.bfloat16(), weight.bfloat16(), target, sample)

@@ -14,6 +14,6 @@ def test_rate_climbs_holds_and_falls(update, rate):
     assert warmup_hold_inverse_sqrt(update, 1.0, 10, 40, start=0.1) == pytest.approx(rate)
 
 
-def test_without_warmup_and_hold_it_falls_from_the_first_update():
+def test_without_warmup_or_hold_the_rate_falls_from_the_first_update():
     rates = [warmup_hold_inverse_sqrt(update, 2.0, 0, 0) for update in (0, 1, 4)]
     assert rates == [2.0, 2.0, 1.0]

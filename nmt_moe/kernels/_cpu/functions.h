@@ -1,5 +1,5 @@
-// Functions of single elements and of rows that the loops share. Every file that includes this one is compiled once for
-// each set of vector instructions, so the functions are in an unnamed namespace.
+// Functions of elements and rows, shared by the loops. Every file that includes this one is compiled once for each set
+// of vector instructions, so the functions are in an unnamed namespace.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ inline T madd(T a, T b, T c) {
 #endif
 }
 
-// Computes e^x for x <= 0, to within 2 units in the last place. Below x = -87, near the smallest normal number, the
-// result is 0.
+// Computes e^x for x <= 0, to within 2 units in the last place. Below x = -87, where e^x nears the smallest normal
+// number, the result is 0.
 inline float exp_negative(float x) {
   const float lowest = -87.0f;
   const float bounded = x < lowest ? lowest : x;  // keeps NaN
@@ -119,7 +119,7 @@ inline void mix(const T* __restrict weights, const T* __restrict rows, T* __rest
   }
 }
 
-// Turns scores, of which the largest is given, into weights, and computes the context.
+// Turns scores into weights, given the largest score, and computes the context.
 template <typename T>
 inline void weigh(T* __restrict weights, const bool* padding, T largest, const T* __restrict source,
                   T* __restrict context, int64_t length, int64_t width) {

@@ -1,4 +1,4 @@
-// The operators of a step in inference, in float32: LSTMs, attention and the choice and mixture of experts.
+// The operators of an inference step, in float32: LSTMs, attention, and the choice and mixture of experts.
 #include <cmath>
 
 #include "operators.h"
@@ -43,7 +43,7 @@ Tensor multiply_panels(const Tensor& x, const Tensor& panels, const optional<Ten
   TORCH_CHECK_VALUE(x.size(1) == panels.size(1), "`x` must have ", panels.size(1), " columns, but has ", x.size(1),
                     ".");
   TORCH_CHECK_VALUE(!addend || (addend->size(-1) == width && (addend->dim() == 1 || addend->size(0) == x.size(0))),
-                    "`addend` must have a row of ", width, " columns, or one for each of ", x.size(0), " rows.");
+                    "`addend` must be one row of ", width, " columns, or ", x.size(0), " such rows.");
   const Tensor rows = x.contiguous(), sum = addend ? addend->contiguous() : Tensor();
   Tensor out = at::empty({x.size(0), width}, x.options());
   multiply(rows.const_data_ptr<float>(), x.size(0), panels, addend ? sum.const_data_ptr<float>() : nullptr,
@@ -64,7 +64,7 @@ void finish_cells(float* gates, const float* cell_before, const int64_t* parents
   });
 }
 
-// The rows of a matrix that are used, gathered, and for each reader the number of its row among them.
+// The used rows of a matrix, gathered, and for each reader, the index of its row among them.
 struct Used {
   Tensor rows;
   std::vector<int64_t> number;
@@ -126,10 +126,10 @@ Tensor log_probabilities(const Tensor& x, const Tensor& panels, int64_t width) {
 
 // Runs one step of an LSTM.
 //
-// The input's part of the gates is bias (4 H) + x (R, I) * of_input or, if there are `tokens` (R), their rows of x, a
-// table (V, 4 H). The state consists of previous outputs (P, D) and cells (P, H). Row r continues row parents[r], or
-// row r itself if there are no parents. A previous output is multiplied once for all rows that continue it. The weights
-// are panels. Returns the outputs (R, O) and the new cells.
+// The input's part of the gates is bias (4 H) + x (R, I) * of_input or, if `tokens` (R) are given, their rows of x,
+// which is then a table (V, 4 H). The state consists of previous outputs (P, D) and cells (P, H). Row r continues row
+// parents[r], or row r itself if there are no parents. A previous output is multiplied once for all rows that continue
+// it. The weights are in panels. Returns the outputs (R, O) and the new cells.
 std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const optional<Tensor>& tokens, const Tensor& of_input,
                                             const Tensor& bias, const Tensor& previous, const Tensor& of_previous,
                                             const Tensor& cell, const optional<Tensor>& parents,
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> packed_lstm_step(const Tensor& x, const optional<Tens
                     "the LSTM reads inputs and outputs of widths ", of_input.size(1), " and ", of_previous.size(1),
                     ", but got ", x.size(1), " and ", previous.size(1), ".");
   TORCH_CHECK_VALUE(previous.size(0) == cell.size(0) && (parents ? parents->numel() : cell.size(0)) == rows,
-                    "the LSTM's state must have ", rows, " rows, or a parent for each of them.");
+                    "the LSTM must have ", rows, " parents or, without parents, a state of ", rows, " rows.");
   const Tensor inputs = x.contiguous(), outputs = previous.contiguous(), before = cell.contiguous();
   const Tensor numbers = tokens ? tokens->contiguous() : Tensor(), owners = parents ? parents->contiguous() : Tensor();
   const Used used = parents ? gather_used(outputs, owners) : Used{outputs, {}};
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor> attend_rows(Tensor query, const Tensor& scale, const 
                                        const Tensor& padding, const Tensor& sentence, bool is_product) {
   TORCH_CHECK_VALUE(query.is_contiguous() && scale.is_contiguous() && keys.is_contiguous() && source.is_contiguous() &&
                         padding.is_contiguous() && sentence.is_contiguous(),
-                    "the tensors of attention must be contiguous.");
+                    "the attention's tensors must be contiguous.");
   const int64_t rows = query.size(0), length = keys.size(1), width = keys.size(2);
   Tensor context = at::empty({rows, width}, query.options()), weights = at::empty({rows, length}, query.options());
   const auto& loops = choose_loops<float>();
@@ -312,7 +312,7 @@ Tensor mix_experts(const Tensor& x, const Tensor& gates, const Tensor& ids, cons
   return y;
 }
 
-// The next two are not torch's operators, because torch computes the last elements of a tensor in another way than the
+// The next two functions replace torch's operators, which compute the last elements of a tensor differently from the
 // others, so that a row's bits would depend on the number of rows.
 
 // Replaces y with sigmoid(y) + x.

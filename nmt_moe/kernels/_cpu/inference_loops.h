@@ -1,12 +1,12 @@
-// Loops over plain memory in float32: products with panels, and what only inference needs. They are compiled once for
-// each set of vector instructions.
+// Loops over plain memory in float32: products with panels, and loops that only inference needs. They are compiled once
+// for each set of vector instructions.
 #pragma once
 
 #include <cstdint>
 
 namespace nmt_moe {
 
-// Weights (I, O) are stored in panels of this many columns: (ceil(O / PANEL), I, PANEL), filled up with zeros.
+// Weights (I, O) are stored in panels of this many columns: (ceil(O / PANEL), I, PANEL), padded with zeros.
 constexpr int64_t PANEL = 16;
 
 // A product out (rows, width) = addend + x (rows, inner) * weight, with the weight in panels. The strides are those of

@@ -22,8 +22,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 def library_path() -> Path:
     """Return the path of the library, whether or not it has been built.
 
-    The name contains torch's version, because torch's C++ interface changes with it, a digest of
-    the sources, and the processor's architecture.
+    The name contains a digest of the sources, the processor's architecture, and torch's version,
+    because torch's C++ interface differs between versions.
     """
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
@@ -36,7 +36,7 @@ def library_path() -> Path:
 def load() -> Any:
     """Return the library's operators, or None if torch's own operations are to be used.
 
-    They are used if the library has not been built, or if `NMT_MOE_KERNELS=torch` is set.
+    The result is None if the library has not been built, or if `NMT_MOE_KERNELS=torch` is set.
     """
     if os.environ.get(CHOICE) == "torch" or not library_path().exists():
         return None

@@ -44,7 +44,7 @@ const Loops<T>& choose_loops() {
 }
 
 // Computes out = left * right, or adds the product to `out`, for matrices or batches of them. With `relu`, negative
-// results become 0. Products are torch's, except on processors that its library is not made for.
+// results become 0. torch computes the product, except on processors that its library is not made for.
 void multiply_into(const Tensor& left, const Tensor& right, Tensor out, bool accumulate, bool relu = false);
 
 // Smallest number of LSTM cells that is worth a thread of its own.

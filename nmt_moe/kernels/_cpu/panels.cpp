@@ -17,10 +17,11 @@ constexpr int LANES = 8, REGISTERS = 12, MOST_ROWS = 6;
 constexpr int LANES = 4, REGISTERS = 12, MOST_ROWS = 3;
 #endif
 constexpr int VECTORS = PANEL / LANES;  // in a row of a panel
-// How many panels MOST_ROWS rows are multiplied by at a time: as many as there are registers for.
+// Number of panels that MOST_ROWS rows are multiplied by at a time: as many as there are registers for.
 constexpr int64_t TOGETHER = std::max(1, REGISTERS / (MOST_ROWS * VECTORS));
-// How many groups of MOST_ROWS rows are multiplied by a panel before the next panel is read. Weights with few inputs
-// are short, so reading them again costs little, and fewer rows of a wide result need fewer address translations.
+// Number of groups of MOST_ROWS rows that are multiplied by a panel before the next panel is read. Weights with few
+// inputs are short, so reading them again costs little, and fewer rows of a wide result need fewer address
+// translations.
 constexpr int64_t SHORT_BLOCKS = 8, LONG_BLOCKS = 16, LONG_FROM = 512;
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -29,7 +30,7 @@ using Unaligned = float __attribute__((vector_size(LANES * sizeof(float)), align
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(float* to, Vector vector) { *reinterpret_cast<Unaligned*>(to) = vector; }
 
-// Computes ROWS rows of COUNT panels, from the given row and panel on.
+// Computes ROWS rows of the products with COUNT panels, starting at the given row and panel.
 template <int ROWS, int COUNT>
 inline void multiply_block(const PanelProduct& product, int64_t row, int64_t panel) {
   constexpr int ALL = COUNT * VECTORS;
@@ -75,8 +76,8 @@ inline void multiply_block(const PanelProduct& product, int64_t row, int64_t pan
   }
 }
 
-// Multiplies ROWS rows by as many panels at a time as there are registers for, because each sum waits for its last
-// addition.
+// Multiplies ROWS rows by as many panels at a time as there are registers for, because each addition to a
+// sum waits for the previous one.
 template <int ROWS>
 void multiply_rows(const PanelProduct& product, int64_t row, int64_t first, int64_t last) {
   constexpr int COUNT = std::min(4, std::max(1, REGISTERS / (ROWS * VECTORS)));

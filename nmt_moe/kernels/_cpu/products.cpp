@@ -5,10 +5,10 @@
 namespace nmt_moe {
 namespace {
 
-// Number of columns that a thread takes at a time, and of rows of the right-hand side that are copied at a time. The
-// copy stays in a cache close to the core.
+// Number of columns that a thread takes at a time, and number of rows of the right-hand side that are copied at a time.
+// The copy stays in a cache close to the core.
 constexpr int64_t COLUMNS = 2 * PANEL, INNER = 1024;
-// Number of elements of a transposed left-hand side that are copied at a time, and of its rows that a thread takes.
+// Number of elements of a transposed left-hand side that are copied at a time, and number of rows that a thread copies.
 constexpr int64_t TURNED = 1 << 21, TURNED_ROWS = 32;
 
 // A batch of left-hand sides (C, rows, inner) with consecutive elements in each row.
@@ -45,7 +45,7 @@ void multiply_rows(const Lefts& left, const Tensor& right, const Tensor& out, fl
 }
 
 // Computes out (C, M, N) = left (C, M, K) * right (C, K, N), or adds the products to `out`. With `relu`, negative
-// results become 0. Rows of `out` are consecutive elements.
+// results become 0. The elements of a row of `out` are consecutive.
 void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool accumulate, bool relu) {
   const int64_t batches = left.size(0), rows = left.size(1), inner = left.size(2), width = right.size(2);
   TORCH_CHECK_VALUE(right.size(0) == batches && right.size(1) == inner && out.size(0) == batches &&
@@ -84,8 +84,8 @@ void multiply_matrices(const Tensor& left, const Tensor& right, Tensor out, bool
   }
 }
 
-// Returns whether these products are faster than torch's, if torch multiplies by MKL. MKL is made for Intel's
-// processors. On others, it uses no vectors of 512 bits.
+// Returns whether these products are faster than torch's. They are if torch uses MKL, which is made for Intel's
+// processors, on a processor of another maker: there, MKL does not use 512-bit vectors.
 bool is_faster_than_torch() {
 #ifdef NMT_MOE_X86
   __builtin_cpu_init();

@@ -43,11 +43,11 @@ struct Candidate {
 };
 
 // Finds the best continuations of each sentence: at most C = 2 W, with the best first. Equal ones are ordered by row,
-// then by token. log_probs (R, V) are those of the next token, so_far (R) those of the rows, sentence (R) is ascending.
+// then by token. log_probs (R, V) are those of the next token, and so_far (R) those of the rows. sentence (R) ascends.
 // A token that is more than `margin` below the best one of its sentence is removed, unless the margin is 0.
 //
-// Returns log-probabilities (B, C) of the whole hypotheses, -inf for no candidate, tokens (B, C), rows (B, C), and the
-// sentence and rank of each candidate among the first W that ends with `eos`.
+// Returns the log-probabilities (B, C) of the whole hypotheses (-inf for no candidate), their last tokens (B, C) and
+// their rows (B, C), and the sentence and rank of each candidate among the first W that ends with `eos`.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(const Tensor& log_probs, const Tensor& so_far,
                                                                    const Tensor& sentence, int64_t sentences,
                                                                    int64_t width, double margin, int64_t eos) {
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_candidates(const Tensor&
   return {best, tokens, parents, at::tensor(ended_sentence, integers), at::tensor(ended_rank, integers)};
 }
 
-// Chooses the rows of the next step: of each open sentence, the first W candidates that do not end with `eos`, except
+// Chooses the rows of the next step: for each open sentence, the first W candidates that do not end with `eos`, except
 // those that `is_kept` (B, C) rules out. The other arguments are results of `best_candidates`; is_open is (B).
 //
 // Returns the sentence, rank, parent, last token and log-probability of each new row.

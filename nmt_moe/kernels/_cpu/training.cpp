@@ -1,4 +1,4 @@
-// The operators of training: LSTMs, products of experts, cross-entropy and factored Adam.
+// The operators of training: LSTMs, products with experts' matrices, cross-entropy and factored Adam.
 #include "operators.h"
 
 namespace nmt_moe {
@@ -30,7 +30,7 @@ void step_backward(const T* gates, const T* before, const T* cell, const T* grad
   });
 }
 
-// gates (B, 4 H) are overwritten with their activations. hidden (B, H) is written, before any projection.
+// gates (B, 4 H) are overwritten with their activations. hidden (B, H), the output before any projection, is written.
 void lstm_step(Tensor gates, const Tensor& before, Tensor cell, Tensor hidden) {
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_step", [&] {
     step_forward(gates.data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), cell.data_ptr<scalar_t>(),

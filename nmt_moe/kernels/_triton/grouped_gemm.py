@@ -2,7 +2,7 @@
 
 Block sizes were chosen by reasoning, not by tuning, because no GPU was available. With t rows per
 expert, a pass over the weights does about t multiply-adds for each element read, and an H100 or
-H200 needs about 200 of them (in bfloat16) before arithmetic instead of memory becomes the
+H200 needs about 200 of them (in bfloat16) before arithmetic, rather than memory, becomes the
 bottleneck. With up to 32 rows per expert, it therefore matters only that each expert's matrix is
 read once, so blocks have few rows and are narrow enough to leave registers and shared memory for
 loads in flight. Above 128 rows per expert, blocks have the size that suits the tensor cores. In
@@ -24,8 +24,8 @@ from nmt_moe.kernels._triton.grouped_gemm_kernels import (
     zero_kernel,
 )
 
-# About this many programs compute the gradient of a matrix that all rows share. The largest GPU has
-# a few programs for each multiprocessor. Each program sums over at least PART_ROWS rows.
+# About this many programs compute the gradient of a matrix that all rows share, which is a few for
+# each multiprocessor of the largest GPU. Each program sums over at least PART_ROWS rows.
 PROGRAMS, PART_ROWS = 512, 256
 
 
@@ -91,8 +91,8 @@ def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> in
 
     The module's docstring gives the reasons.
     """
-    # Row counts vary around their mean, and the matrix of an expert with one row more than a block
-    # holds is read twice. These block sizes leave room for that: if counts follow a Poisson
+    # Row counts vary around their mean, and if an expert has one row more than a block holds, its
+    # matrix is read twice. These block sizes leave room for that: if counts follow a Poisson
     # distribution, a matrix is read at most 1.1 times on average up to a mean of 55 rows, and 2.5
     # times at a mean of 128.
     for most, block_rows in ((8, 16), (20, 32), (128, 64)):
@@ -112,7 +112,7 @@ def multiply_rows(
     add_to: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Multiply each row by its expert's matrix, accumulated in float32.
+    """Multiply each row by its expert's matrix, with sums in float32.
 
     Args:
         rows: (R, D), sorted by expert.
@@ -123,7 +123,7 @@ def multiply_rows(
         relu: Whether to apply a ReLU to the product.
         mask: (R, F). The result is 0 where the mask is 0 or less. To apply a ReLU's gradient,
             pass the ReLU's output as the mask.
-        add_to: (R, F), contiguous. If given, the products are added to it in place.
+        add_to: (R, F), contiguous; the products are added to it in place. None for a new tensor.
         precision: How `tl.dot` rounds float32: "ieee", "tf32" or "tf32x3"; None to follow torch's
             setting.
 
