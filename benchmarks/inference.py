@@ -46,12 +46,12 @@ FAIRSEQ = "fairseq"
 INTERACTIVE = "fairseq-interactive"
 ANSWER = "D-"  # begins fairseq-interactive's last line for a sentence
 LOAD = """
-import json, time
+import json, sys, time
 start = time.perf_counter()
 import torch
 imported = time.perf_counter()
 from nmt_moe import Translator
-Translator.load({folder!r})
+Translator.load(sys.argv[1])
 end = time.perf_counter()
 print(json.dumps([end - start, end - imported]))
 """
@@ -291,7 +291,8 @@ def measure_loading(folders: list[Path], rounds: int) -> list[str]:
 
 def load_bundle(folder: Path) -> tuple[float, float]:
     """Return how long a new process takes to open a bundle, with and without importing torch."""
-    line = [sys.executable, "-c", LOAD.format(folder=str(folder))]
+    # The path must not be relative, because the process has another working directory.
+    line = [sys.executable, "-c", LOAD, str(folder.resolve())]
     found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=timing.REPOSITORY)
     whole, own = json.loads(found.stdout)
     return whole, own

@@ -13,6 +13,7 @@ Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +89,30 @@ class Row:
     test: list[float]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """The sizes of a text: pieces with end marks, words, and characters without line breaks."""
+
+    tokens: int
+    words: int
+    characters: int
+
+    def per_word(self, perplexity: float) -> float:
+        """Turn a perplexity per token into one per word, over the same loss."""
+        return perplexity ** (self.tokens / self.words)
+
+    def bits_per_character(self, perplexity: float) -> float:
+        """Turn a perplexity per token into a loss in bits per character."""
+        return math.log2(perplexity) * self.tokens / self.characters
+
+
+def count(work: Path) -> Counts:
+    """Count the pieces, words and characters of the test text."""
+    tokens = sum(len(line.split()) + 1 for line in read_lines(work / "pieces" / "test"))
+    lines = list(read_lines(work / "text" / "test"))
+    return Counts(tokens, sum(len(line.split()) for line in lines), sum(map(len, lines)))
+
+
 def read_result(log: Path) -> Result:
     """Read the perplexities at the last update from a JSON log, where losses are in bits.
 
@@ -159,15 +184,19 @@ def make_rows(
     return rows
 
 
-def layout(rows: Sequence[Row]) -> str:
+def layout(rows: Sequence[Row], counts: Counts) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| model | ops/timestep | parameters | dropout | seeds | valid ppl | test ppl |",
-        "|---|---|---|---|---|---|---|",
+        "| model | ops/timestep | parameters | dropout | seeds | valid ppl | test ppl "
+        "| test ppl per word | test bits per character |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row.name, f"{row.ops:,}", f"{row.params:,}", row.dropout, str(len(row.test))]
-        lines.append("| " + " | ".join([*cells, spread(row.valid), spread(row.test)]) + " |")
+        cells += [spread(row.valid), spread(row.test)]
+        cells.append(f"{statistics.mean(map(counts.per_word, row.test)):.1f}")
+        cells.append(f"{statistics.mean(map(counts.bits_per_character, row.test)):.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -258,8 +287,9 @@ def flags(model: str, dim: int) -> None:
 def report(work: Path, dim: int, vocab_size: int) -> None:
     """Write table.md, capacity.png and updates.png."""
     rows = make_rows(collect(work), dim, vocab_size)
-    (work / "table.md").write_text(layout(rows), encoding="utf-8")
-    print(layout(rows), end="")
+    table = layout(rows, count(work))
+    (work / "table.md").write_text(table, encoding="utf-8")
+    print(table, end="")
     draw(rows, work / "capacity.png")
     draw_curves(rows, work, work / "updates.png")
 

@@ -36,8 +36,8 @@ def line(tmp_path: Path) -> list[str]:
     translate.save_checkpoint(checkpoint, config, model)
     for dtype in ("float32", "int8"):
         export(checkpoint, tmp_path, Pieces(), tmp_path / dtype, dtype)
-    flags = f"--data {tmp_path} --checkpoint {checkpoint} --bundles {tmp_path}/float32"
-    return shlex.split(f"{flags} {tmp_path}/int8 --max-length 6 --batch 2 --one 2 --threads 1")
+    flags = f"--data {tmp_path} --checkpoint {checkpoint} --bundles float32 int8"
+    return shlex.split(f"{flags} --max-length 6 --batch 2 --one 2 --threads 1")
 
 
 def test_all_translators_get_the_same_sentences(
@@ -48,6 +48,7 @@ def test_all_translators_get_the_same_sentences(
     repository: Path,
 ):
     monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.chdir(tmp_path)  # the bundles' paths are relative
     path = tmp_path / "found.json"
     inference.main([*line, "--interactive", "--rounds", "2", "--json", str(path)])
     rows = {(row["translator"], row["way"]): row for row in json.loads(path.read_text())["rows"]}

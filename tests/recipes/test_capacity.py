@@ -71,6 +71,13 @@ def write_log(run_folder, valid_bits, test_bits):
     (run_folder / "done").touch()
 
 
+def write_test_text(work):
+    """Write a text of two lines with 6 pieces and 2 end marks, 4 words and 16 characters."""
+    for folder, text in (("text", "abcd abcd\nabc abc"), ("pieces", "_ab cd _abcd\n_abc _a bc")):
+        (work / folder).mkdir()
+        (work / folder / "test").write_text(text + "\n")
+
+
 def test_table_and_figure_of_given_logs(tmp_path):
     pytest.importorskip("matplotlib")
     runs = tmp_path / "runs"
@@ -80,13 +87,15 @@ def test_table_and_figure_of_given_logs(tmp_path):
     write_log(runs / "moe_4/dropout-0.1/seed-1", 6, 1)
     (runs / "moe_16/dropout-0.0/seed-1").mkdir(parents=True)  # not finished
     (runs / "moe_16/dropout-0.0/seed-1/train.log").touch()
+    write_test_text(tmp_path)
     report = ["report", "--work", tmp_path, "--dim", 64, "--vocab-size", 2000]
     done = CliRunner().invoke(capacity.main, [str(word) for word in report])
     assert done.exit_code == 0, done.output
     table = done.stdout.splitlines()
     assert table[2:] == [
-        "| lstm_4 | 131,072 | 132,096 | 0.0 | 1 | 32.00 | 16.00 |",
-        "| moe_4 | 131,584 | 132,096 | 0.0 | 2 | 16.00 (16.00 to 16.00) | 6.00 (4.00 to 8.00) |",
+        "| lstm_4 | 131,072 | 132,096 | 0.0 | 1 | 32.00 | 16.00 | 256.0 | 2.000 |",
+        "| moe_4 | 131,584 | 132,096 | 0.0 | 2 | 16.00 (16.00 to 16.00) | 6.00 (4.00 to 8.00) "
+        "| 40.0 | 1.250 |",
     ]
     assert (tmp_path / "table.md").read_text().splitlines() == table
     for figure in ("capacity.png", "updates.png"):
