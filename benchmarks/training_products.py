@@ -1,10 +1,11 @@
-"""Time this project's products of float32 matrices in training, side by side with torch's.
+"""Time this project's float32 matrix multiplication for training, side by side with torch's.
 
     python -m benchmarks.training_products --threads 1 --rounds 7
 
 Each size is a batch of C products of (M, K) and (K, N) matrices. The right or the left side may be
-a transposed view, as in a backward pass. Which of the two kinds is used in training depends on the
-processor (`nmt_moe/kernels/_cpu/products.cpp`); both are timed here on any processor.
+a transposed view, as in a backward pass. Which implementation, this project's or torch's, is used
+in training depends on the processor (`nmt_moe/kernels/_cpu/products.cpp`); both are timed here on
+any processor.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     timing.prepare(args)
     if compiled_operators() is None:
-        parser.error("no loops are compiled. Run python -m nmt_moe.kernels._cpu.build.")
+        parser.error("the loops have not been compiled. Run python -m nmt_moe.kernels._cpu.build.")
     rows, lines = [], []
     for text in args.sizes:
         size = tuple(map(int, text.split("x")))

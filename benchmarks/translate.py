@@ -1,4 +1,4 @@
-"""Time fairseq-generate with lstm_moe_gnmt_small and with fairseq's lstm of the same widths.
+"""Time fairseq-generate with lstm_moe_gnmt_small and with fairseq's lstm with the same widths.
 
     python -m benchmarks.translate --threads 2 --batch 32 --beam 5 --length 25 --rounds 7
 
@@ -75,7 +75,7 @@ def training_configs(folder: Path, args: argparse.Namespace) -> dict[str, DictCo
 
 
 def generation_line(folder: Path, checkpoint: Path, args: argparse.Namespace) -> list[str]:
-    """Return the arguments of fairseq-generate."""
+    """Return fairseq-generate's arguments."""
     length = str(args.length)
     line = [str(folder), "--path", str(checkpoint), "--source-lang", "src", "--target-lang", "tgt"]
     line += ["--beam", str(args.beam), "--batch-size", str(args.batch)]

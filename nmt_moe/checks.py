@@ -131,3 +131,10 @@ def check_finite(what: str, values: Tensor) -> None:
             "them. During training, a lower learning rate or gradient clipping usually "
             "helps."
         )
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return an error's message, which names the file and the reason if the system gave them."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"`{error.filename}`: {error.strerror}. Check the path."

@@ -112,10 +112,11 @@ require_whole() {
 
 # require_choice NAME CHOICE...: reject a variable that is not one of the choices.
 require_choice() {
-  local name=$1 choice
+  local name=$1 choice choices
   shift
   for choice; do [[ ${!name} == "$choice" ]] && return; done
-  die "$name must be one of: $*; but is '${!name}'"
+  choices=$(printf ', %s' "$@")
+  die "$name must be one of ${choices:2}, but is '${!name}'"
 }
 
 # require_number NAME: reject a variable that is not a decimal number of at least 0, such as 0.01 or 1e-2.
@@ -167,7 +168,7 @@ require_multiple() {
 
 # require_flags ARGUMENT...: reject arguments that do not begin with a flag.
 require_flags() {
-  (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes flags of fairseq-train, which begin with -, not '$1'"
+  (($# == 0)) || [[ $1 == -* ]] || die "$(basename "$0") takes fairseq-train flags, which begin with -, but was given '$1'"
 }
 
 # show_end LOG: print the end of a log on standard error.
@@ -227,22 +228,22 @@ train_logged() {
 }
 
 # keep_settings FOLDER SETTINGS [VARIABLE]: write SETTINGS to FOLDER/settings; refuse if FOLDER, named by VARIABLE (RUN),
-# contains models or finished training runs with other settings.
+# contains models or finished training runs with different settings.
 keep_settings() {
   local folder=$1 settings=$2
   mkdir -p "$folder"
   if [[ -f $folder/settings && $(<"$folder/settings") != "$settings" ]] &&
     [[ -n $(find "$folder" \( -name '*.pt' -o -name 'done' \) -print -quit) ]]; then
     diff "$folder/settings" - <<<"$settings" >&2 || true
-    die "$folder was trained with other settings or text (above: < then, > now). Choose another ${3:-RUN}, or remove it."
+    die "$folder was trained with different settings or a different text (above: < then, > now). Choose another ${3:-RUN}, or remove it."
   fi
   if [[ -f $folder/settings && $(<"$folder/settings") != "$settings" && -s $folder/train.log ]]; then
-    mv "$folder/train.log" "$folder/train.$(date +%Y%m%d-%H%M%S).log" # from a training run with other settings
+    mv "$folder/train.log" "$folder/train.$(date +%Y%m%d-%H%M%S).log" # from a training run with different settings
   fi
   printf '%s\n' "$settings" >"$folder/settings"
 }
 
-# keep_or_clear FOLDER KEY: remove a training run with other settings from FOLDER, because it cannot be continued.
+# keep_or_clear FOLDER KEY: remove a training run with different settings from FOLDER, because it cannot be continued.
 keep_or_clear() {
   if [[ -d $1 && $(cat "$1/settings" 2>/dev/null) != "$2" ]]; then
     say "the settings changed: removing $1"

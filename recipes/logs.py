@@ -16,7 +16,7 @@ LOG = click.argument("log", type=click.Path(path_type=Path))
 
 
 def read_loss_of(log: Path) -> Loss:
-    """Read the loss from a log of fairseq-eval-lm; errors name the file."""
+    """Read the loss from a fairseq-eval-lm log; errors name the file."""
     try:
         return read_loss(read_lines(log, allow_controls=True))
     except ValueError as error:

@@ -8,8 +8,8 @@
 #   bash tools/test.sh -m gpu -n 0                         all GPU tests, on a machine with a GPU
 #
 # Environment variables:
-#   NMT_MOE_PYTHON   a Python that already has everything (see tools/setup.sh), with pytest, pytest-timeout, pytest-xdist
-#   OMP_NUM_THREADS  threads of each test process (default 1, because more slow down tests that start several processes)
+#   NMT_MOE_PYTHON   a Python that already has everything (see tools/setup.sh), including pytest, pytest-timeout and pytest-xdist
+#   OMP_NUM_THREADS  threads per test process (default 1, because more threads would slow down tests that start several processes)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

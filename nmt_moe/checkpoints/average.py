@@ -82,8 +82,8 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[float, Path]
 def _take(found: list[Path], folder: Path, count: int) -> list[Path]:
     if len(found) < count:
         raise ValueError(
-            f"`{folder}` must contain at least {count} checkpoints of the requested kind, but "
-            f"contains {len(found)}"
+            f"`{folder}` must contain {count} or more checkpoints of the chosen kind, but "
+            f"contains {len(found)}. Average fewer, choose another kind, or name another folder."
         )
     return found[-count:]
 

@@ -55,7 +55,7 @@ def save_experts(
         model: This rank's parameters of experts, (L, ...), by name.
         optimizer: Optimizer state of these parameters, (L, ...), by the parameter's index in the
             optimizer and the name of the value.
-        group: The ranks that share the experts.
+        group: The ranks that together hold every expert once.
 
     Returns:
         The checkpoint's manifest; None on ranks that leave the writing to another rank.

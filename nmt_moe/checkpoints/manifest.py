@@ -77,7 +77,7 @@ def _check_fields(manifest: Any) -> None:
         raise ValueError(f"has a manifest for an invalid number of experts: {shown(num_experts)}")
     if len(manifest["files"]) > num_experts:
         count = len(manifest["files"])
-        raise ValueError(f"has {count} expert files for only {num_experts} experts")
+        raise ValueError(f"has more expert files ({count}) than experts ({num_experts})")
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or not all(
             _is_count(entry.get(key)) for key in ("start", "stop", "bytes")

@@ -11,10 +11,12 @@ from typing import IO, Any, BinaryIO
 
 import click
 
-from nmt_moe.checks import check_whole
+from nmt_moe.checks import check_whole, describe_os_error
 
 # Starting far more threads than this crashes the process.
 MAX_THREADS = 1024
+# Names in messages for values that come from an option with another name.
+OTHER_NAMES = {"beam_size": "beam", "num_hypotheses": "nbest", "length_exponent": "lenpen"}
 
 
 class WithExamples(click.Command):
@@ -65,14 +67,24 @@ def mistakes_as_messages(ctx: click.Context) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("NMT_MOE_TRACEBACK") == "1":
             raise
-        raise Mistake(ctx.command_path, describe_error(error)) from error
+        message = name_options(describe_error(error), ctx.command.params)
+        raise Mistake(ctx.command_path, message) from error
 
 
 def describe_error(error: ValueError | OSError) -> str:
     """Return an error's message, which names the file and the reason if the system gave them."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"`{error.filename}`: {error.strerror}. Check the path."
-    return str(error)
+    return describe_os_error(error) if isinstance(error, OSError) else str(error)
+
+
+def name_options(message: str, params: list[click.Parameter]) -> str:
+    """Replace the Python names of options, as in "`beam_size` must be", by the command's names."""
+    options = {
+        param.name: max(param.opts, key=len) for param in params if isinstance(param, click.Option)
+    }
+    options |= {own: options[name] for own, name in OTHER_NAMES.items() if name in options}
+    return re.sub(
+        r"`(\w+)`(?= must )", lambda match: f"`{options.get(match[1], match[1])}`", message
+    )
 
 
 class List(click.Option):

@@ -20,4 +20,4 @@ def check_parallel(files: tuple[Path, ...], allow_empty: bool) -> None:
     Only a line feed ends a line, as in fairseq. Files named *.gz and *.xz are decompressed.
     """
     count = parallel.check_parallel(files, allow_empty)
-    click.echo(f"{count} lines: {' '.join(path.name for path in files)}")
+    click.echo(f"{' '.join(path.name for path in files)}: number of lines: {count}")

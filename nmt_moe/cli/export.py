@@ -49,7 +49,7 @@ nmt-moe export lm.pt --data text-bin --pieces spm.model --output my-language-mod
 @click.option(
     "--normalize-punctuation",
     is_flag=True,
-    help="Normalise punctuation in source text with the rules of Moses, as in training.",
+    help="Normalise punctuation in source text by Moses's rules, as in training.",
 )
 @click.option("--beam", type=int, help="The bundle's default beam size.  [default: 5]")
 @click.option(

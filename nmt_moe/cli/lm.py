@@ -63,7 +63,7 @@ def score(folder: Path, file: Path | None) -> None:
     if totals:
         whole = total_score(totals)
         click.echo(
-            f"{len(totals)} lines: perplexity {whole.perplexity_per_piece:.3f} per piece, "
+            f"lines: {len(totals)}; perplexity {whole.perplexity_per_piece:.3f} per piece, "
             f"{whole.perplexity_per_word:.3f} per word, {whole.perplexity_per_character:.4f} per "
             f"character; {whole.bits_per_character:.4f} bits per character",
             err=True,

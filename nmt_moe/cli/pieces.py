@@ -120,7 +120,7 @@ def train(
     )
     click.echo(f"{done.num_pieces} pieces, {model_type}, normalization {normalization}")
     for reason, count in done.left_out.items():
-        click.echo(f"left out of training: {count} lines {reason}", err=True)
+        click.echo(f"lines left out of training: {count} {reason}", err=True)
 
 
 @command(
@@ -187,7 +187,7 @@ def match(inputs: tuple[Path, ...], outputs: tuple[Path, ...]) -> Iterator[tuple
     """Yield each input with its output and its number."""
     if len(inputs) != len(outputs):
         raise ValueError(
-            f"`--outputs` must name a file for each of the {len(inputs)} inputs, but names "
+            f"`--outputs` must name a file for each input (in total {len(inputs)}), but names "
             f"{len(outputs)}."
         )
     standard = Path("-")

@@ -108,7 +108,7 @@ nmt-moe plan --arch lstm_moe_gnmt --model-dim 256 --lstm-hidden-dim 512 --device
 @click.option(
     "--expert-parallel-size",
     default=0,
-    help="Number of devices that share the experts; 0: as many as possible.",
+    help="Number of devices that the experts are divided among; 0: as many as possible.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
 @click.pass_context
@@ -252,8 +252,8 @@ def lay_out_plan(name: str, setup: Setup, plan: Plan, device: Device, ways: Sequ
     local, everywhere = plan.parameters
     batch = setup.batch
     lines = [
-        f"{name}: {everywhere / 1e6:.1f}M parameters, {local / 1e6:.1f}M of them on each of "
-        f"{setup.devices} devices; {setup.size} share the experts",
+        f"{name}: {everywhere / 1e6:.1f}M parameters, {local / 1e6:.1f}M of them on each "
+        f"device; devices: {setup.devices}; experts divided among: {setup.size}",
         f"{batch.sentences} sentences of {batch.length} tokens on each device, "
         f"{batch.vocab_size} symbols",
         "",

@@ -36,15 +36,18 @@ nmt-moe report my-language-model --text test.txt --output report.html
 @list_option("--reference", type=FILE, help="Translations of the text, one file for each part.")
 @list_option("--target-lang", help="For a multilingual model: target languages, one for each part.")
 @click.option("--against", type=BUNDLE, help="A second bundle to compare with.")
-@click.option("--output", type=NEW_FILE, help="HTML page to write; it is smaller than 5 MB.")
+@click.option("--output", type=NEW_FILE, help="HTML page to write (always smaller than 5 MB).")
 @click.option(
-    "--json", "dump", type=NEW_FILE, help="JSON file to write, with the page's values and more."
+    "--json",
+    "dump",
+    type=NEW_FILE,
+    help="JSON file to write, with the values on the page and additional ones.",
 )
 @click.option("--threads", type=int, help="Number of CPU threads to use.  [default: torch's]")
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show progress bars on standard error.  [default: if that is a terminal]",
+    help="Show progress bars on standard error.  [default: only if it is a terminal]",
 )
 def report(
     folder: Path,
@@ -59,13 +62,13 @@ def report(
 ) -> None:
     """Report how the bundle FOLDER uses its experts on a text, and how well it translates.
 
-    The page shows the load of every layer; for each expert, the contexts with the largest gates
-    (Table 9 of Shazeer et al. 2017) and the pieces for which it is over-used; sentences with
-    attention and routing; and, with a reference, BLEU and chrF. It needs neither network access nor
-    scripts.
+    The page shows the load of the experts in every layer; for each expert, the contexts with the
+    largest gates (Table 9 of Shazeer et al. 2017) and the pieces for which it is over-used;
+    sentences with their attention and the experts used for each piece; and, with a reference, BLEU
+    and chrF. It needs neither network access nor scripts.
 
-    For several languages, the report has parts: give a --target-lang and a --reference for each
-    part, and either one --text for all parts or one for each. Blank lines are skipped.
+    For several languages, the report is divided into parts: give a --target-lang and a --reference
+    for each part, and either one --text for all parts or one for each. Blank lines are skipped.
     """
     outputs = [path for path in (output, dump) if path is not None]
     if not outputs:
@@ -109,8 +112,8 @@ def read_parts(
     ):
         if len(given) not in may_be:
             raise ValueError(
-                f"`{name}` must be given {' or '.join(map(str, sorted(set(may_be))))} times for "
-                f"{num_parts} parts, but is given {len(given)} times."
+                f"`{name}` takes {' or '.join(map(str, sorted(set(may_be))))} values for "
+                f"{num_parts} parts, but was given {len(given)}."
             )
     all_texts = list(texts) * (num_parts // len(texts))
     all_languages = list(languages) * (num_parts // len(languages)) if languages else []

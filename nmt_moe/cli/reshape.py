@@ -54,7 +54,7 @@ def reshape(
         click.echo(f"{output}: {checkpoint} in one file")
     else:
         library.split(checkpoint, output, files, overwrite)
-        click.echo(f"{output}: {checkpoint} with its experts in {files} files")
+        click.echo(f"{output}: {checkpoint}; expert files: {files}")
 
 
 def verify(path: Path) -> str:
@@ -81,4 +81,5 @@ def verify(path: Path) -> str:
         return f"complete, in one file, {fits}"
     size = sum(entry["bytes"] for entry in manifest["files"]) / 1e6
     count = len(manifest["files"])
-    return f"complete, {manifest['num_experts']} experts in {count} files ({size:.1f} MB), {fits}"
+    experts = f"experts: {manifest['num_experts']}, expert files: {count} ({size:.1f} MB)"
+    return f"complete, {experts}, {fits}"

@@ -71,9 +71,9 @@ def score(
     """  # noqa: D301 - \b keeps the table as it is
     if tokenize and tokenized:
         raise ValueError("`--tokenize` has no effect with `--tokenized`: leave one out.")
-    measures = lib.make_measures(lib.choose_language(lang, references[0], tokenized), tokenize)
     further = [path for path in (src, against) if path is not None]
     hypotheses, *texts = lib.read_texts([hypothesis, *references, *further])
+    measures = lib.make_measures(lib.choose_language(lang, references[0], tokenized), tokenize)
     references_read = texts[: len(references)]
     report: dict = {
         "hypothesis": str(hypothesis),
@@ -105,7 +105,7 @@ def format_report(report: dict) -> str:
         lines.append(f"\n{source['measure']} by number of source words")
         for row in source["rows"]:
             lines.append(f"{row['words']:>8} {row['score']:6.2f}  {row['sentences']} sentences")
-        lines.append(f"{source['copies']} translations copy their source")
+        lines.append(f"translations that copy their source: {source['copies']}")
     if "bootstrap" in report:
         lines.append(
             f"\npaired bootstrap against {report['against']}, {report['samples']} resamples"

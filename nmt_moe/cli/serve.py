@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from nmt_moe.checks import check_whole
 from nmt_moe.cli._command import check_threads, command
 from nmt_moe.cli._paths import BUNDLE, FILE
 
@@ -71,6 +72,7 @@ def serve(
     users' text. Its entry "serving" gives the address once the server accepts requests. On Ctrl-C
     or SIGTERM, the server finishes all open requests and then stops.
     """
+    check_whole("--port", port, 0, 65535)
     if threads is not None:
         check_threads(threads)
     click.echo(f"loading {' '.join(folders)} ...", err=True)

@@ -59,6 +59,6 @@ def sweep(
     counts = [len(hypotheses) for hypotheses in found.hypotheses.values()]
     click.echo(lib.format_grid(grid))
     click.echo(
-        f"{len(counts)} sentences, {min(counts)} to {max(counts)} hypotheses each; "
+        f"sentences: {len(counts)}, with {min(counts)} to {max(counts)} hypotheses each; "
         f"best: alpha {best[0]:g}, beta {best[1]:g}\n{signature}"
     )

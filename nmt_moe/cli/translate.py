@@ -68,7 +68,7 @@ nmt-moe translate en-de --ensemble en-de-seed2 < text.en
 @click.option(
     "--progress/--no-progress",
     default=None,
-    help="Show a progress bar on standard error.  [default: for files, if that is a terminal]",
+    help="Show a progress bar on standard error.  [default: only for files, if it is a terminal]",
 )
 def translate(
     folder: Path,

@@ -1,4 +1,4 @@
-"""Replace functions of fairseq with repaired ones."""
+"""Replace fairseq functions with repaired ones."""
 
 import functools
 import sys

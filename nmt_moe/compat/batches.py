@@ -15,7 +15,7 @@ def keep_every_sentence() -> None:
 
     Reason: `batch_by_size` drops the last batch if its size is not a multiple of
     --required-batch-size-multiple, 8 by default. fairseq-generate then silently leaves out up to 7
-    sentences, or a whole batch of `--batch-size` sentences, and scores the others.
+    sentences, or a whole batch of `--batch-size` sentences, and scores only the rest.
     """
     three = np.arange(3)
     batches = data_utils.batch_by_size(three, lambda _: 1, required_batch_size_multiple=2)
@@ -63,7 +63,10 @@ def _naming(split: Callable) -> Callable:
 
 
 def _cut_into(tokens: Any) -> str:
-    """Return advice to cut text into smaller blocks, because the default may be too large."""
+    """Return advice to cut text into smaller blocks.
+
+    The default of --tokens-per-sample may be too large.
+    """
     return (
         "cut a language model's text into blocks that fit: --sample-break-mode none "
         f"--tokens-per-sample {tokens}"
@@ -73,7 +76,8 @@ def _cut_into(tokens: Any) -> str:
 def name_texts_that_are_skipped_whole() -> None:
     """Report that a data set has only samples that are too long, and name the options to change.
 
-    Reason: the error says "the dataset is empty", or there is no error and nothing is translated.
+    Reason: fairseq either says only that "the dataset is empty", or reports no error and translates
+    nothing.
     """
     replace(FairseqTask, "filter_indices_by_size", _filtering)
 
@@ -83,7 +87,7 @@ def _filtering(keep: Callable) -> Callable:
         task: Any, indices: Any, dataset: Any, max_positions: Any = None, *args: Any, **kw: Any
     ) -> Any:
         kept = keep(task, indices, dataset, max_positions, *args, **kw)
-        # Data sets without a name contain a few lines from fairseq-interactive.
+        # A data set without a name usually comes from fairseq-interactive and has only a few lines.
         split = next((name for name, known in task.datasets.items() if known is dataset), None)
         if split is None or len(kept) or not len(indices):
             return kept
@@ -93,8 +97,8 @@ def _filtering(keep: Callable) -> Callable:
         else:
             way_out = f"--max-tokens, or {_cut_into(max_positions)}"
         raise ValueError(
-            f"The samples in `{split}` must have at most {_spell(max_positions)} tokens, but all "
-            f"{len(indices)} are longer. The longest, #{longest} (counted from 0), has "
+            f"Each sample in `{split}` must have at most {_spell(max_positions)} tokens, but none "
+            f"does ({len(indices)} in total). The longest, #{longest} (counted from 0), has "
             f"{_spell(dataset.size(longest))} tokens. Allow more with {way_out}."
         )
 

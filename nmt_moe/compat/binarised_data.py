@@ -46,7 +46,7 @@ def _writing(binarize: Callable) -> Callable:
 
 
 def check_binarised_data_when_loaded() -> None:
-    """Report a file of binarised data that is empty, damaged or made with another dictionary.
+    """Report a file of binarised data that is empty, damaged or made with a different dictionary.
 
     Reason: an empty file causes the error "cannot mmap an empty file", a truncated file causes a
     traceback in the middle of an epoch, and an unknown token causes an IndexError in the embedding.

@@ -17,7 +17,7 @@ from fairseq.registry import REGISTRIES
 
 logger = logging.getLogger(__name__)
 
-# Those of fairseq's own classes for text that open no files and start no programs when built from
+# fairseq's own classes for text, except those that open files or start programs when built from
 # their configuration. Classes of this plugin and of the user's other plugins need no entry.
 ALLOWED = {
     "model": {
@@ -52,7 +52,7 @@ ALLOWED = {
         "nat_loss",
     },
 }
-# Keys under which fairseq looks up a group's class.
+# Keys under which fairseq looks up the class for a group of settings.
 NAME_KEYS = {"model": ("_name", "arch"), "task": ("_name", "task")}
 
 # Options that name files, folders, network addresses or programs.
@@ -231,7 +231,7 @@ def _check_names(settings: Any) -> None:
 
 
 def _names(group: str, settings: Any, is_flat: bool) -> list[Any]:
-    """Return the names that fairseq may use to look up a group's class."""
+    """Return the names that fairseq may use to look up the class for a group of settings."""
     if settings is None or isinstance(settings, str):
         return [] if settings is None else [settings]
     keys = NAME_KEYS.get(group, ("_name", group))[1 if is_flat else 0 :]

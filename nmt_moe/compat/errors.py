@@ -13,6 +13,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import distributed
 
+from nmt_moe.checks import describe_os_error
+
 SHOW_TRACEBACK = "NMT_MOE_TRACEBACK"
 # Errors that gloo and torch's store report when a process is gone.
 LOST_PEER = re.compile(
@@ -51,10 +53,9 @@ def explain(error: BaseException) -> str | None:
         return None
     if isinstance(error, OmegaConfBaseException | ConfigCompositionException):
         return _explain_option(error, message)
-    if isinstance(error, FileExistsError) and error.errno is None:
-        # If a dictionary exists, fairseq-preprocess raises an error that contains only the path.
-        return f"`{message}` already exists. Remove it or specify a different folder."
-    if isinstance(error, OSError | FloatingPointError):
+    if isinstance(error, OSError):
+        return _explain_os_error(error, message)
+    if isinstance(error, FloatingPointError):
         return message
     if isinstance(error, ValueError) and raiser == "nmt_moe":
         return message
@@ -66,6 +67,14 @@ def explain(error: BaseException) -> str | None:
         reason = error.__cause__ or error.__context__
         return message if reason is None else f"{message}\nReason: {str(reason).strip()}"
     return None
+
+
+def _explain_os_error(error: OSError, message: str) -> str:
+    """Return a message that names the file."""
+    if isinstance(error, FileExistsError) and error.errno is None:
+        # If a dictionary exists, fairseq-preprocess raises an error that contains only the path.
+        return f"`{message}` already exists. Remove it or specify a different folder."
+    return describe_os_error(error)
 
 
 def _explain_option(error: BaseException, message: str) -> str:

@@ -102,8 +102,8 @@ def load_align_dict(replace_unk: str | None) -> dict[str, str] | None:
         words = line.split()
         if len(words) != 2:
             raise ValueError(
-                f"`{replace_unk}`, line {number} must be a word and its translation, but has "
-                f"{len(words)} words."
+                f"`{replace_unk}`, line {number} must be two words, a word and its "
+                f"translation, but the number of words is {len(words)}."
             )
         translations[words[0]] = words[1]
     return translations

@@ -72,8 +72,8 @@ def _inferring(infer: Callable) -> Callable:
         languages = infer(path)
         if None in languages:
             raise ValueError(
-                f"`{path}` contains no binarised data, such as train.en-de.en.bin. Name the "
-                "--destdir of fairseq-preprocess; text must be binarised before it can be used."
+                f"`{path}` contains no binarised data, such as train.en-de.en.bin. Name "
+                "fairseq-preprocess's --destdir; text must be binarised before it can be used."
             )
         return languages
 

@@ -234,7 +234,9 @@ def read_json(option: str, text: str | None) -> dict[str, Any]:
             f"`{option}` must be a JSON object such as '{{\"beam\": 4}}', but is {text!r}: {error}."
         ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"`{option}` must be a JSON object like '{{\"beam\": 4}}', not {text!r}.")
+        raise ValueError(
+            f"`{option}` must be a JSON object such as '{{\"beam\": 4}}', but is {text!r}."
+        )
     return found
 
 

@@ -119,6 +119,8 @@ def export(
     vocabularies = _find_vocabularies(state, data, network, languages, directions)
     _check_sizes(checkpoint, network, vocabularies)
     _check_digests(checkpoint, state, vocabularies)
+    if pieces.source is None:
+        _warn_of_pieces(data, vocabularies)
     shared = _find_shared(network.parameters)
     config = BundleConfig(
         kind="translation" if isinstance(network.config, GNMTConfig) else "language_model",
@@ -198,6 +200,10 @@ def _find_languages(
     if options.get("source_lang") and options.get("target_lang"):
         return (options["source_lang"], options["target_lang"]), ()
     found = {path.name.split(".")[1] for path in data.glob("train*.*-*.*.idx")}
+    if not any(data.glob("dict*.txt")):
+        raise ValueError(
+            f"`{data}` contains no dictionary. Name the folder that fairseq-preprocess wrote."
+        )
     if len(found) != 1:
         raise ValueError(
             f"the checkpoint does not name its languages, and `{data}` has training text for "
@@ -247,6 +253,22 @@ def _check_sizes(path: Path, network: SavedNetwork, vocabularies: dict[str, Voca
             )
 
 
+def _warn_of_pieces(data: Path, vocabularies: dict[str, Vocabulary]) -> None:
+    """Warn if a bundle without a sentencepiece model has the vocabulary of one."""
+    symbols = [symbol for vocabulary in vocabularies.values() for symbol in vocabulary.symbols]
+    num_pieces = sum("▁" in symbol for symbol in symbols)
+    if num_pieces > len(symbols) / 20:
+        logger.warning(
+            "%d of the %d symbols in the dictionary of `%s` contain ▁, as sentencepiece's do, but "
+            "`--pieces` is missing, so the bundle expects text that is already split into pieces, "
+            "and returns such text. To translate plain text, export the checkpoint with the "
+            "sentencepiece model that split the training text.",
+            num_pieces,
+            len(symbols),
+            data,
+        )
+
+
 def _check_digests(
     path: Path, state: Mapping[str, Any], vocabularies: dict[str, Vocabulary]
 ) -> None:
@@ -280,11 +302,6 @@ def _write_pieces(
     folder: Path, pieces: Pieces, vocabularies: dict[str, Vocabulary], config: BundleConfig
 ) -> None:
     if pieces.source is None:
-        if any(sum("▁" in s for s in v.symbols) > len(v) / 2 for v in vocabularies.values()):
-            logger.warning(
-                "Most words of the dictionary have ▁, but `--pieces` is missing: the bundle will "
-                "expect text that is already split into pieces, and return such text."
-            )
         return
     target = pieces.target or pieces.source
     files = {"source": pieces.source, "target": target}

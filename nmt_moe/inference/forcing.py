@@ -43,7 +43,7 @@ def force_decode(
         ensemble: The networks.
         sentences: Sources with their end marks.
         targets: A translation of each source, without its end mark.
-        with_inputs: Whether to keep the inputs of the MoE layers.
+        with_inputs: Whether to keep the inputs to the MoE layers.
 
     Returns:
         A result for each sentence. The experts of a target token are the ones that predicted it,

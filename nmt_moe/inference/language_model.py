@@ -69,7 +69,7 @@ class LanguageModel:
                 without words is scored as an empty line.
             batch_tokens: Maximum number of pieces in a batch, including padding.
             with_experts: Whether to also return the experts of each piece.
-            with_inputs: Whether to also return the inputs of the MoE layer.
+            with_inputs: Whether to also return the inputs to the MoE layer.
 
         Raises:
             ValueError: if a line contains a line feed, a control character or half a surrogate

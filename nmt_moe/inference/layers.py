@@ -192,7 +192,7 @@ class MoE:
         """Compute the outputs of given experts for all tokens, regardless of the gate's choice.
 
         Args:
-            x: (N, D), inputs of the layer: `Routing.inputs`.
+            x: (N, D), inputs to the layer: `Routing.inputs`.
             expert_ids: Ids of E' experts.
 
         Returns:

@@ -47,7 +47,12 @@ class TranslationOptions:
         """
         given = {name: value for name, value in search.items() if value is not None}
         defaults = replace(defaults, **given)  # type: ignore[arg-type]
-        check_whole("num_hypotheses", num_hypotheses, 1, defaults.beam_size)
+        check_whole("num_hypotheses", num_hypotheses, 1)
+        if num_hypotheses > defaults.beam_size:
+            raise ValueError(
+                f"`num_hypotheses` must be at most the beam size, {defaults.beam_size}, but is "
+                f"{num_hypotheses}. Use a larger beam."
+            )
         check_whole("batch_tokens", batch_tokens, 1)
         penalties = SearchConfig(
             float(defaults.length_penalty_alpha),

@@ -20,7 +20,7 @@ from nmt_moe.inference.weights import (
 )
 from nmt_moe.kernels import quantise_rows
 
-ALIGNMENT = 64  # weights start at multiples of this many bytes, a cache line
+ALIGNMENT = 64  # weights start at multiples of this many bytes, the size of a cache line
 
 
 def write_weights(folder: Path, config: BundleConfig, parameters: dict[str, Tensor]) -> None:
@@ -74,6 +74,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, {"format": "pt"})
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-    # An additional entry in the header takes 9 characters: ,"pad":""
+    # An entry with an empty value adds 9 characters to the header: ,"pad":""
     padding = " " * ((-start - 9) % ALIGNMENT)
     save_file(tensors, path, {"format": "pt", "pad": padding})

@@ -201,7 +201,7 @@ class Translator:
             target_lang: Target language of a multilingual model, one of `languages`.
             batch_tokens: Maximum number of pieces in a batch on either side, including padding.
             with_experts: Whether to also return the experts of each piece in the first bundle.
-            with_inputs: Whether to also return the inputs of the MoE layers.
+            with_inputs: Whether to also return the inputs to the MoE layers.
 
         Raises:
             ValueError: as in `translate`, or if the numbers of texts and references differ.
@@ -237,12 +237,12 @@ class Translator:
             target_lang: Target language of a multilingual model, one of `languages`.
             batch_tokens: Maximum number of pieces in a batch on either side, including padding.
             with_experts: Whether to also return the experts of each piece in the first bundle.
-            with_inputs: Whether to also return the inputs of the MoE layers.
+            with_inputs: Whether to also return the inputs to the MoE layers.
         """
         if len(sources) != len(targets):
             raise ValueError(
-                f"there must be a reference for each text, but there are {len(sources)} texts and "
-                f"{len(targets)} references."
+                f"there must be a reference for each text, but the number of texts is "
+                f"{len(sources)}, and the number of references is {len(targets)}."
             )
         check_whole("batch_tokens", batch_tokens, 1)
         mark = self._mark_of(self._check_language(target_lang))

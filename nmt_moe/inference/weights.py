@@ -136,13 +136,14 @@ class Weights:
             if stored not in have:
                 self._reject(f"`{stored}` is missing")
             if have[stored] != shape:
-                self._reject(f"`{stored}` is {have[stored]}, not {shape}")
+                self._reject(f"`{stored}` must be {shape}, but is {have[stored]}")
             value = self._tensors[stored]
             dtype = STORED[self.config.dtype] if is_product(stored, value) else torch.float32
             if value.dtype != dtype:
-                self._reject(f"`{stored}` is {value.dtype}, not {dtype}")
+                self._reject(f"`{stored}` must be {dtype}, but is {value.dtype}")
             if dtype == torch.int8 and have.get(stored + SCALE) != shape[:1]:
-                self._reject(f"`{stored + SCALE}` is {have.get(stored + SCALE)}, not {shape[:1]}")
+                scale = stored + SCALE
+                self._reject(f"`{scale}` must be {shape[:1]}, but is {have.get(scale)}")
         known = {self.config.shared_weights.get(name, name) for name in want}
         unknown = have.keys() - known - {name + SCALE for name in known}
         if unknown:

@@ -174,13 +174,18 @@ class LayerReport:
 
     @torch.inference_mode()
     def _similarity(self, experts: list[int]) -> dict[str, Any] | None:
-        """Return the mean cosine of each pair of experts' outputs for the same tokens."""
+        """Return the mean cosine of each pair of experts' outputs for the same tokens.
+
+        `mean` is the mean over all tokens and all pairs of different experts.
+        """
         if len(experts) < 2 or not self._samples:
             return None
         x = _thin_out(torch.cat(self._samples), NUM_SAMPLES)
         outputs = self.moe.expert_outputs(x, experts)
         unit = torch.nn.functional.normalize(outputs, dim=2)
-        cosines = torch.einsum("end,fnd->ef", unit, unit) / len(x)
+        # A vector of zeros has no direction, so tokens for which an output is zero are left out.
+        is_used = outputs.any(dim=2).to(unit.dtype)
+        cosines = torch.einsum("end,fnd->ef", unit, unit) / (is_used @ is_used.t()).clamp_min(1)
         return {
             "experts": experts,
             "num_tokens": len(x),

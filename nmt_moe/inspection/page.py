@@ -98,8 +98,8 @@ def render_page(report: Mapping[str, Any]) -> str:
         smaller = caps.halved()
         if smaller == caps:
             raise ValueError(
-                f"the page cannot be made smaller than {MAX_BYTES} bytes: the report has "
-                f"{len(report['parts'])} parts. Report on fewer texts."
+                f"the page cannot be made smaller than {MAX_BYTES} bytes (parts of the report: "
+                f"{len(report['parts'])}). Report on fewer texts."
             )
         caps = smaller
 
@@ -188,7 +188,7 @@ def _pair_cells(matrix: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             if row != column and chance >= 1:
                 lift = count / chance
                 value = min((lift - 1) / 3, 1) if lift > 1 else lift - 1
-                title = f"{count} times together, {chance:.0f} by chance"
+                title = f"together: {count}; by chance: {chance:.0f}"
                 cells.append({"row": row, "column": column, "value": value, "title": title})
     return cells
 

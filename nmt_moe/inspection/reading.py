@@ -69,7 +69,7 @@ def collect_usage(
     progress: bool = False,
     **search: Any,
 ) -> TextUsage:
-    """Run a model over a text, and count how often its experts are used.
+    """Run a model over a text, and count how many times its experts are used.
 
     Args:
         model: The model that reads the text.
@@ -118,7 +118,7 @@ def read_text(
     """Yield the sentences of a text, several lines at a time.
 
     Lines that are blank or have a blank reference are skipped. The arguments are the same as in
-    `collect_usage`; `with_inputs` keeps the inputs of the MoE layers.
+    `collect_usage`; `with_inputs` keeps the inputs to the MoE layers.
 
     Raises:
         ValueError: if the numbers of texts and references differ, if a language model gets options
@@ -126,8 +126,8 @@ def read_text(
     """
     if references is not None and len(references) != len(texts):
         raise ValueError(
-            f"there must be a reference for each text, but there are {len(texts)} texts and "
-            f"{len(references)} references."
+            f"there must be a reference for each text, but the number of texts is "
+            f"{len(texts)}, and the number of references is {len(references)}."
         )
     is_translator = isinstance(model, Translator)
     if not is_translator and (references is not None or target_lang is not None or search):

@@ -1,8 +1,8 @@
 """Matrix products on the CPU, written into existing tensors.
 
 torch multiplies float32 matrices with MKL, which is made for Intel's processors and does not use
-the full vector width of others. On those, compiled loops are faster: with AVX-512 and many rows,
-they take half the time (`benchmarks/results/cpu.md`).
+the full vector width of other processors. On other processors, this package's compiled loops are
+faster: with AVX-512 and many rows, they take half the time (`benchmarks/results/cpu.md`).
 """
 
 import torch
@@ -17,11 +17,11 @@ def multiply_into(
     """Compute out = left @ right, or out += left @ right, and return `out`.
 
     Args:
-        out: (M, N) or (C, M, N), with the elements of a row next to each other.
+        out: (M, N) or (C, M, N), with each row contiguous in memory.
         left: (M, K) or (C, M, K).
         right: (K, N) or (C, K, N).
         accumulate: Whether to add the product to `out`.
-        relu: Whether to replace negative results by 0.
+        relu: Whether to replace negative results with 0.
     """
     if has_loops_for(out, left, right):  # autocast does not affect in-place products
         load().multiply_into(left, right, out, accumulate, relu)
@@ -34,5 +34,5 @@ def multiply_into(
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right, (M, N), for matrices (M, K) and (K, N)."""
+    """Return left @ right, of shape (M, N), for matrices of shapes (M, K) and (K, N)."""
     return multiply_into(left.new_empty(left.shape[0], right.shape[1]), left, right)

@@ -1,4 +1,4 @@
-"""Detect that a checkpoint was trained with another dictionary."""
+"""Detect that a checkpoint was trained with a different dictionary."""
 
 import hashlib
 from typing import Any, Dict, List

@@ -35,7 +35,7 @@ class MoEOptions(FairseqDataclass):
     init_range: float = field(
         default=0.04,
         metadata={
-            "help": "initial weights, except gates and biases, are drawn uniformly from "
+            "help": "initial weights, except gate weights and biases, are drawn uniformly from "
             "[-init_range, init_range]"
         },
     )
@@ -48,8 +48,8 @@ class MoEOptions(FairseqDataclass):
     top_k: int = field(
         default=MoEConfig.top_k,
         metadata={
-            "help": "number of experts per token; with groups, number of groups per token and of "
-            "experts per token in each of these groups",
+            "help": "number of experts per token; with groups, both the number of groups per token "
+            "and the number of experts per token in each of those groups",
             "argparse_alias": "--moe-top-k",
         },
     )
@@ -68,14 +68,14 @@ class MoEOptions(FairseqDataclass):
     gate: GateChoice = field(
         default=MoEConfig.gate,
         metadata={
-            "help": "kind of gate, which chooses the experts of a token",
+            "help": "kind of gate (the function that chooses the experts for a token)",
             "argparse_alias": "--moe-gate",
         },
     )
     num_groups: int = field(
         default=MoEConfig.num_groups,
         metadata={
-            "help": "number of groups of a hierarchical gate; 0 for a flat gate",
+            "help": "number of groups in a hierarchical gate; 0 for a flat gate",
             "argparse_alias": "--moe-groups",
         },
     )
@@ -96,9 +96,9 @@ class MoEOptions(FairseqDataclass):
     expert_parallel_size: int = field(
         default=0,
         metadata={
-            "help": "number of processes that share the experts; 1: each process has all experts; "
-            "0: the greatest common divisor of the number of processes and the number of experts "
-            "(with groups, --num-groups)"
+            "help": "number of processes that the experts are divided among; 1: each process has "
+            "all experts; 0: the greatest common divisor of the total number of processes and the "
+            "number of experts (with groups, of groups)"
         },
     )
 
@@ -109,7 +109,7 @@ def other_default(name: str, default: Any) -> Any:
 
 
 def to_core(kind: Callable[..., Config], options: Any, **others: Any) -> Config:
-    """Build a core configuration from the options of the same names and from `others`.
+    """Build a core configuration from the options named like its fields, and from `others`.
 
     Raises:
         ValueError: if a value is not allowed. The message gives the option, the constraint and
@@ -156,9 +156,9 @@ def expert_parallel_group(
     if other is not None and other.num_experts != moe.num_experts:
         if size > 1:
             raise ValueError(
-                f"`expert_parallel_size` must be 1 for layers with {moe.num_experts} and "
-                f"{other.num_experts} experts, but is {size}. To spread experts over processes, "
-                "prune both layers to the same number."
+                "`expert_parallel_size` must be 1 if layers have different numbers of experts "
+                f"({moe.num_experts} and {other.num_experts}), but is {size}. To spread experts "
+                "over processes, prune the layers to the same number of experts."
             )
         size = 1
     return make_expert_parallel_group(moe.num_experts, moe.num_groups, size)

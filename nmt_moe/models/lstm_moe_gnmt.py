@@ -41,7 +41,8 @@ WiringChoice: Any = ChoiceEnum(WIRINGS)
 class LSTMMoEGNMTConfig(MoEOptions):
     """Options of the model.
 
-    The defaults describe the paper's single-pair model with 32 experts and a flat gate.
+    The defaults describe the paper's model for a single language pair, with 32 experts and a flat
+    gate.
     """
 
     lstm_hidden_dim: int = field(
@@ -168,7 +169,7 @@ class LSTMMoEGNMTDecoder(LSTMDecoder):
         """Return (B, T, V) logits and a dictionary with `attn` and `moe_stats`.
 
         With an incremental state, only the last step is computed. With `features_only`, return the
-        inputs of the softmax layer, (B, T, D), instead of the logits.
+        inputs to the softmax layer, (B, T, D), instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())

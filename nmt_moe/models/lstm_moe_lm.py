@@ -117,7 +117,7 @@ class LSTMMoELMDecoder(LSTMDecoder):
         """Return (B, T, V) logits and a dictionary with `moe_stats`.
 
         With an incremental state, only the last step is computed. With `features_only`, return the
-        inputs of the softmax layer, (B, T, D), instead of the logits.
+        inputs to the softmax layer, (B, T, D), instead of the logits.
         """
         if incremental_state is None:
             padding_mask = prev_output_tokens.eq(self.dictionary.pad())

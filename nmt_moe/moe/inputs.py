@@ -1,4 +1,4 @@
-"""Check the inputs of an MoE layer."""
+"""Check the inputs to an MoE layer."""
 
 import torch
 from torch import Tensor

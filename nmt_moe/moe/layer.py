@@ -38,8 +38,8 @@ class MoELayer(nn.Module):
         Args:
             config: Configuration of the layer.
             name: Name of the layer in error messages.
-            group: The ranks that share the experts. All of them must run the forward and the
-                backward pass the same number of times, even if they have no tokens.
+            group: The ranks that together hold every expert once. All of them must run the forward
+                and the backward pass the same number of times, even if they have no tokens.
             init_range: Experts' weights are drawn uniformly from [-init_range, init_range]; None
                 for 1 / sqrt(number of inputs).
 
@@ -143,7 +143,8 @@ class MoELayer(nn.Module):
         """Compute experts for other ranks' tokens until all ranks of the group have called this.
 
         Loops that run longer on some ranks than on others, such as a search, need this method. A
-        rank calls it after its last step, and the call returns on all ranks of the group together.
+        rank calls it after its last step, and the call returns on all ranks of the expert-parallel
+        group together.
         """
         weight = self.experts.weight_in
         x = weight.new_empty(0, self.config.model_dim)

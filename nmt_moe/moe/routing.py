@@ -79,8 +79,9 @@ def output_similarity(outputs: Tensor) -> Tensor:
         outputs: (E, N, D), the outputs of at least two experts.
 
     Returns:
-        A scalar, the mean over all pairs of experts and all tokens. It is 1 for copies of one
-        expert, and near 0 for experts that have nothing in common.
+        A scalar, the mean over all pairs of experts and all tokens for which neither output is
+        zero; 0 if there are none. It is 1 for copies of one expert, and near 0 for experts that
+        have nothing in common.
 
     Raises:
         ValueError: if there are fewer than two experts.
@@ -93,4 +94,5 @@ def output_similarity(outputs: Tensor) -> Tensor:
     # The squared norm of a sum of unit vectors is twice the sum of the cosines of all pairs, plus 1
     # for each vector.
     squares = F.normalize(outputs, dim=2).sum(0).square().sum(1)
-    return ((squares - num_experts) / (num_experts * (num_experts - 1))).mean()
+    counts = outputs.any(dim=2).sum(0)
+    return (squares - counts).sum() / (counts * (counts - 1)).sum().clamp_min(1)

@@ -29,9 +29,9 @@ class GNMTConfig:
         decoder_layers: Number of LSTMs in the decoder.
         attention: Kind of attention, "product" (eq. 22) or "additive" (eq. 21).
         attention_wiring: LSTM that receives the context. With "recurrent", the previous output of
-            decoder LSTM 1 is the query, and the context is an input of the same LSTM. With
+            decoder LSTM 1 is the query, and the context is an input to the same LSTM. With
             "parallel", decoder LSTM 1 first runs over all steps, all of its outputs are used as
-            queries together, and the contexts are inputs of LSTM 2.
+            queries together, and the contexts are inputs to LSTM 2.
         dropout: Probability that an output of an embedding, LSTM or MoE layer is set to 0
             during training.
         init_range: All weights except biases and gate weights are drawn uniformly from

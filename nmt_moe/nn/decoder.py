@@ -21,7 +21,7 @@ class DecoderOutput(NamedTuple):
     """The result of one pass of the decoder.
 
     Attributes:
-        features: (B, T, D), the inputs of the softmax layer.
+        features: (B, T, D), the inputs to the softmax layer.
         attention: (B, T, S), attention weights of the source tokens; each row sums to 1.
         moe_stats: Statistics of the decoder's MoE layer; None if it has no such layer.
         state: State of the LSTMs after the last step.

@@ -20,7 +20,7 @@ class LMOutput(NamedTuple):
     """The result of one pass of the language model.
 
     Attributes:
-        features: (B, T, D), the inputs of the softmax layer.
+        features: (B, T, D), the inputs to the softmax layer.
         moe_stats: Statistics of the MoE layer; None if there is no MoE layer with a gate.
         state: State of the LSTMs after the last step.
     """

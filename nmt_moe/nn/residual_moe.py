@@ -28,7 +28,7 @@ class ResidualMoE(nn.Module):
         """Apply the layer to all positions of all sentences as one batch of tokens.
 
         Args:
-            x: (T, B, D), the inputs of the layer.
+            x: (T, B, D), the inputs to the layer.
             padding_mask: (T, B) bool, True for padding; None for no padding.
 
         Returns:

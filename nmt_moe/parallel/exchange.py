@@ -52,7 +52,9 @@ class LocalExchange:
     def route(
         self, expert_ids: Tensor, num_rows: int | None = None, is_done: bool = False
     ) -> LocalRoute:
-        """Determine which tokens go to which rank. All ranks of the group must call this.
+        """Determine which tokens go to which rank.
+
+        All ranks of the expert-parallel group must call this.
 
         Args:
             expert_ids: (N, K) int64, the chosen experts; E in an empty slot.
@@ -66,16 +68,17 @@ class LocalExchange:
 class AllToAllRoute:
     """A plan of the tokens that ranks send to each other.
 
-    All ranks of the group must call each method, and run its backward pass, in the same order.
+    All ranks of the expert-parallel group must call each method, and run its backward pass, in the
+    same order.
 
     Attributes:
         plan: Row plan with this rank's tokens sorted by destination rank. A token has one row for
             each of its destinations.
         expert_ids: (N, K) int64, global ids of the chosen experts; E in an empty slot. K is the
             largest number of slots on any rank.
-        send_counts: Number of tokens that this rank sends to each of the P ranks in its group.
+        send_counts: Number of tokens that this rank sends to each of the P ranks.
         recv_counts: Number of tokens that this rank receives from each of the P ranks.
-        all_done: Whether all ranks of the group are done.
+        all_done: Whether all P ranks are done.
         owned: Slice of the global ids of this rank's experts.
         members: torch's process group of the P ranks.
     """
@@ -116,7 +119,7 @@ class AllToAllRoute:
 
 
 class AllToAllExchange:
-    """The exchange for a group of ranks with different experts.
+    """The exchange for an expert-parallel group of several ranks.
 
     A token is sent once, with its gates, to each rank that holds any of its experts. That rank
     sends one vector back, the weighted sum of its experts' outputs. At most min(K, P) vectors per

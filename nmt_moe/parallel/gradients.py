@@ -37,7 +37,7 @@ def shard_norm(gradients: Iterable[Tensor], group: ExpertParallelGroup) -> Tenso
 
     Args:
         gradients: Gradients of this rank's shards; there must be at least one.
-        group: The ranks that share the experts.
+        group: The ranks that together hold every expert once.
 
     Returns:
         The norm, a scalar in float32 or wider, the same on all ranks.

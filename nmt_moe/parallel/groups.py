@@ -1,4 +1,4 @@
-"""Expert-parallel groups, the ranks that share the experts."""
+"""Expert-parallel groups: the ranks that together hold every expert once."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ from nmt_moe.checks import check_divides, check_range
 class ExpertParallelGroup:
     """The ranks that together hold every expert once, as seen by one of these ranks.
 
-    Ranks [g P, (g + 1) P) of the world form group g, and rank p of each group holds the experts
-    [p L, (p + 1) L), where L = E / P. Ranks with the same p in different groups are replicas: they
-    hold the same experts and average their gradients.
+    With E experts and P ranks per group, ranks [g P, (g + 1) P) of the world form expert-parallel
+    group g, and rank p of each group holds experts [p L, (p + 1) L), where L = E / P. Ranks with
+    the same p in different groups are replicas: they hold the same experts and average their
+    gradients.
 
     Attributes:
         size: Number of ranks in the group, P; 1 if every rank holds all experts.
         rank: Number of this rank within its group, from 0 to P - 1.
-        num_replicas: Number of groups in the world.
+        num_replicas: Number of expert-parallel groups in the world.
         members: torch's process group of the P ranks; None if P is 1.
         replicas: torch's process group of the ranks with the same experts; None if there is only
-            one group.
+            one expert-parallel group.
 
     Source: Shazeer et al. 2017, section 3.1.
     """
@@ -36,16 +37,16 @@ class ExpertParallelGroup:
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks in all groups."""
+        """Return the number of ranks in all groups together."""
         return self.size * self.num_replicas
 
     def owned(self, num_experts: int) -> slice:
-        """Return the slice of the `num_experts` global ids that belongs to this rank's experts."""
+        """Return the slice of the expert ids, 0 to `num_experts` - 1, that this rank holds."""
         share = num_experts // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-# The group for layers with all experts on this rank.
+# The expert-parallel group of a layer whose experts are all on this rank.
 ALONE = ExpertParallelGroup()
 
 
@@ -83,8 +84,8 @@ def make_expert_parallel_group(
     rank, num_replicas = distributed.get_rank(), world_size // size
     if num_replicas == 1:
         return ExpertParallelGroup(size, rank, 1, distributed.group.WORLD)
-    # Every rank must take part in creating every group, including groups that it does not belong
-    # to.
+    # Every rank must take part in creating every process group, including those that it does not
+    # belong to.
     members = [
         distributed.new_group(list(range(first, first + size)))
         for first in range(0, world_size, size)
@@ -97,5 +98,5 @@ def make_expert_parallel_group(
 
 
 def cut_shard(whole: Tensor, group: ExpertParallelGroup) -> Tensor:
-    """Return a copy of this rank's slice, (L, ...), of a tensor with all experts, (E, ...)."""
+    """Return a copy of this rank's shard (L, ...) of a tensor (E, ...) with all experts."""
     return whole[group.owned(len(whole))].clone()

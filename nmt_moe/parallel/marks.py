@@ -18,7 +18,7 @@ def mark_expert(parameter: Tensor, group: ExpertParallelGroup = ALONE) -> None:
 
     Args:
         parameter: (L, ...), this rank's shard of a parameter, (E, ...), or all of it.
-        group: The ranks that share the experts.
+        group: The ranks that together hold every expert once.
     """
     parameter.param_group = PARAM_GROUP  # type: ignore[attr-defined]
     if group.size > 1:

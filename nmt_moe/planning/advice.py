@@ -15,7 +15,7 @@ MOST_DEVICES = 4096
 
 
 def largest_size(setup: Setup) -> int:
-    """Return the largest number of devices that can share the experts.
+    """Return the largest number of devices that the experts can be divided among.
 
     This is the number that fairseq-train chooses by default.
     """

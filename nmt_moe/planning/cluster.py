@@ -29,7 +29,7 @@ class Setup:
         config: Configuration of the network.
         batch: Batch that each device processes at a time.
         devices: Number of devices.
-        size: Number of devices that share the experts.
+        size: Number of devices that the experts are divided among.
         factored: Whether the optimizer is factored Adam instead of Adam.
         precision: "fp32"; "half" for half precision with fp32 copies of the weights; or
             "memory-efficient" for half precision without such copies.

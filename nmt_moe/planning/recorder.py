@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):
             return
         index = self._index[key]
         known = self.network.products[index]
-        # All inputs of an LSTM are known in advance, so the device multiplies them in one product.
+        # All inputs to an LSTM are known in advance, so the device multiplies them in one product.
         if "_ih" in product.weight:
             known = replace(known, rows=known.rows + product.rows)
         else:

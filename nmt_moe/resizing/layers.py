@@ -79,7 +79,7 @@ class Layer:
         return found[0], found[1]
 
     def with_experts(self, weight_in: Tensor, weight_out: Tensor) -> Layer:
-        """Return the layer with other experts, stored in the same way.
+        """Return the layer with different experts, stored in the same way.
 
         Args:
             weight_in: (E', D, H), the experts' first matrices.

@@ -88,7 +88,7 @@ class Checkpoint:
         return cls(path, network, _find_layers(network, state["model"]), state)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the checkpoint with other layers, and without the optimizer state.
+        """Write the checkpoint with different layers, and without the optimizer state.
 
         The result can be trained further with `fairseq-train --finetune-from-model`.
 
@@ -156,7 +156,7 @@ class StoredBundle:
         return cls(folder, config, _find_layers(config.network, parameters, config.dtype), dense)
 
     def write(self, output: Path, layers: Layers, note: str, is_overwritten: bool = False) -> None:
-        """Write the bundle with other layers.
+        """Write the bundle with different layers.
 
         The arguments and errors are the same as in `Checkpoint.write`, except that the note becomes
         a section of the model card.

@@ -94,7 +94,10 @@ def read_file(label: str, file: Path) -> Run:
     with file.open(encoding="utf-8", errors="replace") as lines:
         run = read_run(label, lines)
     if not run.columns:
-        raise ValueError(f"`{file}` contains no entry of fairseq's `--log-format json`")
+        raise ValueError(
+            f"`{file}` contains no entry from fairseq's `--log-format json`. Train with this "
+            "option, or name another file."
+        )
     return run
 
 

@@ -271,7 +271,7 @@ def read_texts(paths: Sequence[Path]) -> list[list[str]]:
     for path, text in zip(paths, texts, strict=True):
         if not any(line.strip() for line in text):
             raise ValueError(
-                f"`{path}`: all {len(text)} lines are empty, so there is nothing to score"
+                f"`{path}`: all lines ({len(text)}) are empty, so there is nothing to score"
             )
     return texts
 
@@ -286,12 +286,15 @@ def choose_language(name: str | None, reference: Path, is_tokenized: bool) -> st
         if name is not None:
             raise ValueError(f"`--lang {name}` has no effect with `--tokenized`: leave one out.")
         return None
+    is_given = name is not None
     name = name or reference.name.removesuffix(".gz").rpartition(".")[2]
     language = re.split("[-_]", name)[0].lower()
     language = LANGUAGE_NAMES.get(language, language)
     if not re.fullmatch(r"[a-z]{2}", language):
         raise ValueError(
-            f"`--lang` must be a two-letter language code, but is '{name}' (the reference's "
-            "extension, if the option is not set). Set it, for example --lang de."
+            f"`--lang` must be a two-letter language code, but is '{name}'."
+            if is_given
+            else f"the language of `{reference}` is unknown, because its extension is not a "
+            "two-letter code. Name the language, for example --lang de."
         )
     return language

@@ -149,7 +149,7 @@ def score_grid(
     without = [number for number in numbers if number not in references]
     if without:
         raise ValueError(
-            f"{len(without)} sentences have no reference, the first being sentence {without[0]}. "
+            f"sentences without a reference: {len(without)}, starting with sentence {without[0]}. "
             "Name the text of the same split with `--reference`."
         )
     metric = BLEU(references=[[references[number] for number in numbers]])

@@ -25,8 +25,8 @@ class DeepLFields(BaseModel):
     text: str | list[str] = Field(
         description="a text or a list of texts", examples=[["A dog runs."]]
     )
-    target_lang: str = Field(description="the code of a language", examples=["DE"])
-    source_lang: str | None = Field(default=None, description="the code of a language")
+    target_lang: str = Field(description="a language code", examples=["DE"])
+    source_lang: str | None = Field(default=None, description="a language code")
     tag_handling: str | None = Field(default=None, description="html")
     formality: str = Field(default="default", description="default, prefer_more or prefer_less")
     auth_key: str | None = Field(default=None, description="a string")

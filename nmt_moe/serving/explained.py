@@ -20,8 +20,8 @@ class ExplainedFields(BaseModel):
     texts: str | list[str] = Field(
         description="a text or a list of texts", examples=[["A dog runs."]]
     )
-    target: str = Field(description="the code of a language", examples=["de"])
-    source: str = Field(default="auto", description="the code of a language, or auto")
+    target: str = Field(description="a language code", examples=["de"])
+    source: str = Field(default="auto", description="a language code, or auto")
     alternatives: int = Field(default=0, description="a whole number")
     beam: int | None = Field(default=None, description="a whole number")
     length_penalty_alpha: float | None = Field(default=None, description="a number")

@@ -20,8 +20,8 @@ class TranslateFields(BaseModel):
     """Fields of `/translate`."""
 
     q: str | list[str] = Field(description="a text or a list of texts", examples=["A dog runs."])
-    source: str = Field(description="the code of a language, or auto", examples=["en"])
-    target: str = Field(description="the code of a language", examples=["de"])
+    source: str = Field(description="a language code, or auto", examples=["en"])
+    target: str = Field(description="a language code", examples=["de"])
     format: str = Field(default="text", description="text or html")
     alternatives: int = Field(default=0, description="a whole number")
     api_key: str | None = KEY

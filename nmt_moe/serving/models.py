@@ -78,7 +78,7 @@ class Models:
         if other is not model:
             raise ValueError(
                 f"`{other.folder}` and `{model.folder}` both translate from {source} into "
-                f"{target}. Name one of them."
+                f"{target}. Name only one of them."
             )
 
     def targets_of(self, source: str) -> list[str]:

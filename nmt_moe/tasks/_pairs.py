@@ -93,7 +93,7 @@ class PairsDataset(LanguagePairDataset):
 
 
 def describe_sampling(dataset: PairsDataset, epochs: float) -> str:
-    """Return a table that shows how often a training run uses each pair.
+    """Return a table that shows how many times a training run uses each pair.
 
     Args:
         dataset: The training set.

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MultilingualGNMTConfig(TranslationConfig):
-    """Options of the task, in addition to the options of fairseq's `translation`."""
+    """Options of the task, in addition to those of fairseq's `translation`."""
 
     lang_pairs: str = field(
         default="",
@@ -76,7 +76,7 @@ class MultilingualGNMTTask(TranslationTask):
     """Translation in many directions with one model, one dictionary and one softmax.
 
     A token at the start of the source names the target language, so the model can translate between
-    any two of the languages, even a pair that was not in training (zero-shot).
+    any two of the languages, even a pair that was not seen in training (zero-shot).
     --source-lang and --target-lang choose the direction when translating.
 
     Attributes:
@@ -131,7 +131,9 @@ class MultilingualGNMTTask(TranslationTask):
         """
         check_languages(state_dict, self.languages, self.src_dict)
         if self.direction is not None and str(self.direction) not in state_dict["pairs"]:
-            logger.info("%s was not trained: this is zero-shot translation", self.direction)
+            logger.info(
+                "the model was not trained on %s: this is zero-shot translation", self.direction
+            )
 
     @property
     def evaluated_pairs(self) -> List[Pair]:
@@ -150,7 +152,7 @@ class MultilingualGNMTTask(TranslationTask):
         if is_training and self.direction is not None:
             raise ValueError(
                 "`--source-lang` and `--target-lang` must be left out during training, but name "
-                f"'{self.direction}'. --lang-pairs {self.direction} trains only that pair."
+                f"'{self.direction}'. To train only that pair, use --lang-pairs {self.direction}."
             )
         if not self.evaluated_pairs and self.cfg.langs:
             raise ValueError(
@@ -287,11 +289,11 @@ class MultilingualGNMTTask(TranslationTask):
         reduce_pairs(logging_outputs, self.evaluated_pairs)
 
     def post_validate(self, model: Any, stats: Dict, meters: Any) -> None:
-        """Log a table of expert use at the end of a validation."""
+        """Log a table of expert use at the end of validation."""
         log_expert_use(meters, self.evaluated_pairs)
 
     def _inference_with_bleu(self, generator: Any, sample: Dict, model: Any) -> Any:
-        """Compute the BLEU counts of a batch, with the token of its target language."""
+        """Compute a batch's BLEU counts, with a tokeniser that suits its target language."""
         found = self.inference_step(generator, [model], sample, prefix_tokens=None)
         pad = self.tgt_dict.pad()
         hypotheses = [self._decode(best[0]["tokens"], "UNKNOWNTOKENINHYP") for best in found]
@@ -317,8 +319,8 @@ def _refusing_languages(load: Callable) -> Callable:
         if not isinstance(task, MultilingualGNMTTask) and "languages" in state_dict:
             raise ValueError(
                 "the checkpoint is from a multilingual model. Add --task "
-                f"translation_multilingual_gnmt --langs {','.join(state_dict['languages'])} and "
-                "the direction, --source-lang and --target-lang."
+                f"translation_multilingual_gnmt --langs {','.join(state_dict['languages'])}, and "
+                "name the direction with --source-lang and --target-lang."
             )
         load(task, state_dict)
 

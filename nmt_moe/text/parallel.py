@@ -19,7 +19,7 @@ def check_parallel(paths: Iterable[Path], allow_empty: bool = False) -> int:
     counts = {path: sum(1 for _ in read_good_lines(path, allow_empty)) for path in paths}
     for path, count in counts.items():
         if not count:
-            raise ValueError(f"`{path}` has no lines")
+            raise ValueError(f"`{path}` has no lines. Name files with at least one line each.")
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"`{path}` has {count}" for path, count in counts.items())
         raise ValueError(

@@ -63,7 +63,7 @@ class ExpertParallelTrainer(Trainer):
     training, each rank reads only its own experts, so that no rank needs memory for all of them.
 
     Attributes:
-        group: The ranks that share the experts.
+        group: The ranks that together hold every expert once.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
 
 
 def expert_group(model: nn.Module) -> ExpertParallelGroup:
-    """Return the group of ranks that share the experts of a model."""
+    """Return the expert-parallel group of a model."""
     groups = (layer.group for layer in moe_layers(model) if layer.group.size > 1)
     return next(groups, ALONE)
 
@@ -98,7 +98,7 @@ def cut_experts(
     Args:
         state: Contents of the checkpoint; changed in place.
         names: The experts' names, by their index in the optimizer's state.
-        group: The ranks that share the experts.
+        group: The ranks that together hold every expert once.
     """
     saved = state.get("last_optimizer_state", {}).get("state", {})
     for index, name in names.items():

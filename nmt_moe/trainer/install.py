@@ -1,4 +1,4 @@
-"""Make fairseq use this package's classes, because fairseq has no registry for them."""
+"""Make fairseq use this package's classes where fairseq has no registry."""
 
 import sys
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from nmt_moe.trainer.reading import reading_all_experts
 
 def install() -> None:
     """Install the trainer, its data-parallel wrapper and its checkpoint reader and writer."""
-    # fairseq-train imports `Trainer` before it loads plugins, so its own module must be changed
-    # too. Under `python -m`, that module is `__main__`.
+    # fairseq-train imports `Trainer` before it loads plugins, so the module of fairseq-train must
+    # be patched too. Under `python -m`, that module is `__main__`.
     for module in (trainer, sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
         if getattr(module, "Trainer", None) is ExpertParallelTrainer.__base__:
             vars(module)["Trainer"] = ExpertParallelTrainer
@@ -39,7 +39,7 @@ def _saving(save: Callable) -> Callable:
 def _building(build: Callable) -> Callable:
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint and "expert_parallel_size" in cfg:
-            # Outside training, processes do not run in step, so each of them holds all experts.
+            # Outside training, processes do not run in lockstep, so each holds all experts.
             cfg.expert_parallel_size = 1
         return build(cfg, task, from_checkpoint)
 

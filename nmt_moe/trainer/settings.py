@@ -56,7 +56,7 @@ def check_numbers(cfg: Any) -> None:
 
 
 def check_finite_numbers(settings: Any) -> None:
-    """Reject infinities and NaN among the options of a group.
+    """Reject infinities and NaN among the settings of one group.
 
     Raises:
         ValueError: if a number is not finite; the message names the option and its value.
@@ -119,13 +119,13 @@ def check_training(cfg: Any, model: nn.Module, criterion: nn.Module) -> None:
 
 
 def check_expert_parallel(cfg: Any, size: int) -> None:
-    """Reject settings that cannot work if `size` processes share the experts.
+    """Reject settings that cannot work if the experts are divided among `size` processes.
 
     Raises:
         ValueError: if a setting is rejected; the message names the option, the reason and a remedy.
     """
     plan = cfg.distributed_training
-    spread = f"where {size} processes share the experts"
+    spread = f"where the experts are divided among {size} processes"
     way_out = "`--expert-parallel-size 1` (each process has all experts)"
     if plan.ddp_backend not in ("legacy_ddp", "no_c10d"):
         raise ValueError(
@@ -138,7 +138,7 @@ def check_expert_parallel(cfg: Any, size: int) -> None:
         "--use-bmuf": (cfg.optimization.use_bmuf, "it averages different experts together"),
         "--zero-sharding": (
             plan.zero_sharding != "none",
-            "it spreads the optimizer in another way",
+            "it spreads the optimizer in a different way",
         ),
         "--store-ema": (cfg.ema.store_ema, "the averages of experts would not be saved"),
         "--optimizer composite": (optimizer == "composite", "its state would not be saved"),

@@ -1,4 +1,4 @@
-"""Give stand-in batches to ranks that have run out of batches, so that all ranks run in step."""
+"""Give stand-in batches to ranks that have run out of batches, to keep all ranks in lockstep."""
 
 from typing import Any
 

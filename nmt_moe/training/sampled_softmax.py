@@ -91,7 +91,7 @@ def sampled_nll(features: Tensor, weight: Tensor, target: Tensor, sample: ClassS
     token.
 
     Args:
-        features: (N, D) inputs of the softmax layer.
+        features: (N, D), the inputs to the softmax layer.
         weight: (V, D), the weight of the softmax layer.
         target: (N,) int64, the class to predict.
         sample: The classes drawn for all N tokens.

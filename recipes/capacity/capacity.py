@@ -4,7 +4,7 @@
     capacity.py flags moe_16 --dim 64
     capacity.py report --work work --dim 64 --vocab-size 2000
 
-All models of the same width cost about the same per token. Their widths are those of Table 7,
+All models of the same width cost about the same per token. Their widths are those in Table 7,
 multiplied by --dim / 512.
 
 Source: Shazeer et al. 2017, section 5.1, Figure 2 (left) and Table 7.
@@ -60,7 +60,7 @@ def model_options(dim: int) -> dict[str, dict[str, Any]]:
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
-    """Return options as arguments of fairseq-train."""
+    """Return options as fairseq-train arguments."""
     flags = []
     for name, value in options.items():
         flags.append("--" + name.replace("_", "-"))

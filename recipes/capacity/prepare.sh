@@ -49,7 +49,7 @@ binarise() {
     --testpref "$WORK/pieces/test" --srcdict "$WORK/dict.txt" --destdir "$WORK/data-bin" --workers "$THREADS"
 }
 
-(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
+(($# == 0)) || die "prepare.sh takes no arguments except --help, but was given '$1'"
 [[ -n $TEXT_DIR ]] || die "TEXT_DIR must name the folder with the text, but is empty"
 check_settings
 use_environment

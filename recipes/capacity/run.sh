@@ -65,7 +65,7 @@ train_model() { # MODEL DROPOUT SEED
   touch "$run/done"
 }
 
-(($# == 0)) || die "run.sh takes no arguments but --help, not '$1'"
+(($# == 0)) || die "run.sh takes no arguments except --help, but was given '$1'"
 check_settings
 require_whole BLOCK_SIZE 1
 require_choice BREAK_MODE eos none

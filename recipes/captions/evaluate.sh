@@ -31,7 +31,7 @@ score() { # SUBSET
   printf '%s, %s: %s\n' "$1" "$RUN" "$figures"
 }
 
-(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
+(($# == 0)) || die "evaluate.sh takes no arguments except --help, but was given '$1'"
 check_settings
 [[ -f $CHECKPOINT ]] ||
   die "$CHECKPOINT is missing: train it with 'RUN=$RUN bash recipes/captions/train.sh', or set RUN, WORK or CHECKPOINT"

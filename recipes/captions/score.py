@@ -33,7 +33,7 @@ def score_text(bits_per_piece: float, num_scored: int, pieces: Path, text: Path)
     """Average the loss of a text over its pieces, words and characters.
 
     Raises:
-        ValueError: if the loss was computed on another text.
+        ValueError: if the loss was computed on a different text.
     """
     num_pieces = sum(len(line.split()) + 1 for line in read_lines(pieces))
     if num_scored != num_pieces:

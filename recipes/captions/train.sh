@@ -3,8 +3,8 @@
 #
 # This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, averages
 # checkpoints and calls evaluate.sh. With the defaults, 140,000 captions take a quarter of an hour on one core.
-#   MODEL   moe (default), or dense: one network instead of the experts, with the same number of operations per word
-#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
+#   MODEL   moe (default), or dense: one network in place of the experts, with the same number of operations per token
+#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use a different name for different settings
 #   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   WORK    output folder (recipes/captions/work)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda

@@ -135,7 +135,7 @@ show_translations() {
 use_environment
 set_device
 after_setup=$SECONDS
-say "English to $TARGET_LANG in $WORK; training log: $WORK/training/train.log"
+say "en-$TARGET_LANG in $WORK; training log: $WORK/training/train.log"
 key=$(step_key "" corpus "$TARGET_LANG $TRAIN_SIZE $TEST_SIZE $SEED $(digest <"$HERE/make_corpus.py")")
 run_step "$WORK" corpus "$key" make_corpus
 key=$(step_key "$key" pieces "$VOCAB_SIZE")

@@ -26,7 +26,7 @@ SUBSET=${SUBSET:-test}
 MAX_TOKENS=${MAX_TOKENS:-512}
 DEVICE=${DEVICE:-auto}
 
-(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'"
+(($# == 0)) || die "evaluate.sh takes no arguments except --help, but was given '$1'"
 require_choice SUBSET test valid
 check_settings
 [[ -f $CHECKPOINT ]] ||
@@ -41,7 +41,7 @@ found=$(python "$REPOSITORY/recipes/logs.py" loss "$log")
 read -r loss tokens <<<"$found"
 expected=$(awk -v part="$SUBSET" '$1 == part { print $2 + $3 }' "$WORK/text/counts.tsv")
 [[ $tokens == "$expected" ]] ||
-  die "$SUBSET must have $expected words and end marks, like its text, but $tokens were scored; log: $log"
+  die "$SUBSET must have $expected words and end marks, as its text does, but $tokens were scored; log: $log"
 printf '%s, %s: perplexity %s over %s words, including end marks\n' "$SUBSET" "$RUN" \
   "$(awk "BEGIN { printf \"%.2f\", 2 ^ $loss }")" "$tokens" | tee "$WORK/$RUN/$SUBSET.txt"
 export_bundle "$CHECKPOINT" "$WORK/$RUN/bundle" --data "$WORK/data-bin" --scores "$WORK/$RUN/$SUBSET.txt"

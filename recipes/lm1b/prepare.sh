@@ -65,7 +65,7 @@ check_tokens() { # perplexity is computed over the counted words, so fairseq mus
     expected="$sentences sents, $((words + sentences)) tokens"
     found=$(sed -n "s|.*/text/$part: \([0-9]* sents, [0-9]* tokens\).*|\1|p" "$WORK/preprocess.log")
     [[ $found == "$expected" ]] ||
-      die "$part must have $expected, including end marks, like its text, but fairseq-preprocess found '$found':" \
+      die "fairseq-preprocess must find '$expected' in $part, including end marks, as in its text, but found '$found':" \
         "remove $WORK and prepare again; log: $WORK/preprocess.log"
   done <"$WORK/text/counts.tsv"
 }
@@ -73,7 +73,7 @@ check_tokens() { # perplexity is computed over the counted words, so fairseq mus
 check_vocabulary() {
   local words
   words=$(wc -l <"$WORK/data-bin/dict.txt")
-  say "vocabulary: $words words that occur at least $MIN_COUNT times, and <S>, </S>, <UNK>: $((words + 3))"
+  say "vocabulary: $words words with a count of at least $MIN_COUNT, plus <S>, </S> and <UNK>: $((words + 3))"
   if is_whole && ((MIN_COUNT == 3)); then
     # Allow a difference of 3, because it is not documented whether the marks are counted.
     ((words <= BENCHMARK_VOCABULARY && words + 3 >= BENCHMARK_VOCABULARY)) ||
@@ -82,7 +82,7 @@ check_vocabulary() {
   fi
 }
 
-(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'"
+(($# == 0)) || die "prepare.sh takes no arguments except --help, but was given '$1'"
 check_settings
 use_environment
 key=$(step_key "" fetch "$SHARDS $SHARD_LINES $LM1B_MIRROR $LM1B_SHA256")
@@ -95,5 +95,5 @@ key=$(step_key "$key" tokens "")
 run_step "$WORK" tokens "$key" check_tokens
 key=$(step_key "$key" vocabulary "")
 run_step "$WORK" vocabulary "$key" check_vocabulary
-# train.sh resumes a model only on the text that it was trained on.
+# train.sh resumes training only on the text that the model was trained on.
 printf '%s' "$key" >"$WORK/prepared"

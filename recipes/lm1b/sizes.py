@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the widths of a language model, or one eighth of them, as flags of fairseq-train.
+"""Print the widths of a language model, or one eighth of them, as fairseq-train flags.
 
 All three widths are divided, and the number of experts stays the same. In every model, the
 operations and weights of LSTMs and experts therefore shrink to one 64th, and those of gates to one
@@ -28,7 +28,7 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
 
     known = [name for name, (options, _) in architectures.items() if options is LSTMMoELMConfig]
     if model not in known:
-        raise ValueError(f"MODEL must be one of: {' '.join(known)}; but is '{model}'")
+        raise ValueError(f"MODEL must be one of {', '.join(known)}, but is '{model}'")
     options, args = architectures[model]
     sizes = options(**vars(args))
     return {name: getattr(sizes, name) // divisor for name in WIDTHS}
@@ -38,7 +38,7 @@ def narrow_sizes(model: str, divisor: int) -> dict[str, int]:
 @click.argument("model")
 @click.option("--divide", type=click.Choice(["1", "8"]), default="1", help="Divisor of the widths.")
 def main(model: str, divide: str) -> None:
-    """Print the widths of a language model as flags of fairseq-train."""
+    """Print the widths of a language model as fairseq-train flags."""
     sizes = narrow_sizes(model, int(divide))
     print(" ".join(f"--{name.replace('_', '-')} {width}" for name, width in sizes.items()))
 

@@ -5,8 +5,8 @@
 # evaluate.sh. To use several machines, run prepare.sh on one of them; then run this script on all of them, with a different
 # NODE_RANK on each machine and a shared WORK.
 #   SLICE      1 trains a model with all widths divided by 8 on a part of the text, in minutes on a laptop (0)
-#   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row of Table 7, see the README
-#   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
+#   MODEL      architecture (lstm_moe_lm_4096h; with SLICE lstm_moe_lm_32): any row in Table 7, see the README
+#   RUN        name of the run, a folder in WORK (MODEL-seedSEED); use a different name for different settings
 #   GPUS       processes on each machine (the GPUs that torch finds, or 1 process)
 #   NODES, NODE_RANK, MASTER   number of machines (1), index of this machine (0), host name of machine 0 (localhost)
 #   SEED       seed of parameters, the order of the text, dropout and the gates' noise (1)
@@ -25,7 +25,7 @@ DIVIDE=1 START=()
 if [[ $SLICE == 1 ]]; then
   WORK=${WORK:-$HERE/work/slice}
   MODEL=${MODEL:-lstm_moe_lm_32}
-  # All widths of Table 7 are divided by 8; narrow layers need larger initial weights.
+  # All widths in Table 7 are divided by 8; narrow layers need larger initial weights.
   DIVIDE=8 START=(--init-range 0.1)
   BATCH_WORDS=${BATCH_WORDS:-2000} MAX_TOKENS=${MAX_TOKENS:-2000} SAMPLES=${SAMPLES:-1000}
   EPOCHS=${EPOCHS:-2} WARMUP_UPDATES=${WARMUP_UPDATES:-100} LEARNING_RATE=${LEARNING_RATE:-0.01}
@@ -72,7 +72,8 @@ set_launcher() { # set how to run fairseq-train, and how many batches to accumul
       --master-port "${MASTER_PORT:-29500}" -m fairseq_cli.train)
     PROCESSES=(--ddp-backend legacy_ddp)
   fi
-  say "$MAX_TOKENS words x $GPUS x $NODES processes x $UPDATE_FREQ = $((per_update * UPDATE_FREQ)) words per update"
+  say "$((per_update * UPDATE_FREQ)) words per update = MAX_TOKENS x GPUS x NODES x accumulated batches =" \
+    "$MAX_TOKENS x $GPUS x $NODES x $UPDATE_FREQ"
 }
 
 set_sizes() { # set the widths of MODEL, which must be an architecture of this project

@@ -7,11 +7,11 @@
 # pairs of the corpus. Finished steps are skipped.
 #   PAIR              de or fr
 #   MONOLINGUAL       text in PAIR's language, one sentence per line, plain, .gz or .xz (no default)
-#   COPIES            how often the training text repeats the corpus's own pairs (3)
+#   COPIES            how many times the training text contains the corpus's own sentence pairs (3)
 #   REVERSE_UPDATES   updates of the reverse model (6000)
 #   REVERSE_BEAM      beam size of the reverse model (2)
-#   WORK              output folder (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); it contains the reverse model,
-#                     and WORK-extra contains the model that is trained last
+#   WORK              output folder (recipes/multi30k/work/PAIR-CASE, or work/PAIR if CASE is cased); it contains the reverse
+#                     model, and WORK-extra contains the model that is trained last
 # The last step uses all variables of train.sh, prepare.sh and evaluate.sh; to call evaluate.sh by itself, set WORK=WORK-extra.
 # Lines of MONOLINGUAL that are also in val or the test set, regardless of case and a final full stop, are left out.
 #
@@ -51,7 +51,7 @@ train_on_both() { # PAIR FOLDER
 parse_pairs "$@"
 ((${#PAIRS[@]} == 1)) || die "back_translate.sh takes one PAIR, de or fr"
 [[ -n $MONOLINGUAL ]] || die "MONOLINGUAL must name a text in the target language, but is empty"
-[[ -f $MONOLINGUAL ]] || die "MONOLINGUAL=$MONOLINGUAL is missing"
+[[ -f $MONOLINGUAL ]] || die "MONOLINGUAL=$MONOLINGUAL: the file is missing"
 require_choice CASE cased source-lower
 check_settings
 for name in REVERSE_UPDATES REVERSE_BEAM COPIES; do require_whole "$name" 1; done

@@ -53,7 +53,7 @@ score_tokenised() {
 report() { # PAIR OUTPUT SPLIT LENPEN
   local tokenised cased
   tokenised=$(score_tokenised "$1" "$2" "$3" --format text)
-  printf '%s, English to %s, %s, beam %s, length penalty %s\n' "$3" "$1" "$RUN" "$BEAM" "$4"
+  printf '%s, en-%s, %s, beam %s, length penalty %s\n' "$3" "$1" "$RUN" "$BEAM" "$4"
   printf '  lower-cased tokenised  %s\n' "$tokenised"
   if [[ $CASE != lower ]]; then
     cased=$(quietly sacrebleu "$(work_folder "$1")/text/$3.$1" -i "$2" --metrics bleu chrf --format text)
@@ -96,7 +96,7 @@ evaluate_pair() { # PAIR
 }
 
 parse_pairs "$@"
-((${#FLAGS[@]} == 0)) || die "evaluate.sh takes no flags but --help, not '${FLAGS[0]}'"
+((${#FLAGS[@]} == 0)) || die "evaluate.sh takes no flags except --help, but was given '${FLAGS[0]}'"
 check_settings
 for name in $LENPENS; do [[ $name =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "LENPENS must be numbers, but contains '$name'"; done
 use_environment

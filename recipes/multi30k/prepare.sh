@@ -4,19 +4,21 @@
 # This script fetches and verifies the texts, learns one sentencepiece vocabulary for both languages, and writes fairseq's
 # data-bin. Finished steps are skipped; changing a variable repeats the steps that depend on it. Variables:
 #   MULTI30K_DIR  a folder with the files of multi30k/dataset (data/task1); if not set, they are downloaded
-#   CASE          source-lower (default): the raw text with the English side lower-cased, because its case says little;
-#                 a model can then be scored both cased and lower-cased
+#   CASE          source-lower (default): the raw text with the English side lower-cased, because capitalisation in English
+#                 carries little information; translations can then be scored with or without regard to case
 #                 cased: the raw text as written
-#                 lower: the official lower-cased, tokenised text, which allows only the lower-cased score
+#                 lower: the official lower-cased, tokenised text, which can only be scored lower-cased
 #   VOCAB_SIZE    pieces in the joint vocabulary (5000)
 #   PIECE_TYPE    unigram or bpe (unigram)
-#   SAMPLES       additional copies of the training text, each split into pieces differently at random (0)
-#   SAMPLE_ALPHA  unigram: sharpness of the random splits; bpe: share of merges left out (0.2)
-#   EXTRA         additional pairs to train on, EXTRA.en and EXTRA.PAIR, in the form of CASE (none); see back_translate.sh
-#   COPIES        how often the training text repeats the corpus's own pairs (1), to balance them against EXTRA
-#   WORK          output folder (recipes/multi30k/work/PAIR, or PAIR-CASE when not cased); only with one PAIR
+#   SAMPLES       additional copies of the training text, each with a different random split into pieces (0)
+#   SAMPLE_ALPHA  unigram: inverse temperature of the distribution that splits are drawn from; bpe: share of
+#                 merges left out (0.2)
+#   EXTRA         additional sentence pairs to train on (files EXTRA.en and EXTRA.PAIR), in the form that CASE specifies
+#                 (none); see back_translate.sh
+#   COPIES        how many times the training text contains the corpus's own sentence pairs (1), to balance them against EXTRA
+#   WORK          output folder (recipes/multi30k/work/PAIR-CASE, or work/PAIR if CASE is cased); only with one PAIR
 #   THREADS       processes for binarising (2)
-#   SHA256SUMS    digests to verify (recipes/multi30k/SHA256SUMS)
+#   SHA256SUMS    file of digests to verify the texts against (recipes/multi30k/SHA256SUMS)
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -121,7 +123,7 @@ extra_key() {
 prepare_pair() {
   local pair=$1 folder key
   folder=$(work_folder "$pair")
-  say "preparing English to $pair in $folder"
+  say "preparing en-$pair in $folder"
   key=$(step_key "" fetch "$pair $MULTI30K_DIR $(digest <"$SHA256SUMS")")
   run_step "$folder" fetch "$key" fetch_texts "$pair" "$folder"
   key=$(step_key "$key" select "$CASE")
@@ -132,19 +134,19 @@ prepare_pair() {
   run_step "$folder" cut "$key" cut_texts "$pair" "$folder"
   key=$(step_key "$key" binarise "")
   run_step "$folder" binarise "$key" binarise "$pair" "$folder"
-  # train.sh resumes a model only on the text that it was trained on.
+  # train.sh resumes training only on the text that the model was trained on.
   printf '%s' "$key" >"$folder/prepared"
 }
 
 parse_pairs "$@"
-((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help, not '${FLAGS[0]}'"
+((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags except --help, but was given '${FLAGS[0]}'"
 check_settings
 require_choice PIECE_TYPE unigram bpe
 require_whole COPIES 1
 if [[ -n $EXTRA ]]; then
   for language in en "${PAIRS[@]}"; do [[ -f $EXTRA.$language ]] || die "EXTRA=$EXTRA: $EXTRA.$language is missing"; done
 fi
-[[ -f $SHA256SUMS ]] || die "SHA256SUMS=$SHA256SUMS is missing"
+[[ -f $SHA256SUMS ]] || die "SHA256SUMS=$SHA256SUMS: the file is missing"
 use_environment
 # shellcheck disable=SC2153
 for pair in "${PAIRS[@]}"; do prepare_pair "$pair"; done

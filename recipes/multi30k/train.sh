@@ -3,8 +3,8 @@
 #
 # PAIR: de or fr (from English); default: both, one after the other. The script prepares the text (prepare.sh and its
 # variables), trains or resumes the run from its last checkpoint, averages checkpoints, and calls evaluate.sh.
-#   MODEL   moe (default), or dense: a model without experts, with the same number of operations per word
-#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use another name for other settings
+#   MODEL   moe (default), or dense: a model without experts, with the same number of operations per token
+#   RUN     name of the run, a folder in WORK (MODEL-seedSEED); use a different name for different settings
 #   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (2)
@@ -107,7 +107,7 @@ train_pair() {
     "$LABEL_SMOOTHING $WEIGHT_DECAY $CLIP_NORM" \
     "$LEARNING_RATE $WARMUP_UPDATES" "$MAX_TOKENS $UPDATE_FREQ $SEED" "${FLAGS[*]}")
   keep_settings "$folder" "$settings"
-  say "training $MODEL, English to $pair, $UPDATES updates; log: $folder/train.log"
+  say "training $MODEL, en-$pair, $UPDATES updates; log: $folder/train.log"
   [[ $AVERAGE_ONLY == 1 ]] || train_model "$work/data-bin" "$folder"
   grep -o 'done training in .*' "$folder/train.log" | tail -n 1 || true
   [[ $CHOOSE == last ]] || chosen=--num-best-checkpoints

@@ -5,9 +5,9 @@
 #   CHECKPOINT   the model (RUN's average.pt)
 #   BEAM         beam size (5)
 #   LENPEN       length penalty (1.0)
-# The script prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised by 13a; for
-# Japanese, by characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of the run that was
-# scored last. RUN/bundle is the model for nmt-moe translate.
+# The script prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised with 13a or,
+# for Japanese, into characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of
+# the run that was scored last. RUN/bundle is the model for nmt-moe translate.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -51,7 +51,7 @@ score_direction() { # DIRECTION: one line, BLEU and chrF
   printf '%s' "${scores//$'\n'/ }"
 }
 
-(($# == 0)) || die "evaluate.sh takes no arguments but --help, not '$1'; set its variables instead"
+(($# == 0)) || die "evaluate.sh takes no arguments except --help, but was given '$1'; set its variables instead"
 require_choice MODEL moe dense single
 check_settings
 SCORED=("${DIRECTIONS[@]}")

@@ -95,12 +95,12 @@ binarise() { # a pair's two directions read the same files
   done
 }
 
-(($# == 0)) || die "prepare.sh takes no arguments but --help, not '$1'; set its variables instead"
+(($# == 0)) || die "prepare.sh takes no arguments except --help, but was given '$1'; set its variables instead"
 check_settings
 [[ -n $FOLDER ]] || die "$FOLDER_NAME must name the folder with the texts of CORPUS=$CORPUS, but is not set"
 [[ -d $FOLDER ]] || die "$FOLDER_NAME=$FOLDER is not a folder"
 use_environment
-say "preparing English with $LANGUAGES in $WORK_FOLDER"
+say "preparing English and $LANGUAGES in $WORK_FOLDER"
 mkdir -p "$WORK_FOLDER"
 key=$(step_key "" copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS")
 run_step "$WORK_FOLDER" copy "$key" copy_texts
@@ -110,5 +110,5 @@ key=$(step_key "$key" cut "")
 run_step "$WORK_FOLDER" cut "$key" cut_texts
 key=$(step_key "$key" binarise "")
 run_step "$WORK_FOLDER" binarise "$key" binarise
-# train.sh resumes a model only on the text that it was trained on.
+# train.sh resumes training only on the text that the model was trained on.
 printf '%s' "$key" >"$WORK_FOLDER/prepared"

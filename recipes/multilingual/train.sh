@@ -4,10 +4,11 @@
 # This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, averages
 # checkpoints and calls evaluate.sh.
 #   MODEL   moe (default): one model for all directions; dense: the same without experts, with the same number of operations
-#           per word; single: the dense model trained only on DIRECTION
+#           per token; single: the dense model trained only on DIRECTION
 #   DIRECTION  for single, such as en-fr
-#   TEMPERATURE, OVERSAMPLING  how often small pairs are seen (1; none), see --sampling-temperature and --oversampling
-#   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); use another for other settings
+#   TEMPERATURE, OVERSAMPLING  settings that make training use small pairs more often (1; none): see
+#           --sampling-temperature and --oversampling of fairseq-train --task translation_multilingual_gnmt
+#   RUN     name of the run, a folder in WORK (MODEL or single-DIRECTION, with -seedSEED); use another for different settings
 #   SEED    seed of the parameters, the order of the text, dropout and the gates' noise (1)
 #   DEVICE  auto (default: a GPU if there is one), cpu or cuda
 #   THREADS threads of a training process on the CPU (2)

@@ -66,7 +66,7 @@ check_files() {
   for file in "$REFERENCE.en" "$REFERENCE.$PAIR" "$WORK/data-bin"; do
     [[ -e $file ]] || die "$file is missing: run 'bash recipes/wmt14_en_$PAIR/prepare.sh', or set WORK"
   done
-  [[ -z ${AGAINST:-} || -f $AGAINST ]] || die "AGAINST=$AGAINST is missing"
+  [[ -z ${AGAINST:-} || -f $AGAINST ]] || die "AGAINST=$AGAINST: the file is missing"
 }
 
 require_choice SUBSET test valid

@@ -143,7 +143,7 @@ check_binarised() { # LOG: compare fairseq's own count of each side with the lin
   done
 }
 
-((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags but --help and --dry-run, not '${FLAGS[0]}'"
+((${#FLAGS[@]} == 0)) || die "prepare.sh takes no flags except --help and --dry-run, but was given '${FLAGS[0]}'"
 check_settings
 require_choice PIECE_TYPE bpe unigram
 require_choice NORMALIZE source both none
@@ -151,10 +151,10 @@ require_choice NORMALIZE source both none
 [[ $COVERAGE =~ ^(1(\.0+)?|0?\.[0-9]+)$ ]] || die "COVERAGE must be a share of 1, but is '$COVERAGE'"
 [[ -z $WMT14_MIRROR || $WMT14_MIRROR =~ ^(file:///|https?://) ]] ||
   die "WMT14_MIRROR must begin with file:///, http:// or https://, but is '$WMT14_MIRROR'"
-[[ -f $MANIFEST ]] || die "MANIFEST=$MANIFEST is missing"
+[[ -f $MANIFEST ]] || die "MANIFEST=$MANIFEST: the file is missing"
 use_environment_unless_dry
 list_steps
-say "preparing English to $PAIR in $WORK"
+say "preparing en-$PAIR in $WORK"
 key=""
 for name in "${ARCHIVES[@]}"; do
   [[ $DRY_RUN == 0 ]] || printf '%s\n      %s\n      from %s\n' "$name" "${ABOUT[$name]}" "${ADDRESSES[$name]}"

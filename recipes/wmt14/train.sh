@@ -5,7 +5,7 @@
 # --dry-run prints the size of the batch and the command. To save memory or time, add fairseq's flags, such as --bf16.
 #   MODEL       moe32 (default: 32 experts, flat, 4 per token), moe512, moe2048 (hierarchical, 2 at each level), or dense
 #   GPUS        processes, one for each GPU (1); 8 on a machine with 8 GPUs. For SLURM, see recipes/wmt14/slurm.sbatch
-#   MAX_TOKENS  words that a GPU processes at a time (16000); with less memory, a fraction of that, such as 4000
+#   MAX_TOKENS  tokens that a GPU processes at a time (16000); with less memory, a fraction of that, such as 4000
 #   UPDATES     updates to train (en-de 12000, en-fr 37000)
 #   LEARNING_RATE  rate after the warm-up (0.001)
 #   OPTIMIZER   adam (default), or factored_adam, which keeps a row and a column for each expert matrix (Appendix D)
@@ -31,8 +31,8 @@ require_whole GPUS 1
 LAUNCH=${LAUNCH:-$( ((GPUS > 1)) && printf torchrun || printf plain)}
 
 # The paper states 2000 updates of linear warm-up and 8000 at the full rate, but neither the rate nor the number of
-# updates. Training took 1 day for en-de and 3 days for en-fr, on 64 K40 GPUs. With 3 x 2 x 85M operations per word, 16,000
-# words and about 1.2e12 operations per second, an update takes 7 s, which gives 12,000 updates per day.
+# updates. Training took 1 day for en-de and 3 days for en-fr, on 64 K40 GPUs. With 3 x 2 x 85M operations per token, 16,000
+# tokens and about 1.2e12 operations per second, an update takes 7 s, which gives 12,000 updates per day.
 WARMUP_UPDATES=${WARMUP_UPDATES:-2000}
 HOLD_UPDATES=${HOLD_UPDATES:-8000}
 if [[ $PAIR == fr ]]; then UPDATES=${UPDATES:-37000}; fi
@@ -67,7 +67,7 @@ set_update_freq() { # the number of passes that add up to the paper's batch
       "$GPUS x $MAX_TOKENS = $at_once words; choose GPUS and MAX_TOKENS so that their product divides $words, such as 8 and 4000"
   UPDATE_FREQ=$((words / at_once))
   say "$words words per update (the paper's $PAPER_GPUS GPUs x $WORDS_PER_GPU) =" \
-    "$GPUS GPUs x $MAX_TOKENS words x $UPDATE_FREQ accumulated passes"
+    "GPUS x MAX_TOKENS x accumulated passes = $GPUS x $MAX_TOKENS x $UPDATE_FREQ"
 }
 
 set_launcher() {
@@ -99,7 +99,7 @@ set_command() {
     --tensorboard-logdir "$RUN_FOLDER/tensorboard" "${DEVICE_FLAGS[@]}" "${PARALLEL_FLAGS[@]}" "${FLAGS[@]}")
 }
 
-refuse_another_run() { # a run cannot be resumed with another network, batch or text
+refuse_another_run() { # a run cannot be resumed with a different network, batch or text
   local settings
   # UPDATES is not included, so that a finished run can be extended; GPUS and MAX_TOKENS do not change the batch.
   settings=$(printf '%s\n' "text $(<"$WORK/prepared")" "${MODEL_FLAGS[*]}" "$OPTIMIZER $CLIP_NORM $SEED" \
@@ -126,6 +126,6 @@ set_device
 bash "$HERE/prepare.sh" "$PAIR"
 set_command
 refuse_another_run
-say "training $MODEL, English to $PAIR, $UPDATES updates; log: $RUN_FOLDER/train.log"
+say "training $MODEL, en-$PAIR, $UPDATES updates; log: $RUN_FOLDER/train.log"
 train_logged "$RUN_FOLDER/train.log" "${COMMAND[@]}"
 say "done: score it with MODEL=$MODEL RUN=$RUN bash recipes/wmt14_en_$PAIR/evaluate.sh"

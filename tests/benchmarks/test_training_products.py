@@ -1,4 +1,4 @@
-"""The program that times products in training."""
+"""The program that times matrix multiplication for training."""
 
 import pytest
 import torch

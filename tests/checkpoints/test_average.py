@@ -83,7 +83,7 @@ def test_the_best_checkpoints_are_found_by_their_score(tmp_path, is_larger_bette
 def test_too_few_checkpoints_are_refused(tmp_path):
     save(tmp_path / "checkpoint1.pt", [0.0], **with_updates(7))
     with pytest.raises(
-        ValueError, match="at least 5 checkpoints of the requested kind, but contains 1"
+        ValueError, match="must contain 5 or more checkpoints of the chosen kind, but contains 1"
     ):
         tool.find_last(tmp_path, 5)
 

@@ -131,10 +131,10 @@ def test_languages_of_a_multilingual_model(tmp_path):
     words = ["prune", bundle, "--num-experts", 3, "--equal-texts", "--output", tmp_path / "x"]
     both = ["--text", text, text, "--target-lang", "bb", "aa"]
     assert "kept 3 of 6" in run(*words, *both)
-    assert "`target_lang` must be one of aa, bb, but is missing" in run(
+    assert "`--target-lang` must be one of aa, bb, but is missing" in run(
         *words, "--text", text, "--overwrite", status=1
     )
-    assert "`--text` must be given 1 or 3 times for 3 parts, but is given 2" in run(
+    assert "`--text` takes 1 or 3 values for 3 parts, but was given 2" in run(
         *words, *both, "aa", "--overwrite", status=1
     )
 
@@ -191,7 +191,7 @@ def test_a_text_without_words_is_refused(files, tmp_path):
     bundle = files[1]
     (tmp_path / "blank").write_text("\n \n")
     words = ["stats", bundle, "--text", tmp_path / "blank"]
-    assert "all 2 lines are empty" in run(*words, status=1)
+    assert "all lines (2) are empty" in run(*words, status=1)
     with pytest.raises(ValueError, match="the text has no line with words"):
         survey(Translator.load(bundle), Part("dev", ["", " "]))
 

@@ -96,9 +96,9 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert_mistake(call(bundle, "--text", bad, *to_page), "line 1 is not valid UTF-8")
     assert_mistake(
         call(bundle, "--text", text, text, text, "--target-lang", "a", "b", *to_page),
-        "`--target-lang` must be given 0 or 1 or 3 times for 3 parts, but is given 2 times",
+        "`--target-lang` takes 0 or 1 or 3 values for 3 parts, but was given 2",
     )  # fmt: skip
-    assert_mistake(call(many, "--text", text, *to_page), "`target_lang` must be one of aa, bb")
+    assert_mistake(call(many, "--text", text, *to_page), "`--target-lang` must be one of aa, bb")
     assert_mistake(call(bundle, "--text", text, "--output", text), "is named twice")
     assert_mistake(call(bundle, "--text", text, "--json", bundle / "config.json"), "named twice")
     assert_mistake(

@@ -235,20 +235,23 @@ def test_a_bundle_without_the_pieces_of_its_dictionary_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     path, data, pieces, _ = make_checkpoint(tmp_path)
-    marked = [
-        f"▁{number} 1" for number in range(len((data / "dict.aa.txt").read_text().split("\n")))
-    ]
+    size = len((data / "dict.aa.txt").read_text().splitlines())
+
+    def write_dictionaries(num_marked: int) -> None:
+        words = [f"{'▁' * (number < num_marked)}{number} 1\n" for number in range(size)]
+        for language in ("aa", "bb"):
+            (data / f"dict.{language}.txt").write_text("".join(words))
 
     def drop_digests(state: dict[str, Any]) -> None:
         state["model"] = {n: v for n, v in state["model"].items() if not n.endswith("digest")}
 
     edit(path, drop_digests)
+    write_dictionaries(1)
     export(path, data, Pieces(), tmp_path / "words")
     assert caplog.text == ""
-    for language in ("aa", "bb"):
-        (data / f"dict.{language}.txt").write_text("\n".join(marked[:-1]) + "\n")
+    write_dictionaries(size // 4)
     export(path, data, Pieces(), tmp_path / "pieces")
-    assert "`--pieces` is missing" in caplog.text
+    assert "contain ▁, as sentencepiece's do, but `--pieces` is missing" in caplog.text
 
 
 def test_missing_data_and_unnamed_languages_are_refused(tmp_path: Path):

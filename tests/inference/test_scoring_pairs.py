@@ -124,7 +124,7 @@ def test_the_language_token_is_read(tmp_path: Path):
 
 def test_pairs_that_cannot_be_scored_are_refused(opened: tuple[Translator, Any]):
     translator = opened[0]
-    with pytest.raises(ValueError, match="there are 2 texts and 1 references"):
+    with pytest.raises(ValueError, match="texts is 2, and the number of references is 1"):
         translator.score(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="reference 2 contains the control character"):
         translator.score(["a", "b"], ["a", "b\0"])

@@ -190,7 +190,7 @@ def test_a_dense_model_has_no_layers(name: str, tmp_path: Path):
 
 
 def test_unequal_numbers_of_texts_and_references_are_refused(bundle: Path):
-    with pytest.raises(ValueError, match="there are 5 texts and 1 references"):
+    with pytest.raises(ValueError, match="texts is 5, and the number of references is 1"):
         collect_usage(Translator.load(bundle), TEXTS, ["a"])
 
 

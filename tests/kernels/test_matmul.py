@@ -1,4 +1,4 @@
-"""Products of matrices on the CPU, compared with torch in float64."""
+"""Matrix products on the CPU, compared with torch in float64."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SIZES = [
 
 
 def lay_out(matrix: Tensor, layout: str) -> Tensor:
-    """Return the same matrices with other strides."""
+    """Return the same matrices with different strides."""
     if layout == "transposed":
         return matrix.mT.contiguous().mT
     if layout == "part":

@@ -50,6 +50,21 @@ def test_similarity_is_the_mean_cosine_of_all_pairs():
     torch.testing.assert_close(outputs[2], F.relu(x @ weight_in[2]) @ weight_out[2])
 
 
+def test_outputs_of_zero_are_left_out_of_the_similarity():
+    outputs = torch.randn(1, 7, 4).double().repeat(3, 1, 1)
+    outputs[0, 2] = outputs[1, 2] = outputs[2, 5] = 0
+    assert output_similarity(outputs) == pytest.approx(1.0)
+    outputs[1] = -outputs[1]
+    cosines = [
+        F.cosine_similarity(outputs[i, n], outputs[j, n], dim=0).item()
+        for i, j in ((0, 1), (0, 2), (1, 2))
+        for n in range(7)
+        if outputs[i, n].any() and outputs[j, n].any()
+    ]
+    assert output_similarity(outputs) == pytest.approx(sum(cosines) / len(cosines))
+    assert output_similarity(torch.zeros(2, 3, 4)) == 0
+
+
 def test_copies_of_an_expert_are_alike_and_one_expert_is_refused():
     copies = torch.randn(1, 7, 4).double().expand(3, -1, -1)
     assert output_similarity(copies) == pytest.approx(1.0)

@@ -123,7 +123,7 @@ def test_from_text_to_table(tmp_path, mode):
     assert "Loaded checkpoint" in (trained / "train.log").read_text()
     other = run(**variables, UPDATES=3)
     assert other.returncode == 1
-    assert "was trained with other settings or text" in other.stderr
+    assert "was trained with different settings or a different text" in other.stderr
 
 
 def test_valid_is_the_end_of_train_and_blank_lines_are_left_out(tmp_path):
@@ -198,7 +198,7 @@ REFUSALS = [
     pytest.param({"DROPOUTS": "0.1 1"}, "DROPOUT must be at least 0 and below 1, but is '1'"),
     pytest.param({"SEEDS": "a"}, "SEED must be a whole number of at least 0, but is 'a'"),
     pytest.param({"SEEDS": " "}, "MODELS, DROPOUTS and SEEDS must not be empty"),
-    pytest.param({"BREAK_MODE": "line"}, "BREAK_MODE must be one of: eos none; but is 'line'"),
+    pytest.param({"BREAK_MODE": "line"}, "BREAK_MODE must be one of eos, none, but is 'line'"),
     pytest.param({"UPDATES": "0"}, "UPDATES must be a whole number of at least 1"),
 ]
 

@@ -95,7 +95,7 @@ def test_settings_are_fixed_once_a_checkpoint_exists(result, tmp_path):
     done = call("keep_settings", folder, "rate 3", "WORK")
     assert done.returncode == 1
     assert "< rate 2\n---\n> rate 3\n" in done.stderr
-    assert f"error: {folder} was trained with other settings or text" in done.stderr
+    assert f"error: {folder} was trained with different settings or a different text" in done.stderr
     assert "Choose another WORK, or remove it." in done.stderr
     assert (folder / "settings").read_text() == "rate 2\n"
 
@@ -118,7 +118,7 @@ def test_a_number_above_0_is_a_decimal_number():
         ("UPDATES=0", "UPDATES must be a whole number of at least 1"),
         ("CLIP_NORM=nan", "CLIP_NORM must be a number of at least 0"),
         ("DROPOUT=1", "DROPOUT must be at least 0 and below 1"),
-        ("DEVICE=tpu", "DEVICE must be one of: auto cpu cuda"),
+        ("DEVICE=tpu", "DEVICE must be one of auto, cpu, cuda"),
         ("UPDATES=4; AVERAGE=3; SAVE_INTERVAL=2", "AVERAGE x SAVE_INTERVAL = 6 must not exceed"),
     ],
 )

@@ -159,11 +159,11 @@ def test_all_steps_run_in_miniature_and_only_once(tmp_path):
 
 
 REFUSALS = [
-    pytest.param(["--target-lang", "es"], "TARGET_LANG must be one of: fr de", id="language"),
+    pytest.param(["--target-lang", "es"], "TARGET_LANG must be one of fr, de", id="language"),
     pytest.param(["--updates", "many"], "UPDATES must be a whole number of at least 1", id="word"),
     pytest.param(["--updates"], "--updates needs a value", id="no-value"),
     pytest.param(["--faster"], "unknown argument '--faster'", id="unknown"),
-    pytest.param(["--device", "tpu"], "DEVICE must be one of: auto cpu cuda", id="device"),
+    pytest.param(["--device", "tpu"], "DEVICE must be one of auto, cpu, cuda", id="device"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The One Billion Word recipe on a tiny archive of the same layout, and on bad input."""
+"""The One Billion Word recipe on a tiny archive laid out like the real one, and on bad input."""
 
 import gzip
 import hashlib
@@ -70,14 +70,15 @@ def test_from_the_archive_to_perplexity(tmp_path):
     for name in (fetch.train_shard(1), fetch.held_out_shard(0)):
         texts[name] = cut + texts[name]
     archive = write_archive(tmp_path / "mirror", texts)
-    # The dictionary has 15 words and 4 symbols of fairseq. A refused setting does not block the
-    # name of the run.
+    # The dictionary has 15 words and fairseq's 4 special symbols. A refused setting does not use up
+    # the run's name.
     many = run("train.sh", tmp_path, RUN="tiny", **(archive | {"SAMPLES": 1000}))
     assert "`--sampled-softmax` must be from 0 to 19" in refusal(many)
-    assert "vocabulary: 15 words that occur at least 1 times" in many.stdout
+    assert "vocabulary: 15 words with a count of at least 1, plus <S>" in many.stdout
     done = run("train.sh", tmp_path, RUN="tiny", **archive)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "100 words x 1 x 1 processes x 2 = 200 words per update" in done.stdout
+    assert "200 words per update = " in done.stdout
+    assert "MAX_TOKENS x GPUS x NODES x accumulated batches = 100 x 1 x 1 x 2\n" in done.stdout
     # The text has 40 lines from each of two shards.
     first, *train = (tmp_path / "work/text/train").read_text().splitlines()
     assert first == "<U+0085> w2<U+00A0>w3 w4<U+2028>w5 w6 w7"
@@ -95,12 +96,12 @@ def test_from_the_archive_to_perplexity(tmp_path):
     again = run("evaluate.sh", tmp_path, RUN="tiny", SUBSET="valid", **archive)
     assert re.search(r"valid, tiny: perplexity [\d.]+ over \d+ words", again.stdout)
     other = run("train.sh", tmp_path, RUN="tiny", **(archive | {"LEARNING_RATE": 0.5}))
-    assert "was trained with other settings or text" in refusal(other)
+    assert "was trained with different settings or a different text" in refusal(other)
 
 
 @pytest.mark.parametrize(
     ("model", "widths"),
-    [  # the sizes of Table 7, divided by 8
+    [  # the sizes in Table 7, divided by 8
         ("lstm_lm_2048_512", (64, 256, 128)),
         ("lstm_moe_lm_1_wide", (64, 64, 512)),
         ("lstm_moe_lm_4096h", (64, 64, 128)),
@@ -203,8 +204,9 @@ def test_a_text_that_is_not_utf8_is_named_with_file_and_line(tmp_path):
 
 
 def test_words_are_counted_as_in_the_published_counts(tmp_path):
-    # Only single-byte white space separates words. No-break space, next line and zero width space
-    # do not. Unlike in `wc -w`, a word that consists of next line and zero width space counts.
+    # Only single-byte white space separates words. The no-break space, the next-line character and
+    # the zero-width space do not. Unlike in `wc -w`, a word that consists of a next-line character
+    # and a zero-width space counts.
     text = "one two\u00a0three\n\u0085 \u200b four\n\n"
     (tmp_path / "text").write_bytes(text.encode())
     found = counts.count(tmp_path / "text")
@@ -219,7 +221,7 @@ def test_published_training_figures_are_consistent():
 
 
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
-def test_a_text_with_other_counts_is_refused(part, tmp_path, monkeypatch):
+def test_a_text_with_different_counts_is_refused(part, tmp_path, monkeypatch):
     texts = {"train": b"a b\nc\n", "valid": b"d\n", "test": b"e f g\n"}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text)
@@ -258,8 +260,8 @@ def test_a_text_that_fairseq_cuts_elsewhere_is_refused_before_training(tmp_path)
     pretend_fetched(tmp_path / "work", "w1\u00a0w2\n", "2 40")
     error = refusal(run("train.sh", tmp_path))
     assert (
-        "train must have 1 sents, 2 tokens, including end marks, like its text, but "
-        "fairseq-preprocess found '1 sents, 3 tokens'"
+        "fairseq-preprocess must find '1 sents, 2 tokens' in train, including end marks, as in its "
+        "text, but found '1 sents, 3 tokens'"
     ) in error
     assert not (tmp_path / "work/prepared").exists()
 
@@ -291,7 +293,7 @@ def test_an_empty_text_is_named(tmp_path):
 
 REFUSALS = [
     pytest.param("prepare.sh", {"SHARDS": 100}, "SHARDS must be from 1 to 99, but is 100"),
-    pytest.param("prepare.sh", {"SLICE": 2}, "SLICE must be one of: 0 1; but is '2'"),
+    pytest.param("prepare.sh", {"SLICE": 2}, "SLICE must be one of 0, 1, but is '2'"),
     pytest.param("prepare.sh", {"SHARD_LINES": "x"}, "SHARD_LINES must be a whole number"),
     pytest.param(
         "train.sh", {"BATCH_WORDS": 0}, "BATCH_WORDS must be a whole number of at least 1"
@@ -299,9 +301,9 @@ REFUSALS = [
     pytest.param("train.sh", {"MODEL": "lstm_moe_lm_33"}, "but is 'lstm_moe_lm_33'"),
     pytest.param("train.sh", {"LEARNING_RATE": "1e"}, "LEARNING_RATE must be a number above 0"),
     pytest.param("train.sh", {"SEED": "x"}, "SEED must be a whole number of at least 0"),
-    pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of: 0 1; but is 'no'"),
+    pytest.param("train.sh", {"EVALUATE": "no"}, "EVALUATE must be one of 0, 1, but is 'no'"),
     pytest.param("evaluate.sh", {"RUN": "none"}, "work/none/checkpoint_last.pt is missing"),
-    pytest.param("evaluate.sh", {"SUBSET": "train"}, "SUBSET must be one of: test valid"),
+    pytest.param("evaluate.sh", {"SUBSET": "train"}, "SUBSET must be one of test, valid"),
 ]
 
 
@@ -314,5 +316,5 @@ def test_a_wrong_variable_is_named(script, variables, message, tmp_path):
 
 def test_an_argument_that_is_not_a_flag_is_refused_immediately(tmp_path):
     done = run("train.sh", tmp_path, "bogus")
-    assert "takes flags of fairseq-train, which begin with -, not 'bogus'" in refusal(done)
+    assert "takes fairseq-train flags, which begin with -, but was given 'bogus'" in refusal(done)
     assert not done.stdout

@@ -83,14 +83,14 @@ def test_from_text_to_scores(corpus, tmp_path):
     assert scores.count("tok:none") == 2  # val, test
     assert scores.count("BLEU|nrefs:1|case:mixed|eff:no|tok:13a") == 2
     assert scores.count("chrF2|") == 2
-    assert "test_2016_flickr, English to de, tiny, beam 2, length penalty 1.0" in scores
+    assert "test_2016_flickr, en-de, tiny, beam 2, length penalty 1.0" in scores
     for name, count in (("val.lenpen1.0", 9), ("test_2016_flickr", 5)):
         translation = work / "tiny" / "translations" / name
         assert translation.read_text(encoding="utf-8").count("\n") == count
 
     other = run("train.sh", "de", RUN="tiny", SAMPLES=1, **(variables | {"MODEL_DIM": 32}))
     assert other.returncode == 1
-    assert "was trained with other settings or text" in other.stderr
+    assert "was trained with different settings or a different text" in other.stderr
     assert "Choose another RUN" in other.stderr
 
 
@@ -111,7 +111,7 @@ def test_back_translated_captions_are_trained_on_together_with_the_corpus(corpus
     assert (work / "monolingual.en").read_text(encoding="utf-8").count("\n") == 2
     pieces = (both / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()
     assert len(pieces) == 2 * len(SENTENCES) + 2
-    assert "test_2016_flickr, English to de, both" in (both / "both" / "scores.txt").read_text()
+    assert "test_2016_flickr, en-de, both" in (both / "both" / "scores.txt").read_text()
 
     again = run("back_translate.sh", "de", **variables)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -174,7 +174,7 @@ REFUSALS = [
     pytest.param("train.sh", [], {"WORK": "x"}, "WORK is for one language", id="one-work"),
     pytest.param("train.sh", ["de"], {"SEED": "x"}, "SEED must be a whole number", id="seed"),
     pytest.param("train.sh", ["de"], {"LEARNING_RATE": "0"}, "a number above 0", id="rate"),
-    pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of: moe", id="model"),
+    pytest.param("train.sh", ["de"], {"MODEL": "dens"}, "MODEL must be one of moe", id="model"),
     pytest.param(
         "train.sh", ["de"], {"UPDATES": "400"}, "must not exceed UPDATES = 400", id="average"
     ),

@@ -80,7 +80,7 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
 
     other = run("train.sh", **variables | {"MODEL_DIM": 32})
     assert other.returncode == 1
-    assert "was trained with other settings or text" in other.stderr
+    assert "was trained with different settings or a different text" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
         ("prepare.sh", {"TATOEBA_DIR": "/nowhere"}, "TATOEBA_DIR=/nowhere is not a folder"),
         ("prepare.sh", {"LANGUAGES": "fr xx"}, "LANGUAGES has 'xx', but tatoeba has only: fr de"),
         ("prepare.sh", {"LANGUAGES": "fr ko"}, "en-ko/train.en.gz is missing"),
-        ("prepare.sh", {"CORPUS": "wmt"}, "CORPUS must be one of: tatoeba multi30k"),
-        ("train.sh", {"MODEL": "sparse"}, "MODEL must be one of: moe dense single"),
-        ("train.sh", {"MODEL": "single"}, "DIRECTION must be one of: en-fr fr-en en-es es-en"),
+        ("prepare.sh", {"CORPUS": "wmt"}, "CORPUS must be one of tatoeba, multi30k"),
+        ("train.sh", {"MODEL": "sparse"}, "MODEL must be one of moe, dense, single"),
+        ("train.sh", {"MODEL": "single"}, "DIRECTION must be one of en-fr, fr-en, en-es, es-en"),
         ("train.sh", {"DIRECTION": "en-fr"}, "DIRECTION=en-fr is for MODEL=single"),
         ("evaluate.sh", {}, "average.pt is missing: train it"),
     ],
@@ -110,7 +110,7 @@ def test_an_argument_that_is_not_a_flag_is_refused_immediately(corpus: Path, tmp
     given = TINY | {"TATOEBA_DIR": corpus, "WORK": tmp_path / "work"}
     done = run("train.sh", "moe", **given)
     assert done.returncode == 1
-    assert "takes flags of fairseq-train, which begin with -, not 'moe'" in done.stderr
+    assert "takes fairseq-train flags, which begin with -, but was given 'moe'" in done.stderr
     assert not (tmp_path / "work").exists()
 
 

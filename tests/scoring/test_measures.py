@@ -171,7 +171,7 @@ def test_tokenised_texts_get_only_the_scores_for_tokenised_text(tmp_path):
 REFUSALS = [
     pytest.param("hyp", b"one\ntwo\n", [], "hyp` has 2", id="fewer-lines"),
     pytest.param("ref", b"", [], "ref.en` has no lines", id="empty"),
-    pytest.param("hyp", b"\n" * 20, [], "hyp`: all 20 lines are empty", id="nothing-in-it"),
+    pytest.param("hyp", b"\n" * 20, [], "hyp`: all lines (20) are empty", id="nothing-in-it"),
     pytest.param("hyp", b"\xff\n" * 20, [], "hyp`, line 1 is not valid UTF-8", id="not-utf-8"),
     pytest.param("src", b"one\n", [], "src` has 1", id="source"),
     pytest.param("other", b"one\n", [], "other` has 1", id="second-translation"),
@@ -203,7 +203,12 @@ def test_bad_input_is_refused_by_name(texts, name, content, flags, message):
 def test_a_reference_whose_name_has_no_language_needs_one(texts, tmp_path):
     done = run(texts["hyp"], write(tmp_path / "reference", ["a"] * 20))
     assert done.exit_code == 1
-    assert "`--lang` must be a two-letter language code, but is 'reference'" in done.stderr
+    assert f"the language of `{tmp_path / 'reference'}` is unknown" in done.stderr
+    assert "for example --lang de" in done.stderr
+    done = run(texts["hyp"], write(tmp_path / "reference", []))
+    assert "reference` has no lines" in done.stderr
+    done = run(texts["hyp"], texts["ref"], "--lang", "german!")
+    assert "`--lang` must be a two-letter language code, but is 'german!'" in done.stderr
 
 
 def test_the_log_of_generate_is_refused_with_the_command_that_extracts_translations(texts):

@@ -71,7 +71,9 @@ def test_the_grid_is_printed_with_its_best_point(output: Path):
     assert printed[0].split() == ["alpha\\beta", "0", "0.4"]
     # With four of five words, all precisions are 1, and the brevity penalty is exp(1 - 5 / 4).
     assert printed[1].split() == ["0", f"{100 * math.exp(-0.25):.2f}", "100.00*"]
-    assert printed[2].startswith("1 sentences, 2 to 2 hypotheses each; best: alpha 0, beta 0.4")
+    assert printed[2].startswith(
+        "sentences: 1, with 2 to 2 hypotheses each; best: alpha 0, beta 0.4"
+    )
     assert "nrefs:1" in printed[3]
 
 
@@ -120,7 +122,7 @@ def test_bad_options_end_in_one_message(output: Path, flags: list[str], message:
 
 
 def test_a_reference_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="1 sentences have no reference, .* sentence 0"):
+    with pytest.raises(ValueError, match="sentences without a reference: 1, .* sentence 0"):
         tool.score_grid(tool.read_nbest(NBEST), {}, [0.0], [0.0])
 
 

@@ -78,7 +78,7 @@ def test_a_missing_file_and_one_without_entries_are_named(tmp_path: Path):
     done = run(*flags, tmp_path / "absent.log")
     assert done.exit_code == 1
     assert "absent.log" in done.stderr
-    message = f"`{tmp_path}/plain.log` contains no entry of fairseq's `--log-format json`"
+    message = f"`{tmp_path}/plain.log` contains no entry from fairseq's `--log-format json`"
     assert message in run(*flags, tmp_path / "plain.log").stderr
     # The message is the same if a label is given.
     assert message in run(*flags, f"dense={tmp_path / 'plain.log'}").stderr

@@ -1,4 +1,4 @@
-"""Live servers with tiny bundles, for all tests that need no other settings."""
+"""Live servers with tiny bundles, for all tests that need no special settings."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -99,7 +99,7 @@ def test_a_single_language_is_detected_with_no_confidence(server: LiveServer):
         ({"q": ["a", 1]}, ["`q` must be a text or a list of texts", "a list"]),
         ({"source": "xx"}, ["`source` must be one of aa", "'xx'"]),
         ({"target": "aa"}, ["`target` must be one of bb", "'aa'"]),
-        ({"target": 3}, ["`target` must be the code of a language", "3"]),
+        ({"target": 3}, ["`target` must be a language code", "3"]),
         ({"target": "\ud800"}, ["`target` must be"]),
         ({"format": "pdf"}, ["`format` must be text or html"]),
         ({"alternatives": "1"}, ["`alternatives` must be a whole number", "'1'"]),

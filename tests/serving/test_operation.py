@@ -143,9 +143,9 @@ def test_mistakes_end_with_one_message(bundle: Path, tmp_path: Path, server: Liv
     for arguments, words in (
         ((tmp_path,), "config.json"),
         ((bundle, bundle), "both translate from aa into bb"),
-        ((bundle, "--max-items", 0), "`max_items` must be from 1 to 100000, but is 0"),
+        ((bundle, "--max-items", 0), "`--max-items` must be from 1 to 100000, but is 0"),
         ((bundle, "--keys", tmp_path / "no"), "no"),
-        ((bundle, "--port", 70000), "`port` must be from 0 to 65535"),
+        ((bundle, "--port", 70000), "`--port` must be from 0 to 65535"),
         ((bundle, "--port", server.port), f"cannot listen on 127.0.0.1, port {server.port}"),
         ((bundle, "--threads", 0), "`--threads` must be"),
         ((bundle, "--allow-origin", "x"), "addresses such as"),

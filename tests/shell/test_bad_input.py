@@ -81,8 +81,9 @@ def test_for_a_line_of_5000_tokens_in_a_test_set_the_message_names_the_option_th
 
 def test_if_no_pair_of_a_corpus_fits_the_message_names_the_options(data: Path, tmp_path: Path):
     match = (
-        r"The samples in `train` must have at most 1 source and 1024 target tokens, but all 96 are "
-        r"longer. The longest, #\d+ .*, has \d+ source and \d+ target tokens\. .*--max-source-pos"
+        r"Each sample in `train` must have at most 1 source and 1024 target tokens, but none does "
+        r"\(96 in total\)\. "
+        r"The longest, #\d+ .*, has \d+ source and \d+ target tokens\. .*--max-source-pos"
     )
     with pytest.raises(ValueError, match=match):
         call("train", data, *TINY_MOE, "--max-source-positions", 1, "--save-dir", tmp_path)
@@ -94,7 +95,7 @@ def test_a_test_set_that_is_skipped_entirely_is_named(
     write_lines(own_corpus / "test.aa", [LONG] * 8)
     preprocess(own_corpus, "--srcdict", data / "dict.aa.txt")
     flags = ["--path", checkpoint, *TRANSLATE, "--skip-invalid-size-inputs-valid-test"]
-    with pytest.raises(ValueError, match=r"samples in `test` must have at most 1024 source.* 5001"):
+    with pytest.raises(ValueError, match=r"sample in `test` must have at most 1024 source.* 5001"):
         call("generate", own_corpus / "data", *flags)
 
 

@@ -263,7 +263,8 @@ def test_for_blocks_larger_than_a_validation_batch_the_message_names_the_option(
 def test_if_no_line_of_a_text_fits_the_message_names_the_options(tmp_path: Path):
     data = preprocess(tmp_path, "train", b"w2 " * 9000 + b"\n")
     match = (
-        r"samples in `train` must have at most 1000 tokens, but all 1 are longer\. The longest, #0 "
+        r"sample in `train` must have at most 1000 tokens, but none does \(1 in total\)\. "
+        r"The longest, #0 "
         r".* has 9001 tokens\..*--max-tokens.*--sample-break-mode none --tokens-per-sample 1000\."
     )
     with pytest.raises(ValueError, match=match):

@@ -54,7 +54,7 @@ def raised(error: Exception, module: str) -> Exception:
         (
             FileExistsError(17, "File exists", "bin"),
             "fairseq_cli.preprocess",
-            "[Errno 17] File exists: 'bin'",
+            "`bin`: File exists. Check the path.",
         ),
         (Exception("Sample #3 is invalid"), "fairseq.tasks", "Sample #3 is invalid"),
         (Exception("a bug"), "somewhere", None),

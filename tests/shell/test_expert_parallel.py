@@ -213,10 +213,10 @@ def settings(**changes):
     [
         (
             {"distributed_training__ddp_backend": "pytorch_ddp"},
-            "`--ddp-backend` must be legacy_ddp where 4 processes .* but is pytorch_ddp, .*"
+            "`--ddp-backend` must be legacy_ddp where .* among 4 processes, but is pytorch_ddp, .*"
             "Use `--ddp-backend legacy_ddp` or `--expert-parallel-size 1`",
         ),
-        ({"common__amp": True}, "`--amp` cannot be used where 4 processes share the experts"),
+        ({"common__amp": True}, "`--amp` cannot be used where the experts are divided"),
         ({"optimization__use_bmuf": True}, "`--use-bmuf` cannot .* Leave it out or use"),
         ({"distributed_training__zero_sharding": "os"}, "`--zero-sharding` cannot"),
         ({"ema__store_ema": True}, "`--store-ema` cannot"),

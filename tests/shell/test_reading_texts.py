@@ -203,7 +203,9 @@ def test_fairseqs_pieces_are_those_of_nmt_moe_pieces(corpus: Path, tmp_path: Pat
 def test_a_damaged_dictionary_of_replacements_is_named(tmp_path: Path):
     path = tmp_path / "alignment.txt"
     path.write_text("ba ab\nde\n")
-    with pytest.raises(ValueError, match=rf"`{path}`, line 2 must be a word and its translation"):
+    with pytest.raises(
+        ValueError, match=rf"`{path}`, line 2 must be two words, a word and its translation"
+    ):
         utils.load_align_dict(str(path))
     path.write_text("ba ab\n")
     assert utils.load_align_dict(str(path)) == {"ba": "ab"}

@@ -67,5 +67,5 @@ def test_training_continues_from_a_pruned_model(data: Path, checkpoint: Path, tm
 
 def test_layers_of_different_sizes_are_not_spread_over_processes(data: Path, tmp_path: Path):
     flags = ["--decoder-num-experts", 2, "--expert-parallel-size", 2, "--save-dir", tmp_path]
-    with pytest.raises(ValueError, match="must be 1 for layers with 4 and 2 experts, but is 2"):
+    with pytest.raises(ValueError, match=r"must be 1 if .* \(4 and 2\), but is 2"):
         call("train", data, *TINY_MOE, *flags, "--max-update", 1)

@@ -20,7 +20,7 @@ SILENT = {
 
 @contextmanager
 def count_launches() -> Iterator[dict[str, int]]:
-    """Yield a counter, kept up to date, of how often each kernel and operation has started."""
+    """Yield a counter, kept up to date, of how many times each kernel and operation has started."""
     counter = _Counter()
     with pytest.MonkeyPatch.context() as patch, counter:
         for owner, name in ((GridExecutor, "__call__"), (JITFunction, "run")):

@@ -37,7 +37,7 @@ def multiply_tf32x3(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def simulated_rounding() -> Iterator[set[str]]:
     """Make the interpreter round float32 as `tl.dot` is told to; yield the precisions used so far.
 
-    Sums are in float32, as on a GPU, but in another order.
+    Sums are in float32, as on a GPU, but in a different order.
     """
     used: set[str] = set()
     ways = {"TF32": multiply_tf32, "TF32x3": multiply_tf32x3, "IEEE": np.matmul}

@@ -99,7 +99,7 @@ def test_each_of_several_texts_is_cut_with_its_own_seed(model, text, tmp_path):
     for seed, output in zip((4, 5), outputs, strict=True):
         assert list(read_lines(output)) == encode(text, model, samples=2, seed=seed)
     done = run("encode", "--model", model, "--inputs", text, text, "--outputs", outputs[0])
-    assert "`--outputs` must name a file for each of the 2 inputs, but names 1." in done.stderr
+    assert "`--outputs` must name a file for each input (in total 2), but names 1." in done.stderr
 
 
 def test_decoding_undoes_encoding_from_standard_input(model, text):
@@ -147,8 +147,8 @@ def test_lines_that_sentencepiece_leaves_out_are_counted(text, tmp_path):
         file.write("ж" * 2097 + "\n" + "ф" * 2096 + "\nq\u2585q\n")
     flags = ["--model", tmp_path / "m", "--dictionary", tmp_path / "d", "--vocab-size", 40]
     done = run("train", "--inputs", text, *flags, "--no-hard-vocab-limit")
-    assert "1 lines of more than 4192 bytes\n" in done.stderr
-    assert "1 lines with \u2585, which sentencepiece" in done.stderr
+    assert "lines left out of training: 1 of more than 4192 bytes\n" in done.stderr
+    assert "lines left out of training: 1 with \u2585, which sentencepiece" in done.stderr
     entries = (tmp_path / "d").read_text(encoding="utf-8")
     assert ("ж" in entries, "ф" in entries) == (False, True)
     run("train", "--inputs", text, *flags, "--max-sentence-length", 5000)
