@@ -24,7 +24,7 @@ from benchmarks.moe_points import BARE, Point
 
 # In a turn, a short job is repeated for about TURN_SECONDS, but at most MOST_REPEATS times.
 TURN_SECONDS, MOST_REPEATS = 0.5, 20
-# Importing, starting kernels on a GPU and filling the weights may take this many seconds in all.
+# Importing, starting kernels on a GPU and initialising weights may take this many seconds in all.
 START_SECONDS = 300.0
 
 
@@ -118,7 +118,7 @@ class Process:
         return found["ok"]
 
     def close(self, now: bool = False) -> None:
-        """End the process by closing its input, or kill it `now`."""
+        """End the process by closing its input or, if `now` is true, by killing it."""
         if now:
             self._process.kill()
         self._process.communicate()
@@ -241,11 +241,14 @@ class Match:
         record.rounds.setdefault(mode, []).append(samples)
 
     def _decide(self, memory: dict[str, int]) -> None:
-        """Stop keeping processes if another one, as large as the largest so far, might not fit."""
+        """Stop keeping processes running if one more might not fit into memory.
+
+        It is assumed to be as large as the largest so far.
+        """
         self._held += memory["held"]
         self._largest = max(self._largest, memory["peak"], memory["held"])
         if self.stays and self._held + 1.3 * self._largest > self._free:
-            timing.say("  memory is short: from now on, a new process is started for each turn")
+            timing.say("  memory is low: from now on, a new process is started for each turn")
             self.stays = False
             self._close_all()
 

@@ -32,8 +32,8 @@ def download(
     """Download a file from the first address that has it, verify it, and return its path.
 
     Args:
-        path: The file to write, which appears once it is complete. An existing file with another
-            digest or size is downloaded again.
+        path: The file to write, which appears once it is complete. An existing file with a
+            different digest or size is downloaded again.
         addresses: Addresses of the file: http, https or file.
         digest: Digest of the file, such as `sha256:...` or `md5:...`.
         size: Size of the file in bytes.
@@ -84,7 +84,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the requested members of a tar archive, without writing any file.
+    """Yield the requested members of a tar archive, without writing any files.
 
     The archive is read to the end, because its checksum is there.
 
@@ -108,7 +108,7 @@ def read_members(archive: Path, names: Iterable[str]) -> Iterator[tuple[str, Bin
         while packed.read(BLOCK):
             pass
     if missing:
-        raise ValueError(f"{archive}: has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{archive} has no {', '.join(sorted(missing))}")
 
 
 def bounded(stream: BinaryIO, limit: int, name: str) -> Iterator[bytes]:
@@ -122,6 +122,6 @@ def bounded(stream: BinaryIO, limit: int, name: str) -> Iterator[bytes]:
         total += len(block)
         if total > limit:
             raise ValueError(
-                f"{name}: has more than {limit:,} bytes, which is too many for the text"
+                f"{name} has more than {limit:,} bytes, which is more than the text should have"
             )
         yield block

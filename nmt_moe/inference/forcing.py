@@ -1,4 +1,4 @@
-"""Let networks read given translations (teacher forcing)."""
+"""Run networks on supplied translations (teacher forcing)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def force_decode(
     targets: list[list[int]],
     with_inputs: bool = False,
 ) -> list[Forced]:
-    """Let networks read given translations (teacher forcing).
+    """Run networks on supplied translations (teacher forcing).
 
     Args:
         ensemble: The networks.

@@ -42,7 +42,7 @@ def attentive_lstm(
         scale: (D,), the attention's vector V.
         keys: (B, S, D), the part of the attention function that depends only on the source.
         source: (B, S, D), the encoder's outputs.
-        padding_mask: (B, S) bool, True for padding, which gets the weight 0.
+        padding_mask: (B, S) bool, True for padding, which gets a weight of 0.
         state: Output (B, D) and cells (B, H) of the previous step.
 
     Returns:

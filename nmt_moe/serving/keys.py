@@ -12,7 +12,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """Read keys, one per line. Skip blank lines and lines that begin with #.
 
     Raises:
-        ValueError: if the file has no key or is not text, or if a key contains spaces.
+        ValueError: if the file has no keys or is not text, or if a key contains spaces.
         OSError: if the file cannot be read.
     """
     try:
@@ -24,15 +24,18 @@ def read_keys(path: Path) -> tuple[str, ...]:
     for number, key in keys:
         if len(key.split()) != 1:
             raise ValueError(
-                f"`{path}` has more than one word in line {number}. Write one key per line."
+                f"`{path}` has more than one word on line {number}. Write one key per line."
             )
     if not keys:
-        raise ValueError(f"`{path}` has no key. Write one key per line.")
+        raise ValueError(f"`{path}` contains no keys. Write one key per line.")
     return tuple(key for _, key in keys)
 
 
 class Keys:
-    """The accepted keys. The time of a comparison does not reveal how much of a key is right."""
+    """The accepted keys.
+
+    The time that a comparison takes does not reveal how much of a key is correct.
+    """
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]

@@ -54,7 +54,7 @@ def test_keys_are_required_if_there_are_any(bundle: Path, tmp_path: Path):
 
 def test_key_files_are_checked(tmp_path: Path):
     path = tmp_path / "keys"
-    for content, message in ((b"\n# a\n", "has no key"), (b"a b", "line 1"), (b"\xff", "UTF-8")):
+    for content, message in ((b"\n# a\n", "no keys"), (b"a b", "line 1"), (b"\xff", "UTF-8")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_keys(path)

@@ -43,7 +43,7 @@ def test_padding_changes_nothing(wiring: str, kind: str):
         alone, alone_attention = run(model, [source], [target])
         steps, width = alone_attention.shape[1:]
         torch.testing.assert_close(logits[index, :steps], alone[0], atol=1e-5, rtol=0)
-        # Padding is on the left, so the sentence itself has the last positions.
+        # Padding is on the left, so the sentence itself occupies the last positions.
         own = attention[index, :steps, -width:]
         torch.testing.assert_close(own, alone_attention[0], atol=1e-5, rtol=0)
         assert attention[index, :steps, :-width].abs().sum() == 0
