@@ -251,6 +251,8 @@ def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
             axes.plot(updates, [2**value for value in bits], f"C{number}.-", label=label)
             label = "_" + row.name  # one legend entry for all seeds
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("updates")
     axes.set_ylabel("perplexity on valid, per token")
     axes.grid(alpha=0.3, which="both")
