@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from nmt_moe.kernels import _backend
+
+INTERPRETED = tl.constexpr(_backend.INTERPRETED)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 # The lowest finite float32 number.
