@@ -141,7 +141,7 @@ check_settings() {
     TEST_SIZE VALID_LINES SAMPLE_PAIRS MAX_PIECES MAX_PAIRS SHARDS MIN_COUNT; do
     [[ -z ${!name+set} ]] || require_whole "$name" 1
   done
-  for name in SEED WARMUP_UPDATES HOLD_UPDATES SAMPLES NODE_RANK SHARD_LINES; do
+  for name in SEED NUM_GROUPS WARMUP_UPDATES HOLD_UPDATES SAMPLES NODE_RANK SHARD_LINES; do
     [[ -z ${!name+set} ]] || require_whole "$name" 0
   done
   [[ -z ${VOCAB_SIZE+set} ]] || require_whole VOCAB_SIZE 10

@@ -6,8 +6,9 @@
 #   BEAM         beam size (5)
 #   LENPEN       length penalty (1.0)
 # The script prints perplexity on valid, then sacrebleu's cased BLEU and chrF on the raw test set (tokenised with 13a or,
-# for Japanese, into characters). WORK/table.md has a row for each direction and a column for each MODEL, with the scores of
-# the run that was scored last. RUN/bundle is the model for nmt-moe translate.
+# for Japanese, into characters) and, if there are further references, BLEU against all of them. WORK/table.md has a row for
+# each direction and a column for each MODEL, with the scores of the run that was scored last, and compares the model with
+# experts with the better of dense and deep by paired bootstrap. RUN/bundle is the model for nmt-moe translate.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -36,23 +37,30 @@ measure_perplexity() { # one line for each direction: DIRECTION PERPLEXITY
   python "$REPOSITORY/recipes/logs.py" perplexities "$RUN_FOLDER/validate.log"
 }
 
-score_direction() { # DIRECTION: one line, BLEU and chrF
-  local source=${1%-*} target=${1#*-} pair reference scores output=$RUN_FOLDER/translations/test.$1
+score_direction() { # DIRECTION: one line, BLEU, chrF and BLEU against all references, or - if there is only one
+  local source=${1%-*} target=${1#*-} pair reference further tokens bleu chrf all=- output=$RUN_FOLDER/translations/test.$1
   if [[ $source == en ]]; then pair=$1; else pair=en-$source; fi
   reference=$WORK_FOLDER/text/test.$pair.$target
+  tokens=$(bleu_tokens "$target")
   translate_logged "$output" "$WORK_FOLDER/data-bin" "${TASK_FLAGS[@]}" --lang-pairs "$LANG_PAIRS" \
     --source-lang "$source" --target-lang "$target" --path "$CHECKPOINT" --gen-subset test --beam "$BEAM" \
     --lenpen "$LENPEN" --batch-size "$BATCH_SIZE" --remove-bpe sentencepiece
   nmt-moe check-parallel --allow-empty "$output" "$reference" >/dev/null
-  quietly sacrebleu "$reference" -i "$output" --metrics bleu chrf --tokenize "$(bleu_tokens "$target")" --format json \
-    >"$output.scores.json"
-  scores=$(quietly sacrebleu "$reference" -i "$output" --metrics bleu chrf --score-only --width 2 \
-    --tokenize "$(bleu_tokens "$target")" --format text)
-  printf '%s' "${scores//$'\n'/ }"
+  quietly sacrebleu "$reference" -i "$output" --metrics bleu chrf --tokenize "$tokens" --format json >"$output.scores.json"
+  bleu=$(only_score bleu "$output" "$tokens" "$reference")
+  chrf=$(only_score chrf "$output" "$tokens" "$reference")
+  further=("$reference".[0-9]*)
+  [[ ! -f ${further[0]} ]] || all=$(only_score bleu "$output" "$tokens" "$reference" "${further[@]}")
+  printf '%s %s %s' "$bleu" "$chrf" "$all"
+}
+
+# only_score METRIC TRANSLATION TOKENS REFERENCE...: print a score with two decimals.
+only_score() {
+  quietly sacrebleu "${@:4}" -i "$2" --metrics "$1" --tokenize "$3" --score-only --width 2 --format text
 }
 
 (($# == 0)) || die "evaluate.sh takes no arguments except --help, but was given '$1'; set its variables instead"
-require_choice MODEL moe dense single
+require_choice MODEL moe dense deep single
 check_settings
 SCORED=("${DIRECTIONS[@]}")
 NAME=$MODEL
@@ -77,7 +85,7 @@ rm -f "$unfinished"
 for direction in "${SCORED[@]}"; do
   scores=$(score_direction "$direction")
   perplexity=$(awk -v name="$direction" '$1 == name { print $2 }' "$RUN_FOLDER/perplexities.txt")
-  say "$direction: perplexity on valid $perplexity; test BLEU, chrF: $scores"
+  say "$direction: perplexity on valid $perplexity; test BLEU, chrF, BLEU against all references: $scores"
   printf '%s\t%s\t%s\t%s\n' "$MODEL" "$direction" "$perplexity" "$scores" >>"$unfinished"
 done
 mv "$unfinished" "$RUN_FOLDER/scores.tsv"

@@ -4,7 +4,9 @@
 # This script copies the texts, learns one sentencepiece vocabulary for all languages, and writes fairseq's data-bin.
 # Finished steps are skipped; changing a variable repeats the steps that depend on it. Variables:
 #   CORPUS        tatoeba (default) or multi30k; result.md and recipes/README.md say where to get them
-#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence per line
+#   TATOEBA_DIR   folder with en-XX/{train,dev,devtest}.{en,XX}.gz, one sentence per line. If there is also
+#                 en-XX/devtest.refs.en-XX.tsv.gz (a row for each sentence of devtest: English, then all its translations),
+#                 the table has BLEU against all translations, too
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
 #   LANGUAGES     languages other than English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
 #   MAX_PAIRS     maximum number of training pairs for each language (all)
@@ -47,6 +49,20 @@ original() {
   die "$FOLDER/$name.gz is missing: $FOLDER_NAME must have the text of every language of LANGUAGES='$LANGUAGES'"
 }
 
+# copy_further_references LANGUAGE: write text/test.en-XX.XX.2, .3, ...: the second, third, ... translation of each English
+# sentence, or an empty line. sacrebleu ignores empty references.
+copy_further_references() {
+  local rows=$FOLDER/en-$1/devtest.refs.en-$1.tsv.gz text=$WORK_FOLDER/text/test.en-$1
+  [[ $CORPUS == tatoeba && -f $rows ]] || return 0
+  gzip -cd "$rows" | cut -f1 | cmp -s - "$text.en" || die "$rows must have a row for each line of devtest.en.gz, in its order"
+  gzip -cd "$rows" | awk -F '\t' -v output="$text.$1" '
+    { row[NR] = $0; if (NF > columns) columns = NF }
+    END {
+      for (column = 3; column <= columns; column++)
+        for (i = 1; i <= NR; i++) { split(row[i], cells); print cells[column] >(output "." column - 1) }
+    }'
+}
+
 copy_texts() {
   local language pair side split limit path
   rm -rf "$WORK_FOLDER/text"
@@ -63,6 +79,7 @@ copy_texts() {
       done
       nmt-moe check-parallel "$WORK_FOLDER/text/$split.$pair".{en,"$language"}
     done
+    copy_further_references "$language"
   done
 }
 
@@ -102,7 +119,7 @@ check_settings
 use_environment
 say "preparing English and $LANGUAGES in $WORK_FOLDER"
 mkdir -p "$WORK_FOLDER"
-key=$(step_key "" copy "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS")
+key=$(step_key "" copy-with-references "$CORPUS $FOLDER $LANGUAGES $MAX_PAIRS")
 run_step "$WORK_FOLDER" copy "$key" copy_texts
 key=$(step_key "$key" learn-pieces "$VOCAB_SIZE")
 run_step "$WORK_FOLDER" learn-pieces "$key" learn_pieces

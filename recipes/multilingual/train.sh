@@ -3,8 +3,9 @@
 #
 # This script prepares the text (prepare.sh and its variables), trains or resumes the run from its last checkpoint, averages
 # checkpoints and calls evaluate.sh.
-#   MODEL   moe (default): one model for all directions; dense: the same without experts, with the same number of operations
-#           per token; single: the dense model trained only on DIRECTION
+#   MODEL   moe (default): one model for all directions; dense: the same number of operations per token, with one wide network in
+#           place of each MoE layer; deep: the same number of operations, with more LSTMs instead; single: dense, for DIRECTION
+#           alone
 #   DIRECTION  for single, such as en-fr
 #   TEMPERATURE, OVERSAMPLING  settings that make training use small pairs more often (1; none): see
 #           --sampling-temperature and --oversampling of fairseq-train --task translation_multilingual_gnmt
@@ -35,8 +36,10 @@ MODEL_SIZE=${MODEL_SIZE:-small}
 # These are the sizes of the small network; the architecture sets the sizes of the paper's model.
 MODEL_DIM=${MODEL_DIM:-128}
 LSTM_HIDDEN_DIM=${LSTM_HIDDEN_DIM:-256}
-# A token uses 2 of NUM_EXPERTS experts; dense and single have one network of twice the width instead.
+# A token uses TOP_K of NUM_EXPERTS experts, or, with NUM_GROUPS, TOP_K experts in each of TOP_K groups.
 NUM_EXPERTS=${NUM_EXPERTS:-16}
+NUM_GROUPS=${NUM_GROUPS:-0}
+TOP_K=${TOP_K:-2}
 EXPERT_HIDDEN_DIM=${EXPERT_HIDDEN_DIM:-256}
 INIT_RANGE=${INIT_RANGE:-0.1}
 # Additive attention learns to align more reliably than "product" if there is little text (recipes/multi30k/result.md).
@@ -57,16 +60,27 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 AVERAGE=${AVERAGE:-5}
 
 set_model_flags() {
-  local experts=(--num-experts "$NUM_EXPERTS" --expert-hidden-dim "$EXPERT_HIDDEN_DIM") suffix=_small
+  local suffix=_small active=$TOP_K lstms
+  ((NUM_GROUPS == 0)) || active=$((TOP_K * TOP_K))
+  local experts=(--num-experts "$NUM_EXPERTS" --num-groups "$NUM_GROUPS" --top-k "$TOP_K" --expert-hidden-dim "$EXPERT_HIDDEN_DIM")
   MODEL_FLAGS=(--dropout "$DROPOUT")
   if [[ $MODEL_SIZE == paper ]]; then
+    [[ $MODEL != deep ]] || die "MODEL=deep needs MODEL_SIZE=small"
     suffix=
     experts=()
   else
     # The target embeddings are shared with the softmax, so there are fewer weights to learn from little text.
     MODEL_FLAGS=(--share-decoder-input-output-embed "${MODEL_FLAGS[@]}" --model-dim "$MODEL_DIM"
       --lstm-hidden-dim "$LSTM_HIDDEN_DIM" --init-range "$INIT_RANGE" --attention "$ATTENTION")
-    [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((2 * EXPERT_HIDDEN_DIM)))
+    [[ $MODEL == moe ]] || experts=(--expert-hidden-dim $((active * EXPERT_HIDDEN_DIM)))
+  fi
+  if [[ $MODEL == deep ]]; then
+    # An LSTM has 9 x MODEL_DIM x LSTM_HIDDEN_DIM weights; an expert has 2 x MODEL_DIM x EXPERT_HIDDEN_DIM.
+    lstms=$((2 * active * EXPERT_HIDDEN_DIM / (9 * LSTM_HIDDEN_DIM)))
+    ((lstms > 0 && 2 * active * EXPERT_HIDDEN_DIM == 9 * LSTM_HIDDEN_DIM * lstms)) ||
+      die "with MODEL=deep, 2 x $active x EXPERT_HIDDEN_DIM must be a multiple of 9 x LSTM_HIDDEN_DIM, so that LSTMs can have as \
+many operations as the experts of a token, but EXPERT_HIDDEN_DIM is $EXPERT_HIDDEN_DIM and LSTM_HIDDEN_DIM is $LSTM_HIDDEN_DIM"
+    experts=(--dense --encoder-layers $((3 + lstms)) --decoder-layers $((2 + lstms)))
   fi
   if [[ $MODEL == moe ]]; then
     MODEL_FLAGS+=(--arch "lstm_moe_gnmt_multilingual$suffix" "${experts[@]}")
@@ -91,7 +105,7 @@ train_model() { # resumes automatically: fairseq looks for checkpoint_last.pt
 
 require_flags "$@"
 FLAGS=("$@")
-require_choice MODEL moe dense single
+require_choice MODEL moe dense deep single
 require_choice MODEL_SIZE small paper
 check_settings
 require_multiple
