@@ -23,9 +23,10 @@ from typing import Any
 import click
 
 from nmt_moe.cli import Group, command
-from nmt_moe.scoring.logs import read_entries, read_file
+from nmt_moe.scoring.logs import read_entries
 from nmt_moe.scoring.plots import make_figure
 from nmt_moe.text.lines import read_lines
+from recipes.curves import draw_perplexity
 
 SPLITS = ("valid", "test")
 
@@ -234,30 +235,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_curves(rows: Sequence[Row], work: Path, path: Path) -> None:
-    """Draw perplexity on valid against updates, for every seed at its model's best dropout.
-
-    Raises:
-        ValueError: if matplotlib is not installed.
-    """
-    figure = make_figure(6.4, 4.4)
-    axes = figure.subplots()
-    for number, row in enumerate(rows):
-        label = row.name
-        for log in sorted(
-            (work / "runs" / row.name / f"dropout-{row.dropout}").glob("*/train.log")
-        ):
-            updates, bits = read_file(label, log).curve(["valid.nll_loss"])
-            axes.plot(updates, [2**value for value in bits], f"C{number}.-", label=label)
-            label = "_" + row.name  # one legend entry for all seeds
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("updates")
-    axes.set_ylabel("perplexity on valid, per token")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=130)
+def training_logs(rows: Sequence[Row], work: Path) -> dict[str, list[Path]]:
+    """Return the logs of every seed at its model's best dropout, by model."""
+    folders = {row.name: work / "runs" / row.name / f"dropout-{row.dropout}" for row in rows}
+    return {name: sorted(folder.glob("*/train.log")) for name, folder in folders.items()}
 
 
 # Command line
@@ -293,7 +274,7 @@ def report(work: Path, dim: int, vocab_size: int) -> None:
     (work / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
     draw(rows, work / "capacity.png")
-    draw_curves(rows, work, work / "updates.png")
+    draw_perplexity(training_logs(rows, work), work / "updates.png")
 
 
 main.add_command(flags)

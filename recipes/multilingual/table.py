@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare the scores of single, dense and MoE models in a table: table.py WORK.
+"""Compare the scores of single, dense and MoE models in tables: table.py WORK.
 
 The program reads WORK/RUN/scores.tsv of every run. Its columns are the model, the direction, the
 perplexity on valid, and BLEU, chrF and BLEU against all references (or -) on the test set. The
@@ -17,6 +17,7 @@ import click
 
 from nmt_moe.cli import command
 from nmt_moe.scoring.measures import compare, make_measures, read_texts
+from recipes.curves import draw_perplexity
 
 DENSE = ("dense", "deep")
 MODELS = ("single", *DENSE, "moe")
@@ -178,15 +179,26 @@ def _markdown(rows: Iterable[Sequence[str]]) -> list[str]:
     return [head, "|---" * (head.count("|") - 1) + "|", *rest]
 
 
-@command("table.py", "table.py work")
+def training_logs(scores: Scores) -> dict[str, list[Path]]:
+    """Return the logs of the multilingual models."""
+    runs = {model: score.run for (model, _), score in scores.items() if model != "single"}
+    logs = {model: run / "train.log" for model, run in runs.items()}
+    return {HEADINGS[model]: [log] for model, log in logs.items() if log.is_file()}
+
+
+@command("table.py", "table.py work --figure updates.png")
 @click.argument("work", type=Path)
-def main(work: Path) -> None:
+@click.option("--figure", type=Path, help="Image of perplexity during training to write.")
+def main(work: Path, figure: Path | None) -> None:
     """Print tables that compare the scores of all models in the folder WORK."""
-    if not read_scores(work):
+    scores = read_scores(work)
+    if not scores:
         raise ValueError(f"no run in {work} was scored; run evaluate.sh")
     first, second = make_tables(work)
     print("Test BLEU (in brackets: perplexity on valid)\n", *first, sep="\n")
     print("\nTest chrF (in brackets: BLEU against all references)\n", *second, sep="\n")
+    if figure is not None:
+        draw_perplexity(training_logs(scores), figure)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from recipes.multilingual.table import make_tables
+from recipes.multilingual.table import main, make_tables
 from tests.support.recipes import run_script
 
 COLOURS = {"red": ("rouge", "rojo"), "green": ("verte", "verde"), "black": ("noire", "negro")}
@@ -69,6 +70,7 @@ def run(script: str, *arguments: str, **variables: object) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
     work = tmp_path / "work"
     variables = TINY | {"TATOEBA_DIR": corpus, "WORK": work, "OVERSAMPLING": "en-es=2"}
     done = run("train.sh", **variables)
@@ -93,6 +95,9 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
     row = rf"\| es-en \| 8 \| {score} \| {score} \| {score} \| [-+]\d\.\d\d \| [01]\.\d+ \| [-+]"
     assert any(re.match(row, line) for line in rows), rows
     assert "MoE - dense, deeper" in rows[2]
+    figure = tmp_path / "updates.png"
+    assert CliRunner().invoke(main, [str(work), "--figure", str(figure)]).exit_code == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
     other = run("train.sh", **variables | {"MODEL_DIM": 32})
     assert other.returncode == 1
@@ -109,7 +114,11 @@ def test_from_text_to_the_table(corpus: Path, tmp_path: Path):
         ("prepare.sh", {"CORPUS": "wmt"}, "CORPUS must be one of tatoeba, multi30k"),
         ("train.sh", {"MODEL": "sparse"}, "MODEL must be one of moe, dense, deep, single"),
         ("train.sh", {"MODEL": "single"}, "DIRECTION must be one of en-fr, fr-en, en-es, es-en"),
-        ("train.sh", {"MODEL": "deep", "EXPERT_HIDDEN_DIM": "16"}, "EXPERT_HIDDEN_DIM is 16 and LSTM"),
+        (
+            "train.sh",
+            {"MODEL": "deep", "EXPERT_HIDDEN_DIM": "16"},
+            "EXPERT_HIDDEN_DIM is 16 and LSTM",
+        ),
         ("train.sh", {"DIRECTION": "en-fr"}, "DIRECTION=en-fr is for MODEL=single"),
         ("evaluate.sh", {}, "average.pt is missing: train it"),
     ],
