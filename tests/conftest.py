@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs CUDA devices: {count}"))
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Keep denormal numbers in later tests: building a model for training turns them off."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run Triton kernels and create tensors on CUDA or, with Triton's interpreter, on the CPU."""

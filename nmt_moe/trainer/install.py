@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from fairseq import checkpoint_utils, models, trainer
 from fairseq.models import distributed_fairseq_model
 
@@ -41,6 +42,12 @@ def _building(build: Callable) -> Callable:
         if from_checkpoint and "expert_parallel_size" in cfg:
             # Outside training, processes do not run in lockstep, so each holds all experts.
             cfg.expert_parallel_size = 1
+        if not from_checkpoint:
+            # Some hidden units of experts stop being used. Adam's averages of their gradients then
+            # shrink until they are denormal and stay so, and Intel's processors take about a
+            # hundred times as long for such numbers. Threads inherit this setting from the thread
+            # that starts them, so it must precede the first operation that uses several threads.
+            torch.set_flush_denormal(True)
         return build(cfg, task, from_checkpoint)
 
     return build_model

@@ -25,6 +25,7 @@ from fairseq.trainer import Trainer
 from nmt_moe import plugin
 from nmt_moe.checkpoints import files
 from nmt_moe.trainer import ExpertParallelTrainer
+from nmt_moe.trainer.install import _building
 from nmt_moe.trainer.save_folder import LOCK, FolderLock, warn_of_little_room
 from tests.support import programs
 from tests.support.commands import PLUGIN, call
@@ -46,6 +47,15 @@ def within_epoch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("within")
     call("train", data, *TINY_MOE, *FEW, "--save-dir", folder)
     return folder
+
+
+def test_training_does_not_compute_with_denormal_numbers():
+    build = _building(lambda *_: None)
+    numbers = torch.full((100_000,), 1e-39)
+    build({}, None, from_checkpoint=True)
+    assert (numbers * 0.9).count_nonzero() == len(numbers)
+    build({}, None)
+    assert (numbers * 0.9).count_nonzero() == 0
 
 
 # Refused before the first update
@@ -123,6 +133,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from nmt_moe.trainer import ExpertParallelTrainer
+from nmt_moe.trainer.install import _building
 from nmt_moe.trainer.save_folder import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("locked", flush=True)
