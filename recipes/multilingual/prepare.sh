@@ -10,7 +10,7 @@
 #   MULTI30K_DIR  folder with {train,val,test_2016_flickr}.{en,XX}.gz
 #   LANGUAGES     languages other than English ("fr de ja ko pt es" for tatoeba, "fr de cs" for multi30k)
 #   MAX_PAIRS     maximum number of training pairs for each language (all)
-#   VOCAB_SIZE    pieces in the shared vocabulary (16000 for tatoeba, 8000 for multi30k)
+#   VOCAB_SIZE    pieces in the shared vocabulary (8000)
 #   WORK          output folder (recipes/multilingual/work/CORPUS-LANGUAGES)
 #   THREADS       processes for binarising (2)
 set -euo pipefail
@@ -22,16 +22,15 @@ manual_if_asked "${1:-}"
 source "$HERE/settings.sh"
 
 MAX_PAIRS=${MAX_PAIRS:-999999999}
+VOCAB_SIZE=${VOCAB_SIZE:-8000}
 THREADS=${THREADS:-2}
 if [[ $CORPUS == tatoeba ]]; then
   FOLDER=${TATOEBA_DIR:-}
   FOLDER_NAME=TATOEBA_DIR
-  VOCAB_SIZE=${VOCAB_SIZE:-16000}
   declare -A FILES=([train]=train [valid]=dev [test]=devtest)
 else
   FOLDER=${MULTI30K_DIR:-}
   FOLDER_NAME=MULTI30K_DIR
-  VOCAB_SIZE=${VOCAB_SIZE:-8000}
   declare -A FILES=([train]=train [valid]=val [test]=test_2016_flickr)
 fi
 

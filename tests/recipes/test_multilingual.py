@@ -27,6 +27,7 @@ TINY = {
     "MODEL_DIM": 16,
     "LSTM_HIDDEN_DIM": 16,
     "NUM_EXPERTS": 4,
+    "NUM_GROUPS": 0,
     # Two experts have the same number of operations as one LSTM.
     "EXPERT_HIDDEN_DIM": 36,
     # With one sentence per batch, no checkpoint is due at the end of an epoch, where fairseq would
