@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from nmt_moe.cli import command
-from nmt_moe.scoring.measures import compare, make_measures, read_texts
+from nmt_moe.scoring.measures import compare, make_measures, read_texts, validation_tokens
 from recipes.curves import draw_perplexity
 
 DENSE = ("dense", "deep")
@@ -107,7 +107,7 @@ def probability(folder: Path, direction: str, one: Score, other: Score) -> str:
     this, that, reference = read_texts(paths)
     (measure,) = (
         measure
-        for measure in make_measures(target, "char" if target == "ja" else "13a")
+        for measure in make_measures(target, validation_tokens(target))
         if measure.name.startswith("sacrebleu")
     )
     return f"{compare(measure, this, that, [reference], SAMPLES)['p']:.3f}"
