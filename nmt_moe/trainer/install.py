@@ -43,10 +43,10 @@ def _building(build: Callable) -> Callable:
             # Outside training, processes do not run in lockstep, so each holds all experts.
             cfg.expert_parallel_size = 1
         if not from_checkpoint:
-            # Some hidden units of experts stop being used. Adam's averages of their gradients then
-            # shrink until they are denormal and stay so, and Intel's processors take about a
-            # hundred times as long for such numbers. Threads inherit this setting from the thread
-            # that starts them, so it must precede the first operation that uses several threads.
+            # With many experts, Adam's averages of gradients that stay zero shrink until they are
+            # denormal, and Intel's processors are slow with such numbers. Threads inherit this
+            # setting from the thread that starts them, so it must precede the first operation that
+            # uses several threads.
             torch.set_flush_denormal(True)
         return build(cfg, task, from_checkpoint)
 
