@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,20 +109,46 @@ def test_the_documentation_describes_every_path_and_loads_nothing(server: LiveSe
     }
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_closed(url: str) -> bool:
+    """Return whether the server takes no more connections."""
+    try:
+        httpx.get(f"{url}/metrics", timeout=PATIENCE)
+    except httpx.TransportError:
+        return True
+    return False
+
+
 def test_sigterm_finishes_what_is_in_flight(bundle: Path, translator: Translator):
-    # These texts are so long that the metrics show the request before its answer is ready.
-    texts = [f"the cat sees a big red tree {word} " * 4 for word in ("dog", "house", "under")] * 40
+    texts = ["the cat sees a dog", "a big red house"]
     expected = [one.text for one in translator.translate(texts)]
+    body = json.dumps({**FIELDS, "q": texts}).encode()
+    stopping = threading.Event()
+
+    def in_two_parts() -> Iterator[bytes]:
+        yield body[:20]
+        assert stopping.wait(PATIENCE)
+        yield body[20:]
+
     with served(bundle, "--threads", 1) as (process, url, log), ThreadPoolExecutor(1) as pool:
 
         def ask() -> httpx.Response:
-            return httpx.post(f"{url}/translate", json={**FIELDS, "q": texts}, timeout=PATIENCE)
+            headers = {"Content-Type": "application/json"}
+            return httpx.post(
+                f"{url}/translate", content=in_two_parts(), headers=headers, timeout=PATIENCE
+            )
 
         answer = pool.submit(ask)
-        while "nmt_moe_open_requests 1.0" not in httpx.get(f"{url}/metrics").text:
-            assert not answer.done()
-            time.sleep(0.001)
+        wait_until(lambda: "nmt_moe_open_requests 1.0" in httpx.get(f"{url}/metrics").text)
         process.terminate()
+        wait_until(lambda: is_closed(url))
+        stopping.set()
         assert answer.result().json()["translatedText"] == expected
         assert process.wait(PATIENCE) == 0
     assert log[0]["event"] == "serving"
