@@ -14,7 +14,7 @@
 #   SAMPLE_ALPHA  unigram: inverse temperature of the distribution that splits are drawn from; bpe: share of
 #                 merges left out (0.2)
 #   EXTRA         additional sentence pairs to train on (files EXTRA.en and EXTRA.PAIR), in the form that CASE specifies
-#                 (none); see back_translate.sh
+#                 (none); see monolingual.sh
 #   COPIES        how many times the training text contains the corpus's own sentence pairs (1), to balance them against EXTRA
 #   WORK          output folder (recipes/multi30k/work/PAIR-CASE, or work/PAIR if CASE is cased); only with one PAIR
 #   THREADS       processes for binarising (2)
@@ -65,8 +65,7 @@ select_texts() { # PAIR FOLDER: the form of the text to train on
       cp "$folder/text/$split$kind.$language" "$folder/selected/$split.$language"
     done
     if [[ $CASE == source-lower ]]; then
-      python -c 'import sys; sys.stdout.writelines(line.lower() for line in sys.stdin)' \
-        <"$folder/text/$split.en" >"$folder/selected/$split.en"
+      lower_case <"$folder/text/$split.en" >"$folder/selected/$split.en"
     fi
   done
 }

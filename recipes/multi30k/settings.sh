@@ -27,3 +27,6 @@ work_folder() {
   [[ $CASE == cased ]] || suffix=-$CASE
   printf '%s' "${WORK:-$REPOSITORY/recipes/multi30k/work/$1$suffix}"
 }
+
+# lower_case: copy standard input to standard output in lower case.
+lower_case() { python -c 'import sys; sys.stdout.writelines(line.lower() for line in sys.stdin)'; }

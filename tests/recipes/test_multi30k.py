@@ -94,29 +94,44 @@ def test_from_text_to_scores(corpus, tmp_path):
     assert "Choose another RUN" in other.stderr
 
 
-def test_back_translated_captions_are_trained_on_together_with_the_corpus(corpus, tmp_path):
-    folder, digests = corpus
-    captions = tmp_path / "captions.de.gz"
-    # One caption equals a sentence of val except for its case and full stop, and one is blank.
-    held_back = SPLITS["val"][0][1].upper().removesuffix(".")
-    lines = ["Ein roter Hund ruht.", held_back, "", "Ein schwarzer Kater ruht."]
-    captions.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
-    variables = TINY | {"MULTI30K_DIR": folder, "SHA256SUMS": digests, "WORK": tmp_path / "work"}
-    variables |= {"MONOLINGUAL": captions, "REVERSE_UPDATES": 4, "COPIES": 2, "RUN": "both"}
-    done = run("back_translate.sh", "de", **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
+def write_captions(path, lines):
+    path.write_bytes(gzip.compress("".join(line + "\n" for line in lines).encode()))
+    return path
 
+
+def test_translated_captions_are_trained_on_together_with_the_corpus(corpus, tmp_path):
+    folder, digests = corpus
+    # In each text, one caption equals a sentence of val except for its case and full stop.
+    english, german = (side.upper().removesuffix(".") for side in SPLITS["val"][0])
+    sources = write_captions(tmp_path / "captions.en.gz", ["A Red DOG rests.", english])
+    lines = ["Ein roter Hund ruht.", german, "", "Ein schwarzer Kater ruht."]
+    targets = write_captions(tmp_path / "captions.de.gz", lines)
     work, both = tmp_path / "work", tmp_path / "work-extra"
-    assert (work / "monolingual.de").read_text(encoding="utf-8").splitlines() == lines[::3]
-    assert (work / "monolingual.en").read_text(encoding="utf-8").count("\n") == 2
-    pieces = (both / "pieces" / "train.de").read_text(encoding="utf-8").splitlines()
-    assert len(pieces) == 2 * len(SENTENCES) + 2
+    variables = TINY | {"MULTI30K_DIR": folder, "SHA256SUMS": digests, "WORK": work}
+    teacher = run("train.sh", "de", RUN="teacher", **variables)
+    assert teacher.returncode == 0, teacher.stdout + teacher.stderr
+
+    variables |= {"SOURCE_TEXT": sources, "TARGET_TEXT": targets, "TEACHER": "teacher"}
+    variables |= {"REVERSE_UPDATES": 4, "COPIES": 2, "RUN": "both"}
+    done = run("monolingual.sh", "de", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    translated = read(work / "forward.de")
+    assert len(translated) == 1
+    assert read(work / "back.de") == lines[::3]
+    # The model reads English in lower case, so added English text is written in the same way.
+    assert read(work / "extra.en") == ["a red dog rests.", *read(work / "back.en")]
+    assert read(work / "extra.de") == [*translated, *lines[::3]]
+    assert len(read(both / "pieces" / "train.de")) == 2 * len(SENTENCES) + 3
     assert "test_2016_flickr, en-de, both" in (both / "both" / "scores.txt").read_text()
 
-    again = run("back_translate.sh", "de", **variables)
+    again = run("monolingual.sh", "de", **variables)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "reverse: already done" in again.stdout
-    assert "back-translate: already done" in again.stdout
+    for step in ("forward-translate", "reverse", "back-translate", "cut"):
+        assert f"{step}: already done" in again.stdout
+
+
+def read(path):
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def prepare(corpus, tmp_path, **variables):
@@ -181,11 +196,12 @@ REFUSALS = [
     pytest.param("train.sh", ["de"], {"UPDATES": "1100"}, "must be a multiple of", id="updates"),
     pytest.param("prepare.sh", ["de"], {"EXTRA": "/absent"}, "/absent.en is missing", id="extra"),
     pytest.param("prepare.sh", ["de"], {"COPIES": "0"}, "COPIES must be a whole", id="copies"),
-    pytest.param("back_translate.sh", [], {}, "takes one PAIR", id="back-pairs"),
-    pytest.param("back_translate.sh", ["de"], {}, "MONOLINGUAL must name", id="no-monolingual"),
+    pytest.param("monolingual.sh", [], {}, "takes one PAIR", id="text-pairs"),
+    pytest.param("monolingual.sh", ["de"], {}, "SOURCE_TEXT or TARGET_TEXT must", id="no-text"),
     pytest.param(
-        "back_translate.sh", ["de"], {"MONOLINGUAL": "/absent"}, "is missing", id="monolingual"
+        "monolingual.sh", ["de"], {"TARGET_TEXT": "/absent"}, "TARGET_TEXT=/absent", id="text"
     ),
+    pytest.param("monolingual.sh", ["de"], {"SOURCE_TEXT": __file__}, "set TEACHER", id="teacher"),
     pytest.param("evaluate.sh", ["de"], {"LENPENS": "1 x"}, "LENPENS must be numbers", id="lenpen"),
     pytest.param(
         "evaluate.sh", ["de"], {"RUN": "absent"}, "absent/average.pt is missing", id="run"
@@ -202,7 +218,7 @@ def test_a_wrong_setting_is_refused_at_once(tmp_path, script, arguments, variabl
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh", "back_translate.sh"])
+@pytest.mark.parametrize("script", ["prepare.sh", "train.sh", "evaluate.sh", "monolingual.sh"])
 def test_help_lists_the_variables(script):
     done = run(script, "--help")
     assert done.returncode == 0
