@@ -56,7 +56,7 @@ def write_corpus(folder: Path) -> None:
     """Write training, validation and test text in English and in two languages derived from it."""
     chance = random.Random(1)
     folder.mkdir()
-    for split, count in (("train", 300), ("valid", 12), ("test", 8)):
+    for split, count in (("train", 300), ("valid", 12), ("test", 8), ("more", 5)):
         lines = [chance.choices(TEXT.split(), k=chance.randint(2, 7)) for _ in range(count)]
         for language, change in (("en", str), ("de", lambda w: w[::-1]), ("fr", lambda w: w + "e")):
             text = "".join(" ".join(map(change, line)) + "\n" for line in lines)
