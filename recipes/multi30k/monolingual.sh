@@ -61,17 +61,18 @@ back_translate() { # PAIR FOLDER
 }
 
 # join_texts PAIR FOLDER KIND...: write the pairs of all kinds, forward and back, as FOLDER/extra, with English in the form
-# that CASE specifies (the reverse model writes that form).
+# that CASE specifies (the reverse model writes that form). A model may write nothing for a line; such pairs are left out.
 join_texts() {
   local kind
   rm -f "$2"/extra.{en,"$1"}
   for kind in "${@:3}"; do
+    paste "$2/$kind".{en,"$1"} | awk -F '\t' '$1 != "" && $2 != ""' >"$2/$kind.pairs"
     if [[ $kind == forward && $CASE == source-lower ]]; then
-      lower_case <"$2/$kind.en" >>"$2/extra.en"
+      cut -f 1 "$2/$kind.pairs" | lower_case >>"$2/extra.en"
     else
-      cat "$2/$kind.en" >>"$2/extra.en"
+      cut -f 1 "$2/$kind.pairs" >>"$2/extra.en"
     fi
-    cat "$2/$kind.$1" >>"$2/extra.$1"
+    cut -f 2 "$2/$kind.pairs" >>"$2/extra.$1"
   done
 }
 

@@ -129,6 +129,13 @@ def test_translated_captions_are_trained_on_together_with_the_corpus(corpus, tmp
     for step in ("forward-translate", "reverse", "back-translate", "cut"):
         assert f"{step}: already done" in again.stdout
 
+    # A model may write nothing for a line; such a pair teaches nothing, and the rest is used.
+    (work / "forward.de").write_text("\n")
+    fewer = run("monolingual.sh", "de", **(variables | {"RUN": "fewer", "EVALUATE": 0}))
+    assert fewer.returncode == 0, fewer.stdout + fewer.stderr
+    assert read(work / "extra.en") == read(work / "back.en")
+    assert read(work / "extra.de") == lines[::3]
+
 
 def read(path):
     return path.read_text(encoding="utf-8").splitlines()

@@ -5,7 +5,6 @@ import random
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import httpx
 import pytest
 
 from nmt_moe.serving import bodies
-from tests.support.serving import PATIENCE, LiveServer, make_service, raw, receive, served
+from tests.support.serving import PATIENCE, LiveServer, make_service, raw, receive, served, wait_for
 
 GOOD = {"q": "the cat", "source": "aa", "target": "bb"}
 VALUES = [None, 3, 1.5, True, {}, [], [[]], {"a": []}, "", "x" * 1000, -1, 1e300, "\ud800", "\0"]
@@ -221,13 +220,6 @@ def held(bundle: Path) -> Iterator[tuple[LiveServer, threading.Event]]:
             yield server, go
         finally:
             go.set()
-
-
-def wait_for(condition: Callable[[], object], expected: object) -> None:
-    end = time.monotonic() + PATIENCE
-    while condition() != expected:
-        assert time.monotonic() < end, condition()
-        time.sleep(0.01)
 
 
 def test_requests_beyond_the_limit_are_told_to_retry(held):

@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from nmt_moe import Translator
 from nmt_moe.cli import main
 from nmt_moe.serving import ServerSettings, read_keys
 from nmt_moe.serving.keys import Keys
-from tests.support.serving import PATIENCE, LiveServer, make_service, served
+from tests.support.serving import PATIENCE, LiveServer, make_service, served, wait_for
 
 FIELDS = {"q": "the cat", "source": "aa", "target": "bb"}
 
@@ -109,18 +108,11 @@ def test_the_documentation_describes_every_path_and_loads_nothing(server: LiveSe
     }
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def is_closed(url: str) -> bool:
     """Return whether the server takes no more connections."""
     try:
         httpx.get(f"{url}/metrics", timeout=PATIENCE)
-    except httpx.TransportError:
+    except (httpx.NetworkError, httpx.RemoteProtocolError):
         return True
     return False
 
@@ -145,9 +137,9 @@ def test_sigterm_finishes_what_is_in_flight(bundle: Path, translator: Translator
             )
 
         answer = pool.submit(ask)
-        wait_until(lambda: "nmt_moe_open_requests 1.0" in httpx.get(f"{url}/metrics").text)
+        wait_for(lambda: "nmt_moe_open_requests 1.0" in httpx.get(f"{url}/metrics").text, True)
         process.terminate()
-        wait_until(lambda: is_closed(url))
+        wait_for(lambda: is_closed(url), True)
         stopping.set()
         assert answer.result().json()["translatedText"] == expected
         assert process.wait(PATIENCE) == 0

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from nmt_moe.serving import Models, ServerSettings, Service, make_app
 
 # This time-out applies to every wait. It is long because a machine may be slow under load.
 PATIENCE = 120.0
+
+
+def wait_for(condition: Callable[[], object], expected: object) -> None:
+    """Wait until a function returns the expected value."""
+    end = time.monotonic() + PATIENCE
+    while condition() != expected:
+        assert time.monotonic() < end, condition()
+        time.sleep(0.01)
 
 
 class LiveServer:
