@@ -48,8 +48,9 @@ forward_translate() { # PAIR FOLDER
   translate_text "$2/$TEACHER/bundle" "$2/forward.en" "$2/forward.$1"
 }
 
-train_reverse() { # PAIR FOLDER
+train_reverse() { # PAIR FOLDER: the network of the last step, but a schedule of its own (empty variables have their defaults)
   env WORK="$2" RUN=reverse UPDATES="$REVERSE_UPDATES" WARMUP_UPDATES=1000 DROPOUT=0.2 EVALUATE=0 EXTRA= COPIES=1 SAMPLES=0 \
+    MAX_TOKENS= UPDATE_FREQ= LEARNING_RATE= \
     bash "$HERE/train.sh" "$1" --source-lang "$1" --target-lang en
   export_bundle "$2/reverse/average.pt" "$2/reverse/bundle" --data "$2/data-bin" --pieces "$2/spm.model" \
     --source-lang "$1" --target-lang en
