@@ -91,6 +91,8 @@ def report(
     if output is not None:
         with open_output(output) as file:
             file.write(page)
+    for path in outputs:
+        click.echo(f"{path}: written", err=True)
 
 
 def read_parts(

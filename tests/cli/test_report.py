@@ -51,6 +51,7 @@ def test_the_page_and_the_json_file_are_written(bundle: Path, text: Path, tmp_pa
     )
     assert result.exit_code == 0, result.output
     assert "3/3" in result.stderr
+    assert result.stderr.splitlines()[-2:] == [f"{page}: written", f"{dump}: written"]
     values = json.loads(dump.read_text(encoding="utf-8"))
     assert values["format"] == "nmt_moe report"
     assert values["parts"][0]["part"] == "text.aa"
