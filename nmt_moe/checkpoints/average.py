@@ -1,4 +1,4 @@
-"""Average the parameters of several checkpoints of one training run."""
+"""Average the parameters of several checkpoints."""
 
 import re
 from pathlib import Path

@@ -20,7 +20,7 @@ __all__ = ["COMMANDS", "Group", "command", "list_option", "main"]
 COMMANDS = {
     "average": (
         "nmt_moe.cli.average:average",
-        "Average the parameters of several checkpoints of one training run.",
+        "Average the parameters of several checkpoints.",
     ),
     "card": (
         "nmt_moe.cli.card:card",

@@ -62,8 +62,9 @@ def average(
     overwrite: bool,
     **counts: int | None,
 ) -> None:
-    """Average the parameters of several checkpoints of one training run into a new checkpoint.
+    """Average the parameters of several checkpoints into a new checkpoint.
 
+    The checkpoints come from one training run, or from several that started from the same model.
     The result can translate, but training cannot resume from it: it has no optimizer state.
     """
     from nmt_moe.checkpoints.average import average_checkpoints
@@ -71,7 +72,7 @@ def average(
     chosen = {name: count for name, count in counts.items() if count is not None}
     paths = choose(list(inputs), chosen, checkpoint_upper_bound)
     average_checkpoints(paths, output, overwrite)
-    click.echo(f"{output}: average of {', '.join(path.name for path in paths)}")
+    click.echo(f"{output}: average of {', '.join(map(str, paths))}")
 
 
 def choose(inputs: list[Path], counts: dict[str, int], upper_bound: int | None) -> list[Path]:
